@@ -1,0 +1,56 @@
+"""What a model family declares so that it can be converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dllm_convert.schema import Target
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A family, as data. Adding one is one file beside this one, see docs/add-a-family.md.
+
+    Attributes:
+        model_type: `model_type` of the stock config; the registry's key.
+        stock_class: Class in transformers that holds the base weights.
+        diffusion_class: Class in `dllm_convert.modeling` that replaces it.
+        auto_class: Auto class under which both are found.
+        attention: Attention of the base: `causal` or `bidirectional`.
+        targets: Objectives this family converts to exactly.
+        embedding: Name of the input embedding tensor, shape (vocab, hidden).
+        head: Name of the output projection, shape (vocab, hidden); absent from the file when tied.
+        head_biases: Names of vectors of shape (vocab,) that go with the head, may be absent.
+        head_required: Tensors without which the language-model head would be random.
+        lora_targets: Module names that receive LoRA.
+        norm_modules: Module names of normalisation layers, kept trainable beside LoRA.
+        embedding_module: Module name of the input embedding.
+        head_module: Module name of the output projection.
+        reserved_tokens: Regular expression of tokens the vendor reserved and never trained.
+        window_overrides: Config values that open a sliding window to full attention.
+        window_active: Config values that must all hold for the window to be in force.
+        min_transformers: First transformers release that honours what the conversion relies on.
+        tolerance: Largest absolute difference of float32 logits counted as equal.
+    """
+
+    model_type: str
+    stock_class: str
+    diffusion_class: str
+    auto_class: Literal["AutoModelForCausalLM", "AutoModelForMaskedLM"]
+    attention: Literal["causal", "bidirectional"]
+    targets: tuple[Target, ...]
+    embedding: str
+    head: str
+    lora_targets: tuple[str, ...]
+    norm_modules: tuple[str, ...]
+    embedding_module: str
+    head_module: str
+    head_biases: tuple[str, ...] = ()
+    head_required: tuple[str, ...] = ()
+    reserved_tokens: str | None = None
+    window_overrides: Mapping[str, Any] | None = None
+    window_active: Mapping[str, Any] | None = None
+    min_transformers: str = "5.2.0"
+    tolerance: float = 1e-4

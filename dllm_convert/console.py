@@ -1,0 +1,99 @@
+"""The one place that writes to stderr: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_INTERVAL_S = 5.0
+
+
+class Task:
+    """A counter somebody may be watching."""
+
+    def __init__(self, reporter: Reporter, description: str, total: float | None) -> None:
+        self._reporter = reporter
+        self._description = description
+        self._total = total
+        self._done = 0.0
+        self._note = ""
+        self._last_line = time.monotonic()
+        bar = reporter.bar
+        self._id = bar.add_task(description, total=total, note="") if bar else None
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        """Count `amount` more, with an optional note such as the current loss."""
+        self._done += amount
+        self._note = note
+        bar = self._reporter.bar
+        if bar is not None and self._id is not None:
+            bar.update(self._id, advance=amount, note=note)
+        elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
+            self._last_line = time.monotonic()
+            share = f" {self._done:g}/{self._total:g}" if self._total else f" {self._done:g}"
+            self._reporter.line(f"{self._description}:{share} {note}".rstrip())
+
+
+class Reporter:
+    """Progress and messages of one command, all on stderr.
+
+    Args:
+        quiet: Print nothing but warnings.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+        self.bar: Progress | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether bars can be drawn."""
+        return self.console.is_terminal and not self.quiet
+
+    def line(self, text: str) -> None:
+        """Print one plain line."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, even when quiet."""
+        self.console.print(f"warning: {text}", markup=False, style="yellow")
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+        """Show `description` until the block ends; `total` in whatever `advance` counts."""
+        started = time.monotonic()
+        outer = self.bar is None and self.live
+        if outer:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.bar.start()
+        elif not self.live:
+            self.line(f"{description} ...")
+        try:
+            yield Task(self, description, total)
+        finally:
+            if outer and self.bar is not None:
+                self.bar.stop()
+                self.bar = None
+        self.line(f"{description}: {time.monotonic() - started:.1f} s")

@@ -1,0 +1,59 @@
+"""Errors a user can meet, each with the exit code of the command line.
+
+DllmConvertError (1)
+├── UnsupportedError (3)    this family, format or combination has no conversion
+├── IncompatibleError (3)   this checkpoint or recipe cannot be converted as asked
+├── VerificationError (4)   the converted checkpoint failed a probe
+├── DataError (1)           training text or a file on disk is missing, broken or too short
+└── HubError (1)            the Hub refused, is unreachable, or does not have what was named
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DllmConvertError(Exception):
+    """A known failure, reported as one line.
+
+    Args:
+        message: What was found and what was expected, one sentence without a final full stop.
+        hint: What to type or change next.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message and the hint on one line."""
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
+
+class UnsupportedError(DllmConvertError):
+    """A family, file format or combination that has no conversion."""
+
+    exit_code = 3
+
+
+class IncompatibleError(DllmConvertError):
+    """A checkpoint or recipe that cannot be converted as asked."""
+
+    exit_code = 3
+
+
+class VerificationError(DllmConvertError):
+    """A converted checkpoint that failed a probe."""
+
+    exit_code = 4
+
+
+class DataError(DllmConvertError):
+    """Text or files that are missing, broken, foreign or too short."""
+
+
+class HubError(DllmConvertError):
+    """The Hub refused, is unreachable, or does not have what was named."""

@@ -1,0 +1,123 @@
+"""The recipe's fields: what a conversion is asked to do, validated and frozen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Target = Literal["mdlm", "bd3lm"]
+Method = Literal["full", "lora", "none"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MaskToken(_Section):
+    """Which token becomes the mask; both empty means the rules of `mask_token.py` decide."""
+
+    token: str | None = Field(None, description="text of an existing or new token to use as the mask")
+    id: int | None = Field(None, ge=0, description="id of the embedding row to use as the mask")
+
+
+class Noise(_Section):
+    """The forward process."""
+
+    schedule: Literal["linear", "cosine", "polynomial"] = Field(
+        "linear", description="alpha(t): linear 1-t, cosine 1-cos(pi/2(1-t)), polynomial 1-t^power"
+    )
+    power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
+    min_time: float = Field(1e-3, ge=0, lt=1, description="lower end of the interval of t")
+    max_time: float = Field(1.0, gt=0, le=1, description="upper end of the interval of t")
+
+
+class Data(_Section):
+    """Training text and how it is cut."""
+
+    source: str = Field("pydoc", description="pydoc, files or globs, or a Hub dataset id")
+    text_field: str = Field("text", description="column or JSON key that holds the text")
+    split: str = Field("train", description="split of a Hub dataset")
+    sequence_length: PositiveInt = Field(256, description="tokens per training sequence")
+    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents never trained on")
+    held_out_sequences: PositiveInt = Field(16, description="held-out sequences that are measured")
+    max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
+
+
+class Lora(_Section):
+    """LoRA (arXiv 2106.09685) and what else stays trainable beside it."""
+
+    rank: PositiveInt = Field(64, description="rank of the update matrices")
+    alpha: PositiveInt | None = Field(None, description="scaling numerator; empty means 2 * rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    embeddings: Literal["mask_row", "full"] = Field(
+        "full", description="train the whole embedding and head, or the mask's row only"
+    )
+    norms: bool = Field(True, description="train the normalisation layers")
+
+
+class Training(_Section):
+    """Optimisation."""
+
+    method: Method = Field("full", description="full, lora or none")
+    steps: PositiveInt = Field(1000, description="optimizer steps")
+    max_minutes: float | None = Field(None, gt=0, description="stop after this much training time")
+    batch_size: PositiveInt = Field(4, description="sequences per device and forward")
+    gradient_accumulation: PositiveInt = Field(1, description="forwards per optimizer step")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
+        "cosine", description="shape of the learning rate after warm-up"
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay")
+    adam_beta2: float = Field(0.95, gt=0, lt=1, description="AdamW second-moment decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, 2-norm")
+    loss_weight: Literal["elbo", "uniform"] = Field(
+        "elbo", description="elbo: -alpha'/(1-alpha) per masked token; uniform: 1"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast dtype")
+    gradient_checkpointing: bool = Field(False, description="recompute activations, save memory")
+    save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")
+    log_steps: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+    seed: int = Field(0, ge=0, description="seed of data order, noise and initialisation")
+    lora: Lora = Lora()
+    keep_adapter: bool = Field(False, description="also write the LoRA adapter to adapter/")
+
+
+class Generation(_Section):
+    """Denoising defaults written to generation_config.json."""
+
+    max_new_tokens: PositiveInt = Field(128, description="tokens to write")
+    max_denoising_steps: PositiveInt | None = Field(
+        None, description="forwards per block (bd3lm) or per text (mdlm); empty: one token each"
+    )
+    confidence_threshold: float | None = Field(
+        None, gt=0, le=1, description="commit every position at least this sure; empty: fixed steps"
+    )
+    temperature: NonNegativeFloat = Field(0.0, description="0 takes the likeliest token")
+
+
+class Recipe(_Section):
+    """A resolved recipe: the file, its presets, the flags and `--set`, in that order."""
+
+    name: str | None = Field(None, description="name of the recipe file")
+    description: str | None = Field(None, description="one line for `dllm-convert recipes`")
+    references: tuple[str, ...] = Field((), description="where the settings come from")
+    source: str = Field(description="Hub id, folder or .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub source")
+    license: str | None = Field(None, description="licence id of the base, if known")
+    target: Target = Field(description="mdlm or bd3lm")
+    block_size: PositiveInt | None = Field(None, description="tokens per block, bd3lm only")
+    token_shift: Literal["keep", "drop"] = Field(
+        "keep", description="keep: position i is predicted from the hidden state of i-1, as AR"
+    )
+    sliding_window: Literal["open", "refuse"] = Field(
+        "open", description="open a sliding window to full attention, or refuse the conversion"
+    )
+    mask_token: MaskToken = MaskToken()
+    noise: Noise = Noise()
+    data: Data = Data()
+    training: Training = Training()
+    generation: Generation = Generation()
