@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Set before torch and tokenizers are imported: many test processes share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SourceFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def source_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that builds each tiny checkpoint once; callers must not write into it."""
+    root = tmp_path_factory.mktemp("sources")
+    built: dict[str, Path] = {}
+
+    def get(family: str, **options: Any) -> Path:
+        from factory import make_source
+
+        key = repr((family, sorted(options.items(), key=lambda item: item[0])))
+        if key not in built:
+            built[key] = make_source(root / f"{len(built)}-{family}", family, **options)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def source_factory(tmp_path: Path, source_cache: SourceFactory) -> SourceFactory:
+    """Return `make(family, **options) -> Path`: a private copy of a tiny checkpoint, free to break."""
+    count = 0
+
+    def make(family: str, **options: Any) -> Path:
+        nonlocal count
+        count += 1
+        original = source_cache(family, **options)
+        return Path(shutil.copytree(original, tmp_path / f"source-{count}-{family}"))
+
+    return make
