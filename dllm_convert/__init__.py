@@ -1,0 +1,3 @@
+"""Turn pretrained Transformer checkpoints into diffusion language models."""
+
+__version__ = "0.1.0"

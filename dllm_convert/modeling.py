@@ -1,0 +1,278 @@
+"""Diffusion classes: stock transformers models, opened, with denoising in `generate`.
+
+One mixin and one line per family. The same classes train, sample and verify, and travel beside the
+weights as `modeling_dllm.py` (see `bundle.py`), so this module imports torch and transformers only,
+besides the two modules bundled with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import (
+    BertForMaskedLM,
+    GenerationMixin,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    RobertaForMaskedLM,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from .attention import block_causal_mask
+from .sampling.decoding import DecodingOptions, decode_blocks, decode_canvas
+
+MIN_TRANSFORMERS = "5.2.0"
+
+if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
+    raise ImportError(
+        f"transformers {transformers.__version__} would load this diffusion model with causal "
+        f"attention and no warning; it needs at least {MIN_TRANSFORMERS}: "
+        f"pip install 'transformers>={MIN_TRANSFORMERS}'"
+    )
+
+
+@dataclass
+class DiffusionOutput(ModelOutput):  # type: ignore[misc]
+    """What `generate(..., return_dict_in_generate=True)` returns.
+
+    Attributes:
+        sequences: Prompt and new tokens, shape (batch, prompt + max_new_tokens).
+        forwards: Forward passes run.
+        tokens_per_forward: New tokens divided by forwards and rows.
+    """
+
+    sequences: torch.LongTensor | None = None
+    forwards: int | None = None
+    tokens_per_forward: float | None = None
+
+
+class DiffusionMixin:
+    """Opened attention, logits where they are needed, and decoding by denoising.
+
+    What the checkpoint is stands in the config: `is_causal: false`, `mask_token_id`, `block_size`
+    (BD3LM only) and the `diffusion` section.
+    """
+
+    _head = "lm_head"
+
+    @property
+    def _first_position(self) -> int:
+        return 0
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        logits_at: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model with the attention its config claims.
+
+        Args:
+            input_ids: Tokens, shape (batch, length).
+            attention_mask: Padding mask, shape (batch, cached + length), 1 at tokens; or a 4-D mask
+                (batch, 1, length, cached + length), True where a query may look, used as it is.
+            position_ids: Positions counted from 0 in each text, shape (batch, length). By default
+                they are counted over the padding mask, so padding on either side changes nothing.
+            past_key_values: Cache of clean tokens.
+            inputs_embeds: Embeddings instead of `input_ids`, shape (batch, length, hidden).
+            labels: Not accepted: a diffusion loss needs noise, see `dllm_convert.diffusion`.
+            use_cache: Whether to fill `past_key_values`.
+            logits_to_keep: Keep the last n positions, or the positions a 1-D tensor names.
+            logits_at: Flat indices into (batch * length), shape (n,): logits only there, shape
+                (n, vocab). The loss needs masked positions only; the rest is most of the memory.
+            **kwargs: Passed to the base model.
+
+        Returns:
+            Logits, shape (batch, length, vocab), and the cache.
+
+        Raises:
+            ValueError: If `labels` is given.
+        """
+        if labels is not None:
+            raise ValueError("this model takes no labels: its loss needs noise (dllm_convert.diffusion)")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask, positions = self._open(tokens, attention_mask, position_ids, cached)
+        outputs = self.base_model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions + self._first_position,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{name: value for name, value in kwargs.items() if name != "return_dict"},
+        )
+        hidden = outputs.last_hidden_state
+        if logits_at is not None:
+            hidden = hidden.flatten(0, 1)[logits_at]
+        elif isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(
+            logits=getattr(self, self._head)(hidden),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _open(
+        self,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cached: int,
+    ) -> tuple[Any, torch.Tensor]:
+        """Return the mask in the form the attention implementation takes, and positions (batch, length)."""
+        batch, length = tokens.shape[:2]
+        if attention_mask is not None and len(attention_mask.shape) == 4:
+            if position_ids is None:
+                position_ids = torch.arange(cached, cached + length, device=tokens.device).expand(batch, -1)
+            return self._in_form(attention_mask, tokens), position_ids
+        if attention_mask is None and position_ids is not None and not cached:
+            every = position_ids.expand(batch, -1)
+        elif attention_mask is None:
+            every = torch.arange(cached + length, device=tokens.device).expand(batch, -1)
+        else:
+            every = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        positions = every[:, -length:] if position_ids is None else position_ids.expand(batch, -1)
+        block_size = getattr(self.config, "block_size", None)
+        if not block_size:
+            return attention_mask, positions
+        valid = torch.ones_like(every) if attention_mask is None else attention_mask
+        mask = block_causal_mask(every, valid.bool(), block_size, length)
+        return self._in_form(mask, tokens), positions
+
+    def _in_form(self, mask: Any, tokens: torch.Tensor) -> Any:
+        """Turn a boolean mask (batch, 1, q, k) into what eager or flex attention reads."""
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            return mask
+        implementation = self.config._attn_implementation
+        if implementation == "eager":
+            closed = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+            return closed.masked_fill_(~mask, torch.finfo(self.dtype).min)
+        if implementation == "flex_attention":
+            batch, _, queries, keys = mask.shape
+            return create_block_mask(
+                lambda b, _, q, k: mask[b, 0, q, k], batch, None, queries, keys, device=str(mask.device)
+            )
+        if implementation != "sdpa":
+            raise ValueError(
+                f"{implementation} takes no arbitrary mask; load this model with "
+                'attn_implementation="sdpa", "eager" or "flex_attention"'
+            )
+        return mask
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: Any | None = None,
+        *,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        seed: int | None = None,
+        return_dict_in_generate: bool | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | DiffusionOutput:
+        """Write text by denoising.
+
+        Args:
+            inputs: Prompts, shape (batch, length), padded on either side if `attention_mask` says so.
+            generation_config: Settings instead of the checkpoint's generation_config.json.
+            input_ids: The same as `inputs`.
+            attention_mask: 1 at tokens, shape (batch, length).
+            seed: Makes sampling at a temperature reproducible; row r draws from `seed + r`.
+            return_dict_in_generate: Return a `DiffusionOutput` instead of the sequences.
+            **kwargs: Any field of `DecodingOptions`, for this call only.
+
+        Returns:
+            The prompts as given followed by `max_new_tokens` new tokens; after a row's first
+            end-of-text token comes padding. Shape (batch, length + max_new_tokens).
+
+        Raises:
+            ValueError: If a setting is unknown or a prompt is empty where one is needed.
+        """
+        prompts = input_ids if inputs is None else inputs
+        if prompts is None:
+            raise ValueError("give input_ids: a prompt of at least one token")
+        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask.long()
+        options = self._decoding_options(generation_config or self.generation_config, seed, kwargs)
+        lengths = mask.sum(-1)
+        if options.token_shift and int(lengths.min()) == 0:
+            raise ValueError("this model predicts a token from the one before: give a prompt of at least one token")
+        order = mask.argsort(dim=-1, descending=True, stable=True)
+        decode = decode_blocks if options.block_size else decode_canvas
+        decoded = decode(self, prompts.gather(1, order), lengths, options)
+        sequences = torch.cat([prompts, decoded.rows], dim=1)
+        if not return_dict_in_generate:
+            return sequences
+        per_row = decoded.tokens / max(len(prompts), 1)
+        return DiffusionOutput(sequences, decoded.forwards, per_row / max(decoded.forwards, 1))
+
+    def _decoding_options(self, config: Any, seed: int | None, overrides: dict[str, Any]) -> DecodingOptions:
+        known = {field.name for field in fields(DecodingOptions)} - {"seed", "eos_token_ids"}
+        unknown = set(overrides) - known - {"eos_token_id"}
+        if unknown:
+            raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(known)}")
+        settings = {name: getattr(config, name, None) for name in known}
+        eos = overrides.pop("eos_token_id", config.eos_token_id)
+        settings.update(overrides)
+        if settings["max_new_tokens"] is None:
+            settings["max_new_tokens"] = 128
+        settings["mask_token_id"] = self.config.mask_token_id
+        settings["block_size"] = getattr(self.config, "block_size", None)
+        settings["token_shift"] = bool(self.config.diffusion["token_shift"])
+        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        if settings["pad_token_id"] is None:
+            settings["pad_token_id"] = eos_ids[0] if eos_ids else 0
+        settings["temperature"] = settings["temperature"] or 0.0
+        return DecodingOptions(**settings, eos_token_ids=eos_ids, seed=seed)
+
+
+class DiffusionLlamaForCausalLM(DiffusionMixin, LlamaForCausalLM):
+    """Llama as a diffusion language model."""
+
+
+class DiffusionMistralForCausalLM(DiffusionMixin, MistralForCausalLM):
+    """Mistral as a diffusion language model."""
+
+
+class DiffusionQwen2ForCausalLM(DiffusionMixin, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 as a diffusion language model."""
+
+
+class DiffusionQwen3ForCausalLM(DiffusionMixin, Qwen3ForCausalLM):
+    """Qwen3 as a diffusion language model."""
+
+
+class DiffusionBertForMaskedLM(DiffusionMixin, GenerationMixin, BertForMaskedLM):
+    """BERT as a diffusion language model."""
+
+    _head = "cls"
+
+
+class DiffusionRobertaForMaskedLM(DiffusionMixin, GenerationMixin, RobertaForMaskedLM):
+    """RoBERTa as a diffusion language model."""
+
+    @property
+    def _first_position(self) -> int:
+        # RoBERTa keeps the rows of its position table up to and including the padding id for padding.
+        return int(self.config.pad_token_id) + 1
