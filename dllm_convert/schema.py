@@ -32,6 +32,11 @@ class Noise(_Section):
     power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
     min_time: float = Field(1e-3, ge=0, lt=1, description="lower end of the interval of t")
     max_time: float = Field(1.0, gt=0, le=1, description="upper end of the interval of t")
+    draw: Literal["time", "count"] = Field(
+        "time",
+        description="time: draw t, mask each token with 1-alpha(t); count: draw how many of a "
+        "block's tokens are masked, the same bound with less variance",
+    )
 
 
 class Data(_Section):

@@ -1,0 +1,1 @@
+"""The mathematics of masked diffusion: noise schedules, corruption, objectives, likelihoods."""

@@ -1,0 +1,129 @@
+"""Held-out likelihood: the diffusion bound, and the base model's own, over the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dllm_convert.attention import causal_mask
+from dllm_convert.console import Task
+from dllm_convert.diffusion.corruption import corrupt_by_count
+from dllm_convert.diffusion.objective import Objective, TextBatch, cross_entropy, predict
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A mean over tokens.
+
+    Attributes:
+        nats_per_token: Mean negative log-likelihood, or its bound, in nats per token.
+        stderr: Standard error of that mean over sequences and draws, in nats per token.
+        tokens: Tokens it was measured on.
+    """
+
+    nats_per_token: float
+    stderr: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """Return the fields for the manifest."""
+        return asdict(self)
+
+
+def _summary(totals: list[float], counts: list[int]) -> Likelihood:
+    """Ratio of sums over sequences, with the standard error of a ratio estimator."""
+    tokens = sum(counts)
+    mean = sum(totals) / tokens
+    if len(totals) < 2:
+        return Likelihood(mean, math.inf, tokens)
+    spread = sum((total - mean * count) ** 2 for total, count in zip(totals, counts, strict=True))
+    return Likelihood(mean, math.sqrt(spread * len(totals) / (len(totals) - 1)) / tokens, tokens)
+
+
+@torch.no_grad()
+def nelbo(
+    model: Any,
+    batches: Sequence[TextBatch],
+    objective: Objective,
+    *,
+    seed: int,
+    draws: int = 1,
+    task: Task | None = None,
+) -> Likelihood:
+    """Estimate the negative evidence lower bound of a diffusion model.
+
+    Common random numbers: the same seed masks the same tokens, so two models, or one before and
+    after training, differ by the model only.
+
+    Args:
+        model: A diffusion model.
+        batches: Held-out text.
+        objective: mdlm or bd3lm.
+        seed: Seed of the noise.
+        draws: Noise draws per batch.
+        task: Progress to advance by one per batch.
+
+    Returns:
+        Nats per token; an upper bound of the negative log-likelihood.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals: list[float] = []
+    counts: list[int] = []
+    for batch in batches:
+        groups, scorable = batch.noise_groups(objective), batch.scorable
+        sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
+        for _ in range(draws):
+            corruption = corrupt_by_count(groups, scorable, generator)
+            forward = predict(batch, corruption, objective)
+            logits = model(**forward.inputs, use_cache=False).logits
+            nats = cross_entropy(logits, forward.targets, objective.mask_token_id) * forward.weight
+            rows = corruption.masked.nonzero(as_tuple=True)[0]
+            sums.index_add_(0, rows.cpu(), nats.double().cpu())
+        totals += (sums / draws).tolist()
+        counts += scorable.sum(-1).tolist()
+        if task is not None:
+            task.advance()
+    return _summary(totals, counts)
+
+
+@torch.no_grad()
+def autoregressive_nll(
+    model: Any, batches: Sequence[TextBatch], rows: int, *, task: Task | None = None
+) -> Likelihood:
+    """Exact negative log-likelihood of the base, read through a causal 4-D mask.
+
+    Args:
+        model: An untrained conversion of an autoregressive model: its weights are the base's.
+        batches: Held-out text.
+        rows: Rows of the base's vocabulary; a row added for the mask is not the base's to predict.
+        task: Progress to advance by one per batch.
+
+    Returns:
+        Nats per token over the tokens `nelbo` counts.
+    """
+    totals: list[float] = []
+    counts: list[int] = []
+    for batch in batches:
+        scorable = batch.scorable
+        texts, columns = scorable.nonzero(as_tuple=True)
+        logits = model(
+            input_ids=batch.tokens,
+            attention_mask=causal_mask(batch.segments),
+            position_ids=batch.positions,
+            logits_at=texts * batch.tokens.shape[1] + columns - 1,
+            use_cache=False,
+        ).logits
+        targets = batch.tokens[texts, columns]
+        nats = F.cross_entropy(logits[:, :rows].float(), targets, reduction="none")
+        sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
+        sums.index_add_(0, texts.cpu(), nats.double().cpu())
+        totals += sums.tolist()
+        counts += scorable.sum(-1).tolist()
+        if task is not None:
+            task.advance()
+    return _summary(totals, counts)
