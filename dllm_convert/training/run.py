@@ -1,0 +1,172 @@
+"""The training stage: an untrained conversion goes in, a trained checkpoint comes out."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from dllm_convert.console import Reporter
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.schema import Recipe
+from dllm_convert.training.callbacks import Watch, last_whole_checkpoint
+from dllm_convert.training.data import TextData, collate
+from dllm_convert.training.setup import (
+    count_trainable,
+    load_model,
+    make_trainable,
+    training_dtype,
+    use_bf16,
+)
+from dllm_convert.training.trainer import DiffusionTrainer
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did.
+
+    Attributes:
+        method: full or lora.
+        steps: Optimizer steps taken.
+        tokens: Clean tokens seen, padding included, this session's only if it was resumed.
+        seconds: Training time, sessions before a resume included.
+        trainable_parameters: Parameters that received gradients.
+        final_loss: Last logged loss, in nats.
+        stopped: Why it ended: `steps` or `time`.
+    """
+
+    method: str
+    steps: int
+    tokens: int
+    seconds: float
+    trainable_parameters: int
+    final_loss: float | None
+    stopped: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for the manifest."""
+        return asdict(self)
+
+
+def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
+    training = recipe.training
+    every = training.save_steps or max(10, training.steps // 5)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_schedule,
+        warmup_steps=round(training.warmup_ratio * training.steps),
+        weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        gradient_checkpointing=training.gradient_checkpointing,
+        bf16=bf16,
+        logging_steps=training.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        # A multiple of the logging steps: a loss that is not a number is seen before it is saved.
+        save_steps=-(-every // training.log_steps) * training.log_steps,
+        save_total_limit=2,
+        seed=training.seed,
+        data_seed=training.seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    # Several GPUs in one process would be DataParallel, which splits masks and flat indices apart.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def train(
+    plan: ConversionPlan, data: TextData, untrained: Path, out: Path, work: Path, reporter: Reporter
+) -> TrainResult:
+    """Train, resuming from the last whole checkpoint, and write the result.
+
+    Args:
+        plan: The conversion.
+        data: Training rows.
+        untrained: Converted checkpoint to start from.
+        out: Folder to write the trained checkpoint to; replaced if it exists.
+        work: Folder of trainer checkpoints and metrics.jsonl.
+        reporter: Progress.
+
+    Raises:
+        DllmConvertError: If the loss stops being a number.
+    """
+    recipe = plan.recipe
+    base = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
+    model = make_trainable(base, plan.adapter, recipe.training)
+    trainable = count_trainable(model)
+    folder = work / "trainer"
+    resume = last_whole_checkpoint(folder)
+    resumed = int(resume.name.rpartition("-")[2]) if resume else 0
+    if resumed:
+        reporter.line(f"resuming from step {resumed}")
+    with reporter.task("train", total=recipe.training.steps) as task:
+        watch = Watch(work / "metrics.jsonl", resumed, recipe.training.max_minutes, task)
+        trainer = DiffusionTrainer(
+            model=model,
+            args=_arguments(recipe, folder, use_bf16(recipe.training)),
+            train_dataset=data.train,
+            data_collator=collate,
+            callbacks=[watch],
+            recipe=recipe,
+            objective=Objective.from_config(base.config),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        seconds = watch.seconds
+    _write(trainer.model, untrained, out, recipe)
+    return TrainResult(
+        recipe.training.method,
+        trainer.state.global_step,
+        trainer.tokens_seen,
+        round(seconds, 3),
+        trainable,
+        watch.last.get("loss"),
+        watch.stopped,
+    )
+
+
+def _write(model: Any, untrained: Path, out: Path, recipe: Recipe) -> None:
+    """Write trained weights beside the untouched files of the untrained conversion."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(untrained, out, ignore=shutil.ignore_patterns(*WEIGHT_PATTERNS))
+    if recipe.training.method == "lora":
+        if recipe.training.keep_adapter:
+            model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()
+    weights = out / "weights"
+    stored = _stored_dtype(untrained)
+    model.to(stored).save_pretrained(weights)
+    for pattern in WEIGHT_PATTERNS:
+        for file in weights.glob(pattern):
+            file.rename(out / file.name)
+    shutil.rmtree(weights)
+
+
+def _stored_dtype(folder: Path) -> Any:
+    """The type most weights of a checkpoint are stored in."""
+    from collections import Counter
+
+    from safetensors import safe_open
+
+    counts: Counter[Any] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                tensor = shard.get_slice(name)
+                counts[shard.get_tensor(name).dtype] += tensor.get_shape()[0] if tensor.get_shape() else 1
+    return counts.most_common(1)[0][0]
