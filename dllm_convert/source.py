@@ -1,93 +1,58 @@
-"""Where weights come from: a Hub id, a folder or a GGUF file, read from headers only."""
+"""Where weights come from: a folder, a GGUF file or a Hub id, read from headers only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+import re
 from pathlib import Path
-from typing import Any, Literal
 
-SourceKind = Literal["hub", "folder", "gguf"]
+from dllm_convert.errors import DataError
+from dllm_convert.source_folder import inspect_folder
+from dllm_convert.source_gguf import inspect_gguf
+from dllm_convert.source_info import SourceInfo, SourceKind, TensorInfo, TokenizerInfo
+
+__all__ = ["SourceInfo", "SourceKind", "TensorInfo", "TokenizerInfo", "inspect_source"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_PATH_STARTS = ("/", "./", "../", "~", ".\\", "..\\")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as a safetensors (or GGUF) header declares it.
+def _inspect_local(path: Path, given: str) -> SourceInfo:
+    if path.is_dir():
+        return inspect_folder(path, given)
+    if path.suffix.lower() == ".gguf":
+        return inspect_gguf(path, given)
+    raise DataError(
+        f"{path} is a file, expected a folder with config.json or a .gguf file",
+        hint="Give the folder that holds it" if path.suffix == ".safetensors" else None,
+    )
 
-    Attributes:
-        dtype: safetensors name (`F32`, `BF16`, ...) or, in a GGUF, the quantisation (`Q4_1`).
-        shape: Sizes, outermost first.
-        file: Name of the shard that holds it.
+
+def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
+    """Read everything a plan needs to know of a checkpoint, without loading a weight.
+
+    Args:
+        source: An existing folder, an existing `.gguf` file, or a Hub id, tried in that order.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        DataError: Local files are missing, broken or not a checkpoint.
+        HubError: The Hub does not have it, refuses it or cannot be reached.
     """
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise DataError(
+                f"{source} is a local path, which has no revision {revision!r}",
+                hint="Leave the revision out, or give a Hub id",
+            )
+        return _inspect_local(path.resolve(), source)
+    looks_local = source.startswith(_PATH_STARTS) or source.endswith(".gguf")
+    if looks_local or os.sep * 2 in source or not _HUB_ID.fullmatch(source):
+        raise DataError(
+            f"{source!r} does not exist, and is not a Hub id",
+            hint="Give a recipe name, a Hub id (owner/name), a folder or a .gguf file",
+        )
+    from dllm_convert.source_hub import inspect_hub
 
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """What the mask-token rules need of a tokenizer, read without transformers.
-
-    Attributes:
-        vocab: Token text to id, added tokens included.
-        special: Texts that the tokenizer treats as special or that no text can produce.
-        reachable: Ids used by anything else in the tokenizer (template, post-processor, named tokens).
-        size: Largest id plus one.
-        mask_token: The tokenizer's own mask token, if it has one.
-    """
-
-    vocab: Mapping[str, int]
-    special: frozenset[str]
-    reachable: frozenset[int]
-    size: int
-    mask_token: str | None = None
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """A checkpoint seen through its headers.
-
-    Attributes:
-        given: What the user typed.
-        kind: hub, folder or gguf.
-        path: Local folder or file; None for a Hub id that has not been downloaded.
-        repo_id: Hub id, if it is one.
-        revision: Commit of the Hub repository, 40 hex digits.
-        config: config.json as a mapping (of a GGUF: the fields its metadata gives).
-        tensors: Tensor name to header entry; empty if the format tells nothing without loading.
-        tokenizer: What the tokenizer files say.
-        license: Licence id, from the base's card.
-        fingerprint: Identity of the content: commit, or file names with sizes and times.
-        files: Names of the files that belong to the checkpoint.
-    """
-
-    given: str
-    kind: SourceKind
-    path: Path | None
-    repo_id: str | None
-    revision: str | None
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    tokenizer: TokenizerInfo
-    license: str | None = None
-    fingerprint: Mapping[str, str] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
-
-    @property
-    def model_type(self) -> str:
-        """The `model_type` of the config."""
-        return str(self.config["model_type"])
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights in the file, tied tensors counted once."""
-        return sum(tensor.size for tensor in self.tensors.values())
+    return inspect_hub(source, revision)

@@ -10,6 +10,25 @@ from dllm_convert.schema import Target
 
 
 @dataclass(frozen=True)
+class Window:
+    """A sliding window as a family's config declares it; its size is `sliding_window`.
+
+    Attributes:
+        overrides: Config values that open it to full attention on every layer.
+        default: Size where the config does not name one.
+        flag: Config key that must be true for the window to be in force.
+        first_layer: Config key of the first layer that has it; below it attention is full.
+        first_layer_default: Value where the config does not name one.
+    """
+
+    overrides: Mapping[str, Any]
+    default: int
+    flag: str | None = None
+    first_layer: str | None = None
+    first_layer_default: int = 0
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A family, as data. Adding one is one file beside this one, see docs/add-a-family.md.
 
@@ -29,8 +48,8 @@ class Adapter:
         embedding_module: Module name of the input embedding.
         head_module: Module name of the output projection.
         reserved_tokens: Regular expression of tokens the vendor reserved and never trained.
-        window_overrides: Config values that open a sliding window to full attention.
-        window_active: Config values that must all hold for the window to be in force.
+        window: The family's sliding window, None if it has none.
+        positions_after_pad: Whether positions count from `pad_token_id + 1`, as in RoBERTa.
         min_transformers: First transformers release that honours what the conversion relies on.
         tolerance: Largest absolute difference of float32 logits counted as equal.
     """
@@ -50,7 +69,7 @@ class Adapter:
     head_biases: tuple[str, ...] = ()
     head_required: tuple[str, ...] = ()
     reserved_tokens: str | None = None
-    window_overrides: Mapping[str, Any] | None = None
-    window_active: Mapping[str, Any] | None = None
+    window: Window | None = None
+    positions_after_pad: bool = False
     min_transformers: str = "5.2.0"
     tolerance: float = 1e-4

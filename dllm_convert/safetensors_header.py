@@ -1,0 +1,269 @@
+"""Read and check safetensors headers and shard indexes; no weight is loaded.
+
+The format: 8 bytes little-endian header length, a JSON header, then the data. Everything here is
+read from files somebody else wrote, so every number is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dllm_convert.errors import DataError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation."""
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+_DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a header.
+
+    Attributes:
+        dtype: Name of the element type.
+        shape: Sizes, outermost first.
+        start: First byte, counted from the end of the header.
+        end: One past the last byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of one file.
+
+    Attributes:
+        file: Name of the file inside its folder.
+        data_start: Byte of the file at which the data begin.
+        entries: Tensor name to entry, in file order.
+        metadata: The `__metadata__` of the file.
+    """
+
+    file: str
+    data_start: int
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def _broken(file: str, found: str, expected: str) -> DataError:
+    return DataError(f"{file}: {found}, expected {expected}", hint=_DOWNLOAD_AGAIN)
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return result
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: The file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path.name, f"not valid JSON ({error})", "a JSON document in UTF-8") from error
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        DataError: The file cannot be read, is not JSON or holds something else.
+    """
+    value = load_json(path)
+    if not isinstance(value, dict):
+        raise _broken(path.name, f"a JSON {type(value).__name__}", "an object")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
+    if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
+        raise _broken(
+            file, f"tensor {name!r} is described by {raw!r}"[:200], "dtype, shape, data_offsets"
+        )
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise _broken(
+            file, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPE_BYTES)}"
+        )
+    if not isinstance(shape, list) or not all(_is_count(length) for length in shape):
+        raise _broken(file, f"tensor {name!r} has shape {shape!r}", "a list of whole numbers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise _broken(file, f"tensor {name!r} has offsets {offsets!r}", "two whole numbers")
+    start, end = offsets
+    if not start <= end <= data_bytes:
+        raise _broken(
+            file,
+            f"tensor {name!r} lies at bytes {start}..{end} of {data_bytes} (the file is truncated "
+            "or its header is corrupt)",
+            "bytes inside the file",
+        )
+    needed = prod(shape) * DTYPE_BYTES[dtype]
+    if end - start != needed:
+        raise _broken(
+            file,
+            f"tensor {name!r} has {end - start} bytes",
+            f"{needed} for {dtype} of shape {tuple(shape)}",
+        )
+    return Entry(dtype, tuple(shape), start, end)
+
+
+def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
+    """Check the JSON part of a header.
+
+    Args:
+        raw: The JSON, without the 8 length bytes.
+        file: Name of the file, for messages.
+        file_bytes: Size of the whole file.
+
+    Raises:
+        DataError: The header is not what the format allows.
+    """
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateKeyError as error:
+        raise _broken(file, f"the header names {error} twice", "every name once") from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, "the header is not valid JSON", "a safetensors header") from error
+    if not isinstance(content, dict):
+        raise _broken(file, "the header is not an object", "a safetensors header")
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(file, "__metadata__ is not text to text", "a mapping of strings")
+    data_start = 8 + len(raw)
+    data_bytes = file_bytes - data_start
+    entries = {name: _entry(file, name, value, data_bytes) for name, value in content.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+    position = 0
+    for name, entry in entries.items():
+        if entry.start != position:
+            what = "overlaps the tensor before it" if entry.start < position else "leaves a hole"
+            raise _broken(file, f"tensor {name!r} {what} at byte {entry.start}", f"byte {position}")
+        position = entry.end
+    if position != data_bytes:
+        raise _broken(file, f"{data_bytes} bytes of data", f"{position} from the header")
+    return Header(file, data_start, entries, metadata)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one file.
+
+    Raises:
+        DataError: The file is truncated, corrupt or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            length_bytes = handle.read(8)
+            if len(length_bytes) < 8:
+                raise _broken(path.name, f"{size} bytes", "at least 8, a safetensors file")
+            length = int.from_bytes(length_bytes, "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise _broken(
+                    path.name,
+                    f"a header of {length} bytes in a file of {size} (truncated, or not safetensors)",
+                    f"at most {min(MAX_HEADER_BYTES, size - 8)}",
+                )
+            raw = handle.read(length)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
+    return parse_header(raw, file=path.name, file_bytes=size)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read the tensor-to-file mapping of an index, with file names checked.
+
+    Raises:
+        DataError: The index is broken or points outside its folder.
+    """
+    weight_map = load_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _broken(index.name, "no weight_map", "a mapping from tensor to file")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in {"", ".", ".."} or "\\" in file or "\0" in file:
+            raise _broken(index.name, f"{name!r} is in file {file!r}", "a file name")
+        if PurePosixPath(file).name != file:
+            raise _broken(
+                index.name, f"{name!r} is in file {file!r}, outside the folder", "a plain file name"
+            )
+    return weight_map
+
+
+def _check_against_index(weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
+    for name, file in weight_map.items():
+        if name not in headers[file].entries:
+            raise _broken(
+                file, f"tensor {name!r} of {INDEX_FILE} is not in it", "every indexed tensor"
+            )
+    for file, header in headers.items():
+        for name in header.entries:
+            if weight_map.get(name) != file:
+                raise _broken(
+                    file,
+                    f"holds tensor {name!r}, which {INDEX_FILE} does not place there",
+                    "no other",
+                )
+
+
+def read_checkpoint(folder: Path) -> dict[str, Header]:
+    """Read all headers of a checkpoint folder, file name to header.
+
+    `model.safetensors` wins over an index, as it does in transformers.
+
+    Raises:
+        DataError: There are no safetensors weights, a shard is missing, or a file is broken.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return {SINGLE_FILE: read_header(single)}
+    if not index.is_file():
+        raise DataError(
+            f"no weights in {folder}: found neither {SINGLE_FILE} nor {INDEX_FILE}",
+            hint="Save the model with save_pretrained, which writes one of them",
+        )
+    weight_map = read_weight_map(index)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise DataError(
+            f"{INDEX_FILE} names {len(files)} shards, {len(missing)} of them missing: "
+            f"{', '.join(missing[:3])}",
+            hint=_DOWNLOAD_AGAIN,
+        )
+    headers = {file: read_header(folder / file) for file in files}
+    _check_against_index(weight_map, headers)
+    return headers

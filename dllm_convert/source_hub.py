@@ -1,0 +1,206 @@
+"""See a Hub repository through its small files and headers, pinned to one commit."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dllm_convert.errors import DataError, HubError
+from dllm_convert.safetensors_header import INDEX_FILE, SINGLE_FILE
+from dllm_convert.source_folder import (
+    PICKLE_FILES,
+    PICKLE_WARNING,
+    SMALL_FILES,
+    matching,
+    read_card_licence,
+    read_config,
+    tensor_infos,
+)
+from dllm_convert.source_info import SourceInfo, TensorInfo
+from dllm_convert.tokenizer_files import read_tokenizer
+
+
+def _transport_error() -> type[Exception]:
+    """Return the base error of the HTTP library that huggingface_hub happens to use.
+
+    1.x raises httpx's, 2.x those of httpx2, unwrapped; neither is a dependency of ours.
+    """
+    from huggingface_hub import get_session
+
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    error: type[Exception] = library.HTTPError
+    return error
+
+
+def _nearest_recipe(repo_id: str) -> str | None:
+    import difflib
+
+    from dllm_convert.recipe import list_recipes
+
+    names = [entry.name for entry in list_recipes()]
+    nearest = difflib.get_close_matches(repo_id.lower(), names, n=1)
+    return nearest[0] if nearest else None
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError that says what to do.
+
+    Raises:
+        HubError: The Hub refused, is unreachable, or does not have what was named.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{repo_id} is gated: its owner has to grant access",
+            hint=f"Ask for it at https://huggingface.co/{repo_id}, then `hf auth login` or set HF_TOKEN",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(
+            f"{repo_id} has no revision {revision!r}", hint="Give a branch, a tag or a commit"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        nearest = _nearest_recipe(repo_id)
+        meant = f"Did you mean the recipe {nearest!r}? Otherwise check" if nearest else "Check"
+        raise HubError(
+            f"{repo_id} is not on the Hub, or is private",
+            hint=f"{meant} the name; for a private one `hf auth login` or set HF_TOKEN",
+        ) from error
+    except (errors.HFValidationError, errors.EntryNotFoundError) as error:
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        raise (
+            _unreachable(repo_id, error) if offline else HubError(f"{repo_id}: {error}")
+        ) from error
+    except (errors.OfflineModeIsEnabled, _transport_error()) as error:
+        response = getattr(error, "response", None)
+        if isinstance(error, errors.HfHubHTTPError) and response is not None:
+            raise _refused(repo_id, response.status_code) from error
+        raise _unreachable(repo_id, error) from error
+
+
+def _refused(repo_id: str, status: int) -> HubError:
+    if status == 401:
+        return HubError(
+            f"the Hub refused the access token while reading {repo_id} (HTTP 401)",
+            hint="Log in again with `hf auth login`, or correct HF_TOKEN",
+        )
+    return HubError(f"the Hub answered HTTP {status} for {repo_id}", hint="Try again later")
+
+
+def _unreachable(repo_id: str, error: BaseException) -> HubError:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return HubError(
+        f"cannot reach the Hub for {repo_id}, and it is not in the local cache ({first_line})",
+        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
+    )
+
+
+def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """Return the snapshot folder of an earlier download, None if there is none."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        config = hf_hub_download(repo_id, "config.json", revision=revision, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        return None
+    return Path(config).parent
+
+
+def _weights(
+    repo_id: str, commit: str, names: list[str]
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Return the tensors and the names of the weight files, headers read by ranged requests."""
+    from huggingface_hub import HfApi, errors
+
+    if SINGLE_FILE not in names and INDEX_FILE not in names:
+        pickles = matching(names, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        if matching(names, PICKLE_FILES):
+            return {}, pickles
+        raise DataError(
+            f"{repo_id} has no weights this tool reads, expected {SINGLE_FILE} or {INDEX_FILE}",
+            hint="Download a .gguf file yourself and give its path"
+            if matching(names, ("*.gguf",))
+            else None,
+        )
+    try:
+        metadata = HfApi().get_safetensors_metadata(repo_id, revision=commit)
+    except errors.SafetensorsParsingError as error:
+        raise DataError(f"{repo_id}: broken safetensors ({error})") from error
+    tensors = {
+        name: TensorInfo(tensor.dtype, tuple(tensor.shape), file)
+        for file, content in metadata.files_metadata.items()
+        for name, tensor in content.tensors.items()
+    }
+    index = [INDEX_FILE] if metadata.sharded else []
+    return tensors, [*metadata.files_metadata, *index]
+
+
+def _inspect_cached(repo_id: str, folder: Path) -> SourceInfo:
+    """Read a snapshot of the local cache, where the Hub cannot be asked."""
+    from dataclasses import replace
+
+    from dllm_convert.source_folder import inspect_folder
+
+    info = inspect_folder(folder, repo_id)
+    return replace(
+        info,
+        kind="hub",
+        repo_id=repo_id,
+        revision=folder.name,
+        fingerprint={"commit": folder.name},
+        warnings=(*info.warnings, "the Hub cannot be reached: using the copy in the local cache"),
+    )
+
+
+def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
+    """Read what a plan needs from a Hub repository; downloads kilobytes, not weights.
+
+    Raises:
+        HubError: The Hub does not have it, refuses it or cannot be reached.
+        DataError: The repository is not a checkpoint.
+    """
+    from huggingface_hub import HfApi, errors, hf_hub_download
+
+    with hub_errors(repo_id, revision):
+        try:
+            info = HfApi().model_info(repo_id, revision=revision)
+        except (errors.OfflineModeIsEnabled, _transport_error()) as error:
+            cached = (
+                None if getattr(error, "response", None) else _cached_snapshot(repo_id, revision)
+            )
+            if cached is None:
+                raise
+            return _inspect_cached(repo_id, cached)
+        commit = str(info.sha)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        if "config.json" not in names:
+            raise DataError(f"{repo_id} has no config.json, expected a transformers checkpoint")
+        small = matching(names, SMALL_FILES)
+        folder = Path()
+        for name in small:
+            path = Path(hf_hub_download(repo_id, name, revision=commit))
+            folder = path.parents[name.count("/")]
+        config = read_config(folder)
+        tokenizer = read_tokenizer(folder, config)
+        tensors, weights = _weights(repo_id, commit, names)
+    card = info.card_data.to_dict() if info.card_data else {}
+    licence = card.get("license") or read_card_licence(folder / "README.md")
+    return SourceInfo(
+        given=repo_id,
+        kind="hub",
+        path=None,
+        repo_id=repo_id,
+        revision=commit,
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer,
+        license=licence if isinstance(licence, str) else None,
+        fingerprint={"commit": commit},
+        files=(*weights, *small),
+        warnings=() if tensors else (PICKLE_WARNING,),
+    )

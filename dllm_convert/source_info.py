@@ -1,0 +1,96 @@
+"""What is known of a checkpoint before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+SourceKind = Literal["hub", "folder", "gguf"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a safetensors (or GGUF) header declares it.
+
+    Attributes:
+        dtype: safetensors name (`F32`, `BF16`, ...) or, in a GGUF, the quantisation (`Q4_1`).
+        shape: Sizes, outermost first.
+        file: Name of the shard that holds it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What the mask-token rules need of a tokenizer, read without transformers.
+
+    Attributes:
+        vocab: Token text to id, added tokens included.
+        special: Texts that the tokenizer treats as special or that no text can produce.
+        reachable: Ids used by anything else in the tokenizer (template, post-processor, named
+            tokens) or by the model's config, the mask token's own entry left out.
+        size: Largest id plus one.
+        mask_token: The tokenizer's own mask token, if it has one.
+    """
+
+    vocab: Mapping[str, int]
+    special: frozenset[str]
+    reachable: frozenset[int]
+    size: int
+    mask_token: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """A checkpoint seen through its headers.
+
+    Attributes:
+        given: What the user typed.
+        kind: hub, folder or gguf.
+        path: Local folder or file; None for a Hub id that has not been downloaded.
+        repo_id: Hub id, if it is one.
+        revision: Commit of the Hub repository, 40 hex digits.
+        config: config.json as a mapping (of a GGUF: the fields its metadata gives).
+        tensors: Tensor name to header entry; empty if the format tells nothing without loading.
+        tokenizer: What the tokenizer files say.
+        license: Licence id, from the base's card.
+        fingerprint: Identity of the content: commit, or file names with sizes and times.
+        files: Names of the files that belong to the checkpoint.
+        warnings: What the user should know about the files themselves.
+    """
+
+    given: str
+    kind: SourceKind
+    path: Path | None
+    repo_id: str | None
+    revision: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    tokenizer: TokenizerInfo
+    license: str | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of the config."""
+        return str(self.config["model_type"])
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in the file, tied tensors counted once; 0 if headers do not tell."""
+        return sum(tensor.size for tensor in self.tensors.values())
