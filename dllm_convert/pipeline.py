@@ -1,0 +1,263 @@
+"""The whole conversion: source → plan → adapt → train → verify → card, resumable at every step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_convert.console import Reporter
+from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
+from dllm_convert.schema import Recipe
+from dllm_convert.source import inspect_source
+from dllm_convert.workspace import Workspace, fingerprint, open_workspace, write_json
+
+if TYPE_CHECKING:
+    from dllm_convert.training.data import TextData
+
+MANIFEST = "dllm_convert.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished conversion.
+
+    Attributes:
+        path: Folder of the checkpoint.
+        manifest: Content of its dllm_convert.json.
+        passed: Whether every probe of the verification passed.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    passed: bool
+
+
+def plan_conversion(recipe: Recipe) -> ConversionPlan:
+    """Read the source's headers and plan; loads no weights and imports no torch.
+
+    Raises:
+        DllmConvertError: If the source cannot be read or the conversion cannot work.
+    """
+    return make_plan(recipe, inspect_source(recipe.source, revision=recipe.revision))
+
+
+def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
+    """Convert, train, verify and document a checkpoint.
+
+    The same call on the same `out` goes on where an earlier one stopped.
+
+    Args:
+        recipe: The resolved recipe.
+        out: Folder in which the checkpoint appears when it is whole.
+        reporter: Progress.
+
+    Raises:
+        DllmConvertError: If a stage fails; what is finished is kept for the next call.
+    """
+    plan = plan_conversion(recipe)
+    run_id = fingerprint(recipe.model_dump(mode="json"), plan.source.fingerprint)
+    with open_workspace(out, run_id) as workspace:
+        for warning in plan.warnings:
+            reporter.warn(warning)
+        return _Run(plan, workspace, reporter).finish()
+
+
+@dataclass
+class _Run:
+    plan: ConversionPlan
+    workspace: Workspace
+    reporter: Reporter
+
+    def finish(self) -> RunResult:
+        """Run what is left and return the manifest."""
+        from dllm_convert.manifest import read_manifest
+
+        stage, work = self.workspace.stage, self.workspace.work
+        if self.workspace.result("assemble") is None:
+            stage("materialise", lambda: {"folder": str(self._source())})
+            stage("adapt", self._adapt)
+            if self.plan.recipe.training.method == "none":
+                stage("sample", lambda: self._sample(work / "untrained"))
+            else:
+                stage("baseline", self._baseline)
+                stage("train", self._train)
+                stage("measure", lambda: {"nelbo_after": self._nelbo(work / "trained")})
+                stage("sample", lambda: self._sample(work / "trained"))
+            stage("assemble", self._assemble)
+        if self.workspace.result("verify") is None:
+            stage("verify", self._verify)
+            self._document()
+        if self.workspace.result("publish") is None:
+            self.workspace.publish()
+            stage("publish", dict)
+            self._clean()
+        manifest = read_manifest(self.workspace.out)
+        return RunResult(self.workspace.out, manifest, manifest["verification"]["passed"])
+
+    def _source(self) -> Path:
+        from dllm_convert.materialise import materialise
+
+        return materialise(self.plan.source, self.reporter)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.workspace.work / "untrained")
+
+    @cached_property
+    def _data(self) -> TextData:
+        from dllm_convert.training.data import prepare_data
+
+        return prepare_data(self.plan.recipe, self._tokenizer, self.reporter)
+
+    def _adapt(self) -> dict[str, Any]:
+        from dllm_convert.weights import adapt
+
+        target = self.workspace.work / "untrained"
+        partial = target.with_name("untrained.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        with self.reporter.task("adapt"):
+            adapt(self.plan, self._source(), partial, self.reporter)
+        partial.rename(target)
+        return {"tensors_changed": list(self.plan.tensors_changed)}
+
+    def _load(self, folder: Path) -> Any:
+        import torch
+
+        from dllm_convert.training.setup import load_model
+
+        model = load_model(folder, self.plan.adapter)
+        return model.to("cuda") if torch.cuda.is_available() else model
+
+    def _nelbo(self, folder: Path, model: Any = None) -> dict[str, Any]:
+        from dllm_convert.diffusion.likelihood import nelbo
+        from dllm_convert.diffusion.objective import Objective
+
+        model = model if model is not None else self._load(folder)
+        batches = self._on_device(model)
+        with self.reporter.task("measure held-out NELBO", total=len(batches)) as task:
+            objective = Objective.from_config(model.config)
+            seed = self.plan.recipe.training.seed
+            return dict(nelbo(model, batches, objective, seed=seed, task=task).as_dict())
+
+    def _on_device(self, model: Any) -> list[Any]:
+        return [
+            replace(
+                batch,
+                tokens=batch.tokens.to(model.device),
+                segments=batch.segments.to(model.device),
+                positions=batch.positions.to(model.device),
+            )
+            for batch in self._data.held_out
+        ]
+
+    def _baseline(self) -> dict[str, Any]:
+        from dllm_convert.diffusion.likelihood import autoregressive_nll
+
+        folder = self.workspace.work / "untrained"
+        model = self._load(folder)
+        result: dict[str, Any] = {"data": self._data.facts, "nelbo_before": self._nelbo(folder, model)}
+        if self.plan.adapter.attention == "causal":
+            batches = self._on_device(model)
+            with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
+                rows = self.plan.mask.rows_before
+                result["ar_nll"] = autoregressive_nll(model, batches, rows, task=task).as_dict()
+        return result
+
+    def _train(self) -> dict[str, Any]:
+        from dllm_convert.training.run import train
+
+        work = self.workspace.work
+        return train(
+            self.plan, self._data, work / "untrained", work / "trained", work, self.reporter
+        ).as_dict()
+
+    def _sample(self, folder: Path) -> dict[str, Any]:
+        from dllm_convert.sampling.run import DEFAULT_PROMPT, decode_sample
+
+        model = self._load(folder)
+        with self.reporter.task("decode a sample"):
+            return decode_sample(model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32).as_dict()
+
+    def _assemble(self) -> dict[str, Any]:
+        from dllm_convert.recipe import dump_recipe
+
+        work, staged = self.workspace.work, self.workspace.staged
+        trained = self.plan.recipe.training.method != "none"
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(work / ("trained" if trained else "untrained"), staged, copy_function=_link)
+        (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
+        write_json(staged / MANIFEST, self._manifest())
+        return {}
+
+    def _manifest(self) -> dict[str, Any]:
+        from dllm_convert import __version__
+        from dllm_convert.manifest import hash_files, versions
+
+        source, result = self.plan.source, self.workspace.result
+        measurements = {**(result("baseline") or {}), **(result("measure") or {})}
+        if result("train"):
+            measurements["train"] = result("train")
+        return {
+            "format_version": FORMAT_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "dllm_convert": __version__,
+            "versions": versions(),
+            "source": {
+                "given": source.given,
+                "kind": source.kind,
+                "repo_id": source.repo_id,
+                "revision": source.revision,
+                "license": source.license or self.plan.recipe.license,
+                "model_type": source.model_type,
+                "parameters": source.parameters,
+                "fingerprint": dict(source.fingerprint),
+            },
+            "recipe": self.plan.recipe.model_dump(mode="json"),
+            "plan": plan_as_dict(self.plan),
+            "seeds": {"training": self.plan.recipe.training.seed},
+            "stages": self.workspace.stages,
+            "measurements": measurements,
+            "sample": result("sample"),
+            "files": hash_files(self.workspace.staged, exclude=(MANIFEST, "README.md")),
+        }
+
+    def _verify(self) -> dict[str, Any]:
+        from dllm_convert.verify import verify_checkpoint
+
+        report = verify_checkpoint(
+            self.workspace.staged,
+            against=self._source(),
+            quality=self._manifest()["measurements"],
+            untrained=self.plan.recipe.training.method == "none",
+            reporter=self.reporter,
+        )
+        return dict(report.as_dict())
+
+    def _document(self) -> None:
+        from dllm_convert.card import write_card
+
+        manifest = self._manifest() | {"verification": self.workspace.result("verify")}
+        write_json(self.workspace.staged / MANIFEST, manifest)
+        write_card(self.workspace.staged)
+
+    def _clean(self) -> None:
+        """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""
+        for name in ("untrained", "trained", "trainer"):
+            shutil.rmtree(self.workspace.work / name, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """Hard-link where the file system can, to save a second copy of the weights."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
