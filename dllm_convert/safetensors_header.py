@@ -195,7 +195,7 @@ def read_header(path: Path) -> Header:
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise _broken(
                     path.name,
-                    f"a header of {length} bytes in a file of {size} (truncated, or not safetensors)",
+                    f"a header of {length} bytes in a file of {size} (truncated or foreign)",
                     f"at most {min(MAX_HEADER_BYTES, size - 8)}",
                 )
             raw = handle.read(length)

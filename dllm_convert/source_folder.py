@@ -69,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = load_json_object(path)
     if not isinstance(config.get("model_type"), str):
         raise DataError(
-            f"config.json: model_type is {config.get('model_type')!r}, expected the name of a family",
+            f"config.json: model_type is {config.get('model_type')!r}, expected a family's name",
             hint="Add the model_type of the architecture, for instance llama",
         )
     return config

@@ -94,9 +94,9 @@ def _tokenizer(metadata: Mapping[str, Any], config: Mapping[str, Any], name: str
     special = [text for text, kind in zip(tokens, kinds, strict=False) if kind in _SPECIAL_TYPES]
     named = {}
     for key, role in _NAMED_IDS.items():
-        row = metadata.get(f"tokenizer.ggml.{key}")
-        if isinstance(row, int) and 0 <= row < len(tokens):
-            named[role] = tokens[row]
+        token_id = metadata.get(f"tokenizer.ggml.{key}")
+        if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+            named[role] = tokens[token_id]
     templates = [
         str(value) for key, value in metadata.items() if key.startswith("tokenizer.chat_template")
     ]

@@ -16,7 +16,6 @@ from dllm_convert.source_folder import (
     matching,
     read_card_licence,
     read_config,
-    tensor_infos,
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_files import read_tokenizer
@@ -58,7 +57,7 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise HubError(
             f"{repo_id} is gated: its owner has to grant access",
-            hint=f"Ask for it at https://huggingface.co/{repo_id}, then `hf auth login` or set HF_TOKEN",
+            hint=f"Ask at https://huggingface.co/{repo_id}, then `hf auth login` or set HF_TOKEN",
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(
@@ -188,8 +187,7 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         config = read_config(folder)
         tokenizer = read_tokenizer(folder, config)
         tensors, weights = _weights(repo_id, commit, names)
-    card = info.card_data.to_dict() if info.card_data else {}
-    licence = card.get("license") or read_card_licence(folder / "README.md")
+    licence = getattr(info.card_data, "license", None) or read_card_licence(folder / "README.md")
     return SourceInfo(
         given=repo_id,
         kind="hub",

@@ -137,7 +137,7 @@ def _read_lines(path: Path) -> dict[str, int]:
 
 
 def _from_tekken(path: Path) -> tuple[dict[str, int], set[str]]:
-    """Read Mistral's tekken: special tokens first, then `default_vocab_size` minus as many bytes."""
+    """Read Mistral's tekken: special tokens first, then text, `default_vocab_size` in all."""
     content = load_json_object(path)
     try:
         settings = content["config"]

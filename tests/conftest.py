@@ -39,7 +39,7 @@ def source_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture
 def source_factory(tmp_path: Path, source_cache: SourceFactory) -> SourceFactory:
-    """Return `make(family, **options) -> Path`: a private copy of a tiny checkpoint, free to break."""
+    """Return `make(family, **options) -> Path`: a copy of a tiny checkpoint, free to break."""
     count = 0
 
     def make(family: str, **options: Any) -> Path:

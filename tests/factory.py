@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family: random weights, tokenizers trained here, saved as users have them."""
+"""Tiny checkpoints of every family: random weights, tokenizers trained here, saved as usual."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def make_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
 
 
 def _reshard(folder: Path, shards: int) -> None:
-    """Split model.safetensors into exactly `shards` files with an index, as save_pretrained would."""
+    """Split model.safetensors into exactly `shards` files with an index, as transformers does."""
     single = folder / "model.safetensors"
     with safe_open(single, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118

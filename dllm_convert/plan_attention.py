@@ -1,0 +1,150 @@
+"""How the attention of a base model is opened, decided from its config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_convert.adapters.base import Adapter, Window
+from dllm_convert.errors import IncompatibleError, UnsupportedError
+from dllm_convert.schema import Recipe
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What changes in the attention.
+
+    Attributes:
+        changes: One sentence per change.
+        config_updates: Config keys that make the changes; None is written as null.
+        notes: One sentence per thing that is kept although it concerns positions.
+    """
+
+    changes: tuple[str, ...]
+    config_updates: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise IncompatibleError(
+            f"config.json: num_hidden_layers is {layers!r}, expected a whole number of at least 1"
+        )
+    return layers
+
+
+def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
+    """Return the attention type of each layer, as transformers derives it from the config.
+
+    Raises:
+        IncompatibleError: `layer_types` does not fit the number of layers.
+        UnsupportedError: A layer has a type other than full or sliding attention.
+    """
+    layers, window = _layers(config), adapter.window
+    listed = config.get("layer_types")
+    if listed is not None:
+        if not isinstance(listed, list) or len(listed) != layers:
+            raise IncompatibleError(
+                f"config.json: layer_types is {listed!r}, expected one entry for each of {layers}"
+            )
+        other = sorted({str(kind) for kind in listed} - {FULL, SLIDING})
+        if other:
+            raise UnsupportedError(
+                f"layers of type {', '.join(other)} have no conversion, only {FULL} and {SLIDING}"
+            )
+        return tuple(listed)
+    if window is None or not _in_force(config, window):
+        return (FULL,) * layers
+    first = 0
+    if window.first_layer is not None:
+        first = config.get(window.first_layer, window.first_layer_default)
+    return tuple(SLIDING if layer >= first else FULL for layer in range(layers))
+
+
+def _in_force(config: Mapping[str, Any], window: Window) -> bool:
+    """Whether the config has a window; a key that is absent stands for the family's default."""
+    if window.flag is not None and not config.get(window.flag, False):
+        return False
+    return config.get("sliding_window", window.default) is not None
+
+
+def _open_window(
+    recipe: Recipe, config: Mapping[str, Any], adapter: Adapter, kinds: tuple[str, ...]
+) -> tuple[str, Mapping[str, Any]]:
+    count = Counter(kinds)[SLIDING]
+    size = config.get("sliding_window", adapter.window.default if adapter.window else None)
+    first = kinds.index(SLIDING)
+    where = f"{count} of {len(kinds)} layers ({SLIDING}, from layer {first})"
+    if recipe.sliding_window == "refuse":
+        raise IncompatibleError(
+            f"a sliding window of {size} tokens on {where}, and the recipe refuses to open it",
+            hint="--set sliding_window=open",
+        )
+    if adapter.window is None:
+        raise UnsupportedError(
+            f"a sliding window on {where}, which this family is not known to have"
+        )
+    updates = dict(adapter.window.overrides)
+    if "layer_types" in config:
+        updates["layer_types"] = [FULL] * len(kinds)
+    return f"sliding window of {size} tokens opened to full attention on {where}", updates
+
+
+def _rope_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    for key in ("rope_parameters", "rope_scaling"):
+        scaling = config.get(key)
+        if isinstance(scaling, Mapping):
+            kind = scaling.get("rope_type", scaling.get("type", "default"))
+            if kind != "default":
+                return (f"rotary scaling kept: {kind}, factor {scaling.get('factor')}",)
+    return ()
+
+
+def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
+    for key in ("is_decoder", "add_cross_attention"):
+        if config.get(key):
+            raise IncompatibleError(
+                f"config.json: {key} is true, so this {adapter.model_type} was trained as a "
+                "decoder, expected a masked language model",
+                hint="Take a checkpoint trained with masked language modelling",
+            )
+    position = config.get("position_embedding_type") or "absolute"
+    if position != "absolute":
+        raise UnsupportedError(
+            f"position_embedding_type {position!r} has no conversion, expected 'absolute'"
+        )
+
+
+def open_attention(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) -> AttentionPlan:
+    """Decide what changes in the attention.
+
+    Raises:
+        IncompatibleError: The config contradicts itself, or has a window the recipe refuses.
+        UnsupportedError: The model has layers that cannot be opened.
+    """
+    if adapter.attention == "bidirectional":
+        _check_encoder(config, adapter)
+        _layers(config)
+        return AttentionPlan((), {}, ("attention is bidirectional already and stays so",))
+    kinds = layer_types(config, adapter)
+    changes: list[str] = []
+    updates: Mapping[str, Any] = {}
+    if SLIDING in kinds:
+        sentence, updates = _open_window(recipe, config, adapter, kinds)
+        changes.append(sentence)
+    elif adapter.window is not None and _in_force(config, adapter.window):
+        # max_window_layers beyond the last layer: no layer has it, and none should get it later.
+        updates = adapter.window.overrides
+    opened = (
+        "bidirectional"
+        if recipe.target == "mdlm"
+        else f"block-causal in blocks of {recipe.block_size}: causal across blocks, "
+        "bidirectional inside one"
+    )
+    changes.append(f"causal attention becomes {opened}, on all {len(kinds)} layers")
+    return AttentionPlan(tuple(changes), updates, _rope_notes(config))
