@@ -1,0 +1,270 @@
+"""What to do: a recipe file, the presets it inherits, flags and `--set`, as one validated value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from dllm_convert import recipe_yaml
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.recipe_fields import describe_problem, fields_of, sections
+from dllm_convert.schema import Recipe, Target
+
+DEFAULT_PRESET = "small-budget"
+"""The preset of a Hub id, folder or file that no recipe describes."""
+
+DEFAULT_BLOCK_SIZE = 32
+"""Fast-dLLM v2's (arXiv 2509.26328), where `--to bd3lm` comes with no size from recipe or flag."""
+
+COMMAND_LINE = "the command line"
+INHERITS = "inherits"
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """What `dllm-convert recipes` shows of a recipe."""
+
+    name: str
+    description: str | None
+    source: str
+    license: str | None
+    target: Target
+    block_size: int | None
+
+
+def data_dir(kind: Literal["recipes", "cards"]) -> Path:
+    """Return the folder of the shipped recipes or card templates.
+
+    In an installed wheel it is package data; in a source checkout it stands beside the package.
+    """
+    package = Path(str(files("dllm_convert")))
+    shipped = package / "_data" / kind
+    return shipped if shipped.is_dir() else package.parent / kind
+
+
+def list_recipes() -> tuple[RecipeEntry, ...]:
+    """Return the shipped recipes, by name."""
+    recipes = [(name, load_recipe(name, overrides={})) for name in sorted(_shipped(""))]
+    return tuple(
+        RecipeEntry(
+            name,
+            recipe.description,
+            recipe.source,
+            recipe.license,
+            recipe.target,
+            recipe.block_size,
+        )
+        for name, recipe in recipes
+    )
+
+
+def load_recipe(source: str, *, overrides: Mapping[str, Any]) -> Recipe:
+    """Resolve what the user typed into a complete recipe.
+
+    Args:
+        source: Name of a shipped recipe, path of a `.yaml` recipe, or else a Hub id, folder or
+            `.gguf` file, for which the preset `small-budget` applies.
+        overrides: Dotted field to value; they win over the file, which wins over its presets.
+
+    Raises:
+        IncompatibleError: No such recipe; broken YAML; an unknown field, a wrong type or a value
+            out of range; presets that inherit each other.
+    """
+    layers = _Layers()
+    path = _find(source)
+    if path is not None:
+        layers.add_file(path)
+        layers.add({"name": layers.own_name or path.stem}, str(path))
+    else:
+        layers.add_file(_shipped("presets")[DEFAULT_PRESET], preset=True)
+        layers.add({"source": source}, COMMAND_LINE)
+    layers.add(overrides, COMMAND_LINE)
+    return _settle(layers.validate(), asked_block="block_size" in overrides)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a resolved recipe as YAML, every field spelt out; loading it gives an equal recipe."""
+    return recipe_yaml.dump(recipe.model_dump(mode="json"))
+
+
+@dataclass
+class _Layers:
+    """Fields collected from presets, file and command line, the later over the earlier.
+
+    Attributes:
+        values: Dotted path to value and where it was written, for the messages.
+        own_name: The `name` that the recipe file itself gives.
+    """
+
+    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    own_name: str | None = None
+
+    def add_file(self, path: Path, *, preset: bool = False, chain: tuple[Path, ...] = ()) -> None:
+        """Add a recipe or preset file, what it inherits first.
+
+        Args:
+            path: The file.
+            preset: Whether another recipe inherits it: its name and description stay behind.
+            chain: The files that led here, outermost first.
+        """
+        path = path.resolve()
+        if path in chain:
+            names = " -> ".join(step.stem for step in (*chain, path))
+            raise IncompatibleError(f"{path}: recipes inherit each other: {names}")
+        fields = recipe_yaml.parse_mapping(_read(path), str(path))
+        for name in _inherited(fields.pop(INHERITS, None), path):
+            self.add_file(_find_preset(name, path), preset=True, chain=(*chain, path))
+        if preset:
+            fields.pop("name", None)
+            fields.pop("description", None)
+        else:
+            self.own_name = fields.get("name")
+        self.add(fields, str(path))
+
+    def add(self, fields: Mapping[str, Any], origin: str) -> None:
+        """Add fields, nested or dotted, written at `origin`."""
+        flat = dict(_flatten(fields))
+        if flat.get("target") == "mdlm" and "block_size" not in flat:
+            # The size belonged to the bd3lm that this layer replaces.
+            self.values.pop("block_size", None)
+        references = flat.get("references")
+        if isinstance(references, list) and origin != COMMAND_LINE:
+            # A recipe rests on its presets' sources as well as its own.
+            earlier, _ = self.values.get("references", ([], origin))
+            if isinstance(earlier, list):
+                flat["references"] = list(dict.fromkeys([*earlier, *references]))
+        for path, value in flat.items():
+            self._put(path, value, origin)
+
+    def _put(self, path: str, value: Any, origin: str) -> None:
+        """Set a leaf; what an earlier layer wrote below or above it is thereby replaced."""
+        for known in list(self.values):
+            if known.startswith(f"{path}.") or path.startswith(f"{known}."):
+                del self.values[known]
+        self.values[path] = (value, origin)
+
+    def validate(self) -> Recipe:
+        """Check every field against the schema."""
+        try:
+            # Strict JSON: a list is a tuple, but "8" is no number and `true` is not 1.
+            return Recipe.model_validate_json(json.dumps(self._nested()), strict=True)
+        except ValidationError as error:
+            problem, *rest = error.errors(include_url=False)
+            path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+            more = f" (and {len(rest)} more)" if rest else ""
+            section = path.rpartition(".")[0]
+            here = ", ".join(fields_of(section))
+            hint = f"Fields of {section or 'a recipe'}: {here}"
+            raise IncompatibleError(
+                f"{self._origin(path)}: {describe_problem(problem)}{more}",
+                hint=hint if problem["type"] == "extra_forbidden" else None,
+            ) from error
+
+    def _origin(self, path: str) -> str:
+        below = [known for known in self.values if known == path or known.startswith(f"{path}.")]
+        return self.values[below[0]][1] if below else "recipe"
+
+    def _nested(self) -> dict[str, Any]:
+        root: dict[str, Any] = {}
+        for path, (value, _) in self.values.items():
+            *parents, leaf = path.split(".")
+            node = root
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = value
+        return root
+
+
+def _settle(recipe: Recipe, *, asked_block: bool) -> Recipe:
+    """Check and complete what depends on more than one field."""
+    if recipe.target == "mdlm" and recipe.block_size is not None:
+        raise IncompatibleError(
+            f"block_size is {recipe.block_size} but the target is mdlm, which has no blocks",
+            hint="Leave --block out, or use --to bd3lm" if asked_block else "Remove block_size",
+        )
+    if recipe.noise.min_time >= recipe.noise.max_time:
+        raise IncompatibleError(
+            f"noise.min_time is {recipe.noise.min_time:g}, expected less than noise.max_time "
+            f"({recipe.noise.max_time:g})"
+        )
+    if recipe.target == "bd3lm" and recipe.block_size is None:
+        return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
+    return recipe
+
+
+def _shipped(folder: str) -> dict[str, Path]:
+    paths = (data_dir("recipes") / folder).glob("*.yaml")
+    return {path.stem: path for path in paths}
+
+
+def _find(source: str) -> Path | None:
+    """Return the recipe file that `source` means, or None if it is a checkpoint itself."""
+    recipes = _shipped("")
+    if source in recipes:
+        return recipes[source]
+    if source.endswith((".yaml", ".yml")):
+        return Path(source)
+    if "/" in source or source.endswith(".gguf") or (source and Path(source).exists()):
+        return None
+    if source in _shipped("presets"):
+        raise IncompatibleError(
+            f"{source} is a preset, expected a recipe, a Hub id, a folder or a .gguf file",
+            hint=f"Write a recipe file with `source:` and `inherits: {source}`",
+        )
+    raise IncompatibleError(
+        f"no recipe, folder or file is called {source!r}{_did_you_mean(source, recipes)}",
+        hint="List the recipes with `dllm-convert recipes`; write a Hub id as owner/name",
+    )
+
+
+def _find_preset(name: str, inheriting: Path) -> Path:
+    """Return the file that an entry of `inherits` means: a preset, a recipe or a path."""
+    if name.endswith((".yaml", ".yml")):
+        return inheriting.parent / name
+    known = _shipped("") | _shipped("presets")
+    if name not in known:
+        raise IncompatibleError(
+            f"{inheriting}: inherits an unknown preset {name!r}{_did_you_mean(name, known)}",
+            hint=f"Presets: {', '.join(sorted(_shipped('presets')))}; or a path ending in .yaml",
+        )
+    return known[name]
+
+
+def _inherited(value: Any, path: Path) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise IncompatibleError(f"{path}: inherits is {value!r}, expected a list of preset names")
+    return tuple(names)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        hint = "List the shipped recipes with `dllm-convert recipes`"
+        raise IncompatibleError(f"there is no recipe file {path}", hint=hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise IncompatibleError(f"the recipe file {path} cannot be read: {error}") from error
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.casefold(), by_folded, n=3, cutoff=0.5)
+    return f", nearest: {', '.join(by_folded[match] for match in close)}" if close else ""
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path and value of every leaf; an empty section says nothing."""
+    for name, value in fields.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{path}.")
+        elif value is not None or path not in sections():
+            yield path, value

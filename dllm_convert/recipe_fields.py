@@ -1,0 +1,117 @@
+"""The recipe's fields as words: for error messages, and for the table in docs/recipes.md."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from dllm_convert.schema import Recipe
+
+_WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One leaf of the recipe.
+
+    Attributes:
+        path: Dotted path, such as `training.learning_rate`.
+        allowed: The values it takes, in words.
+        default: The value when nothing sets it; None also when it must be given.
+        required: Whether it must be given.
+        description: What it does.
+    """
+
+    path: str
+    allowed: str
+    default: Any
+    required: bool
+    description: str
+
+    @property
+    def section(self) -> str:
+        """Path of the mapping that holds the field, empty at the top."""
+        return self.path.rpartition(".")[0]
+
+
+@cache
+def all_fields() -> Mapping[str, Field]:
+    """Return every field of the recipe by its dotted path, in the order of `schema.py`."""
+    schema = Recipe.model_json_schema()
+    return {field.path: field for field in _walk(schema, schema.get("$defs", {}), "")}
+
+
+@cache
+def sections() -> frozenset[str]:
+    """Return the dotted paths of the mappings that hold fields."""
+    return frozenset(field.section for field in all_fields().values() if field.section)
+
+
+def fields_of(section: str) -> list[str]:
+    """Return the names that stand directly in a section (empty: at the top)."""
+    prefix = f"{section}." if section else ""
+    inside = [path.removeprefix(prefix) for path in all_fields() if path.startswith(prefix)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in inside))
+
+
+def nearest_field(path: str) -> Field | None:
+    """Return the field a mistyped path most probably meant."""
+    fields = all_fields()
+    # A right name in the wrong section, such as a top-level `learning_rate`, before typing errors.
+    leaf = path.rpartition(".")[2]
+    same_leaf = [known for known in fields if known.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(path, same_leaf or fields, n=1, cutoff=0.4)
+    return fields[close[0]] if close else None
+
+
+def describe_problem(error: ErrorDetails) -> str:
+    """Say in words what pydantic found wrong: field, value found, values expected."""
+    path = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    if error["type"] == "extra_forbidden":
+        near = nearest_field(path)
+        suggestion = f", the nearest is {near.path} ({near.allowed})" if near else ""
+        return f"unknown field {path}{suggestion}"
+    expected = _expected(path)
+    if error["type"] == "missing":
+        return f"the field {path} is missing, expected {expected}"
+    found = json.dumps(error["input"], ensure_ascii=False, default=str)
+    return f"{path} is {found}, expected {expected}"
+
+
+def _expected(path: str) -> str:
+    field = all_fields().get(path)
+    return field.allowed if field else f"a section with the fields {', '.join(fields_of(path))}"
+
+
+def _walk(
+    schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
+) -> Iterator[Field]:
+    required = schema.get("required", ())
+    for name, entry in schema["properties"].items():
+        path = prefix + name
+        if "$ref" in entry:
+            section = definitions[entry["$ref"].rpartition("/")[2]]
+            yield from _walk(section, definitions, f"{path}.")
+        else:
+            description = entry.get("description", "")
+            yield Field(path, _allowed(entry), entry.get("default"), name in required, description)
+
+
+def _allowed(entry: Mapping[str, Any]) -> str:
+    if "anyOf" in entry:
+        kinds = [kind for kind in entry["anyOf"] if kind.get("type") != "null"]
+        return f"{' or '.join(_allowed(kind) for kind in kinds)}, or empty"
+    if "enum" in entry:
+        *first, last = entry["enum"]
+        return f"{', '.join(first)} or {last}" if first else str(last)
+    if entry["type"] == "array":
+        return "list of texts"
+    bounds = [f"{sign} {entry[key]:g}" for key, sign in _BOUNDS.items() if key in entry]
+    return " ".join([_WORDS[entry["type"]], " and ".join(bounds)]).strip()
