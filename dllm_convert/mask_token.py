@@ -74,7 +74,8 @@ def embedding_rows(source: SourceInfo, adapter: Adapter) -> int:
         )
     if declared is not None and declared != tensor.shape[0]:
         raise IncompatibleError(
-            f"config.json: vocab_size {declared}, but {adapter.embedding} has {tensor.shape[0]} rows",
+            f"config.json: vocab_size is {declared}, {adapter.embedding} has {tensor.shape[0]} "
+            "rows",
             hint="Correct vocab_size in config.json",
         )
     return tensor.shape[0]

@@ -142,8 +142,8 @@ def _check_target(recipe: Recipe, adapter: Adapter) -> None:
     if recipe.target not in adapter.targets:
         raise UnsupportedError(
             f"{adapter.model_type} converts to {' or '.join(adapter.targets)}, not "
-            f"{recipe.target}: it was trained to see both sides of every token, so there is no causal pass over "
-            "earlier blocks that block diffusion could keep",
+            f"{recipe.target}: it was trained to see both sides of every token, so there is no "
+            "causal pass over earlier blocks that block diffusion could keep",
             hint=f"Use --to {adapter.targets[0]}",
         )
 
