@@ -81,12 +81,14 @@ def load_recipe(source: str, *, overrides: Mapping[str, Any]) -> Recipe:
     path = _find(source)
     if path is not None:
         layers.add_file(path)
-        layers.add({"name": layers.own_name or path.stem}, str(path))
     else:
         layers.add_file(_shipped("presets")[DEFAULT_PRESET], preset=True)
         layers.add({"source": source}, COMMAND_LINE)
     layers.add(overrides, COMMAND_LINE)
-    return _settle(layers.validate(), asked_block="block_size" in overrides)
+    recipe = layers.validate()
+    if recipe.target == "bd3lm" and recipe.block_size is None:
+        return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
+    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -100,11 +102,9 @@ class _Layers:
 
     Attributes:
         values: Dotted path to value and where it was written, for the messages.
-        own_name: The `name` that the recipe file itself gives.
     """
 
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    own_name: str | None = None
 
     def add_file(self, path: Path, *, preset: bool = False, chain: tuple[Path, ...] = ()) -> None:
         """Add a recipe or preset file, what it inherits first.
@@ -125,7 +125,7 @@ class _Layers:
             fields.pop("name", None)
             fields.pop("description", None)
         else:
-            self.own_name = fields.get("name")
+            fields.setdefault("name", path.stem)
         self.add(fields, str(path))
 
     def add(self, fields: Mapping[str, Any], origin: str) -> None:
@@ -180,23 +180,6 @@ class _Layers:
                 node = node.setdefault(parent, {})
             node[leaf] = value
         return root
-
-
-def _settle(recipe: Recipe, *, asked_block: bool) -> Recipe:
-    """Check and complete what depends on more than one field."""
-    if recipe.target == "mdlm" and recipe.block_size is not None:
-        raise IncompatibleError(
-            f"block_size is {recipe.block_size} but the target is mdlm, which has no blocks",
-            hint="Leave --block out, or use --to bd3lm" if asked_block else "Remove block_size",
-        )
-    if recipe.noise.min_time >= recipe.noise.max_time:
-        raise IncompatibleError(
-            f"noise.min_time is {recipe.noise.min_time:g}, expected less than noise.max_time "
-            f"({recipe.noise.max_time:g})"
-        )
-    if recipe.target == "bd3lm" and recipe.block_size is None:
-        return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
-    return recipe
 
 
 def _shipped(folder: str) -> dict[str, Path]:

@@ -1,0 +1,280 @@
+"""The command line: parse, call, print, exit code. Heavy modules are imported inside commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dllm_convert import cli_options as option
+from dllm_convert import cli_output as output
+from dllm_convert.cli_errors import CommandGroup
+from dllm_convert.errors import VerificationError
+
+if TYPE_CHECKING:
+    from dllm_convert.console import Reporter
+    from dllm_convert.schema import Recipe
+
+EXIT_CODES = {
+    0: "done",
+    1: "known failure: data, disk, memory, network or the Hub",
+    2: "wrong usage of the command line",
+    3: "incompatible: the recipe or the checkpoint cannot be converted as asked",
+    4: "verification failed",
+    130: "interrupted; the same run command goes on where it stopped",
+}
+
+app = typer.Typer(
+    name="dllm-convert",
+    cls=CommandGroup,
+    help="Turn pretrained Transformer checkpoints into diffusion language models.",
+    epilog="Exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items()) + ".",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback()
+def _root(version: option.Version = False) -> None:
+    pass
+
+
+# Decorators apply from below: `run` stands before `check` in the help.
+@app.command("check", help="Show what run would do with the same arguments; loads no weights.")
+@app.command("run", help="Convert, train, verify and document a checkpoint.")
+def run(
+    ctx: typer.Context,
+    source: option.Source,
+    to: option.To = None,
+    block: option.Block = None,
+    out: option.Out = None,
+    data: option.Data = None,
+    steps: option.Steps = None,
+    lora: option.LoraRank = None,
+    full: option.Full = False,
+    no_train: option.NoTrain = False,
+    keep_adapter: option.KeepAdapter = False,
+    revision: option.Revision = None,
+    assignments: option.Assignments = None,
+    dry_run: option.DryRun = False,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
+    from dllm_convert.recipe import load_recipe
+
+    flags = {
+        "target": to,
+        "block_size": block,
+        "data.source": data,
+        "training.steps": steps,
+        "training.method": _method(lora, full=full, no_train=no_train),
+        "training.lora.rank": lora,
+        "training.keep_adapter": keep_adapter or None,
+        "revision": revision,
+    }
+    given = {field: value for field, value in flags.items() if value is not None}
+    recipe = load_recipe(source, overrides=given | _parse_assignments(assignments or ()))
+    folder = out or _default_out(recipe)
+    if dry_run or ctx.info_name == "check":
+        _show_plan(recipe, folder, as_json=as_json)
+        return
+    reporter = _reporter(quiet=quiet or as_json)
+    from dllm_convert import pipeline
+
+    result = pipeline.run(recipe, folder, reporter)
+    path = str(result.path)
+    if as_json:
+        document = {"path": path, "passed": result.passed, "manifest": dict(result.manifest)}
+        output.write_json(document)
+    else:
+        output.write(output.run_summary(path, result.manifest))
+    _exit_if_failed(result.manifest["verification"])
+
+
+@app.command()
+def verify(
+    checkpoint: option.Checkpoint,
+    against: option.Against = None,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Check a converted checkpoint: files, tensors, mask token, attention, decoding."""
+    reporter = _reporter(quiet=quiet or as_json)
+    from dllm_convert.verify import verify_checkpoint
+
+    base = _base_folder(against, reporter) if against else None
+    report = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
+    if as_json:
+        output.write_json(report)
+    else:
+        output.write(output.verification_table(report))
+    _exit_if_failed(report)
+
+
+@app.command()
+def sample(
+    checkpoint: option.Checkpoint,
+    prompt: option.Prompt = None,
+    max_new_tokens: option.MaxNewTokens = None,
+    steps: option.DenoisingSteps = None,
+    threshold: option.Threshold = None,
+    temperature: option.Temperature = None,
+    seed: option.Seed = None,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
+    reporter = _reporter(quiet=quiet or as_json)
+    with reporter.task("load and decode"):
+        from dllm_convert.sampling.run import run_sample
+
+        result = run_sample(
+            checkpoint,
+            prompt,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            max_denoising_steps=steps,
+            confidence_threshold=threshold,
+            temperature=temperature,
+        )
+    if as_json:
+        output.write_json(result)
+    else:
+        output.write(result["prompt"] + result["text"])
+        reporter.line(output.sample_facts(result))
+
+
+@app.command()
+def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
+    """Write the model card (README.md) of a converted checkpoint anew."""
+    from dllm_convert.card import write_card
+
+    path = str(write_card(checkpoint))
+    if as_json:
+        output.write_json({"path": path})
+    else:
+        output.write(path)
+
+
+@app.command()
+def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> None:
+    """List the recipes, or show one with every field it resolves to."""
+    from dllm_convert.recipe import dump_recipe, list_recipes, load_recipe
+
+    if name is not None:
+        recipe = load_recipe(name, overrides={})
+        if as_json:
+            output.write_json(recipe.model_dump(mode="json"))
+        else:
+            output.write(dump_recipe(recipe))
+        return
+    entries = list_recipes()
+    if as_json:
+        output.write_json([asdict(entry) for entry in entries])
+        return
+    rows = [
+        (entry.name, entry.source, entry.license, entry.target, entry.block_size)
+        for entry in entries
+    ]
+    output.write(output.table(("recipe", "source", "licence", "target", "block"), rows))
+
+
+@app.command()
+def architectures(as_json: option.Json = False) -> None:
+    """List the model families that can be converted."""
+    from dllm_convert.adapters import all_adapters
+
+    families = all_adapters()
+    if as_json:
+        output.write_json([asdict(family) for family in families])
+        return
+    header = ("model_type", "class", "targets", "attention of the base", "transformers")
+    rows = [
+        (
+            family.model_type,
+            family.stock_class,
+            " ".join(family.targets),
+            family.attention,
+            f">={family.min_transformers}",
+        )
+        for family in families
+    ]
+    output.write(output.table(header, rows))
+
+
+def _method(lora: int | None, *, full: bool, no_train: bool) -> str | None:
+    chosen = [
+        name
+        for name, given in (("lora", lora is not None), ("full", full), ("none", no_train))
+        if given
+    ]
+    if len(chosen) > 1:
+        raise typer.BadParameter("give one of --lora, --full and --no-train")
+    return chosen[0] if chosen else None
+
+
+def _parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    from dllm_convert.recipe_yaml import parse_value
+
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise typer.BadParameter(
+                f"{assignment!r} is not KEY=VALUE, as in training.learning_rate=2e-5",
+                param_hint="--set",
+            )
+        values[key.strip()] = parse_value(text, f"--set {assignment}")
+    return values
+
+
+def _default_out(recipe: Recipe) -> Path:
+    name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
+    return Path(f"{name}-{recipe.target}")
+
+
+def _show_plan(recipe: Recipe, folder: Path, *, as_json: bool) -> None:
+    from dllm_convert import recipe_yaml
+    from dllm_convert.pipeline import plan_conversion
+    from dllm_convert.plan import plan_as_dict
+
+    plan = {"out": str(folder), **plan_as_dict(plan_conversion(recipe))}
+    if as_json:
+        output.write_json(plan)
+    else:
+        output.write(recipe_yaml.dump(plan))
+
+
+def _reporter(*, quiet: bool) -> Reporter:
+    from dllm_convert.console import Reporter
+
+    reporter = Reporter(quiet=quiet)
+    if not reporter.live:
+        # Read once, when huggingface_hub is imported; bars belong on terminals only.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return reporter
+
+
+def _base_folder(source: str, reporter: Reporter) -> Path:
+    from dllm_convert.materialise import materialise
+    from dllm_convert.recipe import load_recipe
+    from dllm_convert.source import inspect_source
+
+    recipe = load_recipe(source, overrides={})
+    return materialise(inspect_source(recipe.source, revision=recipe.revision), reporter)
+
+
+def _exit_if_failed(verification: Mapping[str, Any]) -> None:
+    if not verification["passed"]:
+        typer.echo(f"error: verification failed: {output.failed_probes(verification)}", err=True)
+        raise typer.Exit(VerificationError.exit_code)

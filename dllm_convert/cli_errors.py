@@ -1,0 +1,106 @@
+"""The one place that turns a failure into a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from dllm_convert.cli_output import write_json
+from dllm_convert.errors import DllmConvertError
+
+INTERRUPTED = 130
+JSON_KEY = "dllm_convert.json"
+"""Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
+
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is said of an error, and how the process ends."""
+
+    kind: str
+    message: str
+    hint: str | None
+    exit_code: int = 1
+
+
+class CommandGroup(TyperGroup):
+    """The application's commands, with known failures caught around every one of them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; known failures become one line and their exit code."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            resumable = ctx.invoked_subcommand == "run"
+            hint = "The same command goes on where it stopped" if resumable else None
+            failure = Failure("Interrupted", "interrupted", hint, INTERRUPTED)
+            raise _exit(failure, error, ctx) from error
+        except (DllmConvertError, MemoryError, OSError, RuntimeError) as error:
+            known = classify(error)
+            if known is None:
+                raise
+            raise _exit(known, error, ctx) from error
+
+
+def classify(error: Exception) -> Failure | None:
+    """Return what to say of an error, or None if it is a bug or none of ours."""
+    if isinstance(error, DllmConvertError):
+        return Failure(type(error).__name__, error.message, error.hint, error.exit_code)
+    # torch.OutOfMemoryError is a RuntimeError; naming it would import torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        hint = "Lower --set training.batch_size=1 or data.sequence_length, or train with --lora 16"
+        return Failure("OutOfMemory", "there is not enough memory", hint)
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        return _classify_os(error)
+    return None
+
+
+def redact(text: str) -> str:
+    """Return the text without access tokens, known ones and whatever looks like one."""
+    for variable in _TOKEN_VARIABLES:
+        token = os.environ.get(variable)
+        if token:
+            text = text.replace(token, "hf_***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def _classify_os(error: OSError) -> Failure:
+    where = f" {error.filename}" if error.filename else ""
+    if error.errno in _DISK_FULL:
+        hint = (
+            "Free some space or give an --out on another disk; the same command goes on from here"
+        )
+        return Failure("DiskFull", f"the disk is full while writing{where}", hint)
+    if isinstance(error, PermissionError):
+        return Failure("PermissionDenied", f"no permission for{where}", "Give another path")
+    problem = error.strerror or str(error) or type(error).__name__
+    hint = "HF_DEBUG=1 shows where this comes from"
+    return Failure(type(error).__name__, f"{problem}{where}", None if _debugging() else hint)
+
+
+def _debugging() -> bool:
+    return os.environ.get("HF_DEBUG", "").lower() in ("1", "true", "yes", "on")
+
+
+def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
+    if _debugging():
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+    message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
+    sys.stderr.write(redact(f"error: {message}\n"))
+    if ctx.meta.get(JSON_KEY):
+        hint = redact(failure.hint) if failure.hint is not None else None
+        problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
+        write_json({"error": problem, "exit_code": failure.exit_code})
+    return typer.Exit(failure.exit_code)

@@ -1,0 +1,116 @@
+"""The options of the command line: their names, limits and help texts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dllm_convert import __version__
+from dllm_convert.cli_errors import JSON_KEY
+from dllm_convert.cli_output import write
+
+
+class TargetName(StrEnum):
+    """What a checkpoint is converted to: the schema's `Target`, without importing pydantic."""
+
+    MDLM = "mdlm"
+    BD3LM = "bd3lm"
+
+
+def _remember_json(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[JSON_KEY] = value
+    return value
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        write(f"dllm-convert {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="Print the version and stop."
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", callback=_remember_json, help="Print one JSON document on stdout, and no bars."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Recipe name or .yaml file, Hub id, folder or .gguf file, tried in that order.",
+        show_default=False,
+    ),
+]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Folder that `run` wrote.", show_default=False)
+]
+RecipeName = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="Show this one, with every field.")
+]
+
+To = Annotated[
+    TargetName | None, typer.Option("--to", help="What to convert to, instead of the recipe's.")
+]
+Block = Annotated[
+    int | None, typer.Option("--block", min=1, help="Tokens per block, for bd3lm only.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Output folder; default ./NAME-TARGET.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Training text: pydoc, files or globs, or a Hub dataset id."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps.")]
+LoraRank = Annotated[
+    int | None, typer.Option("--lora", min=1, metavar="R", help="Train LoRA of this rank.")
+]
+Full = Annotated[bool, typer.Option("--full", help="Train all weights.")]
+NoTrain = Annotated[bool, typer.Option("--no-train", help="Convert without training.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any field of the recipe, as in training.learning_rate=2e-5. Repeatable.",
+    ),
+]
+KeepAdapter = Annotated[
+    bool, typer.Option("--keep-adapter", help="Write the LoRA adapter beside the merged weights.")
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as check does.")]
+
+Against = Annotated[
+    str | None,
+    typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
+]
+
+Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Tokens to write.")
+]
+DenoisingSteps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Forwards per block (bd3lm) or per text (mdlm)."),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option("--threshold", min=0, max=1, help="Commit every token at least this sure."),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed for temperatures above 0.")]

@@ -1,0 +1,106 @@
+"""What commands print on stdout: one JSON document, or text for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_MEASURES = {
+    "nelbo_before": "NELBO before training",
+    "nelbo_after": "NELBO after training",
+    "ar_nll": "AR NLL of the base",
+}
+
+
+def write_json(value: Any) -> None:
+    """Write the one JSON document of a `--json` command."""
+    write(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def write(text: str) -> None:
+    """Write text and a line end to stdout."""
+    # A plain write: rich would wrap at 80 columns where stdout is a pipe.
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return aligned columns; the last one is as wide as it needs."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def verification_table(verification: Mapping[str, Any]) -> str:
+    """Return the probes of a report, one line each.
+
+    Args:
+        verification: `passed`, and `probes` of `name`, `passed`, `measured`, `required`, `detail`.
+    """
+    rows = [
+        (
+            "ok" if probe["passed"] else "FAILED",
+            probe["name"],
+            probe.get("measured"),
+            probe.get("required"),
+            probe.get("detail"),
+        )
+        for probe in verification["probes"]
+    ]
+    return table(("", "probe", "measured", "required", "detail"), rows)
+
+
+def failed_probes(verification: Mapping[str, Any]) -> str:
+    """Return the failed probes of a report on one line, with what was measured and required."""
+    return "; ".join(
+        f"{probe['name']}: measured {_cell(probe.get('measured')) or 'nothing'}, "
+        f"required {_cell(probe.get('required')) or 'to pass'}"
+        for probe in verification["probes"]
+        if not probe["passed"]
+    )
+
+
+def run_summary(path: str, manifest: Mapping[str, Any]) -> str:
+    """Return what a finished run shows: verification, measurements, a sample, the path.
+
+    Args:
+        path: Folder of the checkpoint.
+        manifest: Content of dllm_convert.json; reads `verification`, `measurements` and `sample`.
+    """
+    parts = ["Verification", verification_table(manifest["verification"])]
+    measures = manifest.get("measurements") or {}
+    rows = [
+        (label, *_measure(measures[name])) for name, label in _MEASURES.items() if name in measures
+    ]
+    if rows:
+        header = ("held-out text", "nats per token", "perplexity", "tokens")
+        parts += ["", "Measurements", table(header, rows)]
+    sample = manifest.get("sample")
+    if sample:
+        parts += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]
+    return "\n".join([*parts, "", f"Checkpoint: {path}"])
+
+
+def sample_facts(sample: Mapping[str, Any]) -> str:
+    """Return how fast a sample was decoded, in words."""
+    return f"{sample['tokens_per_forward']:.2f} tokens per forward, {sample['seconds']:.1f} s"
+
+
+def _measure(value: Mapping[str, Any]) -> tuple[str, str, Any]:
+    nats, stderr = value["nats_per_token"], value.get("stderr")
+    spread = f" ± {stderr:.3f}" if stderr is not None else ""
+    # exp overflows a float above 709 nats; such a model has no perplexity worth a number.
+    perplexity = f"{math.exp(nats):.4g}" if nats < 700 else "inf"
+    return f"{nats:.3f}{spread}", perplexity, value.get("tokens")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
