@@ -90,13 +90,10 @@ class _Run:
                 stage("measure", lambda: {"nelbo_after": self._nelbo(work / "trained")})
                 stage("sample", lambda: self._sample(work / "trained"))
             stage("assemble", self._assemble)
-        if self.workspace.result("verify") is None:
-            stage("verify", self._verify)
-            self._document()
-        if self.workspace.result("publish") is None:
-            self.workspace.publish()
-            stage("publish", dict)
-            self._clean()
+        stage("verify", self._verify)
+        stage("document", self._document)
+        stage("publish", self.workspace.publish)
+        self._clean()
         manifest = read_manifest(self.workspace.out)
         return RunResult(self.workspace.out, manifest, manifest["verification"]["passed"])
 
@@ -242,12 +239,13 @@ class _Run:
         )
         return dict(report.as_dict())
 
-    def _document(self) -> None:
+    def _document(self) -> dict[str, Any]:
         from dllm_convert.card import write_card
 
         manifest = self._manifest() | {"verification": self.workspace.result("verify")}
         write_json(self.workspace.staged / MANIFEST, manifest)
         write_card(self.workspace.staged)
+        return {}
 
     def _clean(self) -> None:
         """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""

@@ -87,16 +87,17 @@ class Workspace:
         write_json(self.journal, {"run": self.run, "stages": self.stages})
         return result
 
-    def publish(self) -> None:
-        """Rename the staged files into place, `config.json` last."""
+    def publish(self) -> dict[str, Any]:
+        """Rename the staged files into place, `config.json` last; goes on where a kill stopped it."""
         if not self.staged.is_dir():
-            return
+            return {}
         for path in sorted(self.staged.iterdir(), key=lambda path: path.name == LAST):
             target = self.out / path.name
             if target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
         self.staged.rmdir()
+        return {}
 
 
 def _check_folder(out: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.plan import ConversionPlan
+from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
 from dllm_convert.training.callbacks import Watch, last_whole_checkpoint
 from dllm_convert.training.data import TextData, collate
@@ -25,6 +28,7 @@ from dllm_convert.training.setup import (
 )
 from dllm_convert.training.trainer import DiffusionTrainer
 
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -70,6 +74,7 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
         adam_beta2=training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
         gradient_checkpointing=training.gradient_checkpointing,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=bf16,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
@@ -157,16 +162,10 @@ def _write(model: Any, untrained: Path, out: Path, recipe: Recipe) -> None:
     shutil.rmtree(weights)
 
 
-def _stored_dtype(folder: Path) -> Any:
+def _stored_dtype(folder: Path) -> torch.dtype:
     """The type most weights of a checkpoint are stored in."""
-    from collections import Counter
-
-    from safetensors import safe_open
-
-    counts: Counter[Any] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                tensor = shard.get_slice(name)
-                counts[shard.get_tensor(name).dtype] += tensor.get_shape()[0] if tensor.get_shape() else 1
-    return counts.most_common(1)[0][0]
+    sizes: Counter[str] = Counter()
+    for header in read_checkpoint(folder).values():
+        for entry in header.entries.values():
+            sizes[entry.dtype] += entry.end - entry.start
+    return _TORCH_DTYPES.get(sizes.most_common(1)[0][0], torch.float32)

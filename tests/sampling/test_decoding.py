@@ -1,0 +1,185 @@
+"""Decoding against ten-line references, token for token."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from factory import FAMILIES
+from transformers import PreTrainedModel
+
+from dllm_convert import modeling
+from dllm_convert.adapters import get_adapter
+
+MASK, WORDS = 5, 60
+DECODERS = [family for family in FAMILIES if "bd3lm" in get_adapter(family).targets]
+
+
+def tiny(family: str, *, block: int | None = None, shift: bool = True, **fields: Any) -> PreTrainedModel:
+    """A random diffusion model in float64."""
+    import transformers
+
+    config_class, _, base = FAMILIES[family]
+    config = getattr(transformers, config_class)(
+        **{**base, "vocab_size": WORDS, "num_hidden_layers": 2, "max_position_embeddings": 130, **fields},
+        initializer_range=0.3,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        is_causal=False,
+        mask_token_id=MASK,
+        diffusion={"token_shift": shift and family in DECODERS},
+    )
+    if block:
+        config.block_size = block
+    torch.manual_seed(0)
+    model = getattr(modeling, get_adapter(family).diffusion_class)(config)
+    return model.eval().double()
+
+
+def prompt(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(6, WORDS, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def reference(model: PreTrainedModel, ids: torch.Tensor, new: int) -> torch.Tensor:
+    """Uncached: whole blocks of masks, one full pass per token, the likeliest token first."""
+    shift, length = model.config.diffusion["token_shift"], ids.shape[1]
+    size = getattr(model.config, "block_size", None) or length + new
+    canvas = ids
+    for end in range((length // size + 1) * size, -(-(length + new) // size) * size + 1, size):
+        fill = torch.full((1, end - canvas.shape[1]), MASK)
+        canvas = torch.cat([canvas, fill], 1)
+        while (canvas[0, length:] == MASK).any():
+            logits = model(canvas, use_cache=False).logits[0]
+            logits = torch.cat([logits[:1], logits[:-1]]) if shift else logits
+            logits[:, MASK] = -torch.inf
+            confidence, token = logits.float().softmax(-1).max(-1)
+            confidence[canvas[0] != MASK] = -1
+            best = int(confidence.argmax())
+            canvas[0, best] = token[best]
+    return canvas[0, length : length + new]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("block", "length"), [(1, 3), (4, 1), (4, 4), (4, 7), (32, 5), (32, 40)])
+def test_cached_blocks_equal_the_uncached_reference(family: str, block: int, length: int) -> None:
+    model, ids = tiny(family, block=block), prompt(length)
+    got = model.generate(ids, max_new_tokens=9, eos_token_id=None)
+    assert torch.equal(got[:, :length], ids)
+    assert got[0, length:].tolist() == reference(model, ids, 9).tolist()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_canvas_equals_the_reference(family: str) -> None:
+    model, ids = tiny(family), prompt(6)
+    got = model.generate(ids, max_new_tokens=8, eos_token_id=None)
+    assert got[0, 6:].tolist() == reference(model, ids, 8).tolist()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_block_size_one_with_shift_is_greedy_autoregression(family: str) -> None:
+    import transformers
+
+    model, ids = tiny(family, block=1), prompt(5)
+    config = type(model.config)(**{**model.config.to_dict(), "is_causal": True, "vocab_size": WORDS})
+    base = getattr(transformers, get_adapter(family).stock_class)(config).eval().double()
+    base.load_state_dict(model.state_dict())
+    ours = model.generate(ids, max_new_tokens=12, eos_token_id=None)
+    never_mask = base.generate(
+        ids, max_new_tokens=12, do_sample=False, eos_token_id=None, suppress_tokens=[MASK], pad_token_id=1
+    )
+    assert ours.tolist() == never_mask.tolist()
+
+
+@pytest.mark.parametrize("block", [None, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_a_batch_of_lengths_equals_one_by_one(block: int | None, side: str, threshold: float | None) -> None:
+    model = tiny("llama", block=block)
+    prompts = [prompt(length, seed=length) for length in (3, 9, 14)]
+    ids, mask = torch.ones(3, 14, dtype=torch.long), torch.zeros(3, 14, dtype=torch.long)
+    for row, one in enumerate(prompts):
+        place = slice(14 - one.shape[1], 14) if side == "left" else slice(0, one.shape[1])
+        ids[row, place], mask[row, place] = one[0], 1
+    settings: dict[str, Any] = {"max_new_tokens": 7, "confidence_threshold": threshold, "eos_token_id": None}
+    together = model.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(together[:, :14], ids)
+    for row, one in enumerate(prompts):
+        alone = model.generate(one, **settings)
+        assert together[row, 14:].tolist() == alone[0, one.shape[1] :].tolist()
+
+
+def test_rows_stop_at_their_end_and_are_padded_after_it() -> None:
+    model, ids = tiny("llama", block=4), prompt(6)
+    free = model.generate(ids, max_new_tokens=16, eos_token_id=None)[0, 6:]
+    end = int(free[5])
+    stop = free.tolist().index(end)
+    got = model.generate(ids, max_new_tokens=16, eos_token_id=end, return_dict_in_generate=True)
+    assert got.sequences[0, 6:].tolist() == free[: stop + 1].tolist() + [1] * (15 - stop)
+    unstopped = model.generate(ids, max_new_tokens=16, eos_token_id=None, return_dict_in_generate=True)
+    assert got.forwards < unstopped.forwards
+
+
+def test_an_ended_row_does_not_disturb_the_others() -> None:
+    model = tiny("llama", block=4)
+    one, two = prompt(6, seed=1), prompt(6, seed=2)
+    end = int(model.generate(one, max_new_tokens=16, eos_token_id=None)[0, 7])
+    settings: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": end}
+    together = model.generate(torch.cat([one, two]), **settings)
+    assert together[0].tolist() == model.generate(one, **settings)[0].tolist()
+    assert together[1].tolist() == model.generate(two, **settings)[0].tolist()
+
+
+def test_steps_bound_the_forwards_of_a_block() -> None:
+    model, ids = tiny("llama", block=8), prompt(8)
+    got = model.generate(
+        ids, max_new_tokens=16, max_denoising_steps=2, eos_token_id=None, return_dict_in_generate=True
+    )
+    # The prompt, two blocks of two steps, and the first block written into the cache.
+    assert got.forwards == 1 + 2 * 2 + 1
+    assert got.tokens_per_forward == pytest.approx(16 / 6)
+
+
+def test_a_threshold_of_nearly_zero_writes_a_block_per_forward() -> None:
+    model, ids = tiny("llama", block=8), prompt(8)
+    got = model.generate(
+        ids, max_new_tokens=8, confidence_threshold=1e-6, eos_token_id=None, return_dict_in_generate=True
+    )
+    assert got.forwards == 2
+
+
+def test_denoising_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("llama", block=4), prompt(8)
+    lengths = []
+    original = type(model).forward
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        lengths.append(kwargs["past_key_values"].get_seq_length())
+        return output
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    model.generate(ids, max_new_tokens=8, eos_token_id=None)
+    assert [length for length, _ in itertools.groupby(lengths)] == [8, 12]
+
+
+def test_a_seed_makes_sampling_repeatable() -> None:
+    model, ids = tiny("llama", block=4), prompt(4)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "eos_token_id": None}
+    first = model.generate(ids, seed=1, **settings)
+    assert torch.equal(first, model.generate(ids, seed=1, **settings))
+    assert not torch.equal(first, model.generate(ids, seed=2, **settings))
+    assert not (first == MASK).any()
+
+
+def test_unknown_settings_and_empty_prompts_are_refused() -> None:
+    model = tiny("llama", block=4)
+    with pytest.raises(ValueError, match="unknown settings \\['num_beams'\\]"):
+        model.generate(prompt(3), num_beams=4)
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="takes no labels"):
+        model(prompt(3), labels=prompt(3))
