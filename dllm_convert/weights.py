@@ -18,14 +18,17 @@ from dllm_convert.console import Reporter, Task
 from dllm_convert.disk import writing
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.plan import ConversionPlan, check_tensors
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.plan_checks import check_tensors, unused_tensors
 from dllm_convert.safetensors_header import (
     DTYPE_BYTES,
     INDEX_FILE,
+    SINGLE_FILE,
     Entry,
     Header,
     load_json_object,
     read_checkpoint,
+    read_header,
 )
 from dllm_convert.source_folder import (
     LICENCE_FILES,
@@ -109,12 +112,14 @@ def _edits(
     }
 
 
-def _new_header(header: Header, edits: Mapping[str, _RowEdit]) -> bytes:
+def _new_header(
+    kept: Mapping[str, Entry], metadata: Mapping[str, str], edits: Mapping[str, _RowEdit]
+) -> bytes:
     """Return length and JSON of the header with grown tensors, aligned to 8 bytes."""
     # transformers refuses a file whose metadata does not name its format.
-    content: dict[str, Any] = {"__metadata__": {"format": "pt", **header.metadata}}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
-    for name, entry in header.entries.items():
+    for name, entry in kept.items():
         edit = edits.get(name)
         added = edit.appended if edit else 0
         shape = [entry.shape[0] + added, *entry.shape[1:]] if edit else list(entry.shape)
@@ -147,35 +152,39 @@ def _write_shard(
     source_path: Path,
     out_path: Path,
     header: Header,
+    kept: Mapping[str, Entry],
     names: tuple[str, ...],
     mask: MaskTokenDecision,
     task: Task,
-) -> int:
-    """Write one file; return the bytes that its tensors grew by."""
+) -> None:
+    """Write one file: the kept tensors in their order, the vocabulary's with their new rows."""
     with source_path.open("rb") as source:
         edits = _edits(source, header, names, mask)
-        if not edits and "format" in header.metadata:
+        if not edits and "format" in header.metadata and len(kept) == len(header.entries):
             shutil.copyfile(source_path, out_path)
             task.advance(source_path.stat().st_size)
-            return 0
+            return
         with out_path.open("wb") as out:
-            out.write(_new_header(header, edits))
-            for name, entry in header.entries.items():
+            out.write(_new_header(kept, header.metadata, edits))
+            for name, entry in kept.items():
                 start = header.data_start + entry.start
                 _write_entry(source, out, start, entry, edits.get(name), task)
-    return sum(edit.appended * len(edit.row) for edit in edits.values())
 
 
-def _write_index(plan: ConversionPlan, source: Path, out: Path, grown_bytes: int) -> None:
-    """Copy the index with its totals corrected; the tensors stay in their files."""
+def _write_index(
+    source: Path, out: Path, headers: Mapping[str, Header], dropped: frozenset[str]
+) -> None:
+    """Write the index with its totals counted anew; the tensors stay in their files."""
     index = load_json_object(source / INDEX_FILE)
-    metadata = dict(index.get("metadata") or {})
-    headers = read_checkpoint(out)
-    if "total_size" in metadata:
-        metadata["total_size"] = int(metadata["total_size"]) + grown_bytes
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(t.size for t in tensor_infos(headers).values())
-    _write_json(out / INDEX_FILE, {**index, "metadata": metadata})
+    written = [read_header(out / file) for file in headers]
+    entries = [entry for header in written for entry in header.entries.values()]
+    metadata = {
+        **(index.get("metadata") or {}),
+        "total_parameters": sum(prod(entry.shape) for entry in entries),
+        "total_size": sum(entry.end - entry.start for entry in entries),
+    }
+    weight_map = {n: file for n, file in index["weight_map"].items() if n not in dropped}
+    _write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -187,16 +196,14 @@ def _write_weights(plan: ConversionPlan, source: Path, out: Path, reporter: Repo
     config = read_config(source)
     tensors = tensor_infos(headers)
     names = check_tensors(config, tensors, plan.adapter, rows=plan.mask.rows_before)
-    sharded = len(headers) > 1 or (source / INDEX_FILE).is_file()
+    dropped = frozenset(unused_tensors(tensors, plan.adapter))
     total = sum((source / file).stat().st_size for file in headers)
-    if sharded:
-        shutil.copyfile(source / INDEX_FILE, out / INDEX_FILE)
-    grown = 0
     with reporter.task("write weights", total=total) as task:
         for file, header in headers.items():
-            grown += _write_shard(source / file, out / file, header, names, plan.mask, task)
-    if sharded:
-        _write_index(plan, source, out, grown)
+            kept = {name: e for name, e in header.entries.items() if name not in dropped}
+            _write_shard(source / file, out / file, header, kept, names, plan.mask, task)
+    if SINGLE_FILE not in headers:
+        _write_index(source, out, headers, dropped)
 
 
 def _write_configs(plan: ConversionPlan, source: Path, out: Path) -> None:

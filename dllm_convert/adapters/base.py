@@ -47,6 +47,7 @@ class Adapter:
         norm_modules: Module names of normalisation layers, kept trainable beside LoRA.
         embedding_module: Module name of the input embedding.
         head_module: Module name of the output projection.
+        unused_tensors: Regular expression of tensors that `stock_class` does not load; left out.
         reserved_tokens: Regular expression of tokens the vendor reserved and never trained.
         window: The family's sliding window, None if it has none.
         positions_after_pad: Whether positions count from `pad_token_id + 1`, as in RoBERTa.
@@ -68,6 +69,7 @@ class Adapter:
     head_module: str
     head_biases: tuple[str, ...] = ()
     head_required: tuple[str, ...] = ()
+    unused_tensors: str | None = None
     reserved_tokens: str | None = None
     window: Window | None = None
     positions_after_pad: bool = False

@@ -20,4 +20,6 @@ ADAPTER = Adapter(
     norm_modules=("LayerNorm",),
     embedding_module="word_embeddings",
     head_module="decoder",
+    # The pooler and every pretraining head but the masked one.
+    unused_tensors=r"bert\.pooler\..*|cls\.(?!predictions\.).*|bert\.embeddings\.position_ids",
 )

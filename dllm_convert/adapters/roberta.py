@@ -20,5 +20,6 @@ ADAPTER = Adapter(
     norm_modules=("LayerNorm", "layer_norm"),
     embedding_module="word_embeddings",
     head_module="decoder",
+    unused_tensors=r"roberta\.pooler\..*|roberta\.embeddings\.position_ids",
     positions_after_pad=True,
 )

@@ -1,0 +1,157 @@
+"""Checks of a checkpoint and a recipe that need headers and config only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dllm_convert.adapters.base import Adapter
+from dllm_convert.errors import IncompatibleError, UnsupportedError
+from dllm_convert.schema import Recipe
+from dllm_convert.source_info import SourceInfo, TensorInfo
+
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:
+    """Return the longest text in tokens, None if the config does not say."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or isinstance(positions, bool):
+        return None
+    if adapter.positions_after_pad:
+        pad = config.get("pad_token_id")
+        positions -= (pad if isinstance(pad, int) else 1) + 1
+    return positions
+
+
+def _is_tied(config: Mapping[str, Any], adapter: Adapter) -> bool:
+    """Whether head and embedding share weights; absent means the default of transformers' config.
+
+    That default is true for the encoders and false for the decoders here.
+    """
+    return bool(config.get("tie_word_embeddings", adapter.attention == "bidirectional"))
+
+
+def check_tensors(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], adapter: Adapter, *, rows: int
+) -> tuple[str, ...]:
+    """Check that the weights are a complete language model; return names of vocabulary tensors.
+
+    Args:
+        config: config.json.
+        tensors: Tensor name to description, of all files.
+        adapter: The family.
+        rows: Expected rows of embedding and head.
+
+    Raises:
+        IncompatibleError: The head or the embedding is missing, or a shape does not fit.
+    """
+    stock = f"a checkpoint of {adapter.stock_class}"
+    if adapter.embedding not in tensors:
+        raise IncompatibleError(f"the weights have no {adapter.embedding}, expected {stock}")
+    missing = [name for name in adapter.head_required if name not in tensors]
+    if adapter.head not in tensors and not _is_tied(config, adapter):
+        missing.append(adapter.head)
+    if missing:
+        raise IncompatibleError(
+            f"the weights have no {', '.join(missing)}: their language-model head would be random",
+            hint=f"Take {stock}, not of a headless encoder",
+        )
+    present = [n for n in (adapter.embedding, adapter.head, *adapter.head_biases) if n in tensors]
+    for name in present:
+        if not tensors[name].shape or tensors[name].shape[0] != rows:
+            raise IncompatibleError(
+                f"{name} has shape {tensors[name].shape}, expected {rows} rows as the embedding"
+            )
+    return tuple(present)
+
+
+def unused_tensors(names: Iterable[str], adapter: Adapter) -> tuple[str, ...]:
+    """Return the tensors that the stock class does not load, such as a pooler."""
+    if adapter.unused_tensors is None:
+        return ()
+    return tuple(name for name in names if re.fullmatch(adapter.unused_tensors, name))
+
+
+def check_quantised(source: SourceInfo, vocabulary_tensors: tuple[str, ...]) -> None:
+    """Check that the vocabulary tensors hold floating-point numbers.
+
+    Raises:
+        IncompatibleError: The weights are quantised.
+    """
+    if "quantization_config" in source.config:
+        raise IncompatibleError(
+            "config.json has a quantization_config: quantised weights cannot be trained on",
+            hint="Take the checkpoint in bfloat16, float16 or float32 that it was made from",
+        )
+    if source.kind == "gguf":
+        return
+    for name in vocabulary_tensors:
+        if source.tensors[name].dtype not in _FLOAT_DTYPES:
+            raise IncompatibleError(
+                f"{name} has dtype {source.tensors[name].dtype}, "
+                f"expected one of {', '.join(sorted(_FLOAT_DTYPES))}"
+            )
+
+
+def check_target(recipe: Recipe, adapter: Adapter) -> None:
+    """Check that the family converts to the target.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    if recipe.target not in adapter.targets:
+        raise UnsupportedError(
+            f"{adapter.model_type} converts to {' or '.join(adapter.targets)}, not "
+            f"{recipe.target}: it was trained to see both sides of every token, so there is no "
+            "causal pass over earlier blocks that block diffusion could keep",
+            hint=f"Use --to {adapter.targets[0]}",
+        )
+
+
+def check_lengths(recipe: Recipe, context: int | None) -> None:
+    """Check that the block divides the sequence and that both fit the context.
+
+    Raises:
+        IncompatibleError: They do not, or the block size is missing or out of place.
+    """
+    block, length = recipe.block_size, recipe.data.sequence_length
+    if recipe.target == "mdlm" and block is not None:
+        raise IncompatibleError(
+            f"block_size {block} is for bd3lm, the target is mdlm",
+            hint="Leave the block size out, or use --to bd3lm",
+        )
+    if recipe.target == "bd3lm" and block is None:
+        raise IncompatibleError("bd3lm needs a block size", hint="Add --block 32, for instance")
+    if block is not None and context is not None and block > context:
+        raise IncompatibleError(
+            f"block size {block} is larger than the model's context of {context} tokens",
+            hint=f"Use a block of at most {context}; 16 to 64 is usual",
+        )
+    if context is not None and length > context:
+        raise IncompatibleError(
+            f"data.sequence_length {length} is larger than the model's context of {context} tokens",
+            hint=f"--set data.sequence_length={context}",
+        )
+    if block is not None and length % block:
+        nearest = max(block, length // block * block)
+        raise IncompatibleError(
+            f"block size {block} does not divide data.sequence_length {length}: a training "
+            "sequence must be a whole number of blocks",
+            hint=f"--set data.sequence_length={nearest}, or another block size",
+        )
+
+
+def check_noise(recipe: Recipe) -> None:
+    """Check the interval of times.
+
+    Raises:
+        IncompatibleError: It is empty.
+    """
+    if recipe.noise.min_time >= recipe.noise.max_time:
+        raise IncompatibleError(
+            f"noise.min_time {recipe.noise.min_time} is not below noise.max_time "
+            f"{recipe.noise.max_time}",
+            hint="Times lie in (0, 1], the smaller one first",
+        )
