@@ -61,17 +61,23 @@ RecipeName = Annotated[
 ]
 
 To = Annotated[
-    TargetName | None, typer.Option("--to", help="What to convert to, instead of the recipe's.")
+    TargetName | None,
+    typer.Option("--to", metavar="mdlm|bd3lm", help="What to convert to, instead of the recipe's."),
 ]
 Block = Annotated[
-    int | None, typer.Option("--block", min=1, help="Tokens per block, for bd3lm only.")
+    int | None,
+    typer.Option("--block", min=1, metavar="N", help="Tokens per block, for bd3lm only."),
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Output folder; default ./NAME-TARGET.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Output folder; default ./NAME-TARGET.")
+]
 Data = Annotated[
     str | None,
-    typer.Option("--data", help="Training text: pydoc, files or globs, or a Hub dataset id."),
+    typer.Option(
+        "--data", metavar="SPEC", help="Training text: pydoc, files or globs, or a Hub dataset id."
+    ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")]
 LoraRank = Annotated[
     int | None, typer.Option("--lora", min=1, metavar="R", help="Train LoRA of this rank.")
 ]
@@ -89,7 +95,7 @@ KeepAdapter = Annotated[
     bool, typer.Option("--keep-adapter", help="Write the LoRA adapter beside the merged weights.")
 ]
 Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as check does.")]
 
@@ -98,19 +104,26 @@ Against = Annotated[
     typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
 ]
 
-Prompt = Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")]
+Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from.")]
 MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, help="Tokens to write.")
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to write.")
 ]
 DenoisingSteps = Annotated[
     int | None,
-    typer.Option("--steps", min=1, help="Forwards per block (bd3lm) or per text (mdlm)."),
+    typer.Option(
+        "--steps", min=1, metavar="N", help="Forwards per block (bd3lm) or per text (mdlm)."
+    ),
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option("--threshold", min=0, max=1, help="Commit every token at least this sure."),
+    typer.Option(
+        "--threshold", min=0, max=1, metavar="P", help="Commit every token at least this sure."
+    ),
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", min=0, help="0 takes the likeliest token.")
+    float | None,
+    typer.Option("--temperature", min=0, metavar="T", help="0 takes the likeliest token."),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed for temperatures above 0.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, metavar="N", help="Seed for temperatures above 0.")
+]

@@ -1,0 +1,414 @@
+"""The command line: what is parsed, what is printed where, and the exit codes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+from typer.testing import CliRunner
+
+from dllm_convert import pipeline
+from dllm_convert.cli import app
+from dllm_convert.cli_errors import redact
+from dllm_convert.cli_options import TargetName
+from dllm_convert.errors import (
+    DataError,
+    DllmConvertError,
+    HubError,
+    IncompatibleError,
+    UnsupportedError,
+    VerificationError,
+)
+from dllm_convert.schema import Recipe, Target
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub")
+PROBE = {"name": "influence", "passed": True, "measured": 0.25, "required": "== 0", "detail": "ok"}
+MANIFEST = {
+    "verification": {"passed": True, "probes": [PROBE]},
+    "measurements": {
+        "nelbo_before": {"nats_per_token": 8.5, "stderr": 0.125, "tokens": 512},
+        "nelbo_after": {"nats_per_token": 5.5, "stderr": 0.0625, "tokens": 512},
+        "ar_nll": {"nats_per_token": 3.25, "stderr": None, "tokens": 512},
+        "train": {"steps": 3},
+    },
+    "sample": {"prompt": "Once", "text": " upon", "tokens_per_forward": 1.5, "seconds": 2.0},
+}
+FAILED = {"passed": False, "probes": [PROBE | {"passed": False}]}
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path]]:
+    """Replace the pipeline by one that remembers its arguments and passes."""
+    calls: list[tuple[Recipe, Path]] = []
+
+    def run(recipe: Recipe, out: Path, reporter: object) -> pipeline.RunResult:
+        calls.append((recipe, out))
+        return pipeline.RunResult(out, MANIFEST, True)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return calls
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Return a function that makes the pipeline raise."""
+
+    def arrange(error: BaseException) -> None:
+        def run(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(pipeline, "run", run)
+
+    return arrange
+
+
+def fake_module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    module = ModuleType(name)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+# Start-up
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert python("-m", "dllm_convert", "--help").returncode == 0
+        seconds.append(time.monotonic() - started)
+    # The best of five: other processes on the machine are not what is measured.
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["recipes", "qwen3-4b"], ["architectures", "--json"]]
+)
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    result = python("-X", "importtime", "-m", "dllm_convert", *arguments)
+    assert result.returncode == 0
+    lines = result.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time")}
+    assert imported.isdisjoint({*HEAVY, *(["pydantic"] if arguments == ["--help"] else [])})
+
+
+def test_check_reads_headers_without_torch(source_factory: Callable[..., Path]) -> None:
+    source = source_factory("llama")
+    result = python(
+        *("-X", "importtime", "-m", "dllm_convert", "check", str(source), "--to", "bd3lm"),
+        *("--block", "16", "--json"),
+    )
+    assert result.returncode == 0
+    plan = json.loads(result.stdout)
+    assert (plan["target"], plan["block_size"]) == ("bd3lm", 16)
+    assert " torch\n" not in result.stderr
+    assert not Path(plan["out"]).exists()
+
+
+def test_targets_are_those_of_the_schema() -> None:
+    assert tuple(TargetName) == get_args(Target)
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["rnu", "x/y"],
+        ["run", "x/y", "--nonsense"],
+        ["run", "x/y", "--to", "ddpm"],
+        ["run", "x/y", "--block", "0"],
+        ["run", "x/y", "--block", "-4"],
+        ["run", "x/y", "--block", "many"],
+        ["run", "x/y", "--steps", "0"],
+        ["run", "x/y", "--lora", "0"],
+        ["run", "x/y", "--lora", "8", "--full"],
+        ["run", "x/y", "--full", "--no-train"],
+        ["run", "x/y", "--set", "training.steps"],
+        ["run", "x/y", "--set", "=5"],
+        ["sample", "x", "--threshold", "1.5"],
+        ["sample", "x", "--temperature", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2_with_an_empty_stdout(
+    arguments: list[str], ran: list[tuple[Recipe, Path]]
+) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr
+    assert not ran
+
+
+def test_no_arguments_show_the_help_and_the_exit_codes() -> None:
+    text = " ".join(invoke().output.split())
+    assert "Usage" in text
+    for words in ("0 done", "3 incompatible", "4 verification failed", "130 interrupted"):
+        assert words in text
+
+
+def test_version_is_printed() -> None:
+    from dllm_convert import __version__
+
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"dllm-convert {__version__}\n")
+
+
+# run
+
+
+def test_flags_reach_the_recipe(ran: list[tuple[Recipe, Path]]) -> None:
+    result = invoke(
+        *("run", "qwen2.5-1.5b", "--to", "bd3lm", "--block", "8", "--data", "*.txt"),
+        *("--steps", "7", "--lora", "4", "--keep-adapter", "--revision", "abc", "--out", "there"),
+        *("--set", "training.learning_rate=2e-5", "--set", "noise.schedule=cosine"),
+    )
+    assert result.exit_code == 0
+    recipe, out = ran[0]
+    assert out == Path("there")
+    assert (recipe.target, recipe.block_size, recipe.data.source) == ("bd3lm", 8, "*.txt")
+    training = recipe.training
+    assert (training.steps, training.method, training.lora.rank) == (7, "lora", 4)
+    assert (training.keep_adapter, recipe.revision) == (True, "abc")
+    assert (training.learning_rate, recipe.noise.schedule) == (2e-5, "cosine")
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"), [([], "full"), (["--full"], "full"), (["--no-train"], "none")]
+)
+def test_training_method(flags: list[str], method: str, ran: list[tuple[Recipe, Path]]) -> None:
+    assert invoke("run", "x/y", *flags).exit_code == 0
+    assert ran[0][0].training.method == method
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("qwen2.5-1.5b", "qwen2.5-1.5b-mdlm"),
+        ("Qwen/Qwen2.5-1.5B", "Qwen2.5-1.5B-mdlm"),
+        ("models/tiny/", "tiny-mdlm"),
+        ("models/tiny.Q4_1.gguf", "tiny.Q4_1-mdlm"),
+    ],
+)
+def test_default_output_folder(source: str, out: str, ran: list[tuple[Recipe, Path]]) -> None:
+    assert invoke("run", source, "--to", "mdlm").exit_code == 0
+    assert ran[0][1] == Path(out)
+
+
+def test_run_shows_verification_measurements_sample_and_path(
+    ran: list[tuple[Recipe, Path]],
+) -> None:
+    text = invoke("run", "x/y", "--out", "there").stdout
+    rows = [line.split() for line in text.splitlines()]
+    assert ["ok", "influence", "0.25", "==", "0", "ok"] in rows
+    for words in ("8.500 ± 0.125", "5.500 ± 0.062", "3.250", "4915", "Once upon", "1.50 tokens"):
+        assert words in text
+    assert text.endswith("Checkpoint: there\n")
+
+
+def test_run_prints_one_json_document(ran: list[tuple[Recipe, Path]]) -> None:
+    result = invoke("run", "x/y", "--out", "there", "--json")
+    expected = {"path": "there", "passed": True, "manifest": MANIFEST}
+    assert json.loads(result.stdout) == expected
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_failed_verification_exits_4_and_says_which(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = pipeline.RunResult(Path("there"), {"verification": FAILED}, False)
+    monkeypatch.setattr(pipeline, "run", lambda *_: failed)
+    result = invoke("run", "x/y", *flags)
+    assert result.exit_code == 4
+    assert result.stderr == (
+        "error: verification failed: influence: measured 0.25, required == 0\n"
+    )
+    assert "FAILED" in result.stdout or json.loads(result.stdout)["passed"] is False
+
+
+# Failures
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named like torch's."""
+
+
+FAILURES = [
+    (DllmConvertError("found a"), 1, "found a"),
+    (DataError("found b", hint="do c"), 1, "found b. do c"),
+    (HubError("found d"), 1, "found d"),
+    (UnsupportedError("found e"), 3, "found e"),
+    (IncompatibleError("found f"), 3, "found f"),
+    (VerificationError("found g"), 4, "found g"),
+    (KeyboardInterrupt(), 130, "interrupted. The same command goes on where it stopped"),
+    (MemoryError(), 1, "not enough memory"),
+    (OutOfMemoryError("CUDA"), 1, "not enough memory"),
+    (OSError(errno.ENOSPC, "No space left on device", "w.bin"), 1, "disk is full while writing w"),
+    (PermissionError(errno.EACCES, "Permission denied", "there"), 1, "no permission for there"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x.txt"), 1, "No such file x.txt. HF_DEBUG=1"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "words"), FAILURES, ids=lambda value: repr(value)[:30])
+def test_known_failure_is_one_line(
+    error: BaseException, code: int, words: str, failing: Callable[[BaseException], None]
+) -> None:
+    failing(error)
+    result = invoke("run", "x/y")
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+def test_failure_with_json_is_one_document(failing: Callable[[BaseException], None]) -> None:
+    failing(DataError("found b", hint="do c"))
+    document = json.loads(invoke("run", "x/y", "--json").stdout)
+    problem = {"kind": "DataError", "message": "found b", "hint": "do c"}
+    assert document == {"error": problem, "exit_code": 1}
+
+
+def test_bug_is_not_hidden(failing: Callable[[BaseException], None]) -> None:
+    failing(RuntimeError("a bug"))
+    result = invoke("run", "x/y")
+    assert (result.exit_code, str(result.exception)) == (1, "a bug")
+
+
+def test_traceback_on_demand(
+    failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DEBUG", "1")
+    failing(DataError("found b"))
+    result = invoke("run", "x/y")
+    assert "Traceback" in result.stderr
+    assert result.stderr.endswith("error: found b\n")
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_tokens_are_never_printed(
+    debug: str, failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks_like_one = "hf_" + "A1b2" * 8
+    monkeypatch.setenv("HF_DEBUG", debug)
+    monkeypatch.setenv("HF_TOKEN", "an-unusual-secret")
+    failing(HubError(f"refused an-unusual-secret and {looks_like_one}", hint=looks_like_one))
+    output = invoke("run", "x/y", "--json").output
+    assert "an-unusual-secret" not in output
+    assert looks_like_one not in output
+    assert "hf_***" in output
+
+
+def test_redaction_leaves_other_words_alone() -> None:
+    text = "hf_cache_dir and HF_TOKEN"
+    assert redact(text) == text
+
+
+def test_unknown_recipe_and_field_exit_3_and_suggest() -> None:
+    result = invoke("run", "qwen2.5-1.5")
+    assert result.exit_code == 3
+    assert "qwen2.5-1.5b" in result.stderr
+    result = invoke("run", "x/y", "--set", "training.step=4")
+    assert result.exit_code == 3
+    assert "training.steps (integer > 0)" in result.stderr
+
+
+# The other commands
+
+
+def test_recipes_are_listed_and_shown(tmp_path: Path) -> None:
+    assert "Qwen/Qwen2.5-1.5B" in invoke("recipes").stdout
+    names = [entry["name"] for entry in json.loads(invoke("recipes", "--json").stdout)]
+    assert "qwen2.5-1.5b" in names
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(invoke("recipes", "bert-base-uncased").stdout, encoding="utf-8")
+    document = json.loads(invoke("recipes", "bert-base-uncased", "--json").stdout)
+    assert json.loads(invoke("recipes", str(shown), "--json").stdout) == document
+    assert invoke("recipes", "bert-bas-uncased").exit_code == 3
+
+
+def test_architectures_are_listed() -> None:
+    families = {
+        entry["model_type"] for entry in json.loads(invoke("architectures", "--json").stdout)
+    }
+    assert families == {"bert", "roberta", "llama", "qwen2", "qwen3", "mistral"}
+    lines = invoke("architectures").stdout.splitlines()
+    assert {line.split()[0] for line in lines[1:]} == families
+
+
+def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def verify_checkpoint(folder: Path, **options: Any) -> Any:
+        seen.update(options, folder=folder)
+        return SimpleNamespace(passed=True, as_dict=lambda: MANIFEST["verification"])
+
+    fake_module(monkeypatch, "dllm_convert.verify", verify_checkpoint=verify_checkpoint)
+    inspected = {"inspect_source": lambda source, revision: source}
+    fake_module(monkeypatch, "dllm_convert.source", **inspected)
+    materialised = {"materialise": lambda info, reporter: Path(info)}
+    fake_module(monkeypatch, "dllm_convert.materialise", **materialised)
+    result = invoke("verify", "there", "--against", str(tmp_path))
+    assert result.exit_code == 0
+    assert "influence" in result.stdout
+    assert (seen["folder"], seen["against"]) == (Path("there"), tmp_path)
+    assert json.loads(invoke("verify", "there", "--json").stdout) == MANIFEST["verification"]
+    assert seen["against"] is None
+
+
+def test_failed_verify_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = SimpleNamespace(passed=False, as_dict=lambda: FAILED)
+    fake_module(monkeypatch, "dllm_convert.verify", verify_checkpoint=lambda *_, **__: report)
+    result = invoke("verify", "there")
+    assert result.exit_code == 4
+    assert "influence: measured 0.25" in result.stderr
+
+
+def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_sample(folder: Path, prompt: str | None, **options: Any) -> Any:
+        seen.update(options, prompt=prompt)
+        return MANIFEST["sample"]
+
+    fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample)
+    result = invoke(
+        *("sample", "there", "--prompt", "Once", "--max-new-tokens", "9", "--steps", "3"),
+        *("--threshold", "0.5", "--temperature", "0.25", "--seed", "4"),
+    )
+    assert (result.exit_code, result.stdout) == (0, "Once upon\n")
+    assert seen == {
+        "prompt": "Once",
+        "max_new_tokens": 9,
+        "max_denoising_steps": 3,
+        "confidence_threshold": 0.5,
+        "temperature": 0.25,
+        "seed": 4,
+    }
+    assert json.loads(invoke("sample", "there", "--json").stdout) == MANIFEST["sample"]
+
+
+def test_card_prints_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_module(monkeypatch, "dllm_convert.card", write_card=lambda folder: folder / "README.md")
+    assert invoke("card", "there").stdout == "there/README.md\n"
+    assert json.loads(invoke("card", "there", "--json").stdout) == {"path": "there/README.md"}
