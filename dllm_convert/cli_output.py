@@ -14,6 +14,8 @@ _MEASURES = {
     "ar_nll": "AR NLL of the base",
 }
 
+_VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
+
 
 def write_json(value: Any) -> None:
     """Write the one JSON document of a `--json` command."""
@@ -41,11 +43,12 @@ def verification_table(verification: Mapping[str, Any]) -> str:
     """Return the probes of a report, one line each.
 
     Args:
-        verification: `passed`, and `probes` of `name`, `passed`, `measured`, `required`, `detail`.
+        verification: `passed`, and `probes` of `name`, `passed` (None if the probe was not run),
+            `measured`, `required` and `detail`.
     """
     rows = [
         (
-            "ok" if probe["passed"] else "FAILED",
+            _VERDICTS[probe["passed"]],
             probe["name"],
             probe.get("measured"),
             probe.get("required"),
@@ -62,7 +65,7 @@ def failed_probes(verification: Mapping[str, Any]) -> str:
         f"{probe['name']}: measured {_cell(probe.get('measured')) or 'nothing'}, "
         f"required {_cell(probe.get('required')) or 'to pass'}"
         for probe in verification["probes"]
-        if not probe["passed"]
+        if probe["passed"] is False
     )
 
 

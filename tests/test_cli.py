@@ -31,8 +31,9 @@ from dllm_convert.schema import Recipe, Target
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub")
 PROBE = {"name": "influence", "passed": True, "measured": 0.25, "required": "== 0", "detail": "ok"}
+SKIPPED = PROBE | {"name": "cache", "passed": None, "measured": "", "detail": "no blocks"}
 MANIFEST = {
-    "verification": {"passed": True, "probes": [PROBE]},
+    "verification": {"passed": True, "probes": [PROBE, SKIPPED]},
     "measurements": {
         "nelbo_before": {"nats_per_token": 8.5, "stderr": 0.125, "tokens": 512},
         "nelbo_after": {"nats_per_token": 5.5, "stderr": 0.0625, "tokens": 512},
@@ -41,7 +42,7 @@ MANIFEST = {
     },
     "sample": {"prompt": "Once", "text": " upon", "tokens_per_forward": 1.5, "seconds": 2.0},
 }
-FAILED = {"passed": False, "probes": [PROBE | {"passed": False}]}
+FAILED = {"passed": False, "probes": [PROBE | {"passed": False}, SKIPPED]}
 
 
 def invoke(*arguments: str) -> Any:
@@ -220,6 +221,7 @@ def test_run_shows_verification_measurements_sample_and_path(
     text = invoke("run", "x/y", "--out", "there").stdout
     rows = [line.split() for line in text.splitlines()]
     assert ["ok", "influence", "0.25", "==", "0", "ok"] in rows
+    assert ["skipped", "cache", "==", "0", "no", "blocks"] in rows
     for words in ("8.500 ± 0.125", "5.500 ± 0.062", "3.250", "4915", "Once upon", "1.50 tokens"):
         assert words in text
     assert text.endswith("Checkpoint: there\n")
