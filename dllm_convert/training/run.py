@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
@@ -62,6 +63,8 @@ class TrainResult:
 def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
     training = recipe.training
     every = training.save_steps or max(10, training.steps // 5)
+    # Renamed in transformers 5.x: the old name is understood by all, but only said when needed.
+    checkpointing = {"gradient_checkpointing": True} if training.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
@@ -73,7 +76,6 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
         weight_decay=training.weight_decay,
         adam_beta2=training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
-        gradient_checkpointing=training.gradient_checkpointing,
         use_cpu=not torch.accelerator.is_available(),
         bf16=bf16,
         logging_steps=training.log_steps,
@@ -88,6 +90,7 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        **checkpointing,
     )
     # Several GPUs in one process would be DataParallel, which splits masks and flat indices apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -152,7 +155,13 @@ def _write(model: Any, untrained: Path, out: Path, recipe: Recipe) -> None:
     if recipe.training.method == "lora":
         if recipe.training.keep_adapter:
             model.save_pretrained(out / "adapter")
+        tied = model.config.tie_word_embeddings
         model = model.merge_and_unload()
+        if model.config.tie_word_embeddings != tied:
+            raise DllmConvertError(
+                "merging the adapter left the head apart from the embeddings it is tied to",
+                hint="Use --full, or --set training.lora.embeddings=mask_row",
+            )
     weights = out / "weights"
     stored = _stored_dtype(untrained)
     model.to(stored).save_pretrained(weights)

@@ -66,6 +66,7 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
     if training.method == "full":
         return model
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     lora = training.lora
     saved = list(adapter.norm_modules) if lora.norms else []
@@ -75,6 +76,8 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
         saved += [adapter.embedding_module] if tied else [adapter.embedding_module, adapter.head_module]
     else:
         rows = {adapter.embedding_module: [model.config.mask_token_id]}
+    # PEFT ties what it knows by name; the heads of encoders it does not know.
+    tie = tied and lora.embeddings == "full"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
@@ -82,9 +85,13 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
         target_modules=list(adapter.lora_targets),
         modules_to_save=saved or None,
         trainable_token_indices=rows,
-        ensure_weight_tying=bool(tied),
+        ensure_weight_tying=tie and adapter.embedding_module in EMBEDDING_LAYER_NAMES,
     )
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    if tie and not config.ensure_weight_tying:
+        trained = model.get_input_embeddings().modules_to_save[wrapped.active_adapter]
+        model.get_output_embeddings().weight = trained.weight
+    return wrapped
 
 
 def count_trainable(model: Any) -> int:
