@@ -1,0 +1,96 @@
+"""The output folder: refused when it is not ours, resumed when it is, published all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dllm_convert.errors import DataError
+from dllm_convert.workspace import fingerprint, open_workspace
+
+
+def test_out_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(DataError, match="is a file, expected a folder"), open_workspace(tmp_path / "out", "a"):
+        pass
+    assert (tmp_path / "out").read_text() == "x"
+
+
+def test_out_is_foreign(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="not made by dllm-convert"), open_workspace(tmp_path, "a"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_out_cannot_be_written(tmp_path: Path) -> None:
+    # A folder inside a file cannot be made by anybody, root included.
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot be written"), open_workspace(tmp_path / "file" / "out", "a"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_out_is_read_only(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match="cannot be written"), open_workspace(tmp_path / "out", "a"):
+        pass
+
+
+def test_another_recipe_is_refused(tmp_path: Path) -> None:
+    with open_workspace(tmp_path / "out", "a"):
+        pass
+    with pytest.raises(DataError, match="different recipe or source"), open_workspace(tmp_path / "out", "b"):
+        pass
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    with (
+        open_workspace(tmp_path / "out", "a"),
+        pytest.raises(DataError, match="another run is writing"),
+        open_workspace(tmp_path / "out", "a"),
+    ):
+        pass
+
+
+def test_a_finished_stage_is_not_repeated(tmp_path: Path) -> None:
+    with open_workspace(tmp_path / "out", "a") as workspace:
+        assert workspace.stage("one", lambda: {"value": 1}) == {"value": 1}
+        with pytest.raises(ZeroDivisionError):
+            workspace.stage("two", lambda: {"value": 1 // 0})
+    with open_workspace(tmp_path / "out", "a") as workspace:
+        assert workspace.stage("one", lambda: {"value": 2}) == {"value": 1}
+        assert workspace.stage("two", lambda: {"value": 2}) == {"value": 2}
+    journal = json.loads((tmp_path / "out/.work/journal.json").read_text())
+    assert [stage["name"] for stage in journal["stages"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_kill_between_renames_is_finished_later(tmp_path: Path, moved: int) -> None:
+    out = tmp_path / "out"
+    with open_workspace(out, "a") as workspace:
+        workspace.staged.mkdir()
+        for name in ("config.json", "a.safetensors", "README.md"):
+            (workspace.staged / name).write_text(name)
+        order = sorted(workspace.staged.iterdir(), key=lambda path: path.name == "config.json")
+        for path in order[:moved]:
+            path.replace(out / path.name)
+        assert moved == 3 or not (out / "config.json").exists()
+    with open_workspace(out, "a") as workspace:
+        workspace.publish()
+        workspace.publish()
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".work",
+        "README.md",
+        "a.safetensors",
+        "config.json",
+    ]
+
+
+def test_the_fingerprint_sees_recipe_and_source() -> None:
+    base = fingerprint({"a": 1}, {"f": "x"})
+    assert base == fingerprint({"a": 1}, {"f": "x"})
+    assert len({base, fingerprint({"a": 2}, {"f": "x"}), fingerprint({"a": 1}, {"f": "y"})}) == 3
