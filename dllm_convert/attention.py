@@ -40,7 +40,7 @@ def document_mask(segments: torch.Tensor) -> torch.Tensor:
     """Bidirectional inside a document; nothing sees padding or a packed neighbour.
 
     Args:
-        segments: Number of the document each token belongs to, -1 at padding, shape (batch, length).
+        segments: Document of each token, -1 at padding, shape (batch, length).
 
     Returns:
         Boolean mask, shape (batch, 1, length, length).
@@ -53,7 +53,7 @@ def causal_mask(segments: torch.Tensor) -> torch.Tensor:
     """Causal inside a document, for the base model's own likelihood.
 
     Args:
-        segments: Number of the document each token belongs to, -1 at padding, shape (batch, length).
+        segments: Document of each token, -1 at padding, shape (batch, length).
 
     Returns:
         Boolean mask, shape (batch, 1, length, length).
@@ -65,8 +65,8 @@ def causal_mask(segments: torch.Tensor) -> torch.Tensor:
 def two_stream_mask(blocks: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     """BD3LM's training mask over `[noisy ; clean]`.
 
-    A noisy query sees its own noisy block and the clean tokens of earlier blocks; a clean query sees
-    the clean tokens of its own and earlier blocks and never anything noisy.
+    A noisy query sees its own noisy block and the clean tokens of earlier blocks; a clean query
+    sees the clean tokens of its own and earlier blocks and never anything noisy.
 
     Args:
         blocks: Number of each token's block, rising along the row, shape (batch, length).

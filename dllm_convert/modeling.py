@@ -40,7 +40,7 @@ if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
 
 
 @dataclass
-class DiffusionOutput(ModelOutput):  # type: ignore[misc]
+class DiffusionOutput(ModelOutput):
     """What `generate(..., return_dict_in_generate=True)` returns.
 
     Attributes:
@@ -49,7 +49,7 @@ class DiffusionOutput(ModelOutput):  # type: ignore[misc]
         tokens_per_forward: New tokens divided by forwards and rows.
     """
 
-    sequences: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
     forwards: int | None = None
     tokens_per_forward: float | None = None
 
@@ -104,7 +104,9 @@ class DiffusionMixin:
             ValueError: If `labels` is given.
         """
         if labels is not None:
-            raise ValueError("this model takes no labels: its loss needs noise (dllm_convert.diffusion)")
+            raise ValueError(
+                "this model takes no labels: its loss needs noise (dllm_convert.diffusion)"
+            )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
@@ -140,11 +142,13 @@ class DiffusionMixin:
         position_ids: torch.Tensor | None,
         cached: int,
     ) -> tuple[Any, torch.Tensor]:
-        """Return the mask in the form the attention implementation takes, and positions (batch, length)."""
+        """Return the mask as the attention implementation takes it, and positions."""
         batch, length = tokens.shape[:2]
         if attention_mask is not None and len(attention_mask.shape) == 4:
             if position_ids is None:
-                position_ids = torch.arange(cached, cached + length, device=tokens.device).expand(batch, -1)
+                position_ids = torch.arange(cached, cached + length, device=tokens.device).expand(
+                    batch, -1
+                )
             return self._in_form(attention_mask, tokens), position_ids
         if attention_mask is None and position_ids is not None and not cached:
             every = position_ids.expand(batch, -1)
@@ -171,7 +175,12 @@ class DiffusionMixin:
         if implementation == "flex_attention":
             batch, _, queries, keys = mask.shape
             return create_block_mask(
-                lambda b, _, q, k: mask[b, 0, q, k], batch, None, queries, keys, device=str(mask.device)
+                lambda b, _, q, k: mask[b, 0, q, k],
+                batch,
+                None,
+                queries,
+                keys,
+                device=str(mask.device),
             )
         if implementation != "sdpa":
             raise ValueError(
@@ -191,11 +200,11 @@ class DiffusionMixin:
         seed: int | None = None,
         return_dict_in_generate: bool | None = None,
         **kwargs: Any,
-    ) -> torch.LongTensor | DiffusionOutput:
+    ) -> torch.Tensor | DiffusionOutput:
         """Write text by denoising.
 
         Args:
-            inputs: Prompts, shape (batch, length), padded on either side if `attention_mask` says so.
+            inputs: Prompts, shape (batch, length), padded on either side as `attention_mask` says.
             generation_config: Settings instead of the checkpoint's generation_config.json.
             input_ids: The same as `inputs`.
             attention_mask: 1 at tokens, shape (batch, length).
@@ -217,7 +226,9 @@ class DiffusionMixin:
         options = self._decoding_options(generation_config or self.generation_config, seed, kwargs)
         lengths = mask.sum(-1)
         if options.token_shift and int(lengths.min()) == 0:
-            raise ValueError("this model predicts a token from the one before: give a prompt of at least one token")
+            raise ValueError(
+                "this model predicts a token from the one before: give at least one token"
+            )
         order = mask.argsort(dim=-1, descending=True, stable=True)
         decode = decode_blocks if options.block_size else decode_canvas
         decoded = decode(self, prompts.gather(1, order), lengths, options)
@@ -227,12 +238,14 @@ class DiffusionMixin:
         per_row = decoded.tokens / max(len(prompts), 1)
         return DiffusionOutput(sequences, decoded.forwards, per_row / max(decoded.forwards, 1))
 
-    def _decoding_options(self, config: Any, seed: int | None, overrides: dict[str, Any]) -> DecodingOptions:
+    def _decoding_options(
+        self, config: Any, seed: int | None, overrides: dict[str, Any]
+    ) -> DecodingOptions:
         known = {field.name for field in fields(DecodingOptions)} - {"seed", "eos_token_ids"}
         unknown = set(overrides) - known - {"eos_token_id"}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(known)}")
-        settings = {name: getattr(config, name, None) for name in known}
+        settings: dict[str, Any] = {name: getattr(config, name, None) for name in known}
         eos = overrides.pop("eos_token_id", config.eos_token_id)
         settings.update(overrides)
         if settings["max_new_tokens"] is None:
@@ -240,7 +253,9 @@ class DiffusionMixin:
         settings["mask_token_id"] = self.config.mask_token_id
         settings["block_size"] = getattr(self.config, "block_size", None)
         settings["token_shift"] = bool(self.config.diffusion["token_shift"])
-        eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        eos_ids = (
+            () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+        )
         if settings["pad_token_id"] is None:
             settings["pad_token_id"] = eos_ids[0] if eos_ids else 0
         settings["temperature"] = settings["temperature"] or 0.0
@@ -274,5 +289,5 @@ class DiffusionRobertaForMaskedLM(DiffusionMixin, GenerationMixin, RobertaForMas
 
     @property
     def _first_position(self) -> int:
-        # RoBERTa keeps the rows of its position table up to and including the padding id for padding.
-        return int(self.config.pad_token_id) + 1
+        # Rows of RoBERTa's position table up to and including the padding id belong to padding.
+        return int(self.config.pad_token_id or 0) + 1

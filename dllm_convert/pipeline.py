@@ -161,7 +161,10 @@ class _Run:
 
         folder = self.workspace.work / "untrained"
         model = self._load(folder)
-        result: dict[str, Any] = {"data": self._data.facts, "nelbo_before": self._nelbo(folder, model)}
+        result: dict[str, Any] = {
+            "data": self._data.facts,
+            "nelbo_before": self._nelbo(folder, model),
+        }
         if self.plan.adapter.attention == "causal":
             batches = self._on_device(model)
             with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
@@ -182,7 +185,9 @@ class _Run:
 
         model = self._load(folder)
         with self.reporter.task("decode a sample"):
-            return decode_sample(model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32).as_dict()
+            return decode_sample(
+                model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32
+            ).as_dict()
 
     def _assemble(self) -> dict[str, Any]:
         from dllm_convert.recipe import dump_recipe

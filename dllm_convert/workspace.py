@@ -88,7 +88,7 @@ class Workspace:
         return result
 
     def publish(self) -> dict[str, Any]:
-        """Rename the staged files into place, `config.json` last; goes on where a kill stopped it."""
+        """Rename the staged files into place, `config.json` last; goes on after a kill."""
         if not self.staged.is_dir():
             return {}
         for path in sorted(self.staged.iterdir(), key=lambda path: path.name == LAST):
@@ -115,7 +115,9 @@ def _check_folder(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise DataError(f"--out {out} cannot be written ({error.strerror})", hint="Give another --out") from error
+        raise DataError(
+            f"--out {out} cannot be written ({error.strerror})", hint="Give another --out"
+        ) from error
 
 
 @contextmanager

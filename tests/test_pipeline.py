@@ -46,7 +46,9 @@ def recipe(source: Path, target: str = "bd3lm", **training: Any) -> Recipe:
 
 
 def failed(result: RunResult) -> list[dict[str, Any]]:
-    return [probe for probe in result.manifest["verification"]["probes"] if probe["passed"] is False]
+    return [
+        probe for probe in result.manifest["verification"]["probes"] if probe["passed"] is False
+    ]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "none"])
@@ -66,8 +68,15 @@ def test_every_family_converts(
         assert ("ar_nll" in measured) == (get_adapter(family).attention == "causal")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "modeling_dllm.py", "README.md", "dllm_convert.json", "recipe.yaml", ".work",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "modeling_dllm.py",
+        "README.md",
+        "dllm_convert.json",
+        "recipe.yaml",
+        ".work",
     } <= names
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == [get_adapter(family).diffusion_class]
@@ -76,10 +85,14 @@ def test_every_family_converts(
     assert config.get("block_size") == (8 if target == "bd3lm" else None)
 
 
-def test_the_same_command_again_changes_nothing(tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_the_same_command_again_changes_nothing(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
     asked = recipe(source_cache("llama"))
     first = run(asked, tmp_path / "out", QUIET)
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.is_file()}
+    stamps = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.is_file()
+    }
     again = run(asked, tmp_path / "out", QUIET)
     assert again.manifest == first.manifest
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
@@ -103,9 +116,14 @@ def test_a_diverging_run_writes_no_checkpoint(tmp_path: Path, source_cache: Sour
 
 def command(source: Path, out: Path, *more: str) -> list[str]:
     settings = {
-        "data.sequence_length": 32, "data.max_documents": 40, "data.held_out_sequences": 4,
-        "training.batch_size": 1, "training.precision": "fp32", "training.save_steps": 5,
-        "training.learning_rate": "5e-3", "training.max_minutes": 10,
+        "data.sequence_length": 32,
+        "data.max_documents": 40,
+        "data.held_out_sequences": 4,
+        "training.batch_size": 1,
+        "training.precision": "fp32",
+        "training.save_steps": 5,
+        "training.learning_rate": "5e-3",
+        "training.max_minutes": 10,
     }
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     return [
@@ -114,7 +132,9 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], pattern: str = "checkpoint-*/complete") -> None:
+def wait_for(
+    path: Path, process: subprocess.Popen[str], pattern: str = "checkpoint-*/complete"
+) -> None:
     deadline = time.monotonic() + 120
     while not list(path.glob(pattern)):
         assert process.poll() is None, process.communicate()
@@ -123,7 +143,9 @@ def wait_for(path: Path, process: subprocess.Popen[str], pattern: str = "checkpo
 
 
 @pytest.mark.slow
-def test_killed_in_training_the_same_command_goes_on(tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_killed_in_training_the_same_command_goes_on(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
     out = tmp_path / "out"
     line = command(source_cache("llama"), out, "--steps", "60")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -137,12 +159,16 @@ def test_killed_in_training_the_same_command_goes_on(tmp_path: Path, source_cach
     document = json.loads(done.stdout)
     assert document["passed"]
     assert document["manifest"]["measurements"]["train"]["steps"] == 60
-    steps = [json.loads(row)["step"] for row in (out / ".work/metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(row)["step"] for row in (out / ".work/metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(1, 61))
 
 
 @pytest.mark.slow
-def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_ctrl_c_exits_130_and_says_how_to_go_on(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
     out = tmp_path / "out"
     line = command(source_cache("llama"), out, "--steps", "2000")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -157,7 +183,9 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path, source_cache: So
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
     out = tmp_path / "out"
     line = command(source_cache("llama"), out, "--steps", "5")
     # A limit on the size of a file fails writes half-way, as a full disk does.

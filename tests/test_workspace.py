@@ -14,7 +14,10 @@ from dllm_convert.workspace import fingerprint, open_workspace
 
 def test_out_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
-    with pytest.raises(DataError, match="is a file, expected a folder"), open_workspace(tmp_path / "out", "a"):
+    with (
+        pytest.raises(DataError, match="is a file, expected a folder"),
+        open_workspace(tmp_path / "out", "a"),
+    ):
         pass
     assert (tmp_path / "out").read_text() == "x"
 
@@ -29,7 +32,10 @@ def test_out_is_foreign(tmp_path: Path) -> None:
 def test_out_cannot_be_written(tmp_path: Path) -> None:
     # A folder inside a file cannot be made by anybody, root included.
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written"), open_workspace(tmp_path / "file" / "out", "a"):
+    with (
+        pytest.raises(DataError, match="cannot be written"),
+        open_workspace(tmp_path / "file" / "out", "a"),
+    ):
         pass
 
 
@@ -43,7 +49,10 @@ def test_out_is_read_only(tmp_path: Path) -> None:
 def test_another_recipe_is_refused(tmp_path: Path) -> None:
     with open_workspace(tmp_path / "out", "a"):
         pass
-    with pytest.raises(DataError, match="different recipe or source"), open_workspace(tmp_path / "out", "b"):
+    with (
+        pytest.raises(DataError, match="different recipe or source"),
+        open_workspace(tmp_path / "out", "b"),
+    ):
         pass
 
 

@@ -34,7 +34,7 @@ def number_groups(groups: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     rows = torch.arange(groups.shape[0], device=groups.device)[:, None]
     keys = rows * (int(groups.max()) + 2) + groups
-    unique, inverse = keys.unique(return_inverse=True)
+    unique, inverse = torch.unique(keys, return_inverse=True)
     return inverse, len(unique)
 
 

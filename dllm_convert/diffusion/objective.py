@@ -38,7 +38,9 @@ class Objective:
     def from_config(cls, config: Any) -> Objective:
         """Read the objective from a converted checkpoint's config."""
         facts = config.diffusion
-        return cls(facts["objective"], facts["mask_token_id"], facts["token_shift"], facts["block_size"])
+        return cls(
+            facts["objective"], facts["mask_token_id"], facts["token_shift"], facts["block_size"]
+        )
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TextBatch:
 
     Attributes:
         tokens: Token ids, shape (batch, length).
-        segments: Document of each token, numbered within its row, -1 at padding, shape (batch, length).
+        segments: Document of each token, numbered within its row, -1 at padding; (batch, length).
         positions: Position of each token in its document, from 0, shape (batch, length).
     """
 
@@ -57,7 +59,7 @@ class TextBatch:
 
     @property
     def scorable(self) -> torch.Tensor:
-        """Tokens that are predicted: all but padding and each document's first; (batch, length), bool.
+        """Tokens that are predicted: not padding, not a document's first; (batch, length).
 
         The first token has nothing before it: autoregressive models do not score it either, so
         likelihoods of both kinds count the same tokens.
@@ -67,11 +69,15 @@ class TextBatch:
     def blocks(self, size: int) -> torch.Tensor:
         """Block of each token, counted from position 0 of its document, rising along the row."""
         padding = self.segments < 0
-        starts = torch.where(padding, padding.long().diff(dim=-1, prepend=padding[:, :1]) > 0, self.positions % size == 0)
+        starts = torch.where(
+            padding,
+            padding.long().diff(dim=-1, prepend=padding[:, :1]) > 0,
+            self.positions % size == 0,
+        )
         return starts.long().cumsum(-1)
 
     def noise_groups(self, objective: Objective) -> torch.Tensor:
-        """Tokens that share a noise level: a block for BD3LM, a document for MDLM; (batch, length)."""
+        """Tokens that share a noise level: a block (BD3LM), a document (MDLM); (batch, length)."""
         whole = self.tokens.shape[1]
         return self.blocks(_size(objective) if objective.target == "bd3lm" else whole)
 
@@ -127,7 +133,7 @@ def predict(batch: TextBatch, corruption: Corruption, objective: Objective) -> P
         mask = two_stream_mask(blocks, batch.segments)
         read = columns
         if objective.token_shift:
-            # At a block's first position the previous token is already clean: read the clean stream.
+            # A block's first position follows a token that is clean already: read that stream.
             first = batch.positions[rows, columns] % _size(objective) == 0
             read = columns - 1 + length * first
     inputs |= {"attention_mask": mask, "logits_at": rows * width + read}

@@ -53,7 +53,7 @@ class Schedule:
     def draw(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw `count` times in (min_time, max_time], stratified: one uniform offset plus i/count.
 
-        The times are shuffled, so that no group always gets the early ones. Shape (count,), float64.
+        Shuffled, so that no group always gets the early times. Shape (count,), float64.
         """
         offset = 1 - torch.rand(1, generator=generator, dtype=torch.float64)
         even = (offset + torch.arange(count, dtype=torch.float64)) / count

@@ -67,14 +67,19 @@ class BlockCache(DynamicCache):
     frozen: bool = False
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of cache and input, shape (batch, heads, cached + new, head_dim)."""
+        """Return keys and values of cache and input, (batch, heads, cached + new, head_dim)."""
         if not self.frozen:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx >= len(self.layers) or self.layers[layer_idx].get_seq_length() == 0:
+        if self.get_seq_length(layer_idx) == 0:
             return key_states, value_states
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
 
 
@@ -102,7 +107,10 @@ def _choose(
         return token, probability
     probabilities = (logits / options.temperature).softmax(-1)
     token = torch.stack(
-        [torch.multinomial(row, 1, generator=g).squeeze(-1) for row, g in zip(probabilities, generators, strict=True)]
+        [
+            torch.multinomial(row, 1, generator=g).squeeze(-1)
+            for row, g in zip(probabilities, generators, strict=True)
+        ]
     )
     return token, probabilities.gather(-1, token[..., None]).squeeze(-1)
 
@@ -134,22 +142,30 @@ def _ended(rows: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
     return ends.cumsum(-1) > 0
 
 
-def _finish(canvas: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions, forwards: int) -> Decoded:
+def _finish(
+    canvas: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions, forwards: int
+) -> Decoded:
     """Cut the new tokens out of the canvas and pad each row after its end."""
     index = lengths[:, None] + torch.arange(options.max_new_tokens, device=canvas.device)
     rows = canvas.gather(1, index)
     ended = _ended(rows, options)
     past_end = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
-    return Decoded(rows.masked_fill(past_end, options.pad_token_id), forwards, int((~past_end).sum()))
+    return Decoded(
+        rows.masked_fill(past_end, options.pad_token_id), forwards, int((~past_end).sum())
+    )
 
 
-def _generators(rows: int, options: DecodingOptions, device: torch.device) -> list[torch.Generator | None]:
+def _generators(
+    rows: int, options: DecodingOptions, device: torch.device
+) -> list[torch.Generator | None]:
     if options.seed is None:
         return [None] * rows
     return [torch.Generator(device).manual_seed(options.seed + row) for row in range(rows)]
 
 
-def decode_canvas(model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions) -> Decoded:
+def decode_canvas(
+    model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+) -> Decoded:
     """MDLM decoding (LLaDA, arXiv 2502.09992): all new positions start masked and are filled in.
 
     Args:
@@ -183,7 +199,9 @@ def decode_canvas(model: Any, prompts: torch.Tensor, lengths: torch.Tensor, opti
     return _finish(canvas, lengths, options, forwards)
 
 
-def decode_blocks(model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions) -> Decoded:
+def decode_blocks(
+    model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+) -> Decoded:
     """BD3LM decoding (arXiv 2503.09573): block after block, clean blocks in one KV cache.
 
     Blocks are counted from position 0 of each prompt. The prompt's unfinished tail sits, clean, in
@@ -237,10 +255,12 @@ def decode_blocks(model: Any, prompts: torch.Tensor, lengths: torch.Tensor, opti
 
 
 def _extend(model: Any, tokens: torch.Tensor, first: int, cache: BlockCache) -> torch.Tensor:
-    """Run clean `tokens` (batch, n) into the cache; return the last logits, shape (batch, vocab)."""
+    """Run clean `tokens` (batch, n) into the cache; return the last logits, (batch, vocab)."""
     cache.frozen = False
     positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = model(tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = model(
+        tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
@@ -263,7 +283,9 @@ def _denoise_block(
     while masked.any():
         logits = model(block, position_ids=positions, past_key_values=cache, use_cache=True).logits
         if options.token_shift:
-            logits = shifted(logits, torch.zeros_like(logits[:, 0]) if previous is None else previous)
+            logits = shifted(
+                logits, torch.zeros_like(logits[:, 0]) if previous is None else previous
+            )
         token, confidence = _choose(logits, options, generators)
         chosen = _commit(confidence, masked, max(steps - used, 1), options.confidence_threshold)
         block = torch.where(chosen, token, block)

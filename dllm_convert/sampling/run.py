@@ -50,7 +50,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise DataError(f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote")
+        raise DataError(
+            f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote"
+        )
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -76,7 +78,11 @@ def decode_sample(
         **options: Fields of `DecodingOptions`; None keeps the checkpoint's default.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids.shape[1] > 1 and tokenizer.sep_token_id is not None and ids[0, -1] == tokenizer.sep_token_id:
+    if (
+        ids.shape[1] > 1
+        and tokenizer.sep_token_id is not None
+        and ids[0, -1] == tokenizer.sep_token_id
+    ):
         ids = ids[:, :-1]
     if ids.shape[1] == 0:
         raise DataError("the prompt is empty", hint="Give at least one word with --prompt")

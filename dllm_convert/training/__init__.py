@@ -1,0 +1,1 @@
+"""Text in, trained checkpoint out: data, trainer, progress."""

@@ -16,7 +16,7 @@ from dllm_convert.errors import DllmConvertError
 COMPLETE_MARKER = "complete"
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Writes a line per log, shows progress, stops on time or on NaN, marks whole checkpoints.
 
     Args:
@@ -26,7 +26,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         task: Progress that counts optimizer steps.
     """
 
-    def __init__(self, metrics: Path, resumed_step: int, max_minutes: float | None, task: Task) -> None:
+    def __init__(
+        self, metrics: Path, resumed_step: int, max_minutes: float | None, task: Task
+    ) -> None:
         self._metrics = metrics
         self._limit = max_minutes * 60 if max_minutes else None
         self._task = task
@@ -55,7 +57,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         note = " ".join(f"{name} {value:.3f}" for name, value in self.last.items())
         self._task.advance(state.global_step - self._step, note)
         self._step = state.global_step
-        if self._limit is not None and self.seconds >= self._limit and state.global_step < state.max_steps:
+        if (
+            self._limit is not None
+            and self.seconds >= self._limit
+            and state.global_step < state.max_steps
+        ):
             self.stopped = "time"
             control.should_training_stop = True
 
@@ -77,7 +83,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if not all(math.isfinite(logs[name]) for name in ("loss", "grad_norm") if name in logs):
             raise DllmConvertError(
                 f"training diverged at step {state.global_step}: loss {logs['loss']}, "
-                f"gradient norm {logs.get('grad_norm')}; the last good checkpoint is kept in {args.output_dir}",
+                f"gradient norm {logs.get('grad_norm')}; the last good checkpoint is kept in "
+                f"{args.output_dir}",
                 hint="Start again in another --out with a lower rate, such as "
                 f"--set training.learning_rate={args.learning_rate / 3:.0e}",
             )

@@ -54,8 +54,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def pack(documents: Iterable[list[int]], length: int, pad: int) -> list[Row]:
     """Cut documents into pieces of at most `length` tokens and pack the pieces into rows.
 
-    A piece counts its positions from 0 and never sees its neighbours, so packing changes nothing but
-    speed (LLaDA2 finds that confining attention to the document also trains best). Pieces of one
+    A piece counts its positions from 0 and never sees its neighbours, so packing changes nothing
+    but speed (LLaDA2 finds that confining attention to the document trains best). Pieces of one
     token have nothing to predict and are left out.
 
     Args:
@@ -168,13 +168,16 @@ def prepare_data(recipe: Recipe, tokenizer: Any, reporter: Reporter) -> TextData
 
         train, held_out = _split(encoded(), recipe)
     if not train and not held_out:
-        raise DataError(f"--data {data.source} holds no text", hint="Give files with at least one paragraph")
+        raise DataError(
+            f"--data {data.source} holds no text", hint="Give files with at least one paragraph"
+        )
     smallest = recipe.block_size or 2
     for name, part in (("training", train), ("held-out", held_out)):
         tokens = sum(map(len, part))
         if tokens < max(smallest, 2):
             raise DataError(
-                f"--data {data.source} leaves {tokens} {name} tokens, fewer than one block of {smallest}",
+                f"--data {data.source} leaves {tokens} {name} tokens, "
+                f"fewer than one block of {smallest}",
                 hint="Give more text, a smaller --block, or --set data.held_out_fraction=0.5",
             )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -29,11 +29,15 @@ def read_documents(data: Data) -> Iterator[str]:
         return _pydoc()
     files = _files(data.source)
     if files:
-        return (text for file in files for text in _read_file(file, data.text_field) if text.strip())
-    if any(data.source.endswith(suffix) for suffix in FILE_SUFFIXES) or data.source.startswith((".", "/")):
+        return (
+            text for file in files for text in _read_file(file, data.text_field) if text.strip()
+        )
+    if any(data.source.endswith(suffix) for suffix in FILE_SUFFIXES) or data.source.startswith(
+        (".", "/")
+    ):
         raise DataError(
             f"no file matches --data {data.source}",
-            hint=f"Give {', '.join('*' + suffix for suffix in FILE_SUFFIXES)} files, pydoc, or a Hub dataset id",
+            hint="Give *.txt, *.md, *.jsonl or *.parquet files, pydoc, or a Hub dataset id",
         )
     return _hub_dataset(data)
 
@@ -48,10 +52,14 @@ def _pydoc() -> Iterator[str]:
 def _files(source: str) -> list[Path]:
     found: list[Path] = []
     for pattern in source.split(","):
-        matches = sorted(glob.glob(pattern, recursive=True))
+        matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         for match in map(Path, matches):
             inside = sorted(match.rglob("*")) if match.is_dir() else [match]
-            found += [file for file in inside if file.is_file() and (file.suffix in FILE_SUFFIXES or file == match)]
+            found += [
+                file
+                for file in inside
+                if file.is_file() and (file.suffix in FILE_SUFFIXES or file == match)
+            ]
     return found
 
 
@@ -61,7 +69,9 @@ def _read_file(file: Path, text_field: str) -> Iterator[str]:
         return
     raw = file.read_bytes()
     if b"\0" in raw[:65536]:
-        raise DataError(f"{file} holds binary data, not text", hint="Give .txt, .md, .jsonl or .parquet files")
+        raise DataError(
+            f"{file} holds binary data, not text", hint="Give .txt, .md, .jsonl or .parquet files"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -116,19 +126,20 @@ def _hub_dataset(data: Data) -> Iterator[str]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    missing = f"no dataset {data.source!r} could be read from the Hub"
     try:
         rows = datasets.load_dataset(data.source, split=data.split, streaming=True)
         for row in rows:
             text = row.get(data.text_field)
             if not isinstance(text, str):
                 raise DataError(
-                    f"dataset {data.source} has no text under {data.text_field!r}, it has {sorted(row)}",
+                    f"dataset {data.source} has no text under {data.text_field!r}, "
+                    f"it has {sorted(row)}",
                     hint="Name the right column with --set data.text_field=COLUMN",
                 )
             yield text
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "")
         raise HubError(
-            f"{missing} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
-            hint="Check the id and the network, or train on files: --data 'texts/*.txt' or --data pydoc",
+            f"no dataset {data.source!r} could be read from the Hub ({type(error).__name__}: {reason})",
+            hint="Check the id and the network, or train on files: --data 'texts/*.txt'",
         ) from error

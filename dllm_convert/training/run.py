@@ -64,7 +64,9 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
     training = recipe.training
     every = training.save_steps or max(10, training.steps // 5)
     # Renamed in transformers 5.x: the old name is understood by all, but only said when needed.
-    checkpointing = {"gradient_checkpointing": True} if training.gradient_checkpointing else {}
+    checkpointing: dict[str, Any] = {}
+    if training.gradient_checkpointing:
+        checkpointing["gradient_checkpointing"] = True
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,

@@ -44,8 +44,8 @@ def use_bf16(training: Training) -> bool:
     if training.precision != "auto":
         return training.precision == "bf16"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(torch.cuda.is_bf16_supported())
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -73,7 +73,9 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
     tied = model.config.tie_word_embeddings
     rows = None
     if lora.embeddings == "full":
-        saved += [adapter.embedding_module] if tied else [adapter.embedding_module, adapter.head_module]
+        saved += (
+            [adapter.embedding_module] if tied else [adapter.embedding_module, adapter.head_module]
+        )
     else:
         rows = {adapter.embedding_module: [model.config.mask_token_id]}
     # PEFT ties what it knows by name; the heads of encoders it does not know.

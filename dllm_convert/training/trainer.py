@@ -22,7 +22,7 @@ def noise_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.G
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-class DiffusionTrainer(Trainer):  # type: ignore[misc]
+class DiffusionTrainer(Trainer):
     """Trains what `objective` says, on the text the dataset holds.
 
     The optimised loss is the NELBO, or with `loss_weight: uniform` the mean cross-entropy at masked
@@ -69,7 +69,9 @@ class DiffusionTrainer(Trainer):  # type: ignore[misc]
         step = self.state.global_step
         micro = self._noise_at[1] + 1 if self._noise_at[0] == step else 0
         self._noise_at = (step, micro)
-        generator = noise_generator(self._recipe.training.seed, step, micro, self.args.process_index)
+        generator = noise_generator(
+            self._recipe.training.seed, step, micro, self.args.process_index
+        )
         groups = batch.noise_groups(self._objective)
         if self._recipe.noise.draw == "count":
             return corrupt_by_count(groups, batch.scorable, generator)

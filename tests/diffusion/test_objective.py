@@ -67,7 +67,14 @@ def test_block_size_one_with_shift_is_the_autoregressive_likelihood() -> None:
                     batch.tokens[row : row + 1, start:stop],
                     attention_mask=torch.ones(1, 1, stop - start, stop - start).tril().bool(),
                 ).logits[0, :-1]
-                for row, start, stop in [(0, 0, 7), (0, 7, 12), (1, 0, 7), (1, 7, 12), (2, 0, 7), (2, 7, 10)]
+                for row, start, stop in [
+                    (0, 0, 7),
+                    (0, 7, 12),
+                    (1, 0, 7),
+                    (1, 7, 12),
+                    (2, 0, 7),
+                    (2, 7, 10),
+                ]
             ]
         )
         targets = batch.tokens[rows, columns]
@@ -87,7 +94,7 @@ def test_one_block_as_long_as_the_text_is_mdlm(shift: bool) -> None:
 
 
 class Table(nn.Module):
-    """A model that looks its logits up by the visible tokens, so that everything can be enumerated."""
+    """A model that looks its logits up by the visible tokens: everything can be enumerated."""
 
     def __init__(self, length: int, words: int) -> None:
         super().__init__()
@@ -115,7 +122,9 @@ def exact_bound(model: Table, tokens: torch.Tensor, scorable: list[int], mask: i
 def test_the_count_estimator_converges_to_the_enumerated_bound() -> None:
     model, tokens = Table(4, 3), torch.tensor([[0, 2, 1, 2]])
     exact = exact_bound(model, tokens[0], [1, 2, 3], 3)
-    estimate = nelbo(model, [single(tokens.repeat(300, 1))], Objective("mdlm", 3, False), seed=0, draws=4)
+    estimate = nelbo(
+        model, [single(tokens.repeat(300, 1))], Objective("mdlm", 3, False), seed=0, draws=4
+    )
     assert estimate.nats_per_token == pytest.approx(exact, abs=4 * estimate.stderr + 1e-9)
     assert estimate.stderr < 0.05
 
@@ -127,7 +136,9 @@ def test_every_schedule_estimates_the_same_bound(name: str) -> None:
     exact = exact_bound(model, tokens[0], [1, 2, 3], 3)
     batch = single(tokens.repeat(20_000, 1))
     noise = torch.Generator().manual_seed(0)
-    corruption = corrupt_by_time(batch.noise_groups(objective), batch.scorable, Schedule(name), noise)
+    corruption = corrupt_by_time(
+        batch.noise_groups(objective), batch.scorable, Schedule(name), noise
+    )
     forward = predict(batch, corruption, objective)
     logits = model(**forward.inputs).logits
     nats = cross_entropy(logits, forward.targets, 3) * forward.weight
@@ -167,7 +178,9 @@ def test_counts_are_uniform_and_never_zero() -> None:
 def test_every_block_has_a_noise_level_of_its_own() -> None:
     batch = single(torch.randint(6, 40, (64, 64)))
     groups = batch.noise_groups(Objective("bd3lm", MASK, True, 8))
-    corruption = corrupt_by_time(groups, batch.scorable, Schedule(), torch.Generator().manual_seed(0))
+    corruption = corrupt_by_time(
+        groups, batch.scorable, Schedule(), torch.Generator().manual_seed(0)
+    )
     shares = corruption.masked.view(64, 8, 8).float().mean(-1)
     assert shares.std(dim=1).mean() > 0.2
 

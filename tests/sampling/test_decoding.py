@@ -17,13 +17,21 @@ MASK, WORDS = 5, 60
 DECODERS = [family for family in FAMILIES if "bd3lm" in get_adapter(family).targets]
 
 
-def tiny(family: str, *, block: int | None = None, shift: bool = True, **fields: Any) -> PreTrainedModel:
+def tiny(
+    family: str, *, block: int | None = None, shift: bool = True, **fields: Any
+) -> PreTrainedModel:
     """A random diffusion model in float64."""
     import transformers
 
     config_class, _, base = FAMILIES[family]
     config = getattr(transformers, config_class)(
-        **{**base, "vocab_size": WORDS, "num_hidden_layers": 2, "max_position_embeddings": 130, **fields},
+        **{
+            **base,
+            "vocab_size": WORDS,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 130,
+            **fields,
+        },
         initializer_range=0.3,
         pad_token_id=1,
         bos_token_id=0,
@@ -84,12 +92,19 @@ def test_block_size_one_with_shift_is_greedy_autoregression(family: str) -> None
     import transformers
 
     model, ids = tiny(family, block=1), prompt(5)
-    config = type(model.config)(**{**model.config.to_dict(), "is_causal": True, "vocab_size": WORDS})
+    config = type(model.config)(
+        **{**model.config.to_dict(), "is_causal": True, "vocab_size": WORDS}
+    )
     base = getattr(transformers, get_adapter(family).stock_class)(config).eval().double()
     base.load_state_dict(model.state_dict())
     ours = model.generate(ids, max_new_tokens=12, eos_token_id=None)
     never_mask = base.generate(
-        ids, max_new_tokens=12, do_sample=False, eos_token_id=None, suppress_tokens=[MASK], pad_token_id=1
+        ids,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=[MASK],
+        pad_token_id=1,
     )
     assert ours.tolist() == never_mask.tolist()
 
@@ -97,14 +112,20 @@ def test_block_size_one_with_shift_is_greedy_autoregression(family: str) -> None
 @pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("threshold", [None, 0.1])
-def test_a_batch_of_lengths_equals_one_by_one(block: int | None, side: str, threshold: float | None) -> None:
+def test_a_batch_of_lengths_equals_one_by_one(
+    block: int | None, side: str, threshold: float | None
+) -> None:
     model = tiny("llama", block=block)
     prompts = [prompt(length, seed=length) for length in (3, 9, 14)]
     ids, mask = torch.ones(3, 14, dtype=torch.long), torch.zeros(3, 14, dtype=torch.long)
     for row, one in enumerate(prompts):
         place = slice(14 - one.shape[1], 14) if side == "left" else slice(0, one.shape[1])
         ids[row, place], mask[row, place] = one[0], 1
-    settings: dict[str, Any] = {"max_new_tokens": 7, "confidence_threshold": threshold, "eos_token_id": None}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 7,
+        "confidence_threshold": threshold,
+        "eos_token_id": None,
+    }
     together = model.generate(ids, attention_mask=mask, **settings)
     assert torch.equal(together[:, :14], ids)
     for row, one in enumerate(prompts):
@@ -119,7 +140,9 @@ def test_rows_stop_at_their_end_and_are_padded_after_it() -> None:
     stop = free.tolist().index(end)
     got = model.generate(ids, max_new_tokens=16, eos_token_id=end, return_dict_in_generate=True)
     assert got.sequences[0, 6:].tolist() == free[: stop + 1].tolist() + [1] * (15 - stop)
-    unstopped = model.generate(ids, max_new_tokens=16, eos_token_id=None, return_dict_in_generate=True)
+    unstopped = model.generate(
+        ids, max_new_tokens=16, eos_token_id=None, return_dict_in_generate=True
+    )
     assert got.forwards < unstopped.forwards
 
 
@@ -136,7 +159,11 @@ def test_an_ended_row_does_not_disturb_the_others() -> None:
 def test_steps_bound_the_forwards_of_a_block() -> None:
     model, ids = tiny("llama", block=8), prompt(8)
     got = model.generate(
-        ids, max_new_tokens=16, max_denoising_steps=2, eos_token_id=None, return_dict_in_generate=True
+        ids,
+        max_new_tokens=16,
+        max_denoising_steps=2,
+        eos_token_id=None,
+        return_dict_in_generate=True,
     )
     # The prompt, two blocks of two steps, and the first block written into the cache.
     assert got.forwards == 1 + 2 * 2 + 1
@@ -146,7 +173,11 @@ def test_steps_bound_the_forwards_of_a_block() -> None:
 def test_a_threshold_of_nearly_zero_writes_a_block_per_forward() -> None:
     model, ids = tiny("llama", block=8), prompt(8)
     got = model.generate(
-        ids, max_new_tokens=8, confidence_threshold=1e-6, eos_token_id=None, return_dict_in_generate=True
+        ids,
+        max_new_tokens=8,
+        confidence_threshold=1e-6,
+        eos_token_id=None,
+        return_dict_in_generate=True,
     )
     assert got.forwards == 2
 

@@ -52,10 +52,16 @@ def test_a_document_ends_with_its_end_token(source_cache: SourceFactory) -> None
     assert (ids[0], ids[-1]) == (llama.bos_token_id, llama.eos_token_id)
     bert = AutoTokenizer.from_pretrained(source_cache("bert"))
     ids = encode(bert, "one two")
-    assert (ids[0], ids[-1], ids.count(bert.sep_token_id)) == (bert.cls_token_id, bert.sep_token_id, 1)
+    assert (ids[0], ids[-1], ids.count(bert.sep_token_id)) == (
+        bert.cls_token_id,
+        bert.sep_token_id,
+        1,
+    )
 
 
-def test_held_out_documents_are_never_trained_on(tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_held_out_documents_are_never_trained_on(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source_cache("llama"))
     for number in range(30):
         (tmp_path / f"{number:02}.txt").write_text(f"{number:02} " * 20)
@@ -64,7 +70,9 @@ def test_held_out_documents_are_never_trained_on(tmp_path: Path, source_cache: S
     assert data.facts["held_out_documents"] >= 1
 
     def words(rows: list[list[int]]) -> set[str]:
-        return {word for row in rows for word in tokenizer.decode(row, skip_special_tokens=True).split()}
+        return {
+            word for row in rows for word in tokenizer.decode(row, skip_special_tokens=True).split()
+        }
 
     train = words(data.train["input_ids"])
     held_out = words([row for batch in data.held_out for row in batch.tokens.tolist()])
@@ -82,9 +90,15 @@ def test_one_document_is_cut_in_two(tmp_path: Path, source_cache: SourceFactory)
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no text"), ("ab", "fewer than one block of 16"), ("one two three four five six seven eight nine ten", "held-out tokens")],
+    [
+        ("", "holds no text"),
+        ("ab", "fewer than one block of 16"),
+        ("one two three four five six seven eight nine ten", "held-out tokens"),
+    ],
 )
-def test_too_little_text(tmp_path: Path, source_cache: SourceFactory, text: str, message: str) -> None:
+def test_too_little_text(
+    tmp_path: Path, source_cache: SourceFactory, text: str, message: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source_cache("llama"))
     (tmp_path / "one.txt").write_text(text)
     with pytest.raises(DataError, match=message):

@@ -86,4 +86,4 @@ def test_no_such_file(source: str) -> None:
 def test_a_hub_dataset_without_a_network() -> None:
     with pytest.raises(HubError, match="no dataset 'someone/texts' could be read") as caught:
         read("someone/texts")
-    assert "--data pydoc" in str(caught.value)
+    assert "train on files" in str(caught.value)

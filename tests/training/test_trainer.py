@@ -32,7 +32,11 @@ QUIET = Reporter(quiet=True)
 
 def converted(source: Path, folder: Path, **training: Any) -> tuple[ConversionPlan, TextData]:
     """Write the untrained conversion of a tiny checkpoint and prepare its data."""
-    target = "bd3lm" if "bd3lm" in get_adapter(inspect_source(str(source)).model_type).targets else "mdlm"
+    target = (
+        "bd3lm"
+        if "bd3lm" in get_adapter(inspect_source(str(source)).model_type).targets
+        else "mdlm"
+    )
     recipe = Recipe.model_validate(
         {
             "source": str(source),
@@ -75,22 +79,30 @@ def test_training_lowers_the_bound(
 ) -> None:
     tied = family in ("qwen2", "qwen3", "bert", "roberta")
     plan, data = converted(source_cache(family, tied=tied), tmp_path / "untrained", **training)
-    result = train(plan, data, tmp_path / "untrained", tmp_path / "trained", tmp_path / "work", QUIET)
+    result = train(
+        plan, data, tmp_path / "untrained", tmp_path / "trained", tmp_path / "work", QUIET
+    )
     before, after = (load_model(tmp_path / name, plan.adapter) for name in ("untrained", "trained"))
     objective = Objective.from_config(before.config)
     assert result.steps == 6
     first = nelbo(before, data.held_out, objective, seed=0)
     assert nelbo(after, data.held_out, objective, seed=0).nats_per_token < first.nats_per_token
     assert set(before.state_dict()) == set(after.state_dict())
-    lines = [json.loads(line) for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(line["nelbo"] == pytest.approx(line["loss"], rel=1e-4) for line in lines)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_lora_trains_the_mask_row_alone(tied: bool, tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_lora_trains_the_mask_row_alone(
+    tied: bool, tmp_path: Path, source_cache: SourceFactory
+) -> None:
     lora = {"rank": 4, "embeddings": "mask_row", "norms": False}
-    plan, data = converted(source_cache("llama", tied=tied), tmp_path / "a", method="lora", lora=lora)
+    plan, data = converted(
+        source_cache("llama", tied=tied), tmp_path / "a", method="lora", lora=lora
+    )
     train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
     before, after = weights(tmp_path / "a", plan), weights(tmp_path / "b", plan)
     name = plan.adapter.embedding
@@ -98,13 +110,18 @@ def test_lora_trains_the_mask_row_alone(tied: bool, tmp_path: Path, source_cache
     assert moved == [plan.mask.id]
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
     assert not torch.equal(
-        before["model.layers.0.self_attn.q_proj.weight"], after["model.layers.0.self_attn.q_proj.weight"]
+        before["model.layers.0.self_attn.q_proj.weight"],
+        after["model.layers.0.self_attn.q_proj.weight"],
     )
 
 
-def test_embeddings_norms_and_head_train_beside_lora(source_cache: SourceFactory, tmp_path: Path) -> None:
+def test_embeddings_norms_and_head_train_beside_lora(
+    source_cache: SourceFactory, tmp_path: Path
+) -> None:
     plan, _ = converted(source_cache("llama", tied=False), tmp_path / "a", method="lora")
-    model = make_trainable(load_model(tmp_path / "a", plan.adapter), plan.adapter, plan.recipe.training)
+    model = make_trainable(
+        load_model(tmp_path / "a", plan.adapter), plan.adapter, plan.recipe.training
+    )
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for part in ("embed_tokens", "lm_head", "input_layernorm", "model.norm", "q_proj.lora_A"):
         assert any(part in name for name in names), part
@@ -151,7 +168,9 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(
     plan, data = converted(
         source_cache("llama"), tmp_path / "a", save_steps=1, learning_rate=1e30, max_grad_norm=1e30
     )
-    with pytest.raises(DllmConvertError, match=r"diverged at step \d+: loss nan.*checkpoint is kept"):
+    with pytest.raises(
+        DllmConvertError, match=r"diverged at step \d+: loss nan.*checkpoint is kept"
+    ):
         train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
     last = last_whole_checkpoint(tmp_path / "work/trainer")
     assert last is not None
@@ -166,7 +185,9 @@ def test_time_runs_out(tmp_path: Path, source_cache: SourceFactory) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_keep_the_type_of_the_base(dtype: torch.dtype, tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_weights_keep_the_type_of_the_base(
+    dtype: torch.dtype, tmp_path: Path, source_cache: SourceFactory
+) -> None:
     from safetensors import safe_open
 
     plan, data = converted(source_cache("llama", dtype=dtype), tmp_path / "a")
@@ -175,11 +196,15 @@ def test_weights_keep_the_type_of_the_base(dtype: torch.dtype, tmp_path: Path, s
         assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118
 
 
-def test_uniform_weights_count_and_clipped_noise(tmp_path: Path, source_cache: SourceFactory) -> None:
+def test_uniform_weights_count_and_clipped_noise(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
     plan, data = converted(source_cache("llama"), tmp_path / "a", loss_weight="uniform")
     noise = {"draw": "count"}
     recipe = Recipe.model_validate({**plan.recipe.model_dump(), "noise": noise})
     plan = ConversionPlan(**{**vars(plan), "recipe": recipe})
     train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
-    lines = [json.loads(line) for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "work/metrics.jsonl").read_text().splitlines()
+    ]
     assert any(abs(line["nelbo"] - line["loss"]) > 1e-3 for line in lines)
