@@ -110,10 +110,12 @@ def verify(
 ) -> None:
     """Check a converted checkpoint: files, tensors, mask token, attention, decoding."""
     reporter = _reporter(quiet=quiet or as_json)
+    from dllm_convert.quiet import quiet_libraries
     from dllm_convert.verify import verify_checkpoint
 
-    base = _base_folder(against, reporter) if against else None
-    report = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
+    with quiet_libraries():
+        base = _base_folder(against, reporter) if against else None
+        report = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
     if as_json:
         output.write_json(report)
     else:
@@ -135,9 +137,10 @@ def sample(
 ) -> None:
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     reporter = _reporter(quiet=quiet or as_json)
-    with reporter.task("load and decode"):
-        from dllm_convert.sampling.run import run_sample
+    from dllm_convert.quiet import quiet_libraries
+    from dllm_convert.sampling.run import run_sample
 
+    with reporter.task("load and decode"), quiet_libraries():
         result = run_sample(
             checkpoint,
             prompt,

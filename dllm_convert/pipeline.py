@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
+from dllm_convert.quiet import quiet_libraries
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.workspace import Workspace, fingerprint, open_workspace, write_json
@@ -65,7 +66,8 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
     with open_workspace(out, run_id) as workspace:
         for warning in plan.warnings:
             reporter.warn(warning)
-        return _Run(plan, workspace, reporter).finish()
+        with quiet_libraries():
+            return _Run(plan, workspace, reporter).finish()
 
 
 @dataclass

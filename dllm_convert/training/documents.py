@@ -140,6 +140,7 @@ def _hub_dataset(data: Data) -> Iterator[str]:
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise HubError(
-            f"no dataset {data.source!r} could be read from the Hub ({type(error).__name__}: {reason})",
+            f"no dataset {data.source!r} could be read from the Hub "
+            f"({type(error).__name__}: {reason})",
             hint="Check the id and the network, or train on files: --data 'texts/*.txt'",
         ) from error

@@ -1,0 +1,38 @@
+"""Keep other libraries' bars and notes out of ours while a command runs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence transformers, datasets and PEFT below errors; `HF_DEBUG=1` leaves them loud.
+
+    Their settings are put back when the block ends.
+    """
+    if os.environ.get("HF_DEBUG"):
+        yield
+        return
+    import datasets
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    dataset_bars = datasets.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            for module in ("transformers", "peft", "torch", "accelerate"):
+                warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        if not dataset_bars:
+            datasets.enable_progress_bars()
