@@ -10,6 +10,8 @@ LARGE_BUDGET = 1_000_000_000
 """Training tokens from which the learning rates of long published runs apply."""
 SMALL_BUDGET = 10_000_000
 """Training tokens below which they are known to be too low."""
+PYDOC_TOKENS = 180_000
+"""Tokens of the language reference in CPython 3.11, SmolLM2's tokenizer."""
 
 
 def _training_tokens(recipe: Recipe) -> int:
@@ -69,6 +71,18 @@ def _objective(recipe: Recipe, adapter: Adapter) -> str | None:
     return None
 
 
+def _data(recipe: Recipe) -> str | None:
+    tokens = _training_tokens(recipe)
+    if recipe.training.method == "none" or recipe.data.source != "pydoc":
+        return None
+    if tokens < 20 * PYDOC_TOKENS:
+        return None
+    return (
+        f"data pydoc holds about {PYDOC_TOKENS:.1e} tokens and the plan trains on {tokens:.1e}: "
+        "every document would be seen more than 20 times; give text of your own with --data"
+    )
+
+
 def _licence(recipe: Recipe, source: SourceInfo) -> str | None:
     if source.license and recipe.license and source.license != recipe.license:
         return (
@@ -95,6 +109,7 @@ def advise(
         _learning_rate(recipe),
         _lora(recipe),
         _objective(recipe, adapter),
+        _data(recipe),
         _licence(recipe, source),
         _lengths(recipe, context),
     )

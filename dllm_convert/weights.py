@@ -223,7 +223,9 @@ def _write_configs(plan: ConversionPlan, source: Path, out: Path) -> None:
         "max_new_tokens": chosen.max_new_tokens,
         "max_denoising_steps": chosen.max_denoising_steps,
         "confidence_threshold": chosen.confidence_threshold,
-        "temperature": chosen.temperature,
+        # transformers takes a temperature for a mistake unless sampling is said to be meant.
+        "temperature": chosen.temperature or None,
+        "do_sample": True if chosen.temperature else None,
         "block_size": plan.recipe.block_size,
     }
     known = {key: value for key, value in generation.items() if value is not None}
