@@ -1,0 +1,109 @@
+"""The manifest `dllm_convert.json`: where a checkpoint comes from, what was done, what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dllm_convert.errors import DataError
+from dllm_convert.workspace import WORK, write_json
+
+MANIFEST_FILE = "dllm_convert.json"
+_CHUNK = 1 << 22
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a converted checkpoint.
+
+    Raises:
+        DataError: There is none, or it is not a JSON object.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{folder} has no {MANIFEST_FILE}, so nothing is known of how it was made",
+            hint="Give a folder that dllm-convert run wrote",
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """Write the manifest whole or not at all, and return its path."""
+    path = folder / MANIFEST_FILE
+    write_json(path, dict(manifest))
+    return path
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces of a few megabytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:
+    """Return the SHA-256 of every file under `folder`, work state left out.
+
+    Args:
+        folder: Checkpoint folder.
+        exclude: Names to leave out, relative to the folder, with forward slashes.
+
+    Returns:
+        Name relative to the folder, with forward slashes, to hexadecimal digest.
+    """
+    skipped = set(exclude)
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and WORK not in path.relative_to(folder).parts
+    )
+    return {name: sha256_file(folder / name) for name in names if name not in skipped}
+
+
+def changed_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Compare files with the hashes of a manifest.
+
+    Args:
+        folder: Checkpoint folder.
+        hashes: File name to SHA-256, as `hash_files` returns it.
+
+    Returns:
+        File name to what is wrong with it; empty if everything is as recorded.
+    """
+    wrong: dict[str, str] = {}
+    for name, expected in hashes.items():
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            wrong[name] = "lies outside the folder"
+        elif not (folder / name).is_file():
+            wrong[name] = "is missing"
+        elif (found := sha256_file(folder / name)) != expected:
+            wrong[name] = f"has sha256 {found[:12]}…, recorded {str(expected)[:12]}…"
+    return wrong
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages a run depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,58 @@
+"""Load a checkpoint as a stranger would: run by path in a process that knows no dllm_convert.
+
+Arguments: folder, auto class, file of inputs, file of outputs (both safetensors). Prints one JSON
+object. Imported by nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+# Whatever is installed beside this Python, the checkpoint has to do without the package.
+sys.modules["dllm_convert"] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+@torch.no_grad()
+def _load_and_run(
+    folder: str, auto_class: str, inputs: dict[str, torch.Tensor], *, remote_code: bool
+) -> tuple[dict[str, Any], torch.Tensor]:
+    model, info = getattr(transformers, auto_class).from_pretrained(
+        folder,
+        trust_remote_code=remote_code,
+        dtype=torch.float32,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    # The diffusion class makes block masks itself; the stock class is told by its caller.
+    given = inputs if not remote_code else {"input_ids": inputs["input_ids"]}
+    logits = model.eval()(**given).logits
+    facts = {
+        "class": type(model).__name__,
+        "missing": sorted(info["missing_keys"]),
+        "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
+    }
+    return facts, logits
+
+
+def main(folder: str, auto_class: str, input_file: str, output_file: str) -> None:
+    """Load with and without the checkpoint's own code, run both, write logits and facts."""
+    inputs = load_file(input_file)
+    outputs: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] = {"transformers": transformers.__version__}
+    for name, remote_code in (("remote", True), ("stock", False)):
+        facts[name], logits = _load_and_run(folder, auto_class, inputs, remote_code=remote_code)
+        outputs[name] = logits.contiguous()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    facts["mask_token_id"] = tokenizer.mask_token_id
+    save_file(outputs, output_file)
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,152 @@
+"""Files: is every weight there, whole and finite, and is everything as the manifest recorded it?
+
+Nothing here loads the model: headers are read, then one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from dllm_convert.errors import DataError
+from dllm_convert.manifest import changed_files
+from dllm_convert.plan_attention import SLIDING, layer_types
+from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.subject import Subject
+
+# Names in files older than transformers 4, renamed by every loader.
+_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def modern_name(name: str) -> str:
+    """Return the name under which transformers loads a tensor."""
+    for old, new in _LEGACY.items():
+        name = name.replace(old, new)
+    return name
+
+
+def check_files(subject: Subject) -> list[Probe]:
+    """Return the probes `config`, `weights`, `finite` and `hashes`."""
+    probes = [_config(subject)]
+    try:
+        probes.append(_weights(subject))
+        probes.append(_finite(subject))
+    except DataError as error:
+        required = "well-formed safetensors with every tensor of the class"
+        probes.append(Probe("weights", False, "not readable", required, str(error)))
+    probes.append(_hashes(subject))
+    return probes
+
+
+def _config(subject: Subject) -> Probe:
+    """Fields that other programs act on must say what the diffusion section says."""
+    config, claim, adapter = subject.config, subject.claim, subject.adapter
+    class_name = adapter.diffusion_class
+    required: dict[str, Any] = {
+        "is_causal": False,
+        "architectures": [class_name],
+        "auto_map": {adapter.auto_class: f"modeling_dllm.{class_name}"},
+        "mask_token_id": claim.mask_token_id,
+        "block_size": claim.block_size,
+    }
+    wrong = {
+        key: f"is {config.get(key)!r}, not {value!r}"
+        for key, value in required.items()
+        if config.get(key) != value
+    }
+    if SLIDING in layer_types(config, adapter):
+        size = config.get("sliding_window", adapter.window.default if adapter.window else None)
+        wrong["sliding_window"] = f"of {size} tokens is in force, which narrows {claim.attention}"
+    return Probe(
+        "config",
+        not wrong,
+        f"{len(required) + 1 - len(wrong)} of {len(required) + 1} statements agree",
+        "all agree with the diffusion section, no sliding window",
+        first_items(wrong),
+    )
+
+
+def _expected(subject: Subject) -> tuple[dict[str, tuple[int, ...]], Mapping[str, str]]:
+    """Return shapes of the class's tensors, and its ties: name to the name it shares with."""
+    cls = subject.diffusion_class
+    config = cls.config_class.from_pretrained(subject.folder)
+    with torch.device("meta"):
+        model = cls(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, model.all_tied_weights_keys
+
+
+def _weights(subject: Subject) -> Probe:
+    expected, ties = _expected(subject)
+    found = {modern_name(name): shape for name, shape in subject.shapes.items()}
+    shared = {name for name, twin in ties.items() if twin in found}
+    shared |= {twin for name, twin in ties.items() if name in found}
+    missing = sorted(expected.keys() - found.keys() - shared)
+    misshapen = [
+        f"{name} has shape {found[name]}, not {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    stale = [
+        f"{name} is tied to {twin} but holds other values"
+        for name, twin in ties.items()
+        if name in found and twin in found and not _equal(subject, name, twin)
+    ]
+    foreign = sorted(found.keys() - expected.keys())
+    wrong = [f"{name} is missing" for name in missing] + misshapen + stale
+    wrong += [f"{name} belongs to no part of the model" for name in foreign]
+    return Probe(
+        "weights",
+        not wrong,
+        f"{len(found)} tensors in {len(subject.headers)} file(s): {len(missing)} missing, "
+        f"{len(misshapen)} misshapen, {len(stale)} tied but different, {len(foreign)} foreign",
+        f"each of the {len(expected) - len(ties)} tensors of {subject.adapter.diffusion_class}, "
+        "in its shape, and no other",
+        first_items(wrong),
+    )
+
+
+def _read(subject: Subject, name: str) -> torch.Tensor:
+    for file, header in subject.headers.items():
+        if name in header.entries:
+            with safe_open(subject.folder / file, framework="pt") as shard:
+                tensor: torch.Tensor = shard.get_tensor(name)
+                return tensor
+    raise DataError(f"no file holds {name}")
+
+
+def _equal(subject: Subject, name: str, twin: str) -> bool:
+    return torch.equal(_read(subject, name), _read(subject, twin))
+
+
+def _finite(subject: Subject) -> Probe:
+    wrong: list[str] = []
+    values = 0
+    for file, header in subject.headers.items():
+        with safe_open(subject.folder / file, framework="pt") as shard:
+            for name in header.entries:
+                tensor = shard.get_tensor(name)
+                values += tensor.numel()
+                count = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+                if count:
+                    wrong.append(f"{name} has {count} values that are NaN or infinite")
+    return Probe(
+        "finite",
+        not wrong,
+        f"{len(wrong)} tensors with NaN or infinity among {values:,} values",
+        "0 tensors",
+        first_items(wrong),
+    )
+
+
+def _hashes(subject: Subject) -> Probe:
+    hashes = subject.manifest.get("files")
+    required = "every file as the manifest recorded it"
+    if not isinstance(hashes, Mapping) or not hashes:
+        return skipped("hashes", required, "the folder has no manifest with hashes")
+    wrong = changed_files(subject.folder, hashes)
+    measured = f"{len(wrong)} of {len(hashes)} files differ"
+    return Probe("hashes", not wrong, measured, required, first_items(wrong))

@@ -1,0 +1,153 @@
+"""Invariance: padding, neighbours in the batch and the KV cache change nothing but rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from dllm_convert.sampling.decoding import BlockCache
+from dllm_convert.verify.influence import probe_length
+from dllm_convert.verify.report import Probe, at_most, largest, skipped
+from dllm_convert.verify.subject import Subject
+
+
+def _invariant(
+    subject: Subject, name: str, what: str, measure: Callable[[], float], first: float
+) -> Probe:
+    """Judge a difference that should be zero but for rounding.
+
+    Some models hold activations in the tens of thousands, where float32 rounding alone exceeds any
+    useful tolerance. So a difference that is too large is measured again in float64: rounding
+    vanishes there, a fault does not.
+
+    Args:
+        subject: The checkpoint.
+        name: Name of the probe.
+        what: What is compared with what.
+        measure: Measures again, in the model's present precision.
+        first: The difference in float32.
+    """
+    difference, detail = first, ""
+    if not first <= subject.adapter.tolerance:
+        with subject.float64():
+            difference = measure()
+        detail = f"measured in float64; in float32, rounding included, it is {first:.3g}"
+    return at_most(
+        name,
+        f"{what}: largest difference of logits",
+        difference,
+        subject.adapter.tolerance,
+        f"tolerance of {subject.adapter.model_type}",
+        detail=detail,
+    )
+
+
+@torch.no_grad()
+def check_padding(subject: Subject) -> list[Probe]:
+    """Return the probes `padding-left` and `padding-right`: a mixed batch against one by one."""
+    longest = min(probe_length(subject), 48)
+    lengths = sorted({longest, max(longest * 2 // 3, 1), max(longest // 3, 1)})
+    texts = [subject.tokens(1, length, draw=length) for length in lengths]
+    what = f"batch of lengths {', '.join(str(length) for length in lengths)} against one by one"
+    probes = []
+    for side in ("left", "right"):
+        measure = partial(_padded, subject, side, texts)
+        probes.append(_invariant(subject, f"padding-{side}", what, measure, measure()))
+    return probes
+
+
+def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
+    """Return the largest difference that padding on one side makes to the logits of any text."""
+    width = max(text.shape[1] for text in texts)
+    # The filler is an ordinary token, so that any attention to it shows.
+    rows = subject.tokens(len(texts), width, draw=1)
+    mask = torch.zeros_like(rows)
+    for row, text in enumerate(texts):
+        length = text.shape[1]
+        span = slice(width - length, width) if side == "left" else slice(0, length)
+        rows[row, span] = text[0]
+        mask[row, span] = 1
+    logits = subject.model(rows, attention_mask=mask, use_cache=False).logits
+    return largest(
+        [
+            logits[row][mask[row].bool()] - subject.model(text, use_cache=False).logits[0]
+            for row, text in enumerate(texts)
+        ]
+    )
+
+
+@torch.no_grad()
+def check_cache(subject: Subject) -> list[Probe]:
+    """Return the probes `cache` and `cache-clean`."""
+    size = subject.claim.block_size
+    if size is None:
+        reason = "mdlm decodes without a cache"
+        required = "block by block with a cache as the whole text at once"
+        return [skipped("cache", required, reason), skipped("cache-clean", required, reason)]
+    length = probe_length(subject)
+    tokens = subject.tokens(2, length)
+    difference, dirt = _decode_with_cache(subject, tokens, size)
+    what = f"{length} tokens block by block against at once"
+    measure = partial(_cached_difference, subject, tokens, size)
+    return [
+        _invariant(subject, "cache", what, measure, difference),
+        Probe(
+            "cache-clean",
+            dirt == 0,
+            f"{dirt} cache states changed by denoising forwards",
+            "0: denoising reads the cache and leaves it alone",
+        ),
+    ]
+
+
+def _cached_difference(subject: Subject, tokens: torch.Tensor, size: int) -> float:
+    return _decode_with_cache(subject, tokens, size)[0]
+
+
+def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tuple[float, int]:
+    """Walk over the blocks as decoding does: denoise against a frozen cache, then extend it.
+
+    Returns:
+        Largest difference from the logits of the whole text at once, and how many of the cache's
+        tensors the denoising forwards changed.
+    """
+    whole = subject.model(tokens, use_cache=False).logits
+    cache = BlockCache()
+    differences: list[torch.Tensor] = []
+    dirt = 0
+    for first in range(0, tokens.shape[1], size):
+        block = tokens[:, first : first + size]
+        noisy = block.clone()
+        noisy[:, ::2] = subject.claim.mask_token_id
+        positions = torch.arange(first, first + block.shape[1]).expand_as(block)
+        before = [state.clone() for state in _states(cache)]
+        cache.frozen = True
+        denoised = _forward(subject, noisy, positions, cache)
+        after = _states(cache)
+        pairs = zip(before, after, strict=False)
+        dirt += sum(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+        dirt += abs(len(after) - len(before))
+        cache.frozen = False
+        logits = _forward(subject, block, positions, cache)
+        differences.append(logits - whole[:, first : first + size])
+    # The last block once more, noisy, behind the clean ones: what denoising must have seen.
+    text = torch.cat([tokens[:, :first], noisy], dim=1)
+    differences.append(denoised - subject.model(text, use_cache=False).logits[:, first:])
+    return largest(differences), dirt
+
+
+def _forward(
+    subject: Subject, tokens: torch.Tensor, positions: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    output = subject.model(tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def _states(cache: Any) -> list[torch.Tensor]:
+    """Return keys and values of the filled layers, each (batch, heads, cached, head_dim)."""
+    filled = [layer for layer in cache.layers if layer.get_seq_length()]
+    return [state for layer in filled for state in (layer.keys, layer.values)]

@@ -1,0 +1,216 @@
+"""Parity with the base: the conversion left its weights alone, and they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from dllm_convert.errors import DataError
+from dllm_convert.plan_checks import unused_tensors
+from dllm_convert.safetensors_header import Header, read_checkpoint
+from dllm_convert.verify.files import modern_name
+from dllm_convert.verify.report import Probe, first_items, largest, skipped
+from dllm_convert.verify.subject import Subject, load_tokenizer
+
+LENGTH = 32
+_ROWS_AT_ONCE = 1 << 13
+_BYTES = "every byte the base's, but for the mask's row and rows added to the vocabulary"
+GROWN_HEAD_TOLERANCE = 1e-6
+_LOGITS = "the base's hidden states and logits, under the base's attention"
+
+
+def check_parity(subject: Subject) -> list[Probe]:
+    """Return the probes `base-tensors` and `base-logits`."""
+    if subject.against is None:
+        reason = "no base to compare with: verify with --against SOURCE"
+        return [skipped("base-tensors", _BYTES, reason), skipped("base-logits", _LOGITS, reason)]
+    comparison = _Comparison(subject, subject.against)
+    if subject.untrained is None:
+        reason = "not known whether the weights were trained: the folder has no manifest"
+        return [comparison.shapes(), skipped("base-logits", _LOGITS, reason)]
+    if not subject.untrained:
+        return [comparison.shapes(), skipped("base-logits", _LOGITS, "the weights were trained")]
+    return [comparison.tensors(), comparison.logits()]
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A tensor in a file, with its name there."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _locate(folder: Path, headers: dict[str, Header]) -> dict[str, _Located]:
+    return {
+        modern_name(name): _Located(folder / file, name, entry.shape, entry.dtype)
+        for file, header in headers.items()
+        for name, entry in header.entries.items()
+    }
+
+
+def _rows(tensor: _Located, count: int) -> Iterator[torch.Tensor]:
+    """Read the first `count` rows in pieces, shape (rows, ...), without the whole tensor."""
+    with safe_open(tensor.path, framework="pt") as shard:
+        part = shard.get_slice(tensor.name)
+        for first in range(0, count, _ROWS_AT_ONCE):
+            yield part[first : min(first + _ROWS_AT_ONCE, count)]
+
+
+def _unequal_rows(ours: _Located, base: _Located) -> set[int]:
+    """Return the rows of the base that differ in ours, bytes compared."""
+    if not base.shape:
+        with safe_open(ours.path, "pt") as left, safe_open(base.path, "pt") as right:
+            same = torch.equal(left.get_tensor(ours.name), right.get_tensor(base.name))
+        return set() if same else {0}
+    unequal: set[int] = set()
+    first = 0
+    pairs = zip(_rows(ours, base.shape[0]), _rows(base, base.shape[0]), strict=True)
+    for left, right in pairs:
+        bits = [
+            part.contiguous().view(torch.uint8).reshape(len(part), -1) for part in (left, right)
+        ]
+        different = (bits[0] != bits[1]).any(dim=-1).nonzero().flatten()
+        unequal.update((different + first).tolist())
+        first += len(left)
+    return unequal
+
+
+class _Comparison:
+    """A checkpoint beside the base it was made from."""
+
+    def __init__(self, subject: Subject, base: Path) -> None:
+        self._subject = subject
+        self._base_folder = base
+        self._ours = _locate(subject.folder, dict(subject.headers))
+        self._base = _locate(base, read_checkpoint(base))
+        adapter = subject.adapter
+        self._unused = set(unused_tensors(self._base, adapter))
+        self._vocabulary = {adapter.embedding, adapter.head, *adapter.head_biases}
+        if adapter.embedding not in self._base:
+            raise DataError(
+                f"{base} has no tensor {adapter.embedding}, so it is not the base of this "
+                f"{adapter.model_type} checkpoint"
+            )
+        self._base_rows = self._base[adapter.embedding].shape[0]
+
+    def _misshapen(self, ours: _Located, base: _Located, name: str) -> bool:
+        if name in self._vocabulary and ours.shape and base.shape:
+            return ours.shape[1:] != base.shape[1:] or ours.shape[0] < base.shape[0]
+        return ours.shape != base.shape
+
+    def _wrong_shapes(self) -> list[str]:
+        common = self._ours.keys() & self._base.keys()
+        return [
+            f"{name} has shape {self._ours[name].shape}, the base's {self._base[name].shape}"
+            for name in sorted(common)
+            if self._misshapen(self._ours[name], self._base[name], name)
+        ]
+
+    def shapes(self) -> Probe:
+        """Compare shapes only: all that training leaves alone."""
+        wrong = self._wrong_shapes()
+        common = len(self._ours.keys() & self._base.keys())
+        return Probe(
+            "base-tensors",
+            not wrong and common > 0,
+            f"{len(wrong)} of {common} shared tensors misshapen",
+            "0: the base's shapes, but for rows added to the vocabulary (values were trained)",
+            first_items(wrong),
+        )
+
+    def tensors(self) -> Probe:
+        """Compare bytes."""
+        wrong = self._wrong_shapes()
+        kept = self._base.keys() - self._unused
+        wrong += [f"{name} of the base is missing" for name in sorted(kept - self._ours.keys())]
+        if not wrong:
+            wrong = [
+                text for name in self._base if name in kept and (text := self._difference(name))
+            ]
+        return Probe(
+            "base-tensors",
+            not wrong,
+            f"{len(wrong)} of {len(kept)} tensors differ",
+            f"0: {_BYTES}",
+            first_items(wrong),
+        )
+
+    def _difference(self, name: str) -> str:
+        ours, base = self._ours[name], self._base[name]
+        if ours.dtype != base.dtype:
+            return f"{name} is {ours.dtype}, the base's {base.dtype}"
+        unequal = _unequal_rows(ours, base)
+        if name in self._vocabulary and self._mask_row_is_new():
+            unequal -= {self._subject.claim.mask_token_id}
+        return f"{name} differs in {len(unequal)} rows, first {min(unequal)}" if unequal else ""
+
+    def _mask_row_is_new(self) -> bool:
+        plan = self._subject.manifest.get("plan") or {}
+        return bool((plan.get("mask") or {}).get("write_row", True))
+
+    def logits(self) -> Probe:
+        """Run base and conversion with the base's own attention on the same tokens."""
+        self._check_same_tokenizer()
+        tokens = self._subject.tokens(2, min(LENGTH, self._subject.context))
+        base_hidden, base_logits, base_config = self._run(self._base_folder, None, tokens)
+        hidden, logits, _ = self._run(self._subject.folder, base_config, tokens)
+        kept = torch.arange(self._base_rows)
+        kept = kept[kept != self._subject.claim.mask_token_id]
+        by_layer = [largest([ours - base]) for ours, base in zip(hidden, base_hidden, strict=True)]
+        difference = largest([logits[..., kept] - base_logits[..., kept]])
+        first = next((layer for layer, value in enumerate(by_layer) if value != 0), None)
+        # A matrix product with more rows may add in another order, on some machines.
+        grown = logits.shape[-1] > base_logits.shape[-1]
+        limit = GROWN_HEAD_TOLERANCE * float(base_logits.abs().max()) if grown else 0.0
+        return Probe(
+            "base-logits",
+            difference <= limit and first is None,
+            f"largest difference {max(by_layer):.3g} of hidden states, {difference:.3g} of logits",
+            f"0 and {f'at most {limit:.2g}, the head has more rows' if grown else '0'}: {_LOGITS}",
+            "" if first is None else f"first differs the {_layer_name(first)}",
+        )
+
+    def _check_same_tokenizer(self) -> None:
+        base = load_tokenizer(self._base_folder)
+        if len(base) > len(self._subject.tokenizer):
+            raise DataError(
+                f"the base's tokenizer has {len(base)} tokens, this one only "
+                f"{len(self._subject.tokenizer)}"
+            )
+
+    def _run(
+        self, folder: Path, base_config: Any, tokens: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, Any]:
+        """Return hidden states, logits and config of the stock class loaded from `folder`."""
+        cls = getattr(transformers, self._subject.adapter.stock_class)
+        config = cls.config_class.from_pretrained(folder)
+        if base_config is not None:
+            self._restore_attention(config, base_config)
+        model = cls.from_pretrained(
+            folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        with torch.no_grad():
+            output = model.eval()(tokens, output_hidden_states=True)
+        return output.hidden_states, output.logits, config
+
+    def _restore_attention(self, config: Any, base_config: Any) -> None:
+        """Give the conversion's config the base's attention; everything else stays its own."""
+        causal = self._subject.adapter.attention == "causal"
+        config.is_causal = getattr(base_config, "is_causal", causal)
+        window = self._subject.adapter.window
+        for key in (*(window.overrides if window else ()), "layer_types"):
+            if hasattr(base_config, key):
+                setattr(config, key, getattr(base_config, key))
+
+
+def _layer_name(index: int) -> str:
+    return "embedding" if index == 0 else f"output of layer {index - 1}"

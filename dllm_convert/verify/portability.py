@@ -1,0 +1,132 @@
+"""Portability: alone in a fresh process with stock transformers, it is the same model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dllm_convert.errors import DataError
+from dllm_convert.verify.influence import probe_length
+from dllm_convert.verify.report import Probe, largest
+from dllm_convert.verify.subject import Subject
+
+SCRIPT = Path(__file__).with_name("_fresh_process.py")
+TIMEOUT_S = 1800
+MAX_LENGTH = 48
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def check_portability(subject: Subject) -> list[Probe]:
+    """Return the probes `portable` and `portable-stock`."""
+    length = min(probe_length(subject), max(MAX_LENGTH, (subject.claim.block_size or 0) + 1))
+    tokens = subject.tokens(1, min(length, subject.context))
+    try:
+        facts, logits = _fresh_process(subject, tokens)
+    except DataError as error:
+        required = "loads in a fresh process without dllm_convert"
+        return [Probe("portable", False, "does not load", required, str(error))]
+    with torch.no_grad():
+        ours = subject.model(tokens, use_cache=False).logits
+    adapter = subject.adapter
+    return [
+        _compare(subject, "portable", facts, logits, ours, adapter.diffusion_class),
+        _compare(subject, "portable-stock", facts, logits, ours, adapter.stock_class),
+    ]
+
+
+def _compare(
+    subject: Subject,
+    name: str,
+    facts: dict[str, Any],
+    logits: dict[str, torch.Tensor],
+    ours: torch.Tensor,
+    class_name: str,
+) -> Probe:
+    key = "stock" if name.endswith("stock") else "remote"
+    found = facts[key]
+    same_shape = logits[key].shape == ours.shape
+    difference = largest([logits[key] - ours]) if same_shape else math.inf
+    wrong: list[str] = []
+    if found["class"] != class_name:
+        wrong.append(f"loads as {found['class']}")
+    if found["missing"] or found["mismatched"]:
+        wrong.append(f"loads at random: {[*found['missing'], *found['mismatched']][0]}")
+    if facts["mask_token_id"] != subject.claim.mask_token_id:
+        wrong.append(f"its tokenizer has mask id {facts['mask_token_id']}")
+    tolerance, family = subject.adapter.tolerance, subject.adapter.model_type
+    how = "with the folder's own code" if key == "remote" else "without remote code"
+    if key == "stock" and subject.claim.block_size:
+        how += ", given the 4-D mask"
+    return Probe(
+        name,
+        not wrong and difference <= tolerance,
+        f"{found['class']}, largest difference of logits {difference:.2g}, "
+        f"transformers {facts['transformers']}",
+        f"{class_name} {how}, at most {tolerance:g} (float32 tolerance of {family})",
+        "; ".join(wrong),
+    )
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """Return the process's environment: offline, no cache but its own, and no secret to leak."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not any(word in name.upper() for word in _SECRET)
+    }
+    return kept | {
+        "HF_HOME": str(scratch / "home"),
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def _fresh_process(
+    subject: Subject, tokens: torch.Tensor
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Run the script beside this module; return its facts and the logits of both loads.
+
+    Raises:
+        DataError: The process failed; the message is its last line.
+    """
+    with tempfile.TemporaryDirectory(prefix="dllm-convert-verify-") as name:
+        scratch = Path(name)
+        inputs = {"input_ids": tokens}
+        if subject.claim.block_size:
+            inputs["attention_mask"] = subject.claim.mask(tokens.shape[1])[None, None].contiguous()
+        save_file(inputs, scratch / "inputs.safetensors")
+        command = [
+            *(sys.executable, "-I", str(SCRIPT), str(subject.folder.resolve())),
+            *(subject.adapter.auto_class, str(scratch / "inputs.safetensors")),
+            str(scratch / "outputs.safetensors"),
+        ]
+        try:
+            result = subprocess.run(
+                command,
+                cwd=scratch,
+                env=_environment(scratch),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise DataError(f"the fresh process did not finish in {TIMEOUT_S} s") from error
+        if result.returncode:
+            lines = [line for line in result.stderr.splitlines() if line.strip()]
+            last = lines[-1].strip() if lines else "no message"
+            raise DataError(f"the fresh process ended with code {result.returncode}: {last}")
+        facts: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        return facts, load_file(scratch / "outputs.safetensors")

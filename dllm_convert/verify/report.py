@@ -1,0 +1,101 @@
+"""What verification returns: probes, each with the number measured and the number required."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question put to a checkpoint.
+
+    Attributes:
+        name: Short name, the same in every report.
+        passed: Whether the answer is as required; None if the question was not asked.
+        measured: What was found, with its number.
+        required: What had to be found.
+        detail: The first thing that is wrong, or why the probe was skipped; may be empty.
+    """
+
+    name: str
+    passed: bool | None
+    measured: str
+    required: str
+    detail: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for the manifest."""
+        return asdict(self)
+
+
+def skipped(name: str, required: str, reason: str) -> Probe:
+    """Return a probe that was not run."""
+    return Probe(name, None, "not measured", required, reason)
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """All probes of one verification.
+
+    Attributes:
+        probes: In the order they ran.
+        seconds: Wall time.
+    """
+
+    probes: tuple[Probe, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether no probe failed; a skipped probe is no failure, and no success either."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Probe, ...]:
+        """The probes that failed."""
+        return tuple(probe for probe in self.probes if probe.passed is False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as the manifest holds it."""
+        return {
+            "passed": self.passed,
+            "probes": [probe.as_dict() for probe in self.probes],
+            "seconds": self.seconds,
+        }
+
+
+def at_most(
+    name: str, what: str, measured: float, limit: float, origin: str, *, detail: str = ""
+) -> Probe:
+    """Return a probe that passes if `measured <= limit`; not-a-number fails.
+
+    Args:
+        name: Name of the probe.
+        what: What was measured, such as `largest difference of logits`.
+        measured: The number.
+        limit: The largest that is allowed.
+        origin: Where the limit comes from.
+        detail: Shown with the probe.
+    """
+    return Probe(
+        name, measured <= limit, f"{what} {measured:.3g}", f"at most {limit:.3g} ({origin})", detail
+    )
+
+
+def largest(differences: Sequence[Tensor]) -> float:
+    """Return the largest absolute value in any of the tensors; not-a-number counts as infinite."""
+    values = (difference.abs().max() for difference in differences if difference.numel())
+    return max((float(v) if not v.isnan() else math.inf for v in values), default=0.0)
+
+
+def first_items(items: Mapping[str, str] | list[str], limit: int = 3) -> str:
+    """Join the first few entries for a `detail`, saying how many more there are."""
+    texts = [f"{k} {v}" for k, v in items.items()] if isinstance(items, Mapping) else items
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return "; ".join(texts[:limit]) + more
