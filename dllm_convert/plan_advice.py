@@ -10,7 +10,7 @@ LARGE_BUDGET = 1_000_000_000
 """Training tokens from which the learning rates of long published runs apply."""
 SMALL_BUDGET = 10_000_000
 """Training tokens below which they are known to be too low."""
-PYDOC_TOKENS = 180_000
+PYDOC_TOKENS = 113_000
 """Tokens of the language reference in CPython 3.11, SmolLM2's tokenizer."""
 
 
