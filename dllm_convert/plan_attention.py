@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter, Window
 from dllm_convert.errors import IncompatibleError, UnsupportedError
+from dllm_convert.plan_checks import layer_count
 from dllm_convert.schema import Recipe
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -29,15 +30,6 @@ class AttentionPlan:
     notes: tuple[str, ...]
 
 
-def _layers(config: Mapping[str, Any]) -> int:
-    layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
-        raise IncompatibleError(
-            f"config.json: num_hidden_layers is {layers!r}, expected a whole number of at least 1"
-        )
-    return layers
-
-
 def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
     """Return the attention type of each layer, as transformers derives it from the config.
 
@@ -45,7 +37,7 @@ def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
         IncompatibleError: `layer_types` does not fit the number of layers.
         UnsupportedError: A layer has a type other than full or sliding attention.
     """
-    layers, window = _layers(config), adapter.window
+    layers, window = layer_count(config), adapter.window
     listed = config.get("layer_types")
     if listed is not None:
         if not isinstance(listed, list) or len(listed) != layers:
@@ -129,7 +121,7 @@ def open_attention(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) 
     """
     if adapter.attention == "bidirectional":
         _check_encoder(config, adapter)
-        _layers(config)
+        layer_count(config)
         return AttentionPlan((), {}, ("attention is bidirectional already and stays so",))
     kinds = layer_types(config, adapter)
     changes: list[str] = []

@@ -11,6 +11,7 @@ from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo, TensorInfo
 
+_LAYER = re.compile(r"[\w.]*?\blayers?\.(\d+)\.(.+)")
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -64,7 +65,45 @@ def check_tensors(
             raise IncompatibleError(
                 f"{name} has shape {tensors[name].shape}, expected {rows} rows as the embedding"
             )
+    _check_layers(config, tensors)
     return tuple(present)
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return the number of layers.
+
+    Raises:
+        IncompatibleError: The config does not give a positive number.
+    """
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+        raise IncompatibleError(
+            f"config.json: num_hidden_layers is {layers!r}, expected a whole number of at least 1"
+        )
+    return layers
+
+
+def _check_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Check that every layer has the same tensors: transformers would fill a gap at random."""
+    layers: dict[int, set[str]] = {}
+    for name in tensors:
+        found = _LAYER.fullmatch(name)
+        if found:
+            layers.setdefault(int(found[1]), set()).add(found[2])
+    expected = range(layer_count(config))
+    if set(layers) != set(expected):
+        raise IncompatibleError(
+            f"the weights have {len(layers)} layers, config.json says {len(expected)}",
+            hint="Correct num_hidden_layers, or take the complete weights",
+        )
+    complete = set().union(*layers.values())
+    for layer, found_names in sorted(layers.items()):
+        if found_names != complete:
+            missing = ", ".join(sorted(complete - found_names)[:3])
+            raise IncompatibleError(
+                f"layer {layer} has no {missing}, which other layers have: it would be random",
+                hint="Take the complete weights",
+            )
 
 
 def unused_tensors(names: Iterable[str], adapter: Adapter) -> tuple[str, ...]:

@@ -73,10 +73,11 @@ class _DuplicateKeyError(ValueError):
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise _DuplicateKeyError(name)
+        result[name] = value
     return result
 
 
@@ -116,7 +117,7 @@ def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
             file, f"tensor {name!r} is described by {raw!r}"[:200], "dtype, shape, data_offsets"
         )
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _broken(
             file, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPE_BYTES)}"
         )

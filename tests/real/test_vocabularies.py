@@ -1,0 +1,175 @@
+"""The mask-token rules on vocabularies that vendors shipped, and the real checkpoints' headers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import assets
+import pytest
+
+from dllm_convert.adapters import get_adapter
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token
+from dllm_convert.plan import make_plan
+from dllm_convert.schema import Recipe
+from dllm_convert.source import SourceInfo, TensorInfo, inspect_source
+from dllm_convert.tokenizer_files import read_tokenizer
+
+pytestmark = pytest.mark.real
+
+QWEN3_ROWS, LLAMA3_ROWS, LLAMA2_ROWS = 151_936, 128_256, 32_000
+MISTRAL_V1_ROWS, MISTRAL_V3_ROWS, TEKKEN_ROWS = 32_000, 32_768, 131_072
+
+
+def decide(folder: Path, family: str, rows: int, **mask_token: Any) -> MaskTokenDecision:
+    """Apply the rules to a tokenizer folder and an embedding of `rows` rows."""
+    adapter = get_adapter(family)
+    config = {"model_type": family, "vocab_size": rows}
+    info = SourceInfo(
+        given=str(folder),
+        kind="folder",
+        path=folder,
+        repo_id=None,
+        revision=None,
+        config=config,
+        tensors={adapter.embedding: TensorInfo("BF16", (rows, 8), "model.safetensors")},
+        tokenizer=read_tokenizer(folder, config),
+    )
+    recipe = Recipe(source="real", target="mdlm", mask_token=mask_token)
+    return decide_mask_token(recipe, info, adapter)
+
+
+def mistral(tmp_path: Path, file: str, name: str = "tokenizer.model") -> Path:
+    """Return a folder with one of Mistral's vocabularies under the name checkpoints give it."""
+    shutil.copyfile(assets.mistral_tokenizers() / file, tmp_path / name)
+    return tmp_path
+
+
+def test_qwen3_uses_its_first_padded_row() -> None:
+    made = decide(assets.qwen3_tokenizer(), "qwen3", QWEN3_ROWS)
+    assert (made.rule, made.id, made.new) == ("padded-row", 151_669, True)
+    assert made.rows_after == QWEN3_ROWS
+
+
+def test_qwen2_5_uses_its_first_padded_row(tmp_path: Path) -> None:
+    # Qwen2.5's vocabulary is Qwen3's without the four tokens that were added last.
+    for path in assets.qwen3_tokenizer().iterdir():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < 151_665]
+        else:
+            decoder = content["added_tokens_decoder"]
+            kept = {row: token for row, token in decoder.items() if int(row) < 151_665}
+            content["added_tokens_decoder"] = kept
+        (tmp_path / path.name).write_text(json.dumps(content), encoding="utf-8")
+    assert decide(tmp_path, "qwen2", QWEN3_ROWS).id == 151_665
+
+
+def test_qwen3_refuses_ids_that_text_or_the_template_uses() -> None:
+    folder = assets.qwen3_tokenizer()
+    for token in ("<think>", "<tool_call>", "hello", "<|im_end|>", "<|endoftext|>"):
+        with pytest.raises(IncompatibleError, match="mask id taken"):
+            decide(folder, "qwen3", QWEN3_ROWS, token=token)
+    assert decide(folder, "qwen3", QWEN3_ROWS, token="<|fim_pad|>").rule == "recipe"
+
+
+def test_llama3_uses_a_reserved_token() -> None:
+    made = decide(assets.llama3_tokenizer(), "llama", LLAMA3_ROWS)
+    assert (made.rule, made.new, made.write_row) == ("reserved", False, True)
+    assert (made.token, made.id) == ("<|reserved_special_token_0|>", 128_002)
+    assert made.rows_after == LLAMA3_ROWS
+
+
+def test_llama3_skips_a_reserved_token_that_the_template_uses(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(assets.llama3_tokenizer(), tmp_path / "llama3"))
+    (folder / "chat_template.jinja").write_text("<|reserved_special_token_0|>{{ messages }}")
+    assert decide(folder, "llama", LLAMA3_ROWS).token == "<|reserved_special_token_1|>"
+
+
+def test_llama3_with_the_mask_outside_the_embedding_is_refused() -> None:
+    # 128256 is the id that another converter writes, one past the last row.
+    made = decide(assets.llama3_tokenizer(), "llama", LLAMA3_ROWS, id=LLAMA3_ROWS)
+    assert made.rows_after > made.id
+    with pytest.raises(IncompatibleError, match="expected less than"):
+        decide(assets.llama3_tokenizer(), "llama", LLAMA3_ROWS, id=LLAMA3_ROWS + 1)
+
+
+def test_llama2_grows() -> None:
+    made = decide(assets.llama2_tokenizer(), "llama", LLAMA2_ROWS)
+    assert (made.rule, made.id, made.rows_after) == ("grow", 32_000, 32_064)
+
+
+def test_mistral_v1_grows(tmp_path: Path) -> None:
+    made = decide(mistral(tmp_path, "tokenizer.model.v1"), "mistral", MISTRAL_V1_ROWS)
+    assert (made.rule, made.id, made.rows_after) == ("grow", 32_000, 32_064)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["mistral_instruct_tokenizer_240216.model.v2", "mistral_instruct_tokenizer_240323.model.v3"],
+)
+def test_mistral_v2_and_v3_use_a_control_token(tmp_path: Path, file: str) -> None:
+    made = decide(mistral(tmp_path, file), "mistral", MISTRAL_V3_ROWS)
+    assert (made.rule, made.new) == ("reserved", False)
+    assert (made.token, made.id) == ("[control_8]", 10)
+
+
+def test_tekken_uses_a_special_filler(tmp_path: Path) -> None:
+    folder = mistral(tmp_path, "tekken_240911.json", "tekken.json")
+    made = decide(folder, "mistral", TEKKEN_ROWS)
+    assert made.rule == "reserved"
+    assert made.token.startswith("<SPECIAL_")
+    assert 3 <= made.id < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("qwen3", "qwen3"), ("llama3", "llama"), ("llama2", "llama")]
+)
+def test_the_reader_agrees_with_transformers(name: str, family: str) -> None:
+    import transformers
+
+    folder = assets.asset(name) / "package" / "models"
+    info = read_tokenizer(folder, {"model_type": family})
+    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert dict(info.vocab) == loaded.get_vocab()
+    assert info.size == len(loaded)
+
+
+def test_sentencepiece_agrees_with_its_own_reader(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = mistral(tmp_path, "mistral_instruct_tokenizer_240323.model.v3")
+    info = read_tokenizer(folder, {})
+    processor = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert info.size == processor.get_piece_size()
+    assert all(info.vocab[processor.id_to_piece(row)] == row for row in range(info.size))
+
+
+def test_smollm2_plans_from_its_header_in_well_under_a_second() -> None:
+    path = str(assets.smollm2_gguf())
+    started = time.perf_counter()
+    info = inspect_source(path)
+    recipe = Recipe(source=path, target="bd3lm", block_size=32)
+    plan = make_plan(recipe, info)
+    assert time.perf_counter() - started < 2
+    assert (info.model_type, info.license, info.parameters) == ("llama", "apache-2.0", 134_515_008)
+    assert info.tokenizer.size == plan.mask.rows_before == 49_152
+    assert (plan.mask.rule, plan.mask.id, plan.mask.rows_after) == ("grow", 49_152, 49_216)
+
+
+def test_smollm2_has_a_special_token_that_text_does_not_produce() -> None:
+    path = str(assets.smollm2_gguf())
+    mask = {"token": "<empty_output>"}
+    recipe = Recipe.model_validate({"source": path, "target": "mdlm", "mask_token": mask})
+    plan = make_plan(recipe, inspect_source(path))
+    assert (plan.mask.rule, plan.mask.id, plan.mask.rows_after) == ("recipe", 16, 49_152)
+
+
+def test_antiberty_plans_as_bert() -> None:
+    path = str(assets.antiberty_folder())
+    plan = make_plan(Recipe(source=path, target="mdlm"), inspect_source(path))
+    assert plan.adapter.model_type == "bert"
+    assert (plan.mask.rule, plan.mask.id, plan.mask.rows_after) == ("tokenizer", 4, 25)
