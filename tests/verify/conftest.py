@@ -1,0 +1,71 @@
+"""Tiny converted checkpoints, made by the real `adapt` and free to break."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllm_convert.console import Reporter
+from dllm_convert.plan import make_plan
+from dllm_convert.schema import Recipe
+from dllm_convert.source import inspect_source
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint and the base it was made from."""
+
+    folder: Path
+    base: Path
+
+
+@pytest.fixture(scope="session")
+def converted_cache(
+    source_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Converted]:
+    """Return a function that converts each tiny checkpoint once; callers must not write into it."""
+    root = tmp_path_factory.mktemp("converted")
+    built: dict[str, Converted] = {}
+
+    def get(family: str, target: str, *, block: int = 8, **options: Any) -> Converted:
+        from dllm_convert.weights import adapt
+
+        key = repr((family, target, block, sorted(options.items())))
+        if key not in built:
+            base = source_cache(family, **options)
+            fields = {
+                "source": str(base),
+                "target": target,
+                "block_size": block if target == "bd3lm" else None,
+                "data": {"sequence_length": block * 8},
+                "training": {"method": "none"},
+            }
+            plan = make_plan(Recipe.model_validate(fields), inspect_source(str(base)))
+            folder = root / f"{len(built)}-{family}-{target}"
+            adapt(plan, base, folder, Reporter(quiet=True))
+            built[key] = Converted(folder, base)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def converted(
+    converted_cache: Callable[..., Converted], tmp_path: Path
+) -> Callable[..., Converted]:
+    """Return `make(family, target, **options)`: a private copy of a converted checkpoint."""
+    count = 0
+
+    def make(family: str, target: str, **options: Any) -> Converted:
+        nonlocal count
+        count += 1
+        original = converted_cache(family, target, **options)
+        copy = shutil.copytree(original.folder, tmp_path / f"converted-{count}")
+        return Converted(Path(copy), original.base)
+
+    return make

@@ -1,0 +1,150 @@
+"""Sound checkpoints of every family pass every probe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dllm_convert.manifest import hash_files, write_manifest
+from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
+
+SOUND = [
+    ("bert", "mdlm"),
+    ("roberta", "mdlm"),
+    *(
+        (family, target)
+        for family in ("llama", "qwen2", "qwen3", "mistral")
+        for target in ("mdlm", "bd3lm")
+    ),
+]
+IN_PROCESS = [group for group in GROUPS if group != "portability"]
+ALWAYS_RUN = {
+    *("config", "weights", "finite", "mask-id", "mask-row", "tokenizer"),
+    *("attention-sdpa", "attention-eager", "attention-layers", "base-tensors", "base-logits"),
+    *("padding-left", "padding-right", "generate"),
+}
+
+
+def complaints(report: VerificationReport) -> list[str]:
+    return [f"{p.name}: {p.measured}; required {p.required}; {p.detail}" for p in report.failed]
+
+
+@pytest.mark.parametrize(("family", "target"), SOUND)
+def test_untrained_conversion_passes_every_probe(
+    converted: Callable[..., Any], family: str, target: str
+) -> None:
+    made = converted(family, target)
+    write_manifest(made.folder, {"files": hash_files(made.folder)})
+
+    report = verify_checkpoint(made.folder, against=made.base, untrained=True)
+
+    assert complaints(report) == []
+    assert report.passed
+    passed = {probe.name for probe in report.probes if probe.passed}
+    expected = ALWAYS_RUN | {"hashes", "portable", "portable-stock"}
+    expected |= {"cache", "cache-clean"} if target == "bd3lm" else set()
+    assert passed == expected
+    assert all(probe.detail for probe in report.probes if probe.passed is None)
+    json.dumps(report.as_dict())
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "options"),
+    [
+        ("llama", "bd3lm", {"tied": True}),
+        ("llama", "bd3lm", {"shards": 3, "dtype": torch.bfloat16}),
+        ("llama", "mdlm", {"dtype": torch.float16}),
+        ("llama", "bd3lm", {"block": 1}),
+        ("llama", "bd3lm", {"block": 3, "layers": 3}),
+        ("llama", "bd3lm", {"block": 32}),
+        ("qwen2", "bd3lm", {"vocab_padding": 37}),
+        (
+            "qwen2",
+            "mdlm",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        ),
+        ("mistral", "bd3lm", {"sliding_window": 4}),
+        ("mistral", "mdlm", {"sliding_window": 4}),
+        ("bert", "mdlm", {"tied": False}),
+        ("roberta", "mdlm", {"shards": 2}),
+    ],
+    ids=str,
+)
+def test_variants_raise_no_false_alarm(
+    converted: Callable[..., Any], family: str, target: str, options: dict[str, Any]
+) -> None:
+    made = converted(family, target, **options)
+
+    report = verify_checkpoint(made.folder, against=made.base, untrained=True, groups=IN_PROCESS)
+
+    assert complaints(report) == []
+    assert {probe.name for probe in report.probes if probe.passed} >= ALWAYS_RUN
+
+
+def test_trained_weights_are_compared_by_shape_and_by_their_bound(
+    converted: Callable[..., Any],
+) -> None:
+    made = converted("llama", "bd3lm")
+    quality = {
+        "nelbo_before": {"nats_per_token": 8.0},
+        "nelbo_after": {"nats_per_token": 5.5},
+        "ar_nll": {"nats_per_token": 3.25},
+    }
+
+    report = verify_checkpoint(
+        made.folder,
+        against=made.base,
+        quality=quality,
+        untrained=False,
+        groups=["files", "base", "quality"],
+    )
+
+    probes = {probe.name: probe for probe in report.probes}
+    assert complaints(report) == []
+    assert probes["base-tensors"].passed is True
+    assert probes["base-logits"].passed is None
+    assert probes["quality"].passed is True
+    assert "3.25" in probes["quality"].detail
+    assert probes["attention"].passed is None
+
+
+def test_facts_come_from_the_manifest_when_the_caller_gives_none(
+    converted: Callable[..., Any],
+) -> None:
+    made = converted("llama", "mdlm")
+    measurements = {
+        "nelbo_before": {"nats_per_token": 8.0},
+        "nelbo_after": {"nats_per_token": 5.5},
+    }
+    write_manifest(
+        made.folder,
+        {"recipe": {"training": {"method": "full"}}, "measurements": measurements},
+    )
+
+    report = verify_checkpoint(made.folder, groups=["quality"])
+
+    assert [probe.passed for probe in report.probes if probe.name == "quality"] == [True]
+
+
+def test_rounding_of_huge_activations_is_no_failure(
+    converted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dllm_convert.verify import invariance
+
+    made = converted("llama", "mdlm")
+    real = invariance._padded
+
+    def noisy(subject: Any, side: str, texts: list[Any]) -> float:
+        rounding = 1e-2 if subject.model.dtype == torch.float32 else 0.0
+        return real(subject, side, texts) + rounding
+
+    monkeypatch.setattr(invariance, "_padded", noisy)
+    report = verify_checkpoint(made.folder, untrained=True, groups=["files", "padding"])
+
+    assert complaints(report) == []
+    padding = next(probe for probe in report.probes if probe.name == "padding-left")
+    assert "float64" in padding.detail
