@@ -28,6 +28,14 @@ SIDE_FILES = (
     "chat_template.json",
 )
 
+_TEKKEN_SPECIAL = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
+    *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+    "[TOOL_CONTENT]",
+)
+"""The first ids of tekken files that do not list their special tokens, as the first ones do not."""
+
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 
@@ -136,21 +144,26 @@ def _read_lines(path: Path) -> dict[str, int]:
     return {line.rstrip("\r"): row for row, line in enumerate(lines)}
 
 
-def _from_tekken(path: Path) -> tuple[dict[str, int], set[str]]:
+def _from_tekken(path: Path) -> tuple[dict[str, int], set[str], set[int]]:
     """Read Mistral's tekken: special tokens first, then text, `default_vocab_size` in all."""
     content = load_json_object(path)
     try:
         settings = content["config"]
         first = int(settings["default_num_special_tokens"])
-        named = {str(t["token_str"]): int(t["rank"]) for t in content.get("special_tokens") or ()}
+        listed = content.get("special_tokens")
+        if listed:
+            named = {str(token["token_str"]): int(token["rank"]) for token in listed}
+        else:
+            named = {text: row for row, text in enumerate(_TEKKEN_SPECIAL)}
         taken = set(named.values())
         vocab = {f"<SPECIAL_{row}>": row for row in range(first) if row not in taken} | named
+        used = {row for text, row in named.items() if not text.startswith("<SPECIAL_")}
         special = set(vocab)
         for token in content["vocab"][: int(settings["default_vocab_size"]) - first]:
             vocab.setdefault(token["token_bytes"], first + int(token["rank"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path.name}: not a tekken vocabulary ({error!r})") from error
-    return vocab, special
+    return vocab, special, used
 
 
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], set[str], set[int], dict[str, str]]:
@@ -181,8 +194,8 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], set[str], set[int], 
         vocab = {piece.text: row for row, piece in enumerate(pieces)}
         return vocab, {piece.text for piece in pieces if piece.special}, set(), {}
     if found == "tekken.json":
-        vocab, special = _from_tekken(path)
-        return vocab, special, set(), {}
+        vocab, special, used = _from_tekken(path)
+        return vocab, special, used, {}
     raise DataError(
         f"no tokenizer in {folder}: expected one of {', '.join(VOCABULARY_FILES)}",
         hint="Put the tokenizer of the base model beside the weights",

@@ -71,10 +71,11 @@ def test_qwen2_5_uses_its_first_padded_row(tmp_path: Path) -> None:
 
 def test_qwen3_refuses_ids_that_text_or_the_template_uses() -> None:
     folder = assets.qwen3_tokenizer()
-    for token in ("<think>", "<tool_call>", "hello", "<|im_end|>", "<|endoftext|>"):
+    # <|fim_pad|> is added, but not special: it is decoded as text.
+    for token in ("<think>", "<|fim_pad|>", "<tool_call>", "hello", "<|im_end|>", "<|endoftext|>"):
         with pytest.raises(IncompatibleError, match="mask id taken"):
             decide(folder, "qwen3", QWEN3_ROWS, token=token)
-    assert decide(folder, "qwen3", QWEN3_ROWS, token="<|fim_pad|>").rule == "recipe"
+    assert decide(folder, "qwen3", QWEN3_ROWS, token="<|quad_start|>").rule == "recipe"
 
 
 def test_llama3_uses_a_reserved_token() -> None:
@@ -109,21 +110,25 @@ def test_mistral_v1_grows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["mistral_instruct_tokenizer_240216.model.v2", "mistral_instruct_tokenizer_240323.model.v3"],
+    ("file", "token", "row"),
+    [
+        ("mistral_instruct_tokenizer_240216.model.v2", "[control_8]", 10),
+        ("mistral_instruct_tokenizer_240323.model.v3", "[control_12]", 14),
+        ("mistral_instruct_tokenizer_241114.model.v7", "[control_17]", 19),
+    ],
 )
-def test_mistral_v2_and_v3_use_a_control_token(tmp_path: Path, file: str) -> None:
+def test_mistral_uses_its_first_control_token(
+    tmp_path: Path, file: str, token: str, row: int
+) -> None:
     made = decide(mistral(tmp_path, file), "mistral", MISTRAL_V3_ROWS)
     assert (made.rule, made.new) == ("reserved", False)
-    assert (made.token, made.id) == ("[control_8]", 10)
+    assert (made.token, made.id) == (token, row)
 
 
 def test_tekken_uses_a_special_filler(tmp_path: Path) -> None:
     folder = mistral(tmp_path, "tekken_240911.json", "tekken.json")
     made = decide(folder, "mistral", TEKKEN_ROWS)
-    assert made.rule == "reserved"
-    assert made.token.startswith("<SPECIAL_")
-    assert 3 <= made.id < 1000
+    assert (made.rule, made.token, made.id) == ("reserved", "<SPECIAL_20>", 20)
 
 
 @pytest.mark.parametrize(
@@ -173,3 +178,49 @@ def test_antiberty_plans_as_bert() -> None:
     plan = make_plan(Recipe(source=path, target="mdlm"), inspect_source(path))
     assert plan.adapter.model_type == "bert"
     assert (plan.mask.rule, plan.mask.id, plan.mask.rows_after) == ("tokenizer", 4, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "family", "rows"),
+    [
+        ("qwen3", "qwen3", QWEN3_ROWS),
+        ("llama3", "llama", LLAMA3_ROWS),
+        ("llama2", "llama", LLAMA2_ROWS),
+    ],
+)
+def test_saving_changes_nothing_but_the_mask(
+    tmp_path: Path, name: str, family: str, rows: int
+) -> None:
+    import transformers
+
+    from dllm_convert.tokenizer_output import write_tokenizer
+
+    source = Path(shutil.copytree(assets.asset(name) / "package" / "models", tmp_path / "source"))
+    out = tmp_path / "out"
+    out.mkdir()
+    for folder in (source, out):
+        (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    mask = decide(source, family, rows)
+    write_tokenizer(mask, source, out)
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    assert (loaded.mask_token, loaded.mask_token_id) == (mask.token, mask.id)
+    assert len(loaded) == max(mask.used_rows, mask.id + 1)
+
+
+@pytest.mark.slow
+def test_saving_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
+    import transformers
+
+    from dllm_convert.tokenizer_output import write_tokenizer
+
+    pytest.importorskip("sentencepiece")
+    source, out = tmp_path / "source", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "mistral"}')
+    mistral(source, "mistral_instruct_tokenizer_240323.model.v3")
+    mask = decide(source, "mistral", MISTRAL_V3_ROWS)
+    write_tokenizer(mask, source, out)
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    assert loaded.mask_token_id == mask.id == 14
