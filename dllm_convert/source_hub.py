@@ -39,7 +39,7 @@ def _nearest_recipe(repo_id: str) -> str | None:
     from dllm_convert.recipe import list_recipes
 
     names = [entry.name for entry in list_recipes()]
-    nearest = difflib.get_close_matches(repo_id.lower(), names, n=1)
+    nearest = difflib.get_close_matches(repo_id.rpartition("/")[2].lower(), names, n=1)
     return nearest[0] if nearest else None
 
 

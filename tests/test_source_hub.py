@@ -89,7 +89,16 @@ def test_the_cache_serves_when_the_hub_is_gone(hub: LoopbackHub, tmp_path: Path)
     assert "local cache" in found["warnings"][0]
 
 
-def test_unknown_id_suggests_the_nearest_recipe(hub: LoopbackHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen2.5-1.5", "Qwen/Qwen2.5-1.5"])
+def test_unknown_id_suggests_the_nearest_recipe(
+    hub: LoopbackHub, tmp_path: Path, name: str
+) -> None:
+    found = inspect(hub, tmp_path / "home", name)
+    assert (found["error"], found["code"]) == ("HubError", 1)
+    assert "Did you mean the recipe 'qwen2.5-1.5b'?" in found["text"]
+
+
+def test_unknown_id_that_resembles_nothing(hub: LoopbackHub, tmp_path: Path) -> None:
     found = inspect(hub, tmp_path / "home", "someone/nothing")
     assert (found["error"], found["code"]) == ("HubError", 1)
     assert "someone/nothing is not on the Hub" in found["text"]
