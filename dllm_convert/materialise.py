@@ -73,8 +73,6 @@ def _dequantise(path: Path, out: Path, model_type: str, *, half: bool) -> None:
     import transformers
 
     adapter = get_adapter(model_type)
-    # The reporter shows this step; transformers' own bars would be drawn over it.
-    transformers.utils.logging.disable_progress_bar()
     # Products of a 4-bit number and a float16 scale do not fit bfloat16; files that hold half
     # precision to begin with gain nothing from float32.
     dtype = torch.bfloat16 if half else torch.float32

@@ -19,7 +19,9 @@ class _Section(BaseModel):
 class MaskToken(_Section):
     """Which token becomes the mask; both empty means the rules of `mask_token.py` decide."""
 
-    token: str | None = Field(None, description="text of an existing or new token to use as the mask")
+    token: str | None = Field(
+        None, description="text of an existing or new token to use as the mask"
+    )
     id: int | None = Field(None, ge=0, description="id of the embedding row to use as the mask")
 
 
@@ -46,7 +48,9 @@ class Data(_Section):
     text_field: str = Field("text", description="column or JSON key that holds the text")
     split: str = Field("train", description="split of a Hub dataset")
     sequence_length: PositiveInt = Field(256, description="tokens per training sequence")
-    held_out_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents never trained on")
+    held_out_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of documents never trained on"
+    )
     held_out_sequences: PositiveInt = Field(16, description="held-out sequences that are measured")
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
 

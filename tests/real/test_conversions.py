@@ -35,17 +35,31 @@ def as_llama(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
 
 def as_mistral(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """Mistral without a window is Llama."""
-    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    config |= {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }
 
 
 def as_qwen2(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
     """Qwen2 is Llama with biases on q, k and v; zero here."""
-    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
-    for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+    config |= {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": False,
+    }
+    for name in [
+        name
+        for name in weights
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    ]:
         weights[name.replace(".weight", ".bias")] = torch.zeros(weights[name].shape[0])
 
 
-def recast(source: Path, folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
+def recast(
+    source: Path, folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
+) -> Path:
     """Write the same function under another architecture."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((source / "config.json").read_text())
