@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,15 +139,19 @@ def _end_to_end(subject: Subject, model: Any, name: str, length: int) -> Probe:
         silent = allowed & (moved <= pattern.limit)
         if not silent.any():
             break
+    closed = pattern.worst_forbidden if not allowed.all() else math.inf
     return Probe(
         name,
         not pattern.wrong.any(),
-        f"{int(pattern.wrong.sum())} of {allowed.numel():,} pairs differ; forbidden at most "
-        f"{pattern.worst_forbidden:.2g}, allowed at least {pattern.weakest_allowed:.2g}",
-        f"0 pairs differ from {subject.claim.words}; limit {pattern.limit:.2g} "
-        f"({RELATIVE_TOLERANCE:g} of the largest logit), {length} tokens",
+        f"{int(pattern.wrong.sum())} of {allowed.numel()} pairs wrong: closed {_least(closed)}, "
+        f"open {_least(pattern.weakest_allowed)}",
+        f"0 pairs: closed up to {pattern.limit:.2g}, open above",
         pattern.first_wrong(),
     )
+
+
+def _least(value: float) -> str:
+    return f"{value:.2g}" if math.isfinite(value) else "none"
 
 
 @torch.no_grad()
@@ -168,7 +173,6 @@ def _by_layer(subject: Subject, model: Any, length: int) -> Probe:
         "attention-layers",
         wrong == 0 and len(layers) == count,
         f"{wrong} of {len(layers)} layers differ",
-        f"0 of {count} layers differ: weights above zero exactly where {subject.claim.attention} "
-        "attention allows",
+        f"0 of {count}",
         first,
     )

@@ -14,9 +14,7 @@ from dllm_convert.verify.report import Probe, at_most, largest, skipped
 from dllm_convert.verify.subject import Subject
 
 
-def _invariant(
-    subject: Subject, name: str, what: str, measure: Callable[[], float], first: float
-) -> Probe:
+def _invariant(subject: Subject, name: str, measure: Callable[[], float], first: float) -> Probe:
     """Judge a difference that should be zero but for rounding.
 
     Some models hold activations in the tens of thousands, where float32 rounding alone exceeds any
@@ -26,7 +24,6 @@ def _invariant(
     Args:
         subject: The checkpoint.
         name: Name of the probe.
-        what: What is compared with what.
         measure: Measures again, in the model's present precision.
         first: The difference in float32.
     """
@@ -34,13 +31,12 @@ def _invariant(
     if not first <= subject.adapter.tolerance:
         with subject.float64():
             difference = measure()
-        detail = f"measured in float64; in float32, rounding included, it is {first:.3g}"
+        detail = f"in float64; rounding included, float32 gives {first:.3g}"
     return at_most(
         name,
-        f"{what}: largest difference of logits",
+        "logits differ by",
         difference,
         subject.adapter.tolerance,
-        f"tolerance of {subject.adapter.model_type}",
         detail=detail,
     )
 
@@ -51,11 +47,10 @@ def check_padding(subject: Subject) -> list[Probe]:
     longest = min(probe_length(subject), 48)
     lengths = sorted({longest, max(longest * 2 // 3, 1), max(longest // 3, 1)})
     texts = [subject.tokens(1, length, draw=length) for length in lengths]
-    what = f"batch of lengths {', '.join(str(length) for length in lengths)} against one by one"
     probes = []
     for side in ("left", "right"):
         measure = partial(_padded, subject, side, texts)
-        probes.append(_invariant(subject, f"padding-{side}", what, measure, measure()))
+        probes.append(_invariant(subject, f"padding-{side}", measure, measure()))
     return probes
 
 
@@ -81,24 +76,21 @@ def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def check_cache(subject: Subject) -> list[Probe]:
-    """Return the probes `cache` and `cache-clean`."""
+    """Return the probes `cache` and `cache-clean`: block by block against all at once."""
     size = subject.claim.block_size
     if size is None:
         reason = "mdlm decodes without a cache"
-        required = "block by block with a cache as the whole text at once"
-        return [skipped("cache", required, reason), skipped("cache-clean", required, reason)]
-    length = probe_length(subject)
-    tokens = subject.tokens(2, length)
+        return [skipped(name, "no difference", reason) for name in ("cache", "cache-clean")]
+    tokens = subject.tokens(2, probe_length(subject))
     difference, dirt = _decode_with_cache(subject, tokens, size)
-    what = f"{length} tokens block by block against at once"
     measure = partial(_cached_difference, subject, tokens, size)
     return [
-        _invariant(subject, "cache", what, measure, difference),
+        _invariant(subject, "cache", measure, difference),
         Probe(
             "cache-clean",
             dirt == 0,
-            f"{dirt} cache states changed by denoising forwards",
-            "0: denoising reads the cache and leaves it alone",
+            f"{dirt} states changed by denoising",
+            "0",
         ),
     ]
 

@@ -22,7 +22,7 @@ def check_generate(subject: Subject) -> list[Probe]:
     width = min(size + max(size // 4, 2), 96, subject.context - new)
     if width < 2:
         reason = f"a context of {subject.context} tokens has no room for a prompt and a block"
-        return [skipped("generate", "a prompt and a block", reason)]
+        return [skipped("generate", "0 masked", reason)]
     prompts = subject.tokens(2, width)
     mask = torch.ones_like(prompts)
     mask[1, : width // 2] = 0
@@ -46,8 +46,8 @@ def check_generate(subject: Subject) -> list[Probe]:
         Probe(
             "generate",
             not wrong,
-            f"{output.shape[1] - width} new tokens for each of 2 prompts, {left} still masked",
-            f"{new} new tokens, 0 masked, prompts unchanged",
+            f"{output.shape[1] - width} new tokens, {left} masked",
+            f"{new}, 0, prompt unchanged",
             first_items(wrong),
         )
     ]
@@ -60,7 +60,7 @@ def _nats(quality: Mapping[str, Any], name: str) -> float | None:
 
 def check_quality(subject: Subject) -> list[Probe]:
     """Return the probe `quality`: held-out NELBO after training below that before."""
-    required = "held-out NELBO lower than before training"
+    required = "below that before training"
     if subject.untrained:
         return [skipped("quality", required, "the weights were not trained")]
     before, after = (_nats(subject.quality, f"nelbo_{when}") for when in ("before", "after"))
@@ -72,8 +72,8 @@ def check_quality(subject: Subject) -> list[Probe]:
         Probe(
             "quality",
             after < before,
-            f"NELBO {after:.4g} nats per token",
-            f"below {before:.4g}, the untrained conversion on the same tokens and noise",
+            f"held-out NELBO {after:.4g} nats per token",
+            f"below {before:.4g}, before training",
             note,
         )
     ]

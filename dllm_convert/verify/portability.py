@@ -26,14 +26,17 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def check_portability(subject: Subject) -> list[Probe]:
-    """Return the probes `portable` and `portable-stock`."""
+    """Return the probes `portable` and `portable-stock`.
+
+    The first loads the folder's own code, the second the stock class, which is given the 4-D mask
+    where attention is block-causal.
+    """
     length = min(probe_length(subject), max(MAX_LENGTH, (subject.claim.block_size or 0) + 1))
     tokens = subject.tokens(1, min(length, subject.context))
     try:
         facts, logits = _fresh_process(subject, tokens)
     except DataError as error:
-        required = "loads in a fresh process without dllm_convert"
-        return [Probe("portable", False, "does not load", required, str(error))]
+        return [Probe("portable", False, "does not load", "loads", str(error))]
     with torch.no_grad():
         ours = subject.model(tokens, use_cache=False).logits
     adapter = subject.adapter
@@ -62,16 +65,12 @@ def _compare(
         wrong.append(f"loads at random: {[*found['missing'], *found['mismatched']][0]}")
     if facts["mask_token_id"] != subject.claim.mask_token_id:
         wrong.append(f"its tokenizer has mask id {facts['mask_token_id']}")
-    tolerance, family = subject.adapter.tolerance, subject.adapter.model_type
-    how = "with the folder's own code" if key == "remote" else "without remote code"
-    if key == "stock" and subject.claim.block_size:
-        how += ", given the 4-D mask"
+    tolerance = subject.adapter.tolerance
     return Probe(
         name,
         not wrong and difference <= tolerance,
-        f"{found['class']}, largest difference of logits {difference:.2g}, "
-        f"transformers {facts['transformers']}",
-        f"{class_name} {how}, at most {tolerance:g} (float32 tolerance of {family})",
+        f"logits differ by {difference:.3g}",
+        f"at most {tolerance:g}, as {class_name}",
         "; ".join(wrong),
     )
 

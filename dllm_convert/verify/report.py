@@ -70,22 +70,18 @@ class VerificationReport:
         }
 
 
-def at_most(
-    name: str, what: str, measured: float, limit: float, origin: str, *, detail: str = ""
-) -> Probe:
+def at_most(name: str, what: str, measured: float, limit: float, *, detail: str = "") -> Probe:
     """Return a probe that passes if `measured <= limit`; not-a-number fails.
 
     Args:
         name: Name of the probe.
-        what: What was measured, such as `largest difference of logits`.
+        what: What was measured, such as `logits differ by`.
         measured: The number.
         limit: The largest that is allowed.
-        origin: Where the limit comes from.
         detail: Shown with the probe.
     """
-    return Probe(
-        name, measured <= limit, f"{what} {measured:.3g}", f"at most {limit:.3g} ({origin})", detail
-    )
+    passed = measured <= limit
+    return Probe(name, passed, f"{what} {measured:.3g}", f"at most {limit:.3g}", detail)
 
 
 def largest(differences: Sequence[Tensor]) -> float:

@@ -102,7 +102,7 @@ def verify_checkpoint(
             if name in groups:
                 probes += _run(name, group, subject, probes)
             else:
-                probes.append(skipped(name, "not asked for", "left out by the caller"))
+                probes.append(skipped(name, "to be measured", "not asked for"))
             task.advance(note=name)
     return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
 
@@ -137,7 +137,7 @@ def _open(
 
 
 def _run(name: str, group: _Group, subject: Subject, before: list[Probe]) -> list[Probe]:
-    required = "probes of this group"
+    required = "to be measured"
     failed = [probe.name for probe in before if probe.passed is False and probe.name in group.needs]
     if failed:
         return [skipped(name, required, f"not run: {', '.join(failed)} failed")]

@@ -83,13 +83,6 @@ class Claim:
             return torch.ones(length, length, dtype=torch.bool)
         return position[:, None] >= position[None, :] // self.block_size * self.block_size
 
-    @property
-    def words(self) -> str:
-        """The claimed attention in words."""
-        if self.block_size is None:
-            return "bidirectional: every token reaches every position"
-        return f"block-causal: blocks of {self.block_size} counted from position 0"
-
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -24,8 +24,7 @@ def check_tokens(subject: Subject) -> list[Probe]:
     try:
         tokenizer = subject.tokenizer
     except DataError as error:
-        required = "a tokenizer that transformers loads"
-        return [Probe("tokenizer", False, "none loaded", required, str(error)), _row(subject)]
+        return [Probe("tokenizer", False, "does not load", "loads", str(error)), _row(subject)]
     return [_ids(subject, tokenizer), _row(subject), _tokenizer(subject, tokenizer)]
 
 
@@ -53,9 +52,8 @@ def _ids(subject: Subject, tokenizer: Any) -> Probe:
     return Probe(
         "mask-id",
         not wrong,
-        f"id {mask} in {sum(found == mask for found in places.values())} of {len(places)} places, "
-        f"{rows} embedding rows",
-        f"the id of diffusion.mask_token_id in all {len(places)}, less than the rows",
+        f"{mask} in {sum(found == mask for found in places.values())} of {len(places)} places",
+        f"the same in all, below {rows} rows",
         first_items(wrong),
     )
 
@@ -73,16 +71,16 @@ def _row_norms(subject: Subject) -> torch.Tensor:
 
 
 def _row(subject: Subject) -> Probe:
-    required = f"at least {MASK_ROW_SHARE:g} of the median row's norm"
+    required = f"at least {MASK_ROW_SHARE:g}"
     norms = _row_norms(subject)
     mask = subject.claim.mask_token_id
     if mask >= len(norms):
-        return Probe("mask-row", False, f"row {mask} of {len(norms)} does not exist", required)
+        return Probe("mask-row", False, f"no row {mask}", required)
     norm, median = float(norms[mask]), float(norms.median())
     return Probe(
         "mask-row",
         norm >= MASK_ROW_SHARE * median and norm > 0,
-        f"norm {norm:.3g}, median row {median:.3g}",
+        f"{norm / median if median else norm:.3g} of the median norm",
         required,
     )
 
@@ -103,7 +101,7 @@ def _tokenizer(subject: Subject, tokenizer: Any) -> Probe:
     return Probe(
         "tokenizer",
         not wrong,
-        f"{len(tokenizer)} tokens, mask text to {len(ids)} id(s)",
-        f"at most {rows} tokens, the mask's text is 1 id, chat template of the base kept",
+        f"{len(tokenizer)} tokens, the mask is {len(ids)}",
+        f"at most {rows}, the mask is 1",
         first_items(wrong),
     )

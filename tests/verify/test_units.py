@@ -127,7 +127,7 @@ def test_not_a_number_is_wrong_in_a_pattern() -> None:
 
 
 def test_not_a_number_fails_a_limit() -> None:
-    assert at_most("x", "difference", math.nan, 1.0, "here").passed is False
+    assert at_most("x", "differ by", math.nan, 1.0).passed is False
     assert largest([torch.tensor([0.0, math.nan])]) == math.inf
     assert largest([torch.tensor([-3.0, 2.0]), torch.zeros(0)]) == 3.0
 
