@@ -54,6 +54,15 @@ class DiffusionOutput(ModelOutput):
     tokens_per_forward: float | None = None
 
 
+def _pick(hidden: torch.Tensor, keep: int | torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """Keep the hidden states (batch, length, hidden) whose logits are wanted."""
+    if at is not None:
+        return hidden.flatten(0, 1)[at]
+    if isinstance(keep, torch.Tensor):
+        return hidden[:, keep]
+    return hidden[:, -keep:] if keep else hidden
+
+
 class DiffusionMixin:
     """Opened attention, logits where they are needed, and decoding by denoising.
 
@@ -121,13 +130,7 @@ class DiffusionMixin:
             use_cache=use_cache,
             **{name: value for name, value in kwargs.items() if name != "return_dict"},
         )
-        hidden = outputs.last_hidden_state
-        if logits_at is not None:
-            hidden = hidden.flatten(0, 1)[logits_at]
-        elif isinstance(logits_to_keep, torch.Tensor):
-            hidden = hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
+        hidden = _pick(outputs.last_hidden_state, logits_to_keep, logits_at)
         return CausalLMOutputWithPast(
             logits=getattr(self, self._head)(hidden),
             past_key_values=outputs.past_key_values,

@@ -32,6 +32,8 @@ class Window:
 class Adapter:
     """A family, as data. Adding one is one file beside this one, see docs/add-a-family.md.
 
+    The defaults are those of decoders shaped like Llama; a family says where it differs.
+
     Attributes:
         model_type: `model_type` of the stock config; the registry's key.
         stock_class: Class in transformers that holds the base weights.
@@ -58,15 +60,18 @@ class Adapter:
     model_type: str
     stock_class: str
     diffusion_class: str
-    auto_class: Literal["AutoModelForCausalLM", "AutoModelForMaskedLM"]
-    attention: Literal["causal", "bidirectional"]
-    targets: tuple[Target, ...]
-    embedding: str
-    head: str
-    lora_targets: tuple[str, ...]
-    norm_modules: tuple[str, ...]
-    embedding_module: str
-    head_module: str
+    auto_class: Literal["AutoModelForCausalLM", "AutoModelForMaskedLM"] = "AutoModelForCausalLM"
+    attention: Literal["causal", "bidirectional"] = "causal"
+    targets: tuple[Target, ...] = ("mdlm", "bd3lm")
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    lora_targets: tuple[str, ...] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    norm_modules: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "norm")
+    embedding_module: str = "embed_tokens"
+    head_module: str = "lm_head"
     head_biases: tuple[str, ...] = ()
     head_required: tuple[str, ...] = ()
     unused_tensors: str | None = None

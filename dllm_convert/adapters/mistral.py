@@ -8,15 +8,6 @@ ADAPTER = Adapter(
     model_type="mistral",
     stock_class="MistralForCausalLM",
     diffusion_class="DiffusionMistralForCausalLM",
-    auto_class="AutoModelForCausalLM",
-    attention="causal",
-    targets=("mdlm", "bd3lm"),
-    embedding="model.embed_tokens.weight",
-    head="lm_head.weight",
-    lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    norm_modules=("input_layernorm", "post_attention_layernorm", "norm"),
-    embedding_module="embed_tokens",
-    head_module="lm_head",
     # `[control_N]` in the SentencePiece vocabularies (v2, v3), `<SPECIAL_N>` in tekken.
     reserved_tokens=r"\[control_\d+\]|<SPECIAL_\d+>",
     # A config.json that leaves sliding_window out means 4096, so null has to be written.
