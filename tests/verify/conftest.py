@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from dllm_convert.console import Reporter
-from dllm_convert.plan import make_plan
-from dllm_convert.schema import Recipe
-from dllm_convert.source import inspect_source
+from conversion import convert
 
 
 @dataclass(frozen=True)
@@ -33,21 +29,11 @@ def converted_cache(
     built: dict[str, Converted] = {}
 
     def get(family: str, target: str, *, block: int = 8, **options: Any) -> Converted:
-        from dllm_convert.weights import adapt
-
         key = repr((family, target, block, sorted(options.items())))
         if key not in built:
             base = source_cache(family, **options)
-            fields = {
-                "source": str(base),
-                "target": target,
-                "block_size": block if target == "bd3lm" else None,
-                "data": {"sequence_length": block * 8},
-                "training": {"method": "none"},
-            }
-            plan = make_plan(Recipe.model_validate(fields), inspect_source(str(base)))
             folder = root / f"{len(built)}-{family}-{target}"
-            adapt(plan, base, folder, Reporter(quiet=True))
+            convert(base, folder, target, block=block)
             built[key] = Converted(folder, base)
         return built[key]
 
