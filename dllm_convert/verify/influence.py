@@ -157,7 +157,7 @@ def _least(value: float) -> str:
 @torch.no_grad()
 def _by_layer(subject: Subject, model: Any, length: int) -> Probe:
     """Look at every layer's weights: one closed layer hides behind an open one end to end."""
-    tokens = subject.tokens(4, length)
+    tokens = subject.tokens(2, length)
     layers = model(tokens, use_cache=False, output_attentions=True).attentions or ()
     allowed = subject.claim.mask(length)
     wrong = 0

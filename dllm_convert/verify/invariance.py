@@ -45,7 +45,7 @@ def _invariant(subject: Subject, name: str, measure: Callable[[], float], first:
 def check_padding(subject: Subject) -> list[Probe]:
     """Return the probes `padding-left` and `padding-right`: a mixed batch against one by one."""
     longest = min(probe_length(subject), 48)
-    lengths = sorted({longest, max(longest * 2 // 3, 1), max(longest // 3, 1)})
+    lengths = sorted({longest, max(longest // 2, 1)})
     texts = [subject.tokens(1, length, draw=length) for length in lengths]
     probes = []
     for side in ("left", "right"):
@@ -81,7 +81,7 @@ def check_cache(subject: Subject) -> list[Probe]:
     if size is None:
         reason = "mdlm decodes without a cache"
         return [skipped(name, "no difference", reason) for name in ("cache", "cache-clean")]
-    tokens = subject.tokens(2, probe_length(subject))
+    tokens = subject.tokens(1, probe_length(subject))
     difference, dirt = _decode_with_cache(subject, tokens, size)
     measure = partial(_cached_difference, subject, tokens, size)
     return [
