@@ -24,6 +24,11 @@ def _learning_rate(recipe: Recipe) -> str | None:
     rate, tokens = recipe.training.learning_rate, _training_tokens(recipe)
     if recipe.training.method != "full":
         return None
+    if tokens <= SMALL_BUDGET and rate >= 5e-4:
+        return (
+            f"learning rate {rate:g} with full training: measured on SmolLM2-135M in 30 steps, "
+            "held-out NELBO 5.94 at 5e-4 and 5.33 at 3e-4 (--set training.learning_rate=3e-4)"
+        )
     if tokens >= LARGE_BUDGET and rate >= 1e-4:
         return (
             f"learning rate {rate:g} over {tokens:.1e} tokens: Efficient-DLM (Qwen3-4B, 25B "

@@ -194,7 +194,7 @@ def test_flags_reach_the_recipe(ran: list[tuple[Recipe, Path]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "method"), [([], "full"), (["--full"], "full"), (["--no-train"], "none")]
+    ("flags", "method"), [([], "lora"), (["--full"], "full"), (["--no-train"], "none")]
 )
 def test_training_method(flags: list[str], method: str, ran: list[tuple[Recipe, Path]]) -> None:
     assert invoke("run", "x/y", *flags).exit_code == 0
