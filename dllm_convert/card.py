@@ -16,10 +16,10 @@ from dllm_convert.card_facts import BILLION, Facts, collect_facts
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import read_manifest
 from dllm_convert.recipe import data_dir
+from dllm_convert.sampling import DEFAULT_PROMPT
 
 CARD_FILE = "README.md"
 TEMPLATE = "model.md.jinja"
-DEFAULT_PROMPT = "The meaning of a name in a program is"
 _PIPELINE_TAGS = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",

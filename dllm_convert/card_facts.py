@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from dllm_convert.adapters import Adapter, get_adapter
 from dllm_convert.errors import DataError
+from dllm_convert.source_folder import LICENCE_FILES
+from dllm_convert.training.documents import FILE_SUFFIXES
 
 BILLION = 1_000_000_000
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-_TEXT_FILES = (".txt", ".md", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -215,7 +215,7 @@ def _data_kind(source: str, recorded: str | None) -> Literal["pydoc", "files", "
         return "pydoc"
     if recorded in ("files", "hub"):
         return "hub" if recorded == "hub" else "files"
-    looks_like_id = _HUB_ID.fullmatch(source) and PurePath(source).suffix not in _TEXT_FILES
+    looks_like_id = _HUB_ID.fullmatch(source) and PurePath(source).suffix not in FILE_SUFFIXES
     return "hub" if looks_like_id and not Path(source).exists() else "files"
 
 

@@ -14,7 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from dllm_convert.cli_output import write_json
+from dllm_convert.disk import DISK_FULL
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.quiet import debugging
 
 INTERRUPTED = 130
 JSON_KEY = "dllm_convert.json"
@@ -22,7 +24,6 @@ JSON_KEY = "dllm_convert.json"
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def redact(text: str) -> str:
 
 def _classify_os(error: OSError) -> Failure:
     where = f" {error.filename}" if error.filename else ""
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         hint = (
             "Free some space or give an --out on another disk; the same command goes on from here"
         )
@@ -87,15 +88,11 @@ def _classify_os(error: OSError) -> Failure:
         return Failure("PermissionDenied", f"no permission for{where}", "Give another path")
     problem = error.strerror or str(error) or type(error).__name__
     hint = "HF_DEBUG=1 shows where this comes from"
-    return Failure(type(error).__name__, f"{problem}{where}", None if _debugging() else hint)
-
-
-def _debugging() -> bool:
-    return os.environ.get("HF_DEBUG", "").lower() in ("1", "true", "yes", "on")
+    return Failure(type(error).__name__, f"{problem}{where}", None if debugging() else hint)
 
 
 def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
-    if _debugging():
+    if debugging():
         sys.stderr.write(redact("".join(traceback.format_exception(error))))
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
     sys.stderr.write(redact(f"error: {message}\n"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dllm_convert.errors import DataError
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says when there is no room left, or no quota."""
 
 
 def _existing(path: Path) -> Path:
@@ -43,6 +44,6 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
     except PermissionError as error:
         raise DataError(f"{folder} cannot be written ({error.strerror})") from error
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise _full(folder, needed) from error
         raise

@@ -14,7 +14,6 @@ from dllm_convert.errors import DataError
 from dllm_convert.workspace import WORK, write_json
 
 MANIFEST_FILE = "dllm_convert.json"
-_CHUNK = 1 << 22
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -49,12 +48,9 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read in pieces of a few megabytes."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
     with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:

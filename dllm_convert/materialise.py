@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _from_gguf(path: Path, model_type: str, reporter: Reporter) -> Path:
     header = read_gguf_header(path)
     kinds = {kind for kind, shape in header.tensors.values() if len(shape) > 1}
     half = kinds <= _HALF_TYPES
-    elements = sum(_count(shape) for _, shape in header.tensors.values())
+    elements = sum(prod(shape) for _, shape in header.tensors.values())
     folder = cache_dir() / "gguf" / sha256([path], reporter)
 
     def build(partial: Path) -> None:
@@ -109,13 +110,6 @@ def _from_gguf(path: Path, model_type: str, reporter: Reporter) -> Path:
             _dequantise(path, partial, model_type, half=half)
 
     return _cached(folder, elements * (2 if half else 4), build)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _pickle_files(folder: Path) -> list[Path]:

@@ -113,9 +113,7 @@ class DiffusionMixin:
             ValueError: If `labels` is given.
         """
         if labels is not None:
-            raise ValueError(
-                "this model takes no labels: its loss needs noise (dllm_convert.diffusion)"
-            )
+            raise ValueError("this model takes no labels: its loss needs noise (dllm_convert)")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")

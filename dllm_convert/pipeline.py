@@ -15,13 +15,13 @@ from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
-from dllm_convert.workspace import Workspace, fingerprint, open_workspace, write_json
+from dllm_convert.workspace import Workspace, fingerprint, open_workspace
 
 if TYPE_CHECKING:
     from dllm_convert.training.data import TextData
 
-MANIFEST = "dllm_convert.json"
 FORMAT_VERSION = 1
+"""Version of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class _Run:
 
         stage, work = self.workspace.stage, self.workspace.work
         if self.workspace.result("assemble") is None:
-            stage("materialise", lambda: {"folder": str(self._source())})
+            stage("materialise", lambda: {"folder": str(self._source)})
             stage("adapt", self._adapt)
             if self.plan.recipe.training.method == "none":
                 stage("sample", lambda: self._sample(work / "untrained"))
             else:
                 stage("baseline", self._baseline)
                 stage("train", self._train)
-                stage("measure", lambda: {"nelbo_after": self._nelbo(work / "trained")})
+                stage("measure", self._measure)
                 stage("sample", lambda: self._sample(work / "trained"))
             stage("assemble", self._assemble)
         stage("verify", self._verify)
@@ -99,6 +99,7 @@ class _Run:
         manifest = read_manifest(self.workspace.out)
         return RunResult(self.workspace.out, manifest, manifest["verification"]["passed"])
 
+    @cached_property
     def _source(self) -> Path:
         from dllm_convert.materialise import materialise
 
@@ -124,7 +125,7 @@ class _Run:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         with self.reporter.task("adapt"):
-            adapt(self.plan, self._source(), partial, self.reporter)
+            adapt(self.plan, self._source, partial, self.reporter)
         partial.rename(target)
         return {"tensors_changed": list(self.plan.tensors_changed)}
 
@@ -136,11 +137,10 @@ class _Run:
         model = load_model(folder, self.plan.adapter)
         return model.to("cuda") if torch.cuda.is_available() else model
 
-    def _nelbo(self, folder: Path, model: Any = None) -> dict[str, Any]:
+    def _nelbo(self, model: Any) -> dict[str, Any]:
         from dllm_convert.diffusion.likelihood import nelbo
         from dllm_convert.diffusion.objective import Objective
 
-        model = model if model is not None else self._load(folder)
         batches = self._on_device(model)
         with self.reporter.task("measure held-out NELBO", total=len(batches)) as task:
             objective = Objective.from_config(model.config)
@@ -161,12 +161,8 @@ class _Run:
     def _baseline(self) -> dict[str, Any]:
         from dllm_convert.diffusion.likelihood import autoregressive_nll
 
-        folder = self.workspace.work / "untrained"
-        model = self._load(folder)
-        result: dict[str, Any] = {
-            "data": self._data.facts,
-            "nelbo_before": self._nelbo(folder, model),
-        }
+        model = self._load(self.workspace.work / "untrained")
+        result: dict[str, Any] = {"data": self._data.facts, "nelbo_before": self._nelbo(model)}
         if self.plan.adapter.attention == "causal":
             batches = self._on_device(model)
             with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
@@ -182,8 +178,12 @@ class _Run:
             self.plan, self._data, work / "untrained", work / "trained", work, self.reporter
         ).as_dict()
 
+    def _measure(self) -> dict[str, Any]:
+        return {"nelbo_after": self._nelbo(self._load(self.workspace.work / "trained"))}
+
     def _sample(self, folder: Path) -> dict[str, Any]:
-        from dllm_convert.sampling.run import DEFAULT_PROMPT, decode_sample
+        from dllm_convert.sampling import DEFAULT_PROMPT
+        from dllm_convert.sampling.run import decode_sample
 
         model = self._load(folder)
         with self.reporter.task("decode a sample"):
@@ -192,6 +192,7 @@ class _Run:
             ).as_dict()
 
     def _assemble(self) -> dict[str, Any]:
+        from dllm_convert.manifest import write_manifest
         from dllm_convert.recipe import dump_recipe
 
         work, staged = self.workspace.work, self.workspace.staged
@@ -199,17 +200,21 @@ class _Run:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(work / ("trained" if trained else "untrained"), staged, copy_function=_link)
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
-        write_json(staged / MANIFEST, self._manifest())
+        write_manifest(staged, self._manifest())
         return {}
 
-    def _manifest(self) -> dict[str, Any]:
-        from dllm_convert import __version__
-        from dllm_convert.manifest import hash_files, versions
-
-        source, result = self.plan.source, self.workspace.result
+    def _measurements(self) -> dict[str, Any]:
+        result = self.workspace.result
         measurements = {**(result("baseline") or {}), **(result("measure") or {})}
         if result("train"):
             measurements["train"] = result("train")
+        return measurements
+
+    def _manifest(self) -> dict[str, Any]:
+        from dllm_convert import __version__
+        from dllm_convert.manifest import MANIFEST_FILE, hash_files, versions
+
+        source = self.plan.source
         return {
             "format_version": FORMAT_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -229,9 +234,9 @@ class _Run:
             "plan": plan_as_dict(self.plan),
             "seeds": {"training": self.plan.recipe.training.seed},
             "stages": self.workspace.stages,
-            "measurements": measurements,
-            "sample": result("sample"),
-            "files": hash_files(self.workspace.staged, exclude=(MANIFEST, "README.md")),
+            "measurements": self._measurements(),
+            "sample": self.workspace.result("sample"),
+            "files": hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, "README.md")),
         }
 
     def _verify(self) -> dict[str, Any]:
@@ -239,8 +244,8 @@ class _Run:
 
         report = verify_checkpoint(
             self.workspace.staged,
-            against=self._source(),
-            quality=self._manifest()["measurements"],
+            against=self._source,
+            quality=self._measurements(),
             untrained=self.plan.recipe.training.method == "none",
             reporter=self.reporter,
         )
@@ -248,10 +253,13 @@ class _Run:
 
     def _document(self) -> dict[str, Any]:
         from dllm_convert.card import write_card
+        from dllm_convert.manifest import read_manifest, write_manifest
 
-        manifest = self._manifest() | {"verification": self.workspace.result("verify")}
-        write_json(self.workspace.staged / MANIFEST, manifest)
-        write_card(self.workspace.staged)
+        staged, workspace = self.workspace.staged, self.workspace
+        # The files were hashed when they were put together; hashing them again reads every weight.
+        later = {"stages": workspace.stages, "verification": workspace.result("verify")}
+        write_manifest(staged, read_manifest(staged) | later)
+        write_card(staged)
         return {}
 
     def _clean(self) -> None:

@@ -28,11 +28,8 @@ __all__ = [
     "ConversionPlan",
     "MaskRule",
     "MaskTokenDecision",
-    "check_tensors",
-    "context_length",
     "make_plan",
     "plan_as_dict",
-    "unused_tensors",
 ]
 
 FORMAT_VERSION = 1
@@ -151,12 +148,9 @@ def _main_dtype(source: SourceInfo) -> str | None:
 
 
 def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the plan as plain values for JSON; `training_tokens` counts padding-free positions."""
+    """Return the plan as plain values for JSON; `training_tokens` counts the planned steps."""
     recipe, source = plan.recipe, plan.source
     training = recipe.training
-    tokens_per_step = (
-        training.batch_size * training.gradient_accumulation * recipe.data.sequence_length
-    )
     return {
         "source": {
             "given": source.given,
@@ -179,7 +173,7 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "tensors_changed": list(plan.tensors_changed),
         "tensors_dropped": list(plan.tensors_dropped),
         "training": training.model_dump(mode="json"),
-        "training_tokens": 0 if training.method == "none" else training.steps * tokens_per_step,
+        "training_tokens": 0 if training.method == "none" else recipe.training_tokens,
         "data": recipe.data.model_dump(mode="json"),
         "min_transformers": plan.adapter.min_transformers,
         "warnings": list(plan.warnings),

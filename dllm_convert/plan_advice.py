@@ -14,14 +14,8 @@ PYDOC_TOKENS = 113_000
 """Tokens of the language reference in CPython 3.11, SmolLM2's tokenizer."""
 
 
-def _training_tokens(recipe: Recipe) -> int:
-    training = recipe.training
-    sequences = training.steps * training.batch_size * training.gradient_accumulation
-    return sequences * recipe.data.sequence_length
-
-
 def _learning_rate(recipe: Recipe) -> str | None:
-    rate, tokens = recipe.training.learning_rate, _training_tokens(recipe)
+    rate, tokens = recipe.training.learning_rate, recipe.training_tokens
     if recipe.training.method != "full":
         return None
     if tokens <= SMALL_BUDGET and rate >= 5e-4:
@@ -67,7 +61,7 @@ def _objective(recipe: Recipe, adapter: Adapter) -> str | None:
             "a causal model opened to mdlm: Efficient-DLM (Qwen2.5-1.5B, 50B tokens) measured "
             "19.3, against 38.4 for block diffusion (--to bd3lm --block 16)"
         )
-    if recipe.token_shift == "drop" and _training_tokens(recipe) <= SMALL_BUDGET:  # noqa: S105
+    if recipe.token_shift == "drop" and recipe.training_tokens <= SMALL_BUDGET:  # noqa: S105
         return (
             "token_shift drop on a small budget: keeping the shift learnt faster in our runs of 60 "
             "steps (SmolLM2-135M, held-out NELBO 5.20 against 5.53); at 50B tokens dropping it "
@@ -77,7 +71,7 @@ def _objective(recipe: Recipe, adapter: Adapter) -> str | None:
 
 
 def _data(recipe: Recipe) -> str | None:
-    tokens = _training_tokens(recipe)
+    tokens = recipe.training_tokens
     if recipe.training.method == "none" or recipe.data.source != "pydoc":
         return None
     if tokens < 20 * PYDOC_TOKENS:

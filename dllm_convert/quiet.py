@@ -8,13 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def debugging() -> bool:
+    """Whether the ecosystem's `HF_DEBUG` is set: tracebacks are shown, libraries stay loud."""
+    return os.environ.get("HF_DEBUG", "").lower() in ("1", "true", "yes", "on")
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence transformers, datasets and PEFT below errors; `HF_DEBUG=1` leaves them loud.
 
     Their settings are put back when the block ends.
     """
-    if os.environ.get("HF_DEBUG"):
+    if debugging():
         yield
         return
     import datasets

@@ -130,3 +130,10 @@ class Recipe(_Section):
     data: Data = Data()
     training: Training = Training()
     generation: Generation = Generation()
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that all planned steps see on one device, padding included."""
+        training = self.training
+        sequences = training.steps * training.batch_size * training.gradient_accumulation
+        return sequences * self.data.sequence_length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import DataError, IncompatibleError
-
-DEFAULT_PROMPT = "The meaning of a name in a program is"
+from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.sampling import DEFAULT_PROMPT
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote"
         )
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error.msg} at line {error.lineno})") from error
+    config = load_json_object(path)
     if not isinstance(config.get("diffusion"), dict):
         raise IncompatibleError(
             f"{folder} is not a diffusion checkpoint: its config.json has no 'diffusion' section",

@@ -114,7 +114,12 @@ def _rewind(metrics: Path, step: int) -> float:
     return float(kept[-1]["seconds"]) if kept else 0.0
 
 
+def checkpoint_step(folder: Path) -> int:
+    """Return the optimizer step in the name of a checkpoint folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def last_whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that was completely written, if any."""
     whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(whole, key=checkpoint_step, default=None)

@@ -117,11 +117,9 @@ def _split(
     documents: Iterator[list[int]], recipe: Recipe
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Hold out whole documents; read only as many as the training steps will see."""
-    training, data = recipe.training, recipe.data
-    per_step = training.batch_size * training.gradient_accumulation
-    wanted = training.steps * per_step * data.sequence_length
+    data, wanted = recipe.data, recipe.training_tokens
     wanted_held_out = data.held_out_sequences * data.sequence_length
-    draw = random.Random(training.seed)  # noqa: S311
+    draw = random.Random(recipe.training.seed)  # noqa: S311
     train: list[list[int]] = []
     held_out: list[list[int]] = []
     train_tokens = held_out_tokens = 0

@@ -18,7 +18,7 @@ from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
-from dllm_convert.training.callbacks import Watch, last_whole_checkpoint
+from dllm_convert.training.callbacks import Watch, checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.setup import (
     count_trainable,
@@ -121,7 +121,7 @@ def train(
     trainable = count_trainable(model)
     folder = work / "trainer"
     resume = last_whole_checkpoint(folder)
-    resumed = int(resume.name.rpartition("-")[2]) if resume else 0
+    resumed = checkpoint_step(resume) if resume else 0
     if resumed:
         reporter.line(f"resuming from step {resumed}")
     with reporter.task("train", total=recipe.training.steps) as task:

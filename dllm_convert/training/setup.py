@@ -12,19 +12,16 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.schema import Training
 
 
-def load_model(
-    folder: Path, adapter: Adapter, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
-) -> Any:
+def load_model(folder: Path, adapter: Adapter, *, dtype: torch.dtype = torch.float32) -> Any:
     """Load the diffusion class of a checkpoint folder, in evaluation mode.
 
     Args:
         folder: Converted checkpoint.
         adapter: Its family.
         dtype: Type the weights are held in.
-        attention: Attention implementation.
     """
     cls = getattr(modeling, adapter.diffusion_class)
-    model = cls.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.eval()
 
 
