@@ -33,7 +33,7 @@ def recipe(source: Path, target: str = "bd3lm", **training: Any) -> Recipe:
             "block_size": 8 if target == "bd3lm" else None,
             "data": {"sequence_length": 32, "max_documents": 40, "held_out_sequences": 8},
             "training": {
-                "steps": 6,
+                "steps": 24,
                 "batch_size": 2,
                 "learning_rate": 1e-2,
                 "precision": "fp32",

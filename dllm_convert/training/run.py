@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
@@ -116,6 +116,8 @@ def train(
         DllmConvertError: If the loss stops being a number.
     """
     recipe = plan.recipe
+    # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
+    set_seed(recipe.training.seed)
     base = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
     model = make_trainable(base, plan.adapter, recipe.training)
     trainable = count_trainable(model)
