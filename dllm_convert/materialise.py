@@ -180,7 +180,7 @@ def _from_pickle(folder: Path, info: SourceInfo, reporter: Reporter) -> Path:
 def _from_hub(info: SourceInfo, reporter: Reporter) -> Path:
     from huggingface_hub import snapshot_download
 
-    from dllm_convert.source_hub import hub_errors
+    from dllm_convert.hub_errors import hub_errors
 
     repo_id = str(info.repo_id)
     reporter.line(f"download {repo_id} at {info.revision}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from dllm_convert.errors import DataError, HubError
+from dllm_convert.errors import DataError
+from dllm_convert.hub_errors import hub_errors, transport_error
 from dllm_convert.safetensors_header import INDEX_FILE, SINGLE_FILE
 from dllm_convert.source_folder import (
     PICKLE_FILES,
@@ -19,84 +17,6 @@ from dllm_convert.source_folder import (
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_files import read_tokenizer
-
-
-def _transport_error() -> type[Exception]:
-    """Return the base error of the HTTP library that huggingface_hub happens to use.
-
-    1.x raises httpx's, 2.x those of httpx2, unwrapped; neither is a dependency of ours.
-    """
-    from huggingface_hub import get_session
-
-    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    error: type[Exception] = library.HTTPError
-    return error
-
-
-def _nearest_recipe(repo_id: str) -> str | None:
-    import difflib
-
-    from dllm_convert.recipe import list_recipes
-
-    names = [entry.name for entry in list_recipes()]
-    nearest = difflib.get_close_matches(repo_id.rpartition("/")[2].lower(), names, n=1)
-    return nearest[0] if nearest else None
-
-
-@contextmanager
-def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError that says what to do.
-
-    Raises:
-        HubError: The Hub refused, is unreachable, or does not have what was named.
-    """
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise HubError(
-            f"{repo_id} is gated: its owner has to grant access",
-            hint=f"Ask at https://huggingface.co/{repo_id}, then `hf auth login` or set HF_TOKEN",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(
-            f"{repo_id} has no revision {revision!r}", hint="Give a branch, a tag or a commit"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        nearest = _nearest_recipe(repo_id)
-        meant = f"Did you mean the recipe {nearest!r}? Otherwise check" if nearest else "Check"
-        raise HubError(
-            f"{repo_id} is not on the Hub, or is private",
-            hint=f"{meant} the name; for a private one `hf auth login` or set HF_TOKEN",
-        ) from error
-    except (errors.HFValidationError, errors.EntryNotFoundError) as error:
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        raise (
-            _unreachable(repo_id, error) if offline else HubError(f"{repo_id}: {error}")
-        ) from error
-    except (errors.OfflineModeIsEnabled, _transport_error()) as error:
-        response = getattr(error, "response", None)
-        if isinstance(error, errors.HfHubHTTPError) and response is not None:
-            raise _refused(repo_id, response.status_code) from error
-        raise _unreachable(repo_id, error) from error
-
-
-def _refused(repo_id: str, status: int) -> HubError:
-    if status == 401:
-        return HubError(
-            f"the Hub refused the access token while reading {repo_id} (HTTP 401)",
-            hint="Log in again with `hf auth login`, or correct HF_TOKEN",
-        )
-    return HubError(f"the Hub answered HTTP {status} for {repo_id}", hint="Try again later")
-
-
-def _unreachable(repo_id: str, error: BaseException) -> HubError:
-    first_line = (str(error) or type(error).__name__).splitlines()[0]
-    return HubError(
-        f"cannot reach the Hub for {repo_id}, and it is not in the local cache ({first_line})",
-        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
-    )
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
@@ -168,7 +88,7 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
     with hub_errors(repo_id, revision):
         try:
             info = HfApi().model_info(repo_id, revision=revision)
-        except (errors.OfflineModeIsEnabled, _transport_error()) as error:
+        except (errors.OfflineModeIsEnabled, transport_error()) as error:
             cached = (
                 None if getattr(error, "response", None) else _cached_snapshot(repo_id, revision)
             )

@@ -121,6 +121,25 @@ def _check_folder(out: Path) -> None:
 
 
 @contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; its work folder is made if there is none.
+
+    Raises:
+        DataError: If another process holds it.
+    """
+    work = out / WORK
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"another run is writing to {out}", hint="Wait for it, or give another --out"
+            ) from error
+        yield
+
+
+@contextmanager
 def open_workspace(out: Path, run: str) -> Iterator[Workspace]:
     """Lock `out` for one run and read how far an earlier one got.
 
@@ -133,13 +152,7 @@ def open_workspace(out: Path, run: str) -> Iterator[Workspace]:
     """
     _check_folder(out)
     workspace = Workspace(out, run=run)
-    with (workspace.work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"another run is writing to {out}", hint="Wait for it, or give another --out"
-            ) from error
+    with locked(out):
         if workspace.journal.exists():
             journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
             if journal["run"] != run:
