@@ -1,0 +1,117 @@
+"""After a push: is what the Hub serves what was sent, and does it work for a stranger?"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.console import Reporter
+from dllm_convert.disk import writing
+from dllm_convert.errors import HubError, VerificationError
+from dllm_convert.hub_errors import hub_errors
+from dllm_convert.manifest import sha256_file
+from dllm_convert.publish.remote import file_names
+
+GROUPS = ("tokens", "portability", "generate")
+"""Probes of the short verification: it loads from the Hub, alone, and decodes."""
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What was checked after a push.
+
+    Attributes:
+        files: Files downloaded and compared.
+        size: Their bytes.
+        probes: Probes run on the download, with their results.
+    """
+
+    files: int
+    size: int
+    probes: tuple[dict[str, Any], ...]
+
+
+def confirm(
+    repo_id: str, commit: str, staged: Path, scratch: Path, reporter: Reporter
+) -> Confirmation:
+    """Download a commit into a fresh cache, compare every file, load it from there and run it.
+
+    Args:
+        repo_id: Repository.
+        commit: Commit the push returned.
+        staged: What was sent.
+        scratch: Folder for the fresh cache; emptied before and after.
+        reporter: Progress.
+
+    Raises:
+        HubError: The download fails, or a file differs from what was sent.
+        VerificationError: It does not load or does not decode.
+    """
+    names = file_names(staged)
+    size = sum((staged / name).stat().st_size for name in names)
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        with writing(scratch, size), reporter.task("download what was published"):
+            folder = download(repo_id, commit, scratch)
+        with reporter.task("compare every file", total=len(names)) as task:
+            wrong = []
+            for name in names:
+                if not _same(staged / name, folder / name):
+                    wrong.append(name)
+                task.advance()
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise HubError(
+                f"{wrong[0]}{more} at {repo_id}@{commit[:12]} differs from what was sent",
+                hint="Run the same command again: it uploads what differs",
+            )
+        return Confirmation(len(names), size, short_verification(folder, reporter))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def download(repo_id: str, commit: str, cache: Path) -> Path:
+    """Download all files of a commit into a cache of its own and return the snapshot's folder.
+
+    Raises:
+        HubError: The Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(repo_id, commit):
+        return Path(snapshot_download(repo_id, revision=commit, cache_dir=cache))
+
+
+def short_verification(folder: Path, reporter: Reporter) -> tuple[dict[str, Any], ...]:
+    """Load a downloaded checkpoint as a stranger would, and decode with it.
+
+    Raises:
+        VerificationError: A probe failed.
+    """
+    from dllm_convert.verify import verify_checkpoint
+
+    report = verify_checkpoint(folder, groups=GROUPS, reporter=reporter)
+    probes = tuple(p for p in report.as_dict()["probes"] if p["name"] not in _left_out())
+    failed = [probe for probe in probes if probe["passed"] is False]
+    if failed:
+        first = failed[0]
+        raise VerificationError(
+            f"what was published does not work: {first['name']} measured {first['measured']}, "
+            f"required {first['required']}",
+            hint="Keep the repository private, run `dllm-convert verify` on the folder, push again",
+        )
+    return probes
+
+
+def _left_out() -> set[str]:
+    from dllm_convert.verify.run import GROUPS as ALL
+
+    return set(ALL) - set(GROUPS)
+
+
+def _same(sent: Path, found: Path) -> bool:
+    if not found.is_file() or sent.stat().st_size != found.stat().st_size:
+        return False
+    return sha256_file(sent) == sha256_file(found)

@@ -1,0 +1,42 @@
+"""A folder ready to go up, with what is said about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.manifest import read_manifest
+from dllm_convert.publish.remote import CARD_FILE
+
+
+@dataclass
+class Staged:
+    """What is to be published.
+
+    Attributes:
+        folder: Exactly the files that go up.
+        title: Name of the model, for the commit message.
+        description: Body of the commit message.
+        verified: Whether its verification ran and passed.
+        card_kept: Whether the repository's own README.md took the place of ours.
+    """
+
+    folder: Path
+    title: str
+    description: str
+    verified: bool
+    card_kept: bool = False
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Content of its dllm_convert.json."""
+        return read_manifest(self.folder)
+
+    def keep_card(self, content: bytes) -> None:
+        """Put the repository's own README.md in the place of ours, so that it stays as it is."""
+        path = self.folder / CARD_FILE
+        # A hard link to the checkpoint's card: writing through it would change that file.
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        self.card_kept = True
