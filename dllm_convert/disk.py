@@ -7,11 +7,32 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from dllm_convert.errors import DataError
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What the system says when there is no room left, or no quota."""
+
+
+CHUNK_BYTES = 4 << 20
+
+
+def read_chunks(handle: BinaryIO, start: int, length: int) -> Iterator[bytes]:
+    """Read a part of a file in pieces of at most 4 MiB.
+
+    Raises:
+        DataError: The file ends early.
+    """
+    handle.seek(start)
+    while length > 0:
+        chunk = handle.read(min(CHUNK_BYTES, length))
+        if not chunk:
+            raise DataError(
+                f"{handle.name}: ended {length} bytes early, it changed while being read"
+            )
+        length -= len(chunk)
+        yield chunk
 
 
 def _existing(path: Path) -> Path:

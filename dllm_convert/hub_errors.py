@@ -13,7 +13,7 @@ Doing = Literal["read", "write"]
 
 PRECONDITION_FAILED = 412
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN"
-_WRITE_TOKEN = (
+_HOW_TO_WRITE = (
     "Use a token with write access to that namespace (`hf auth login` or HF_TOKEN), "
     "or propose the files with --create-pr"
 )
@@ -94,7 +94,7 @@ def hub_errors(repo_id: str, revision: str | None = None, doing: Doing = "read")
 def _not_found(repo_id: str, doing: Doing) -> HubError:
     message = f"{repo_id} is not on the Hub, or is private"
     if doing == "write":
-        return HubError(message, hint=_WRITE_TOKEN)
+        return HubError(message, hint=_HOW_TO_WRITE)
     nearest = _nearest_recipe(repo_id)
     meant = f"Did you mean the recipe {nearest!r}? Otherwise check" if nearest else "Check"
     return HubError(
@@ -130,7 +130,7 @@ def _refused(repo_id: str, error: BaseException, doing: Doing) -> HubError:
     if status == 403:
         return HubError(
             f"no rights for {activity} {repo_id} (HTTP 403{because})",
-            hint=_WRITE_TOKEN if doing == "write" else _LOGIN,
+            hint=_HOW_TO_WRITE if doing == "write" else _LOGIN,
         )
     if status == PRECONDITION_FAILED:
         return HubError(

@@ -53,6 +53,22 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def git_blob(path: Path) -> str:
+    """Return the id git gives a file's content, in hexadecimal."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def record_card(folder: Path) -> None:
+    """Remember in the manifest what the generated README.md was, to tell a person's edits later."""
+    path = folder / "README.md"
+    card = {"sha256": sha256_file(path), "blob": git_blob(path)}
+    write_manifest(folder, read_manifest(folder) | {"card": card})
+
+
 def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:
     """Return the SHA-256 of every file under `folder`, work state left out.
 

@@ -7,7 +7,7 @@ read from files somebody else wrote, so every number is checked before it is use
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -178,6 +178,27 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
     if position != data_bytes:
         raise _broken(file, f"{data_bytes} bytes of data", f"{position} from the header")
     return Header(file, data_start, entries, metadata)
+
+
+def encode_header(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return length and JSON of a header for tensors that follow one another without gaps.
+
+    Args:
+        tensors: Name to type, shape and bytes, in file order.
+        metadata: The `__metadata__`; transformers refuses a file that does not name its format.
+    """
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    position = 0
+    for name, (dtype, shape, size) in tensors.items():
+        offsets = [position, position + size]
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        position += size
+    raw = json.dumps(content, separators=(",", ":")).encode()
+    # The reference implementation aligns the data to 8 bytes with spaces.
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def read_header(path: Path) -> Header:

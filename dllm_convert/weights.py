@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dllm_convert.console import Reporter, Task
-from dllm_convert.disk import writing
+from dllm_convert.disk import CHUNK_BYTES, read_chunks, writing
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
 from dllm_convert.plan import ConversionPlan
@@ -26,6 +26,7 @@ from dllm_convert.safetensors_header import (
     SINGLE_FILE,
     Entry,
     Header,
+    encode_header,
     load_json_object,
     read_checkpoint,
     read_header,
@@ -41,7 +42,7 @@ from dllm_convert.source_folder import (
 if TYPE_CHECKING:
     import torch
 
-_CHUNK = 1 << 22
+
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -60,18 +61,6 @@ class _RowEdit:
     appended: int
 
 
-def _chunks(handle: BinaryIO, start: int, length: int) -> Iterator[bytes]:
-    handle.seek(start)
-    while length > 0:
-        chunk = handle.read(min(_CHUNK, length))
-        if not chunk:
-            raise DataError(
-                f"{handle.name}: ended {length} bytes early, it changed while being read"
-            )
-        length -= len(chunk)
-        yield chunk
-
-
 def _mean_row(handle: BinaryIO, header: Header, entry: Entry, used_rows: int) -> bytes:
     """Return the mean of the first `used_rows` rows as bytes of the tensor's own dtype."""
     import torch
@@ -85,11 +74,11 @@ def _mean_row(handle: BinaryIO, header: Header, entry: Entry, used_rows: int) ->
     width = prod(entry.shape[1:])
     row_bytes = width * DTYPE_BYTES[entry.dtype]
     total = torch.zeros(width, dtype=torch.float64)
-    per_read = max(1, _CHUNK // max(1, row_bytes))
+    per_read = max(1, CHUNK_BYTES // max(1, row_bytes))
     for first in range(0, used_rows, per_read):
         rows = min(per_read, used_rows - first)
         start = header.data_start + entry.start + first * row_bytes
-        data = b"".join(_chunks(handle, start, rows * row_bytes))
+        data = b"".join(read_chunks(handle, start, rows * row_bytes))
         values = torch.frombuffer(bytearray(data), dtype=dtype).view(rows, width)
         total += values.to(torch.float64).sum(0)
     mean = (total / used_rows).to(dtype)
@@ -115,27 +104,22 @@ def _edits(
 def _new_header(
     kept: Mapping[str, Entry], metadata: Mapping[str, str], edits: Mapping[str, _RowEdit]
 ) -> bytes:
-    """Return length and JSON of the header with grown tensors, aligned to 8 bytes."""
-    # transformers refuses a file whose metadata does not name its format.
-    content: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    position = 0
+    """Return length and JSON of the header with grown tensors."""
+    tensors: dict[str, tuple[str, list[int], int]] = {}
     for name, entry in kept.items():
         edit = edits.get(name)
         added = edit.appended if edit else 0
         shape = [entry.shape[0] + added, *entry.shape[1:]] if edit else list(entry.shape)
-        end = position + entry.end - entry.start + (added * len(edit.row) if edit else 0)
-        content[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    raw = json.dumps(content, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+        size = entry.end - entry.start + (added * len(edit.row) if edit else 0)
+        tensors[name] = (entry.dtype, shape, size)
+    return encode_header(tensors, metadata)
 
 
 def _write_entry(
     source: BinaryIO, out: BinaryIO, start: int, entry: Entry, edit: _RowEdit | None, task: Task
 ) -> None:
     written_at = out.tell()
-    for chunk in _chunks(source, start, entry.end - entry.start):
+    for chunk in read_chunks(source, start, entry.end - entry.start):
         out.write(chunk)
         task.advance(len(chunk))
     if edit is None:

@@ -231,8 +231,8 @@ def _send(
 ) -> tuple[str, Changes, RemoteState]:
     """Commit what is missing; try again after a failure that may pass.
 
-    Every try starts from what the repository holds by then: an answer that got lost after the commit
-    was made is found out here, not committed twice.
+    Every try starts from what the repository holds by then: an answer that got lost after the
+    commit was made is found out here, not committed twice.
     """
     first: Changes | None = None
     failures = 0

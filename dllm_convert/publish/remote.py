@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import HubError
-from dllm_convert.manifest import MANIFEST_FILE, sha256_file
+from dllm_convert.manifest import MANIFEST_FILE, git_blob, sha256_file
 
 CARD_FILE = "README.md"
 OWN_FILES = (".gitattributes", ".gitignore", CARD_FILE)
@@ -81,15 +80,6 @@ class Changes:
     def __bool__(self) -> bool:
         """Whether anything has to be done."""
         return bool(self.upload or self.delete)
-
-
-def git_blob(path: Path) -> str:
-    """Return the id git gives a file's content, in hexadecimal."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def file_names(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
+from dllm_convert.training.adapter_files import ADAPTER, save_adapter
 from dllm_convert.training.callbacks import Watch, checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.setup import (
@@ -140,7 +141,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         seconds = watch.seconds
-    _write(trainer.model, untrained, out, recipe)
+    _write(trainer.model, untrained, out, plan)
     return TrainResult(
         recipe.training.method,
         trainer.state.global_step,
@@ -152,13 +153,14 @@ def train(
     )
 
 
-def _write(model: Any, untrained: Path, out: Path, recipe: Recipe) -> None:
+def _write(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:
     """Write trained weights beside the untouched files of the untrained conversion."""
+    recipe = plan.recipe
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(untrained, out, ignore=shutil.ignore_patterns(*WEIGHT_PATTERNS))
     if recipe.training.method == "lora":
         if recipe.training.keep_adapter:
-            model.save_pretrained(out / "adapter")
+            save_adapter(model, out / ADAPTER, plan)
         tied = model.config.tie_word_embeddings
         model = model.merge_and_unload()
         if model.config.tie_word_embeddings != tied:

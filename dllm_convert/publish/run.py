@@ -1,0 +1,151 @@
+"""From a checkpoint folder to a repository: check, stage, document, upload, confirm."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.console import Reporter
+from dllm_convert.errors import DataError, VerificationError
+from dllm_convert.licences import check_publication, rules_for
+from dllm_convert.manifest import read_manifest, record_card
+from dllm_convert.publish.adapter import adapter_checkpoint
+from dllm_convert.publish.push import PushOptions, PushResult, upload, who_am_i
+from dllm_convert.publish.remote import CARD_FILE, file_names
+from dllm_convert.publish.staged import Staged
+from dllm_convert.publish.staging import stage
+from dllm_convert.quiet import quiet_libraries
+from dllm_convert.workspace import WORK, locked
+
+
+def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> PushResult:
+    """Publish a checkpoint that `run` wrote.
+
+    Args:
+        folder: The checkpoint.
+        options: Where and how.
+        reporter: Progress.
+
+    Raises:
+        VerificationError: It was not verified, or failed; or what was published does not work.
+        IncompatibleError: The base's licence does not allow it as asked.
+        DataError: The folder is not what was verified, or its card is not sound.
+        HubError: See `upload`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder", hint="Give a folder that run wrote")
+    manifest = read_manifest(folder)
+    require_verified(manifest, force=options.force_unverified)
+    options = preflight(manifest, options, reporter)
+    with locked(folder):
+        return push_locked(folder, options, reporter)
+
+
+def preflight(manifest: Mapping[str, Any], options: PushOptions, reporter: Reporter) -> PushOptions:
+    """Ask what can be asked before any work: who pushes, and whether the licence allows it.
+
+    Args:
+        manifest: Manifest of the checkpoint; of a run that has not started, its `source` section.
+        options: Where and how.
+        reporter: Warnings about the licence.
+
+    Returns:
+        The options with the full repository id.
+
+    Raises:
+        HubError: Not logged in, or a bad token.
+        IncompatibleError: The licence of the base forbids it.
+    """
+    _, repo_id = who_am_i(options.repo_id)
+    source = manifest["source"]
+    rules = rules_for(source.get("license"), source.get("license_name"))
+    for warning in check_publication(
+        rules, repo_id, public=options.public is True, files=manifest.get("files") or ()
+    ):
+        reporter.warn(warning)
+    return replace(options, repo_id=repo_id)
+
+
+def require_verified(manifest: Mapping[str, Any], *, force: bool) -> bool:
+    """Return whether a checkpoint is verified; refuse one that is not, unless forced.
+
+    Raises:
+        VerificationError: Its verification failed or never ran.
+    """
+    verification = manifest.get("verification")
+    if verification and verification.get("passed") is True:
+        return True
+    if force:
+        return False
+    what = "failed its verification" if verification else "was never verified"
+    raise VerificationError(
+        f"the checkpoint {what}, and is not published",
+        hint="See `dllm-convert verify`; --force-unverified publishes it with a card that says so",
+    )
+
+
+def push_locked(folder: Path, options: PushOptions, reporter: Reporter) -> PushResult:
+    """Stage, document and upload a folder whose lock the caller holds.
+
+    Raises:
+        DllmConvertError: As `push_checkpoint`.
+    """
+    manifest = read_manifest(folder)
+    scratch = folder / WORK / "push"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with quiet_libraries():
+            staged = _stage(folder, scratch, manifest, options, reporter)
+            return upload(staged, options, scratch, reporter)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _stage(
+    folder: Path,
+    scratch: Path,
+    manifest: Mapping[str, Any],
+    options: PushOptions,
+    reporter: Reporter,
+) -> Staged:
+    from dllm_convert import __version__
+    from dllm_convert.card import check_written_card, write_card
+
+    out = scratch / "files"
+    if options.adapter_only:
+        adapter_checkpoint(folder, out, reporter)
+    else:
+        stage(folder, out, reporter, max_shard_size=options.max_shard_size)
+    edited = _edited_card(folder, manifest)
+    if edited is None or options.overwrite_card or options.adapter_only:
+        (out / CARD_FILE).unlink(missing_ok=True)
+        write_card(out, repo_id=options.repo_id)
+        record_card(out)
+    else:
+        reporter.warn("README.md of the folder was edited and is published as it is")
+        check_written_card(out)
+    verified = require_verified(manifest, force=True)
+    source = manifest["source"]
+    base = source.get("repo_id") or str(source["given"]).replace("\\", "/").rpartition("/")[2]
+    name = options.repo_id.rpartition("/")[2]
+    what = "LoRA adapter" if options.adapter_only else "Diffusion language model"
+    description = (
+        f"{what} made from {base} with dllm-convert {__version__}; "
+        f"{len(file_names(out))} files, {'verified' if verified else 'NOT verified'}."
+    )
+    return Staged(out, name, description, verified)
+
+
+def _edited_card(folder: Path, manifest: Mapping[str, Any]) -> Path | None:
+    """Return the folder's README.md if a person changed it since it was generated."""
+    path = folder / CARD_FILE
+    recorded = (manifest.get("card") or {}).get("sha256")
+    if not path.is_file() or recorded is None:
+        return None
+    from dllm_convert.manifest import sha256_file
+
+    return path if sha256_file(path) != recorded else None

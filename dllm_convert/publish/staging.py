@@ -1,0 +1,128 @@
+"""Put together exactly the files that are to be published."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+from dllm_convert.console import Reporter
+from dllm_convert.errors import DataError
+from dllm_convert.manifest import MANIFEST_FILE, read_manifest, sha256_file, write_manifest
+from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
+
+CARD_FILE = "README.md"
+TRAVELLING = ("*.md", "*.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Files a person may lay beside the checkpoint; anything else unknown is not published."""
+ADAPTER = "adapter"
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard-link where the file system can, copy where it cannot."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
+    """Return the names of the files that are published, with forward slashes.
+
+    Args:
+        folder: A checkpoint.
+        recorded: Names of the files its manifest lists.
+
+    Raises:
+        DataError: There is a file that is neither recorded nor of a kind people add.
+    """
+    known = {*recorded, MANIFEST_FILE, CARD_FILE}
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        place = Path(root).relative_to(folder)
+        found += [(place / name).as_posix() for name in files if not _hidden(name)]
+    strange = [
+        name
+        for name in found
+        if name not in known and not any(fnmatch(name, pattern) for pattern in TRAVELLING)
+    ]
+    if strange:
+        raise DataError(
+            f"{folder} holds {min(strange)}, which its manifest does not list"
+            + (f", and {len(strange) - 1} more such files" if len(strange) > 1 else ""),
+            hint="Move it out of the folder: only what was verified is published",
+        )
+    return sorted(found)
+
+
+def _hidden(name: str) -> bool:
+    # Work state, caches of editors and of Python, and secrets such as .env.
+    return name.startswith(".") or name == "__pycache__" or name.endswith((".partial", ".pyc"))
+
+
+def stage(folder: Path, out: Path, reporter: Reporter, *, max_shard_size: int | None) -> None:
+    """Build the folder that goes up.
+
+    Files are linked, not copied, and compared with the hashes of the manifest: what changed
+    since it was verified is not published.
+
+    Args:
+        folder: A checkpoint.
+        out: New folder.
+        reporter: Progress.
+        max_shard_size: Bytes per weight file; None leaves the files as they are.
+
+    Raises:
+        DataError: A file is missing, differs from the manifest, or is not known to it.
+    """
+    manifest = read_manifest(folder)
+    recorded: dict[str, str] = dict(manifest.get("files") or {})
+    if not recorded:
+        raise DataError(
+            f"the manifest of {folder} lists no files",
+            hint="Give a folder that dllm-convert run finished",
+        )
+    names = published_names(folder, recorded)
+    missing = sorted(set(recorded) - set(names))
+    if missing:
+        raise DataError(
+            f"{folder} lacks {missing[0]}, which its manifest lists", hint="Convert it again"
+        )
+    out.mkdir(parents=True)
+    split = max_shard_size is not None and needs_reshard(folder, max_shard_size)
+    with reporter.task("compare with the manifest", total=len(names)) as task:
+        for name in names:
+            check_recorded(folder, name, recorded)
+            if not (split and is_weight(name)):
+                link(folder / name, out / name)
+            task.advance()
+    if split and max_shard_size is not None:
+        reshard(folder, out, max_shard_size)
+        kept = {name: digest for name, digest in recorded.items() if not is_weight(name)}
+        made = [path for pattern in WEIGHT_PATTERNS for path in sorted(out.glob(pattern))]
+        recorded = kept | {path.name: sha256_file(path) for path in made}
+    added = [n for n in names if n not in recorded and n not in (MANIFEST_FILE, CARD_FILE)]
+    recorded |= {name: sha256_file(out / name) for name in added if (out / name).exists()}
+    (out / MANIFEST_FILE).unlink()
+    write_manifest(out, manifest | {"files": dict(sorted(recorded.items()))})
+
+
+def is_weight(name: str) -> bool:
+    """Whether a file at the top of a checkpoint holds weights or lists them."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS)
+
+
+def check_recorded(folder: Path, name: str, recorded: Mapping[str, str]) -> None:
+    """Refuse a file that differs from the manifest.
+
+    Raises:
+        DataError: It was changed.
+    """
+    if name in recorded and sha256_file(folder / name) != recorded[name]:
+        raise DataError(
+            f"{name} of {folder} was changed after it was verified",
+            hint="Put the file back, or convert again",
+        )
