@@ -12,9 +12,10 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dllm_convert import recipe_yaml
+from dllm_convert.card_checks import check_card, check_metadata
 from dllm_convert.card_facts import BILLION, Facts, collect_facts
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import read_manifest
+from dllm_convert.manifest import read_manifest, record_card
 from dllm_convert.recipe import data_dir
 from dllm_convert.sampling import DEFAULT_PROMPT
 
@@ -26,39 +27,53 @@ _PIPELINE_TAGS = {
 }
 
 
-def write_card(folder: Path, *, overwrite: bool = True) -> Path:
-    """Write README.md into a converted checkpoint.
+def write_card(folder: Path, *, overwrite: bool = True, repo_id: str | None = None) -> Path:
+    """Write README.md into a converted checkpoint, and its hash into the manifest.
 
     Args:
         folder: The checkpoint, with its manifest.
         overwrite: Whether to replace a README.md that is there; otherwise it is kept.
+        repo_id: Where it will be published; title and snippets name it.
 
     Returns:
         Path of README.md.
 
     Raises:
-        DataError: The folder has no manifest, or one that is incomplete, or cannot be written.
+        DataError: The folder has no manifest, or one that is incomplete, or cannot be written; or
+            the card breaks a rule of `check_card`.
     """
     manifest = read_manifest(folder)
     path = folder / CARD_FILE
     if path.exists() and not overwrite:
         return path
-    text = render_card(folder, manifest)
+    text = render_card(folder, manifest, repo_id=repo_id)
+    check_card(text, folder)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror})") from error
+    record_card(folder)
     return path
 
 
-def render_card(folder: Path, manifest: Mapping[str, Any]) -> str:
+def check_written_card(folder: Path) -> None:
+    """Check the metadata of a README.md that a person wrote or edited.
+
+    Raises:
+        DataError: The Hub would refuse it.
+    """
+    check_metadata((folder / CARD_FILE).read_text(encoding="utf-8"), folder)
+
+
+def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | None = None) -> str:
     """Return the card of a checkpoint.
 
     Args:
         folder: The checkpoint; only names of files in it are read.
         manifest: Content of its dllm_convert.json.
+        repo_id: Where it will be published, None if that is not known.
 
     Raises:
         DataError: The manifest lacks something that every run records.
@@ -67,6 +82,8 @@ def render_card(folder: Path, manifest: Mapping[str, Any]) -> str:
     template = _environment(data_dir("cards")).get_template(TEMPLATE)
     body = template.render(
         facts=facts,
+        repo_id=repo_id,
+        title=repo_id.rpartition("/")[2] if repo_id else facts.title,
         prompt=facts.sample["prompt"] if facts.sample else DEFAULT_PROMPT,
         recipe_yaml=recipe_yaml.dump(_spoken(facts.recipe)),
         few_tokens=facts.train is not None and int(facts.train["tokens"]) < BILLION,

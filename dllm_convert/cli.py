@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import typer
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.cli_errors import CommandGroup
+from dllm_convert.cli_values import default_out, method, parse_assignments, push_options
 from dllm_convert.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -63,9 +64,14 @@ def run(
     full: option.Full = False,
     no_train: option.NoTrain = False,
     keep_adapter: option.KeepAdapter = False,
-    revision: option.Revision = None,
+    source_revision: option.SourceRevision = None,
     assignments: option.Assignments = None,
     dry_run: option.DryRun = False,
+    push_to_hub: option.PushToHub = None,
+    public: option.Public = None,
+    revision: option.PushRevision = None,
+    create_pr: option.CreatePr = False,
+    commit_message: option.CommitMessage = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -77,27 +83,37 @@ def run(
         "block_size": block,
         "data.source": data,
         "training.steps": steps,
-        "training.method": _method(lora, full=full, no_train=no_train),
+        "training.method": method(lora, full=full, no_train=no_train),
         "training.lora.rank": lora,
         "training.keep_adapter": keep_adapter or None,
-        "revision": revision,
+        "revision": source_revision,
     }
     given = {field: value for field, value in flags.items() if value is not None}
-    recipe = load_recipe(source, overrides=given | _parse_assignments(assignments or ()))
-    folder = out or _default_out(recipe)
+    push = push_options(
+        push_to_hub,
+        public=public,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
+    folder = out or default_out(recipe)
     if dry_run or ctx.info_name == "check":
         _show_plan(recipe, folder, as_json=as_json)
         return
     reporter = _reporter(quiet=quiet or as_json)
     from dllm_convert import pipeline
 
-    result = pipeline.run(recipe, folder, reporter)
-    path = str(result.path)
+    result = pipeline.run(recipe, folder, reporter, push=push)
+    path, pushed = str(result.path), result.pushed
     if as_json:
         document = {"path": path, "passed": result.passed, "manifest": dict(result.manifest)}
-        output.write_json(document)
+        published = {"published": pushed.as_dict()} if pushed else {}
+        output.write_json(document | published)
     else:
         output.write(output.run_summary(path, result.manifest))
+        if pushed:
+            output.write(output.push_summary(pushed.as_dict()))
     _exit_if_failed(result.manifest["verification"])
 
 
@@ -170,6 +186,43 @@ def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
 
 
 @app.command()
+def push(
+    checkpoint: option.Checkpoint,
+    repo_id: option.RepoId,
+    public: option.Public = None,
+    revision: option.PushRevision = None,
+    create_pr: option.CreatePr = False,
+    commit_message: option.CommitMessage = None,
+    max_shard_size: option.MaxShardSize = None,
+    overwrite_card: option.OverwriteCard = False,
+    adapter_only: option.AdapterOnly = False,
+    force_unverified: option.ForceUnverified = False,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Publish a converted checkpoint on the Hub, and check what arrived there."""
+    reporter = _reporter(quiet=quiet or as_json)
+    options = push_options(
+        repo_id,
+        public=public,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        max_shard_size=max_shard_size,
+        overwrite_card=overwrite_card,
+        adapter_only=adapter_only,
+        force_unverified=force_unverified,
+    )
+    from dllm_convert.publish import push_checkpoint
+
+    result = push_checkpoint(checkpoint, options, reporter).as_dict()
+    if as_json:
+        output.write_json(result)
+    else:
+        output.write(output.push_summary(result))
+
+
+@app.command()
 def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> None:
     """List the recipes, or show one with every field it resolves to."""
     from dllm_convert.recipe import dump_recipe, list_recipes, load_recipe
@@ -213,37 +266,6 @@ def architectures(as_json: option.Json = False) -> None:
         for family in families
     ]
     output.write(output.table(header, rows))
-
-
-def _method(lora: int | None, *, full: bool, no_train: bool) -> str | None:
-    chosen = [
-        name
-        for name, given in (("lora", lora is not None), ("full", full), ("none", no_train))
-        if given
-    ]
-    if len(chosen) > 1:
-        raise typer.BadParameter("give one of --lora, --full and --no-train")
-    return chosen[0] if chosen else None
-
-
-def _parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    from dllm_convert.recipe_yaml import parse_value
-
-    values = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise typer.BadParameter(
-                f"{assignment!r} is not KEY=VALUE, as in training.learning_rate=2e-5",
-                param_hint="--set",
-            )
-        values[key.strip()] = parse_value(text, f"--set {assignment}")
-    return values
-
-
-def _default_out(recipe: Recipe) -> Path:
-    name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
-    return Path(f"{name}-{recipe.target}")
 
 
 def _show_plan(recipe: Recipe, folder: Path, *, as_json: bool) -> None:

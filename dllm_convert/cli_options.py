@@ -94,10 +94,87 @@ Assignments = Annotated[
 KeepAdapter = Annotated[
     bool, typer.Option("--keep-adapter", help="Write the LoRA adapter beside the merged weights.")
 ]
-Revision = Annotated[
-    str | None, typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id.")
+SourceRevision = Annotated[
+    str | None,
+    typer.Option("--source-revision", metavar="REV", help="Branch, tag or commit of a Hub SOURCE."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as check does.")]
+
+_HUB = "Publishing"
+RepoId = Annotated[
+    str,
+    typer.Argument(
+        metavar="REPO_ID", help="namespace/name, or a name in your own.", show_default=False
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="REPO_ID",
+        rich_help_panel=_HUB,
+        help="Publish the finished checkpoint there.",
+    ),
+]
+Public = Annotated[
+    bool | None,
+    typer.Option(
+        "--public/--private",
+        rich_help_panel=_HUB,
+        help="Visibility of a new repository; private if neither is given.",
+        show_default=False,
+    ),
+]
+PushRevision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="BRANCH",
+        rich_help_panel=_HUB,
+        help="Branch to push to, made if it does not exist.",
+    ),
+]
+CreatePr = Annotated[
+    bool,
+    typer.Option("--create-pr", rich_help_panel=_HUB, help="Propose the files as a pull request."),
+]
+CommitMessage = Annotated[
+    str | None,
+    typer.Option(
+        "--commit-message", metavar="TEXT", rich_help_panel=_HUB, help="First line of the commit."
+    ),
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size",
+        metavar="SIZE",
+        rich_help_panel=_HUB,
+        help="Split weights into files of at most this size, as in 5GB.",
+    ),
+]
+OverwriteCard = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite-card",
+        rich_help_panel=_HUB,
+        help="Replace a README.md that a person wrote or edited; it is kept otherwise.",
+    ),
+]
+AdapterOnly = Annotated[
+    bool,
+    typer.Option(
+        "--adapter-only", rich_help_panel=_HUB, help="Publish the LoRA adapter, not the weights."
+    ),
+]
+ForceUnverified = Annotated[
+    bool,
+    typer.Option(
+        "--force-unverified",
+        rich_help_panel=_HUB,
+        help="Publish what failed verification or was never verified; the card says so first.",
+    ),
+]
 
 Against = Annotated[
     str | None,

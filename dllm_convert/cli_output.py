@@ -90,6 +90,30 @@ def run_summary(path: str, manifest: Mapping[str, Any]) -> str:
     return "\n".join([*parts, "", f"Checkpoint: {path}"])
 
 
+def push_summary(result: Mapping[str, Any]) -> str:
+    """Return what a finished push shows: what went up, what was checked, where it is.
+
+    Args:
+        result: Fields of `PushResult`.
+    """
+    confirmed = result["confirmed"]
+    passed = sum(probe["passed"] is True for probe in confirmed["probes"])
+    lines = [
+        f"Uploaded: {len(result['uploaded'])} files, {result['uploaded_bytes']:,} bytes"
+        if result["uploaded"]
+        else "Uploaded: nothing, the Hub had every file",
+        f"Confirmed: {confirmed['files']} files downloaded again and equal, "
+        f"{passed} of {len(confirmed['probes'])} checks passed on the download",
+        f"Commit: {result['commit_url']}",
+    ]
+    if result["deleted"]:
+        lines.insert(1, f"Removed: {', '.join(result['deleted'])}")
+    if result["pull_request"]:
+        lines.append(f"Pull request: {result['pull_request']}")
+    visible = "private" if result["private"] else "public"
+    return "\n".join([*lines, f"Published ({visible}): {result['url']}"])
+
+
 def sample_facts(sample: Mapping[str, Any]) -> str:
     """Return how fast a sample was decoded, in words."""
     return f"{sample['tokens_per_forward']:.2f} tokens per forward, {sample['seconds']:.1f} s"

@@ -18,6 +18,7 @@ from dllm_convert.source import inspect_source
 from dllm_convert.workspace import Workspace, fingerprint, open_workspace
 
 if TYPE_CHECKING:
+    from dllm_convert.publish import PushOptions, PushResult
     from dllm_convert.training.data import TextData
 
 FORMAT_VERSION = 1
@@ -32,11 +33,13 @@ class RunResult:
         path: Folder of the checkpoint.
         manifest: Content of its dllm_convert.json.
         passed: Whether every probe of the verification passed.
+        pushed: What was published, None if nothing was asked for or verification failed.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     passed: bool
+    pushed: PushResult | None = None
 
 
 def plan_conversion(recipe: Recipe) -> ConversionPlan:
@@ -48,7 +51,9 @@ def plan_conversion(recipe: Recipe) -> ConversionPlan:
     return make_plan(recipe, inspect_source(recipe.source, revision=recipe.revision))
 
 
-def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
+def run(
+    recipe: Recipe, out: Path, reporter: Reporter, *, push: PushOptions | None = None
+) -> RunResult:
     """Convert, train, verify and document a checkpoint.
 
     The same call on the same `out` goes on where an earlier one stopped.
@@ -57,17 +62,42 @@ def run(recipe: Recipe, out: Path, reporter: Reporter) -> RunResult:
         recipe: The resolved recipe.
         out: Folder in which the checkpoint appears when it is whole.
         reporter: Progress.
+        push: Where to publish a checkpoint that passed its verification.
 
     Raises:
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
     """
     plan = plan_conversion(recipe)
+    if push is not None:
+        from dllm_convert.publish.run import preflight
+
+        # Hours of training are not to end in "not logged in".
+        push = preflight({"source": _source_facts(plan)}, push, reporter)
     run_id = fingerprint(recipe.model_dump(mode="json"), plan.source.fingerprint)
     with open_workspace(out, run_id) as workspace:
         for warning in plan.warnings:
             reporter.warn(warning)
         with quiet_libraries():
-            return _Run(plan, workspace, reporter).finish()
+            result = _Run(plan, workspace, reporter).finish()
+        if push is None or not result.passed:
+            return result
+        from dllm_convert.publish.run import push_locked
+
+        return replace(result, pushed=push_locked(out, push, reporter))
+
+
+def _source_facts(plan: ConversionPlan) -> dict[str, Any]:
+    source = plan.source
+    return {
+        "given": source.given,
+        "kind": source.kind,
+        "repo_id": source.repo_id,
+        "revision": source.revision,
+        "license": source.license or plan.recipe.license,
+        "model_type": source.model_type,
+        "parameters": source.parameters,
+        "fingerprint": dict(source.fingerprint),
+    }
 
 
 @dataclass
@@ -214,22 +244,12 @@ class _Run:
         from dllm_convert import __version__
         from dllm_convert.manifest import MANIFEST_FILE, hash_files, versions
 
-        source = self.plan.source
         return {
             "format_version": FORMAT_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dllm_convert": __version__,
             "versions": versions(),
-            "source": {
-                "given": source.given,
-                "kind": source.kind,
-                "repo_id": source.repo_id,
-                "revision": source.revision,
-                "license": source.license or self.plan.recipe.license,
-                "model_type": source.model_type,
-                "parameters": source.parameters,
-                "fingerprint": dict(source.fingerprint),
-            },
+            "source": _source_facts(self.plan),
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "plan": plan_as_dict(self.plan),
             "seeds": {"training": self.plan.recipe.training.seed},

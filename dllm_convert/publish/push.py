@@ -115,7 +115,7 @@ def who_am_i(repo_id: str) -> tuple[str, str]:
         HubError: Not logged in, a bad token, or an id the Hub would refuse.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     with hub_errors(repo_id, doing="write"):
         validate_repo_id(repo_id)

@@ -1,0 +1,98 @@
+"""Options that go together, as values; what cannot go together is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import typer
+
+if TYPE_CHECKING:
+    from dllm_convert.publish import PushOptions
+    from dllm_convert.schema import Recipe
+
+
+@overload
+def push_options(repo_id: str, **given: Any) -> PushOptions: ...
+@overload
+def push_options(repo_id: None, **given: Any) -> None: ...
+@overload
+def push_options(repo_id: str | None, **given: Any) -> PushOptions | None: ...
+
+
+def push_options(repo_id: str | None, **given: Any) -> PushOptions | None:
+    """Return where and how to publish, None if nothing is to be published.
+
+    Args:
+        repo_id: Repository, None for none.
+        **given: Fields of `PushOptions`; `max_shard_size` as text.
+
+    Raises:
+        typer.BadParameter: Options that mean nothing, or not together.
+    """
+    if repo_id is None:
+        _refuse_alone(given)
+        return None
+    from dllm_convert.publish import PushOptions
+    from dllm_convert.publish.reshard import parse_size
+
+    if given.get("create_pr") and given.get("revision"):
+        raise typer.BadParameter("give --create-pr or --revision, a pull request has its own")
+    size = given.pop("max_shard_size", None)
+    try:
+        return PushOptions(repo_id, max_shard_size=parse_size(size) if size else None, **given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from error
+
+
+def _refuse_alone(given: dict[str, Any]) -> None:
+    for field, value in given.items():
+        if value not in (None, False):
+            flag = "public/--private" if field == "public" else field.replace("_", "-")
+            more = "; the source's is --source-revision" if field == "revision" else ""
+            raise typer.BadParameter(f"--{flag} needs --push-to-hub REPO_ID{more}")
+    if given.get("public") is False:
+        raise typer.BadParameter("--public/--private needs --push-to-hub REPO_ID")
+
+
+def method(lora: int | None, *, full: bool, no_train: bool) -> str | None:
+    """Return the training method the flags name, None if they name none.
+
+    Raises:
+        typer.BadParameter: They name several.
+    """
+    chosen = [
+        name
+        for name, given in (("lora", lora is not None), ("full", full), ("none", no_train))
+        if given
+    ]
+    if len(chosen) > 1:
+        raise typer.BadParameter("give one of --lora, --full and --no-train")
+    return chosen[0] if chosen else None
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return the fields of `--set KEY=VALUE` options.
+
+    Raises:
+        typer.BadParameter: One is not of that form.
+    """
+    from dllm_convert.recipe_yaml import parse_value
+
+    values = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise typer.BadParameter(
+                f"{assignment!r} is not KEY=VALUE, as in training.learning_rate=2e-5",
+                param_hint="--set",
+            )
+        values[key.strip()] = parse_value(text, f"--set {assignment}")
+    return values
+
+
+def default_out(recipe: Recipe) -> Path:
+    """Return the output folder where none was given."""
+    name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
+    return Path(f"{name}-{recipe.target}")
