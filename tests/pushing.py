@@ -1,0 +1,83 @@
+"""Checkpoints to publish, and the real command run against a loopback Hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion import convert
+from hub_server import LoopbackHub
+
+from dllm_convert.card import write_card
+from dllm_convert.manifest import MANIFEST_FILE, hash_files, versions, write_manifest
+from dllm_convert.plan import plan_as_dict
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwx"
+
+PROBES = [
+    {"name": "config", "passed": True, "measured": "0", "required": "0", "detail": ""},
+    {"name": "portable", "passed": True, "measured": "0", "required": "0", "detail": ""},
+]
+
+
+def checkpoint(base: Path, folder: Path, target: str = "bd3lm", **changes: Any) -> Path:
+    """Write a converted, documented checkpoint with a manifest as `run` writes it."""
+    plan = convert(base, folder, target)
+    source = plan.source
+    manifest = {
+        "format_version": 1,
+        "created": "2026-11-23T22:30:00+00:00",
+        "dllm_convert": "0.1.0",
+        "versions": versions(),
+        "source": {
+            "given": source.given,
+            "kind": source.kind,
+            "repo_id": source.repo_id,
+            "revision": source.revision,
+            "license": "apache-2.0",
+            "model_type": source.model_type,
+            "parameters": source.parameters,
+            "fingerprint": dict(source.fingerprint),
+        },
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "plan": plan_as_dict(plan),
+        "stages": [],
+        "measurements": {},
+        "sample": None,
+        "verification": {"passed": True, "probes": PROBES, "seconds": 1.0},
+        "files": hash_files(folder, exclude=(MANIFEST_FILE, "README.md")),
+    }
+    write_manifest(folder, json.loads(json.dumps(manifest | changes)))
+    write_card(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def command(
+    hub: LoopbackHub, home: Path, *arguments: str, token: str | None = TOKEN, **env: str
+) -> Done:
+    """Run `dllm-convert` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dllm_convert", *arguments],
+        capture_output=True,
+        text=True,
+        env=hub.environment(home, token) | {"OMP_NUM_THREADS": "1"} | env,
+        timeout=300,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
