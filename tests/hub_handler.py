@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault.action == "slow":
             time.sleep(fault.value / 1000)
         if fault.action == "expire":
-            hub.users.clear()
+            hub.expire()
         if fault.action == "status":
             return Answer.error(fault.value, None, "Something went wrong on our side")
         if fault.action == "stale" and "/commit/" in path:
@@ -137,4 +137,3 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-

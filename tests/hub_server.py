@@ -32,8 +32,6 @@ from hub_store import COMMIT, Repo, Store
 
 __all__ = ["COMMIT", "LoopbackHub", "User", "run_python", "serve"]
 
-ANYBODY = "hf_anybody_of_these_tests"
-
 
 @dataclass(frozen=True)
 class User:
@@ -98,8 +96,14 @@ class LoopbackHub:
         """Address of the storage host: the same server by another name, as a CDN is another."""
         return self.endpoint.replace("127.0.0.1", "localhost")
 
-    def add_user(self, name: str, token: str, *, orgs: tuple[str, ...] = (), write: bool = True) -> None:
+    def add_user(
+        self, name: str, token: str, *, orgs: tuple[str, ...] = (), write: bool = True
+    ) -> None:
         self.users[token] = User(name, orgs, write)
+
+    def expire(self) -> None:
+        """Make every token void."""
+        self.users = {"hf_of_nobody": User("nobody", write=False)}
 
     def find(self, repo_id: str) -> Repo | None:
         if repo_id in self.repos:

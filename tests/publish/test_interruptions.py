@@ -19,10 +19,12 @@ from hub_server import LoopbackHub, serve
 from hub_store import Commit
 from pushing import TOKEN, checkpoint
 
+import dllm_convert
 from dllm_convert.manifest import MANIFEST_FILE, git_blob, hash_files
 
 SCHEDULES = 208
 GROUPS = 8
+PACKAGE = Path(dllm_convert.__file__).parents[1]
 ZYGOTE = Path(__file__).with_name("pushing_zygote.py")
 
 
@@ -57,7 +59,7 @@ def client(hub: LoopbackHub, home: Path) -> Iterator[Client]:
         stdout=subprocess.PIPE,
         stderr=(home.parent / "client.log").open("w"),
         text=True,
-        env=hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1"},
+        env=hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE)},
     )
     try:
         yield Client(process)
