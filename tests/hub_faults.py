@@ -17,11 +17,11 @@ class Fault:
     """One thing that goes wrong.
 
     Attributes:
-        action: status: answer `value` instead. cut: close without an answer. cut-upload: close after
-            `value` bytes of the body. slow: wait `value` ms. expire: the token is void from here on.
-            stale: somebody commits first. kill: call the plan's `kill`. lost: do it, then close
-            without an answer. cut-download: close after `value` bytes of the answer. corrupt: flip a
-            bit of the answer. kill-after: do it, then call `kill`.
+        action: status: answer `value` instead. cut: close without an answer. cut-upload: close
+            after `value` bytes of the body. slow: wait `value` ms. expire: the token is void from
+            here on. stale: somebody commits first. kill: call the plan's `kill`. lost: do it, then
+            close without an answer. cut-download: close after `value` bytes of the answer.
+            corrupt: flip a bit of the answer. kill-after: do it, then call `kill`.
         method: HTTP method, a regular expression.
         path: Path, a regular expression searched for.
         nth: Which matching request, from 1.

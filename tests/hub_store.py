@@ -1,4 +1,4 @@
-"""What the loopback Hub keeps: repositories with commits, refs and pull requests, and LFS objects."""
+"""What the loopback Hub keeps: commits, refs and pull requests of repositories, LFS objects."""
 
 from __future__ import annotations
 

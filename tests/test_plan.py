@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dllm_convert.base_card import BaseCard
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.schema import Recipe
@@ -331,7 +332,7 @@ def test_warnings_name_their_source(
 def test_licence_warnings(source_cache: Sources) -> None:
     info = inspect_source(str(source_cache("llama")))
     assert any("unknown" in w for w in replan(info).warnings)
-    licensed = replace(info, license="mit")
+    licensed = replace(info, card=BaseCard(license="mit"))
     assert not any("licence" in w for w in replan(licensed).warnings)
     assert any("source says mit" in w for w in replan(licensed, license="llama2").warnings)
 

@@ -1,7 +1,7 @@
 """A process that has imported everything once and forks a real client for every push.
 
-Reads one JSON object a line from stdin (folder, repo_id, create_pr), prints the child's pid, then its
-exit code. What loads torch is replaced by nothing: what is published is compared byte by byte, and
+Reads one JSON object a line from stdin (folder, repo_id, create_pr), prints the child's pid, then
+its exit code. What loads torch is replaced by nothing: what is published is compared byte by byte, and
 other tests run the whole command.
 """
 
@@ -55,9 +55,14 @@ def main() -> None:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(code)
-        print(pid, flush=True)
+        say(pid)
         _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        say(os.waitstatus_to_exitcode(status))
+
+
+def say(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
 
 
 main()
