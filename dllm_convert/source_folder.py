@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.base_card import read_base_card
 from dllm_convert.errors import DataError
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
@@ -75,19 +75,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_card_licence(readme: Path) -> str | None:
-    """Return the `license` of a model card's front matter, None where there is none."""
-    try:
-        text = readme.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
-    found = (
-        re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
-    )
-    return found[1] if found else None
-
-
 def tensor_infos(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     """Return tensor name to description over all files of a checkpoint."""
     return {
@@ -123,7 +110,7 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
         config=config,
         tensors=tensor_infos(headers),
         tokenizer=read_tokenizer(folder, config),
-        license=read_card_licence(folder / "README.md"),
+        card=read_base_card(folder / "README.md"),
         fingerprint={name: f"{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats.items()},
         files=files,
         warnings=() if headers else (PICKLE_WARNING,),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.base_card import gguf_base_card
 from dllm_convert.errors import DataError
 from dllm_convert.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source_info import SourceInfo, TensorInfo, TokenizerInfo
@@ -138,7 +139,6 @@ def inspect_gguf(path: Path, given: str) -> SourceInfo:
         for name, (kind, shape) in header.tensors.items()
     }
     stat = path.stat()
-    licence = header.metadata.get("general.license")
     return SourceInfo(
         given=given,
         kind="gguf",
@@ -148,7 +148,7 @@ def inspect_gguf(path: Path, given: str) -> SourceInfo:
         config=config,
         tensors=tensors,
         tokenizer=_tokenizer(header.metadata, config, path.name),
-        license=licence if isinstance(licence, str) else None,
+        card=gguf_base_card(header.metadata),
         fingerprint={path.name: f"{stat.st_size}:{stat.st_mtime_ns}"},
         files=(path.name,),
         warnings=_warnings(header, architecture),

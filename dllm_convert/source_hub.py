@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dllm_convert.base_card import base_card, read_base_card
 from dllm_convert.errors import DataError
 from dllm_convert.hub_errors import hub_errors, transport_error
 from dllm_convert.safetensors_header import INDEX_FILE, SINGLE_FILE
@@ -12,7 +13,6 @@ from dllm_convert.source_folder import (
     PICKLE_WARNING,
     SMALL_FILES,
     matching,
-    read_card_licence,
     read_config,
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
@@ -107,7 +107,8 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         config = read_config(folder)
         tokenizer = read_tokenizer(folder, config)
         tensors, weights = _weights(repo_id, commit, names)
-    licence = getattr(info.card_data, "license", None) or read_card_licence(folder / "README.md")
+    stated = vars(info.card_data) if info.card_data else None
+    card = base_card(stated) if stated else read_base_card(folder / "README.md")
     return SourceInfo(
         given=repo_id,
         kind="hub",
@@ -117,7 +118,7 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         config=config,
         tensors=tensors,
         tokenizer=tokenizer,
-        license=licence if isinstance(licence, str) else None,
+        card=card,
         fingerprint={"commit": commit},
         files=(*weights, *small),
         warnings=() if tensors else (PICKLE_WARNING,),

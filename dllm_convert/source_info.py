@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from dllm_convert.base_card import BaseCard
+
 SourceKind = Literal["hub", "folder", "gguf"]
 
 
@@ -64,7 +66,7 @@ class SourceInfo:
         config: config.json as a mapping (of a GGUF: the fields its metadata gives).
         tensors: Tensor name to header entry; empty if the format tells nothing without loading.
         tokenizer: What the tokenizer files say.
-        license: Licence id, from the base's card.
+        card: Licence, languages and origin, as the base's author states them.
         fingerprint: Identity of the content: commit, or file names with sizes and times.
         files: Names of the files that belong to the checkpoint.
         warnings: What the user should know about the files themselves.
@@ -78,10 +80,15 @@ class SourceInfo:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     tokenizer: TokenizerInfo
-    license: str | None = None
+    card: BaseCard = field(default_factory=BaseCard)
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def license(self) -> str | None:
+        """Licence id, from the base's card."""
+        return self.card.license
 
     @property
     def model_type(self) -> str:
