@@ -54,13 +54,19 @@ class FaultPlan:
     def take(self, method: str, path: str) -> Fault | None:
         """Count a request and return the fault that strikes it, if one does."""
         with self._lock:
+            due = None
             for fault in self.faults:
                 if re.fullmatch(fault.method, method) and re.search(fault.path, path):
                     self._seen[fault] = self._seen.get(fault, 0) + 1
-                    if self._seen[fault] == fault.nth and fault not in self.happened:
-                        self.happened.append(fault)
-                        return fault
-        return None
+                    if (
+                        due is None
+                        and self._seen[fault] >= fault.nth
+                        and fault not in self.happened
+                    ):
+                        due = fault
+            if due is not None:
+                self.happened.append(due)
+            return due
 
 
 _PLACES = (

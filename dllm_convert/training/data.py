@@ -15,7 +15,7 @@ from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Recipe
-from dllm_convert.training.documents import read_documents
+from dllm_convert.training.documents import kind_of, read_documents
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, reporter: Reporter) -> TextData
     )
     facts = {
         "source": data.source,
+        "kind": kind_of(data.source),
         "documents": len(train),
         "held_out_documents": len(held_out),
         "train_tokens": sum(map(len, train)),

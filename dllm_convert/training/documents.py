@@ -6,6 +6,7 @@ import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from dllm_convert.errors import DataError, HubError
 from dllm_convert.schema import Data
@@ -40,6 +41,13 @@ def read_documents(data: Data) -> Iterator[str]:
             hint="Give *.txt, *.md, *.jsonl or *.parquet files, pydoc, or a Hub dataset id",
         )
     return _hub_dataset(data)
+
+
+def kind_of(source: str) -> Literal["pydoc", "files", "hub"]:
+    """Return what a `data.source` that could be read stands for, by the rules of its reading."""
+    if source == "pydoc":
+        return "pydoc"
+    return "files" if _files(source) else "hub"
 
 
 def _pydoc() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -46,6 +47,8 @@ class TrainResult:
         trainable_parameters: Parameters that received gradients.
         final_loss: Last logged loss, in nats.
         stopped: Why it ended: `steps` or `time`.
+        device: What computed, such as the name of the GPU.
+        devices: How many of them.
     """
 
     method: str
@@ -55,6 +58,8 @@ class TrainResult:
     trainable_parameters: int
     final_loss: float | None
     stopped: str
+    device: str
+    devices: int
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for the manifest."""
@@ -150,7 +155,16 @@ def train(
         trainable,
         watch.last.get("loss"),
         watch.stopped,
+        _device_name(),
+        trainer.args.world_size,
     )
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator.type if accelerator else f"CPU ({platform.machine()})"
 
 
 def _write(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:

@@ -1,8 +1,8 @@
 """A process that has imported everything once and forks a real client for every push.
 
 Reads one JSON object a line from stdin (folder, repo_id, create_pr), prints the child's pid, then
-its exit code. What loads torch is replaced by nothing: what is published is compared byte by byte, and
-other tests run the whole command.
+its exit code. What loads torch is left out: what is published is compared byte by byte, and other
+tests run the whole command.
 """
 
 from __future__ import annotations
