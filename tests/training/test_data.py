@@ -68,6 +68,7 @@ def test_held_out_documents_are_never_trained_on(
     data = prepare_data(recipe(tmp_path, held_out_fraction=0.3), tokenizer, Reporter(quiet=True))
     assert data.facts["documents"] + data.facts["held_out_documents"] <= 30
     assert data.facts["held_out_documents"] >= 1
+    assert data.facts["kind"] == "files"
 
     def words(rows: list[list[int]]) -> set[str]:
         return {

@@ -192,6 +192,8 @@ def test_time_runs_out(tmp_path: Path, source_cache: SourceFactory) -> None:
     plan, data = converted(source_cache("llama"), tmp_path / "a", steps=5000, max_minutes=0.01)
     result = train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
     assert result.stopped == "time"
+    assert result.device
+    assert result.devices == 1
     assert 0 < result.steps < 5000
 
 
