@@ -1,6 +1,7 @@
 # `make test` and `make demo` need nothing but Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 CACHE ?= .cache
 OUT ?= out/smollm2-bd3lm
 # More arguments for the demo's command, e.g. DEMO_ARGS="--steps 10".
@@ -16,7 +17,7 @@ DEMO_GGUF := $(CACHE)/$(DEMO_NAME)
 DEMO_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-real demo demo-weights lint format docs clean
+.PHONY: help venv test test-oldest test-real demo demo-weights lint format docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/'
@@ -32,6 +33,16 @@ venv: $(INSTALLED) ## make .venv and install the package with its development to
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# huggingface_hub 1.x and 2.x speak to the Hub through different code: both have to publish.
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed ## run the Hub's tests with the oldest supported releases
+	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/publish tests/test_source_hub.py
 
 test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
@@ -63,4 +74,4 @@ docs: $(INSTALLED) ## write docs/cli.md and docs/recipes.md anew
 	$(BIN)/python docs/generate.py
 
 clean: ## remove the environment, the caches and the demo's output
-	rm -rf $(VENV) $(CACHE) build dist $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CACHE) build dist $(OUT) .pytest_cache .mypy_cache .ruff_cache
