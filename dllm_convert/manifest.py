@@ -8,10 +8,13 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError
 from dllm_convert.workspace import WORK, write_json
+
+if TYPE_CHECKING:
+    from dllm_convert.plan import ConversionPlan
 
 MANIFEST_FILE = "dllm_convert.json"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -45,6 +48,25 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
     path = folder / MANIFEST_FILE
     write_json(path, dict(manifest))
     return path
+
+
+def source_facts(plan: ConversionPlan) -> dict[str, Any]:
+    """Return the `source` section: what was converted, and what its author says of it."""
+    source = plan.source
+    return {
+        "given": source.given,
+        "kind": source.kind,
+        "repo_id": source.repo_id,
+        "revision": source.revision,
+        "license": source.license or plan.recipe.license,
+        "license_name": source.card.license_name,
+        "license_link": source.card.license_link,
+        "language": list(source.card.languages),
+        "origin": source.card.origin,
+        "model_type": source.model_type,
+        "parameters": source.parameters,
+        "fingerprint": dict(source.fingerprint),
+    }
 
 
 def sha256_file(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.manifest import source_facts
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.schema import Recipe
@@ -72,7 +73,7 @@ def run(
         from dllm_convert.publish.run import preflight
 
         # Hours of training are not to end in "not logged in".
-        push = preflight({"source": _source_facts(plan)}, push, reporter)
+        push = preflight({"source": source_facts(plan)}, push, reporter)
     run_id = fingerprint(recipe.model_dump(mode="json"), plan.source.fingerprint)
     with open_workspace(out, run_id) as workspace:
         for warning in plan.warnings:
@@ -84,24 +85,6 @@ def run(
         from dllm_convert.publish.run import push_locked
 
         return replace(result, pushed=push_locked(out, push, reporter))
-
-
-def _source_facts(plan: ConversionPlan) -> dict[str, Any]:
-    source = plan.source
-    return {
-        "given": source.given,
-        "kind": source.kind,
-        "repo_id": source.repo_id,
-        "revision": source.revision,
-        "license": source.license or plan.recipe.license,
-        "license_name": source.card.license_name,
-        "license_link": source.card.license_link,
-        "language": list(source.card.languages),
-        "origin": source.card.origin,
-        "model_type": source.model_type,
-        "parameters": source.parameters,
-        "fingerprint": dict(source.fingerprint),
-    }
 
 
 @dataclass
@@ -226,6 +209,7 @@ class _Run:
             ).as_dict()
 
     def _assemble(self) -> dict[str, Any]:
+        from dllm_convert.licences import write_notice
         from dllm_convert.manifest import write_manifest
         from dllm_convert.recipe import dump_recipe
 
@@ -233,6 +217,7 @@ class _Run:
         trained = self.plan.recipe.training.method != "none"
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(work / ("trained" if trained else "untrained"), staged, copy_function=_link)
+        write_notice(staged, source_facts(self.plan))
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
         write_manifest(staged, self._manifest())
         return {}
@@ -253,7 +238,7 @@ class _Run:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dllm_convert": __version__,
             "versions": versions(),
-            "source": _source_facts(self.plan),
+            "source": source_facts(self.plan),
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "plan": plan_as_dict(self.plan),
             "seeds": {"training": self.plan.recipe.training.seed},

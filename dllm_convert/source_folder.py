@@ -20,7 +20,11 @@ from dllm_convert.source_info import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES, read_tokenizer
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+LICENCE_FILES = (
+    *("LICENSE*", "LICENCE*", "License*", "license*", "MODEL_LICENSE*", "COPYING*"),
+    *("NOTICE*", "Notice*", "USE_POLICY*"),
+)
+"""What has to travel with every model made from a base, as patterns."""
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
