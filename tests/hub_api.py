@@ -366,7 +366,9 @@ def _card_data(commit: Commit) -> Any:
     return yaml.safe_load(found[1]) if found else {"license": "apache-2.0"}
 
 
-def _tree(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str) -> Answer:
+def _tree(
+    hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str, name: str | None
+) -> Answer:
     found = _repo(hub, user, repo)
     if isinstance(found, Answer):
         return found
@@ -374,13 +376,16 @@ def _tree(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str
     if commit is None:
         return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
     start = int((asked.query.get("cursor") or ["0"])[0])
-    names = sorted(commit.files)
+    folder = f"{name}/" if name else ""
+    names = sorted(path for path in commit.files if path.startswith(folder))
+    if name and not names:
+        return Answer.error(404, "EntryNotFound", f"{name} does not exist")
     entries = []
-    for name in names[start : start + PAGE]:
-        blob = commit.files[name]
+    for path in names[start : start + PAGE]:
+        blob = commit.files[path]
         entry: dict[str, Any] = {
             "type": "file",
-            "path": name,
+            "path": path,
             "size": blob.size,
             "oid": blob.oid,
         }
@@ -460,7 +465,7 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
     ("GET", rf"/api/models/{_REPO}/discussions/(?P<num>\d+)", _discussion),
     ("POST", rf"/api/models/{_REPO}/discussions/(?P<num>\d+)/status", _status),
     ("POST", rf"/api/models/{_REPO}/branch/(?P<name>.+)", _branch),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<rev>.+)", _tree),
+    ("GET", rf"/api/models/{_REPO}/tree/(?P<rev>refs/pr/\d+|[^/]+)(/(?P<name>.+))?", _tree),
     ("GET", rf"/api/models/{_REPO}/refs", _refs),
     ("GET", rf"/api/models/{_REPO}/revision/(?P<rev>.+)", _info),
     ("GET", rf"/api/models/{_REPO}", _info),
