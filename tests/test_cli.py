@@ -180,7 +180,7 @@ def test_version_is_printed() -> None:
 def test_flags_reach_the_recipe(ran: list[tuple[Recipe, Path]]) -> None:
     result = invoke(
         *("run", "qwen2.5-1.5b", "--to", "bd3lm", "--block", "8", "--data", "*.txt"),
-        *("--steps", "7", "--lora", "4", "--keep-adapter", "--revision", "abc", "--out", "there"),
+        *("--steps", "7", "--lora", "4", "--keep-adapter", "--source-revision", "abc", "--out", "there"),
         *("--set", "training.learning_rate=2e-5", "--set", "noise.schedule=cosine"),
     )
     assert result.exit_code == 0
