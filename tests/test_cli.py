@@ -54,7 +54,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path]]:
     """Replace the pipeline by one that remembers its arguments and passes."""
     calls: list[tuple[Recipe, Path]] = []
 
-    def run(recipe: Recipe, out: Path, reporter: object) -> pipeline.RunResult:
+    def run(
+        recipe: Recipe, out: Path, reporter: object, *, push: object = None
+    ) -> pipeline.RunResult:
         calls.append((recipe, out))
         return pipeline.RunResult(out, MANIFEST, True)
 
@@ -67,7 +69,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Return a function that makes the pipeline raise."""
 
     def arrange(error: BaseException) -> None:
-        def run(*_: object) -> None:
+        def run(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(pipeline, "run", run)
@@ -180,7 +182,17 @@ def test_version_is_printed() -> None:
 def test_flags_reach_the_recipe(ran: list[tuple[Recipe, Path]]) -> None:
     result = invoke(
         *("run", "qwen2.5-1.5b", "--to", "bd3lm", "--block", "8", "--data", "*.txt"),
-        *("--steps", "7", "--lora", "4", "--keep-adapter", "--source-revision", "abc", "--out", "there"),
+        *(
+            "--steps",
+            "7",
+            "--lora",
+            "4",
+            "--keep-adapter",
+            "--source-revision",
+            "abc",
+            "--out",
+            "there",
+        ),
         *("--set", "training.learning_rate=2e-5", "--set", "noise.schedule=cosine"),
     )
     assert result.exit_code == 0
@@ -239,7 +251,7 @@ def test_failed_verification_exits_4_and_says_which(
     flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = pipeline.RunResult(Path("there"), {"verification": FAILED}, False)
-    monkeypatch.setattr(pipeline, "run", lambda *_: failed)
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: failed)
     result = invoke("run", "x/y", *flags)
     assert result.exit_code == 4
     assert result.stderr == (

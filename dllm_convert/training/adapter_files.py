@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.plan import ConversionPlan
+from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.workspace import write_json
 
 ADAPTER = "adapter"
 """Folder of the adapter inside a checkpoint."""
@@ -24,12 +26,15 @@ def save_adapter(model: Any, folder: Path, plan: ConversionPlan) -> None:
     # PEFT would write the path of the untrained conversion, which nobody else has.
     config.base_model_name_or_path = source.repo_id or Path(source.given).name
     config.revision = source.revision
-    # Loading it by PEFT's own classes would put it on a causal model: nothing of that name exists.
-    config.auto_mapping = {
+    # Rows that the conversion added are nowhere else if only the mask's row is trained.
+    grown = plan.mask.rows_after != plan.mask.rows_before
+    model.save_pretrained(folder, save_embedding_layers=grown)
+    (folder / "README.md").unlink(missing_ok=True)
+    written = load_json_object(folder / "adapter_config.json")
+    # PEFT names the module of this package; a loader that trusts it alone has to stop, not go on
+    # with a causal model.
+    written["auto_mapping"] = {
         "base_model_class": plan.adapter.diffusion_class,
         "parent_library": "modeling_dllm",
     }
-    # Rows that the conversion added are nowhere else if only the mask's row is trained.
-    grown = plan.mask.rows_after != plan.mask.rows_before
-    model.save_pretrained(folder, save_embedding_layers=True if grown else "auto")
-    (folder / "README.md").unlink(missing_ok=True)
+    write_json(folder / "adapter_config.json", written)
