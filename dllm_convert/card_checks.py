@@ -1,65 +1,32 @@
-"""Is a card one the Hub takes and a reader can use? Checked before a byte is sent."""
+"""Is a card one the Hub takes and a reader can use? Checked before a byte is sent.
+
+The Hub's validation of the metadata, which a push runs into anyway, knows no unknown keys: a typo
+such as `licence` is a key nobody reads. It does not look at the text below at all.
+"""
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dllm_convert.card_markdown import markdown_problems
 from dllm_convert.errors import DataError
-
-LICENCES = frozenset(
-    (
-        *("afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigcode-openrail-m"),
-        *("bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause"),
-        *("bsd-3-clause", "bsd-3-clause-clear", "bsl-1.0", "cc", "cc0-1.0", "cc-by-2.0"),
-        *("cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0"),
-        *("cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0"),
-        *("cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cdla-permissive-2.0"),
-        *("creativeml-openrail-m", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1"),
-        *("eupl-1.2", "gemma", "gpl", "gpl-2.0", "gpl-3.0", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0"),
-        *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4", "mit", "mpl-2.0"),
-        *("ms-pl", "ncsa", "odc-by", "openrail", "openrail++", "osl-3.0", "other", "pddl"),
-        *("postgresql", "unlicense", "wtfpl", "zlib"),
-    )
-)
-"""Licence ids the Hub knows (its documentation of repository licences, read on 2026-11-23)."""
-
-RELATIONS = ("adapter", "merge", "quantized", "finetune")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,8})*|code|multilingual")
-_FRONT = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
-_FENCE = re.compile(r"^( {0,3}>? ?)(`{3,}|~{3,})(.*)$")
-_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]*)(?:\s+\"[^\"]*\")?\)")
-_HEADING = re.compile(r"(#{1,6})\s+(.*)")
-_PLACEHOLDER = re.compile(
-    r"(?i:\[?more information needed\]?)|\b(TODO|FIXME|None|nan|undefined)\b|\{\{|\}\}|\{%"
+from dllm_convert.hub_vocabulary import (
+    LANGUAGE,
+    LICENCE_FILE_NAMES,
+    LICENCES,
+    PIPELINE_TAGS,
+    RELATIONS,
+    is_model_id,
 )
 
-_TEXT = "a non-empty text"
-_KEYS: dict[str, str] = {
-    "language": "language codes",
-    "license": "a licence id the Hub knows",
-    "license_name": _TEXT,
-    "license_link": "a link, or the name of a file of the repository",
-    "library_name": _TEXT,
-    "pipeline_tag": _TEXT,
-    "tags": "a list of texts",
-    "datasets": "dataset ids of the Hub",
-    "base_model": "a model id of the Hub",
-    "base_model_relation": f"one of {', '.join(RELATIONS)}",
-    "model-index": "results as the Hub reads them",
-    "metrics": "a list of texts",
-    "widget": "a list",
-    "thumbnail": _TEXT,
-    "new_version": "a model id of the Hub",
-    "inference": "true or false",
-    "extra_gated_prompt": _TEXT,
-    "extra_gated_fields": "a mapping",
-}
+_FRONT = re.compile(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", re.DOTALL)
 
 
 def check_card(text: str, folder: Path) -> None:
@@ -72,11 +39,14 @@ def check_card(text: str, folder: Path) -> None:
     Raises:
         DataError: Something is wrong; every problem is named.
     """
-    _raise([*_metadata_problems(text, folder), *_body_problems(_body(text), folder)], folder)
+    front, body = _split(text)
+    _raise([*_metadata_problems(front, folder), *markdown_problems(body, folder)], folder)
 
 
 def check_metadata(text: str, folder: Path) -> None:
     """Check the metadata only, as for a card that a person wrote.
+
+    A key the Hub does not know is let through there, unless it is nearly one that it does.
 
     Args:
         text: README.md.
@@ -85,7 +55,7 @@ def check_metadata(text: str, folder: Path) -> None:
     Raises:
         DataError: The Hub would refuse it or not read it; every problem is named.
     """
-    _raise(list(_metadata_problems(text, folder)), folder)
+    _raise(list(_metadata_problems(_split(text)[0], folder, own=False)), folder)
 
 
 def _raise(problems: list[str], folder: Path) -> None:
@@ -96,143 +66,133 @@ def _raise(problems: list[str], folder: Path) -> None:
         )
 
 
-def _body(text: str) -> str:
-    found = _FRONT.match(text)
-    return text[found.end() :] if found else text
+def _split(text: str) -> tuple[str | None, str]:
+    """Return the metadata, None if there is none, and the text below it."""
+    plain = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    found = _FRONT.match(plain)
+    return (found[1], plain[found.end() :]) if found else (None, plain)
 
 
-def _metadata_problems(text: str, folder: Path) -> Iterator[str]:
-    found = _FRONT.match(text)
-    if found is None:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once; of two the second would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: A key stands twice.
+        """
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+def _metadata_problems(front: str | None, folder: Path, *, own: bool = True) -> Iterator[str]:
+    if front is None:
         yield "it does not begin with metadata between two lines of ---"
         return
     try:
-        content = yaml.safe_load(found[1])
+        content = yaml.load(front, Loader=_Loader)  # noqa: S506 -- derived from SafeLoader
     except yaml.YAMLError as error:
-        yield f"its metadata is not YAML ({str(error).splitlines()[0]})"
+        yield f"its metadata is not YAML ({' '.join(str(error).split())})"
         return
     if not isinstance(content, dict):
         yield "its metadata is not a mapping"
         return
     for key, value in content.items():
-        if key not in _KEYS:
-            yield f"metadata {key!r} is not a key the Hub reads"
-        elif not _fits(key, value, folder):
-            yield f"metadata {key}: {value!r} is not {_KEYS[key]}"
+        near = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.8)
+        if key in _KEYS:
+            expected, fits = _KEYS[key]
+            if not fits(value):
+                yield f"metadata {key}: {value!r} is not {expected}"
+        elif own or near:
+            meant = f", perhaps {near[0]} is meant" if near else ""
+            yield f"metadata {key!r} is not a key the Hub reads{meant}"
+    yield from _contradictions(content, folder)
+
+
+def _contradictions(content: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    """Yield what is wrong between keys, or between a key and the folder."""
     if content.get("license") == "other" and not content.get("license_name"):
         yield "metadata license: other needs license_name"
     if "base_model_relation" in content and "base_model" not in content:
         yield "metadata base_model_relation needs base_model"
+    link = content.get("license_link")
+    if link in LICENCE_FILE_NAMES and not (folder / link).is_file():
+        yield f"metadata license_link: the folder has no {link}"
 
 
-def _fits(key: str, value: Any, folder: Path) -> bool:
-    if key == "license":
-        return isinstance(value, str) and value in LICENCES
-    if key == "license_link":
-        return isinstance(value, str) and (
-            value.startswith("https://") or (folder / value).is_file()
-        )
-    if key == "language":
-        return all(isinstance(v, str) and _LANGUAGE.fullmatch(v) for v in _listed(value))
-    if key in ("base_model", "datasets", "new_version"):
-        return all(isinstance(v, str) and _HUB_ID.fullmatch(v) for v in _listed(value))
-    if key == "base_model_relation":
-        return value in RELATIONS
-    if key in ("tags", "metrics"):
-        return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
-    if key == "model-index":
-        return _is_model_index(value)
-    if _KEYS[key] == _TEXT:
-        return isinstance(value, str) and bool(value.strip())
-    return True
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Accept one value or a list of them, as the Hub does."""
+
+    def check(value: Any) -> bool:
+        values = value if isinstance(value, list) else [value]
+        return bool(values) and all(fits(entry) for entry in values)
+
+    return check
 
 
 def _is_model_index(value: Any) -> bool:
-    from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import model_index_to_eval_results
 
     try:
         name, results = model_index_to_eval_results(value)
-    except (KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
         return False
-    numbers = all(isinstance(result.metric_value, int | float) for result in results)
-    return bool(name) and numbers and all(isinstance(r, EvalResult) for r in results)
+    texts = [
+        text
+        for result in results
+        for text in (result.task_type, result.dataset_type, result.dataset_name, result.metric_type)
+    ]
+    numbers = [result.metric_value for result in results]
+    return bool(numbers) and all(map(_is_text, [name, *texts])) and all(map(_is_number, numbers))
 
 
-def _body_problems(body: str, folder: Path) -> Iterator[str]:
-    lines, open_fence = _without_code(body)
-    if open_fence:
-        yield "a code block is not closed"
-    anchors = set(_anchors(lines))
-    for number, line in enumerate(lines):
-        if found := _PLACEHOLDER.search(_without_spans(line)):
-            yield f"it holds {found[0]!r}, a placeholder"
-        for image, alt, target in _LINK.findall(_without_spans(line)):
-            yield from _link_problems(image, alt, target, anchors, folder)
-        yield from _table_problems(lines, number)
-    yield from _empty_sections(lines)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _without_code(body: str) -> tuple[list[str], bool]:
-    """Return the lines with code blocks blanked out, and whether one was left open."""
-    lines, fence = [], ""
-    for line in body.splitlines():
-        found = _FENCE.match(line)
-        if fence:
-            closes = found is not None and found[2].startswith(fence) and not found[3].strip()
-            fence = "" if closes else fence
-            lines.append("\0")
-        elif found:
-            fence = found[2]
-            lines.append("\0")
-        else:
-            lines.append(line)
-    return lines, bool(fence)
+def _is_given(value: Any) -> bool:
+    return value is not None
 
 
-def _without_spans(line: str) -> str:
-    return re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line)
-
-
-def _anchors(lines: list[str]) -> Iterator[str]:
-    for line in lines:
-        if found := _HEADING.fullmatch(line):
-            words = re.sub(r"[^\w\- ]", "", found[2].strip().lower())
-            yield words.replace(" ", "-")
-
-
-def _link_problems(
-    image: str, alt: str, target: str, anchors: set[str], folder: Path
-) -> Iterator[str]:
-    if image and not alt.strip():
-        yield f"the picture {target} has no text for those who cannot see it"
-    if target.startswith("#"):
-        if target[1:] not in anchors:
-            yield f"it links to {target}, which no heading has"
-    elif not target.startswith(("https://", "mailto:")):
-        local = target.partition("#")[0]
-        inside = local and not Path(local).is_absolute() and ".." not in Path(local).parts
-        if not inside or not (folder / local).exists():
-            yield f"it links to {target or 'nothing'}, which the folder does not have"
-
-
-def _table_problems(lines: list[str], number: int) -> Iterator[str]:
-    if number == 0 or not lines[number].startswith("|") or not lines[number - 1].startswith("|"):
-        return
-    cells, above = (len(re.findall(r"(?<!\\)\|", lines[n])) for n in (number, number - 1))
-    if cells != above:
-        yield f"a table's row has {cells - 1} cells, the one above {above - 1}"
-
-
-def _empty_sections(lines: list[str]) -> Iterator[str]:
-    headings = [(n, found) for n, line in enumerate(lines) if (found := _HEADING.fullmatch(line))]
-    for index, (number, found) in enumerate(headings):
-        following = headings[index + 1] if index + 1 < len(headings) else None
-        end = following[0] if following else len(lines)
-        deeper = following is not None and len(following[1][1]) > len(found[1])
-        if not deeper and not any(line.strip() for line in lines[number + 1 : end]):
-            yield f"the section {found[2]!r} is empty"
+_TEXT = ("a text", _is_text)
+_TEXTS = ("a list of texts", lambda v: isinstance(v, list) and all(map(_is_text, v)))
+_MODEL = ("a model id of the Hub, owner/name", is_model_id)
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "language": (
+        "ISO 639 codes in small letters",
+        _each(lambda v: isinstance(v, str) and LANGUAGE.fullmatch(v) is not None),
+    ),
+    "license": ("a licence id the Hub knows", _each(lambda v: v in LICENCES)),
+    "license_name": _TEXT,
+    "license_link": (
+        f"an https address or {' or '.join(LICENCE_FILE_NAMES)}",
+        lambda v: isinstance(v, str) and (v.startswith("https://") or v in LICENCE_FILE_NAMES),
+    ),
+    "library_name": _TEXT,
+    "pipeline_tag": ("a task of the Hub for language models", lambda v: v in PIPELINE_TAGS),
+    "tags": _TEXTS,
+    "metrics": _TEXTS,
+    "datasets": ("dataset ids of the Hub", _each(is_model_id)),
+    "base_model": (_MODEL[0], _each(is_model_id)),
+    "base_model_relation": (f"one of {', '.join(RELATIONS)}", lambda v: v in RELATIONS),
+    "new_version": _MODEL,
+    "model-index": ("results in the form the Hub reads, with numbers", _is_model_index),
+    "widget": ("a list", lambda v: isinstance(v, list)),
+    "inference": ("something", _is_given),
+    "co2_eq_emissions": ("something", _is_given),
+    "thumbnail": _TEXT,
+    "extra_gated_heading": _TEXT,
+    "extra_gated_description": _TEXT,
+    "extra_gated_prompt": _TEXT,
+    "extra_gated_button_content": _TEXT,
+    "extra_gated_fields": ("a mapping", lambda v: isinstance(v, dict)),
+}
+"""Keys the Hub reads (hub-docs, modelcard.md, model-cards.md): what each holds, and the check."""

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.card_base import (
+    Base,
+    Data,
+    base_of,
+    data_kind,
+    data_names,
+    data_of,
+    last_part,
+    without_paths,
+)
+from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.errors import DataError
-from dllm_convert.source_folder import LICENCE_FILES
-from dllm_convert.training.documents import FILE_SUFFIXES
+from dllm_convert.licences import conforming_name
+from dllm_convert.pictures import PICTURES, Picture
 
 BILLION = 1_000_000_000
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-@dataclass(frozen=True)
-class Base:
-    """What was converted.
-
-    Attributes:
-        name: Short name for titles.
-        repo_id: Hub id, None if it did not come from the Hub.
-        revision: Commit of the Hub repository.
-        file: Name of the GGUF file or of the folder, where it is not from the Hub.
-        sha256: SHA-256 of a GGUF file.
-        license: Licence id, None if unknown.
-        licence_files: Names of the base's licence files in the folder.
-        languages: Language codes, empty if unknown.
-    """
-
-    name: str
-    repo_id: str | None
-    revision: str | None
-    file: str | None
-    sha256: str | None
-    license: str | None
-    licence_files: tuple[str, ...]
-    languages: tuple[str, ...]
+MEASURES = {
+    "nelbo_before": "NELBO before training",
+    "nelbo_after": "NELBO after training",
+    "ar_nll": "NLL of the base, autoregressive",
+}
+MODELING_FILE = "modeling_dllm.py"
 
 
 @dataclass(frozen=True)
@@ -48,6 +38,7 @@ class Measure:
     """One line of the held-out table.
 
     Attributes:
+        key: Its key in the manifest.
         what: What was measured.
         nats: Nats per token.
         stderr: Its standard error, None if unknown.
@@ -55,26 +46,12 @@ class Measure:
         tokens: Tokens it was measured on.
     """
 
+    key: str
     what: str
     nats: float
     stderr: float | None
     perplexity: float | None
     tokens: int
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training and held-out text.
-
-    Attributes:
-        kind: pydoc, files or hub.
-        names: File names or the dataset id; never a path of the machine it was made on.
-        facts: Counts.
-    """
-
-    kind: Literal["pydoc", "files", "hub"]
-    names: tuple[str, ...]
-    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,10 +68,14 @@ class Facts:
         plan: The plan.
         recipe: The resolved recipe, without paths of the machine it was made on.
         train: What training did, None if there was none.
+        cost: What training cost, None if there was none.
         data: Text used, None if none was.
         measures: Held-out likelihoods.
         sample: A decoded text, None if there is none.
         verification: The report, None if verification never ran.
+        pictures: Pictures in the folder.
+        adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
+        custom_code: Whether the folder brings its modelling code.
         has_chat_template: Whether the tokenizer has one.
         manifest: The manifest.
     """
@@ -108,46 +89,53 @@ class Facts:
     plan: Mapping[str, Any]
     recipe: Mapping[str, Any]
     train: Mapping[str, Any] | None
+    cost: Cost | None
     data: Data | None
     measures: tuple[Measure, ...]
     sample: Mapping[str, Any] | None
     verification: Mapping[str, Any] | None
+    pictures: tuple[Picture, ...]
+    adapter_only: bool
+    custom_code: bool
     has_chat_template: bool
     manifest: Mapping[str, Any]
 
     @property
     def title(self) -> str:
-        """Heading of the card."""
+        """Heading of the card where no repository gives one; a name the base's licence allows."""
         block = f"-{self.block_size}" if self.block_size else ""
-        return f"{self.base.name}-{self.objective}{block}"
+        name = f"{self.base.name}-{self.objective}{block}{'-lora' if self.adapter_only else ''}"
+        return conforming_name(self.base.licence.rules, name) or name
+
+    @property
+    def encoder(self) -> bool:
+        """Whether the base is a masked language model."""
+        return self.adapter.attention == "bidirectional"
 
     @property
     def failed(self) -> tuple[Mapping[str, Any], ...]:
         """Probes that failed."""
-        return tuple(probe for probe in self._probes if probe["passed"] is False)
+        return tuple(probe for probe in self.probes if probe["passed"] is False)
 
     @property
     def skipped(self) -> tuple[Mapping[str, Any], ...]:
         """Probes that did not run."""
-        return tuple(probe for probe in self._probes if probe["passed"] is None)
+        return tuple(probe for probe in self.probes if probe["passed"] is None)
 
     @property
-    def _probes(self) -> list[Mapping[str, Any]]:
-        return list((self.verification or {}).get("probes") or ())
+    def probes(self) -> tuple[Mapping[str, Any], ...]:
+        """All probes of the verification."""
+        return tuple((self.verification or {}).get("probes") or ())
 
     @property
     def gap(self) -> float | None:
         """How far the bound after training lies above the base's own NLL, in nats per token."""
-        found = {measure.what: measure.nats for measure in self.measures}
-        after, base = found.get(MEASURES["nelbo_after"]), found.get(MEASURES["ar_nll"])
-        return None if after is None or base is None else after - base
+        after, base = self.measure("nelbo_after"), self.measure("ar_nll")
+        return after.nats - base.nats if after and base else None
 
-
-MEASURES = {
-    "nelbo_before": "NELBO before training",
-    "nelbo_after": "NELBO after training",
-    "ar_nll": "NLL of the base, autoregressive",
-}
+    def measure(self, key: str) -> Measure | None:
+        """Return a measure by its key in the manifest, None if it was not measured."""
+        return next((measure for measure in self.measures if measure.key == key), None)
 
 
 def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
@@ -164,19 +152,23 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         plan, source, recipe = manifest["plan"], manifest["source"], manifest["recipe"]
         measurements = manifest.get("measurements") or {}
         return Facts(
-            base=_base(folder, source),
+            base=base_of(folder, manifest),
             adapter=get_adapter(str(source["model_type"])),
             objective=plan["target"],
             block_size=plan["block_size"],
             token_shift=plan["token_shift"],
             mask=plan["mask"],
             plan=plan,
-            recipe=_without_paths(recipe, source),
+            recipe=_reproducible(recipe, source),
             train=measurements.get("train"),
-            data=_data(measurements.get("data")),
+            cost=cost_of(folder, manifest),
+            data=data_of(measurements.get("data")),
             measures=_measures(measurements),
             sample=manifest.get("sample"),
-            verification=manifest.get("verification"),
+            verification=_verification(manifest.get("verification")),
+            pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
+            adapter_only=manifest.get("adapter_only") is True,
+            custom_code=(folder / MODELING_FILE).is_file(),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,
         )
@@ -187,59 +179,30 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         ) from error
 
 
-def _base(folder: Path, source: Mapping[str, Any]) -> Base:
-    repo_id = source.get("repo_id")
-    # Neither form of separator may carry a path of somebody's machine into a published card.
-    file = re.split(r"[/\\]", str(source["given"]).rstrip("/\\"))[-1]
-    sha256 = (source.get("fingerprint") or {}).get("sha256")
-    names = {path.name for pattern in LICENCE_FILES for path in folder.glob(pattern)}
-    languages = source.get("language") or ()
-    return Base(
-        name=repo_id.rpartition("/")[2] if repo_id else _stem(file),
-        repo_id=repo_id,
-        revision=source.get("revision"),
-        file=None if repo_id else file,
-        sha256=sha256 if isinstance(sha256, str) else None,
-        license=source.get("license"),
-        licence_files=tuple(sorted(names)),
-        languages=(languages,) if isinstance(languages, str) else tuple(languages),
-    )
-
-
-def _stem(file: str) -> str:
-    return file.removesuffix(".gguf") or "model"
-
-
-def _data_kind(source: str, recorded: str | None) -> Literal["pydoc", "files", "hub"]:
-    if source == "pydoc":
-        return "pydoc"
-    if recorded in ("files", "hub"):
-        return "hub" if recorded == "hub" else "files"
-    looks_like_id = _HUB_ID.fullmatch(source) and PurePath(source).suffix not in FILE_SUFFIXES
-    return "hub" if looks_like_id and not Path(source).exists() else "files"
-
-
-def _data_names(source: str, kind: str) -> tuple[str, ...]:
-    if kind != "files":
-        return (source,)
-    return tuple(part.rstrip("/").rpartition("/")[2] for part in source.split(",") if part)
-
-
-def _data(facts: Mapping[str, Any] | None) -> Data | None:
-    if not facts:
-        return None
-    kind = _data_kind(str(facts["source"]), facts.get("kind"))
-    return Data(kind, _data_names(str(facts["source"]), kind), facts)
-
-
-def _without_paths(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe with local paths cut down to their last part."""
+def _reproducible(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe with the base pinned, and local paths cut down to their last part."""
     data = dict(recipe.get("data") or {})
     if "source" in data:
-        kind = _data_kind(str(data["source"]), None)
-        data["source"] = ",".join(_data_names(str(data["source"]), kind))
-    given = source.get("repo_id") or re.split(r"[/\\]", str(recipe["source"]).rstrip("/\\"))[-1]
-    return {**recipe, "source": given, "data": data}
+        kind = data_kind(str(data["source"]))
+        data["source"] = ",".join(data_names(str(data["source"]), kind))
+    repo_id = source.get("repo_id")
+    pinned = {
+        "source": repo_id or last_part(str(recipe["source"])),
+        "revision": source.get("revision") if repo_id else None,
+    }
+    return {**recipe, **pinned, "data": data}
+
+
+def _verification(report: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the report without paths of the machine it was made on."""
+    if report is None:
+        return None
+    texts = ("measured", "required", "detail")
+    probes = [
+        {**probe, **{key: without_paths(str(probe.get(key) or "")) for key in texts}}
+        for probe in report.get("probes") or ()
+    ]
+    return {**report, "probes": probes}
 
 
 def _measures(measurements: Mapping[str, Any]) -> tuple[Measure, ...]:
@@ -250,7 +213,6 @@ def _measures(measurements: Mapping[str, Any]) -> tuple[Measure, ...]:
             nats, stderr = float(value["nats_per_token"]), value.get("stderr")
             known = stderr is not None and math.isfinite(stderr)
             perplexity = math.exp(nats) if nats < 700 else None
-            found.append(
-                Measure(what, nats, stderr if known else None, perplexity, int(value["tokens"]))
-            )
+            tokens = int(value["tokens"])
+            found.append(Measure(key, what, nats, stderr if known else None, perplexity, tokens))
     return tuple(found)

@@ -1,0 +1,186 @@
+"""What a card may say of the base model and of the text, without paths of anybody's machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from dllm_convert.hub_vocabulary import (
+    COMMIT,
+    LICENCE_FILE_NAMES,
+    LICENCES,
+    is_model_id,
+    language_codes,
+)
+from dllm_convert.licences import LicenceRules, rules_for
+from dllm_convert.source_folder import LICENCE_FILES
+from dllm_convert.training.documents import FILE_SUFFIXES
+
+_SEPARATORS = re.compile(r"[/\\]")
+_PATH = re.compile(r"(?<![\w/\\.:])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+ -]*[\w.@+-])+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Under what terms the base was given.
+
+    Attributes:
+        id: As the Hub knows it, `other` if it does not, None if nothing is recorded.
+        name: Name of a licence without an id.
+        link: Where it can be read: an https address, or LICENSE in this repository.
+        rules: What it asks for.
+        files: Names of licence files in the folder.
+    """
+
+    id: str | None
+    name: str | None
+    link: str | None
+    rules: LicenceRules
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What was converted.
+
+    Attributes:
+        name: Short name for titles.
+        repo_id: Hub id it was read from, None if it did not come from the Hub.
+        origin: Hub id that a GGUF file names as what it holds, None if it names none.
+        revision: Commit of the Hub repository.
+        file: Name of the GGUF file or of the folder, where it is not from the Hub.
+        sha256: SHA-256 of a GGUF file.
+        licence: Its terms.
+        languages: Codes the Hub knows, empty if unknown.
+    """
+
+    name: str
+    repo_id: str | None
+    origin: str | None
+    revision: str | None
+    file: str | None
+    sha256: str | None
+    licence: Licence
+    languages: tuple[str, ...]
+
+    @property
+    def hub_id(self) -> str | None:
+        """The base on the Hub, read or named by the file."""
+        return self.repo_id or self.origin
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out text.
+
+    Attributes:
+        kind: pydoc, files or hub.
+        names: File names or the dataset id; never a path of the machine it was made on.
+        revision: Commit of a Hub dataset, None if unknown.
+        facts: Counts.
+    """
+
+    kind: Literal["pydoc", "files", "hub"]
+    names: tuple[str, ...]
+    revision: str | None
+    facts: Mapping[str, Any]
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path of any system."""
+    return _SEPARATORS.split(path.rstrip("/\\"))[-1]
+
+
+def without_paths(text: str) -> str:
+    """Cut absolute paths inside a sentence down to their last part."""
+    return _PATH.sub(lambda found: last_part(found[0]) or found[0], text)
+
+
+def base_of(folder: Path, manifest: Mapping[str, Any]) -> Base:
+    """Read what was converted.
+
+    Args:
+        folder: The checkpoint, for its licence files.
+        manifest: Content of its dllm_convert.json.
+    """
+    source = manifest["source"]
+    given, repo_id, origin = str(source["given"]), source.get("repo_id"), source.get("origin")
+    repo_id = repo_id if is_model_id(repo_id) else None
+    file = last_part(given)
+    revision = source.get("revision")
+    languages = source.get("language") or ()
+    return Base(
+        name=last_part(repo_id) if repo_id else file.removesuffix(".gguf") or "model",
+        repo_id=repo_id,
+        origin=origin if is_model_id(origin) else None,
+        revision=revision if repo_id and COMMIT.fullmatch(str(revision)) else None,
+        file=None if repo_id else file,
+        sha256=_sha256(manifest) if source.get("kind") == "gguf" else None,
+        licence=_licence(folder, source, repo_id),
+        languages=language_codes((languages,) if isinstance(languages, str) else tuple(languages)),
+    )
+
+
+def _sha256(manifest: Mapping[str, Any]) -> str | None:
+    """Return the digest under which the dequantised weights were cached."""
+    found = [stage for stage in manifest.get("stages") or () if stage.get("name") == "materialise"]
+    folder = last_part(str((found[0].get("result") or {}).get("folder", ""))) if found else ""
+    return folder if _SHA256.fullmatch(folder) else None
+
+
+def _licence(folder: Path, source: Mapping[str, Any], repo_id: str | None) -> Licence:
+    stated, name = source.get("license"), source.get("license_name")
+    rules = rules_for(stated, name)
+    files = tuple(sorted({p.name for pattern in LICENCE_FILES for p in folder.glob(pattern)}))
+    if stated in LICENCES and stated != "other":
+        return Licence(stated, None, rules.link, rules, files)
+    if stated is None and name is None:
+        return Licence(None, None, None, rules, files)
+    # The Hub wants a name beside `other`; the base may have given an id that the Hub has not.
+    name = name or (stated if stated != "other" else None) or "see-the-base-model"
+    return Licence("other", name, _link(source, repo_id, files) or rules.link, rules, files)
+
+
+def _link(source: Mapping[str, Any], repo_id: str | None, files: tuple[str, ...]) -> str | None:
+    """Return where a licence without an id can be read; a file beside the card comes first."""
+    here = next((name for name in LICENCE_FILE_NAMES if name in files), None)
+    if here is not None:
+        return here
+    link = source.get("license_link")
+    if link is None or link.startswith("https://"):
+        return str(link) if link else None
+    if repo_id is None or ".." in link or not re.fullmatch(r"[\w./-]+", link):
+        return None
+    revision = source.get("revision") or "main"
+    return f"https://huggingface.co/{repo_id}/blob/{revision}/{link.removeprefix('./')}"
+
+
+def data_of(facts: Mapping[str, Any] | None) -> Data | None:
+    """Read what text was used; None if there was none."""
+    if not facts:
+        return None
+    source = str(facts["source"])
+    kind = data_kind(source, facts.get("kind"))
+    revision = facts.get("revision")
+    return Data(kind, data_names(source, kind), str(revision) if revision else None, facts)
+
+
+def data_kind(source: str, recorded: str | None = None) -> Literal["pydoc", "files", "hub"]:
+    """Return what a `data.source` stands for; older manifests do not record it."""
+    if source == "pydoc":
+        return "pydoc"
+    if recorded in ("files", "hub"):
+        return "hub" if recorded == "hub" and is_model_id(source) else "files"
+    looks_like_id = is_model_id(source) and PurePath(source).suffix not in FILE_SUFFIXES
+    return "hub" if looks_like_id and not Path(source).exists() else "files"
+
+
+def data_names(source: str, kind: str) -> tuple[str, ...]:
+    """Return the dataset's id, or the names of files without their folders."""
+    if kind != "files":
+        return (source,)
+    return tuple(last_part(part) for part in source.split(",") if part.strip())

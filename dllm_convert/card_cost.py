@@ -1,0 +1,90 @@
+"""What training cost, as far as a run records it, and an estimate of the arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FLOPS_FULL = 6
+"""Floating-point operations per weight and token of a forward and a backward pass."""
+
+FLOPS_LORA = 4
+"""The same where the gradients of frozen weights are not needed."""
+
+FLOPS_ATTENTION = 12
+"""Operations per layer, hidden unit, token and token it looks at, forward and backward."""
+
+FORWARD_AGAIN = 4 / 3
+"""Factor of gradient checkpointing: a third of a step, the forward pass, is run twice."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training cost.
+
+    Attributes:
+        seconds: Wall time of training, in seconds.
+        tokens: Clean tokens seen, padding included.
+        device: What computed, None if it was not recorded.
+        devices: How many of them.
+        flops: Floating-point operations, estimated; None if what it is made from is not known.
+    """
+
+    seconds: float
+    tokens: int
+    device: str | None
+    devices: int
+    flops: float | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second of wall time, None if no time was measured."""
+        return self.tokens / self.seconds if self.seconds > 0 else None
+
+
+def cost_of(folder: Path, manifest: Mapping[str, Any]) -> Cost | None:
+    """Read what training cost; None if there was no training.
+
+    Args:
+        folder: The checkpoint, for its config.json.
+        manifest: Content of its dllm_convert.json.
+    """
+    train = (manifest.get("measurements") or {}).get("train")
+    if not train:
+        return None
+    return Cost(
+        float(train["seconds"]),
+        int(train["tokens"]),
+        train.get("device"),
+        int(train.get("devices") or 1),
+        _flops(folder, manifest, int(train["tokens"])),
+    )
+
+
+def _flops(folder: Path, manifest: Mapping[str, Any], tokens: int) -> float | None:
+    """Estimate the arithmetic of training.
+
+    Per token and stream: 6 operations for each weight of the Transformer layers (4 with LoRA) and
+    12 * layers * hidden * length for attention; BD3LM runs a noisy and a clean stream. The output
+    head, which is computed at masked positions only, and the optimizer are left out.
+    """
+    plan, recipe = manifest["plan"], manifest["recipe"]
+    parameters = (plan.get("source") or {}).get("parameters")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+        tied = bool(config.get("tie_word_embeddings", True))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not parameters:
+        return None
+    training = recipe["training"]
+    body = int(parameters) - int(plan["mask"]["rows_before"]) * hidden * (1 if tied else 2)
+    per_weight = FLOPS_LORA if training["method"] == "lora" else FLOPS_FULL
+    attention = FLOPS_ATTENTION * layers * hidden * int(recipe["data"]["sequence_length"])
+    streams = 2 if plan["target"] == "bd3lm" else 1
+    again = FORWARD_AGAIN if training.get("gradient_checkpointing") else 1
+    return tokens * streams * (per_weight * body + attention) * again if body > 0 else None

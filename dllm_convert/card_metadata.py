@@ -1,0 +1,129 @@
+"""The card's metadata: what is known of a run, with the keys and words the Hub reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dllm_convert.card_base import Data
+from dllm_convert.card_facts import Facts
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+_PIPELINE_TAGS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+}
+_TASK_NAMES = {"text-generation": "Text generation", "fill-mask": "Masked language modelling"}
+
+
+def front_matter(facts: Facts, title: str) -> dict[str, Any]:
+    """Return the card's metadata; keys of which nothing is known are left out.
+
+    Args:
+        facts: Facts of the run.
+        title: Name of the model.
+    """
+    base, licence = facts.base, facts.base.licence
+    relation = "adapter" if facts.adapter_only else "finetune"
+    values = {
+        "language": list(base.languages),
+        "license": licence.id,
+        "license_name": licence.name,
+        "license_link": licence.link if licence.id == "other" else None,
+        "base_model": base.hub_id,
+        "base_model_relation": relation if base.hub_id else None,
+        "datasets": list(facts.data.names) if facts.data and facts.data.kind == "hub" else [],
+        "library_name": "peft" if facts.adapter_only else "transformers",
+        "pipeline_tag": _PIPELINE_TAGS[facts.adapter.auto_class],
+        "tags": _tags(facts),
+        "model-index": model_index(facts, title),
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def dump_front_matter(values: Mapping[str, Any]) -> str:
+    """Write metadata as YAML between its two lines."""
+    body = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{body}---\n"
+
+
+def _tags(facts: Facts) -> list[str]:
+    block = facts.objective == "bd3lm"
+    return [
+        *("dllm-convert", "diffusion", "block-diffusion" if block else "masked-diffusion"),
+        facts.objective,
+        *(["lora"] if facts.adapter_only else []),
+        *(["custom_code"] if facts.custom_code else []),
+    ]
+
+
+def model_index(facts: Facts, title: str) -> list[dict[str, Any]]:
+    """Return the measured values in the form the Hub reads; empty if there are none to compare.
+
+    Both metrics are bounds and are called so. Text that only the author has is left out: nobody
+    else could measure on it.
+
+    Args:
+        facts: Facts of the run.
+        title: Name of the model.
+    """
+    results = _results(facts)
+    if not results:
+        return []
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    return list(eval_results_to_model_index(title, results))
+
+
+def _results(facts: Facts) -> list[EvalResult]:
+    measure = facts.measure("nelbo_after")
+    data = facts.data
+    if measure is None or data is None or data.kind == "files" or not math.isfinite(measure.nats):
+        return []
+    from huggingface_hub import EvalResult
+
+    task = _PIPELINE_TAGS[facts.adapter.auto_class]
+    text = {
+        **_dataset(facts, data, measure.tokens),
+        "task_type": task,
+        "task_name": _TASK_NAMES[task],
+    }
+    nelbo = EvalResult(
+        **text,
+        metric_type="nelbo",
+        metric_name="NELBO, upper bound of the NLL, nats per token",
+        metric_value=round(measure.nats, 4),
+    )
+    if measure.perplexity is None:
+        return [nelbo]
+    perplexity = EvalResult(
+        **text,
+        metric_type="perplexity",
+        metric_name="Perplexity per token, upper bound: exp(NELBO)",
+        metric_value=float(f"{measure.perplexity:.4g}"),
+    )
+    return [nelbo, perplexity]
+
+
+def _dataset(facts: Facts, data: Data, tokens: int) -> dict[str, Any]:
+    """Return what EvalResult wants to know of the text."""
+    part = f"held-out documents, {tokens:,} tokens"
+    if data.kind == "pydoc":
+        python = (facts.manifest.get("versions") or {}).get("python")
+        return {
+            "dataset_type": "pydoc_data.topics",
+            "dataset_name": f"Python language reference, {part}",
+            "dataset_revision": f"CPython {python}" if python else None,
+        }
+    (name,) = data.names
+    return {
+        "dataset_type": name,
+        "dataset_name": f"{name}, {part}",
+        "dataset_split": (facts.recipe.get("data") or {}).get("split"),
+        "dataset_revision": data.revision,
+    }

@@ -1,0 +1,116 @@
+"""Turn facts into Markdown that means what the facts say, whatever characters they hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+MISTAKE = re.compile(
+    r"(?i:\[?more information needed\]?)|\b(?:TODO|FIXME|TBD|nan|None(?! of\b))\b"
+    r"|\{\{|\}\}|\{%|%\}|\]\(|\w\(https?://"
+)
+"""What a forgotten value or a broken link looks like on the page."""
+
+# An underscore inside a word and an ampersand that begins no entity are themselves anyway.
+_MARKUP = re.compile(r"[\\`*\[\]<|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
+
+_GAPS = re.compile(r"(?P<block>^(?P<ticks>`{3,})[^\n`]*\n.*?^(?P=ticks)$)|\n{3,}", re.DOTALL | re.M)
+
+
+def render(folder: Path, template: str, **facts: Any) -> str:
+    """Render a template.
+
+    Args:
+        folder: Folder of the templates.
+        template: Name of the template.
+        **facts: What the template reads; a name it reads and is not given is an error.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701 -- Markdown, and every fact goes through a filter below
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "code": code,
+        "count": count,
+        "duration": duration,
+        "fence": fence,
+        "figures": figures,
+        "python": python,
+        "scientific": scientific,
+        "text": text,
+    }
+    page = environment.get_template(template).render(**facts)
+    # Conditions in the templates leave blank lines; those inside a code block are somebody's text.
+    return _GAPS.sub(lambda found: found["block"] or "\n\n", page).rstrip() + "\n"
+
+
+def text(value: object) -> str:
+    """Write foreign text as itself: on one line, nothing in it taken for Markdown or HTML.
+
+    What would pass for a mistake of the card, such as a measured nan, becomes a code span.
+    """
+    line = " ".join(str(value).split())
+    parts, end = [], 0
+    for found in MISTAKE.finditer(line):
+        parts += [_escaped(line[end : found.start()]), code(found[0])]
+        end = found.end()
+    return "".join([*parts, _escaped(line[end:])])
+
+
+def _escaped(part: str) -> str:
+    return _MARKUP.sub(r"\\\g<0>", part)
+
+
+def code(value: object) -> str:
+    """Make an inline code span, whatever backticks the text has; not for tables."""
+    line = " ".join(str(value).split()) or " "
+    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{ticks} {line} {ticks}" if "`" in line else f"{ticks}{line}{ticks}"
+
+
+def fence(value: object, language: str = "") -> str:
+    """Make a code block, whatever backticks the text has."""
+    block = str(value).rstrip("\n")
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block)), default=0))
+    return f"{ticks}{language}\n{block}\n{ticks}"
+
+
+def python(value: object) -> str:
+    """Make a Python literal; JSON's strings are Python's too."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def count(value: float) -> str:
+    """Write a whole number with separators."""
+    return f"{int(value):,}"
+
+
+def figures(value: float, digits: int = 4) -> str:
+    """Write a number with a few significant digits."""
+    if math.isnan(value):
+        return "not a number"
+    return f"{value:.{digits}g}" if math.isfinite(value) else "infinite"
+
+
+def scientific(value: float) -> str:
+    """Write a large number with two significant digits."""
+    return f"{value:.1e}".replace("e+", "e")
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in the two largest units that matter."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
