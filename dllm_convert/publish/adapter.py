@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
@@ -18,6 +21,7 @@ from dllm_convert.publish.staging import (
 )
 
 ADAPTER_CONFIG = "adapter_config.json"
+SCRIPT = Path(__file__).with_name("_adapter_process.py")
 
 
 def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
@@ -53,3 +57,44 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
     (out / MANIFEST_FILE).unlink()
     files = hash_files(out, exclude=(MANIFEST_FILE, CARD_FILE))
     write_manifest(out, manifest | {"adapter_only": True, "files": files})
+
+
+def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter) -> dict[str, Any]:
+    """Put the base and a downloaded adapter together in a fresh process; compare with the weights.
+
+    Args:
+        adapter: The downloaded adapter repository.
+        merged: The checkpoint it was taken from.
+        scratch: Folder the process may write to.
+        reporter: Progress.
+
+    Returns:
+        A probe: name, passed (None if the base is not here any more), measured, required, detail.
+    """
+    from dllm_convert.materialise import materialise
+    from dllm_convert.source import inspect_source
+    from dllm_convert.verify.portability import run_isolated
+
+    manifest = read_manifest(merged)
+    source, family = manifest["source"], get_adapter(str(manifest["source"]["model_type"]))
+    probe = {
+        "name": "adapter",
+        "required": f"logits within {family.tolerance:g} of the merged weights",
+        "detail": "",
+    }
+    if not source.get("repo_id") and not Path(source["given"]).exists():
+        detail = f"the base {source['given']} is not here any more"
+        return probe | {"passed": None, "measured": "not measured", "detail": detail}
+    given = source.get("repo_id") or source["given"]
+    base = materialise(inspect_source(given, revision=source.get("revision")), reporter)
+    places = (adapter.resolve(), base.resolve(), merged.resolve())
+    command = [sys.executable, "-I", str(SCRIPT), *map(str, places)]
+    with reporter.task("put base and adapter together"):
+        try:
+            said = run_isolated([*command, family.diffusion_class], scratch)
+        except DataError as error:
+            failed = {"passed": False, "measured": "does not load", "detail": error.message}
+            return probe | failed
+    difference = float(said.split()[-1])
+    measured = f"logits differ by {difference:.3g}"
+    return probe | {"passed": difference <= family.tolerance, "measured": measured}

@@ -11,7 +11,8 @@ from dllm_convert.console import Reporter
 from dllm_convert.disk import writing
 from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.hub_errors import hub_errors
-from dllm_convert.manifest import sha256_file
+from dllm_convert.manifest import read_manifest, sha256_file
+from dllm_convert.publish.adapter import check_adapter
 from dllm_convert.publish.remote import file_names
 
 GROUPS = ("tokens", "portability", "generate")
@@ -34,7 +35,7 @@ class Confirmation:
 
 
 def confirm(
-    repo_id: str, commit: str, staged: Path, scratch: Path, reporter: Reporter
+    repo_id: str, commit: str, staged: Path, merged: Path, scratch: Path, reporter: Reporter
 ) -> Confirmation:
     """Download a commit into a fresh cache, compare every file, load it from there and run it.
 
@@ -42,6 +43,7 @@ def confirm(
         repo_id: Repository.
         commit: Commit the push returned.
         staged: What was sent.
+        merged: The checkpoint it was made from.
         scratch: Folder for the fresh cache; emptied before and after.
         reporter: Progress.
 
@@ -67,7 +69,9 @@ def confirm(
                 f"{wrong[0]}{more} at {repo_id}@{commit[:12]} differs from what was sent",
                 hint="Run the same command again: it uploads what differs",
             )
-        return Confirmation(len(names), size, short_verification(folder, reporter))
+        probes = short_verification(folder, merged, scratch, reporter)
+        _raise_failed(probes)
+        return Confirmation(len(names), size, probes)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -84,25 +88,33 @@ def download(repo_id: str, commit: str, cache: Path) -> Path:
         return Path(snapshot_download(repo_id, revision=commit, cache_dir=cache))
 
 
-def short_verification(folder: Path, reporter: Reporter) -> tuple[dict[str, Any], ...]:
+def short_verification(
+    folder: Path, merged: Path, scratch: Path, reporter: Reporter
+) -> tuple[dict[str, Any], ...]:
     """Load a downloaded checkpoint as a stranger would, and decode with it.
 
-    Raises:
-        VerificationError: A probe failed.
+    An adapter is put on its base and compared with the merged weights.
+
+    Returns:
+        Probes with their results.
     """
+    if read_manifest(folder).get("adapter_only"):
+        return (check_adapter(folder, merged, scratch, reporter),)
     from dllm_convert.verify import verify_checkpoint
 
     report = verify_checkpoint(folder, groups=GROUPS, reporter=reporter)
-    probes = tuple(p for p in report.as_dict()["probes"] if p["name"] not in _left_out())
-    failed = [probe for probe in probes if probe["passed"] is False]
-    if failed:
-        first = failed[0]
-        raise VerificationError(
-            f"what was published does not work: {first['name']} measured {first['measured']}, "
-            f"required {first['required']}",
-            hint="Keep the repository private, run `dllm-convert verify` on the folder, push again",
-        )
-    return probes
+    return tuple(p for p in report.as_dict()["probes"] if p["name"] not in _left_out())
+
+
+def _raise_failed(probes: tuple[dict[str, Any], ...]) -> None:
+    for probe in probes:
+        if probe["passed"] is False:
+            raise VerificationError(
+                f"what was published does not work: {probe['name']} measured {probe['measured']}, "
+                f"required {probe['required']}",
+                hint="Keep the repository private, run `dllm-convert verify` on the folder, and "
+                "push again",
+            )
 
 
 def _left_out() -> set[str]:

@@ -145,7 +145,9 @@ def upload(staged: Staged, options: PushOptions, scratch: Path, reporter: Report
     _create(api, options, reporter)
     target = _target(api, staged, options, reporter)
     commit, changes, remote = _send(api, staged, target, options, scratch, reporter)
-    confirmed = confirm(target.repo_id, commit, staged.folder, scratch / "cache", reporter)
+    confirmed = confirm(
+        target.repo_id, commit, staged.folder, staged.merged, scratch / "cache", reporter
+    )
     if target.pull_request is not None:
         _open_pull_request(api, target)
     return PushResult(

@@ -137,7 +137,7 @@ def _stage(
         f"{what} made from {base} with dllm-convert {__version__}; "
         f"{len(file_names(out))} files, {'verified' if verified else 'NOT verified'}."
     )
-    return Staged(out, name, description, verified)
+    return Staged(out, folder, name, description, verified)
 
 
 def _edited_card(folder: Path, manifest: Mapping[str, Any]) -> Path | None:

@@ -16,6 +16,7 @@ class Staged:
 
     Attributes:
         folder: Exactly the files that go up.
+        merged: The checkpoint they were taken from.
         title: Name of the model, for the commit message.
         description: Body of the commit message.
         verified: Whether its verification ran and passed.
@@ -23,6 +24,7 @@ class Staged:
     """
 
     folder: Path
+    merged: Path
     title: str
     description: str
     verified: bool

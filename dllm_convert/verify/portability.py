@@ -91,6 +91,36 @@ def _environment(scratch: Path) -> dict[str, str]:
     }
 
 
+def run_isolated(command: list[str], scratch: Path) -> str:
+    """Run a script in a process without secrets, network or caches, and return its stdout.
+
+    Args:
+        command: Program and arguments.
+        scratch: Folder it may write to.
+
+    Raises:
+        DataError: The process failed; the message is its last line.
+    """
+    try:
+        result = subprocess.run(
+            command,
+            cwd=scratch,
+            env=_environment(scratch),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"the fresh process did not finish in {TIMEOUT_S} s") from error
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "no message"
+        raise DataError(f"the fresh process ended with code {result.returncode}: {last}")
+    return result.stdout
+
+
 def _fresh_process(
     subject: Subject, tokens: torch.Tensor
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -110,22 +140,6 @@ def _fresh_process(
             *(subject.adapter.auto_class, str(scratch / "inputs.safetensors")),
             str(scratch / "outputs.safetensors"),
         ]
-        try:
-            result = subprocess.run(
-                command,
-                cwd=scratch,
-                env=_environment(scratch),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise DataError(f"the fresh process did not finish in {TIMEOUT_S} s") from error
-        if result.returncode:
-            lines = [line for line in result.stderr.splitlines() if line.strip()]
-            last = lines[-1].strip() if lines else "no message"
-            raise DataError(f"the fresh process ended with code {result.returncode}: {last}")
-        facts: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+        stdout = run_isolated(command, scratch)
+        facts: dict[str, Any] = json.loads(stdout.splitlines()[-1])
         return facts, load_file(scratch / "outputs.safetensors")

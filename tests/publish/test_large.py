@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from dllm_convert.console import Reporter
 from dllm_convert.publish import PushOptions, confirm, push_checkpoint, run
-confirm.short_verification = lambda folder, reporter: ()
+confirm.short_verification = lambda *_: ()
 run.quiet_libraries = nullcontext
 result = push_checkpoint(Path(sys.argv[1]), PushOptions("me/large"), Reporter(quiet=True))
 print(result.uploaded_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

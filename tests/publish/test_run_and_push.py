@@ -76,6 +76,32 @@ def test_from_hub_to_hub(hub: LoopbackHub, run: Callable[..., Done], tmp_path: P
     assert said.split() == ["DiffusionLlamaForCausalLM", "LlamaForCausalLM", length, "False"]
 
 
+def test_an_adapter_alone(hub: LoopbackHub, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    words = [f"Sentence {n} says that {n} follows {n - 1}." for n in range(1, 400)]
+    text.write_text("\n\n".join(words))
+    home, out = tmp_path / "home", str(tmp_path / "out")
+    done = command(
+        *(hub, home, "run", BASE, "--to", "mdlm", "--lora", "4", "--keep-adapter", "--steps", "2"),
+        *("--data", str(text), "--set", "data.sequence_length=64", "--out", out, "--quiet"),
+    )
+    # Two steps may leave the bound where it was: what is published does not depend on it.
+    assert done.code in (0, 4), done.stderr
+    force = ["--force-unverified"] if done.code else []
+    pushed = command(hub, home, "push", out, "me/tiny-lora", "--adapter-only", "--json", *force)
+    assert pushed.code == 0, pushed.stderr
+    (probe,) = pushed.json["confirmed"]["probes"]
+    assert (probe["name"], probe["passed"]) == ("adapter", True), probe
+    commit = hub.store.repos["me/tiny-lora"].find("main")
+    assert commit is not None and "model.safetensors" not in commit.files
+    front = yaml.safe_load(commit.files["README.md"].read().decode().split("---\n")[1])
+    assert (front["library_name"], front["base_model_relation"]) == ("peft", "adapter")
+    code = commit.files["README.md"].read().decode().split("```python\n")[1].split("```")[0]
+    blocked = "import sys\nsys.modules['dllm_convert'] = None\n"
+    said = run_python(blocked + code, env=hub.environment(tmp_path / "stranger", TOKEN))
+    assert said.startswith("The meaning of a name")
+
+
 def test_nothing_is_done_for_somebody_who_cannot_push(
     hub: LoopbackHub, run: Callable[..., Done], tmp_path: Path
 ) -> None:
