@@ -8,7 +8,7 @@ from typing import Any
 
 from dllm_convert import card_text, recipe_yaml
 from dllm_convert.card_checks import check_card, check_metadata
-from dllm_convert.card_facts import BILLION, collect_facts
+from dllm_convert.card_facts import BILLION, MODELING_FILE, collect_facts
 from dllm_convert.card_metadata import dump_front_matter, front_matter
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import read_manifest, record_card
@@ -81,6 +81,7 @@ def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | Non
         prompt=facts.sample["prompt"] if facts.sample else DEFAULT_PROMPT,
         recipe_yaml=recipe_yaml.dump(_spoken(facts.recipe)),
         few_tokens=facts.train is not None and int(facts.train["tokens"]) < BILLION,
+        code_file=f"[{MODELING_FILE}]({MODELING_FILE})" if facts.custom_code else MODELING_FILE,
         lora=facts.train is not None and facts.train["method"] == "lora",
     )
     return f"{dump_front_matter(front_matter(facts, title))}\n{body}"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 FLOPS_FULL = 6
@@ -45,11 +43,11 @@ class Cost:
         return self.tokens / self.seconds if self.seconds > 0 else None
 
 
-def cost_of(folder: Path, manifest: Mapping[str, Any]) -> Cost | None:
+def cost_of(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> Cost | None:
     """Read what training cost; None if there was no training.
 
     Args:
-        folder: The checkpoint, for its config.json.
+        config: The checkpoint's config.json.
         manifest: Content of its dllm_convert.json.
     """
     train = (manifest.get("measurements") or {}).get("train")
@@ -60,11 +58,11 @@ def cost_of(folder: Path, manifest: Mapping[str, Any]) -> Cost | None:
         int(train["tokens"]),
         train.get("device"),
         int(train.get("devices") or 1),
-        _flops(folder, manifest, int(train["tokens"])),
+        _flops(config, manifest, int(train["tokens"])),
     )
 
 
-def _flops(folder: Path, manifest: Mapping[str, Any], tokens: int) -> float | None:
+def _flops(config: Mapping[str, Any], manifest: Mapping[str, Any], tokens: int) -> float | None:
     """Estimate the arithmetic of training.
 
     Per token and stream: 6 operations for each weight of the Transformer layers (4 with LoRA) and
@@ -73,14 +71,10 @@ def _flops(folder: Path, manifest: Mapping[str, Any], tokens: int) -> float | No
     """
     plan, recipe = manifest["plan"], manifest["recipe"]
     parameters = (plan.get("source") or {}).get("parameters")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-        tied = bool(config.get("tie_word_embeddings", True))
-    except (OSError, ValueError, KeyError, TypeError):
+    hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    if not (parameters and isinstance(hidden, int) and isinstance(layers, int)):
         return None
-    if not parameters:
-        return None
+    tied = config.get("tie_word_embeddings", True)
     training = recipe["training"]
     body = int(parameters) - int(plan["mask"]["rows_before"]) * hidden * (1 if tied else 2)
     per_weight = FLOPS_LORA if training["method"] == "lora" else FLOPS_FULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Facts:
         pictures: Pictures in the folder.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         custom_code: Whether the folder brings its modelling code.
+        tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
         manifest: The manifest.
     """
@@ -97,6 +99,7 @@ class Facts:
     pictures: tuple[Picture, ...]
     adapter_only: bool
     custom_code: bool
+    tied: bool
     has_chat_template: bool
     manifest: Mapping[str, Any]
 
@@ -151,6 +154,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
     try:
         plan, source, recipe = manifest["plan"], manifest["source"], manifest["recipe"]
         measurements = manifest.get("measurements") or {}
+        config = _config(folder)
         return Facts(
             base=base_of(folder, manifest),
             adapter=get_adapter(str(source["model_type"])),
@@ -161,7 +165,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             plan=plan,
             recipe=_reproducible(recipe, source),
             train=measurements.get("train"),
-            cost=cost_of(folder, manifest),
+            cost=cost_of(config, manifest),
             data=data_of(measurements.get("data")),
             measures=_measures(measurements),
             sample=manifest.get("sample"),
@@ -169,6 +173,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
+            tied=bool(config.get("tie_word_embeddings", True)),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,
         )
@@ -177,6 +182,15 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             f"the manifest of {folder} has no {error.args[0]!r}, which every run records",
             hint="Convert the model again with this version of dllm-convert",
         ) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read config.json; nothing if it is missing or broken, which is verification's business."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _reproducible(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:

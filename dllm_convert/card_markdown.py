@@ -31,7 +31,8 @@ def markdown_problems(body: str, folder: Path) -> Iterator[str]:
     from markdown_it import MarkdownIt
 
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
-    lines = body.split("\n")
+    # The parser takes a bare carriage return for a line's end too.
+    lines = re.split(r"\r\n?|\n", body)
     anchors = _anchors(tokens)
     for token in tokens:
         if token.type == "fence":

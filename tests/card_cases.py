@@ -197,7 +197,7 @@ def llama_bd3lm() -> Manifest:
 
 
 def bert_mdlm() -> Manifest:
-    """MDLM from a BERT in a local folder, all weights trained on the text that comes with CPython."""
+    """MDLM from a BERT in a local folder, all weights trained on CPython's own text."""
     source = {
         "given": "/home/somebody/models/bert-tiny",
         "kind": "folder",
@@ -285,9 +285,7 @@ def changed(manifest: Manifest, **sections: Any) -> Manifest:
     """Return a copy with entries of its sections replaced."""
     result = copy.deepcopy(manifest)
     for name, value in sections.items():
-        result[name] = (
-            {**(result.get(name) or {}), **value} if isinstance(value, dict) else value
-        )
+        result[name] = {**(result.get(name) or {}), **value} if isinstance(value, dict) else value
     return result
 
 

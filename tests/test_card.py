@@ -1,28 +1,33 @@
-"""The model card: true, complete, well formed, and its snippet runs."""
+"""The model card: what it says is what the run recorded, and nothing else."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from card_cases import (
+    CASES,
+    COMMIT,
+    DATASET_COMMIT,
+    Manifest,
+    adapter,
+    bert_mdlm,
+    changed,
+    fill,
+    llama_bd3lm,
+    probe,
+)
 from conversion import convert
 from huggingface_hub import ModelCard
 
 from dllm_convert.card import render_card, write_card
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import versions, write_manifest
-from dllm_convert.plan import ConversionPlan, plan_as_dict
-
-Manifest = dict[str, Any]
+from dllm_convert.manifest import write_manifest
+from dllm_convert.recipe import load_recipe
 
 ALWAYS = ["Use", "The model", "Training", "Limits", "Reproduce", "Licence", "Citation"]
 TRAINED = [
@@ -31,354 +36,418 @@ TRAINED = [
 ]
 
 
-def manifest_of(plan: ConversionPlan, **changes: Any) -> Manifest:
-    """Return what an untrained run would record."""
-    source = plan.source
-    manifest = {
-        "format_version": 1,
-        "created": "2026-11-23T22:30:00+00:00",
-        "dllm_convert": "0.1.0",
-        "versions": versions(),
-        "source": {
-            "given": source.given,
-            "kind": source.kind,
-            "repo_id": source.repo_id,
-            "revision": source.revision,
-            "license": source.license,
-            "model_type": source.model_type,
-            "parameters": source.parameters,
-            "fingerprint": dict(source.fingerprint),
-        },
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "plan": plan_as_dict(plan),
-        "stages": [],
-        "measurements": {},
-        "sample": None,
-    }
-    return json.loads(json.dumps({**manifest, **changes}))  # type: ignore[no-any-return]
-
-
-def trained(manifest: Manifest, method: str = "full") -> Manifest:
-    """Add what training, measuring and verifying record."""
-    result = copy.deepcopy(manifest)
-    result["recipe"]["training"]["method"] = method
-    result["measurements"] = {
-        "data": {
-            "source": "pydoc",
-            "documents": 70,
-            "held_out_documents": 7,
-            "train_tokens": 51234,
-            "held_out_tokens": 1987,
-        },
-        "nelbo_before": {"nats_per_token": 8.25, "stderr": 0.125, "tokens": 1987},
-        "nelbo_after": {"nats_per_token": 5.5, "stderr": 0.0625, "tokens": 1987},
-        "ar_nll": {"nats_per_token": 3.25, "stderr": 0.03125, "tokens": 1987},
-        "train": {
-            "method": method,
-            "steps": 40,
-            "tokens": 20480,
-            "seconds": 131.4,
-            "trainable_parameters": 134515008,
-            "final_loss": 5.43,
-            "stopped": "steps",
-        },
-    }
-    result["sample"] = {
-        "prompt": "A name is",
-        "text": " bound | to `an` object.\n```\n",
-        "new_tokens": 9,
-        "forwards": 4,
-        "tokens_per_forward": 2.25,
-        "seconds": 0.5,
-    }
-    result["verification"] = {
-        "passed": True,
-        "seconds": 41.0,
-        "probes": [
-            probe("weights", True, "0 of 21 tensors wrong", "0 missing"),
-            probe("base-logits", None, "not measured", "0", "the weights were trained"),
-            probe("cache", True, "a | b", "at most 0.0001"),
-        ],
-    }
-    return result
-
-
-def probe(
-    name: str, passed: bool | None, measured: str, required: str, detail: str = ""
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "passed": passed,
-        "measured": measured,
-        "required": required,
-        "detail": detail,
-    }
-
-
-@pytest.fixture(scope="session")
-def conversions(
-    source_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], tuple[Path, ConversionPlan]]:
-    root = tmp_path_factory.mktemp("cards")
-    built: dict[tuple[str, str], tuple[Path, ConversionPlan]] = {}
-
-    def get(family: str, target: str) -> tuple[Path, ConversionPlan]:
-        if (family, target) not in built:
-            folder = root / f"{family}-{target}"
-            built[family, target] = folder, convert(source_cache(family), folder, target)
-        return built[family, target]
-
-    return get
-
-
-@pytest.fixture(params=[("llama", "bd3lm"), ("qwen3", "mdlm"), ("bert", "mdlm")], ids="-".join)
-def case(request: pytest.FixtureRequest, conversions: Any) -> tuple[Path, Manifest]:
-    folder, plan = conversions(*request.param)
-    return folder, manifest_of(plan)
-
-
 @pytest.fixture
-def llama(conversions: Any) -> tuple[Path, Manifest]:
-    folder, plan = conversions("llama", "bd3lm")
-    return folder, manifest_of(plan)
+def card(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that writes the checked card of a manifest and reads it back."""
+    count = 0
+
+    def make(manifest: Manifest, **options: Any) -> str:
+        nonlocal count
+        count += 1
+        folder = fill(tmp_path / str(count), manifest)
+        return write_card(folder, **options).read_text(encoding="utf-8")
+
+    return make
 
 
-def body(card: str) -> str:
-    return card.split("\n---\n", 1)[1]
+def body(text: str) -> str:
+    return text.split("\n---\n", 1)[1]
 
 
-def without_code(card: str) -> str:
-    return re.sub(r"^(`{3,}).*?^\1$", "", body(card), flags=re.MULTILINE | re.DOTALL)
+def prose(text: str) -> str:
+    """The card without metadata and code blocks, on one line."""
+    bare = re.sub(r"^(`{3,}).*?^\1$", "", body(text), flags=re.MULTILINE | re.DOTALL)
+    return " ".join(bare.split())
 
 
-def sections(card: str) -> dict[str, str]:
-    prose = re.sub(
+def sections(text: str) -> dict[str, str]:
+    hidden = re.sub(
         r"^(`{3,}).*?^\1$",
         lambda found: found.group().replace("\n#", "\n "),
-        body(card),
+        body(text),
         flags=re.MULTILINE | re.DOTALL,
     )
-    parts = re.split(r"^## (.+)$", prose, flags=re.MULTILINE)
+    parts = re.split(r"^## (.+)$", hidden, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def front(card: str) -> Manifest:
-    return dict(yaml.safe_load(card.split("\n---\n", 1)[0].removeprefix("---\n")))
+def front(text: str) -> Manifest:
+    return dict(yaml.safe_load(text.split("\n---\n", 1)[0].removeprefix("---\n")))
 
 
-def snippet(card: str) -> str:
-    found = re.search(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
-    assert found
-    return found[1]
+def untrained(manifest: Manifest) -> Manifest:
+    plain = {**manifest, "measurements": {}, "sample": None}
+    del plain["verification"]
+    return plain
 
 
-def check_form(card: str) -> None:
-    """What holds for every card, whatever its facts."""
-    assert card.startswith("---\n")
-    assert card.endswith("\n")
-    assert "\n\n\n" not in card
-    assert not re.search(r"[ \t]+$", without_code(card), re.MULTILINE)
-    for word in ("None", "nan", "TODO", "More Information", "{{", "{%", "undefined", "True of"):
-        assert word not in without_code(card), word
-    for name, text in sections(card).items():
-        assert len(text.split()) > 3, f"section {name} is empty"
-    for table in re.findall(r"(?:^\|.*\n)+", without_code(card), re.MULTILINE):
-        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
-        assert len(widths) == 1, table
-    for text, link in re.findall(r"\[([^\]]*)\]\(([^)]*)\)", without_code(card)):
-        assert text
-        assert re.fullmatch(r"https://[\w./:-]+|[\w.-]+", link), link
-    assert without_code(card).count("](") == len(re.findall(r"\[[^\]]*\]\(", without_code(card)))
-    metadata = ModelCard(card).data.to_dict()
-    assert metadata["library_name"] == "transformers"
-    assert all(value not in (None, "", []) for value in metadata.values())
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_sections(make: Callable[[], Manifest], card: Callable[..., str]) -> None:
+    assert list(sections(card(make()))) == TRAINED
+    plain = card(untrained(make()))
+    assert list(sections(plain)) == ALWAYS
+    assert "Not verified" in plain
 
 
-def test_untrained_card_is_well_formed(case: tuple[Path, Manifest]) -> None:
-    card = render_card(*case)
-    check_form(card)
-    assert list(sections(card)) == ALWAYS
-    assert "not trained" in card
-    assert "Not verified" in card
+def test_an_untrained_conversion_says_so(card: Callable[..., str]) -> None:
+    text = card(untrained(llama_bd3lm()))
+    assert "**not trained** for diffusion" in text
+    assert "do not expect sensible text" in text
+    assert "model-index" not in front(text)
+    assert "datasets" not in front(text)
 
 
-def test_trained_card_is_well_formed(case: tuple[Path, Manifest]) -> None:
-    folder, manifest = case
-    card = render_card(folder, trained(manifest))
-    check_form(card)
-    assert list(sections(card)) == TRAINED
-    assert "Not verified" not in card
-    assert "Verification failed" not in card
+def test_numbers_are_those_of_the_run(card: Callable[..., str]) -> None:
+    text = card(llama_bd3lm())
+    assert "| NELBO before training | 8.25 ± 0.12 | 3828 | 1,987 |" in text
+    assert "| NELBO after training | 5.5 ± 0.062 | 244.7 | 1,987 |" in text
+    assert "| NLL of the base, autoregressive | 3.25 ± 0.031 | 25.79 | 1,987 |" in text
+    assert "40 optimizer steps, 81,920 tokens" in text
+    assert "2.25 nats per token above the base's" in text
+    assert "2 of 3 checks passed, 1 not run" in text
+    assert "id 128002" in sections(text)["The model"]
 
 
-def test_numbers_are_those_of_the_run(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    card = render_card(folder, trained(manifest))
-    assert "| NELBO before training | 8.25 ± 0.12 | 3828 | 1,987 |" in card
-    assert "| NELBO after training | 5.5 ± 0.062 | 244.7 | 1,987 |" in card
-    assert "| NLL of the base, autoregressive | 3.25 ± 0.031 | 25.79 | 1,987 |" in card
-    assert "40 optimizer steps, 20,480 tokens, 2 min 11 s" in card
-    assert "2.25 nats per token above the base's" in card
-    assert "2 of 3 checks passed, 1 not run" in card
-    assert "id 384" in sections(card)["The model"]
+def test_cost(card: Callable[..., str]) -> None:
+    training = prose(card(llama_bd3lm()))
+    assert (
+        "2 min 11 s of wall time on 2 \u00d7 NVIDIA H100 80GB HBM3, 623 tokens per second"
+        in training
+    )
+    # Two streams; LoRA needs 4 operations per weight; 16 layers attend over 256 tokens.
+    weights = 1235814400 - 128256 * 2048
+    flops = 2 * 81920 * (4 * weights + 12 * 16 * 2048 * 256)
+    assert f"{flops:.1e}" == "6.5e+14"
+    assert "roughly 6.5e14 floating-point operations, an estimate" in training
 
 
-def test_encoder_has_no_autoregressive_baseline(conversions: Any) -> None:
-    folder, plan = conversions("bert", "mdlm")
-    manifest = trained(manifest_of(plan))
-    del manifest["measurements"]["ar_nll"]
-    card = render_card(folder, manifest)
-    check_form(card)
-    assert "autoregressive |" not in card
-    assert front(card)["pipeline_tag"] == "fill-mask"
+def test_cost_without_what_an_estimate_needs(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["plan"]["source"]["parameters"] = None
+    for key in ("device", "devices"):
+        del manifest["measurements"]["train"][key]
+    text = card(manifest)
+    assert "2 min 11 s of wall time, 623 tokens per second\n" in text
+    assert "floating-point" not in text
 
 
-def test_front_matter_of_a_hub_source(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    manifest["source"] |= {
-        "kind": "hub",
-        "given": "org/Base-1B",
-        "repo_id": "org/Base-1B",
-        "revision": "0123456789abcdef0123456789abcdef01234567",
-        "license": "apache-2.0",
-        "language": ["en"],
-    }
-    manifest["recipe"]["source"] = "org/Base-1B"
-    manifest = trained(manifest)
-    manifest["measurements"]["data"] |= {"source": "org/some-text", "kind": "hub"}
-    card = render_card(folder, manifest)
-    check_form(card)
-    assert front(card) == {
-        "language": ["en"],
-        "license": "apache-2.0",
-        "base_model": "org/Base-1B",
+def test_front_matter_of_a_hub_source(card: Callable[..., str]) -> None:
+    values = front(card(llama_bd3lm()))
+    assert values.pop("model-index")
+    assert values == {
+        "language": ["en", "de"],
+        "license": "llama3.2",
+        "base_model": "meta-llama/Llama-3.2-1B",
         "base_model_relation": "finetune",
         "datasets": ["org/some-text"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dllm-convert", "diffusion", "block-diffusion", "bd3lm", "custom_code"],
     }
-    assert "# Base-1B-bd3lm-8" in card
-    assert "0123456789abcdef" in card
 
 
-def test_local_source_names_no_base_model_and_no_path(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    manifest = trained(manifest)
-    manifest["recipe"]["data"]["source"] = "/home/somebody/texts/a.txt,/home/somebody/b.md"
-    manifest["measurements"]["data"]["source"] = "/home/somebody/texts/a.txt,/home/somebody/b.md"
-    card = render_card(folder, manifest)
-    check_form(card)
-    assert not {"base_model", "base_model_relation", "datasets", "license"} & front(card).keys()
-    assert "somebody" not in card
-    assert str(Path(manifest["source"]["given"]).parent) not in card
-    assert "`a.txt`, `b.md`" in card
-    assert "not recorded" in sections(card)["Licence"]
-    assert "[LICENSE](LICENSE)" in sections(card)["Licence"]
+def test_front_matter_of_an_adapter(card: Callable[..., str]) -> None:
+    values = front(card(adapter()))
+    assert values["base_model"] == "Qwen/Qwen2.5-3B"
+    assert values["base_model_relation"] == "adapter"
+    assert values["library_name"] == "peft"
+    assert values["license"] == "other"
+    assert values["license_name"] == "qwen-research"
+    assert values["license_link"] == "LICENSE"
+    assert "lora" in values["tags"]
+    assert "datasets" not in values
 
 
-def test_gguf_source(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    manifest["source"] |= {
-        "kind": "gguf",
-        "given": "/downloads/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "license": "apache-2.0",
-        "fingerprint": {"sha256": "b179c952" * 8},
-    }
-    manifest["recipe"]["source"] = "/downloads/SmolLM2-135M-Instruct.Q4_1.gguf"
-    card = render_card(folder, trained(manifest))
-    check_form(card)
-    assert "# SmolLM2-135M-Instruct.Q4_1-bd3lm-8" in card
-    assert "b179c952" in card
-    assert "/downloads" not in card
-    assert front(card)["license"] == "apache-2.0"
+def test_measured_values_round_trip_through_the_hubs_own_reader(card: Callable[..., str]) -> None:
+    data = ModelCard(card(llama_bd3lm(), repo_id="me/Llama-x")).data
+    assert data.model_name == "Llama-x"
+    nelbo, perplexity = data.eval_results
+    assert (nelbo.metric_type, nelbo.metric_value) == ("nelbo", 5.5)
+    assert (perplexity.metric_type, perplexity.metric_value) == ("perplexity", 244.7)
+    for result in (nelbo, perplexity):
+        assert "upper bound" in result.metric_name
+        assert result.dataset_type == "org/some-text"
+        assert result.dataset_split == "train"
+        assert result.dataset_revision == DATASET_COMMIT
+        assert result.task_type == "text-generation"
+        assert result.verified is None
 
 
-def test_failed_verification_comes_first(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    manifest = trained(manifest)
+@pytest.mark.parametrize("nats", [float("nan"), float("inf")])
+def test_no_result_from_what_is_no_number(card: Callable[..., str], nats: float) -> None:
+    manifest = llama_bd3lm()
+    manifest["measurements"]["nelbo_after"]["nats_per_token"] = nats
+    text = card(manifest)
+    assert "model-index" not in front(text)
+    assert "| NELBO after training | not a number" in text or "| infinite" in text
+
+
+def test_perplexity_beyond_a_float_is_left_out(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["measurements"]["nelbo_after"]["nats_per_token"] = 800.0
+    text = card(manifest)
+    (result,) = ModelCard(text).data.eval_results
+    assert result.metric_type == "nelbo"
+    assert "| beyond a float |" in text
+
+
+def test_files_of_the_author_are_no_benchmark(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["measurements"]["data"] |= {"source": "/data/a.txt,/data/b.md", "kind": "files"}
+    text = card(manifest)
+    assert not {"model-index", "datasets"} & front(text).keys()
+    assert "`a.txt`, `b.md`" in text
+    assert "/data" not in text
+
+
+@pytest.mark.parametrize(
+    ("source", "recorded", "hub"),
+    [
+        ("org/text", None, True),
+        ("org/text.jsonl", None, False),
+        ("texts/*.txt", None, False),
+        ("org/text", "files", False),
+        ("org/text", "hub", True),
+        ("../x", "hub", False),
+    ],
+)
+def test_older_manifests_do_not_say_what_the_text_was(
+    card: Callable[..., str], source: str, recorded: str | None, hub: bool
+) -> None:
+    manifest = llama_bd3lm()
+    manifest["measurements"]["data"]["source"] = source
+    del manifest["measurements"]["data"]["kind"]
+    if recorded:
+        manifest["measurements"]["data"]["kind"] = recorded
+    assert ("datasets" in front(card(manifest))) == hub
+
+
+def test_an_encoder_has_no_autoregressive_baseline(card: Callable[..., str]) -> None:
+    text = card(bert_mdlm())
+    assert "autoregressive |" not in text
+    assert front(text)["pipeline_tag"] == "fill-mask"
+    assert "causal attention" not in text
+
+
+def test_a_local_base_is_no_base_model(card: Callable[..., str]) -> None:
+    text = card(bert_mdlm())
+    assert not {"base_model", "base_model_relation"} & front(text).keys()
+    assert "somebody" not in text
+    assert "# bert-tiny-mdlm\n" in text
+    assert "beside `bert-tiny`:" in text
+
+
+def gguf(**source: Any) -> Manifest:
+    digest = "b179c952" * 8
+    given = "/downloads/SmolLM2-135M-Instruct.Q4_1.gguf"
+    manifest = changed(
+        llama_bd3lm(),
+        source={
+            **{"kind": "gguf", "given": given, "repo_id": None, "revision": None},
+            **{"license": "apache-2.0", "language": ["en", "English", "zh-CN"]},
+            **source,
+        },
+    )
+    manifest["recipe"]["source"] = given
+    folder = f"/home/somebody/.cache/dllm-convert/gguf/{digest}"
+    manifest["stages"] = [{"name": "materialise", "seconds": 1.0, "result": {"folder": folder}}]
+    return manifest
+
+
+def test_gguf_source(card: Callable[..., str]) -> None:
+    text = card(gguf())
+    assert "# SmolLM2-135M-Instruct.Q4_1-bd3lm-32" in text
+    assert f"sha256 `{'b179c952' * 8}`" in text
+    assert "/downloads" not in text
+    assert "somebody" not in text
+    assert front(text)["license"] == "apache-2.0"
+    assert front(text)["language"] == ["en", "zh"]
+    assert "base_model" not in front(text)
+    assert "quantised weights, whose errors it keeps" in prose(text)
+
+
+def test_gguf_that_names_what_it_holds(card: Callable[..., str]) -> None:
+    text = card(gguf(origin="HuggingFaceTB/SmolLM2-135M-Instruct"))
+    assert front(text)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "says of itself" in text
+    assert " at revision" not in sections(text)["Licence"]
+    assert "base_model" not in front(card(gguf(origin="not a model")))
+
+
+def test_failed_verification_comes_first(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
     manifest["verification"]["passed"] = False
     manifest["verification"]["probes"].append(
         probe("attention-eager", False, "3 of 400 pairs wrong", "0 pairs", "position 1 sees 2")
     )
-    card = render_card(folder, manifest)
-    check_form(card)
-    first = body(card).split("\n\n")[1]
-    assert first.startswith("\n> **Verification failed.**") or first.startswith("> **Verification")
-    assert "3 of 400 pairs wrong" in first
-    assert "position 1 sees 2" in first
-    assert "1 failed" in sections(card)["Verification"]
+    text = card(manifest, repo_id="me/Llama-x")
+    title, first, second = body(text).strip().split("\n\n")[:3]
+    assert title == "# Llama-x"
+    assert first.startswith("> **Verification failed.**")
+    assert "3 of 400 pairs wrong; required: 0 pairs. position 1 sees 2" in first
+    assert second.startswith("**Built with Llama**")
+    assert "1 failed" in sections(text)["Verification"]
 
 
-def test_lora_is_named_and_cited(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    card = render_card(folder, trained(manifest, "lora"))
-    assert "LoRA of rank 64" in card
-    assert "2106.09685" in card
-    assert "2106.09685" not in render_card(folder, trained(manifest))
+def test_no_verification_comes_first(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    del manifest["verification"]
+    _, first = body(card(manifest)).strip().split("\n\n")[:2]
+    assert first.startswith("> **Not verified.**")
 
 
-def test_training_cut_short_says_so(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    manifest = trained(manifest)
+@pytest.mark.parametrize("report", [{"passed": False, "probes": []}, {"probes": []}])
+def test_a_verification_that_did_not_pass_is_a_failed_one(
+    card: Callable[..., str], report: Manifest
+) -> None:
+    _, first = body(card({**llama_bd3lm(), "verification": report})).strip().split("\n\n")[:2]
+    assert first.startswith("> **Verification failed.**")
+
+
+def test_a_probe_that_measured_nan_can_be_documented(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["verification"]["passed"] = False
+    manifest["verification"]["probes"] = [
+        probe("cache", False, "logits differ by nan", "at most 0.0001", "None of {{ x }} is None")
+    ]
+    text = card(manifest)
+    assert "logits differ by `nan`" in text
+
+
+def test_lora_is_named_and_cited(card: Callable[..., str]) -> None:
+    text = card(llama_bd3lm())
+    assert "LoRA of rank 64, merged into the weights" in text
+    assert "https://arxiv.org/abs/2106.09685" in text
+    assert "@inproceedings{hu2022lora," in text
+    assert "2106.09685" not in card(bert_mdlm())
+    assert "merged into the weights (" not in card(adapter())
+
+
+def test_methods_and_base_are_cited(card: Callable[..., str]) -> None:
+    cited = sections(card(llama_bd3lm()))["Citation"]
+    assert "https://arxiv.org/abs/2406.07524" in cited
+    assert "https://arxiv.org/abs/2503.09573" in cited
+    assert f"note = {{Revision {COMMIT}}}" in cited
+    assert cited.count("{") == cited.count("}")
+    plain = sections(card(bert_mdlm()))["Citation"]
+    assert "2503.09573" not in plain
+    assert "@misc" not in plain
+
+
+def test_training_cut_short_says_so(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
     manifest["measurements"]["train"]["stopped"] = "time"
-    assert "stopped by the time limit" in render_card(folder, manifest)
+    assert "stopped by the time limit before the planned 40 steps" in card(manifest)
 
 
 @pytest.mark.parametrize("stderr", [None, float("inf")])
-def test_unknown_spread_is_left_out(llama: tuple[Path, Manifest], stderr: float | None) -> None:
-    folder, manifest = llama
-    manifest = trained(manifest)
+def test_unknown_spread_is_left_out(card: Callable[..., str], stderr: float | None) -> None:
+    manifest = llama_bd3lm()
     for name in ("nelbo_before", "nelbo_after", "ar_nll"):
         manifest["measurements"][name]["stderr"] = stderr
-    card = render_card(folder, manifest)
-    check_form(card)
-    assert "±" not in card
-    assert "inf" not in without_code(card).split("## Limits")[0].split("Measured")[1][:300]
+    text = card(manifest)
+    assert "±" not in text
+    assert "infinite" not in text
 
 
-def test_methods_are_cited(conversions: Any) -> None:
-    for (family, target), both in ((("llama", "bd3lm"), True), (("qwen3", "mdlm"), False)):
-        folder, plan = conversions(family, target)
-        cited = sections(render_card(folder, manifest_of(plan)))["Citation"]
-        assert "https://arxiv.org/abs/2406.07524" in cited
-        assert ("https://arxiv.org/abs/2503.09573" in cited) == both
+def test_llama_terms(card: Callable[..., str]) -> None:
+    text = card(llama_bd3lm())
+    assert body(text).strip().split("\n\n")[1] == "**Built with Llama**"
+    licence = sections(text)["Licence"]
+    assert "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright ©" in licence
+    assert "[USE_POLICY.md](USE_POLICY.md)" in licence
+    assert "[NOTICE](NOTICE)" in licence
+    assert "https://www.llama.com/llama3_2/license/" in licence
+    assert "The weights were changed" in licence
 
 
-def test_recipe_in_the_card_loads(llama: tuple[Path, Manifest], tmp_path: Path) -> None:
-    from dllm_convert.recipe import load_recipe
+def test_the_title_of_a_derived_llama_begins_with_llama(card: Callable[..., str]) -> None:
+    source = {"repo_id": "org/Hermes-1B", "given": "org/Hermes-1B"}
+    assert "\n# Llama-Hermes-1B-bd3lm-32\n" in card(changed(llama_bd3lm(), source=source))
 
-    folder, manifest = llama
-    card = render_card(folder, manifest)
-    found = re.search(r"^```yaml\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+
+@pytest.mark.parametrize(
+    ("licence", "words"),
+    [
+        ({"license": "gemma"}, "Gemma is provided under and subject to the Gemma Terms of Use"),
+        ({"license": "cc-by-nc-4.0"}, "Commercial use is not allowed"),
+        ({"license": "cc-by-nc-nd-4.0"}, "Do not distribute it"),
+        ({"license": "etalab-2.0"}, "does not know its terms"),
+        ({"license": None}, "not recorded in the files"),
+        ({"license": "other", "license_name": "my-terms"}, "`my-terms`, see [LICENSE](LICENSE)"),
+        ({"license": "an-id-nobody-knows"}, "`an-id-nobody-knows`, see [LICENSE](LICENSE)"),
+        ({"license": "other"}, "`see-the-base-model`"),
+    ],
+)
+def test_terms_are_explained(card: Callable[..., str], licence: Manifest, words: str) -> None:
+    text = card(changed(bert_mdlm(), source=licence))
+    assert words in prose(text)
+    values = front(text)
+    if licence["license"] is None:
+        assert "license" not in values
+    elif values["license"] == "other":
+        assert values["license_name"]
+        assert values["license_link"] == "LICENSE"
+
+
+def test_a_link_of_the_base_is_made_absolute(tmp_path: Path) -> None:
+    source = {"license": "other", "license_name": "x", "license_link": "TERMS.txt"}
+    manifest = changed(adapter(), source=source)
+    folder = fill(tmp_path, manifest)
+    (folder / "LICENSE").unlink()
+    link = front(render_card(folder, manifest))["license_link"]
+    assert link == f"https://huggingface.co/Qwen/Qwen2.5-3B/blob/{COMMIT}/TERMS.txt"
+    for bad in ("../../x", "javascript:alert(1)", "http://x.org"):
+        manifest["source"]["license_link"] = bad
+        assert "license_link" not in front(render_card(folder, manifest))
+
+
+def test_the_repository_names_title_and_snippets(card: Callable[..., str]) -> None:
+    text = card(llama_bd3lm(), repo_id="me/Llama-mine")
+    assert "\n# Llama-mine\n" in text
+    assert text.count('checkpoint = "me/Llama-mine"') == 2
+    assert "[NOTICE](NOTICE)" in text
+    assert 'checkpoint = "."' in card(llama_bd3lm())
+    assert 'adapter = "me/y"' in card(adapter(), repo_id="me/y")
+
+
+def test_pictures_that_are_there_are_shown(tmp_path: Path) -> None:
+    manifest = bert_mdlm()
+    folder = fill(tmp_path, manifest)
+    assert re.search(r"^!\[[^\]]{20,}\]\(loss\.png\)$", render_card(folder, manifest), re.MULTILINE)
+    (folder / "loss.png").unlink()
+    assert "![" not in render_card(folder, manifest)
+
+
+@pytest.mark.parametrize(("family", "target"), [("llama", "bd3lm"), ("bert", "mdlm")])
+def test_recipe_in_the_card_loads(
+    source_cache: Callable[..., Path], tmp_path: Path, family: str, target: str
+) -> None:
+    plan = convert(source_cache(family), tmp_path / "out", target)
+    recipe = plan.recipe.model_dump(mode="json")
+    text = render_card(tmp_path / "out", {**bert_mdlm(), "recipe": recipe})
+    found = re.search(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert found
     path = tmp_path / "recipe.yaml"
     path.write_text(found[1])
-    recipe = load_recipe(str(path), overrides={})
-    expected = manifest["recipe"] | {"source": Path(manifest["source"]["given"]).name}
-    assert {**recipe.model_dump(mode="json"), "name": None} == expected
+    loaded = load_recipe(str(path), overrides={}).model_dump(mode="json")
+    assert {**loaded, "name": None} == recipe | {"source": source_cache(family).name}
 
 
-def test_text_cannot_break_out_of_its_block(llama: tuple[Path, Manifest]) -> None:
-    folder, manifest = llama
-    manifest = trained(manifest)
-    manifest["sample"]["text"] = "\n```\n## Not a section\n````\n| a |"
-    manifest["sample"]["prompt"] = 'say "hi" \\ to {{ me }}'
-    card = render_card(folder, manifest)
-    assert list(sections(card)) == TRAINED
-    compile(snippet(card), "snippet", "exec")
-    assert 'say "hi" \\\\ to {{ me }}' in snippet(card)
+def test_recipe_in_the_card_pins_the_base(card: Callable[..., str]) -> None:
+    assert f"\nrevision: {COMMIT}\n" in card(llama_bd3lm())
+    assert "\nrevision:" not in sections(card(bert_mdlm()))["Reproduce"]
 
 
-def test_written_card(llama: tuple[Path, Manifest], tmp_path: Path) -> None:
-    _, manifest = llama
-    write_manifest(tmp_path, manifest)
-    path = write_card(tmp_path)
-    assert path == tmp_path / "README.md"
+def test_written_card(tmp_path: Path) -> None:
+    folder = fill(tmp_path, llama_bd3lm())
+    names = {path.name for path in folder.iterdir()}
+    path = write_card(folder)
+    assert path == folder / "README.md"
     path.write_text("mine")
-    assert write_card(tmp_path, overwrite=False).read_text() == "mine"
-    assert write_card(tmp_path).read_text().startswith("---\n")
-    assert {item.name for item in tmp_path.iterdir()} == {"README.md", "dllm_convert.json"}
+    assert write_card(folder, overwrite=False).read_text() == "mine"
+    assert write_card(folder).read_text().startswith("---\n")
+    assert {path.name for path in folder.iterdir()} == {*names, "README.md"}
 
 
 def test_no_card_without_a_manifest(tmp_path: Path) -> None:
@@ -387,27 +456,9 @@ def test_no_card_without_a_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["plan", "source", "recipe"])
-def test_incomplete_manifest(llama: tuple[Path, Manifest], tmp_path: Path, key: str) -> None:
-    _, manifest = llama
+def test_incomplete_manifest(tmp_path: Path, key: str) -> None:
+    manifest = llama_bd3lm()
     del manifest[key]
     write_manifest(tmp_path, manifest)
     with pytest.raises(DataError, match=key):
         write_card(tmp_path)
-
-
-def test_snippet_runs_without_the_package(case: tuple[Path, Manifest], tmp_path: Path) -> None:
-    folder, manifest = case
-    blocked = "import sys; sys.modules['dllm_convert'] = None\n"
-    script = tmp_path / "snippet.py"
-    script.write_text(blocked + snippet(render_card(folder, manifest)))
-    result = subprocess.run(
-        [sys.executable, "-I", str(script)],
-        cwd=folder,
-        env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) > 3
