@@ -13,7 +13,13 @@ import typer
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.cli_errors import CommandGroup
-from dllm_convert.cli_values import default_out, method, parse_assignments, push_options
+from dllm_convert.cli_values import (
+    base_folder,
+    default_out,
+    method,
+    parse_assignments,
+    push_options,
+)
 from dllm_convert.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -105,15 +111,13 @@ def run(
     from dllm_convert import pipeline
 
     result = pipeline.run(recipe, folder, reporter, push=push)
-    path, pushed = str(result.path), result.pushed
+    path, published = str(result.path), result.pushed and result.pushed.as_dict()
     if as_json:
-        document = {"path": path, "passed": result.passed, "manifest": dict(result.manifest)}
-        published = {"published": pushed.as_dict()} if pushed else {}
-        output.write_json(document | published)
+        output.write_json(output.run_document(path, result.passed, result.manifest, published))
     else:
         output.write(output.run_summary(path, result.manifest))
-        if pushed:
-            output.write(output.push_summary(pushed.as_dict()))
+        if published:
+            output.write(output.push_summary(published))
     _exit_if_failed(result.manifest["verification"])
 
 
@@ -130,7 +134,7 @@ def verify(
     from dllm_convert.verify import verify_checkpoint
 
     with quiet_libraries():
-        base = _base_folder(against, reporter) if against else None
+        base = base_folder(against, reporter) if against else None
         report = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
     if as_json:
         output.write_json(report)
@@ -288,15 +292,6 @@ def _reporter(*, quiet: bool) -> Reporter:
         # Read once, when huggingface_hub is imported; bars belong on terminals only.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return reporter
-
-
-def _base_folder(source: str, reporter: Reporter) -> Path:
-    from dllm_convert.materialise import materialise
-    from dllm_convert.recipe import load_recipe
-    from dllm_convert.source import inspect_source
-
-    recipe = load_recipe(source, overrides={})
-    return materialise(inspect_source(recipe.source, revision=recipe.revision), reporter)
 
 
 def _exit_if_failed(verification: Mapping[str, Any]) -> None:

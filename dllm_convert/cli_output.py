@@ -90,6 +90,14 @@ def run_summary(path: str, manifest: Mapping[str, Any]) -> str:
     return "\n".join([*parts, "", f"Checkpoint: {path}"])
 
 
+def run_document(
+    path: str, passed: bool, manifest: Mapping[str, Any], published: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what `run --json` prints; `published` is there only if something was."""
+    document = {"path": path, "passed": passed, "manifest": dict(manifest)}
+    return document | ({"published": dict(published)} if published else {})
+
+
 def push_summary(result: Mapping[str, Any]) -> str:
     """Return what a finished push shows: what went up, what was checked, where it is.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 import typer
 
 if TYPE_CHECKING:
+    from dllm_convert.console import Reporter
     from dllm_convert.publish import PushOptions
     from dllm_convert.schema import Recipe
 
@@ -96,3 +97,13 @@ def default_out(recipe: Recipe) -> Path:
     """Return the output folder where none was given."""
     name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
     return Path(f"{name}-{recipe.target}")
+
+
+def base_folder(source: str, reporter: Reporter) -> Path:
+    """Return the folder of a base's weights, fetched if need be."""
+    from dllm_convert.materialise import materialise
+    from dllm_convert.recipe import load_recipe
+    from dllm_convert.source import inspect_source
+
+    recipe = load_recipe(source, overrides={})
+    return materialise(inspect_source(recipe.source, revision=recipe.revision), reporter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from dllm_convert.hub_errors import (
     status_of,
     transport_error,
 )
-from dllm_convert.publish.confirm import Confirmation, confirm
+from dllm_convert.publish.confirm import confirm
+from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.remote import (
     CARD_FILE,
     Changes,
@@ -26,101 +26,18 @@ from dllm_convert.publish.remote import (
     read_remote,
     refuse_foreign,
 )
+from dllm_convert.publish.repository import (
+    Target,
+    create,
+    find_target,
+    message,
+    open_pull_request,
+)
 from dllm_convert.publish.staged import Staged
 
 ATTEMPTS = 4
 """Times an upload is tried when the server or the connection fails; the client retries too."""
 FIRST_PAUSE_S = 1.0
-DEFAULT_REVISION = "main"
-
-
-@dataclass(frozen=True)
-class PushOptions:
-    """Where and how to publish.
-
-    Attributes:
-        repo_id: `namespace/name`, or `name` for the user's own namespace.
-        public: True or False to ask for it, None for private where the repository is new.
-        revision: Branch to push to; made if it does not exist. None is `main`.
-        create_pr: Propose the files in a pull request.
-        commit_message: First line of the commit and title of the pull request.
-        max_shard_size: Bytes per weight file, None to leave the files as they are.
-        overwrite_card: Replace a README.md that a person wrote or edited.
-        adapter_only: Publish the LoRA adapter instead of the merged weights.
-        force_unverified: Publish what failed verification or was never verified.
-    """
-
-    repo_id: str
-    public: bool | None = None
-    revision: str | None = None
-    create_pr: bool = False
-    commit_message: str | None = None
-    max_shard_size: int | None = None
-    overwrite_card: bool = False
-    adapter_only: bool = False
-    force_unverified: bool = False
-
-
-@dataclass(frozen=True)
-class PushResult:
-    """What was published.
-
-    Attributes:
-        repo_id: Repository.
-        url: Its page.
-        commit: Commit that holds it, 40 hex digits.
-        commit_url: Page of that commit.
-        pull_request: Page of the pull request, None if there is none.
-        private: Whether the repository is private.
-        uploaded: Files that were missing or different.
-        uploaded_bytes: Their bytes.
-        deleted: Files of an earlier push that were removed.
-        card_kept: Whether a README.md that a person wrote was kept.
-        confirmed: What was downloaded and checked afterwards.
-    """
-
-    repo_id: str
-    url: str
-    commit: str
-    commit_url: str
-    pull_request: str | None
-    private: bool
-    uploaded: tuple[str, ...]
-    uploaded_bytes: int
-    deleted: tuple[str, ...]
-    card_kept: bool
-    confirmed: Confirmation
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields for `--json`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Target:
-    repo_id: str
-    revision: str
-    pull_request: int | None = None
-
-    def page(self, endpoint: str) -> str | None:
-        if self.pull_request is None:
-            return None
-        return f"{endpoint}/{self.repo_id}/discussions/{self.pull_request}"
-
-
-def who_am_i(repo_id: str) -> tuple[str, str]:
-    """Return the user's name and the repository's full id.
-
-    Raises:
-        HubError: Not logged in, a bad token, or an id the Hub would refuse.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    with hub_errors(repo_id, doing="write"):
-        validate_repo_id(repo_id)
-        user = str(HfApi().whoami()["name"])
-    return user, repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
 def upload(staged: Staged, options: PushOptions, scratch: Path, reporter: Reporter) -> PushResult:
@@ -142,14 +59,14 @@ def upload(staged: Staged, options: PushOptions, scratch: Path, reporter: Report
     from huggingface_hub import HfApi
 
     api = HfApi()
-    _create(api, options, reporter)
-    target = _target(api, staged, options, reporter)
+    create(api, options, reporter)
+    target = find_target(api, staged, options, reporter)
     commit, changes, remote = _send(api, staged, target, options, scratch, reporter)
     confirmed = confirm(
         target.repo_id, commit, staged.folder, staged.merged, scratch / "cache", reporter
     )
     if target.pull_request is not None:
-        _open_pull_request(api, target)
+        open_pull_request(api, target)
     return PushResult(
         target.repo_id,
         f"{api.endpoint}/{target.repo_id}",
@@ -165,68 +82,10 @@ def upload(staged: Staged, options: PushOptions, scratch: Path, reporter: Report
     )
 
 
-def _create(api: Any, options: PushOptions, reporter: Reporter) -> None:
-    """Make the repository, private unless asked otherwise; one that exists keeps its visibility."""
-    repo_id = options.repo_id
-    with hub_errors(repo_id, doing="write"):
-        if not options.create_pr or not api.repo_exists(repo_id):
-            api.create_repo(repo_id, private=options.public is not True, exist_ok=True)
-        private = bool(api.model_info(repo_id).private)
-    if options.public is False and not private:
-        raise HubError(
-            f"{repo_id} exists and is public, --private was asked for",
-            hint=f"Make it private with `hf repos settings {repo_id} --private`, or leave it out",
-        )
-    if options.public and private:
-        reporter.warn(f"{repo_id} exists and stays private; its settings page can make it public")
-
-
-def _target(api: Any, staged: Staged, options: PushOptions, reporter: Reporter) -> _Target:
-    """Return where to commit: the branch, made if needed, or an open pull request of ours."""
-    repo_id = options.repo_id
-    with hub_errors(repo_id, options.revision, doing="write"):
-        if options.create_pr:
-            number = _pull_request(api, staged, options, reporter)
-            return _Target(repo_id, f"refs/pr/{number}", number)
-        revision = options.revision or DEFAULT_REVISION
-        if revision != DEFAULT_REVISION and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return _Target(repo_id, revision)
-
-
-def _pull_request(api: Any, staged: Staged, options: PushOptions, reporter: Reporter) -> int:
-    """Return an open pull request of the user with this title, or a new one.
-
-    An interrupted push is thus gone on with in its own pull request, from any machine. The draft is
-    made explicitly: committing with `create_pr` opens a second one when an answer is lost.
-    """
-    user = str(api.whoami()["name"])
-    title = message(staged, options)
-    for found in api.get_repo_discussions(options.repo_id, author=user):
-        ours = found.is_pull_request and found.title == title
-        if ours and found.status in ("open", "draft"):
-            reporter.line(f"going on in pull request {found.num}")
-            return int(found.num)
-    made = api.create_pull_request(options.repo_id, title=title, description=staged.description)
-    return int(made.num)
-
-
-def _open_pull_request(api: Any, target: _Target) -> None:
-    with hub_errors(target.repo_id, doing="write"):
-        details = api.get_discussion_details(target.repo_id, target.pull_request)
-        if details.status == "draft":
-            api.change_discussion_status(target.repo_id, target.pull_request, "open")
-
-
-def message(staged: Staged, options: PushOptions) -> str:
-    """Return the first line of the commit."""
-    return options.commit_message or f"Add {staged.title}"
-
-
 def _send(
     api: Any,
     staged: Staged,
-    target: _Target,
+    target: Target,
     options: PushOptions,
     scratch: Path,
     reporter: Reporter,
@@ -262,7 +121,7 @@ def _send(
 
 
 def _survey(
-    staged: Staged, target: _Target, options: PushOptions, scratch: Path, reporter: Reporter
+    staged: Staged, target: Target, options: PushOptions, scratch: Path, reporter: Reporter
 ) -> tuple[RemoteState, Changes]:
     """Read the repository, settle which card it gets, and list what is missing there."""
     remote = read_remote(target.repo_id, target.revision, scratch / "manifest")
@@ -294,7 +153,7 @@ def _read_card(remote: RemoteState, scratch: Path) -> bytes:
 def _commit(
     api: Any,
     staged: Staged,
-    target: _Target,
+    target: Target,
     options: PushOptions,
     remote: RemoteState,
     changes: Changes,

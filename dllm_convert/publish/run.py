@@ -13,8 +13,10 @@ from dllm_convert.errors import DataError, VerificationError
 from dllm_convert.licences import check_publication, rules_for
 from dllm_convert.manifest import read_manifest, record_card
 from dllm_convert.publish.adapter import adapter_checkpoint
-from dllm_convert.publish.push import PushOptions, PushResult, upload, who_am_i
+from dllm_convert.publish.options import PushOptions, PushResult
+from dllm_convert.publish.push import upload
 from dllm_convert.publish.remote import CARD_FILE, file_names
+from dllm_convert.publish.repository import who_am_i
 from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
 from dllm_convert.quiet import quiet_libraries
