@@ -111,7 +111,8 @@ def run(
     from dllm_convert import pipeline
 
     result = pipeline.run(recipe, folder, reporter, push=push)
-    path, published = str(result.path), result.pushed and result.pushed.as_dict()
+    path = str(result.path)
+    published = result.pushed.as_dict() if result.pushed else None
     if as_json:
         output.write_json(output.run_document(path, result.passed, result.manifest, published))
     else:
@@ -242,10 +243,7 @@ def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> Non
     if as_json:
         output.write_json([asdict(entry) for entry in entries])
         return
-    rows = [
-        (entry.name, entry.source, entry.license, entry.target, entry.block_size)
-        for entry in entries
-    ]
+    rows = [(e.name, e.source, e.license, e.target, e.block_size) for e in entries]
     output.write(output.table(("recipe", "source", "licence", "target", "block"), rows))
 
 
