@@ -117,14 +117,24 @@ def draw_loss(metrics: Path, measurements: Mapping[str, Any], out: Path) -> bool
     figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _draw_curve(axes, curves.get("loss"), BLUE, "-", "training loss")
-    _draw_curve(axes, curves.get("nelbo"), VERMILION, "--", "training NELBO")
+    same = _same(curves.get("loss"), curves.get("nelbo"))
+    label = "training loss, the NELBO" if same else "training loss"
+    _draw_curve(axes, curves.get("loss"), BLUE, "-", label)
+    if not same:
+        _draw_curve(axes, curves.get("nelbo"), VERMILION, "--", "training NELBO")
     last = max(curve.steps[-1] for curve in curves.values())
     _draw_held_out(axes, measurements, last)
     _style(axes)
     # Without a date or a version inside, the same run gives the same file.
     figure.savefig(out, transparent=True, metadata={"Software": None})
     return True
+
+
+def _same(loss: Curve | None, nelbo: Curve | None) -> bool:
+    """Whether the loss is the bound itself, which one line shows better than two."""
+    if loss is None or nelbo is None or loss.steps != nelbo.steps:
+        return False
+    return all(abs(a - b) <= 1e-3 for a, b in zip(loss.values, nelbo.values, strict=True))
 
 
 def _draw_curve(axes: Axes, curve: Curve | None, colour: str, line: str, label: str) -> None:

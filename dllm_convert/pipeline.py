@@ -211,12 +211,15 @@ class _Run:
     def _assemble(self) -> dict[str, Any]:
         from dllm_convert.licences import write_notice
         from dllm_convert.manifest import write_manifest
+        from dllm_convert.pictures import LOSS, draw_loss
         from dllm_convert.recipe import dump_recipe
 
         work, staged = self.workspace.work, self.workspace.staged
         trained = self.plan.recipe.training.method != "none"
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(work / ("trained" if trained else "untrained"), staged, copy_function=_link)
+        if trained:
+            draw_loss(work / "metrics.jsonl", self._measurements(), staged / LOSS.file)
         write_notice(staged, source_facts(self.plan))
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
         write_manifest(staged, self._manifest())
