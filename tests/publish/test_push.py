@@ -247,6 +247,26 @@ def test_a_pull_request_is_gone_on_with(hub: LoopbackHub, push: Callable[..., Do
     assert MANIFEST_FILE in head(hub, "refs/pr/1") and MANIFEST_FILE not in head(hub)
 
 
+def test_somebody_who_always_commits_first(hub: LoopbackHub, push: Callable[..., Done]) -> None:
+    hub.faults = FaultPlan([Fault("stale", "POST", "/commit/", n) for n in range(1, 40)])
+    refused(push(), 1, "was changed by somebody else", "run the same command again")
+    assert MANIFEST_FILE not in head(hub)
+    hub.faults = FaultPlan([Fault("stale", "POST", "/commit/", 1)])
+    done = push("--json")
+    assert done.code == 0, done.stderr
+    assert "somebody else" in [commit.message for commit in hub.store.repos[REPO].history()]
+
+
+def test_visibility_of_a_repository_is_not_changed(
+    hub: LoopbackHub, push: Callable[..., Done]
+) -> None:
+    hub.store.create(REPO, private=False)
+    refused(push("--private"), 1, "exists and is public", "hf repos settings")
+    hub.store.repos[REPO].private = True
+    hub.quota = 1
+    assert "stays private" in push("--public").stderr
+
+
 def test_no_room(hub: LoopbackHub, push: Callable[..., Done]) -> None:
     hub.quota = 1000
     refused(push(), 1, "no room", "storage limit")
