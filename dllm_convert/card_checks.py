@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _one_of(words: Collection[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in words
+
+
 def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Accept one value or a list of them, as the Hub does."""
 
@@ -170,19 +174,19 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "ISO 639 codes in small letters",
         _each(lambda v: isinstance(v, str) and LANGUAGE.fullmatch(v) is not None),
     ),
-    "license": ("a licence id the Hub knows", _each(lambda v: v in LICENCES)),
+    "license": ("a licence id the Hub knows", _each(_one_of(LICENCES))),
     "license_name": _TEXT,
     "license_link": (
         f"an https address or {' or '.join(LICENCE_FILE_NAMES)}",
         lambda v: isinstance(v, str) and (v.startswith("https://") or v in LICENCE_FILE_NAMES),
     ),
     "library_name": _TEXT,
-    "pipeline_tag": ("a task of the Hub for language models", lambda v: v in PIPELINE_TAGS),
+    "pipeline_tag": ("a task of the Hub for language models", _one_of(PIPELINE_TAGS)),
     "tags": _TEXTS,
     "metrics": _TEXTS,
     "datasets": ("dataset ids of the Hub", _each(is_model_id)),
     "base_model": (_MODEL[0], _each(is_model_id)),
-    "base_model_relation": (f"one of {', '.join(RELATIONS)}", lambda v: v in RELATIONS),
+    "base_model_relation": (f"one of {', '.join(RELATIONS)}", _one_of(RELATIONS)),
     "new_version": _MODEL,
     "model-index": ("results in the form the Hub reads, with numbers", _is_model_index),
     "widget": ("a list", lambda v: isinstance(v, list)),
