@@ -145,6 +145,8 @@ def _each(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _is_model_index(value: Any) -> bool:
     from huggingface_hub.repocard_data import model_index_to_eval_results
 
+    if not isinstance(value, list) or not value:
+        return False
     try:
         name, results = model_index_to_eval_results(value)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError):
