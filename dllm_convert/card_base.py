@@ -20,7 +20,11 @@ from dllm_convert.source_folder import LICENCE_FILES
 from dllm_convert.training.documents import FILE_SUFFIXES
 
 _SEPARATORS = re.compile(r"[/\\]")
-_PATH = re.compile(r"(?<![\w/\\.:])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+ -]*[\w.@+-])+")
+# Spaces count as part of a name: better a word too many is cut than a folder's name is told.
+_NAME = r"[/\\]+[\w.@+ -]*[\w.@+*-]"
+_PATH = re.compile(
+    rf"(?<![\w/\\.:~])(?:(?:~|\.{{1,2}}|[A-Za-z]:)(?:{_NAME})+|(?:{_NAME}){{2,}})[/\\]?"
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

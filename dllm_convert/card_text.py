@@ -19,6 +19,7 @@ MISTAKE = re.compile(
 # An underscore inside a word and an ampersand that begins no entity are themselves anyway.
 _MARKUP = re.compile(r"[\\`*\[\]<|~$]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
 
+_BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=[#>+=-]))([#>+=.)-])")
 _GAPS = re.compile(r"(?P<block>^(?P<ticks>`{3,})[^\n`]*\n.*?^(?P=ticks)$)|\n{3,}", re.DOTALL | re.M)
 
 
@@ -63,7 +64,8 @@ def text(value: object) -> str:
     for found in MISTAKE.finditer(line):
         parts += [_escaped(line[end : found.start()]), code(found[0])]
         end = found.end()
-    return "".join([*parts, _escaped(line[end:])])
+    # A list item or a paragraph may begin with it: no heading, list or quotation begins there.
+    return _BLOCK.sub(r"\1\\\2", "".join([*parts, _escaped(line[end:])]))
 
 
 def _escaped(part: str) -> str:

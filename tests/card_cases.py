@@ -90,7 +90,7 @@ def _manifest(
         "format_version": 1,
         "created": "2026-11-23T22:30:00+00:00",
         "dllm_convert": "0.1.0",
-        "versions": VERSIONS,
+        "versions": dict(VERSIONS),
         "source": {
             "kind": "hub",
             "license_name": None,
@@ -107,7 +107,7 @@ def _manifest(
             "block_size": block,
             "token_shift": plan["shift"],
             "mask": mask,
-            "attention_changes": plan["changes"],
+            "attention_changes": list(plan["changes"]),
             "notes": [],
             "min_transformers": "5.2.0",
         },
