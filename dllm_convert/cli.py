@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -18,13 +17,13 @@ from dllm_convert.cli_values import (
     default_out,
     method,
     parse_assignments,
+    plan_document,
     push_options,
 )
 from dllm_convert.errors import VerificationError
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
-    from dllm_convert.schema import Recipe
 
 EXIT_CODES = {
     0: "done",
@@ -105,7 +104,7 @@ def run(
     recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
     folder = out or default_out(recipe)
     if dry_run or ctx.info_name == "check":
-        _show_plan(recipe, folder, as_json=as_json)
+        _show_plan(plan_document(recipe, folder, push), as_json=as_json)
         return
     reporter = _reporter(quiet=quiet or as_json)
     from dllm_convert import pipeline
@@ -270,12 +269,9 @@ def architectures(as_json: option.Json = False) -> None:
     output.write(output.table(header, rows))
 
 
-def _show_plan(recipe: Recipe, folder: Path, *, as_json: bool) -> None:
+def _show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
     from dllm_convert import recipe_yaml
-    from dllm_convert.pipeline import plan_conversion
-    from dllm_convert.plan import plan_as_dict
 
-    plan = {"out": str(folder), **plan_as_dict(plan_conversion(recipe))}
     if as_json:
         output.write_json(plan)
     else:

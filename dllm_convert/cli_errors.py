@@ -44,7 +44,7 @@ class CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            resumable = ctx.invoked_subcommand == "run"
+            resumable = ctx.invoked_subcommand in ("run", "push")
             hint = "The same command goes on where it stopped" if resumable else None
             failure = Failure("Interrupted", "interrupted", hint, INTERRUPTED)
             raise _exit(failure, error, ctx) from error

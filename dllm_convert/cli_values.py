@@ -99,6 +99,31 @@ def default_out(recipe: Recipe) -> Path:
     return Path(f"{name}-{recipe.target}")
 
 
+def plan_document(recipe: Recipe, folder: Path, push: PushOptions | None) -> dict[str, Any]:
+    """Return what a dry run shows: the plan, and where it would be published.
+
+    Raises:
+        DllmConvertError: The conversion cannot work, or may not be published as asked.
+    """
+    from dllm_convert.manifest import source_facts
+    from dllm_convert.pipeline import plan_conversion
+    from dllm_convert.plan import plan_as_dict
+
+    plan = plan_conversion(recipe)
+    document = {"out": str(folder), **plan_as_dict(plan)}
+    if push is None:
+        return document
+    from dllm_convert.publish.run import licence_warnings
+
+    publication = {
+        "repository": push.repo_id,
+        "visibility": "public" if push.public else "private, if it is new",
+        "revision": "a pull request" if push.create_pr else push.revision or "main",
+        "warnings": list(licence_warnings({"source": source_facts(plan)}, push)),
+    }
+    return document | {"publication": publication}
+
+
 def base_folder(source: str, reporter: Reporter) -> Path:
     """Return the folder of a base's weights, fetched if need be."""
     from dllm_convert.materialise import materialise

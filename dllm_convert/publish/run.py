@@ -62,13 +62,29 @@ def preflight(manifest: Mapping[str, Any], options: PushOptions, reporter: Repor
         IncompatibleError: The licence of the base forbids it.
     """
     _, repo_id = who_am_i(options.repo_id)
-    source = manifest["source"]
-    rules = rules_for(source.get("license"), source.get("license_name"))
-    for warning in check_publication(
-        rules, repo_id, public=options.public is True, files=manifest.get("files") or ()
-    ):
+    options = replace(options, repo_id=repo_id)
+    for warning in licence_warnings(manifest, options):
         reporter.warn(warning)
-    return replace(options, repo_id=repo_id)
+    return options
+
+
+def licence_warnings(manifest: Mapping[str, Any], options: PushOptions) -> tuple[str, ...]:
+    """Return what the base's licence wants and is not there; asks nobody, so a dry run can.
+
+    Args:
+        manifest: As in `preflight`.
+        options: Where and how.
+
+    Raises:
+        IncompatibleError: The licence of the base forbids it.
+    """
+    source = manifest["source"]
+    return check_publication(
+        rules_for(source.get("license"), source.get("license_name")),
+        options.repo_id,
+        public=options.public is True,
+        files=manifest.get("files") or (),
+    )
 
 
 def require_verified(manifest: Mapping[str, Any], *, force: bool) -> bool:

@@ -110,6 +110,19 @@ def test_nothing_is_done_for_somebody_who_cannot_push(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_says_what_the_licence_wants(
+    hub: LoopbackHub, run: Callable[..., Done], tmp_path: Path
+) -> None:
+    shown = run("--push-to-hub", REPO, "--public", "--dry-run", "--json", token=None)
+    assert shown.json["publication"]["repository"] == REPO
+    assert shown.json["publication"]["visibility"] == "public"
+    card = hub.repos[BASE] / "README.md"
+    card.write_text("---\nlicense: llama3.2\n---\n# Base\n")
+    refused = run("--push-to-hub", REPO, "--dry-run", token=None)
+    assert refused.code == 3 and "Push to me/Llama-" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments", [("--revision", "x"), ("--public",), ("--private",), ("--create-pr",)]
 )
