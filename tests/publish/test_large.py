@@ -17,7 +17,8 @@ from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, writ
 from dllm_convert.safetensors_header import INDEX_FILE, encode_header
 
 SHARD_BYTES = 1_550_000_000
-MEMORY_BYTES = 500 << 20
+MEMORY_BYTES = 300 << 20
+"""What the push may take beyond the modules it has loaded; a fifth of one shard."""
 
 CLIENT = """
 import resource, sys
@@ -27,8 +28,11 @@ from dllm_convert.console import Reporter
 from dllm_convert.publish import PushOptions, confirm, push_checkpoint, run
 confirm.short_verification = lambda *_: ()
 run.quiet_libraries = nullcontext
+import dllm_convert.card, dllm_convert.card_checks, huggingface_hub.hf_api, markdown_it, yaml
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = push_checkpoint(Path(sys.argv[1]), PushOptions("me/large"), Reporter(quiet=True))
-print(result.uploaded_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(result.uploaded_bytes, (peak - before) * 1024, before * 1024)
 """
 
 
@@ -67,9 +71,9 @@ def test_a_large_folder_goes_through_in_little_memory(
             timeout=900,
         )
     assert done.returncode == 0, done.stderr
-    uploaded, peak = map(int, done.stdout.split())
+    uploaded, taken, modules = map(int, done.stdout.split())
     assert uploaded > 3_100_000_000
-    assert peak < MEMORY_BYTES, f"{peak:,} bytes"
+    assert taken < MEMORY_BYTES, f"{taken:,} bytes over {modules:,}"
     commit = hub.store.repos["me/large"].find("main")
     assert commit is not None
     sent = {name: blob.sha256 for name, blob in commit.files.items() if blob.lfs}
