@@ -16,15 +16,10 @@ from dllm_convert.hub_vocabulary import (
     language_codes,
 )
 from dllm_convert.licences import LicenceRules, rules_for
+from dllm_convert.redaction import last_part
 from dllm_convert.source_folder import LICENCE_FILES
 from dllm_convert.training.documents import FILE_SUFFIXES
 
-_SEPARATORS = re.compile(r"[/\\]")
-# Spaces count as part of a name: better a word too many is cut than a folder's name is told.
-_NAME = r"[/\\]+[\w.@+ -]*[\w.@+*-]"
-_PATH = re.compile(
-    rf"(?<![\w/\\.:~])(?:(?:~|\.{{1,2}}|[A-Za-z]:)(?:{_NAME})+|(?:{_NAME}){{2,}})[/\\]?"
-)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -92,16 +87,6 @@ class Data:
     names: tuple[str, ...]
     revision: str | None
     facts: Mapping[str, Any]
-
-
-def last_part(path: str) -> str:
-    """Return the last part of a path of any system."""
-    return _SEPARATORS.split(path.rstrip("/\\"))[-1]
-
-
-def without_paths(text: str) -> str:
-    """Cut absolute paths inside a sentence down to their last part."""
-    return _PATH.sub(lambda found: last_part(found[0]) or found[0], text)
 
 
 def base_of(folder: Path, manifest: Mapping[str, Any]) -> Base:

@@ -17,13 +17,12 @@ from dllm_convert.card_base import (
     data_kind,
     data_names,
     data_of,
-    last_part,
-    without_paths,
 )
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
 from dllm_convert.pictures import PICTURES, Picture
+from dllm_convert.redaction import last_part, without_paths
 
 BILLION = 1_000_000_000
 MEASURES = {

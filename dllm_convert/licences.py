@@ -20,6 +20,7 @@ from dllm_convert.licence_table import (
     USE_POLICY,
     LicenceRules,
 )
+from dllm_convert.redaction import last_part
 
 __all__ = [
     "NOTICE_FILE",
@@ -120,7 +121,7 @@ def write_notice(folder: Path, source: Mapping[str, Any]) -> None:
         folder: A checkpoint that is being put together.
         source: The `source` section of its manifest.
     """
-    base = re.split(r"[/\\]", str(source["repo_id"] or source["given"]).rstrip("/\\"))[-1]
+    base = last_part(str(source["repo_id"] or source["given"]))
     text = notice_text(rules_for(source["license"], source["license_name"]), base)
     if text is not None and not any(
         path.name.upper().startswith("NOTICE") for path in folder.iterdir()

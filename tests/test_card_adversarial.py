@@ -15,7 +15,6 @@ from markdown_it.token import Token
 
 from dllm_convert import card_text
 from dllm_convert.card import write_card
-from dllm_convert.card_base import last_part, without_paths
 
 EVIL = [
     "a|b||c",
@@ -224,32 +223,6 @@ def test_no_local_path_leaks(tmp_path: Path, make: Callable[[], Manifest], path:
     assert SECRET not in card
     assert str(tmp_path) not in card
     assert "config.json is missing" in card
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("no paths: 3/4 of 1.5e-05, n/a, and/or", "no paths: 3/4 of 1.5e-05, n/a, and/or"),
-        ("see https://x.org/a/b", "see https://x.org/a/b"),
-        ("/home/me/x.json is missing", "x.json is missing"),
-        ("in '/home/me/x y/z.json'", "in 'z.json'"),
-        ("at C:\\Users\\me\\x.json", "at x.json"),
-        ("~/me/x", "x"),
-        ("org/model", "org/model"),
-        ("a (/tmp/x/y) b", "a (y) b"),
-        ("<|/s|>", "<|/s|>"),
-        ("</s> and <s/>", "</s> and <s/>"),
-        ("\\\\server\\share\\x.json", "x.json"),
-        ("from ../me/x.json", "from x.json"),
-        ("layers.0/1", "layers.0/1"),
-    ],
-)
-def test_paths_in_sentences(text: str, expected: str) -> None:
-    assert without_paths(text) == expected
-
-
-def test_last_part() -> None:
-    assert [last_part(p) for p in ("a/b", "a\\b\\", "/a/b//", "b", "")] == ["b", "b", "b", "b", ""]
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
