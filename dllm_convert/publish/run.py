@@ -20,6 +20,7 @@ from dllm_convert.publish.repository import who_am_i
 from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
 from dllm_convert.quiet import quiet_libraries
+from dllm_convert.redaction import redact_folder
 from dllm_convert.workspace import WORK, locked
 
 
@@ -138,6 +139,7 @@ def _stage(
         adapter_checkpoint(folder, out, reporter)
     else:
         stage(folder, out, reporter, max_shard_size=options.max_shard_size)
+    redact_folder(out)
     edited = _edited_card(folder, manifest)
     if edited is None or options.overwrite_card or options.adapter_only:
         (out / CARD_FILE).unlink(missing_ok=True)
