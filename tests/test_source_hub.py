@@ -80,6 +80,26 @@ def test_materialise_downloads_the_files_of_the_commit(hub: LoopbackHub, tmp_pat
         assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+def test_terms_of_the_base_come_along(hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = hub.repos["someone/tiny-llama"]
+    (folder / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: x-terms\nlicense_link: LICENSE\nlanguage: [en]\n---\n"
+    )
+    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE", "Notice.txt"):
+        (folder / name).write_text("terms")
+    code = INSPECT.replace('"kind": info.kind', '"card": vars(info.card), "kind": info.kind')
+    env = hub.environment(tmp_path / "home")
+    first, local = run_python(code, "someone/tiny-llama", COMMIT, "yes", env=env).splitlines()
+    found = json.loads(first)
+    assert found["card"] == {
+        **{"license": "other", "license_name": "x-terms", "license_link": "LICENSE"},
+        **{"languages": ["en"], "origin": None},
+    }
+    wanted = {"LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE", "Notice.txt"}
+    assert wanted <= set(found["files"])
+    assert wanted <= {path.name for path in Path(local).iterdir()}
+
+
 def test_the_cache_serves_when_the_hub_is_gone(hub: LoopbackHub, tmp_path: Path) -> None:
     env = hub.environment(tmp_path / "home")
     run_python(INSPECT, "someone/tiny-llama", "main", "yes", env=env)
