@@ -165,7 +165,15 @@ class _Run:
             return dict(nelbo(model, batches, objective, seed=seed, task=task).as_dict())
 
     def _on_device(self, model: Any) -> list[Any]:
-        return [batch.to(model.device) for batch in self._data.held_out]
+        return [
+            replace(
+                batch,
+                tokens=batch.tokens.to(model.device),
+                segments=batch.segments.to(model.device),
+                positions=batch.positions.to(model.device),
+            )
+            for batch in self._data.held_out
+        ]
 
     def _baseline(self) -> dict[str, Any]:
         from dllm_convert.diffusion.likelihood import autoregressive_nll
