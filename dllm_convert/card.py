@@ -11,11 +11,10 @@ from dllm_convert.card_checks import check_card, check_metadata
 from dllm_convert.card_facts import BILLION, MODELING_FILE, collect_facts
 from dllm_convert.card_metadata import dump_front_matter, front_matter
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import read_manifest, record_card
+from dllm_convert.manifest import CARD_FILE, read_manifest, record_card
 from dllm_convert.recipe import data_dir
 from dllm_convert.sampling import DEFAULT_PROMPT
 
-CARD_FILE = "README.md"
 TEMPLATE = "model.md.jinja"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -104,20 +105,17 @@ def run(
     recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
     folder = out or default_out(recipe)
     if dry_run or ctx.info_name == "check":
-        _show_plan(plan_document(recipe, folder, push), as_json=as_json)
+        from dllm_convert import recipe_yaml
+
+        output.show(plan_document(recipe, folder, push), recipe_yaml.dump, as_json=as_json)
         return
     reporter = _reporter(quiet=quiet or as_json)
     from dllm_convert import pipeline
 
     result = pipeline.run(recipe, folder, reporter, push=push)
-    path = str(result.path)
     published = result.pushed.as_dict() if result.pushed else None
-    if as_json:
-        output.write_json(output.run_document(path, result.passed, result.manifest, published))
-    else:
-        output.write(output.run_summary(path, result.manifest))
-        if published:
-            output.write(output.push_summary(published))
+    document = output.run_document(str(result.path), result.passed, result.manifest, published)
+    output.show(document, output.run_text, as_json=as_json)
     _exit_if_failed(result.manifest["verification"])
 
 
@@ -136,10 +134,7 @@ def verify(
     with quiet_libraries():
         base = base_folder(against, reporter) if against else None
         report = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
-    if as_json:
-        output.write_json(report)
-    else:
-        output.write(output.verification_table(report))
+    output.show(report, output.verification_table, as_json=as_json)
     _exit_if_failed(report)
 
 
@@ -182,11 +177,7 @@ def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
     """Write the model card (README.md) of a converted checkpoint anew."""
     from dllm_convert.card import write_card
 
-    path = str(write_card(checkpoint))
-    if as_json:
-        output.write_json({"path": path})
-    else:
-        output.write(path)
+    output.show({"path": str(write_card(checkpoint))}, itemgetter("path"), as_json=as_json)
 
 
 @app.command()
@@ -219,11 +210,8 @@ def push(
     )
     from dllm_convert.publish import push_checkpoint
 
-    result = push_checkpoint(checkpoint, options, reporter).as_dict()
-    if as_json:
-        output.write_json(result)
-    else:
-        output.write(output.push_summary(result))
+    result = push_checkpoint(checkpoint, options, reporter)
+    output.show(result.as_dict(), output.push_summary, as_json=as_json)
 
 
 @app.command()
@@ -267,15 +255,6 @@ def architectures(as_json: option.Json = False) -> None:
         for family in families
     ]
     output.write(output.table(header, rows))
-
-
-def _show_plan(plan: Mapping[str, Any], *, as_json: bool) -> None:
-    from dllm_convert import recipe_yaml
-
-    if as_json:
-        output.write_json(plan)
-    else:
-        output.write(recipe_yaml.dump(plan))
 
 
 def _reporter(*, quiet: bool) -> Reporter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 _MEASURES = {
@@ -26,6 +26,14 @@ def write(text: str) -> None:
     """Write text and a line end to stdout."""
     # A plain write: rich would wrap at 80 columns where stdout is a pipe.
     sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def show(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
+    """Write what a command found: as its one JSON document, or as text for people."""
+    if as_json:
+        write_json(document)
+    else:
+        write(as_text(document))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -96,6 +104,13 @@ def run_document(
     """Return what `run --json` prints; `published` is there only if something was."""
     document = {"path": path, "passed": passed, "manifest": dict(manifest)}
     return document | ({"published": dict(published)} if published else {})
+
+
+def run_text(document: Mapping[str, Any]) -> str:
+    """Return what `run` shows, from the document it would print with `--json`."""
+    summary = run_summary(document["path"], document["manifest"])
+    published = document.get("published")
+    return f"{summary}\n{push_summary(published)}" if published else summary
 
 
 def push_summary(result: Mapping[str, Any]) -> str:

@@ -35,6 +35,14 @@ def read_chunks(handle: BinaryIO, start: int, length: int) -> Iterator[bytes]:
         yield chunk
 
 
+def link(source: Path | str, target: Path | str) -> None:
+    """Hard-link where the file system can, to save a second copy of weights; else copy."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def _existing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 

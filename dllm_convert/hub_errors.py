@@ -38,6 +38,11 @@ def status_of(error: BaseException) -> int | None:
     return None if response is None else int(response.status_code)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line an error says, or its name if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether an error may be gone on the next try: no answer, too many requests, or the server's.
 
@@ -144,14 +149,14 @@ def _refused(repo_id: str, error: BaseException, doing: Doing) -> HubError:
 
 
 def _unreachable(repo_id: str, error: BaseException, doing: Doing) -> HubError:
-    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    said = first_line(error)
     if doing == "write":
         return HubError(
-            f"cannot reach the Hub for {repo_id} ({first_line})",
+            f"cannot reach the Hub for {repo_id} ({said})",
             hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; the same command uploads "
             "only what is missing",
         )
     return HubError(
-        f"cannot reach the Hub for {repo_id}, and it is not in the local cache ({first_line})",
+        f"cannot reach the Hub for {repo_id}, and it is not in the local cache ({said})",
         hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
     )

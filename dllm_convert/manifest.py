@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dllm_convert.plan import ConversionPlan
 
 MANIFEST_FILE = "dllm_convert.json"
+CARD_FILE = "README.md"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -86,9 +87,21 @@ def git_blob(path: Path) -> str:
 
 def record_card(folder: Path) -> None:
     """Remember in the manifest what the generated README.md was, to tell a person's edits later."""
-    path = folder / "README.md"
+    path = folder / CARD_FILE
     card = {"sha256": sha256_file(path), "blob": git_blob(path)}
     write_manifest(folder, read_manifest(folder) | {"card": card})
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the names of all files under `folder`, work state left out, sorted.
+
+    Names are relative to the folder, with forward slashes.
+    """
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and WORK not in path.relative_to(folder).parts
+    )
 
 
 def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:
@@ -102,12 +115,7 @@ def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:
         Name relative to the folder, with forward slashes, to hexadecimal digest.
     """
     skipped = set(exclude)
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and WORK not in path.relative_to(folder).parts
-    )
-    return {name: sha256_file(folder / name) for name in names if name not in skipped}
+    return {name: sha256_file(folder / name) for name in file_names(folder) if name not in skipped}
 
 
 def changed_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:

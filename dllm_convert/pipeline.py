@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.disk import link
 from dllm_convert.manifest import source_facts
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.quiet import quiet_libraries
@@ -217,7 +218,7 @@ class _Run:
         work, staged = self.workspace.work, self.workspace.staged
         trained = self.plan.recipe.training.method != "none"
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.copytree(work / ("trained" if trained else "untrained"), staged, copy_function=_link)
+        shutil.copytree(work / ("trained" if trained else "untrained"), staged, copy_function=link)
         if trained:
             draw_loss(work / "metrics.jsonl", self._measurements(), staged / LOSS.file)
         write_notice(staged, source_facts(self.plan))
@@ -234,7 +235,7 @@ class _Run:
 
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import MANIFEST_FILE, hash_files, versions
+        from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, hash_files, versions
 
         return {
             "format_version": FORMAT_VERSION,
@@ -248,7 +249,7 @@ class _Run:
             "stages": self.workspace.stages,
             "measurements": self._measurements(),
             "sample": self.workspace.result("sample"),
-            "files": hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, "README.md")),
+            "files": hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, CARD_FILE)),
         }
 
     def _verify(self) -> dict[str, Any]:
@@ -278,11 +279,3 @@ class _Run:
         """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""
         for name in ("untrained", "trained", "trainer"):
             shutil.rmtree(self.workspace.work / name, ignore_errors=True)
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link where the file system can, to save a second copy of the weights."""
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)

@@ -56,6 +56,14 @@ class Answer:
         return cls.json({"error": message}, status, **headers, **{"Retry-After": "0"})
 
 
+class Refusal(Exception):
+    """An error that ends a request."""
+
+    def __init__(self, status: int, code: str | None, message: str) -> None:
+        super().__init__(message)
+        self.answer = Answer.error(status, code, message)
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request that was read."""
@@ -82,19 +90,22 @@ def answer(hub: LoopbackHub, asked: Asked) -> Answer:
         for method, pattern, handle in _ROUTES:
             found = re.fullmatch(pattern, asked.path)
             if found and asked.method in method.split():
-                return handle(hub, asked, known, **found.groupdict())
+                try:
+                    return handle(hub, asked, known, **found.groupdict())
+                except Refusal as refusal:
+                    return refusal.answer
     if asked.path.startswith("/api/models/"):
         return Answer.error(404, "RepoNotFound", "Repository not found")
     return Answer.error(404, None, f"no such endpoint: {asked.method} {asked.path}")
 
 
-def _repo(hub: LoopbackHub, user: User | None, repo_id: str) -> Repo | Answer:
+def _repo(hub: LoopbackHub, user: User | None, repo_id: str) -> Repo:
     repo = hub.find(repo_id)
     hidden = repo is not None and repo.private and not _may_see(user, repo_id)
     if repo is None or hidden:
-        return Answer.error(401 if user is None else 404, "RepoNotFound", "Repository not found")
+        raise Refusal(401 if user is None else 404, "RepoNotFound", "Repository not found")
     if repo_id in hub.gated:
-        return Answer.error(403, "GatedRepo", f"Access to model {repo_id} is restricted")
+        raise Refusal(403, "GatedRepo", f"Access to model {repo_id} is restricted")
     return repo
 
 
@@ -102,15 +113,20 @@ def _may_see(user: User | None, repo_id: str) -> bool:
     return user is not None and repo_id.partition("/")[0] in (user.name, *user.orgs)
 
 
-def _writable(hub: LoopbackHub, user: User | None, repo_id: str) -> Repo | Answer:
+def _writable(hub: LoopbackHub, user: User | None, repo_id: str) -> Repo:
     repo = _repo(hub, user, repo_id)
-    if isinstance(repo, Answer):
-        return repo
     if user is None:
-        return Answer.error(401, None, BAD_TOKEN)
+        raise Refusal(401, None, BAD_TOKEN)
     if not user.write or not _may_see(user, repo_id):
-        return Answer.error(403, None, "You don't have the rights to write to this repository")
+        raise Refusal(403, None, "You don't have the rights to write to this repository")
     return repo
+
+
+def _at(repo: Repo, revision: str) -> Commit:
+    commit = repo.find(revision)
+    if commit is None:
+        raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    return commit
 
 
 def _whoami(hub: LoopbackHub, asked: Asked, user: User | None) -> Answer:
@@ -163,11 +179,7 @@ def _validate(hub: LoopbackHub, asked: Asked, user: User | None) -> Answer:
 
 def _preupload(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str) -> Answer:
     found = _writable(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
-    commit = found.find(rev)
-    if commit is None:
-        return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+    commit = _at(found, rev)
     modes = []
     for file in asked.data["files"]:
         weights = file["path"].endswith(".safetensors") or file["size"] > 10_000_000
@@ -179,9 +191,7 @@ def _preupload(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev
 
 
 def _batch(hub: LoopbackHub, asked: Asked, user: User | None, repo: str) -> Answer:
-    found = _writable(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
+    _writable(hub, user, repo)
     objects = asked.data["objects"]
     used = sum(blob.size for blob in hub.store.objects.values())
     if hub.quota is not None and used + sum(o["size"] for o in objects) > hub.quota:
@@ -241,14 +251,10 @@ def _verify(hub: LoopbackHub, asked: Asked, user: User | None) -> Answer:
 
 def _commit(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str) -> Answer:
     found = _writable(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
     assert isinstance(asked.body, bytes) and user is not None
     lines = [json.loads(line) for line in asked.body.splitlines() if line.strip()]
     header = next(line["value"] for line in lines if line["key"] == "header")
-    head = found.find(rev)
-    if head is None:
-        return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+    head = _at(found, rev)
     if header.get("parentCommit") not in (None, head.oid):
         return Answer.error(412, None, "A commit has happened since. Please refresh and try again.")
     changes: dict[str, Blob | None] = {}
@@ -271,8 +277,6 @@ def _commit(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: s
 
 def _discuss(hub: LoopbackHub, asked: Asked, user: User | None, repo: str) -> Answer:
     found = _repo(hub, user, repo) if asked.method == "GET" else _writable(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
     if asked.method == "GET":
         author = (asked.query.get("author") or [None])[0]
         shown = [_details(repo, p) for p in found.pulls if author in (None, p.author)]
@@ -306,8 +310,6 @@ def _details(repo_id: str, pull: PullRequest) -> dict[str, Any]:
 
 def _discussion(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, num: str) -> Answer:
     found = _repo(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
     pull = next((p for p in found.pulls if p.num == int(num)), None)
     if pull is None:
         return Answer.error(404, None, "no such discussion")
@@ -316,8 +318,6 @@ def _discussion(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, nu
 
 def _status(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, num: str) -> Answer:
     found = _writable(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
     pull = next(p for p in found.pulls if p.num == int(num))
     pull.status = asked.data["status"]
     event = {
@@ -332,8 +332,6 @@ def _status(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, num: s
 
 def _branch(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, name: str) -> Answer:
     found = _writable(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
     if name in found.refs:
         return Answer.error(409, None, "Reference already exists")
     found.refs[name] = found.refs[MAIN]
@@ -342,11 +340,7 @@ def _branch(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, name: 
 
 def _info(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str = MAIN) -> Answer:
     found = _repo(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
-    commit = found.find(rev)
-    if commit is None:
-        return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+    commit = _at(found, rev)
     return Answer.json(
         {
             "id": repo,
@@ -370,11 +364,7 @@ def _tree(
     hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str, name: str | None
 ) -> Answer:
     found = _repo(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
-    commit = found.find(rev)
-    if commit is None:
-        return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+    commit = _at(found, rev)
     start = int((asked.query.get("cursor") or ["0"])[0])
     folder = f"{name}/" if name else ""
     names = sorted(path for path in commit.files if path.startswith(folder))
@@ -403,11 +393,7 @@ def _resolve(
     hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str, name: str
 ) -> Answer:
     found = _repo(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
-    commit = found.find(rev)
-    if commit is None:
-        return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+    commit = _at(found, rev)
     blob = commit.files.get(name)
     if blob is None:
         missing = Answer.error(404, "EntryNotFound", "Entry not found")
@@ -439,8 +425,6 @@ def _content(asked: Asked, blob: Blob, headers: dict[str, str]) -> Answer:
 
 def _refs(hub: LoopbackHub, asked: Asked, user: User | None, repo: str) -> Answer:
     found = _repo(hub, user, repo)
-    if isinstance(found, Answer):
-        return found
     branches = [
         {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid}
         for name, oid in found.refs.items()

@@ -13,7 +13,7 @@ from conversion import convert
 from hub_server import LoopbackHub
 
 from dllm_convert.card import write_card
-from dllm_convert.manifest import MANIFEST_FILE, hash_files, versions, write_manifest
+from dllm_convert.manifest import MANIFEST_FILE, hash_files, source_facts, versions, write_manifest
 from dllm_convert.plan import plan_as_dict
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
@@ -27,22 +27,12 @@ PROBES = [
 def checkpoint(base: Path, folder: Path, target: str = "bd3lm", **changes: Any) -> Path:
     """Write a converted, documented checkpoint with a manifest as `run` writes it."""
     plan = convert(base, folder, target)
-    source = plan.source
     manifest = {
         "format_version": 1,
         "created": "2026-11-23T22:30:00+00:00",
         "dllm_convert": "0.1.0",
         "versions": versions(),
-        "source": {
-            "given": source.given,
-            "kind": source.kind,
-            "repo_id": source.repo_id,
-            "revision": source.revision,
-            "license": "apache-2.0",
-            "model_type": source.model_type,
-            "parameters": source.parameters,
-            "fingerprint": dict(source.fingerprint),
-        },
+        "source": source_facts(plan) | {"license": "apache-2.0"},
         "recipe": plan.recipe.model_dump(mode="json"),
         "plan": plan_as_dict(plan),
         "stages": [],

@@ -9,16 +9,17 @@ from typing import Any
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
+from dllm_convert.disk import link
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
-from dllm_convert.publish.staging import (
-    ADAPTER,
+from dllm_convert.manifest import (
     CARD_FILE,
-    check_recorded,
-    is_weight,
-    link,
-    published_names,
+    MANIFEST_FILE,
+    hash_files,
+    read_manifest,
+    write_manifest,
 )
+from dllm_convert.publish.staging import check_recorded, is_weight, published_names
+from dllm_convert.training.adapter_files import ADAPTER
 
 ADAPTER_CONFIG = "adapter_config.json"
 SCRIPT = Path(__file__).with_name("_adapter_process.py")
@@ -53,6 +54,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
             check_recorded(folder, name, recorded)
             target = name.removeprefix(f"{ADAPTER}/")
             if not fnmatch(target, "*.png"):
+                (out / target).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / target)
     (out / MANIFEST_FILE).unlink()
     files = hash_files(out, exclude=(MANIFEST_FILE, CARD_FILE))

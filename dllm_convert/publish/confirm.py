@@ -11,9 +11,14 @@ from dllm_convert.console import Reporter
 from dllm_convert.disk import writing
 from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.hub_errors import hub_errors
-from dllm_convert.manifest import read_manifest, sha256_file
+from dllm_convert.manifest import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    changed_files,
+    read_manifest,
+    sha256_file,
+)
 from dllm_convert.publish.adapter import check_adapter
-from dllm_convert.publish.remote import file_names
 
 GROUPS = ("tokens", "portability", "generate")
 """Probes of the short verification: it loads from the Hub, alone, and decodes."""
@@ -51,18 +56,17 @@ def confirm(
         HubError: The download fails, or a file differs from what was sent.
         VerificationError: It does not load or does not decode.
     """
-    names = file_names(staged)
-    size = sum((staged / name).stat().st_size for name in names)
+    # The staged files were compared with these hashes: they are not read once more.
+    hashes = read_manifest(staged)["files"] | {
+        name: sha256_file(staged / name) for name in (MANIFEST_FILE, CARD_FILE)
+    }
+    size = sum((staged / name).stat().st_size for name in hashes)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         with writing(scratch, size), reporter.task("download what was published"):
             folder = download(repo_id, commit, scratch)
-        with reporter.task("compare every file", total=len(names)) as task:
-            wrong = []
-            for name in names:
-                if not _same(staged / name, folder / name):
-                    wrong.append(name)
-                task.advance()
+        with reporter.task("compare every file"):
+            wrong = sorted(changed_files(folder, hashes))
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise HubError(
@@ -71,7 +75,7 @@ def confirm(
             )
         probes = short_verification(folder, merged, scratch, reporter)
         _raise_failed(probes)
-        return Confirmation(len(names), size, probes)
+        return Confirmation(len(hashes), size, probes)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -101,9 +105,11 @@ def short_verification(
     if read_manifest(folder).get("adapter_only"):
         return (check_adapter(folder, merged, scratch, reporter),)
     from dllm_convert.verify import verify_checkpoint
+    from dllm_convert.verify.run import GROUPS as ALL
 
-    report = verify_checkpoint(folder, groups=GROUPS, reporter=reporter)
-    return tuple(p for p in report.as_dict()["probes"] if p["name"] not in _left_out())
+    report = verify_checkpoint(folder, groups=GROUPS, reporter=reporter).as_dict()
+    not_asked = set(ALL) - set(GROUPS)
+    return tuple(probe for probe in report["probes"] if probe["name"] not in not_asked)
 
 
 def _raise_failed(probes: tuple[dict[str, Any], ...]) -> None:
@@ -115,15 +121,3 @@ def _raise_failed(probes: tuple[dict[str, Any], ...]) -> None:
                 hint="Keep the repository private, run `dllm-convert verify` on the folder, and "
                 "push again",
             )
-
-
-def _left_out() -> set[str]:
-    from dllm_convert.verify.run import GROUPS as ALL
-
-    return set(ALL) - set(GROUPS)
-
-
-def _same(sent: Path, found: Path) -> bool:
-    if not found.is_file() or sent.stat().st_size != found.stat().st_size:
-        return False
-    return sha256_file(sent) == sha256_file(found)

@@ -10,15 +10,16 @@ from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, HubError
 from dllm_convert.hub_errors import (
     PRECONDITION_FAILED,
+    first_line,
     hub_errors,
     is_passing,
     status_of,
     transport_error,
 )
+from dllm_convert.manifest import CARD_FILE
 from dllm_convert.publish.confirm import confirm
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.remote import (
-    CARD_FILE,
     Changes,
     RemoteState,
     compare,
@@ -112,7 +113,7 @@ def _send(
                 stale = status_of(error) == PRECONDITION_FAILED
                 if failures == ATTEMPTS or not (stale or is_passing(error)):
                     raise
-                reporter.line(f"{_first_line(error)}; trying again")
+                reporter.line(f"{first_line(error)}; trying again")
                 time.sleep(FIRST_PAUSE_S * 2 ** (failures - 1))
     raise HubError(
         f"{target.repo_id} does not hold what was sent",
@@ -132,11 +133,12 @@ def _survey(
                 "this checkpoint is not verified",
                 hint="Replace it with --overwrite-card",
             )
+        if not staged.card_kept:
+            reporter.warn(
+                f"the README.md of {target.repo_id} was written by a person and is kept; "
+                "--overwrite-card replaces it"
+            )
         staged.keep_card(_read_card(remote, scratch))
-        reporter.warn(
-            f"the README.md of {target.repo_id} was written by a person and is kept; "
-            "--overwrite-card replaces it"
-        )
     refuse_foreign(remote, staged.folder, staged.manifest)
     return remote, compare(remote, staged.folder, staged.manifest)
 
@@ -177,7 +179,3 @@ def _commit(
             f"the Hub refuses the card's metadata: {'; '.join(lines) or error}",
             hint="Correct README.md, or write it anew with `dllm-convert card`",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import HubError
-from dllm_convert.manifest import MANIFEST_FILE, git_blob, sha256_file
+from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, file_names, git_blob, sha256_file
+from dllm_convert.redaction import last_part
 
-CARD_FILE = "README.md"
 OWN_FILES = (".gitattributes", ".gitignore", CARD_FILE)
 """Files a repository may hold before anything was published: the Hub or its owner made them."""
 
@@ -82,11 +82,6 @@ class Changes:
         return bool(self.upload or self.delete)
 
 
-def file_names(folder: Path) -> list[str]:
-    """Return the names of all files under a folder, with forward slashes, sorted."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
 def read_remote(repo_id: str, revision: str, scratch: Path) -> RemoteState:
     """List a repository at the commit a revision stands for now.
 
@@ -148,7 +143,7 @@ def refuse_foreign(remote: RemoteState, staged: Path, manifest: Mapping[str, Any
             )
         return
     theirs = remote.manifest.get("source") or {}
-    there, here = _identity(theirs), _identity(manifest["source"])
+    there, here = base_name(theirs), base_name(manifest["source"])
     if there != here:
         raise HubError(
             f"{remote.repo_id} holds a conversion of {there or 'something unknown'}, not of {here}",
@@ -156,9 +151,13 @@ def refuse_foreign(remote: RemoteState, staged: Path, manifest: Mapping[str, Any
         )
 
 
-def _identity(source: Mapping[str, Any]) -> str:
-    given = str(source.get("given") or "").rstrip("/\\")
-    return str(source.get("repo_id") or given.replace("\\", "/").rpartition("/")[2])
+def base_name(source: Mapping[str, Any]) -> str:
+    """Return the base's Hub id, or the name of the file or folder it was read from.
+
+    Args:
+        source: The `source` section of a manifest.
+    """
+    return str(source.get("repo_id") or last_part(str(source.get("given") or "")))
 
 
 def keeps_card(remote: RemoteState) -> bool:

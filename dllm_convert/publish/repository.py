@@ -35,8 +35,8 @@ class Target:
         return f"{endpoint}/{self.repo_id}/discussions/{self.pull_request}"
 
 
-def who_am_i(repo_id: str) -> tuple[str, str]:
-    """Return the user's name and the repository's full id.
+def full_id(repo_id: str) -> str:
+    """Return a repository's id with its namespace, the user's own where none is given.
 
     Raises:
         HubError: Not logged in, a bad token, or an id the Hub would refuse.
@@ -47,7 +47,7 @@ def who_am_i(repo_id: str) -> tuple[str, str]:
     with hub_errors(repo_id, doing="write"):
         validate_repo_id(repo_id)
         user = str(HfApi().whoami()["name"])
-    return user, repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
 def create(api: Any, options: PushOptions, reporter: Reporter) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, VerificationError
 from dllm_convert.licences import check_publication, rules_for
-from dllm_convert.manifest import read_manifest, record_card
+from dllm_convert.manifest import CARD_FILE, file_names, read_manifest, sha256_file
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
-from dllm_convert.publish.remote import CARD_FILE, file_names
-from dllm_convert.publish.repository import who_am_i
+from dllm_convert.publish.remote import base_name
+from dllm_convert.publish.repository import full_id
 from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
 from dllm_convert.quiet import quiet_libraries
@@ -62,8 +62,7 @@ def preflight(manifest: Mapping[str, Any], options: PushOptions, reporter: Repor
         HubError: Not logged in, or a bad token.
         IncompatibleError: The licence of the base forbids it.
     """
-    _, repo_id = who_am_i(options.repo_id)
-    options = replace(options, repo_id=repo_id)
+    options = replace(options, repo_id=full_id(options.repo_id))
     for warning in licence_warnings(manifest, options):
         reporter.warn(warning)
     return options
@@ -140,32 +139,24 @@ def _stage(
     else:
         stage(folder, out, reporter, max_shard_size=options.max_shard_size)
     redact_folder(out)
-    edited = _edited_card(folder, manifest)
-    if edited is None or options.overwrite_card or options.adapter_only:
+    if options.overwrite_card or options.adapter_only or not _card_edited(folder, manifest):
         (out / CARD_FILE).unlink(missing_ok=True)
         write_card(out, repo_id=options.repo_id)
-        record_card(out)
     else:
         reporter.warn("README.md of the folder was edited and is published as it is")
         check_written_card(out)
     verified = require_verified(manifest, force=True)
-    source = manifest["source"]
-    base = source.get("repo_id") or str(source["given"]).replace("\\", "/").rpartition("/")[2]
     name = options.repo_id.rpartition("/")[2]
     what = "LoRA adapter" if options.adapter_only else "Diffusion language model"
     description = (
-        f"{what} made from {base} with dllm-convert {__version__}; "
+        f"{what} made from {base_name(manifest['source'])} with dllm-convert {__version__}; "
         f"{len(file_names(out))} files, {'verified' if verified else 'NOT verified'}."
     )
     return Staged(out, folder, name, description, verified)
 
 
-def _edited_card(folder: Path, manifest: Mapping[str, Any]) -> Path | None:
-    """Return the folder's README.md if a person changed it since it was generated."""
+def _card_edited(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a person changed the folder's README.md since it was generated."""
     path = folder / CARD_FILE
     recorded = (manifest.get("card") or {}).get("sha256")
-    if not path.is_file() or recorded is None:
-        return None
-    from dllm_convert.manifest import sha256_file
-
-    return path if sha256_file(path) != recorded else None
+    return recorded is not None and path.is_file() and sha256_file(path) != recorded

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.manifest import read_manifest
-from dllm_convert.publish.remote import CARD_FILE
+from dllm_convert.manifest import CARD_FILE, read_manifest
 
 
 @dataclass

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from dllm_convert.console import Reporter
+from dllm_convert.disk import link
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest, sha256_file, write_manifest
+from dllm_convert.manifest import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    file_names,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
 from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
 
-CARD_FILE = "README.md"
 TRAVELLING = ("*.md", "*.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files a person may lay beside the checkpoint; anything else unknown is not published."""
-ADAPTER = "adapter"
-
-
-def link(source: Path, target: Path) -> None:
-    """Hard-link where the file system can, copy where it cannot."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
@@ -92,22 +88,26 @@ def stage(folder: Path, out: Path, reporter: Reporter, *, max_shard_size: int | 
             f"{folder} lacks {missing[0]}, which its manifest lists", hint="Convert it again"
         )
     out.mkdir(parents=True)
-    split = max_shard_size is not None and needs_reshard(folder, max_shard_size)
+    limit = max_shard_size
+    split = limit is not None and needs_reshard(folder, limit)
     with reporter.task("compare with the manifest", total=len(names)) as task:
         for name in names:
             check_recorded(folder, name, recorded)
             if not (split and is_weight(name)):
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / name)
             task.advance()
-    if split and max_shard_size is not None:
-        reshard(folder, out, max_shard_size)
-        kept = {name: digest for name, digest in recorded.items() if not is_weight(name)}
-        made = [path for pattern in WEIGHT_PATTERNS for path in sorted(out.glob(pattern))]
-        recorded = kept | {path.name: sha256_file(path) for path in made}
-    added = [n for n in names if n not in recorded and n not in (MANIFEST_FILE, CARD_FILE)]
-    recorded |= {name: sha256_file(out / name) for name in added if (out / name).exists()}
+    if limit is not None and split:
+        reshard(folder, out, limit)
+        recorded = {name: digest for name, digest in recorded.items() if not is_weight(name)}
+    # Hashes that were just compared are not computed again.
+    files = {
+        name: recorded.get(name) or sha256_file(out / name)
+        for name in file_names(out)
+        if name not in (MANIFEST_FILE, CARD_FILE)
+    }
     (out / MANIFEST_FILE).unlink()
-    write_manifest(out, manifest | {"files": dict(sorted(recorded.items()))})
+    write_manifest(out, manifest | {"files": files})
 
 
 def is_weight(name: str) -> bool:
