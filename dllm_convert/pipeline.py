@@ -132,7 +132,8 @@ class _Run:
     def _data(self) -> TextData:
         from dllm_convert.training.data import prepare_data
 
-        return prepare_data(self.plan.recipe, self._tokenizer, self.reporter)
+        folder = self.workspace.work / "data"
+        return prepare_data(self.plan.recipe, self._tokenizer, self.reporter, folder)
 
     def _adapt(self) -> dict[str, Any]:
         from dllm_convert.weights import adapt
@@ -268,7 +269,7 @@ class _Run:
 
     def _clean(self) -> None:
         """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""
-        for name in ("untrained", "trained", "trainer"):
+        for name in ("untrained", "trained", "trainer", "data"):
             shutil.rmtree(self.workspace.work / name, ignore_errors=True)
 
 
