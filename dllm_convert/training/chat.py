@@ -185,9 +185,19 @@ class ChatEncoder:
 
     def _by_marks(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
         out = self._render(
-            messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            where,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         ids, scored = list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]
+        spans = out["offset_mapping"]
+        for i in range(1, len(ids)):
+            # The mask stops at the first of the tokens that make up a turn's last character.
+            first, last = spans[i]
+            scored[i] = scored[i] or (scored[i - 1] and first < last and spans[i] == spans[i - 1])
         if self._turns == "last" and True in scored:
             end = len(scored) - scored[::-1].index(True)
             before = scored[:end][::-1]

@@ -131,13 +131,20 @@ def _files(source: str) -> list[Path]:
     for pattern in source.split(","):
         matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         for match in map(Path, matches):
-            inside = sorted(match.rglob("*")) if match.is_dir() else [match]
+            inside = sorted(_visible(match)) if match.is_dir() else [match]
             found += [
                 file
                 for file in inside
                 if file.is_file() and (_bare(file) in FILE_SUFFIXES or file == match)
             ]
     return found
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yield what lies below a folder, but for what is hidden, such as .git or a run's .work."""
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
 
 
 def _format(file: Path) -> str:

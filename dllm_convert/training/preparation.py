@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -95,12 +95,20 @@ class Preparation:
         """
         data, elsewhere = self.recipe.data, self._elsewhere
         split = Split.by_fraction(data.held_out_fraction)
-        held_out = None
+        held_out, measured = None, {}
         if elsewhere is not None:
-            held_out, _ = self._read("held_out", elsewhere, Need(Split(KEYS), 0, self._choice))
+            need = Need(Split(KEYS), 0, self._choice)
+            held_out, known = self._read("held_out", elsewhere, need)
             split = Split(0, frozenset(held_out.keys.tolist()))
-        if self._streams:
-            return self._stream(split, held_out)
+            where = {"subset": elsewhere.subset, "split": elsewhere.split}
+            hub = where if known["kind"] == "hub" else {}
+            names = ("source", "kind", "revision")
+            measured = {"held_out": {name: known[name] for name in names} | hub}
+        text = self._stream(split, held_out) if self._streams else self._prepare(split, held_out)
+        return replace(text, facts=text.facts | measured)
+
+    def _prepare(self, split: Split, held_out: Store | None) -> Text:
+        data = self.recipe.data
         wanted = 2 * self._tokens
         need = Need(split, wanted, 0 if held_out is not None else self._choice)
         store, facts = self._read("text", data, need, self._corpus_to_train)

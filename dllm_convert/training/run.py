@@ -94,7 +94,7 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         save_total_limit=2,
         seed=training.seed,
         data_seed=training.seed,
-        # Rows come in their order: prepared ones are skipped by number, a stream starts where asked.
+        # Rows come in their order: prepared ones are skipped by number, a stream starts anywhere.
         train_sampling_strategy="sequential",
         ignore_data_skip=streaming,
         report_to=[],
