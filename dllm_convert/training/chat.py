@@ -142,6 +142,16 @@ class ChatEncoder:
         added = self._tokenizer.added_tokens_decoder.items()
         return frozenset(token for token, text in added if text.special)
 
+    @cached_property
+    def _mark(self) -> re.Pattern[str]:
+        added = self._tokenizer.added_tokens_decoder
+        texts = (re.escape(added[token].content) for token in self._special)
+        return re.compile("|".join(sorted(texts, key=len, reverse=True)) or "(?!)")
+
+    @cached_property
+    def _end_mark(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*(?:{self._mark.pattern})")
+
     def encode(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
         """Tokenise one conversation, ended by the end token, which is scored.
 
@@ -248,18 +258,18 @@ class ChatEncoder:
     def _end_of_turn(
         self, text: str, start: int, messages: Sequence[Message], where: str
     ) -> int | None:
+        """Return where the turn that begins at `start` ends, its end mark included."""
         alone = str(self._render(messages, where, tokenize=False))
-        if text.startswith(alone):
-            return len(alone)
-        # Some templates render a last turn differently (Qwen3 opens it with an empty thought):
-        # what follows the content there has to follow it here.
+        # Some templates render a last turn differently (Qwen3 opens it with an empty thought), or
+        # follow it by the beginning of another: then its content and a special token have to do.
+        limit = len(alone) if text.startswith(alone) else None
         content = messages[-1].get("content")
         content = content.strip() if isinstance(content, str) else ""
-        at = alone.rfind(content)
-        closing = alone[at + len(content) :]
-        if not content or at < 0 or not text[start:].lstrip().startswith(content + closing):
-            return None
-        return text.index(content, start) + len(content) + len(closing)
+        at = text.find(content, start) if content else -1
+        mark = self._end_mark.match(text, at + len(content)) if at >= 0 else None
+        if mark and not self._mark.search(text, start, at):
+            return min(mark.end(), limit or mark.end())
+        return limit
 
     def _render(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
         import jinja2

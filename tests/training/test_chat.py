@@ -49,6 +49,11 @@ SHIFTY = (
     "{% for m in messages %}<|start|>{{ loop.revindex }} {{ m['role'] }}\n{{ m['content'] }}<|end|>"
     "\n{% endfor %}"
 )
+# Opens another turn of the assistant whether it is asked to or not, as early Llama 3 files do.
+EAGER = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'].strip() }}<|end|>{% endfor %}"
+    "{% if true %}<|start|>assistant\n{% endif %}"
+)
 PLAIN = None
 
 
@@ -115,6 +120,28 @@ def test_a_thought_that_the_template_drops_is_refused(tokenizer: Any) -> None:
     assert caught.value.hint and "scored_turns=last" in caught.value.hint
     _, pieces = scored(tokenizer(THINKING), [USER, thought, AGAIN, LAST], "last")
     assert len(pieces) == 1
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_a_template_that_always_opens_another_turn(turns: str, tokenizer: Any) -> None:
+    text, pieces = scored(tokenizer(EAGER), [USER, SHORT, AGAIN, LAST], turns)
+    assert pieces == ["A cat.<|end|>", "A dog, on a log.<|end|>"][-len(pieces) :]
+    assert text.endswith("A dog, on a log.<|end|>")
+
+
+@pytest.mark.parametrize("content", ["think", "assistant", "end", "<|end|>", "a\n", "What is it?"])
+@pytest.mark.parametrize("template", [PLAIN, THINKING, EAGER, STRICT, MARKED])
+def test_content_that_looks_like_the_template(
+    template: str | None, content: str, tokenizer: Any
+) -> None:
+    turn = {"role": "assistant", "content": content}
+    for messages in ([USER, turn], [USER, turn, AGAIN, turn]):
+        text, pieces = scored(tokenizer(template), messages)
+        assert len(pieces) == len(messages) // 2
+        assert all(piece.count(content.strip()) >= 1 for piece in pieces)
+        assert all("What" not in piece or "What" in content for piece in pieces)
+        assert all(piece.endswith("<|end|>") for piece in pieces)
+        assert text.endswith("<|end|>")
 
 
 def test_a_template_without_a_generation_prompt(tokenizer: Any) -> None:
