@@ -248,6 +248,14 @@ def test_an_older_manifest_measured_on_another_text(card: Callable[..., str]) ->
     assert "somebody" not in text
 
 
+def test_a_stream_has_no_counts_of_what_was_read(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    data = manifest["measurements"]["data"]
+    data["streaming"] = True
+    del data["documents"], data["train_tokens"]
+    assert "documents streamed while training; 7 whole documents were held out" in card(manifest)
+
+
 def test_chats(card: Callable[..., str]) -> None:
     assert "training was on plain text" in prose(card(llama_bd3lm()))
     manifest = llama_bd3lm()

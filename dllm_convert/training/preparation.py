@@ -139,6 +139,8 @@ class Preparation:
             **self._facts(corpus),
             "streaming": True,
             "fingerprint": corpus.revision,
+            # Those that were looked at before training; whether there are any is what matters.
+            "chats": int(held_out.chats.sum()),
             "held_out_documents": len(held_out),
         }
         stream = TextStream(
