@@ -73,20 +73,45 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Data:
-    """Training and held-out text.
+class Text:
+    """A body of text.
 
     Attributes:
         kind: pydoc, files or hub.
         names: File names or the dataset id; never a path of the machine it was made on.
         revision: Commit of a Hub dataset, None if unknown.
-        facts: Counts.
+        subset: Subset of a Hub dataset, None for its only one.
+        split: Split of a Hub dataset.
     """
 
     kind: Literal["pydoc", "files", "hub"]
     names: tuple[str, ...]
-    revision: str | None
+    revision: str | None = None
+    subset: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out text.
+
+    Attributes:
+        text: What was trained on.
+        held_out: What was measured on, if that was another text or split; else whole documents of
+            `text` were held out.
+        chats: Documents that were chats.
+        facts: Counts.
+    """
+
+    text: Text
+    held_out: Text | None
+    chats: int
     facts: Mapping[str, Any]
+
+    @property
+    def measured(self) -> Text:
+        """The text that measures were taken on."""
+        return self.held_out or self.text
 
 
 def base_of(folder: Path, manifest: Mapping[str, Any]) -> Base:
@@ -148,14 +173,37 @@ def _link(source: Mapping[str, Any], repo_id: str | None, files: tuple[str, ...]
     return f"https://huggingface.co/{repo_id}/blob/{revision}/{link.removeprefix('./')}"
 
 
-def data_of(facts: Mapping[str, Any] | None) -> Data | None:
-    """Read what text was used; None if there was none."""
+def data_of(facts: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Data | None:
+    """Read what text was used; None if there was none.
+
+    Args:
+        facts: Section `measurements.data` of the manifest.
+        recipe: The resolved recipe.
+    """
     if not facts:
         return None
+    asked = recipe.get("data") or {}
+    held_out = facts.get("held_out")
+    if not held_out and (asked.get("held_out_source") or asked.get("held_out_split")):
+        held_out = {
+            "source": asked.get("held_out_source") or facts["source"],
+            "split": asked.get("held_out_split"),
+        }
+    return Data(
+        _text({"subset": asked.get("subset"), "split": asked.get("split"), **facts}),
+        _text(held_out) if held_out else None,
+        int(facts.get("chats") or 0),
+        facts,
+    )
+
+
+def _text(facts: Mapping[str, Any]) -> Text:
     source = str(facts["source"])
     kind = data_kind(source, facts.get("kind"))
-    revision = facts.get("revision")
-    return Data(kind, data_names(source, kind), str(revision) if revision else None, facts)
+    if kind != "hub":
+        return Text(kind, data_names(source, kind))
+    known = {name: str(facts[name]) for name in ("revision", "subset", "split") if facts.get(name)}
+    return Text(kind, data_names(source, kind), **known)
 
 
 def data_kind(source: str, recorded: str | None = None) -> Literal["pydoc", "files", "hub"]:

@@ -79,6 +79,7 @@ def _flops(config: Mapping[str, Any], manifest: Mapping[str, Any], tokens: int) 
     body = int(parameters) - int(plan["mask"]["rows_before"]) * hidden * (1 if tied else 2)
     per_weight = FLOPS_LORA if training["method"] == "lora" else FLOPS_FULL
     attention = FLOPS_ATTENTION * layers * hidden * int(recipe["data"]["sequence_length"])
-    streams = 2 if plan["target"] == "bd3lm" else 1
+    train = manifest["measurements"]["train"]
+    streams = float(train.get("streams") or (2 if plan["target"] == "bd3lm" else 1))
     again = FORWARD_AGAIN if training.get("gradient_checkpointing") else 1
     return tokens * streams * (per_weight * body + attention) * again if body > 0 else None

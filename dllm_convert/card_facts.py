@@ -165,7 +165,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             recipe=_reproducible(recipe, source),
             train=measurements.get("train"),
             cost=cost_of(config, manifest),
-            data=data_of(measurements.get("data")),
+            data=data_of(measurements.get("data"), recipe),
             measures=_measures(measurements),
             sample=manifest.get("sample"),
             verification=_verification(manifest.get("verification")),
@@ -195,9 +195,10 @@ def _config(folder: Path) -> dict[str, Any]:
 def _reproducible(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe with the base pinned, and local paths cut down to their last part."""
     data = dict(recipe.get("data") or {})
-    if "source" in data:
-        kind = data_kind(str(data["source"]))
-        data["source"] = ",".join(data_names(str(data["source"]), kind))
+    for key in ("source", "held_out_source"):
+        if data.get(key):
+            kind = data_kind(str(data[key]))
+            data[key] = ",".join(data_names(str(data[key]), kind))
     repo_id = source.get("repo_id")
     pinned = {
         "source": repo_id or last_part(str(recipe["source"])),

@@ -28,7 +28,7 @@ def front_matter(facts: Facts, title: str) -> dict[str, Any]:
         facts: Facts of the run.
         title: Name of the model.
     """
-    base, licence = facts.base, facts.base.licence
+    base, licence, data = facts.base, facts.base.licence, facts.data
     relation = "adapter" if facts.adapter_only else "finetune"
     values = {
         "language": list(base.languages),
@@ -37,7 +37,7 @@ def front_matter(facts: Facts, title: str) -> dict[str, Any]:
         "license_link": licence.link if licence.id == "other" else None,
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,
-        "datasets": list(facts.data.names) if facts.data and facts.data.kind == "hub" else [],
+        "datasets": list(data.text.names) if data and data.text.kind == "hub" else [],
         "library_name": "peft" if facts.adapter_only else "transformers",
         "pipeline_tag": _PIPELINE_TAGS[facts.adapter.auto_class],
         "tags": _tags(facts),
@@ -82,14 +82,15 @@ def model_index(facts: Facts, title: str) -> list[dict[str, Any]]:
 
 def _results(facts: Facts) -> list[EvalResult]:
     measure = facts.measure("nelbo_after")
-    data = facts.data
-    if measure is None or data is None or data.kind == "files" or not math.isfinite(measure.nats):
+    if measure is None or facts.data is None or not math.isfinite(measure.nats):
+        return []
+    if facts.data.measured.kind == "files":
         return []
     from huggingface_hub import EvalResult
 
     task = _PIPELINE_TAGS[facts.adapter.auto_class]
     text = {
-        **_dataset(facts, data, measure.tokens),
+        **_dataset(facts, facts.data, measure.tokens),
         "task_type": task,
         "task_name": _TASK_NAMES[task],
     }
@@ -112,18 +113,20 @@ def _results(facts: Facts) -> list[EvalResult]:
 
 def _dataset(facts: Facts, data: Data, tokens: int) -> dict[str, Any]:
     """Return what EvalResult wants to know of the text."""
-    part = f"held-out documents, {tokens:,} tokens"
-    if data.kind == "pydoc":
+    text = data.measured
+    part = f"{tokens:,} tokens" if data.held_out else f"held-out documents, {tokens:,} tokens"
+    if text.kind == "pydoc":
         python = (facts.manifest.get("versions") or {}).get("python")
         return {
             "dataset_type": "pydoc_data.topics",
             "dataset_name": f"Python language reference, {part}",
             "dataset_revision": f"CPython {python}" if python else None,
         }
-    (name,) = data.names
+    (name,) = text.names
     return {
         "dataset_type": name,
         "dataset_name": f"{name}, {part}",
-        "dataset_split": (facts.recipe.get("data") or {}).get("split"),
-        "dataset_revision": data.revision,
+        "dataset_config": text.subset,
+        "dataset_split": text.split,
+        "dataset_revision": text.revision,
     }

@@ -133,7 +133,8 @@ class _Run:
     def _data(self) -> TextData:
         from dllm_convert.training.data import prepare_data
 
-        return prepare_data(self.plan.recipe, self._tokenizer, self.reporter)
+        folder = self.workspace.work / "data"
+        return prepare_data(self.plan.recipe, self._tokenizer, self.reporter, folder)
 
     def _adapt(self) -> dict[str, Any]:
         from dllm_convert.weights import adapt
@@ -166,15 +167,7 @@ class _Run:
             return dict(nelbo(model, batches, objective, seed=seed, task=task).as_dict())
 
     def _on_device(self, model: Any) -> list[Any]:
-        return [
-            replace(
-                batch,
-                tokens=batch.tokens.to(model.device),
-                segments=batch.segments.to(model.device),
-                positions=batch.positions.to(model.device),
-            )
-            for batch in self._data.held_out
-        ]
+        return [batch.to(model.device) for batch in self._data.held_out]
 
     def _baseline(self) -> dict[str, Any]:
         from dllm_convert.diffusion.likelihood import autoregressive_nll
@@ -277,5 +270,5 @@ class _Run:
 
     def _clean(self) -> None:
         """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""
-        for name in ("untrained", "trained", "trainer"):
+        for name in ("untrained", "trained", "trainer", "data"):
             shutil.rmtree(self.workspace.work / name, ignore_errors=True)

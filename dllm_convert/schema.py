@@ -45,14 +45,44 @@ class Data(_Section):
     """Training text and how it is cut."""
 
     source: str = Field("pydoc", description="pydoc, files or globs, or a Hub dataset id")
-    text_field: str = Field("text", description="column or JSON key that holds the text")
+    subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
     split: str = Field("train", description="split of a Hub dataset")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub dataset")
+    text_field: str = Field(
+        "text",
+        description="column or JSON key of the text or of the messages; where it is missing: "
+        "messages, conversations, or prompt and completion",
+    )
+    streaming: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="off: tokenise before training, into a file; on: while training; auto: on for "
+        "a Hub dataset larger than a long training needs",
+    )
     sequence_length: PositiveInt = Field(256, description="tokens per training sequence")
     held_out_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of documents never trained on"
+        0.1, gt=0, lt=1, description="share of documents never trained on, chosen by their content"
     )
     held_out_sequences: PositiveInt = Field(16, description="held-out sequences that are measured")
+    held_out_source: str | None = Field(
+        None, description="measure on these files or this Hub dataset, hold nothing out of source"
+    )
+    held_out_split: str | None = Field(
+        None, description="split of held_out_source, or of source, to measure on"
+    )
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
+    scored_turns: Literal["all", "last"] = Field(
+        "all", description="which turns of the assistant are learnt from in a chat"
+    )
+    fill_blocks: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="bd3lm: fill a document's last block with masks that are not scored "
+        "(Fast-dLLM v2); auto: chats only",
+    )
+    supervise_padding: bool = Field(
+        False,
+        description="fill with end tokens that are masked and scored instead, up to the block "
+        "(bd3lm) or the whole sequence (mdlm, LLaDA)",
+    )
 
 
 class Lora(_Section):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 import yaml
 from hub_store import MAIN, Blob, Commit, PullRequest, Repo
@@ -370,7 +371,13 @@ def _tree(
     names = sorted(path for path in commit.files if path.startswith(folder))
     if name and not names:
         return Answer.error(404, "EntryNotFound", f"{name} does not exist")
-    entries = []
+    entries: list[dict[str, Any]] = []
+    if (asked.query.get("recursive") or ["true"])[0].lower() == "false":
+        folders = {
+            path[: path.index("/", len(folder))] for path in names if "/" in path[len(folder) :]
+        }
+        entries += [{"type": "directory", "path": p, "oid": commit.oid} for p in sorted(folders)]
+        names = [path for path in names if "/" not in path[len(folder) :]]
     for path in names[start : start + PAGE]:
         blob = commit.files[path]
         entry: dict[str, Any] = {
@@ -387,6 +394,26 @@ def _tree(
         url = f"{hub.endpoint}{asked.path}?recursive=true&cursor={start + PAGE}"
         more = {"Link": f'<{url}>; rel="next"'}
     return Answer.json(entries, **more)
+
+
+def _paths(hub: LoopbackHub, asked: Asked, user: User | None, repo: str, rev: str) -> Answer:
+    found = _repo(hub, user, repo)
+    if isinstance(found, Answer):
+        return found
+    commit = found.find(rev)
+    if commit is None:
+        return Answer.error(404, "RevisionNotFound", f"Invalid rev id: {rev}")
+    assert isinstance(asked.body, bytes)
+    form = asked.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+    wanted = parse_qs(asked.body.decode())["paths"] if form else asked.data["paths"]
+    entries: list[dict[str, Any]] = []
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name in commit.files:
+            blob = commit.files[name]
+            entries.append({"type": "file", "path": name, "size": blob.size, "oid": blob.oid})
+        elif any(path.startswith(f"{name}/") for path in commit.files):
+            entries.append({"type": "directory", "path": name, "oid": commit.oid})
+    return Answer.json(entries)
 
 
 def _resolve(
@@ -434,6 +461,7 @@ def _refs(hub: LoopbackHub, asked: Asked, user: User | None, repo: str) -> Answe
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
+_KIND = "(?:models|datasets)"
 _ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
     ("GET", "/api/whoami-v2", _whoami),
     ("POST", "/api/repos/create", _create),
@@ -449,9 +477,14 @@ _ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
     ("GET", rf"/api/models/{_REPO}/discussions/(?P<num>\d+)", _discussion),
     ("POST", rf"/api/models/{_REPO}/discussions/(?P<num>\d+)/status", _status),
     ("POST", rf"/api/models/{_REPO}/branch/(?P<name>.+)", _branch),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<rev>refs/pr/\d+|[^/]+)(/(?P<name>.+))?", _tree),
-    ("GET", rf"/api/models/{_REPO}/refs", _refs),
-    ("GET", rf"/api/models/{_REPO}/revision/(?P<rev>.+)", _info),
-    ("GET", rf"/api/models/{_REPO}", _info),
-    ("GET HEAD", rf"/{_REPO}/resolve/(?P<rev>refs/pr/\d+|[^/]+)/(?P<name>.+)", _resolve),
+    ("GET", rf"/api/{_KIND}/{_REPO}/tree/(?P<rev>refs/pr/\d+|[^/]+)(/(?P<name>.+))?", _tree),
+    ("POST", rf"/api/{_KIND}/{_REPO}/paths-info/(?P<rev>.+)", _paths),
+    ("GET", rf"/api/{_KIND}/{_REPO}/refs", _refs),
+    ("GET", rf"/api/{_KIND}/{_REPO}/revision/(?P<rev>.+)", _info),
+    ("GET", rf"/api/{_KIND}/{_REPO}", _info),
+    (
+        "GET HEAD",
+        rf"(?:/datasets)?/{_REPO}/resolve/(?P<rev>refs/pr/\d+|[^/]+)/(?P<name>.+)",
+        _resolve,
+    ),
 )

@@ -222,6 +222,55 @@ def test_older_manifests_do_not_say_what_the_text_was(
     assert ("datasets" in front(card(manifest))) == hub
 
 
+def test_measured_on_another_text(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["measurements"]["data"]["held_out"] = {
+        **{"source": "org/benchmark", "kind": "hub", "subset": "v2", "split": "test"},
+        "revision": COMMIT,
+    }
+    text = card(manifest)
+    assert front(text)["datasets"] == ["org/some-text"]
+    (result, _) = ModelCard(text).data.eval_results
+    assert (result.dataset_type, result.dataset_config) == ("org/benchmark", "v2")
+    assert (result.dataset_split, result.dataset_revision) == ("test", COMMIT)
+    assert result.dataset_name == "org/benchmark, 1,987 tokens"
+    assert "measured on 1,987 tokens of [org/benchmark]" in text
+    assert "subset `v2`, split `test` at revision" in text
+    assert "held out, of which" not in text
+
+
+def test_an_older_manifest_measured_on_another_text(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["recipe"]["data"]["held_out_source"] = "/home/somebody/held-out.txt"
+    text = card(manifest)
+    assert "model-index" not in front(text)
+    assert "tokens of local files: `held-out.txt`" in text
+    assert "somebody" not in text
+
+
+def test_a_stream_has_no_counts_of_what_was_read(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    data = manifest["measurements"]["data"]
+    data["streaming"] = True
+    del data["documents"], data["train_tokens"]
+    assert "documents streamed while training; 7 whole documents were held out" in card(manifest)
+
+
+def test_chats(card: Callable[..., str]) -> None:
+    assert "training was on plain text" in prose(card(llama_bd3lm()))
+    manifest = llama_bd3lm()
+    manifest["measurements"]["data"]["chats"] = 60
+    text = prose(card(manifest))
+    assert "60 of the documents were chats, but following instructions was not measured" in text
+    assert "plain text" not in text
+
+
+def test_streams_of_the_estimate(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    manifest["measurements"]["train"]["streams"] = 3
+    assert "roughly 9.8e14 floating-point" in prose(card(manifest))
+
+
 def test_an_encoder_has_no_autoregressive_baseline(card: Callable[..., str]) -> None:
     text = card(bert_mdlm())
     assert "autoregressive |" not in text

@@ -51,20 +51,31 @@ class TextBatch:
         tokens: Token ids, shape (batch, length).
         segments: Document of each token, numbered within its row, -1 at padding; (batch, length).
         positions: Position of each token in its document, from 0, shape (batch, length).
+        loss: Tokens that may be masked and scored, shape (batch, length), bool; None for all. In a
+            chat, the assistant's only.
     """
 
     tokens: torch.Tensor
     segments: torch.Tensor
     positions: torch.Tensor
+    loss: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> TextBatch:
+        """Return the same text on a device."""
+        loss = None if self.loss is None else self.loss.to(device)
+        return TextBatch(
+            self.tokens.to(device), self.segments.to(device), self.positions.to(device), loss
+        )
 
     @property
     def scorable(self) -> torch.Tensor:
-        """Tokens that are predicted: not padding, not a document's first; (batch, length).
+        """Tokens that are predicted: of `loss`, no padding, no document's first; (batch, length).
 
         The first token has nothing before it: autoregressive models do not score it either, so
         likelihoods of both kinds count the same tokens.
         """
-        return (self.segments >= 0) & (self.positions > 0)
+        inside = (self.segments >= 0) & (self.positions > 0)
+        return inside if self.loss is None else inside & self.loss
 
     def blocks(self, size: int) -> torch.Tensor:
         """Block of each token, counted from position 0 of its document, rising along the row."""

@@ -1,200 +1,130 @@
-"""Text to training rows: tokenise, hold some documents out, cut and pack."""
+"""Text to training rows: tokenise, hold documents out, cut and pack.
+
+Text is either tokenised before training, into a file whose rows are then drawn by number, or
+streamed. Which documents are held out depends on their content alone, so no copy of one is ever
+trained on, and the same documents are measured however the rest is read.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+import fcntl
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from torch.utils.data import Dataset
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.errors import DataError
 from dllm_convert.schema import Recipe
-from dllm_convert.training.documents import kind_of, read_documents
+from dllm_convert.training.packing import Layout, pack
+from dllm_convert.training.preparation import Preparation
+from dllm_convert.training.reading import permutation
+from dllm_convert.training.rows import NumberedRows, PackedText, collate
+from dllm_convert.training.store import Store, build_row
+from dllm_convert.training.streaming import StreamedRows, TextStream
+
+__all__ = ["TextData", "collate", "prepare_data", "text_batch"]
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Training rows and held-out text.
+    """Text to train on and held-out text.
 
     Attributes:
-        train: Rows of `input_ids`, `segment_ids`, `position_ids`, each of the recipe's length.
+        train: The text, prepared or streamed.
         held_out: Batches of text that is never trained on.
         facts: Counts for the manifest.
+        keep: What has to live as long as the data.
     """
 
-    train: Dataset
+    train: PackedText | TextStream
     held_out: tuple[TextBatch, ...]
     facts: dict[str, Any]
+    keep: Any = field(default=None, repr=False)
 
+    @property
+    def streaming(self) -> bool:
+        """Whether the text is read while training goes on."""
+        return isinstance(self.train, TextStream)
 
-@dataclass
-class Row:
-    """A row being packed: tokens with the document and the position of each."""
+    def training_rows(self, *, start: int, total: int) -> Dataset[dict[str, Any]]:
+        """Return the rows of a training, for `collate`.
 
-    tokens: list[int]
-    segments: list[int]
-    positions: list[int]
+        Args:
+            start: Rows that were trained on before an interruption, over all processes.
+            total: Rows of all steps, over all processes.
 
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise one document the way the base was trained to see it, ended by its end token."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    if end is not None and (not ids or ids[-1] != end):
-        ids.append(end)
-    return ids
-
-
-def pack(documents: Iterable[list[int]], length: int, pad: int) -> list[Row]:
-    """Cut documents into pieces of at most `length` tokens and pack the pieces into rows.
-
-    A piece counts its positions from 0 and never sees its neighbours, so packing changes nothing
-    but speed (LLaDA2 finds that confining attention to the document trains best). Pieces of one
-    token have nothing to predict and are left out.
-
-    Args:
-        documents: Token ids of each document.
-        length: Tokens per row.
-        pad: Token that fills the end of a row; its segment is -1.
-
-    Returns:
-        Rows of exactly `length` tokens.
-    """
-    rows: list[Row] = []
-    open_row = Row([], [], [])
-    for ids in documents:
-        for start in range(0, len(ids), length):
-            piece = ids[start : start + length]
-            if len(piece) < 2:
-                continue
-            row = Row([], [], []) if len(piece) == length else open_row
-            if len(row.tokens) + len(piece) > length:
-                rows.append(row)
-                row = open_row = Row([], [], [])
-            segment = row.segments[-1] + 1 if row.segments else 0
-            row.tokens += piece
-            row.segments += [segment] * len(piece)
-            row.positions += range(len(piece))
-            if row is not open_row:
-                rows.append(row)
-    if open_row.tokens:
-        rows.append(open_row)
-    for row in rows:
-        missing = length - len(row.tokens)
-        row.tokens += [pad] * missing
-        row.segments += [-1] * missing
-        row.positions += [0] * missing
-    return rows
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack dataset rows into tensors of shape (batch, length)."""
-    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        Returns:
+            Prepared text: all rows by number, to be read in their order from `start` on. A stream:
+            the rows from `start` on.
+        """
+        if isinstance(self.train, TextStream):
+            return StreamedRows(self.train, start)
+        return NumberedRows(self.train, total)
 
 
 def text_batch(columns: dict[str, torch.Tensor]) -> TextBatch:
     """View collated columns as clean text."""
-    return TextBatch(columns["input_ids"], columns["segment_ids"], columns["position_ids"])
-
-
-def _dataset(rows: list[Row]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.tokens for row in rows],
-            "segment_ids": [row.segments for row in rows],
-            "position_ids": [row.positions for row in rows],
-        }
+    return TextBatch(
+        columns["input_ids"],
+        columns["segment_ids"],
+        columns["position_ids"],
+        columns.get("loss_mask"),
     )
 
 
-def _split(
-    documents: Iterator[list[int]], recipe: Recipe
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Hold out whole documents; read only as many as the training steps will see."""
-    data, wanted = recipe.data, recipe.training_tokens
-    wanted_held_out = data.held_out_sequences * data.sequence_length
-    draw = random.Random(recipe.training.seed)  # noqa: S311
-    train: list[list[int]] = []
-    held_out: list[list[int]] = []
-    train_tokens = held_out_tokens = 0
-    for ids in documents:
-        if draw.random() < data.held_out_fraction:
-            held_out.append(ids)
-            held_out_tokens += len(ids)
-        else:
-            train.append(ids)
-            train_tokens += len(ids)
-        if train_tokens >= 2 * wanted and held_out_tokens >= wanted_held_out:
-            break
-    if len(train) + len(held_out) > 1 and (not train or not held_out):
-        full = train or held_out
-        train, held_out = full[:-1], full[-1:]
-    elif len(train) + len(held_out) == 1:
-        (only,) = train + held_out
-        cut = max(1, int(len(only) * (1 - data.held_out_fraction)))
-        train, held_out = [only[:cut]], [only[cut:]]
-    return train, held_out
-
-
-def prepare_data(recipe: Recipe, tokenizer: Any, reporter: Reporter) -> TextData:
+def prepare_data(
+    recipe: Recipe, tokenizer: Any, reporter: Reporter, folder: Path | None = None
+) -> TextData:
     """Read, tokenise, split and pack the recipe's text.
+
+    Several processes may call it at once with one folder: the first reads, the others wait for it.
 
     Args:
         recipe: The resolved recipe.
         tokenizer: The converted checkpoint's tokenizer.
         reporter: Progress.
+        folder: Where tokens are kept, for a later call on the same recipe to find them; a temporary
+            one if None.
 
     Returns:
-        Rows to train on and batches to measure on; the same for the same recipe and files.
+        Rows to train on and batches to measure on; the same for the same recipe and text.
 
     Raises:
-        DataError: If there is no text, or less of it than one block to train or to measure on.
+        DataError: If there is no text, less of it than one block to train or to measure on, or
+            something else than text.
+        HubError: If a Hub dataset cannot be read.
     """
-    data = recipe.data
-    with reporter.task(f"read {data.source}") as task:
-
-        def encoded() -> Iterator[list[int]]:
-            for text in islice(read_documents(data), data.max_documents):
-                task.advance()
-                yield encode(tokenizer, text)
-
-        train, held_out = _split(encoded(), recipe)
-    if not train and not held_out:
-        raise DataError(
-            f"--data {data.source} holds no text", hint="Give files with at least one paragraph"
-        )
-    smallest = recipe.block_size or 2
-    for name, part in (("training", train), ("held-out", held_out)):
-        tokens = sum(map(len, part))
-        if tokens < max(smallest, 2):
-            raise DataError(
-                f"--data {data.source} leaves {tokens} {name} tokens, "
-                f"fewer than one block of {smallest}",
-                hint="Give more text, a smaller --block, or --set data.held_out_fraction=0.5",
-            )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    train_rows = pack(train, data.sequence_length, pad)
-    order = random.Random(recipe.training.seed)  # noqa: S311
-    held_out_rows = pack(held_out, data.sequence_length, pad)
-    order.shuffle(held_out_rows)
-    measured = _dataset(held_out_rows[: data.held_out_sequences])
+    keep = None
+    if folder is None:
+        keep = tempfile.TemporaryDirectory(prefix="dllm-convert-")
+        folder = Path(keep.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder), reporter.task(f"read {recipe.data.source}") as task:
+        text = Preparation(recipe, tokenizer, folder, task.advance).finish()
+    rows = _measured_rows(text.held_out, text.train.layout, recipe.data.held_out_sequences)
     size = recipe.training.batch_size
-    batches = tuple(
-        text_batch(collate([measured[i] for i in range(start, min(start + size, len(measured)))]))
-        for start in range(0, len(measured), size)
+    held_out = tuple(
+        text_batch(collate(rows[start : start + size])) for start in range(0, len(rows), size)
     )
-    facts = {
-        "source": data.source,
-        "kind": kind_of(data.source),
-        "documents": len(train),
-        "held_out_documents": len(held_out),
-        "train_tokens": sum(map(len, train)),
-        "held_out_tokens": int(sum(batch.scorable.sum() for batch in batches)),
-    }
-    return TextData(_dataset(train_rows), batches, facts)
+    measured = int(sum(batch.scorable.sum() for batch in held_out))
+    return TextData(text.train, held_out, {**text.facts, "held_out_tokens": measured}, keep)
+
+
+def _measured_rows(held_out: Store, layout: Layout, count: int) -> list[dict[str, Any]]:
+    """Choose the rows that are measured: the same ones whatever the training's seed is."""
+    packing = pack(held_out.lengths, held_out.chats, layout)
+    chosen = permutation(packing.rows, 0)[:count]
+    return [build_row(held_out, packing, int(row), layout) for row in chosen]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

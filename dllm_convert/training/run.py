@@ -66,7 +66,7 @@ class TrainResult:
         return asdict(self)
 
 
-def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> TrainingArguments:
     training = recipe.training
     every = training.save_steps or max(10, training.steps // 5)
     # Renamed in transformers 5.x: the old name is understood by all, but only said when needed.
@@ -94,6 +94,9 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool) -> TrainingArguments:
         save_total_limit=2,
         seed=training.seed,
         data_seed=training.seed,
+        # Rows come in their order: prepared ones are skipped by number, a stream starts anywhere.
+        train_sampling_strategy="sequential",
+        ignore_data_skip=streaming,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -132,12 +135,16 @@ def train(
     resumed = checkpoint_step(resume) if resume else 0
     if resumed:
         reporter.line(f"resuming from step {resumed}")
+    arguments = _arguments(recipe, folder, use_bf16(recipe.training), data.streaming)
+    rows = recipe.training.batch_size * recipe.training.gradient_accumulation * arguments.world_size
     with reporter.task("train", total=recipe.training.steps) as task:
         watch = Watch(work / "metrics.jsonl", resumed, recipe.training.max_minutes, task)
         trainer = DiffusionTrainer(
             model=model,
-            args=_arguments(recipe, folder, use_bf16(recipe.training)),
-            train_dataset=data.train,
+            args=arguments,
+            train_dataset=data.training_rows(
+                start=resumed * rows, total=recipe.training.steps * rows
+            ),
             data_collator=collate,
             callbacks=[watch],
             recipe=recipe,

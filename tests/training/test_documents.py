@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,11 +15,19 @@ import pytest
 
 from dllm_convert.errors import DataError, HubError
 from dllm_convert.schema import Data
-from dllm_convert.training.documents import read_documents
+from dllm_convert.training import documents as module
+from dllm_convert.training.documents import open_corpus
+from dllm_convert.training.encoding import LONGEST, find_documents
 
 
-def read(source: object, **fields: object) -> list[str]:
-    return list(read_documents(Data(source=str(source), **fields)))
+def read(source: object, *, start: int = 0, **fields: Any) -> list[Any]:
+    data = Data(source=str(source), **fields)
+    return [
+        document.content
+        for shard in open_corpus(data).shards
+        for number, row in enumerate(shard.read(start), start=start + 1)
+        for document in find_documents(row, data, f"{shard.name} {shard.unit} {number}")
+    ]
 
 
 def test_pydoc_is_always_there() -> None:
@@ -35,18 +47,75 @@ def test_files_globs_and_folders(tmp_path: Path) -> None:
     assert read(f"{tmp_path}/c.jsonl,{tmp_path}/a.md") == ["third", "fourth", "first"]
 
 
+def test_compressed_files_arrays_and_names_with_brackets(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "b.jsonl.bz2").write_bytes(bz2.compress(b'{"text": "two"}\n{"text": "three"}'))
+    (tmp_path / "c.md.xz").write_bytes(lzma.compress(b"four"))
+    (tmp_path / "d.json").write_text('[{"text": "five"}, {"text": "six"}]')
+    (tmp_path / "e[1] *?.txt").write_text("seven")
+    (tmp_path / "picture.png.gz").write_bytes(gzip.compress(b"not text"))
+    assert read(tmp_path) == ["one", "two", "three", "four", "five", "six", "seven"]
+
+
+def test_lines_need_not_have_the_same_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"more": [1], "text": "two", "id": 3}\n')
+    (tmp_path / "b.jsonl").write_text('{"id": "x", "text": "three"}\n{"text": null}\n')
+    assert read(tmp_path) == ["one", "two", "three"]
+
+
+def test_empty_files_are_nothing(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.parquet", "d.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "e.jsonl").write_text("\n\n")
+    assert read(tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_file_is_read_on_from_any_row(tmp_path: Path, form: str) -> None:
+    texts = [f"text {number}" for number in range(300)]
+    if form == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=70)
+    else:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    for start in (0, 1, 63, 64, 69, 70, 71, 255, 299, 300):
+        assert read(tmp_path, start=start) == texts[start:]
+
+
+def test_a_large_text_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE_TEXT", 1000)
+    monkeypatch.setattr(module, "PART_CHARACTERS", 300)
+    lines = [f"line {number} é\n" for number in range(200)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    parts = read(tmp_path)
+    assert "".join(parts) == "".join(lines)
+    assert all(300 <= len(part) < 320 for part in parts[:-1])
+    assert read(tmp_path, start=3) == parts[3:]
+
+
+def test_a_huge_document_is_cut_between_words() -> None:
+    text = "word " * (LONGEST // 2)
+    parts = [d.content for d in find_documents({"text": text}, Data(), "row 1")]
+    assert "".join(parts) == text
+    assert [len(part) <= LONGEST for part in parts] == [True] * 3
+    assert all(part.startswith("word") and part.endswith(" ") for part in parts)
+    whole = [d.content for d in find_documents({"text": "x" * (LONGEST + 1)}, Data(), "row 1")]
+    assert [len(part) for part in whole] == [LONGEST, 1]
+
+
 def test_another_text_field(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"body": "here"}')
     assert read(tmp_path / "c.jsonl", text_field="body") == ["here"]
+    (tmp_path / "d.txt").write_text("whole")
+    assert read(tmp_path / "d.txt", text_field="body") == ["whole"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", r"line 2 is not JSON \(Expecting property name"),
-        ('{"txt": "x"}', r"line 2 has no text under 'text', it has \['txt'\]"),
-        ('{"text": 3}', r"line 2 has no text under 'text'"),
-        ("[1]", r"line 2 has no text under 'text', it has list"),
+        ('{"txt": "x"}', r"line 2 has no column 'text', it has \['txt'\]"),
+        ('{"text": 3}', r"line 2 holds a int, expected a text or a list of messages"),
+        ("[1]", r"line 2 is a JSON list, expected an object"),
     ],
 )
 def test_a_broken_jsonl_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -60,9 +129,11 @@ def test_a_broken_jsonl_line_is_named(tmp_path: Path, line: str, message: str) -
     ("name", "content", "message"),
     [
         ("a.txt", b"text\0more", "holds binary data"),
-        ("a.txt", b"caf\xe9", r"not UTF-8 text \(byte 3 is 0xe9\)"),
+        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 text \(0xe9 after 'caf'\)"),
         ("a.jsonl", b"\x80abc", "not UTF-8"),
-        ("a.parquet", b"PAR1 not really", "not a readable parquet"),
+        ("a.parquet", b"PAR1 not really", r"a.parquet cannot be read as parquet \("),
+        ("a.txt.gz", b"not gzip", r"a.txt.gz cannot be read as text \("),
+        ("a.json", b"{not json", r"a.json cannot be read as json \("),
     ],
 )
 def test_binary_as_text(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -73,7 +144,7 @@ def test_binary_as_text(tmp_path: Path, name: str, content: bytes, message: str)
 
 def test_a_parquet_without_the_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "d.parquet")
-    with pytest.raises(DataError, match=r"no column 'text', it has \['body'\]"):
+    with pytest.raises(DataError, match=r"d.parquet row 1 has no column 'text', it has \['body'\]"):
         read(tmp_path / "d.parquet")
 
 
@@ -84,6 +155,6 @@ def test_no_such_file(source: str) -> None:
 
 
 def test_a_hub_dataset_without_a_network() -> None:
-    with pytest.raises(HubError, match="no dataset 'someone/texts' could be read") as caught:
+    with pytest.raises(HubError, match="dataset 'someone/texts'") as caught:
         read("someone/texts")
     assert "train on files" in str(caught.value)

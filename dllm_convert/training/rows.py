@@ -1,0 +1,74 @@
+"""Training rows by number, of text that was tokenised before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from dllm_convert.training.packing import Layout, Packing
+from dllm_convert.training.reading import permutation
+from dllm_convert.training.store import Store, build_row
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Text that was tokenised and packed.
+
+    Attributes:
+        store: The documents.
+        packing: The rows they make.
+        layout: What rows look like.
+        seed: Seed of the order in which rows are trained on.
+    """
+
+    store: Store
+    packing: Packing
+    layout: Layout
+    seed: int
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Return the `number`-th row of training, in an order that is new in every epoch."""
+        epoch, place = divmod(number, self.packing.rows)
+        row = int(_order(self.packing.rows, self.seed, epoch)[place])
+        return build_row(self.store, self.packing, row, self.layout)
+
+
+# One epoch ends inside a batch in which the next begins.
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> Any:
+    return permutation(rows, seed, epoch)
+
+
+class NumberedRows(Dataset[dict[str, Any]]):
+    """The first rows of a training, over all epochs and processes, to be read in their order.
+
+    Row k is a function of the text, the seed and k, so that a batch is the same however many
+    processes share it, and going on after an interruption is a matter of counting. An epoch's last
+    incomplete batch is completed by the next epoch's first rows: nothing is left out or repeated.
+
+    Args:
+        text: The packed text.
+        total: Number of rows.
+    """
+
+    def __init__(self, text: PackedText, total: int) -> None:
+        self._text = text
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Return columns of shape (length,), as `build_row` gives them."""
+        if not 0 <= number < self._total:
+            raise IndexError(number)
+        return self._text.row(number)
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack rows into tensors of shape (batch, length)."""
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
