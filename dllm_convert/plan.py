@@ -87,6 +87,10 @@ def _diffusion_section(recipe: Recipe, mask: MaskTokenDecision, *, shift: bool) 
     }
     if recipe.noise.schedule == "polynomial":
         section["noise_power"] = recipe.noise.power
+    if recipe.noise.kernel == "uniform":
+        section |= {"noise_kernel": "uniform", "discrete_steps": recipe.noise.discrete_steps}
+    if recipe.training.ar_loss_weight:
+        section["context"] = "causal"
     return section
 
 

@@ -183,14 +183,45 @@ def check_lengths(recipe: Recipe, context: int | None) -> None:
 
 
 def check_noise(recipe: Recipe) -> None:
-    """Check the interval of times.
+    """Check that the fields about noise and loss fit together.
 
     Raises:
-        IncompatibleError: It is empty.
+        IncompatibleError: They do not.
     """
-    if recipe.noise.min_time >= recipe.noise.max_time:
+    noise, training = recipe.noise, recipe.training
+    if noise.min_time >= noise.max_time:
         raise IncompatibleError(
-            f"noise.min_time {recipe.noise.min_time} is not below noise.max_time "
-            f"{recipe.noise.max_time}",
+            f"noise.min_time {noise.min_time} is not below noise.max_time {noise.max_time}",
             hint="Times lie in (0, 1], the smaller one first",
+        )
+    if noise.kernel == "uniform":
+        if noise.discrete_steps is None:
+            raise IncompatibleError(
+                "the uniform kernel has a bound in discrete time only",
+                hint="--set noise.discrete_steps=1000, for instance",
+            )
+        wrong = {
+            "noise.draw": noise.draw != "time",
+            "noise.position_bias": noise.position_bias != 0,
+            "noise.complementary": noise.complementary,
+            "training.loss_weight": training.loss_weight != "elbo",
+            "training.mask_noise_steps": training.mask_noise_steps > 0,
+        }
+        for name, found in wrong.items():
+            if found:
+                raise IncompatibleError(
+                    f"{name} is about masked tokens, and the uniform kernel masks none",
+                    hint=f"Leave {name} at its default, or noise.kernel at absorbing",
+                )
+    elif noise.discrete_steps is not None and (noise.complementary or noise.draw == "count"):
+        other = "noise.complementary" if noise.complementary else "noise.draw=count"
+        raise IncompatibleError(
+            f"noise.discrete_steps and {other} exclude each other: the one draws times from a "
+            "grid, the other has its own",
+            hint="Leave noise.discrete_steps out",
+        )
+    if training.ar_loss_weight and recipe.target == "mdlm":
+        raise IncompatibleError(
+            "training.ar_loss_weight needs a clean stream, which mdlm does not have",
+            hint="--to bd3lm, or leave training.ar_loss_weight out",
         )

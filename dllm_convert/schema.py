@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Target = Literal["mdlm", "bd3lm"]
 Method = Literal["full", "lora", "none"]
+Kernel = Literal["absorbing", "uniform"]
+Context = Literal["block", "causal"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -32,12 +34,31 @@ class Noise(_Section):
         "linear", description="alpha(t): linear 1-t, cosine 1-cos(pi/2(1-t)), polynomial 1-t^power"
     )
     power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
+    kernel: Kernel = Field(
+        "absorbing",
+        description="absorbing: a token becomes the mask; uniform: any other token (D3PM)",
+    )
+    discrete_steps: PositiveInt | None = Field(
+        None, description="T of D3PM's discrete-time bound; empty: continuous time"
+    )
     min_time: float = Field(1e-3, ge=0, lt=1, description="lower end of the interval of t")
     max_time: float = Field(1.0, gt=0, le=1, description="upper end of the interval of t")
     draw: Literal["time", "count"] = Field(
         "time",
         description="time: draw t, mask each token with 1-alpha(t); count: draw how many of a "
         "block's tokens are masked, the same bound with less variance",
+    )
+    position_bias: float = Field(
+        0.0,
+        description="mask later tokens of a block first, with weight exp(bias * (1 - t) * i) "
+        "(Efficient-DLM); not 0: the loss is no bound any more",
+    )
+    views: PositiveInt = Field(
+        1, description="draws of noise per sequence and step; bd3lm: they share the clean stream"
+    )
+    complementary: bool = Field(
+        False,
+        description="train on every mask and on its complement (Fast-dLLM v2): twice the views",
     )
 
 
@@ -116,6 +137,18 @@ class Training(_Section):
     loss_weight: Literal["elbo", "uniform"] = Field(
         "elbo", description="elbo: -alpha'/(1-alpha) per masked token; uniform: 1"
     )
+    ar_loss_weight: NonNegativeFloat = Field(
+        0.0,
+        description="weight of a next-token loss on the clean stream, which becomes strictly "
+        "causal (bd3lm; Nemotron-Labs-Diffusion)",
+    )
+    attention_annealing_steps: int = Field(
+        0, ge=0, description="open the causal attention over this many steps (DiffuLLaMA)"
+    )
+    mask_noise_std: NonNegativeFloat = Field(
+        0.0, description="noise on the mask's embedding, times its standard deviation (LLaDA2)"
+    )
+    mask_noise_steps: int = Field(0, ge=0, description="steps over which that noise fades")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast dtype")
     gradient_checkpointing: bool = Field(False, description="recompute activations, save memory")
     save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")

@@ -1,12 +1,79 @@
-"""The forward process: which tokens are masked, and what each masked token weighs in the bound."""
+"""The forward process: which tokens are corrupted, and what each of them weighs in the bound.
+
+Noise depends on where a row stands in a training and on nothing else: on how many processes the
+rows are spread, how they are accumulated and where a run was interrupted changes none of it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
+from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.schema import Noise
+
+
+@dataclass(frozen=True)
+class ForwardProcess:
+    """How text is corrupted.
+
+    Attributes:
+        schedule: Noise schedule.
+        draw: `time`: draw t per group; `count`: draw how many of its tokens are masked.
+        position_bias: Position-dependent masking (Efficient-DLM): of a group, token i is masked
+            before others with weight exp(bias * (1 - level) * i). 0 masks all alike; with any other
+            value the loss is no longer a bound.
+        views: Independent draws over the same clean text.
+        complementary: Add to every view the one that masks exactly the other tokens (Fast-dLLM v2,
+            arXiv 2509.26328).
+    """
+
+    schedule: Schedule = field(default_factory=Schedule)
+    draw: Literal["time", "count"] = "time"
+    position_bias: float = 0.0
+    views: int = 1
+    complementary: bool = False
+
+    @classmethod
+    def from_recipe(cls, noise: Noise) -> ForwardProcess:
+        """Build the process a recipe asks for."""
+        return cls(
+            Schedule.from_recipe(noise),
+            noise.draw,
+            noise.position_bias,
+            noise.views,
+            noise.complementary,
+        )
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Which noise is meant.
+
+    Attributes:
+        seed: Seed of the run.
+        step: Optimizer step in training, number of the draw in a measurement.
+        first_row: Number of the batch's first row among `rows`.
+        rows: Rows of the step over all forwards and processes: noise levels are stratified over
+            them.
+        purpose: Keeps the noise of measurements apart from that of training.
+    """
+
+    seed: int
+    step: int
+    first_row: int
+    rows: int
+    purpose: str = "train"
+
+    def generator(self, *where: int) -> torch.Generator:
+        """Return a generator for one row and view, or without arguments one for the whole step."""
+        key = "/".join(map(str, (self.purpose, self.seed, self.step, *where)))
+        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 @dataclass(frozen=True)
@@ -14,86 +81,195 @@ class Corruption:
     """One draw of noise.
 
     Attributes:
-        masked: Where a token is replaced by the mask, shape (batch, length), bool.
-        weight: Weight of each masked token's cross-entropy in the NELBO, shape (batch, length),
-            float32; 0 where nothing is masked.
+        scored: Tokens whose prediction enters the loss, shape (batch, length), bool: the masked
+            ones, or with the uniform kernel all that may be corrupted.
+        weight: What each of them weighs in the NELBO, shape (batch, length), float32; else 0.
+        tokens: The corrupted text, shape (batch, length); None: scored tokens become the mask.
+        kept: Probability that a token is still clean before and at its time, alpha(t - 1/T) and
+            alpha(t), shape (batch, length, 2), float64; uniform kernel only.
     """
 
-    masked: torch.Tensor
+    scored: torch.Tensor
     weight: torch.Tensor
+    tokens: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Corruption:
+        """Return the same noise on a device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
+        return replace(self, **moved)
 
 
-def number_groups(groups: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Number the groups of a batch consecutively.
-
-    Args:
-        groups: Group of each token, numbered within its row, shape (batch, length), int.
-
-    Returns:
-        The same with numbers that are unique in the batch, and how many there are.
-    """
-    rows = torch.arange(groups.shape[0], device=groups.device)[:, None]
-    keys = rows * (int(groups.max()) + 2) + groups
-    unique, inverse = torch.unique(keys, return_inverse=True)
-    return inverse, len(unique)
-
-
-def corrupt_by_time(
-    groups: torch.Tensor,
-    scorable: torch.Tensor,
-    schedule: Schedule,
-    generator: torch.Generator | None = None,
-) -> Corruption:
-    """Draw one time per group and mask each token independently with 1 - alpha(t).
+def number_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number the groups of a batch consecutively, row by row.
 
     Args:
-        groups: Which tokens share a noise level (a block in BD3LM, a text in MDLM), shape
-            (batch, length), numbered within each row.
-        scorable: Tokens that may be masked, shape (batch, length), bool.
-        schedule: Noise schedule; its `weight` makes the sum an unbiased NELBO when unclipped.
-        generator: Source of randomness, on the CPU.
+        groups: Group of each token, rising along its row, shape (batch, length), int.
 
     Returns:
-        The corruption.
+        The same with numbers that are unique in the batch, shape (batch, length), and how many
+        groups each row has, shape (batch,).
     """
-    numbers, count = number_groups(groups)
-    times = schedule.draw(count, generator).to(groups.device)
-    t = times[numbers]
-    uniform = torch.rand(groups.shape, generator=generator, dtype=torch.float64).to(groups.device)
-    masked = scorable & (uniform < schedule.mask_probability(t))
-    return Corruption(masked, torch.where(masked, schedule.weight(t), 0.0).float())
+    starts = groups.diff(dim=-1, prepend=groups[:, :1]) != 0
+    starts[:, 0] = True
+    return starts.flatten().cumsum(0).view_as(groups) - 1, starts.sum(-1)
 
 
-def corrupt_by_count(
-    groups: torch.Tensor, scorable: torch.Tensor, generator: torch.Generator | None = None
-) -> Corruption:
+def _levels(key: NoiseKey, counts: torch.Tensor, view: int, views: int) -> torch.Tensor:
+    """Draw a level in (0, 1] per group, shape (groups,), float64.
+
+    Stratified over the groups of each row and over all rows and views of the step: with n groups to
+    every row the levels of a step are the lattice (i + u) / (n * rows * views), shuffled.
+    """
+    step = key.generator()
+    offset = 1 - float(torch.rand(1, generator=step, dtype=torch.float64))
+    places = torch.randperm(key.rows * views, generator=step)
+    levels = []
+    for number, count in enumerate(counts.tolist()):
+        row = key.first_row + number
+        place = (int(places[row % key.rows * views + view]) + offset) / len(places)
+        order = torch.randperm(count, generator=key.generator(row, view, 0))
+        levels.append((order.double() + place) / count)
+    return torch.cat(levels)
+
+
+def _uniforms(key: NoiseKey, shape: torch.Size, view: int, use: int) -> torch.Tensor:
+    rows = (key.generator(key.first_row + row, view, use) for row in range(shape[0]))
+    return torch.stack([torch.rand(shape[1], generator=g, dtype=torch.float64) for g in rows])
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """What one view draws from: all on the CPU, groups numbered over the batch."""
+
+    groups: torch.Tensor
+    level: torch.Tensor
+    sizes: torch.Tensor
+    scorable: torch.Tensor
+    positions: torch.Tensor
+    uniforms: torch.Tensor
+
+    def per_group(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum (batch, length) over each group, shape (groups,), float64."""
+        total = torch.zeros(len(self.level), dtype=torch.float64)
+        return total.index_add_(0, self.groups.flatten(), values.flatten().double())
+
+    def first(self, chosen: torch.Tensor, bias: float) -> torch.Tensor:
+        """Choose `chosen` scorable tokens of each group, (batch, length), bool.
+
+        With a bias token i comes first with weight exp(bias * (1 - level) * i): the smallest of
+        exponential times divided by weights (Efraimidis and Spirakis, 2006).
+        """
+        start = torch.full((len(self.level),), torch.inf, dtype=torch.float64)
+        place = self.positions.double()
+        flat = self.groups.flatten()
+        start.scatter_reduce_(0, flat, place.flatten(), "amin")
+        slope = bias * (1 - self.level)
+        race = (-self.uniforms.log()).log() - slope[self.groups] * (place - start[self.groups])
+        race = torch.where(self.scorable, race, torch.inf).flatten()
+        # Sorted by time first and, keeping that order, by group: each group's tokens in a run.
+        order = race.argsort()
+        order = order[flat[order].argsort(stable=True)]
+        lengths = torch.bincount(flat, minlength=len(self.level))
+        starts = lengths.cumsum(0) - lengths
+        rank = torch.empty_like(flat)
+        rank[order] = torch.arange(len(flat)) - starts[flat[order]]
+        return self.scorable & (rank.view_as(self.groups) < chosen[self.groups])
+
+
+def _by_time(draw: _Draw, process: ForwardProcess) -> list[Corruption]:
+    """Draw t per group and mask each token with 1 - alpha(t)."""
+    schedule = process.schedule
+    t = schedule.times(draw.level)
+    share = schedule.mask_probability(t)
+    masked = draw.scorable & (draw.uniforms < share[draw.groups])
+    if process.position_bias:
+        masked = draw.first(draw.per_group(masked), process.position_bias)
+    weight = schedule.weight(t)
+    pair = [(masked, weight)]
+    if process.complementary:
+        # The complement is masked with probability alpha(t), drawn as densely as t is: the bound
+        # as an integral over the masked share is the same on both sides.
+        pair.append((draw.scorable & ~masked, weight * share / (1 - share).clamp(min=1e-12)))
+    return [Corruption(where, torch.where(where, w[draw.groups], 0.0).float()) for where, w in pair]
+
+
+def _by_count(draw: _Draw, process: ForwardProcess) -> list[Corruption]:
     """Draw how many of each group's n tokens are masked, uniformly from 1..n, then which.
 
     Integrating the continuous-time bound over t leaves, for every schedule, the sum over m of the
     expected cross-entropy at m masked tokens divided by m: the likelihood estimator of LLaDA (arXiv
-    2502.09992, equation 6), with weight n/m. The same bound as `corrupt_by_time`, without its noise
-    in the number of masked tokens and without weights near t = 0. The counts are stratified.
+    2502.09992, equation 6), with weight n/m. The same bound as by time, without its noise in the
+    number of masked tokens and without weights near t = 0. A complementary pair draws from 0..n, so
+    that both sides are uniform, and weighs (n+1)/m.
+    """
+    sizes = draw.sizes
+    if not process.complementary:
+        chosen = (draw.level * sizes).ceil().clamp(min=1)
+        masked = draw.first(chosen, process.position_bias)
+        weight = (sizes / chosen)[draw.groups]
+        return [Corruption(masked, torch.where(masked, weight, 0.0).float())]
+    chosen = (draw.level * (sizes + 1)).ceil() - 1
+    masked = draw.first(chosen, process.position_bias)
+    pair = [(masked, chosen), (draw.scorable & ~masked, sizes - chosen)]
+    return [
+        Corruption(
+            where, torch.where(where, ((sizes + 1) / m.clamp(min=1))[draw.groups], 0.0).float()
+        )
+        for where, m in pair
+    ]
+
+
+def _by_replacing(
+    draw: _Draw, process: ForwardProcess, batch: TextBatch, objective: Objective, key: NoiseKey
+) -> list[Corruption]:
+    """D3PM's uniform kernel (arXiv 2107.03006): a token becomes any other but the mask.
+
+    Every token that may be corrupted is scored, at one of T equally likely times: weight T.
+    """
+    schedule = process.schedule
+    t = schedule.times(draw.level)
+    steps = schedule.discrete_steps or 1
+    kept = 1 - torch.stack([schedule.mask_probability(t - 1 / steps), schedule.mask_probability(t)])
+    kept = kept.T[draw.groups]
+    rows = [
+        torch.randint(
+            objective.vocabulary - 1, batch.tokens.shape[1:], generator=key.generator(row, 0, 2)
+        )
+        for row in range(key.first_row, key.first_row + len(batch.tokens))
+    ]
+    other = torch.stack(rows)
+    other = other + (other >= objective.mask_token_id).long()
+    replaced = draw.scorable & (draw.uniforms >= kept[..., 1])
+    tokens = torch.where(replaced, other, batch.tokens.cpu())
+    weight = torch.where(draw.scorable, float(steps), 0.0)
+    return [Corruption(draw.scorable, weight, tokens, kept)]
+
+
+def corrupt(
+    batch: TextBatch, objective: Objective, process: ForwardProcess, key: NoiseKey
+) -> tuple[Corruption, ...]:
+    """Corrupt text, once per view.
 
     Args:
-        groups: As in `corrupt_by_time`.
-        scorable: As in `corrupt_by_time`.
-        generator: Source of randomness, on the CPU.
+        batch: Clean text.
+        objective: What shares a noise level: a block (BD3LM) or a document (MDLM).
+        process: How text is corrupted.
+        key: Which noise.
 
     Returns:
-        The corruption.
+        One draw per view, on the device of the text; a complement follows its view.
     """
-    numbers, count = number_groups(groups)
-    flat = numbers.flatten()
-    sizes = torch.zeros(count, dtype=torch.float64, device=groups.device)
-    sizes.index_add_(0, flat, scorable.flatten().double())
-    level = Schedule().draw(count, generator).to(groups.device)
-    chosen = (level * sizes).ceil().clamp(min=1)
-    uniform = torch.rand(groups.shape, generator=generator, dtype=torch.float64).to(groups.device)
-    priority = torch.where(scorable, uniform, 2.0).flatten()
-    order = (flat.double() * 4 + priority).argsort()
-    starts = torch.bincount(flat, minlength=count).cumsum(0) - torch.bincount(flat, minlength=count)
-    rank = torch.empty_like(flat)
-    rank[order] = torch.arange(len(flat), device=flat.device) - starts[flat[order]]
-    masked = scorable & (rank.view_as(groups) < chosen[numbers])
-    weight = (sizes / chosen)[numbers]
-    return Corruption(masked, torch.where(masked, weight, 0.0).float())
+    scorable = batch.scorable.cpu()
+    groups, counts = number_groups(batch.noise_groups(objective).cpu())
+    views: list[Corruption] = []
+    for view in range(process.views):
+        level = _levels(key, counts, view, process.views)
+        uniforms = _uniforms(key, scorable.shape, view, 1)
+        draw = _Draw(groups, level, level, scorable, batch.positions.cpu(), uniforms)
+        draw = replace(draw, sizes=draw.per_group(scorable))
+        if objective.kernel == "uniform":
+            views += _by_replacing(draw, process, batch, objective, key)
+        else:
+            views += (_by_count if process.draw == "count" else _by_time)(draw, process)
+    return tuple(view.to(batch.tokens.device) for view in views)

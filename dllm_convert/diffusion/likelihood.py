@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from dllm_convert.attention import causal_mask
 from dllm_convert.console import Task
-from dllm_convert.diffusion.corruption import corrupt_by_count
-from dllm_convert.diffusion.objective import Objective, TextBatch, cross_entropy, predict
+from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.diffusion.prediction import predict
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ def _summary(totals: list[float], counts: list[int]) -> Likelihood:
     return Likelihood(mean, math.sqrt(spread * len(totals) / (len(totals) - 1)) / tokens, tokens)
 
 
+def measured_process(objective: Objective) -> ForwardProcess:
+    """Return the process whose loss is an exact bound with the least variance."""
+    if objective.kernel == "uniform":
+        return ForwardProcess(objective.schedule)
+    return ForwardProcess(draw="count")
+
+
 @torch.no_grad()
 def nelbo(
     model: Any,
@@ -57,8 +65,9 @@ def nelbo(
 ) -> Likelihood:
     """Estimate the negative evidence lower bound of a diffusion model.
 
-    Common random numbers: the same seed masks the same tokens, so two models, or one before and
-    after training, differ by the model only.
+    Common random numbers: the same seed corrupts the same tokens whatever the batch size is, so two
+    models, or one before and after training, differ by the model only. The uniform kernel's bound
+    is measured in its discrete time.
 
     Args:
         model: A diffusion model.
@@ -71,19 +80,20 @@ def nelbo(
     Returns:
         Nats per token; an upper bound of the negative log-likelihood.
     """
-    generator = torch.Generator().manual_seed(seed)
+    process = measured_process(objective)
+    rows = sum(len(batch.tokens) for batch in batches)
     totals: list[float] = []
     counts: list[int] = []
     for batch in batches:
-        groups, scorable = batch.noise_groups(objective), batch.scorable
+        scorable = batch.scorable
         sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
-        for _ in range(draws):
-            corruption = corrupt_by_count(groups, scorable, generator)
-            forward = predict(batch, corruption, objective)
-            logits = model(**forward.inputs, use_cache=False).logits
-            nats = cross_entropy(logits, forward.targets, objective.mask_token_id) * forward.weight
-            rows = corruption.masked.nonzero(as_tuple=True)[0]
-            sums.index_add_(0, rows.cpu(), nats.double().cpu())
+        for number in range(draws):
+            key = NoiseKey(seed, number, len(totals), rows, "measure")
+            forward = predict(batch, corrupt(batch, objective, process, key), objective)
+            mask = forward.mask.dense()
+            logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
+            nats = forward.nats(logits, objective) * forward.weight
+            sums.index_add_(0, forward.rows.cpu(), nats.double().cpu())
         totals += (sums / draws).tolist()
         counts += scorable.sum(-1).tolist()
         if task is not None:

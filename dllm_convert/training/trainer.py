@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from dllm_convert.diffusion.corruption import Corruption, corrupt_by_count, corrupt_by_time
-from dllm_convert.diffusion.objective import Objective, TextBatch, cross_entropy, predict
-from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.attention import StreamMask
+from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion.prediction import predict, shut_pairs
 from dllm_convert.schema import Recipe
 from dllm_convert.training.data import text_batch
+from dllm_convert.training.mask_noise import MaskNoise
 
 
-def noise_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.Generator:
-    """Noise that depends on where training is and on nothing else, so a resumed run repeats it."""
-    key = f"{seed}/{step}/{micro_step}/{rank}".encode()
-    digest = hashlib.blake2b(key, digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+@dataclass(frozen=True)
+class ForwardNoise:
+    """The noise of one forward, and what its loss is divided by.
+
+    Attributes:
+        views: Draws of noise over its text.
+        shut: Pairs of positions that attention annealing keeps closed; None for none.
+        key: Where the noise was drawn.
+        items: Positions the optimised loss is a mean over, of all forwards and processes of the
+            step, so that a token weighs the same in whichever of them it is.
+        texts: Scorable tokens of all forwards and processes of the step.
+    """
+
+    views: tuple[Corruption, ...]
+    shut: torch.Tensor | None
+    key: NoiseKey
+    items: float
+    texts: float
 
 
 class DiffusionTrainer(Trainer):
@@ -29,58 +45,107 @@ class DiffusionTrainer(Trainer):
     positions; the NELBO in nats per token is logged beside it either way.
     """
 
-    # A mean over this batch: the Trainer divides by the accumulation steps itself.
+    # The loss is a mean over the step; what the Trainer divides it by is multiplied in before.
     loss_is_scaled_for_ga = False
 
     def __init__(self, *args: Any, recipe: Recipe, objective: Objective, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._recipe = recipe
+        self._training = recipe.training
         self._objective = objective
-        self._schedule = Schedule.from_recipe(recipe.noise)
-        self._noise_at = (-1, -1)
-        self._nelbo_sum = torch.zeros((), dtype=torch.float64)
-        self._scored = 0
+        self._process = ForwardProcess.from_recipe(recipe.noise)
+        self._mask_noise = MaskNoise(self.model, recipe.training, objective.mask_token_id)
+        inner: Any = self.model
+        self._flex = inner.config._attn_implementation == "flex_attention"
+        self._block_mask: tuple[StreamMask, Any] | None = None
+        self._sums = torch.zeros(2, dtype=torch.float64)
         self.tokens_seen = 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Collect the forwards of a step, and draw their noise: the loss is a mean over them."""
+        batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step, world = self.state.global_step, self.args.world_size
+        drawn = []
+        sums = torch.zeros(2, dtype=torch.float64)
+        for micro, inputs in enumerate(batches):
+            batch = text_batch(inputs)
+            size = len(batch.tokens)
+            first = (micro * world + self.args.process_index) * size
+            key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
+            views = corrupt(batch, self._objective, self._process, key)
+            drawn.append((views, self._shut(batch.tokens.shape[1], key), key))
+            texts = int(batch.scorable.sum())
+            scored = sum(int(view.scored.sum()) for view in views)
+            uniform = self._training.loss_weight == "uniform"
+            sums += torch.tensor([scored if uniform else texts * len(views), texts])
+        items, texts_sum = self._total(sums).clamp(min=1).tolist()
+        for inputs, (views, shut, key) in zip(batches, drawn, strict=True):
+            inputs["noise"] = ForwardNoise(views, shut, key, items, texts_sum)
+        return batches, counted
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Corrupt, predict, compare; a scalar in nats."""
+        """Predict what was corrupted and compare; a scalar in nats."""
+        noise: ForwardNoise = inputs["noise"]
         batch = text_batch(inputs)
-        forward = predict(batch, self._corrupt(batch), self._objective)
-        output = model(**forward.inputs, use_cache=False)
-        nats = cross_entropy(output.logits, forward.targets, self._objective.mask_token_id)
+        ar_weight = self._training.ar_loss_weight
+        forward = predict(
+            batch, noise.views, self._objective, ar_loss=ar_weight > 0, shut=noise.shut
+        )
+        with self._mask_noise.at(noise.key):
+            output = model(
+                **forward.inputs, attention_mask=self._in_form(forward.mask), use_cache=False
+            )
+        nats = forward.nats(output.logits, self._objective)
         total = (nats * forward.weight).sum()
-        self._nelbo_sum += total.detach().double().cpu()
-        self._scored += forward.scored
+        optimised = nats.sum() if self._training.loss_weight == "uniform" else total
+        loss = optimised / noise.items
+        if ar_weight:
+            ar_nats = forward.ar_nats(output.logits, self._objective)
+            loss = loss + ar_weight * ar_nats.sum() / noise.texts
+        scored = int(batch.scorable.sum()) * len(noise.views)
+        self._sums += torch.tensor([float(total.detach()), scored])
         self.tokens_seen += inputs["input_ids"].numel()
-        if self._recipe.training.loss_weight == "uniform":
-            loss = nats.sum() / max(len(nats), 1)
-        else:
-            loss = total / max(forward.scored, 1)
+        # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
+        loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss
 
-    def _corrupt(self, batch: TextBatch) -> Corruption:
-        step = self.state.global_step
-        micro = self._noise_at[1] + 1 if self._noise_at[0] == step else 0
-        self._noise_at = (step, micro)
-        generator = noise_generator(
-            self._recipe.training.seed, step, micro, self.args.process_index
-        )
-        groups = batch.noise_groups(self._objective)
-        if self._recipe.noise.draw == "count":
-            return corrupt_by_count(groups, batch.scorable, generator)
-        return corrupt_by_time(groups, batch.scorable, self._schedule, generator)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the NELBO since the last line, in nats per token."""
-        if self._scored and "loss" in logs:
-            logs = {**logs, "nelbo": float(self._nelbo_sum) / self._scored}
-            self._nelbo_sum.zero_()
-            self._scored = 0
+        """Add the NELBO since the last line, over all processes, in nats per token."""
+        if "loss" in logs:
+            total, scored = self._total(self._sums).tolist()
+            self._sums.zero_()
+            if scored:
+                logs = {**logs, "nelbo": total / scored}
         super().log(logs, *args, **kwargs)
+
+    def _total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sum over processes."""
+        if self.args.world_size == 1:
+            return sums.clone()
+        # Not every device counts in float64; up to 2^24 float32 counts exactly, per element.
+        reduced: Any = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
+        return reduced.double().cpu()  # type: ignore[no-any-return]
+
+    def _shut(self, length: int, key: NoiseKey) -> torch.Tensor | None:
+        steps = self._training.attention_annealing_steps
+        share = 1 - key.step / steps if steps else 0.0
+        if share <= 0:
+            return None
+        # One draw per step, whatever forward and process: the same pairs are open in all of them.
+        return shut_pairs(length, share, key.generator()).to(self.args.device)
+
+    def _in_form(self, mask: StreamMask) -> Any:
+        """The mask as the model's attention reads it; a block mask is built when it changes."""
+        if not self._flex:
+            return mask.dense()
+        if self._block_mask is None or not self._block_mask[0].equals(mask):
+            self._block_mask = (mask, mask.block_mask())
+        return self._block_mask[1]

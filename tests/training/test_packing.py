@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_attention import two_stream_mask
 
-from dllm_convert.attention import document_mask, two_stream_mask
+from dllm_convert.attention import document_mask
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.training.encoding import Encoded
 from dllm_convert.training.packing import Layout, best_fit, cut, pack

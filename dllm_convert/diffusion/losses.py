@@ -1,0 +1,71 @@
+"""What a prediction costs, in nats: cross-entropy, and D3PM's bound for the uniform kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    never = torch.zeros_like(logits[:1])
+    never[:, mask_token_id] = -torch.inf
+    return (logits + never).float()
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Cross-entropy in nats, shape (n,), of logits (n, vocab) that can never predict the mask."""
+    return F.cross_entropy(_without_mask(logits, mask_token_id), targets, reduction="none")
+
+
+def uniform_divergence(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    noisy: torch.Tensor,
+    kept: torch.Tensor,
+    mask_token_id: int,
+) -> torch.Tensor:
+    """KL of q(x_{t-1} | x_t, x_0) from the model's p(x_{t-1} | x_t), uniform kernel.
+
+    With V words (the mask is none of them), a = alpha(t)/alpha(t-1/T) and r(k) = a [k = x_t] +
+    (1-a)/V, both are r(k) times a mixture, normalised: of the clean token for q, of the model's
+    prediction for p (D3PM, arXiv 2107.03006, section 3.3). At t = 1/T it is -log p(x_0 | x_1).
+
+    Args:
+        logits: Predictions of the clean tokens, shape (n, vocab).
+        targets: Clean tokens x_0, shape (n,).
+        noisy: Noisy tokens x_t, shape (n,).
+        kept: alpha(t - 1/T) and alpha(t), shape (n, 2), float64.
+        mask_token_id: Token that is never predicted and never noise.
+
+    Returns:
+        Nats, shape (n,), not multiplied by T.
+    """
+    words = logits.shape[-1] - 1
+    before, now = kept.to(logits.device, torch.float32).unbind(-1)
+    step = now / before
+    floor, rest = (1 - before) / words, (1 - step) / words
+    guess = _without_mask(logits, mask_token_id).softmax(-1)
+    tiny = torch.finfo(guess.dtype).tiny
+    mixture = (before[:, None] * guess + floor[:, None]).clamp(min=tiny).log()
+    at = torch.stack([targets, noisy], dim=-1)
+    at_target, at_noisy = mixture.gather(-1, at).unbind(-1)
+    same = (targets == noisy).float()
+    prior = (1 - now) / words
+    guess_noisy = guess.gather(-1, noisy[:, None]).squeeze(-1)
+    q_total, p_total = now * same + prior, now * guess_noisy + prior
+    # q(k) is nonzero everywhere (rest * floor), more at the noisy token and more at the clean one.
+    everywhere = mixture.sum(-1) - mixture[:, mask_token_id]
+    p_log = (
+        rest * floor * everywhere
+        + step * floor * at_noisy
+        + rest * before * at_target
+        + step * before * same * at_target
+    )
+    high, low = (before + floor).log(), floor.clamp(min=tiny).log()
+    q_log = (
+        rest * floor * (words - 1) * low
+        + step * floor * torch.where(same > 0, high, low)
+        + rest * (before + floor) * high
+        + step * before * same * high
+    )
+    return (q_log - p_log) / q_total - q_total.log() + p_total.log()

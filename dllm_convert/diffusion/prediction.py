@@ -1,0 +1,246 @@
+"""The forward that predicts corrupted tokens: which tokens run, who sees whom, what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dllm_convert.attention import UNUSED, StreamMask
+from dllm_convert.diffusion.corruption import Corruption
+from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
+from dllm_convert.diffusion.objective import Objective, TextBatch
+
+WIDTH_MULTIPLE = 16
+"""Rows are as wide as a multiple of this many tokens, so that few widths occur."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One forward of the model, and what its logits are compared with.
+
+    The first n logits predict corrupted tokens; the m after them, if there is an autoregressive
+    loss, predict the clean stream.
+
+    Attributes:
+        inputs: Keyword arguments of the model's `forward` but for the mask; `logits_at` holds
+            n + m flat indices.
+        mask: Who sees whom.
+        targets: Clean tokens at the scored positions, shape (n,).
+        weight: NELBO weights at the scored positions, shape (n,).
+        rows: Row of the text of each scored position, shape (n,).
+        ar_targets: Next tokens of the clean stream, shape (m,).
+        noisy: Corrupted tokens at the scored positions, shape (n,); uniform kernel only.
+        kept: As in `Corruption`, shape (n, 2); uniform kernel only.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    mask: StreamMask
+    targets: torch.Tensor
+    weight: torch.Tensor
+    rows: torch.Tensor
+    ar_targets: torch.Tensor
+    noisy: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+
+    def nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """Unweighted loss of each scored position, shape (n,), of logits (n + m, vocab)."""
+        logits = logits[: len(self.targets)]
+        if self.noisy is None or self.kept is None:
+            return cross_entropy(logits, self.targets, objective.mask_token_id)
+        return uniform_divergence(
+            logits, self.targets, self.noisy, self.kept, objective.mask_token_id
+        )
+
+    def ar_nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """Cross-entropy of the clean stream's next tokens, shape (m,), of logits (n + m, vocab)."""
+        tail = logits[len(self.targets) :]
+        return cross_entropy(tail, self.ar_targets, objective.mask_token_id)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Noisy views and, in BD3LM, the clean text, side by side in each row: (batch, width)."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    blocks: torch.Tensor
+    segments: torch.Tensor
+    streams: torch.Tensor
+
+    def compact(self, keep: torch.Tensor) -> tuple[_Streams, torch.Tensor]:
+        """Drop what nobody needs; return the rest and each column's new column."""
+        needed = max(int(keep.sum(-1).max()), 1)
+        width = min(-(-needed // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, keep.shape[1])
+        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        unused = torch.arange(width, device=keep.device) >= keep.sum(-1, keepdim=True)
+        columns = {name: values.gather(1, order) for name, values in vars(self).items()}
+        columns["streams"] = columns["streams"].masked_fill(unused, UNUSED)
+        return _Streams(**columns), keep.long().cumsum(-1) - 1
+
+
+def _corrupted(batch: TextBatch, corruption: Corruption, objective: Objective) -> torch.Tensor:
+    if corruption.tokens is not None:
+        return corruption.tokens
+    return batch.tokens.masked_fill(corruption.scored, objective.mask_token_id)
+
+
+def _needed(
+    batch: TextBatch, blocks: torch.Tensor, views: Sequence[Corruption], *, all_clean: bool
+) -> torch.Tensor:
+    """Which columns of `[views ; clean]` have to run, (batch, (views + 1) * length), bool.
+
+    A noisy block without a scored token, padding, and clean tokens that no scored block of their
+    document comes after reach no loss: prompts of a chat, a document's last block.
+    """
+    text = batch.segments >= 0
+    count = int(blocks.max()) + 1
+    noisy = []
+    for view in views:
+        scored = torch.zeros(len(blocks), count, dtype=torch.long, device=blocks.device)
+        scored.scatter_reduce_(1, blocks, view.scored.long(), "amax")
+        noisy.append(scored.gather(1, blocks).bool() & text)
+    if all_clean:
+        return torch.cat([*noisy, text], dim=1)
+    runs = torch.stack(noisy).any(0)
+    segments = batch.segments.clamp(min=0)
+    last = torch.full((len(blocks), int(segments.max()) + 1), -1, device=blocks.device)
+    last.scatter_reduce_(1, segments, torch.where(runs, blocks, -1), "amax")
+    return torch.cat([*noisy, (blocks < last.gather(1, segments)) & text], dim=1)
+
+
+def predict(
+    batch: TextBatch,
+    views: Sequence[Corruption],
+    objective: Objective,
+    *,
+    ar_loss: bool = False,
+    shut: torch.Tensor | None = None,
+) -> Prediction:
+    """Lay out the forward that predicts the corrupted tokens of `batch`.
+
+    K views of BD3LM share one clean stream: (K + 1) * L tokens instead of 2 * K * L. Views of MDLM
+    are rows of their own.
+
+    Args:
+        batch: Clean text.
+        views: Draws of noise over it.
+        objective: mdlm or bd3lm.
+        ar_loss: Also predict each clean token from the clean ones before it; bd3lm with a strictly
+            causal clean stream.
+        shut: Pairs of positions that stay closed, see `shut_pairs`; (length, length), bool.
+
+    Returns:
+        Model inputs, targets and weights.
+    """
+    if objective.target == "mdlm":
+        return _one_stream(batch, views, objective, shut)
+    length, count = batch.tokens.shape[1], len(views)
+    blocks = batch.blocks(objective.size)
+    stream = torch.arange(1, count + 2, device=blocks.device) % (count + 1)
+    everything = _Streams(
+        torch.cat([*(_corrupted(batch, view, objective) for view in views), batch.tokens], dim=1),
+        batch.positions.repeat(1, count + 1),
+        blocks.repeat(1, count + 1),
+        batch.segments.repeat(1, count + 1),
+        stream.repeat_interleave(length).expand(len(blocks), -1),
+    )
+    used, column = everything.compact(_needed(batch, blocks, views, all_clean=ar_loss))
+    reads, rows, places, numbers = [], [], [], []
+    for number, view in enumerate(views):
+        row, at = view.scored.nonzero(as_tuple=True)
+        read = at + number * length
+        if objective.token_shift:
+            # A block's first position follows a token that is clean already: read that stream.
+            first = batch.positions[row, at] % objective.size == 0
+            read = torch.where(first, at + count * length, read) - 1
+        reads.append(row * used.tokens.shape[1] + column[row, read])
+        rows.append(row)
+        places.append(at)
+        numbers.append(torch.full_like(row, number))
+    ar_targets = batch.tokens.new_empty(0)
+    if ar_loss:
+        row, at = batch.scorable.nonzero(as_tuple=True)
+        reads.append(row * used.tokens.shape[1] + column[row, at + count * length - 1])
+        ar_targets = batch.tokens[row, at]
+    return _prediction(
+        batch, views, objective, used,
+        (torch.cat(numbers), torch.cat(rows), torch.cat(places)),
+        torch.cat(reads), ar_targets, shut,
+    )  # fmt: skip
+
+
+def _one_stream(
+    batch: TextBatch,
+    views: Sequence[Corruption],
+    objective: Objective,
+    shut: torch.Tensor | None,
+) -> Prediction:
+    size, length = batch.tokens.shape
+    streams = _Streams(
+        torch.cat([_corrupted(batch, view, objective) for view in views]),
+        batch.positions.repeat(len(views), 1),
+        batch.noise_groups(objective).repeat(len(views), 1),
+        batch.segments.repeat(len(views), 1),
+        torch.where(batch.segments >= 0, 1, UNUSED).repeat(len(views), 1),
+    )
+    number, row, at = torch.stack([view.scored for view in views]).nonzero(as_tuple=True)
+    read = at - 1 if objective.token_shift else at
+    return _prediction(
+        batch, views, objective, streams, (number, row, at),
+        (number * size + row) * length + read, batch.tokens.new_empty(0), shut,
+    )  # fmt: skip
+
+
+def _prediction(
+    batch: TextBatch,
+    views: Sequence[Corruption],
+    objective: Objective,
+    used: _Streams,
+    scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    reads: torch.Tensor,
+    ar_targets: torch.Tensor,
+    shut: torch.Tensor | None,
+) -> Prediction:
+    """Put inputs and targets together; `scored` are view, row and column of the scored tokens."""
+    number, row, column = scored
+    replaced = [(view.tokens, view.kept) for view in views]
+    noisy = kept = None
+    if objective.kernel == "uniform":
+        noisy = torch.stack([tokens for tokens, _ in replaced if tokens is not None])[scored]
+        kept = torch.stack([kept for _, kept in replaced if kept is not None])[scored]
+    return Prediction(
+        {"input_ids": used.tokens, "position_ids": used.positions, "logits_at": reads},
+        StreamMask(
+            used.streams,
+            used.blocks,
+            used.segments,
+            used.positions,
+            objective.context == "causal",
+            shut,
+        ),
+        batch.tokens[row, column],
+        torch.stack([view.weight for view in views])[number, row, column],
+        row,
+        ar_targets,
+        noisy,
+        kept,
+    )
+
+
+def shut_pairs(length: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw which pairs that look ahead stay closed (attention annealing).
+
+    DiffuLLaMA (arXiv 2410.17891) opens a causal mask a growing share at a time.
+
+    Args:
+        length: Positions of a text.
+        share: How many of the pairs stay closed: 1 is causal attention, 0 open.
+        generator: On the CPU.
+
+    Returns:
+        Pairs (query, key), shape (length, length), bool.
+    """
+    drawn = torch.rand(length, length, generator=generator) < share
+    return drawn.triu(1)
