@@ -93,6 +93,15 @@ class StreamMask:
     causal_clean: bool = False
     shut: torch.Tensor | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody sees everybody in their row: one view of one whole document."""
+        if self.shut is not None:
+            return False
+        columns = (self.streams, self.blocks, self.segments)
+        alike = all(bool((column == column[:, :1]).all()) for column in columns)
+        return alike and bool((self.streams != CLEAN).all() & (self.segments >= 0).all())
+
     def allows(self, row: Any, query: Any, key: Any) -> Any:
         """The rule, for indices that are numbers or broadcast together."""
         stream, own_stream = self.streams[row, key], self.streams[row, query]

@@ -10,6 +10,7 @@ Target = Literal["mdlm", "bd3lm"]
 Method = Literal["full", "lora", "none"]
 Kernel = Literal["absorbing", "uniform"]
 Context = Literal["block", "causal"]
+Checkpointing = Literal["off", "selective", "full"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -150,7 +151,11 @@ class Training(_Section):
     )
     mask_noise_steps: int = Field(0, ge=0, description="steps over which that noise fades")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast dtype")
-    gradient_checkpointing: bool = Field(False, description="recompute activations, save memory")
+    gradient_checkpointing: Checkpointing = Field(
+        "selective",
+        description="activations computed again to save memory: selective all but matrix products "
+        "and attention, full whole layers",
+    )
     save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")
     log_steps: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
     seed: int = Field(0, ge=0, description="seed of data order, noise and initialisation")

@@ -7,13 +7,19 @@ import torch.nn.functional as F
 
 
 def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    never = torch.zeros_like(logits[:1])
-    never[:, mask_token_id] = -torch.inf
-    return (logits + never).float()
+    # In place, if it is float32 already, and unseen by autograd: another copy of the logits or of
+    # their gradient is as large as all of a small model. The gradient there is zero by itself.
+    scores = logits.float()
+    with torch.no_grad():
+        scores[:, mask_token_id] = -torch.inf
+    return scores
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Cross-entropy in nats, shape (n,), of logits (n, vocab) that can never predict the mask."""
+    """Cross-entropy in nats, shape (n,), of logits (n, vocab) that can never predict the mask.
+
+    The mask's logits may be overwritten.
+    """
     return F.cross_entropy(_without_mask(logits, mask_token_id), targets, reduction="none")
 
 
@@ -31,7 +37,7 @@ def uniform_divergence(
     prediction for p (D3PM, arXiv 2107.03006, section 3.3). At t = 1/T it is -log p(x_0 | x_1).
 
     Args:
-        logits: Predictions of the clean tokens, shape (n, vocab).
+        logits: Predictions of the clean tokens, shape (n, vocab); the mask's may be overwritten.
         targets: Clean tokens x_0, shape (n,).
         noisy: Noisy tokens x_t, shape (n,).
         kept: alpha(t - 1/T) and alpha(t), shape (n, 2), float64.

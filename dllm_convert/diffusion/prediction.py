@@ -26,7 +26,7 @@ class Prediction:
     Attributes:
         inputs: Keyword arguments of the model's `forward` but for the mask; `logits_at` holds
             n + m flat indices.
-        mask: Who sees whom.
+        mask: Who sees whom; None if everybody sees everybody in their row.
         targets: Clean tokens at the scored positions, shape (n,).
         weight: NELBO weights at the scored positions, shape (n,).
         rows: Row of the text of each scored position, shape (n,).
@@ -36,7 +36,7 @@ class Prediction:
     """
 
     inputs: dict[str, torch.Tensor]
-    mask: StreamMask
+    mask: StreamMask | None
     targets: torch.Tensor
     weight: torch.Tensor
     rows: torch.Tensor
@@ -205,6 +205,14 @@ def _prediction(
 ) -> Prediction:
     """Put inputs and targets together; `scored` are view, row and column of the scored tokens."""
     number, row, column = scored
+    mask = StreamMask(
+        used.streams,
+        used.blocks,
+        used.segments,
+        used.positions,
+        objective.context == "causal",
+        shut,
+    )
     replaced = [(view.tokens, view.kept) for view in views]
     noisy = kept = None
     if objective.kernel == "uniform":
@@ -212,14 +220,7 @@ def _prediction(
         kept = torch.stack([kept for _, kept in replaced if kept is not None])[scored]
     return Prediction(
         {"input_ids": used.tokens, "position_ids": used.positions, "logits_at": reads},
-        StreamMask(
-            used.streams,
-            used.blocks,
-            used.segments,
-            used.positions,
-            objective.context == "causal",
-            shut,
-        ),
+        None if mask.is_open else mask,
         batch.tokens[row, column],
         torch.stack([view.weight for view in views])[number, row, column],
         row,

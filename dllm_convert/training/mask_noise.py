@@ -29,7 +29,7 @@ class MaskNoise:
         self._steps = training.mask_noise_steps
         self._mask_token_id = mask_token_id
         weight = next(self._embedding.parameters())
-        self._std = training.mask_noise_std * (float(weight.std()) if self._steps else 0.0)
+        self._std = training.mask_noise_std * (float(weight.detach().std()) if self._steps else 0.0)
 
     @contextmanager
     def at(self, key: NoiseKey) -> Iterator[None]:

@@ -21,6 +21,7 @@ from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
 from dllm_convert.training.callbacks import Watch, checkpoint_step, last_whole_checkpoint
+from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.setup import (
     count_trainable,
@@ -69,10 +70,6 @@ class TrainResult:
 def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> TrainingArguments:
     training = recipe.training
     every = training.save_steps or max(10, training.steps // 5)
-    # Renamed in transformers 5.x: the old name is understood by all, but only said when needed.
-    checkpointing: dict[str, Any] = {}
-    if training.gradient_checkpointing:
-        checkpointing["gradient_checkpointing"] = True
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
@@ -101,7 +98,6 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        **checkpointing,
     )
     # Several GPUs in one process would be DataParallel, which splits masks and flat indices apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -128,6 +124,7 @@ def train(
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(recipe.training.seed)
     base = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
+    checkpoint_activations(base, recipe.training.gradient_checkpointing)
     model = make_trainable(base, plan.adapter, recipe.training)
     trainable = count_trainable(model)
     folder = work / "trainer"

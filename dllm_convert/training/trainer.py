@@ -142,10 +142,10 @@ class DiffusionTrainer(Trainer):
         # One draw per step, whatever forward and process: the same pairs are open in all of them.
         return shut_pairs(length, share, key.generator()).to(self.args.device)
 
-    def _in_form(self, mask: StreamMask) -> Any:
+    def _in_form(self, mask: StreamMask | None) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""
-        if not self._flex:
-            return mask.dense()
+        if mask is None or not self._flex:
+            return mask.dense() if mask else None
         if self._block_mask is None or not self._block_mask[0].equals(mask):
             self._block_mask = (mask, mask.block_mask())
         return self._block_mask[1]

@@ -174,3 +174,14 @@ def test_the_mask_is_never_predicted() -> None:
     logits[0, MASK] = 100.0
     nats = cross_entropy(logits, torch.tensor([1]), MASK)
     assert float(nats) == pytest.approx(torch.tensor(7.0).log().item(), abs=1e-6)
+    logits = torch.randn(4, 8, requires_grad=True)
+    cross_entropy(logits * 1, torch.tensor([0, 1, 2, 3]), MASK).sum().backward()
+    assert logits.grad is not None
+    assert (logits.grad[:, MASK] == 0).all()
+    others = torch.cat([logits.detach()[:, :MASK], logits.detach()[:, MASK + 1 :]], dim=1)
+    others.requires_grad_()
+    torch.nn.functional.cross_entropy(
+        others, torch.tensor([0, 1, 2, 3]), reduction="sum"
+    ).backward()
+    kept = [column for column in range(8) if column != MASK]
+    assert torch.allclose(logits.grad[:, kept], others.grad)

@@ -1,0 +1,218 @@
+"""Tokens per second and memory of one training step, against the textbook's.
+
+    python -m benchmarks.step CONVERTED --batch 4 --length 128
+
+CONVERTED is a folder that `dllm-convert run SOURCE --no-train` wrote. Both steps train all weights
+of the same model on the same batches with the same optimizer, in turn: the other way round every
+second time. The ratio of each pair is taken, and of those the median, least and largest. Memory is
+measured in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import textbook
+from dllm_convert.adapters import get_adapter
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.quiet import quiet_libraries
+from dllm_convert.recipe import load_recipe
+from dllm_convert.training.checkpointing import checkpoint_activations
+from dllm_convert.training.data import collate
+from dllm_convert.training.run import _arguments
+from dllm_convert.training.setup import load_model, make_trainable, use_bf16
+from dllm_convert.training.trainer import DiffusionTrainer
+
+Step = Callable[[torch.Tensor], float]
+BYTES_PER_WEIGHT = 16
+"""Weight, gradient and two moments, all float32."""
+
+
+def rows(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Columns of a batch of whole documents, as the package's data gives them."""
+    places = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    return collate(
+        [
+            {
+                "input_ids": line,
+                "segment_ids": torch.zeros_like(line),
+                "position_ids": at,
+                "loss_mask": torch.ones_like(line, dtype=torch.bool),
+            }
+            for line, at in zip(tokens, places, strict=True)
+        ]
+    )
+
+
+def ours(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
+    """The package's step, through its own Trainer."""
+    arguments = _arguments(recipe, Path("unused"), use_bf16(recipe.training), False)
+    trainer = DiffusionTrainer(model=model, args=arguments, recipe=recipe, objective=objective)
+    trainer.current_gradient_accumulation_steps = 1
+    # Mixed precision is wrapped around the model when a training begins.
+    prepared = trainer.accelerator.prepare_model(model)
+
+    def step(tokens: torch.Tensor) -> float:
+        batches, _ = trainer.get_batch_samples(iter([rows(tokens)]), 1, tokens.device)
+        loss = trainer.training_step(prepared, batches[0])
+        _update(model, optimizer)
+        trainer.state.global_step += 1
+        return float(loss)
+
+    return step
+
+
+def textbooks(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
+    """The textbook's step."""
+    generator = torch.Generator().manual_seed(0)
+    bf16 = use_bf16(recipe.training)
+
+    def step(tokens: torch.Tensor) -> float:
+        model.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = textbook.loss(
+                model, tokens, objective.mask_token_id, objective.block_size, generator
+            )
+        loss.backward()
+        _update(model, optimizer)
+        return float(loss.detach())
+
+    return step
+
+
+def _update(model: Any, optimizer: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+KINDS = {"textbook": textbooks, "ours": ours}
+
+
+def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
+    """Load the model and return it with the step of a kind."""
+    config = json.loads((options.converted / "config.json").read_text())
+    adapter = get_adapter(config["model_type"])
+    target = config["diffusion"]["objective"]
+    recipe = load_recipe(
+        str(options.converted),
+        overrides={
+            "target": target,
+            "block_size": config["diffusion"]["block_size"],
+            "training.method": options.method,
+            "training.batch_size": options.batch,
+            "training.learning_rate": 1e-5,
+            **dict(part.split("=", 1) for part in options.set),
+        },
+    )
+    model = load_model(options.converted, adapter)
+    if kind == "ours":
+        checkpoint_activations(model, recipe.training.gradient_checkpointing)
+    objective = Objective.from_config(model.config)
+    model = make_trainable(model, adapter, recipe.training)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
+    return model, KINDS[kind](model, recipe, objective, optimizer)
+
+
+def batch(options: argparse.Namespace, number: int) -> torch.Tensor:
+    """Random tokens: the time of a step does not depend on what they are."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(100, 40_000, (options.batch, options.length), generator=generator)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def measure_memory(options: argparse.Namespace, kind: str) -> None:
+    """Print the peak of three steps above weights, gradients and moments, in bytes."""
+    model, step = prepare(options, kind)
+    # Moments are made in the first step; a short one leaves the least behind.
+    step(batch(options, 0)[:1, :64])
+    weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in model.parameters()) - weights
+    at_rest = _status("VmRSS") + 4 * weights  # gradients are gone by now
+    Path("/proc/self/clear_refs").write_text("5")
+    for number in range(3):
+        step(batch(options, number + 1))
+    state = BYTES_PER_WEIGHT * weights + 4 * frozen
+    print(json.dumps({"above": _status("VmHWM") - at_rest, "state": state}))
+
+
+def memory(options: argparse.Namespace, kind: str) -> dict[str, int]:
+    """Run `measure_memory` in a process of its own."""
+    line = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--memory-of", kind]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Time both kinds in turn."""
+    steps = {kind: prepare(options, kind)[1] for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number in range(options.repeats + 1):
+        tokens = batch(options, number)
+        for kind in list(KINDS) if number % 2 else list(reversed(KINDS)):
+            started, used = time.perf_counter(), time.process_time()
+            steps[kind](tokens)
+            times[kind].append(time.perf_counter() - started)
+            processor[kind].append(time.process_time() - used)
+    return {
+        "ratio": spread(times),
+        "processor_ratio": spread(processor),
+        "tokens_per_second": {
+            kind: round(options.batch * options.length / statistics.median(values[1:]))
+            for kind, values in times.items()
+        },
+        "pairs": options.repeats,
+    }
+
+
+def spread(times: dict[str, list[float]]) -> list[float]:
+    """Median, least and largest of the textbook's time over ours; the first pair warms up."""
+    pairs = zip(times["textbook"][1:], times["ours"][1:], strict=True)
+    ratios = sorted(theirs / mine for theirs, mine in pairs)
+    return [round(value, 3) for value in (statistics.median(ratios), ratios[0], ratios[-1])]
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("converted", type=Path)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--method", choices=["full", "lora"], default="full")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory-of", choices=list(KINDS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with quiet_libraries():
+        if options.memory_of:
+            measure_memory(options, options.memory_of)
+            return
+        result = compare(options)
+        if not options.no_memory:
+            found = {kind: memory(options, kind) for kind in KINDS}
+            result["memory_above"] = {kind: value["above"] for kind, value in found.items()}
+            result["memory_ratio"] = round(found["ours"]["above"] / found["textbook"]["above"], 3)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Which activations are kept for the backward pass, and which are computed again."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from dllm_convert.schema import Checkpointing
+
+_KEPT = frozenset(
+    {
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_attention_math",
+        "flex_attention",
+    }
+)
+"""Operations whose results cost more to compute than to keep."""
+
+
+def _keep(context: Any, operation: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    name = operation.name().partition("::")[2].partition(".")[0]
+    # Autocast's copies of the weights: one per layer, not one per token.
+    cast_weight = name == "_to_copy" and isinstance(inputs[0], torch.nn.Parameter)
+    if name in _KEPT or cast_weight:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_activations(model: Any, how: Checkpointing) -> None:
+    """Make a model keep less for the backward pass; its results and gradients stay the same.
+
+    `selective` keeps what matrix products and attention return, and computes norms, activations and
+    rotations again (Korthikanti et al., arXiv 2205.05198, section 5). `full` keeps one tensor per
+    layer and computes the layer again (Chen et al., arXiv 1604.06174).
+
+    Args:
+        model: A transformers model.
+        how: off, selective or full.
+    """
+    if how == "off":
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
+    # The older name until transformers 5.2, the newer one since.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)(settings)
