@@ -34,12 +34,13 @@ from dllm_convert.training.run import _arguments
 from dllm_convert.training.setup import load_model, make_trainable, use_bf16
 from dllm_convert.training.trainer import DiffusionTrainer
 
-Step = Callable[[torch.Tensor], float]
+Columns = dict[str, torch.Tensor]
+Step = Callable[[Columns], float]
 BYTES_PER_WEIGHT = 16
 """Weight, gradient and two moments, all float32."""
 
 
-def rows(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+def rows(tokens: torch.Tensor) -> Columns:
     """Columns of a batch of whole documents, as the package's data gives them."""
     places = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
     return collate(
@@ -63,8 +64,8 @@ def ours(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
     # Mixed precision is wrapped around the model when a training begins.
     prepared = trainer.accelerator.prepare_model(model)
 
-    def step(tokens: torch.Tensor) -> float:
-        batches, _ = trainer.get_batch_samples(iter([rows(tokens)]), 1, tokens.device)
+    def step(columns: Columns) -> float:
+        batches, _ = trainer.get_batch_samples(iter([columns]), 1, torch.device("cpu"))
         loss = trainer.training_step(prepared, batches[0])
         _update(model, optimizer)
         trainer.state.global_step += 1
@@ -78,11 +79,15 @@ def textbooks(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> 
     generator = torch.Generator().manual_seed(0)
     bf16 = use_bf16(recipe.training)
 
-    def step(tokens: torch.Tensor) -> float:
+    def step(columns: Columns) -> float:
         model.train()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             loss = textbook.loss(
-                model, tokens, objective.mask_token_id, objective.block_size, generator
+                model,
+                columns["input_ids"],
+                objective.mask_token_id,
+                objective.block_size,
+                generator,
             )
         loss.backward()
         _update(model, optimizer)
@@ -126,10 +131,11 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
     return model, KINDS[kind](model, recipe, objective, optimizer)
 
 
-def batch(options: argparse.Namespace, number: int) -> torch.Tensor:
+def batch(options: argparse.Namespace, number: int, size: int | None = None) -> Columns:
     """Random tokens: the time of a step does not depend on what they are."""
     generator = torch.Generator().manual_seed(number)
-    return torch.randint(100, 40_000, (options.batch, options.length), generator=generator)
+    shape = (size or options.batch, options.length)
+    return rows(torch.randint(100, 40_000, shape, generator=generator))
 
 
 def _status(name: str) -> int:
@@ -141,7 +147,7 @@ def measure_memory(options: argparse.Namespace, kind: str) -> None:
     """Print the peak of three steps above weights, gradients and moments, in bytes."""
     model, step = prepare(options, kind)
     # Moments are made in the first step; a short one leaves the least behind.
-    step(batch(options, 0)[:1, :64])
+    step(batch(options, 0, 1))
     weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = sum(weight.numel() for weight in model.parameters()) - weights
     at_rest = _status("VmRSS") + 4 * weights  # gradients are gone by now
@@ -166,10 +172,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(options.repeats + 1):
-        tokens = batch(options, number)
+        columns = batch(options, number)
         for kind in list(KINDS) if number % 2 else list(reversed(KINDS)):
             started, used = time.perf_counter(), time.process_time()
-            steps[kind](tokens)
+            steps[kind](columns)
             times[kind].append(time.perf_counter() - started)
             processor[kind].append(time.process_time() - used)
     return {

@@ -2,7 +2,7 @@
 
 One mixin and one line per family. The same classes train, sample and verify, and travel beside the
 weights as `modeling_dllm.py` (see `bundle.py`), so this module imports torch and transformers only,
-besides the two modules bundled with it.
+besides the modules bundled with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .attention import block_causal_mask
-from .sampling.decoding import DecodingOptions, decode_blocks, decode_canvas
+from .sampling.choosing import DecodingOptions
+from .sampling.decoding import decode_blocks, decode_canvas
 
 MIN_TRANSFORMERS = "5.2.0"
 
@@ -242,7 +243,8 @@ class DiffusionMixin:
     def _decoding_options(
         self, config: Any, seed: int | None, overrides: dict[str, Any]
     ) -> DecodingOptions:
-        known = {field.name for field in fields(DecodingOptions)} - {"seed", "eos_token_ids"}
+        own = {"seed", "eos_token_ids", "noise_tokens", "causal_context"}
+        known = {field.name for field in fields(DecodingOptions)} - own
         unknown = set(overrides) - known - {"eos_token_id"}
         if unknown:
             raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(known)}")
@@ -253,7 +255,11 @@ class DiffusionMixin:
             settings["max_new_tokens"] = 128
         settings["mask_token_id"] = self.config.mask_token_id
         settings["block_size"] = getattr(self.config, "block_size", None)
-        settings["token_shift"] = bool(self.config.diffusion["token_shift"])
+        facts = self.config.diffusion
+        settings["token_shift"] = bool(facts["token_shift"])
+        settings["causal_context"] = facts.get("context") == "causal"
+        if facts.get("noise_kernel") == "uniform":
+            settings["noise_tokens"] = self.config.vocab_size
         eos_ids = (
             () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
         )

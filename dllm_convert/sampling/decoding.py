@@ -5,56 +5,22 @@ This module travels inside the published modelling file, so it imports torch and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How text is denoised.
-
-    Attributes:
-        mask_token_id: Token that stands for "not written yet"; never written itself.
-        max_new_tokens: Tokens written per row.
-        block_size: Tokens per block, or None for MDLM.
-        token_shift: Whether position i is predicted from the hidden state of i-1.
-        max_denoising_steps: Forwards per block (BD3LM) or per text (MDLM); None: one token each.
-        confidence_threshold: Commit every position at least this likely, at least one per forward
-            (Fast-dLLM, arXiv 2505.22618); None: a fixed number per step.
-        temperature: 0 takes the likeliest token.
-        eos_token_ids: Tokens that end a row.
-        pad_token_id: Token that fills a row after its end.
-        seed: Row r draws from `seed + r`; None draws from torch's global generator.
-    """
-
-    mask_token_id: int
-    max_new_tokens: int
-    block_size: int | None = None
-    token_shift: bool = False
-    max_denoising_steps: int | None = None
-    confidence_threshold: float | None = None
-    temperature: float = 0.0
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int = 0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What decoding returns.
-
-    Attributes:
-        rows: New tokens, shape (batch, max_new_tokens), padded after the end of each row.
-        forwards: Forward passes run, those that fill the cache included.
-        tokens: New tokens written, summed over rows, the end-of-text token included.
-    """
-
-    rows: torch.Tensor
-    forwards: int
-    tokens: int
+from .choosing import (
+    Decoded,
+    DecodingOptions,
+    choose_commits,
+    choose_tokens,
+    cut_new_tokens,
+    find_ended,
+    row_generators,
+    shifted,
+    show_noise,
+)
 
 
 class BlockCache(DynamicCache):
@@ -83,86 +49,6 @@ class BlockCache(DynamicCache):
         return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
 
 
-def shifted(logits: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Move logits one position to the right, as autoregressive models align them.
-
-    Args:
-        logits: Shape (batch, length, vocab), from the hidden states of each position.
-        previous: Shape (batch, vocab), from the token before the first position.
-
-    Returns:
-        Logits that predict each position, shape (batch, length, vocab).
-    """
-    return torch.cat([previous[:, None], logits[:, :-1]], dim=1)
-
-
-def _choose(
-    logits: torch.Tensor, options: DecodingOptions, generators: list[torch.Generator | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick a token and its confidence at every position, both of shape (batch, length)."""
-    logits = logits.float()
-    logits[..., options.mask_token_id] = -torch.inf
-    if options.temperature == 0:
-        probability, token = logits.softmax(-1).max(-1)
-        return token, probability
-    probabilities = (logits / options.temperature).softmax(-1)
-    token = torch.stack(
-        [
-            torch.multinomial(row, 1, generator=g).squeeze(-1)
-            for row, g in zip(probabilities, generators, strict=True)
-        ]
-    )
-    return token, probabilities.gather(-1, token[..., None]).squeeze(-1)
-
-
-def _commit(
-    confidence: torch.Tensor, masked: torch.Tensor, steps_left: int, threshold: float | None
-) -> torch.Tensor:
-    """Choose which masked positions become final, shape (batch, length), bool.
-
-    Each row commits enough of its most confident positions to finish in `steps_left` steps and,
-    with a threshold, every position at least that sure.
-    """
-    remaining = masked.sum(-1)
-    quota = (remaining + steps_left - 1) // steps_left
-    ranked = confidence.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(
-        -1, ranked, torch.arange(ranked.shape[-1], device=ranked.device).expand_as(ranked)
-    )
-    if threshold is None:
-        return masked & (rank < quota[:, None])
-    return masked & ((confidence >= threshold) | (rank < quota.clamp(max=1)[:, None]))
-
-
-def _ended(rows: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
-    """Where a row is at or past its first end-of-text token, shape (batch, length), bool."""
-    ends = torch.zeros_like(rows, dtype=torch.bool)
-    for eos in options.eos_token_ids:
-        ends |= rows == eos
-    return ends.cumsum(-1) > 0
-
-
-def _finish(
-    canvas: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions, forwards: int
-) -> Decoded:
-    """Cut the new tokens out of the canvas and pad each row after its end."""
-    index = lengths[:, None] + torch.arange(options.max_new_tokens, device=canvas.device)
-    rows = canvas.gather(1, index)
-    ended = _ended(rows, options)
-    past_end = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
-    return Decoded(
-        rows.masked_fill(past_end, options.pad_token_id), forwards, int((~past_end).sum())
-    )
-
-
-def _generators(
-    rows: int, options: DecodingOptions, device: torch.device
-) -> list[torch.Generator | None]:
-    if options.seed is None:
-        return [None] * rows
-    return [torch.Generator(device).manual_seed(options.seed + row) for row in range(rows)]
-
-
 def decode_canvas(
     model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
 ) -> Decoded:
@@ -184,19 +70,22 @@ def decode_canvas(
     canvas[:, :width] = torch.where(index[:, :width] < lengths[:, None], prompts, canvas[:, :width])
     masked = (index >= lengths[:, None]) & (index < ends[:, None])
     valid = (index < ends[:, None]).long()
-    generators = _generators(batch, options, prompts.device)
+    generators = row_generators(batch, options, prompts.device)
     steps = options.max_denoising_steps or options.max_new_tokens
     forwards = 0
     while masked.any():
-        logits = model(canvas, attention_mask=valid, position_ids=index, use_cache=False).logits
+        shown = show_noise(canvas, masked, options, generators)
+        logits = model(shown, attention_mask=valid, position_ids=index, use_cache=False).logits
         if options.token_shift:
             logits = shifted(logits, torch.zeros_like(logits[:, 0]))
-        token, confidence = _choose(logits, options, generators)
-        chosen = _commit(confidence, masked, max(steps - forwards, 1), options.confidence_threshold)
+        token, confidence = choose_tokens(logits, options, generators)
+        chosen = choose_commits(
+            confidence, masked, max(steps - forwards, 1), options.confidence_threshold
+        )
         canvas = torch.where(chosen, token, canvas)
         masked = masked & ~chosen
         forwards += 1
-    return _finish(canvas, lengths, options, forwards)
+    return cut_new_tokens(canvas, lengths, options, forwards)
 
 
 def decode_blocks(
@@ -228,11 +117,11 @@ def decode_blocks(
     )
     cache, forwards = BlockCache(), 0
     rows = torch.arange(len(prompts), device=prompts.device)
-    generators = _generators(len(prompts), options, prompts.device)
+    generators = row_generators(len(prompts), options, prompts.device)
     start = int(lengths.min()) // size * size
     previous: torch.Tensor | None = None
     if start:
-        previous = _extend(model, canvas[:, :start], 0, cache)
+        previous = _extend(model, canvas[:, :start], 0, cache, options)
         forwards += 1
     for first in range(start, blocks * size, size):
         block = canvas[rows, first : first + size]
@@ -241,25 +130,36 @@ def decode_blocks(
         block, used = _denoise_block(model, block, masked, first, cache, previous, options, active)
         canvas[rows, first : first + size] = block
         generated = block.masked_fill(~masked, options.mask_token_id)
-        stay = (first + size < ends[rows]) & ~_ended(generated, options)[:, -1]
+        stay = (first + size < ends[rows]) & ~find_ended(generated, options)[:, -1]
         forwards += used
         if not stay.any():
             break
-        previous = _extend(model, block, first, cache)
+        previous = _extend(model, block, first, cache, options)
         forwards += 1
         if not stay.all():
             kept = stay.nonzero().squeeze(-1)
             cache.batch_select_indices(kept)
             rows, previous = rows[kept], previous[kept]
-    return _finish(canvas, lengths, options, forwards)
+    return cut_new_tokens(canvas, lengths, options, forwards)
 
 
-def _extend(model: Any, tokens: torch.Tensor, first: int, cache: BlockCache) -> torch.Tensor:
+def _extend(
+    model: Any, tokens: torch.Tensor, first: int, cache: BlockCache, options: DecodingOptions
+) -> torch.Tensor:
     """Run clean `tokens` (batch, n) into the cache; return the last logits, (batch, vocab)."""
     cache.frozen = False
-    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    index = torch.arange(first + tokens.shape[1], device=tokens.device)
+    mask = None
+    if options.causal_context:
+        seen = index[first:, None] >= index[None, :]
+        mask = seen.expand(len(tokens), 1, -1, -1)
     output = model(
-        tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        tokens,
+        attention_mask=mask,
+        position_ids=index[first:].expand_as(tokens),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
     )
     logits: torch.Tensor = output.logits[:, -1]
     return logits
@@ -281,13 +181,16 @@ def _denoise_block(
     steps = options.max_denoising_steps or block.shape[1]
     used = 0
     while masked.any():
-        logits = model(block, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        shown = show_noise(block, masked, options, generators)
+        logits = model(shown, position_ids=positions, past_key_values=cache, use_cache=True).logits
         if options.token_shift:
             logits = shifted(
                 logits, torch.zeros_like(logits[:, 0]) if previous is None else previous
             )
-        token, confidence = _choose(logits, options, generators)
-        chosen = _commit(confidence, masked, max(steps - used, 1), options.confidence_threshold)
+        token, confidence = choose_tokens(logits, options, generators)
+        chosen = choose_commits(
+            confidence, masked, max(steps - used, 1), options.confidence_threshold
+        )
         block = torch.where(chosen, token, block)
         masked = masked & ~chosen
         used += 1

@@ -214,3 +214,60 @@ def test_unknown_settings_and_empty_prompts_are_refused() -> None:
         model.generate(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="takes no labels"):
         model(prompt(3), labels=prompt(3))
+
+
+@torch.no_grad()
+def causal_context_reference(model: PreTrainedModel, ids: torch.Tensor, new: int) -> list[int]:
+    """Uncached: clean blocks see what stands before them, the block being written all of it."""
+    size, length = model.config.block_size, ids.shape[1]
+    canvas = ids
+    for start in range(length // size * size, length + new, size):
+        fill = torch.full((1, start + size - canvas.shape[1]), MASK)
+        canvas = torch.cat([canvas, fill], 1)
+        mask = torch.ones(start + size, start + size).tril().bool()
+        mask[start:, start:] = True
+        while (canvas[0] == MASK).any():
+            logits = model(canvas, attention_mask=mask[None, None], use_cache=False).logits[0]
+            logits = torch.cat([logits[:1], logits[:-1]])
+            logits[:, MASK] = -torch.inf
+            confidence, token = logits.float().softmax(-1).max(-1)
+            confidence[canvas[0] != MASK] = -1
+            best = int(confidence.argmax())
+            canvas[0, best] = token[best]
+    return list(canvas[0, length : length + new].tolist())
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("length", [3, 4, 10])
+def test_a_causal_context_is_read_as_it_was_trained(family: str, length: int) -> None:
+    model, ids = tiny(family, block=4), prompt(length)
+    plain = model.generate(ids, max_new_tokens=9, eos_token_id=None)[0, length:].tolist()
+    model.config.diffusion["context"] = "causal"
+    got = model.generate(ids.repeat(2, 1), max_new_tokens=9, eos_token_id=None)
+    expected = causal_context_reference(model, ids, 9)
+    assert got[0, length:].tolist() == got[1, length:].tolist() == expected
+    assert length < 4 or plain != expected
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_the_uniform_kernel_shows_random_tokens_and_never_the_mask(
+    block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny("llama", block=block), prompt(6)
+    model.config.diffusion["noise_kernel"] = "uniform"
+    forward, seen = type(model).forward, []
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(args[0] if args else kwargs["input_ids"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", watch)
+    settings: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "seed": 3}
+    first = model.generate(ids, **settings)
+    assert all((tokens != MASK).all() for tokens in seen)
+    assert len({tuple(tokens[0].tolist()) for tokens in seen}) == len(seen)
+    assert torch.equal(first[:, :6], ids)
+    assert (first != MASK).all()
+    assert torch.equal(model.generate(ids, **settings), first)
+    batch = model.generate(torch.cat([prompt(6, 9), ids]), **{**settings, "seed": 2})
+    assert torch.equal(batch[1], first[0])

@@ -158,7 +158,7 @@ def test_mask_noise_moves_the_mask_alone_and_fades(
         with noise.at(NoiseKey(0, step, 0, 1)):
             moved = embedding(tokens) - plain
         assert (moved[0, [1, 3]] == 0).all()
-        sizes.append(float(moved[0, [0, 2]].detach().std() / embedding.weight.std()))
+        sizes.append(float((moved[0, [0, 2]].std() / embedding.weight.std()).detach()))
     assert torch.equal(embedding(tokens), plain)
     assert sizes[0] == pytest.approx(2.0, rel=0.3)
     assert sizes[4:] == [0, 0]

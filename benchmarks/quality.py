@@ -1,0 +1,184 @@
+"""Held-out NELBO against training time: the small-budget preset against the textbook's step.
+
+    python -m benchmarks.quality CONVERTED --data 'texts/*.txt' --out results.json
+
+CONVERTED is a folder that `dllm-convert run SOURCE --to bd3lm --block 32 --no-train` wrote. The
+textbook trains with the defaults of dLLM's examples: rate 1e-4, cosine after 10 % warm-up, no token
+shift, one noise level per sequence; once in full, once as LoRA of rank 32 on all linear layers with
+nothing else trainable. Every run starts from the same weights and sees the same text; time is wall
+time of training alone, and all are measured on the same held-out tokens with the same noise. How
+many steps fit is found with three steps that are thrown away, for both sides alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, get_scheduler
+
+from benchmarks import textbook
+from benchmarks.step import ours
+from dllm_convert.adapters import get_adapter
+from dllm_convert.console import Reporter
+from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.quiet import quiet_libraries
+from dllm_convert.recipe import load_recipe
+from dllm_convert.training.checkpointing import checkpoint_activations
+from dllm_convert.training.data import TextData, collate, prepare_data
+from dllm_convert.training.setup import load_model, make_trainable, use_bf16
+
+Step = Callable[[dict[str, torch.Tensor]], float]
+
+
+class Contestant:
+    """A model, how it is trained and what it is measured on."""
+
+    def __init__(self, options: argparse.Namespace, kind: str) -> None:
+        folder = str(options.converted)
+        fields: dict[str, Any] = {"data.source": options.data, "block_size": 32}
+        if kind == "textbook-full":
+            fields |= {"training.method": "full"}
+        if kind == "textbook-lora":
+            fields |= {
+                "training.lora.rank": 32,
+                "training.lora.alpha": 32,
+                "training.lora.embeddings": "mask_row",
+                "training.lora.norms": False,
+            }
+        if kind == "ours":
+            fields |= dict(part.split("=", 1) for part in options.set)
+        else:
+            fields |= {"training.learning_rate": 1e-4, "training.lr_schedule": "cosine"}
+        self.kind = kind
+        self.recipe = load_recipe(folder, overrides=fields)
+        config = json.loads((options.converted / "config.json").read_text())
+        self.adapter = get_adapter(config["model_type"])
+        torch.manual_seed(0)
+        base = load_model(options.converted, self.adapter)
+        self.objective = Objective.from_config(base.config)
+        if kind == "ours":
+            checkpoint_activations(base, self.recipe.training.gradient_checkpointing)
+        else:
+            self.objective = replace(self.objective, token_shift=False)
+        self.model = make_trainable(base, self.adapter, self.recipe.training)
+        if kind == "textbook-lora":
+            for name, weight in self.model.named_parameters():
+                weight.requires_grad_("lora_" in name)
+
+    def steps(self, planned: int) -> Step:
+        """Return the step, with an optimizer and a rate that follows `planned` steps."""
+        training = self.recipe.training
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        betas = (0.9, training.adam_beta2 if self.kind == "ours" else 0.999)
+        optimizer = torch.optim.AdamW(
+            weights, lr=training.learning_rate, betas=betas, weight_decay=0.0, fused=True
+        )
+        schedule = get_scheduler(training.lr_schedule, optimizer, max(planned // 10, 1), planned)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        if self.kind == "ours":
+            return ours(self.model, self.recipe, self.objective, optimizer)
+        generator = torch.Generator().manual_seed(0)
+
+        def step(columns: dict[str, torch.Tensor]) -> float:
+            self.model.train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16(training)):
+                loss = textbook.loss(
+                    self.model,
+                    columns["input_ids"],
+                    self.objective.mask_token_id,
+                    self.objective.block_size,
+                    generator,
+                )
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(loss.detach())
+
+        return step
+
+
+def batches(data: TextData, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches of training rows."""
+    rows: Any = data.training_rows(start=0, total=10**6)
+    for start in range(0, 10**6, size):
+        yield collate([rows[number] for number in range(start, start + size)])
+
+
+def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[dict[str, Any]]:
+    """Train for the longest budget, measure at each; the clock stands while measuring."""
+    trial = Contestant(options, kind)
+    tokenizer = AutoTokenizer.from_pretrained(options.converted)
+    data = prepare_data(trial.recipe, tokenizer, Reporter(quiet=True))
+    size = trial.recipe.training.batch_size
+    step, text = trial.steps(10), batches(data, size)
+    for number in range(3):
+        if number == 1:
+            started = time.perf_counter()
+        step(next(text))
+    planned = int(budgets[-1] / ((time.perf_counter() - started) / 2))
+    del trial, step
+    contestant = Contestant(options, kind)
+    step, text = contestant.steps(planned), batches(data, size)
+    used, done, found = 0.0, 0, []
+    for budget in budgets:
+        while used < budget:
+            started = time.perf_counter()
+            step(next(text))
+            used += time.perf_counter() - started
+            done += 1
+        contestant.model.eval()
+        measured = nelbo(contestant.model, data.held_out, contestant.objective, seed=0)
+        found.append(
+            {
+                "kind": kind,
+                "budget_s": budget,
+                "steps": done,
+                "planned": planned,
+                **measured.as_dict(),
+            }
+        )
+        print(json.dumps(found[-1]), flush=True)
+    if kind == "ours" and options.base:
+        base = load_model(options.converted, contestant.adapter)
+        rows = base.get_input_embeddings().num_embeddings
+        for name, value in (
+            ("untrained", nelbo(base, data.held_out, contestant.objective, seed=0)),
+            ("ar", autoregressive_nll(base, data.held_out, rows)),
+        ):
+            print(json.dumps({"kind": name, **value.as_dict()}), flush=True)
+    return found
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("converted", type=Path)
+    parser.add_argument("--data", default="pydoc")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--kinds", default="ours,textbook-full,textbook-lora")
+    parser.add_argument("--budgets", default="120,300", help="seconds")
+    parser.add_argument("--base", action="store_true", help="also measure the untrained model")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    budgets = [float(part) for part in options.budgets.split(",")]
+    results: list[dict[str, Any]] = []
+    with quiet_libraries():
+        for kind in options.kinds.split(","):
+            # A schedule that ends with the budget is part of the preset: a run for each.
+            for these in [[budget] for budget in budgets] if kind == "ours" else [budgets]:
+                results += run(options, kind, these)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
