@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
-from dllm_convert.disk import link
+from dllm_convert.disk import link, sync_tree
 from dllm_convert.manifest import source_facts
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.quiet import quiet_libraries
@@ -75,7 +75,7 @@ def run(
 
         # Hours of training are not to end in "not logged in".
         push = preflight({"source": source_facts(plan)}, push, reporter)
-    run_id = fingerprint(recipe.model_dump(mode="json"), plan.source.fingerprint)
+    run_id = fingerprint(recipe.identity(), plan.source.fingerprint)
     with open_workspace(out, run_id) as workspace:
         for warning in plan.warnings:
             reporter.warn(warning)
@@ -145,6 +145,7 @@ class _Run:
         shutil.rmtree(target, ignore_errors=True)
         with self.reporter.task("adapt"):
             adapt(self.plan, self._source, partial, self.reporter)
+        sync_tree(partial)
         partial.rename(target)
         return {"tensors_changed": list(self.plan.tensors_changed)}
 
@@ -217,6 +218,7 @@ class _Run:
         write_notice(staged, source_facts(self.plan))
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
         write_manifest(staged, self._manifest())
+        sync_tree(staged)
         return {}
 
     def _measurements(self) -> dict[str, Any]:
@@ -266,6 +268,7 @@ class _Run:
         later = {"stages": workspace.stages, "verification": workspace.result("verify")}
         write_manifest(staged, read_manifest(staged) | later)
         write_card(staged)
+        sync_tree(staged)
         return {}
 
     def _clean(self) -> None:

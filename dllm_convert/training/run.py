@@ -15,13 +15,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.disk import sync_tree
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.interruption import Interruption
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
-from dllm_convert.training.callbacks import Watch, checkpoint_step, last_whole_checkpoint
+from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.data import TextData, collate
+from dllm_convert.training.metrics import Metrics
+from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
 from dllm_convert.training.setup import (
     count_trainable,
     load_model,
@@ -42,8 +46,9 @@ class TrainResult:
     Attributes:
         method: full or lora.
         steps: Optimizer steps taken.
-        tokens: Clean tokens seen, padding included, this session's only if it was resumed.
-        seconds: Training time, sessions before a resume included.
+        tokens: Clean tokens seen by all processes, padding included; as `seconds`, over all
+            sessions of a run that was resumed.
+        seconds: Training time.
         trainable_parameters: Parameters that received gradients.
         final_loss: Last logged loss, in nats.
         stopped: Why it ended: `steps` or `time`.
@@ -91,13 +96,12 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         save_strategy="steps",
         # A multiple of the logging steps: a loss that is not a number is seen before it is saved.
         save_steps=-(-every // training.log_steps) * training.log_steps,
-        save_total_limit=2,
         seed=training.seed,
         data_seed=training.seed,
         # Rows come in their order: prepared ones are skipped by number, a stream starts anywhere.
         train_sampling_strategy="sequential",
         ignore_data_skip=streaming,
-        report_to=[],
+        report_to=list(training.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -131,19 +135,31 @@ def train(
     model = make_trainable(base, plan.adapter, recipe.training)
     trainable = count_trainable(model)
     folder = work / "trainer"
-    resume = last_whole_checkpoint(folder)
-    resumed = checkpoint_step(resume) if resume else 0
-    if resumed:
-        reporter.line(f"resuming from step {resumed}")
     arguments = _arguments(recipe, folder, use_bf16(recipe.training), data.streaming)
+    main = arguments.process_index == 0
+    resumed = find_resumption(folder, reporter.warn, clean=main)
+    if resumed.step:
+        reporter.line(f"resuming from step {resumed.step}")
+    if resumed.stopped:
+        # Its time was up: there is nothing left to train, only to write.
+        arguments.max_steps = resumed.step
     rows = recipe.training.batch_size * recipe.training.gradient_accumulation * arguments.world_size
-    with reporter.task("train", total=recipe.training.steps) as task:
-        watch = Watch(work / "metrics.jsonl", resumed, recipe.training.max_minutes, task)
+    rules = Rules(
+        rows * recipe.data.sequence_length,
+        recipe.training.keep_checkpoints,
+        recipe.training.max_minutes,
+    )
+    metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
+    with (
+        reporter.task("train", total=recipe.training.steps) as task,
+        Interruption(gently=True) as interruption,
+    ):
+        watch = Watch(metrics, resumed, rules, task, interruption, lambda: trainer.unsound)
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
             train_dataset=data.training_rows(
-                start=resumed * rows, total=recipe.training.steps * rows
+                start=resumed.step * rows, total=recipe.training.steps * rows
             ),
             data_collator=collate,
             callbacks=[watch],
@@ -151,20 +167,30 @@ def train(
             objective=Objective.from_config(base.config),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        _run(trainer, resumed, main)
         seconds = watch.seconds
+    if watch.interrupted or interruption.requested:
+        raise KeyboardInterrupt
     _write(trainer.model, untrained, out, plan)
     return TrainResult(
         recipe.training.method,
         trainer.state.global_step,
-        trainer.tokens_seen,
+        watch.tokens,
         round(seconds, 3),
         trainable,
-        watch.last.get("loss"),
-        watch.stopped,
+        watch.final_loss,
+        watch.stopped or "steps",
         _device_name(),
         trainer.args.world_size,
     )
+
+
+def _run(trainer: DiffusionTrainer, resumed: Resumption, main: bool) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed.folder else None)
+    finally:
+        if main:
+            remove_unfinished(Path(str(trainer.args.output_dir)))
 
 
 def _device_name() -> str:
@@ -176,8 +202,10 @@ def _device_name() -> str:
 
 def _write(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:
     """Write trained weights beside the untouched files of the untrained conversion."""
-    recipe = plan.recipe
-    shutil.rmtree(out, ignore_errors=True)
+    recipe, final = plan.recipe, out
+    out = final.with_name(final.name + ".partial")
+    for leftover in (out, final):
+        shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(untrained, out, ignore=shutil.ignore_patterns(*WEIGHT_PATTERNS))
     if recipe.training.method == "lora":
         if recipe.training.keep_adapter:
@@ -196,6 +224,8 @@ def _write(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None
         for file in weights.glob(pattern):
             file.rename(out / file.name)
     shutil.rmtree(weights)
+    sync_tree(out)
+    out.rename(final)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -41,7 +41,13 @@ class DiffusionTrainer(Trainer):
         self._noise_at = (-1, -1)
         self._nelbo_sum = torch.zeros((), dtype=torch.float64)
         self._scored = 0
-        self.tokens_seen = 0
+        self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one forward and backward; remember in `unsound` a loss that was not a number."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.unsound = self.unsound | ~loss.isfinite()
+        return loss
 
     def compute_loss(
         self,
@@ -58,7 +64,6 @@ class DiffusionTrainer(Trainer):
         total = (nats * forward.weight).sum()
         self._nelbo_sum += total.detach().double().cpu()
         self._scored += forward.scored
-        self.tokens_seen += inputs["input_ids"].numel()
         if self._recipe.training.loss_weight == "uniform":
             loss = nats.sum() / max(len(nats), 1)
         else:
