@@ -6,19 +6,20 @@ negative if a signal ended it. Faults are planted in the child only:
 
 - `kill_at`: SIGKILL at the n-th change of a file below `below` (open for writing, rename, removal,
   link), counted by the interpreter's own audit events. With 0 they are counted into `count`.
-- `tear`: SIGKILL inside the n-th `torch.save`, half of the file written.
+- `tear`: SIGKILL inside the n-th write of a `torch.save` or safetensors file, half of it written.
+- `fast`: leaves out the one probe that starts a new interpreter.
 - `file_bytes`: a limit on the size of a file, as a full disk fails a write half-way.
 """
 
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,34 @@ class Counter:
 
 
 def tear(number: int) -> None:
+    """Die in the middle of the n-th file that torch or safetensors write for the Trainer."""
+    import safetensors.torch
     import torch
+    from transformers import modeling_utils
 
-    real, calls = torch.save, 0
+    calls = 0
+    real_save, real_safe = torch.save, safetensors.torch.save_file
 
-    def save(value: Any, file: Any, *arguments: Any, **keywords: Any) -> None:
+    def reached(write: Callable[[Path], None], file: Any) -> bool:
         nonlocal calls
         calls += 1
         if calls != number:
-            real(value, file, *arguments, **keywords)
-            return
-        whole = io.BytesIO()
-        real(value, whole)
-        with Path(file).open("wb") as half:
-            half.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            return False
+        write(Path(file))
+        os.truncate(file, Path(file).stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    def save(value: Any, file: Any, *rest: Any, **keywords: Any) -> None:
+        if not reached(lambda path: real_save(value, path), file):
+            real_save(value, file, *rest, **keywords)
+
+    def save_file(tensors: Any, file: Any, *rest: Any, **keywords: Any) -> None:
+        if not reached(lambda path: real_safe(tensors, path), file):
+            real_safe(tensors, file, *rest, **keywords)
 
     torch.save = save
+    modeling_utils.safe_save_file = save_file
 
 
 def child(order: dict[str, Any]) -> int:
@@ -93,8 +105,10 @@ def child(order: dict[str, Any]) -> int:
     if "file_bytes" in order:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
-    for statement in order.get("patches", ()):
-        exec(statement, {})
+    if order.get("fast"):
+        from dllm_convert.verify import run
+
+        run._GROUPS = {**run._GROUPS, "portability": run._Group(lambda subject: [])}
     from dllm_convert.cli import app
 
     try:
