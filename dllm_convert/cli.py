@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,6 +24,7 @@ from dllm_convert.cli_values import (
     push_options,
 )
 from dllm_convert.errors import VerificationError
+from dllm_convert.place import Place
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
@@ -72,6 +75,8 @@ def run(
     keep_adapter: option.KeepAdapter = False,
     source_revision: option.SourceRevision = None,
     assignments: option.Assignments = None,
+    num_processes: option.Processes = None,
+    launch_config: option.LaunchConfig = None,
     dry_run: option.DryRun = False,
     push_to_hub: option.PushToHub = None,
     public: option.Public = None,
@@ -103,16 +108,22 @@ def run(
         commit_message=commit_message,
     )
     recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
-    folder = out or default_out(recipe)
+    folder, place = out or default_out(recipe), Place.from_environment()
     if dry_run or ctx.info_name == "check":
         from dllm_convert import recipe_yaml
 
-        output.show(plan_document(recipe, folder, push), recipe_yaml.dump, as_json=as_json)
+        document = plan_document(recipe, folder, push, num_processes or place.world)
+        output.show(document, recipe_yaml.dump, as_json=as_json)
         return
+    if (num_processes or launch_config) and not place.launched:
+        raise typer.Exit(_launch(num_processes, launch_config))
     reporter = _reporter(quiet=quiet or as_json)
     from dllm_convert import pipeline
 
-    result = pipeline.run(recipe, folder, reporter, push=push)
+    if not place.main:
+        pipeline.follow(recipe, folder, place)
+        return
+    result = pipeline.run(recipe, folder, reporter, push=push, place=place)
     published = result.pushed.as_dict() if result.pushed else None
     document = output.run_document(str(result.path), result.passed, result.manifest, published)
     output.show(document, output.run_text, as_json=as_json)
@@ -255,6 +266,12 @@ def architectures(as_json: option.Json = False) -> None:
         for family in families
     ]
     output.write(output.table(header, rows))
+
+
+def _launch(processes: int | None, config: Path | None) -> int:
+    from dllm_convert.launch import launch
+
+    return launch(processes, config, sys.argv[1:])
 
 
 def _reporter(*, quiet: bool) -> Reporter:

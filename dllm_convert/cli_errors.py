@@ -16,9 +16,9 @@ from typer.core import TyperGroup
 from dllm_convert.cli_output import write_json
 from dllm_convert.disk import DISK_FULL
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.interruption import INTERRUPTED, Interruption
 from dllm_convert.quiet import debugging
 
-INTERRUPTED = 130
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
 
@@ -42,12 +42,10 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command; known failures become one line and their exit code."""
         try:
-            return super().invoke(ctx)
+            with Interruption(gently=False, farewell=lambda: _say(_interrupted(ctx), ctx)):
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            resumable = ctx.invoked_subcommand in ("run", "push")
-            hint = "The same command goes on where it stopped" if resumable else None
-            failure = Failure("Interrupted", "interrupted", hint, INTERRUPTED)
-            raise _exit(failure, error, ctx) from error
+            raise _exit(_interrupted(ctx), error, ctx) from error
         except (DllmConvertError, MemoryError, OSError, RuntimeError) as error:
             known = classify(error)
             if known is None:
@@ -91,13 +89,25 @@ def _classify_os(error: OSError) -> Failure:
     return Failure(type(error).__name__, f"{problem}{where}", None if debugging() else hint)
 
 
+def _interrupted(ctx: Any) -> Failure:
+    resumable = ctx.invoked_subcommand in ("run", "push")
+    hint = "The same command goes on where it stopped" if resumable else None
+    return Failure("Interrupted", "interrupted", hint, INTERRUPTED)
+
+
 def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
     if debugging():
         sys.stderr.write(redact("".join(traceback.format_exception(error))))
+    _say(failure, ctx)
+    return typer.Exit(failure.exit_code)
+
+
+def _say(failure: Failure, ctx: Any) -> None:
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
     sys.stderr.write(redact(f"error: {message}\n"))
     if ctx.meta.get(JSON_KEY):
         hint = redact(failure.hint) if failure.hint is not None else None
         problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
         write_json({"error": problem, "exit_code": failure.exit_code})
-    return typer.Exit(failure.exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()

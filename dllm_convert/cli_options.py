@@ -100,6 +100,27 @@ SourceRevision = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as check does.")]
 
+_LAUNCH = "Several processes"
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--num-processes",
+        min=1,
+        metavar="N",
+        rich_help_panel=_LAUNCH,
+        help="Train with N processes on this machine, one per GPU, through Accelerate's launcher.",
+    ),
+]
+LaunchConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--launch-config",
+        metavar="FILE",
+        rich_help_panel=_LAUNCH,
+        help="Accelerate config, such as recipes/launch/fsdp2.yaml.",
+    ),
+]
+
 _HUB = "Publishing"
 RepoId = Annotated[
     str,

@@ -99,8 +99,10 @@ def default_out(recipe: Recipe) -> Path:
     return Path(f"{name}-{recipe.target}")
 
 
-def plan_document(recipe: Recipe, folder: Path, push: PushOptions | None) -> dict[str, Any]:
-    """Return what a dry run shows: the plan, and where it would be published.
+def plan_document(
+    recipe: Recipe, folder: Path, push: PushOptions | None, processes: int
+) -> dict[str, Any]:
+    """Return what a dry run shows: the plan, on how many processes, where it would be published.
 
     Raises:
         DllmConvertError: The conversion cannot work, or may not be published as asked.
@@ -111,6 +113,10 @@ def plan_document(recipe: Recipe, folder: Path, push: PushOptions | None) -> dic
 
     plan = plan_conversion(recipe)
     document = {"out": str(folder), **plan_as_dict(plan)}
+    if recipe.training.method != "none" and processes > 1:
+        training = recipe.training
+        step = training.batch_size * training.gradient_accumulation * processes
+        document["launch"] = {"processes": processes, "sequences_per_step": step}
     if push is None:
         return document
     from dllm_convert.publish.run import licence_warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -26,23 +27,37 @@ class Task:
         self._reporter = reporter
         self._description = description
         self._total = total
-        self._done = 0.0
-        self._note = ""
-        self._last_line = time.monotonic()
+        self._done = self._began = 0.0
+        self._last_line = self._started = time.monotonic()
         bar = reporter.bar
         self._id = bar.add_task(description, total=total, note="") if bar else None
+
+    def begin(self, done: float) -> None:
+        """Start from what an earlier session did; only what comes after says how fast it goes."""
+        self._done = self._began = done
+        self._started = time.monotonic()
+        if self._reporter.bar is not None and self._id is not None:
+            self._reporter.bar.reset(self._id, completed=int(done), note="")
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         """Count `amount` more, with an optional note such as the current loss."""
         self._done += amount
-        self._note = note
         bar = self._reporter.bar
         if bar is not None and self._id is not None:
             bar.update(self._id, advance=amount, note=note)
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
-            share = f" {self._done:g}/{self._total:g}" if self._total else f" {self._done:g}"
-            self._reporter.line(f"{self._description}:{share} {note}".rstrip())
+            share = f"{self._done:g}/{self._total:g}" if self._total else f"{self._done:g}"
+            parts = [part for part in (share, note, self._remaining()) if part]
+            self._reporter.line(f"{self._description}: {', '.join(parts)}")
+
+    def _remaining(self) -> str:
+        """How long it will take at the pace so far, as in `1:02:03 left`."""
+        advanced = self._done - self._began
+        if not self._total or advanced <= 0:
+            return ""
+        pace = (time.monotonic() - self._started) / advanced
+        return f"{timedelta(seconds=round(pace * (self._total - self._done)))} left"
 
 
 class Reporter:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +43,68 @@ def link(source: Path | str, target: Path | str) -> None:
         Path(target).hardlink_to(source)
     except OSError:
         shutil.copy2(source, target)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until every file below a folder, and the names of the files, have reached the disk."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk.
+
+    File systems that cannot promise it for a folder refuse; there is nothing else to do then.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+_WRITE_FAILED = re.compile(
+    r"PytorchStreamWriter failed|No space left on device|Disk quota exceeded|File too large"
+    r"|os error (28|27|122)\b"
+)
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a write failed for lack of room, whoever reports it.
+
+    torch and safetensors write files themselves, and say what failed in words only.
+    """
+    if isinstance(error, OSError) and error.errno in {*DISK_FULL, errno.EFBIG}:
+        return True
+    if _WRITE_FAILED.search(str(error)):
+        return True
+    cause = error.__cause__ or error.__context__
+    return cause is not None and no_room(cause)
+
+
+@contextmanager
+def reporting_full_disk(folder: Path) -> Iterator[None]:
+    """Report a write that failed for lack of room as a known error.
+
+    Raises:
+        DataError: A write below `folder` failed so.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not no_room(error):
+            raise
+        free = shutil.disk_usage(_existing(folder)).free
+        raise DataError(
+            f"disk full: a file could not be written below {folder}, {free:,} bytes are free",
+            hint="Free some space; the same command goes on from here",
+        ) from error
 
 
 def _existing(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,8 @@ Kernel = Literal["absorbing", "uniform"]
 Context = Literal["block", "causal"]
 Checkpointing = Literal["off", "selective", "full"]
 PositiveInt = Annotated[int, Field(gt=0)]
+INCIDENTAL = ("save_steps", "keep_checkpoints", "log_steps", "report_to")
+"""Fields of `training` that say what a run keeps and shows, not what it makes."""
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
@@ -157,7 +159,11 @@ class Training(_Section):
         "and attention, full whole layers",
     )
     save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")
+    keep_checkpoints: PositiveInt = Field(2, description="resumable checkpoints to keep")
     log_steps: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="where else to log: tensorboard, wandb, trackio"
+    )
     seed: int = Field(0, ge=0, description="seed of data order, noise and initialisation")
     lora: Lora = Lora()
     keep_adapter: bool = Field(False, description="also write the LoRA adapter to adapter/")
@@ -198,6 +204,10 @@ class Recipe(_Section):
     data: Data = Data()
     training: Training = Training()
     generation: Generation = Generation()
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that what comes out depends on; the others may change in between."""
+        return self.model_dump(mode="json", exclude={"training": set(INCIDENTAL)})
 
     @property
     def training_tokens(self) -> int:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.disk import reporting_full_disk, sync
 from dllm_convert.errors import DataError
 
 WORK = ".work"
@@ -32,7 +33,7 @@ def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a kill leaves the old file or the new one, never half of either."""
+    """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
@@ -40,6 +41,7 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync(path.parent)
 
 
 @dataclass
@@ -80,7 +82,8 @@ class Workspace:
         if done is not None:
             return done
         started = time.monotonic()
-        result = work()
+        with reporting_full_disk(self.out):
+            result = work()
         self.stages.append(
             {"name": name, "seconds": round(time.monotonic() - started, 3), "result": result}
         )
@@ -95,7 +98,10 @@ class Workspace:
             target = self.out / path.name
             if target.is_dir():
                 shutil.rmtree(target)
+            if path.name == LAST:
+                sync(self.out)
             path.replace(target)
+        sync(self.out)
         self.staged.rmdir()
         return {}
 

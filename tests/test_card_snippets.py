@@ -69,8 +69,8 @@ def test_both_snippets(
 
 def lora_checkpoint(base: Path, folder: Path, *, embeddings: str) -> Path:
     """Write a checkpoint trained with LoRA, its adapter beside the merged weights."""
-    from dllm_convert.training.run import _write
     from dllm_convert.training.setup import load_model, make_trainable
+    from dllm_convert.training.writing import write_trained
 
     training = {
         "method": "lora",
@@ -85,7 +85,7 @@ def lora_checkpoint(base: Path, folder: Path, *, embeddings: str) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    _write(model, made, folder, plan)
+    write_trained(model, made, folder, plan)
     manifest = read_manifest(folder)
     source = manifest["source"] | {"kind": "hub", "repo_id": "org/base", "revision": COMMIT}
     files = hash_files(folder, exclude=(MANIFEST_FILE, "README.md"))

@@ -1,69 +1,139 @@
-"""What watches a training run: metrics.jsonl, the progress bar, the clock, the NaN guard."""
+"""What watches a training: metrics.jsonl, progress, the NaN guard, the clock, saving in time."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dllm_convert.console import Task
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.interruption import Interruption
+from dllm_convert.training.consensus import Consensus, barrier
+from dllm_convert.training.metrics import GIB, Metrics, peak_memory
+from dllm_convert.training.resume import (
+    Resumption,
+    last_whole_checkpoint,
+    mark_whole,
+    rotate,
+)
 
-COMPLETE_MARKER = "complete"
+LOGGED = ("loss", "nelbo", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a training is held to.
+
+    Attributes:
+        tokens_per_step: Clean tokens of an optimizer step over all processes, padding included.
+        keep_checkpoints: Resumable checkpoints to keep.
+        max_minutes: Training time after which to stop, earlier sessions included.
+    """
+
+    tokens_per_step: int
+    keep_checkpoints: int = 2
+    max_minutes: float | None = None
 
 
 class Watch(TrainerCallback):
-    """Writes a line per log, shows progress, stops on time or on NaN, marks whole checkpoints.
+    """Writes a line per log, shows progress, saves and stops on request, on time and on NaN.
+
+    Every process has one. They decide together: what one of them notices all act on at one step.
 
     Args:
-        metrics: Path of metrics.jsonl; lines after `resumed_step` are dropped, they are repeated.
-        resumed_step: Optimizer step the run goes on from, 0 for a fresh one.
-        max_minutes: Training time after which to stop, earlier sessions included.
+        metrics: The run's log.
+        resumed: Where the run goes on.
+        rules: What it is held to.
         task: Progress that counts optimizer steps.
+        interruption: Tells that the process is to end.
+        unsound: Returns whether a loss was not a number since training began, shape (), bool.
     """
 
     def __init__(
-        self, metrics: Path, resumed_step: int, max_minutes: float | None, task: Task
+        self,
+        metrics: Metrics,
+        resumed: Resumption,
+        rules: Rules,
+        task: Task,
+        interruption: Interruption,
+        unsound: Callable[[], torch.Tensor],
     ) -> None:
         self._metrics = metrics
-        self._limit = max_minutes * 60 if max_minutes else None
+        self._rules = rules
         self._task = task
-        self._step = resumed_step
-        self._earlier = _rewind(metrics, resumed_step)
+        self._interruption = interruption
+        self._unsound = unsound
+        self._step = self._resumed = resumed.step
+        self._earlier_seconds = float(metrics.last.get("seconds", 0.0))
+        self._earlier_tokens = int(metrics.last.get("tokens", 0))
         self._started = time.monotonic()
-        self.stopped = "steps"
-        self.last: dict[str, float] = {}
+        self._line_at = (self._earlier_seconds, self._earlier_tokens)
+        self._consensus: Consensus | None = None
+        self.interrupted = False
+        self.stopped = resumed.stopped
 
     @property
     def seconds(self) -> float:
         """Training time so far, in seconds, sessions before a resume included."""
-        return self._earlier + time.monotonic() - self._started
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    @property
+    def tokens(self) -> int:
+        """Clean tokens of all processes so far, sessions before a resume included."""
+        return self._earlier_tokens + (self._step - self._resumed) * self._rules.tokens_per_step
+
+    @property
+    def final_loss(self) -> float | None:
+        """Last logged loss, in nats."""
+        loss = self._metrics.last.get("loss")
+        return None if loss is None else float(loss)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
         """Start the clock when the first step starts, not when the model is prepared."""
         self._started = time.monotonic()
-        self._task.advance(self._step)
+        self._consensus = Consensus(args.device)
+        self._task.begin(self._resumed)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
-        """Move the bar; stop when the time is up."""
-        note = " ".join(f"{name} {value:.3f}" for name, value in self.last.items())
-        self._task.advance(state.global_step - self._step, note)
+        """Move the bar; stop when the time is up, when asked to, or on a loss that is no number."""
         self._step = state.global_step
-        if (
-            self._limit is not None
-            and self.seconds >= self._limit
-            and state.global_step < state.max_steps
-        ):
-            self.stopped = "time"
-            control.should_training_stop = True
+        self._task.advance(1, self._note())
+        unsound, asked, late = self._agree()
+        if unsound:
+            control.should_log = True
+        elif state.global_step < state.max_steps and (asked or late):
+            self.stopped = "" if asked else "time"
+            control.should_training_stop = control.should_save = True
+        self.interrupted = asked
+        if control.should_save:
+            # What is saved is looked at first, see `on_log`.
+            control.should_log = True
+
+    def _agree(self) -> tuple[bool, ...]:
+        limit = self._rules.max_minutes
+        late = limit is not None and self.seconds >= limit * 60
+        if self._consensus is None:
+            raise RuntimeError("a step ended before training began")
+        return self._consensus.any(self._unsound(), self._interruption.requested, late)
 
     def on_log(
         self,
@@ -76,50 +146,57 @@ class Watch(TrainerCallback):
         """Append to metrics.jsonl; refuse to go on from a loss that is not a number."""
         if not logs or "loss" not in logs:
             return
-        line = {"step": state.global_step, "seconds": round(self.seconds, 3), **logs}
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.last = {name: logs[name] for name in ("loss", "nelbo") if name in logs}
         if not all(math.isfinite(logs[name]) for name in ("loss", "grad_norm") if name in logs):
-            raise DllmConvertError(
-                f"training diverged at step {state.global_step}: loss {logs['loss']}, "
-                f"gradient norm {logs.get('grad_norm')}; the last good checkpoint is kept in "
-                f"{args.output_dir}",
-                hint="Start again in another --out with a lower rate, such as "
-                f"--set training.learning_rate={args.learning_rate / 3:.0e}",
-            )
+            raise self._diverged(Path(str(args.output_dir)), state, logs, args.learning_rate)
+        seconds, tokens = self.seconds, self.tokens
+        passed = seconds - self._line_at[0]
+        rate = (tokens - self._line_at[1]) / passed if passed > 0 else 0.0
+        self._line_at = seconds, tokens
+        self._metrics.append(
+            {
+                "step": state.global_step,
+                "seconds": round(seconds, 3),
+                "tokens": tokens,
+                "tokens_per_second": round(rate, 1),
+                **{name: logs[name] for name in LOGGED if name in logs},
+                "memory_gib": round(peak_memory() / GIB, 3),
+            }
+        )
+
+    def _note(self) -> str:
+        line = self._metrics.last
+        parts = [f"{name} {line[name]:.3f}" for name in ("loss", "nelbo") if name in line]
+        elapsed = time.monotonic() - self._started
+        done = self._step - self._resumed
+        if elapsed > 0:
+            parts.append(f"{done * self._rules.tokens_per_step / elapsed:,.0f} tokens/s")
+        parts.append(f"{peak_memory() / GIB:.2f} GiB")
+        return ", ".join(parts)
+
+    def _diverged(
+        self, folder: Path, state: TrainerState, logs: dict[str, float], rate: float
+    ) -> DllmConvertError:
+        last = last_whole_checkpoint(folder)
+        kept = f"the last good checkpoint is kept in {last}" if last else "nothing was saved yet"
+        return DllmConvertError(
+            f"training diverged at step {state.global_step}: loss {logs['loss']}, "
+            f"gradient norm {logs.get('grad_norm')}; {kept}",
+            hint="Start again in another --out with a lower rate, such as "
+            f"--set training.learning_rate={rate / 3:.0e}",
+        )
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
     ) -> None:
-        """Mark the checkpoint as whole: a kill while it was written leaves none of this file."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        (folder / COMPLETE_MARKER).touch()
-
-
-def _rewind(metrics: Path, step: int) -> float:
-    """Keep the lines up to `step`; return the seconds of the last one."""
-    if not metrics.exists():
-        return 0.0
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] > step:
-            break
-        kept.append(record)
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    return float(kept[-1]["seconds"]) if kept else 0.0
-
-
-def checkpoint_step(folder: Path) -> int:
-    """Return the optimizer step in the name of a checkpoint folder."""
-    return int(folder.name.rpartition("-")[2])
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was completely written, if any."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")]
-    return max(whole, key=checkpoint_step, default=None)
+        """Make the checkpoint count once every process has written its part; drop older ones."""
+        barrier()
+        if not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir))
+        self._metrics.sync()
+        mark_whole(folder / f"checkpoint-{state.global_step}", stopped=self.stopped)
+        rotate(folder, self._rules.keep_checkpoints)

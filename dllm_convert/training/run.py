@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.errors import DllmConvertError
+from dllm_convert.interruption import Interruption
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
-from dllm_convert.training.adapter_files import ADAPTER, save_adapter
-from dllm_convert.training.callbacks import Watch, checkpoint_step, last_whole_checkpoint
+from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate
+from dllm_convert.training.distributed import check_strategy, gathered_weights, sharded
+from dllm_convert.training.metrics import Metrics
+from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
 from dllm_convert.training.setup import (
     count_trainable,
     load_model,
@@ -31,9 +30,7 @@ from dllm_convert.training.setup import (
     use_bf16,
 )
 from dllm_convert.training.trainer import DiffusionTrainer
-
-_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+from dllm_convert.training.writing import write_trained
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,9 @@ class TrainResult:
     Attributes:
         method: full or lora.
         steps: Optimizer steps taken.
-        tokens: Clean tokens seen, padding included, this session's only if it was resumed.
-        seconds: Training time, sessions before a resume included.
+        tokens: Clean tokens seen by all processes, padding included; as `seconds`, over all
+            sessions of a run that was resumed.
+        seconds: Training time.
         trainable_parameters: Parameters that received gradients.
         final_loss: Last logged loss, in nats.
         stopped: Why it ended: `steps` or `time`.
@@ -88,13 +86,12 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         save_strategy="steps",
         # A multiple of the logging steps: a loss that is not a number is seen before it is saved.
         save_steps=-(-every // training.log_steps) * training.log_steps,
-        save_total_limit=2,
         seed=training.seed,
         data_seed=training.seed,
         # Rows come in their order: prepared ones are skipped by number, a stream starts anywhere.
         train_sampling_strategy="sequential",
         ignore_data_skip=streaming,
-        report_to=[],
+        report_to=list(training.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -109,6 +106,8 @@ def train(
 ) -> TrainResult:
     """Train, resuming from the last whole checkpoint, and write the result.
 
+    Of several processes each calls this with the same arguments; the first one writes.
+
     Args:
         plan: The conversion.
         data: Training rows.
@@ -119,6 +118,7 @@ def train(
 
     Raises:
         DllmConvertError: If the loss stops being a number.
+        IncompatibleError: If another strategy is in force than was asked for.
     """
     recipe = plan.recipe
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
@@ -128,40 +128,71 @@ def train(
     model = make_trainable(base, plan.adapter, recipe.training)
     trainable = count_trainable(model)
     folder = work / "trainer"
-    resume = last_whole_checkpoint(folder)
-    resumed = checkpoint_step(resume) if resume else 0
-    if resumed:
-        reporter.line(f"resuming from step {resumed}")
     arguments = _arguments(recipe, folder, use_bf16(recipe.training), data.streaming)
+    main = arguments.process_index == 0
+    resumed = find_resumption(folder, reporter.warn, clean=main)
+    if resumed.step:
+        reporter.line(f"resuming from step {resumed.step}")
+    if resumed.stopped:
+        # Its time was up: there is nothing left to train, only to write.
+        arguments.max_steps = resumed.step
     rows = recipe.training.batch_size * recipe.training.gradient_accumulation * arguments.world_size
-    with reporter.task("train", total=recipe.training.steps) as task:
-        watch = Watch(work / "metrics.jsonl", resumed, recipe.training.max_minutes, task)
+    rules = Rules(
+        rows * recipe.data.sequence_length,
+        recipe.training.keep_checkpoints,
+        recipe.training.max_minutes,
+    )
+    metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
+    with (
+        reporter.task("train", total=recipe.training.steps) as task,
+        Interruption(gently=True) as interruption,
+    ):
+        watch = Watch(metrics, resumed, rules, task, interruption, lambda: trainer.unsound)
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
             train_dataset=data.training_rows(
-                start=resumed * rows, total=recipe.training.steps * rows
+                start=resumed.step * rows, total=recipe.training.steps * rows
             ),
             data_collator=collate,
             callbacks=[watch],
             recipe=recipe,
             objective=Objective.from_config(base.config),
         )
+        check_strategy(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        _run(trainer, resumed, main)
         seconds = watch.seconds
-    _write(trainer.model, untrained, out, plan)
+    if watch.interrupted or interruption.requested:
+        raise KeyboardInterrupt
+    final: Any = trainer.model
+    if sharded(trainer.accelerator):
+        weights = gathered_weights(trainer)
+        if main:
+            final = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
+            final = make_trainable(final, plan.adapter, recipe.training)
+            final.load_state_dict(weights)
+    if main:
+        write_trained(final, untrained, out, plan)
     return TrainResult(
         recipe.training.method,
         trainer.state.global_step,
-        trainer.tokens_seen,
+        watch.tokens,
         round(seconds, 3),
         trainable,
-        watch.last.get("loss"),
-        watch.stopped,
+        watch.final_loss,
+        watch.stopped or "steps",
         _device_name(),
         trainer.args.world_size,
     )
+
+
+def _run(trainer: DiffusionTrainer, resumed: Resumption, main: bool) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed.folder else None)
+    finally:
+        if main:
+            remove_unfinished(Path(str(trainer.args.output_dir)))
 
 
 def _device_name() -> str:
@@ -169,36 +200,3 @@ def _device_name() -> str:
         return torch.cuda.get_device_name()
     accelerator = torch.accelerator.current_accelerator()
     return accelerator.type if accelerator else f"CPU ({platform.machine()})"
-
-
-def _write(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:
-    """Write trained weights beside the untouched files of the untrained conversion."""
-    recipe = plan.recipe
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(untrained, out, ignore=shutil.ignore_patterns(*WEIGHT_PATTERNS))
-    if recipe.training.method == "lora":
-        if recipe.training.keep_adapter:
-            save_adapter(model, out / ADAPTER, plan)
-        tied = model.config.tie_word_embeddings
-        model = model.merge_and_unload()
-        if model.config.tie_word_embeddings != tied:
-            raise DllmConvertError(
-                "merging the adapter left the head apart from the embeddings it is tied to",
-                hint="Use --full, or --set training.lora.embeddings=mask_row",
-            )
-    weights = out / "weights"
-    stored = _stored_dtype(untrained)
-    model.to(stored).save_pretrained(weights)
-    for pattern in WEIGHT_PATTERNS:
-        for file in weights.glob(pattern):
-            file.rename(out / file.name)
-    shutil.rmtree(weights)
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type most weights of a checkpoint are stored in."""
-    sizes: Counter[str] = Counter()
-    for header in read_checkpoint(folder).values():
-        for entry in header.entries.values():
-            sizes[entry.dtype] += entry.end - entry.start
-    return _TORCH_DTYPES.get(sizes.most_common(1)[0][0], torch.float32)

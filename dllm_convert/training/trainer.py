@@ -59,7 +59,13 @@ class DiffusionTrainer(Trainer):
         self._flex = inner.config._attn_implementation == "flex_attention"
         self._block_mask: tuple[StreamMask, Any] | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
-        self.tokens_seen = 0
+        self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one forward and backward; remember in `unsound` a loss that was not a number."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self.unsound = self.unsound | ~loss.isfinite()
+        return loss
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -112,7 +118,6 @@ class DiffusionTrainer(Trainer):
             loss = loss + ar_weight * ar_nats.sum() / noise.texts
         scored = int(batch.scorable.sum()) * len(noise.views)
         self._sums += torch.tensor([float(total.detach()), scored])
-        self.tokens_seen += inputs["input_ids"].numel()
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss

@@ -20,8 +20,8 @@ from dllm_convert.errors import DataError
 from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
 from dllm_convert.plan import plan_as_dict
 from dllm_convert.publish.adapter import adapter_checkpoint
-from dllm_convert.training.run import _write
 from dllm_convert.training.setup import load_model, make_trainable
+from dllm_convert.training.writing import write_trained
 
 LOAD = """
 import sys
@@ -67,7 +67,7 @@ def trained(base: Path, folder: Path, embeddings: str, *, keep: bool = True) -> 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    _write(model, folder.with_name("untrained"), folder, plan)
+    write_trained(model, folder.with_name("untrained"), folder, plan)
     files = hash_files(folder, exclude=(MANIFEST_FILE,))
     source = {"model_type": plan.source.model_type, "given": str(base)}
     write_manifest(folder, {"files": files, "plan": plan_as_dict(plan), "source": source})

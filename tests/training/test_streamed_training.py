@@ -15,8 +15,8 @@ from dllm_convert.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
-from dllm_convert.training.callbacks import checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.data import TextData, prepare_data
+from dllm_convert.training.resume import checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.run import train
 from dllm_convert.training.setup import load_model
 from dllm_convert.training.streaming import TextStream

@@ -21,8 +21,8 @@ from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
-from dllm_convert.training.callbacks import COMPLETE_MARKER, last_whole_checkpoint
 from dllm_convert.training.data import TextData, prepare_data
+from dllm_convert.training.resume import COMPLETE_MARKER, last_whole_checkpoint
 from dllm_convert.training.run import train
 from dllm_convert.training.setup import load_model, make_trainable
 from dllm_convert.weights import adapt

@@ -1,0 +1,91 @@
+"""Ctrl-C and SIGTERM (Slurm, spot instances): a command ends soon, a training at its next step.
+
+Nothing here protects work: a run survives SIGKILL at any moment. A signal only says that it has to
+end, and lets a training save what the last checkpoint does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_S = 2.0
+"""Launchers pass a signal on that the process group has received as well."""
+ESCAPE_S = 10.0
+"""How long a command may take to end after it was told to."""
+
+
+class Interruption:
+    """Listens to SIGINT and SIGTERM while a block runs; does nothing outside the main thread.
+
+    Args:
+        gently: The block looks at `requested` and ends by itself, with its work saved. Otherwise
+            KeyboardInterrupt is raised in it; should something swallow that, as destructors and
+            some callbacks do, the process ends all the same.
+        farewell: Called before the process ends at once: at the second signal, or when the block
+            does not end.
+    """
+
+    def __init__(self, *, gently: bool, farewell: Callable[[], None] = lambda: None) -> None:
+        self._gently = gently
+        self._farewell = farewell
+        self._before: list[tuple[signal.Signals, object]] = []
+        self._first: float | None = None
+        self._escape: threading.Timer | None = None
+        self._process = os.getpid()
+
+    @property
+    def requested(self) -> bool:
+        """Whether the block has been told to end."""
+        return self._first is not None
+
+    def __enter__(self) -> Self:
+        """Begin to listen."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = [(number, signal.signal(number, self._receive)) for number in SIGNALS]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the earlier handlers back."""
+        if self._escape is not None:
+            self._escape.cancel()
+        for number, handler in self._before:
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A forked worker inherits the handler; it is not what was told to save its work.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+            if not self._gently:
+                self._escape = threading.Timer(ESCAPE_S, self._end)
+                self._escape.daemon = True
+                self._escape.start()
+                raise KeyboardInterrupt
+        elif now - self._first >= (SAME_REQUEST_S if _launched() else 0.0):
+            self._end()
+
+    def _end(self) -> None:
+        self._farewell()
+        os._exit(INTERRUPTED)
+
+
+def _launched() -> bool:
+    """Whether this process is one of several that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1

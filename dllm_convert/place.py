@@ -1,0 +1,35 @@
+"""Where a process stands among those that train together; imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process among several.
+
+    Attributes:
+        rank: Number of the process, from 0. The first one converts, writes, verifies and prints;
+            the others take part in the training only.
+        world: How many there are.
+        launched: Whether a launcher started it.
+    """
+
+    rank: int = 0
+    world: int = 1
+    launched: bool = False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """Read what torchrun, `accelerate launch` and Slurm scripts around them set."""
+        if "RANK" not in environment:
+            return cls()
+        return cls(int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1")), True)
+
+    @property
+    def main(self) -> bool:
+        """Whether it is the process that writes and prints."""
+        return self.rank == 0

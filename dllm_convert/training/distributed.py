@@ -1,0 +1,82 @@
+"""Several processes: they meet before the training, share its strategy, and part after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.place import Place
+
+PATIENCE = timedelta(hours=24)
+"""The others wait while the first process downloads, adapts and measures."""
+
+_ASKED = {
+    "ACCELERATE_USE_FSDP": (DistributedType.FSDP, "FSDP"),
+    "ACCELERATE_USE_DEEPSPEED": (DistributedType.DEEPSPEED, "DeepSpeed"),
+}
+
+
+def meet(place: Place, train: bool = True) -> bool:
+    """Wait for all processes; return whether there is something to train.
+
+    Args:
+        place: This process.
+        train: What the first process says; the others' is not looked at.
+    """
+    if place.world == 1:
+        return train
+    cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    answer = torch.tensor([int(train)], device=state.device)
+    dist.broadcast(answer, src=0)
+    return bool(answer.item())
+
+
+def part(place: Place) -> None:
+    """Leave the group: what comes after the training is the first process's alone."""
+    if place.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to train in another way than was asked for.
+
+    Accelerate chooses FSDP on accelerators only, and silently trains with DDP elsewhere: every
+    process would hold the whole model.
+
+    Raises:
+        IncompatibleError: The strategy in force is not the one asked for.
+    """
+    for variable, (expected, name) in _ASKED.items():
+        asked = environment.get(variable, "false").lower() in ("1", "true", "yes")
+        if asked and accelerator.distributed_type != expected:
+            raise IncompatibleError(
+                f"{name} was asked for, and Accelerate would train with "
+                f"{accelerator.distributed_type.value} on {accelerator.device.type}",
+                hint=f"{name} needs GPUs; without them launch with recipes/launch/ddp.yaml",
+            )
+
+
+def sharded(accelerator: Any) -> bool:
+    """Whether no process holds the whole model."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def gathered_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """Put sharded weights together; all processes have to call it.
+
+    Returns:
+        Name to weight on the CPU, in the first process; possibly nothing in the others.
+    """
+    weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return weights

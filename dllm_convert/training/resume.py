@@ -1,0 +1,162 @@
+"""Trainer checkpoints that survive a kill or a power cut: marked when whole, checked when used.
+
+A checkpoint counts from the moment its marker appears. The marker is written last, after every
+other file has reached the disk, and lists their sizes; older checkpoints go after that, and not
+before. Whatever has no marker, or does not match it, is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.disk import sync_tree
+from dllm_convert.errors import DataError
+from dllm_convert.safetensors_header import read_header
+from dllm_convert.workspace import write_json
+
+COMPLETE_MARKER = "complete"
+_ZIPPED = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a training goes on.
+
+    Attributes:
+        folder: Checkpoint to load, None for a fresh start.
+        step: Optimizer steps it holds.
+        stopped: Why the training ended there; empty if it did not.
+    """
+
+    folder: Path | None = None
+    step: int = 0
+    stopped: str = ""
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Return the optimizer step in the name of a checkpoint folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoint folders, whole or not, newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints that were completely written, newest first."""
+    return [path for path in _checkpoints(folder) if (path / COMPLETE_MARKER).is_file()]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was completely written, if any."""
+    return next(iter(whole_checkpoints(folder)), None)
+
+
+def mark_whole(checkpoint: Path, *, stopped: str = "") -> None:
+    """Make a checkpoint count, once all of it has reached the disk.
+
+    Args:
+        checkpoint: Folder in which everything is written.
+        stopped: Why the training ends with it, empty if it goes on.
+    """
+    sync_tree(checkpoint)
+    sizes = {
+        path.relative_to(checkpoint).as_posix(): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    write_json(checkpoint / COMPLETE_MARKER, {"stopped": stopped, "files": sizes})
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` whole checkpoints, and whatever is older and not whole."""
+    for path in whole_checkpoints(folder)[keep:]:
+        _remove(path)
+    newest = last_whole_checkpoint(folder)
+    for path in _checkpoints(folder):
+        stale = newest is not None and checkpoint_step(path) < checkpoint_step(newest)
+        if stale and not (path / COMPLETE_MARKER).is_file():
+            _remove(path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what was begun and never finished: room that a full disk may need."""
+    for path in _checkpoints(folder):
+        if not (path / COMPLETE_MARKER).is_file():
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Without its marker first: half a checkpoint must not look like one.
+    (checkpoint / COMPLETE_MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def find_resumption(folder: Path, warn: Callable[[str], None], *, clean: bool) -> Resumption:
+    """Return the newest checkpoint that can be read.
+
+    Args:
+        folder: Folder of the checkpoints.
+        warn: Told of those that cannot, which an earlier one stands in for.
+        clean: Remove what training cannot go on from; one process of several does.
+    """
+    found = Resumption()
+    for path in whole_checkpoints(folder):
+        problem = damage(path)
+        if problem is None:
+            found = Resumption(path, checkpoint_step(path), _marker(path)["stopped"])
+            break
+        warn(f"{path.name} cannot be read ({problem}): going on from the one before")
+    if clean:
+        for path in _checkpoints(folder):
+            if not (path / COMPLETE_MARKER).is_file() or checkpoint_step(path) > found.step:
+                _remove(path)
+    return found
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint that was whole once, None if nothing is.
+
+    Sizes show what a power cut or a full disk took; heads and directories of files show a block
+    that came back empty. Bytes inside a tensor are not read: the manifest of the finished
+    checkpoint and its verification are for those.
+    """
+    try:
+        sizes = _marker(checkpoint)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{COMPLETE_MARKER} is broken"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes of {size:,}"
+        if not _has_structure(path):
+            return f"{name} is broken"
+    return None
+
+
+def _has_structure(path: Path) -> bool:
+    try:
+        if path.suffix == ".safetensors":
+            read_header(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in _ZIPPED:
+            return zipfile.is_zipfile(path)
+    except (DataError, ValueError):
+        return False
+    return True
+
+
+def _marker(checkpoint: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8"))
+    return content

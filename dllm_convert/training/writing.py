@@ -1,0 +1,56 @@
+"""Write trained weights beside the files of the untrained conversion, all or nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_convert.disk import sync_tree
+from dllm_convert.errors import DllmConvertError
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.safetensors_header import read_checkpoint
+from dllm_convert.training.adapter_files import ADAPTER, save_adapter
+
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def write_trained(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:
+    """Write trained weights beside the untouched files of the untrained conversion."""
+    recipe, final = plan.recipe, out
+    out = final.with_name(final.name + ".partial")
+    for leftover in (out, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(untrained, out, ignore=shutil.ignore_patterns(*WEIGHT_PATTERNS))
+    if recipe.training.method == "lora":
+        if recipe.training.keep_adapter:
+            save_adapter(model, out / ADAPTER, plan)
+        tied = model.config.tie_word_embeddings
+        model = model.merge_and_unload()
+        if model.config.tie_word_embeddings != tied:
+            raise DllmConvertError(
+                "merging the adapter left the head apart from the embeddings it is tied to",
+                hint="Use --full, or --set training.lora.embeddings=mask_row",
+            )
+    weights = out / "weights"
+    stored = _stored_dtype(untrained)
+    model.to(stored).save_pretrained(weights)
+    for pattern in WEIGHT_PATTERNS:
+        for file in weights.glob(pattern):
+            file.rename(out / file.name)
+    shutil.rmtree(weights)
+    sync_tree(out)
+    out.rename(final)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type most weights of a checkpoint are stored in."""
+    sizes: Counter[str] = Counter()
+    for header in read_checkpoint(folder).values():
+        for entry in header.entries.values():
+            sizes[entry.dtype] += entry.end - entry.start
+    return _TORCH_DTYPES.get(sizes.most_common(1)[0][0], torch.float32)
