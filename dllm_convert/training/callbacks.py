@@ -20,6 +20,7 @@ from dllm_convert.training.metrics import GIB, Metrics, peak_memory
 from dllm_convert.training.resume import (
     Resumption,
     last_whole_checkpoint,
+    make_room,
     mark_whole,
     rotate,
 )
@@ -127,6 +128,8 @@ class Watch(TrainerCallback):
         if control.should_save:
             # What is saved is looked at first, see `on_log`.
             control.should_log = True
+            if state.is_world_process_zero:
+                make_room(Path(str(args.output_dir)))
 
     def _agree(self) -> tuple[bool, ...]:
         limit = self._rules.max_minutes
