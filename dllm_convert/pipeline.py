@@ -17,6 +17,7 @@ from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
+from dllm_convert.training.reporting import require_installed
 from dllm_convert.workspace import Workspace, fingerprint, open_workspace
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def run(
     Raises:
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
     """
+    require_installed(recipe.training.report_to)
     plan = plan_conversion(recipe)
     if push is not None:
         from dllm_convert.publish.run import preflight

@@ -25,6 +25,7 @@ from dllm_convert.training.adapter_files import ADAPTER, save_adapter
 from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.metrics import Metrics
+from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
 from dllm_convert.training.setup import (
     count_trainable,
@@ -101,10 +102,10 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         # Rows come in their order: prepared ones are skipped by number, a stream starts anywhere.
         train_sampling_strategy="sequential",
         ignore_data_skip=streaming,
-        report_to=list(training.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        **report_arguments(training.report_to, folder.parents[1].name),
         **checkpointing,
     )
     # Several GPUs in one process would be DataParallel, which splits masks and flat indices apart.
@@ -167,6 +168,7 @@ def train(
             objective=Objective.from_config(base.config),
         )
         trainer.remove_callback(PrinterCallback)
+        keep_in(trainer, work)
         _run(trainer, resumed, main)
         seconds = watch.seconds
     if watch.interrupted or interruption.requested:
