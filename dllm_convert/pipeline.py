@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -182,15 +182,27 @@ class _Run:
             with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
                 rows = self.plan.mask.rows_before
                 result["ar_nll"] = autoregressive_nll(model, batches, rows, task=task).as_dict()
-        return result
+        return {**result, "start": self._survey(model, result)}
+
+    def _survey(self, model: Any, measured: dict[str, Any]) -> dict[str, Any]:
+        from dllm_convert.training.expectation import explain, survey
+        from dllm_convert.training.text_facts import look_at
+
+        recipe, batches = self.plan.recipe, self._on_device(model)
+        text = look_at(batches, self._tokenizer, filled=recipe.data.supervise_padding)
+        start = survey(model, batches, measured, text, seed=recipe.training.seed)
+        for problem in explain(start):
+            self.reporter.warn(problem)
+        return asdict(start)
 
     def _train(self) -> dict[str, Any]:
+        from dllm_convert.training.expectation import Start
         from dllm_convert.training.run import train
 
         work = self.workspace.work
-        return train(
-            self.plan, self._data, work / "untrained", work / "trained", work, self.reporter
-        ).as_dict()
+        start = Start(**self.workspace.stage("baseline", self._baseline)["start"])
+        folders = work / "untrained", work / "trained", work
+        return train(self.plan, self._data, *folders, self.reporter, start).as_dict()
 
     def _measure(self) -> dict[str, Any]:
         return {"nelbo_after": self._nelbo(self._load(self.workspace.work / "trained"))}

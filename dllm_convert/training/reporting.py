@@ -1,4 +1,4 @@
-"""Where else a training logs to: the Trainer's own integrations, kept on this machine by default."""
+"""Where else a training logs to: the Trainer's integrations, kept on this machine by default."""
 
 from __future__ import annotations
 

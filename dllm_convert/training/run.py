@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.disk import sync_tree
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.interruption import Interruption
@@ -24,6 +25,7 @@ from dllm_convert.schema import Recipe
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
 from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.data import TextData, collate
+from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
@@ -114,7 +116,13 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
 
 
 def train(
-    plan: ConversionPlan, data: TextData, untrained: Path, out: Path, work: Path, reporter: Reporter
+    plan: ConversionPlan,
+    data: TextData,
+    untrained: Path,
+    out: Path,
+    work: Path,
+    reporter: Reporter,
+    start: Start | None = None,
 ) -> TrainResult:
     """Train, resuming from the last whole checkpoint, and write the result.
 
@@ -125,6 +133,7 @@ def train(
         out: Folder to write the trained checkpoint to; replaced if it exists.
         work: Folder of trainer checkpoints and metrics.jsonl.
         reporter: Progress.
+        start: What the untrained conversion shows, to compare the first steps with.
 
     Raises:
         DllmConvertError: If the loss stops being a number.
@@ -150,12 +159,24 @@ def train(
         recipe.training.keep_checkpoints,
         recipe.training.max_minutes,
     )
+    opening = _opening(start, recipe, rules.tokens_per_step) if not resumed.step else None
+    if opening is not None:
+        reporter.line(opening.announce())
     metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
     with (
         reporter.task("train", total=recipe.training.steps) as task,
         Interruption(gently=True) as interruption,
     ):
-        watch = Watch(metrics, resumed, rules, task, interruption, lambda: trainer.unsound)
+        watch = Watch(
+            metrics,
+            resumed,
+            rules,
+            task,
+            interruption,
+            lambda: trainer.unsound,
+            opening,
+            reporter.warn,
+        )
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
@@ -185,6 +206,15 @@ def train(
         _device_name(),
         trainer.args.world_size,
     )
+
+
+def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:
+    if start is None:
+        return None
+    variance = noise_variance(
+        Schedule.from_recipe(recipe.noise), by_count=recipe.noise.draw == "count"
+    )
+    return Opening(start, tokens * recipe.training.log_steps, variance)
 
 
 def _run(trainer: DiffusionTrainer, resumed: Resumption, main: bool) -> None:

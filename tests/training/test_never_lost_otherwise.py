@@ -1,4 +1,4 @@
-"""Signals, full disks, broken checkpoints and two runs at once: nothing is lost, one line says why."""
+"""Signals, full disks, broken checkpoints, two runs at once: nothing is lost, one line says why."""
 
 from __future__ import annotations
 
