@@ -74,6 +74,7 @@ def run(
     no_train: option.NoTrain = False,
     keep_adapter: option.KeepAdapter = False,
     source_revision: option.SourceRevision = None,
+    report_to: option.ReportTo = None,
     assignments: option.Assignments = None,
     num_processes: option.Processes = None,
     launch_config: option.LaunchConfig = None,
@@ -97,6 +98,7 @@ def run(
         "training.method": method(lora, full=full, no_train=no_train),
         "training.lora.rank": lora,
         "training.keep_adapter": keep_adapter or None,
+        "training.report_to": report_to,
         "revision": source_revision,
     }
     given = {field: value for field, value in flags.items() if value is not None}

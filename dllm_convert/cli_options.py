@@ -20,6 +20,14 @@ class TargetName(StrEnum):
     BD3LM = "bd3lm"
 
 
+class Integration(StrEnum):
+    """Where a training can log to: the schema's, without importing pydantic."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    TRACKIO = "trackio"
+
+
 def _remember_json(ctx: typer.Context, value: bool) -> bool:
     ctx.meta[JSON_KEY] = value
     return value
@@ -97,6 +105,14 @@ KeepAdapter = Annotated[
 SourceRevision = Annotated[
     str | None,
     typer.Option("--source-revision", metavar="REV", help="Branch, tag or commit of a Hub SOURCE."),
+]
+ReportTo = Annotated[
+    list[Integration] | None,
+    typer.Option(
+        "--report-to",
+        metavar="tensorboard|wandb|trackio",
+        help="Log the training there too. Repeatable.",
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, as check does.")]
 

@@ -68,8 +68,8 @@ def sync(path: Path) -> None:
 
 
 _WRITE_FAILED = re.compile(
-    r"PytorchStreamWriter failed|No space left on device|Disk quota exceeded|File too large"
-    r"|os error (28|27|122)\b"
+    r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+"
+    r"|No space left on device|Disk quota exceeded|File too large|os error (28|27|122)\b"
 )
 
 

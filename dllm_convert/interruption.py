@@ -26,9 +26,10 @@ class Interruption:
     """Listens to SIGINT and SIGTERM while a block runs; does nothing outside the main thread.
 
     Args:
-        gently: The block looks at `requested` and ends by itself, with its work saved. Otherwise
-            KeyboardInterrupt is raised in it; should something swallow that, as destructors and
-            some callbacks do, the process ends all the same.
+        gently: The block looks at `requested` and ends by itself, with its work saved; a second
+            signal goes to whoever listened before. Otherwise KeyboardInterrupt is raised in it;
+            should something swallow that, as destructors and some callbacks do, the process ends
+            all the same.
         farewell: Called before the process ends at once: at the second signal, or when the block
             does not end.
     """
@@ -61,8 +62,12 @@ class Interruption:
         """Put the earlier handlers back."""
         if self._escape is not None:
             self._escape.cancel()
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before:
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = []
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -79,7 +84,10 @@ class Interruption:
                 self._escape.start()
                 raise KeyboardInterrupt
         elif now - self._first >= (SAME_REQUEST_S if _launched() else 0.0):
-            self._end()
+            if not self._gently:
+                self._end()
+            self._restore()
+            signal.raise_signal(number)
 
     def _end(self) -> None:
         self._farewell()

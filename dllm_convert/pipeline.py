@@ -15,7 +15,8 @@ from dllm_convert.quiet import quiet_libraries
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.stages import Stages
-from dllm_convert.workspace import Workspace, fingerprint, open_workspace
+from dllm_convert.training.reporting import require_installed
+from dllm_convert.workspace import fingerprint, open_workspace, read_workspace
 
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions, PushResult
@@ -62,7 +63,7 @@ def follow(recipe: Recipe, out: Path, place: Place) -> None:
     plan, reporter = plan_conversion(recipe), Reporter(quiet=True)
     with quiet_libraries():
         if meet(place):
-            Stages(plan, Workspace(out), reporter, place).train()
+            Stages(plan, read_workspace(out), reporter, place).train()
         part(place)
 
 
@@ -88,6 +89,7 @@ def run(
     Raises:
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
     """
+    require_installed(recipe.training.report_to)
     plan = plan_conversion(recipe)
     if push is not None:
         from dllm_convert.publish.run import preflight

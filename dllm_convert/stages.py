@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +129,18 @@ class Stages:
             with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
                 rows = self.plan.mask.rows_before
                 result["ar_nll"] = autoregressive_nll(model, batches, rows, task=task).as_dict()
-        return result
+        return {**result, "start": self._survey(model, result)}
+
+    def _survey(self, model: Any, measured: dict[str, Any]) -> dict[str, Any]:
+        from dllm_convert.training.expectation import explain, survey
+        from dllm_convert.training.text_facts import look_at
+
+        recipe, batches = self.plan.recipe, self._on_device(model)
+        text = look_at(batches, self._tokenizer, filled=recipe.data.supervise_padding)
+        start = survey(model, batches, measured, text, seed=recipe.training.seed)
+        for problem in explain(start):
+            self.reporter.warn(problem)
+        return asdict(start)
 
     def _train_together(self, *, needed: bool) -> None:
         from dllm_convert.training.distributed import meet, part
@@ -140,12 +151,15 @@ class Stages:
 
     def train(self) -> dict[str, Any]:
         """Train; of several processes each has to call it."""
+        from dllm_convert.training.expectation import Start
         from dllm_convert.training.run import train
 
-        work = self.workspace.work
-        return train(
-            self.plan, self._data, work / "untrained", work / "trained", work, self.reporter
-        ).as_dict()
+        work, baseline = self.workspace.work, self.workspace.result("baseline")
+        if baseline is None:
+            raise RuntimeError("training before its baseline was measured")
+        folders = work / "untrained", work / "trained", work
+        start = Start(**baseline["start"])
+        return train(self.plan, self._data, *folders, self.reporter, start).as_dict()
 
     def _measure(self) -> dict[str, Any]:
         return {"nelbo_after": self._nelbo(self._load(self.workspace.work / "trained"))}

@@ -170,3 +170,9 @@ def open_workspace(out: Path, run: str) -> Iterator[Workspace]:
         else:
             write_json(workspace.journal, {"run": run, "stages": []})
         yield workspace
+
+
+def read_workspace(out: Path) -> Workspace:
+    """Read how far another process's run has got, without its lock."""
+    journal = json.loads(Workspace(out).journal.read_text(encoding="utf-8"))
+    return Workspace(out, journal["stages"], journal["run"])

@@ -55,7 +55,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path]]:
     calls: list[tuple[Recipe, Path]] = []
 
     def run(
-        recipe: Recipe, out: Path, reporter: object, *, push: object = None
+        recipe: Recipe, out: Path, reporter: object, *, push: object = None, place: object = None
     ) -> pipeline.RunResult:
         calls.append((recipe, out))
         return pipeline.RunResult(out, MANIFEST, True)

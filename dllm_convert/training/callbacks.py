@@ -16,10 +16,12 @@ from dllm_convert.console import Task
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.interruption import Interruption
 from dllm_convert.training.consensus import Consensus, barrier
+from dllm_convert.training.expectation import Opening
 from dllm_convert.training.metrics import GIB, Metrics, peak_memory
 from dllm_convert.training.resume import (
     Resumption,
     last_whole_checkpoint,
+    make_room,
     mark_whole,
     rotate,
 )
@@ -54,6 +56,8 @@ class Watch(TrainerCallback):
         task: Progress that counts optimizer steps.
         interruption: Tells that the process is to end.
         unsound: Returns whether a loss was not a number since training began, shape (), bool.
+        opening: Judges where the loss starts; None if nothing is known of that.
+        warn: Told if it starts elsewhere.
     """
 
     def __init__(
@@ -64,12 +68,16 @@ class Watch(TrainerCallback):
         task: Task,
         interruption: Interruption,
         unsound: Callable[[], torch.Tensor],
+        opening: Opening | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._metrics = metrics
         self._rules = rules
         self._task = task
         self._interruption = interruption
         self._unsound = unsound
+        self._opening = opening
+        self._warn = warn
         self._step = self._resumed = resumed.step
         self._earlier_seconds = float(metrics.last.get("seconds", 0.0))
         self._earlier_tokens = int(metrics.last.get("tokens", 0))
@@ -127,6 +135,8 @@ class Watch(TrainerCallback):
         if control.should_save:
             # What is saved is looked at first, see `on_log`.
             control.should_log = True
+            if state.is_world_process_zero:
+                make_room(Path(str(args.output_dir)))
 
     def _agree(self) -> tuple[bool, ...]:
         limit = self._rules.max_minutes
@@ -148,7 +158,7 @@ class Watch(TrainerCallback):
             return
         if not all(math.isfinite(logs[name]) for name in ("loss", "grad_norm") if name in logs):
             raise self._diverged(Path(str(args.output_dir)), state, logs, args.learning_rate)
-        seconds, tokens = self.seconds, self.tokens
+        loss, seconds, tokens = logs["loss"], self.seconds, self.tokens
         passed = seconds - self._line_at[0]
         rate = (tokens - self._line_at[1]) / passed if passed > 0 else 0.0
         self._line_at = seconds, tokens
@@ -162,6 +172,8 @@ class Watch(TrainerCallback):
                 "memory_gib": round(peak_memory() / GIB, 3),
             }
         )
+        if self._opening is not None and (problem := self._opening.see(logs.get("nelbo", loss))):
+            self._warn(problem)
 
     def _note(self) -> str:
         line = self._metrics.last

@@ -87,6 +87,16 @@ def rotate(folder: Path, keep: int) -> None:
             _remove(path)
 
 
+def make_room(folder: Path) -> None:
+    """Where the disk has no room for another checkpoint, give up older ones, but never the last."""
+    whole = whole_checkpoints(folder)
+    if not whole:
+        return
+    needed = sum(path.stat().st_size for path in whole[0].rglob("*") if path.is_file())
+    while len(whole) > 1 and shutil.disk_usage(folder).free < needed:
+        _remove(whole.pop())
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what was begun and never finished: room that a full disk may need."""
     for path in _checkpoints(folder):

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.interruption import Interruption
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe
@@ -20,7 +21,9 @@ from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.distributed import check_strategy, gathered_weights, sharded
+from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
+from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
 from dllm_convert.training.setup import (
     count_trainable,
@@ -91,10 +94,10 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         # Rows come in their order: prepared ones are skipped by number, a stream starts anywhere.
         train_sampling_strategy="sequential",
         ignore_data_skip=streaming,
-        report_to=list(training.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        **report_arguments(training.report_to, folder.parents[1].name),
     )
     # Several GPUs in one process would be DataParallel, which splits masks and flat indices apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -102,7 +105,13 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
 
 
 def train(
-    plan: ConversionPlan, data: TextData, untrained: Path, out: Path, work: Path, reporter: Reporter
+    plan: ConversionPlan,
+    data: TextData,
+    untrained: Path,
+    out: Path,
+    work: Path,
+    reporter: Reporter,
+    start: Start | None = None,
 ) -> TrainResult:
     """Train, resuming from the last whole checkpoint, and write the result.
 
@@ -115,6 +124,7 @@ def train(
         out: Folder to write the trained checkpoint to; replaced if it exists.
         work: Folder of trainer checkpoints and metrics.jsonl.
         reporter: Progress.
+        start: What the untrained conversion shows, to compare the first steps with.
 
     Raises:
         DllmConvertError: If the loss stops being a number.
@@ -142,12 +152,24 @@ def train(
         recipe.training.keep_checkpoints,
         recipe.training.max_minutes,
     )
+    opening = _opening(start, recipe, rules.tokens_per_step) if not resumed.step else None
+    if opening is not None:
+        reporter.line(opening.announce())
     metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
     with (
         reporter.task("train", total=recipe.training.steps) as task,
         Interruption(gently=True) as interruption,
     ):
-        watch = Watch(metrics, resumed, rules, task, interruption, lambda: trainer.unsound)
+        watch = Watch(
+            metrics,
+            resumed,
+            rules,
+            task,
+            interruption,
+            lambda: trainer.unsound,
+            opening,
+            reporter.warn,
+        )
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
@@ -161,6 +183,7 @@ def train(
         )
         check_strategy(trainer.accelerator)
         trainer.remove_callback(PrinterCallback)
+        keep_in(trainer, work)
         _run(trainer, resumed, main)
         seconds = watch.seconds
     if watch.interrupted or interruption.requested:
@@ -185,6 +208,15 @@ def train(
         _device_name(),
         trainer.args.world_size,
     )
+
+
+def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:
+    if start is None:
+        return None
+    variance = noise_variance(
+        Schedule.from_recipe(recipe.noise), by_count=recipe.noise.draw == "count"
+    )
+    return Opening(start, tokens * recipe.training.log_steps, variance)
 
 
 def _run(trainer: DiffusionTrainer, resumed: Resumption, main: bool) -> None:

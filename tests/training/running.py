@@ -52,8 +52,9 @@ class Launcher:
         return int(self._process.stdout.readline())
 
     def start(self, argv: list[str], **faults: Any) -> int:
-        self.log.unlink(missing_ok=True)
-        return self._ask({"start": {"argv": argv, "log": str(self.log), **faults}})
+        order = {"argv": argv, "log": str(self.log), **faults}
+        Path(order["log"]).unlink(missing_ok=True)
+        return self._ask({"start": order})
 
     def wait(self, pid: int) -> int:
         return self._ask({"wait": pid})

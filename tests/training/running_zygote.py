@@ -7,6 +7,8 @@ negative if a signal ended it. Faults are planted in the child only:
 - `kill_at`: SIGKILL at the n-th change of a file below `below` (open for writing, rename, removal,
   link), counted by the interpreter's own audit events. With 0 they are counted into `count`.
 - `tear`: SIGKILL inside the n-th write of a `torch.save` or safetensors file, half of it written.
+- `signal_at`: SIGTERM to itself in the n-th optimizer step.
+- `hang_in_save`: the first `torch.save` makes the file `.work/hanging` and goes on for an hour.
 - `fast`: leaves out the one probe that starts a new interpreter.
 - `file_bytes`: a limit on the size of a file, as a full disk fails a write half-way.
 """
@@ -93,6 +95,31 @@ def tear(number: int) -> None:
     modeling_utils.safe_save_file = save_file
 
 
+def signal_at(step: int) -> None:
+    from dllm_convert.training.trainer import DiffusionTrainer
+
+    real = DiffusionTrainer.compute_loss
+
+    def compute_loss(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments, **keywords)
+
+    DiffusionTrainer.compute_loss = compute_loss
+
+
+def hang_in_save() -> None:
+    import time
+
+    import torch
+
+    def save(value: Any, file: Any, *rest: Any, **keywords: Any) -> None:
+        (Path(file).parents[2] / "hanging").touch()
+        time.sleep(3600)
+
+    torch.save = save
+
+
 def child(order: dict[str, Any]) -> int:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -102,6 +129,10 @@ def child(order: dict[str, Any]) -> int:
         sys.addaudithook(Counter(order["below"], order["kill_at"], order.get("count")))
     if "tear" in order:
         tear(order["tear"])
+    if "signal_at" in order:
+        signal_at(order["signal_at"])
+    if order.get("hang_in_save"):
+        hang_in_save()
     if "file_bytes" in order:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
