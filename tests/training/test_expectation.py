@@ -15,9 +15,10 @@ from factory import FAMILIES
 from test_trainer import converted
 
 from dllm_convert.console import Reporter
-from dllm_convert.diffusion.corruption import corrupt_by_count, corrupt_by_time
+from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import nelbo
-from dllm_convert.diffusion.objective import Objective, TextBatch, cross_entropy, predict
+from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.training.expectation import Opening, Start, explain, noise_variance, survey
 from dllm_convert.training.run import train
@@ -98,13 +99,14 @@ def test_a_mask_row_that_was_never_trained_is_named(
 
 def overfit(model: Any, batch: TextBatch, objective: Objective) -> None:
     """Learn one batch by heart, so that reading it elsewhere is confidently wrong."""
-    generator = torch.Generator().manual_seed(0)
+    process, rows = ForwardProcess(draw="count"), len(batch.tokens)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
-    for _ in range(150):
-        corruption = corrupt_by_count(batch.noise_groups(objective), batch.scorable, generator)
-        forward = predict(batch, corruption, objective)
-        logits = model(**forward.inputs, use_cache=False).logits
-        loss = cross_entropy(logits, forward.targets, objective.mask_token_id).mean()
+    for step in range(150):
+        views = corrupt(batch, objective, process, NoiseKey(0, step, 0, rows))
+        forward = predict(batch, views, objective)
+        mask = forward.mask.dense() if forward.mask else None
+        logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
+        loss = forward.nats(logits, objective).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -199,13 +201,17 @@ def test_one_repeated_token_is_named_in_a_run(
 def test_the_noise_of_a_batch_is_that_of_the_masks() -> None:
     """Monte Carlo: a loss of one nat everywhere, summed over drawn masks."""
     schedule = Schedule("linear", min_time=0.05)
-    groups = torch.arange(256).expand(64, 256)
-    scorable = torch.ones(64, 256, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
+    # Blocks of one token; the first of a text is not scored, so positions begin at 1.
+    tokens = torch.zeros(64, 256, dtype=torch.long)
+    batch = TextBatch(tokens, tokens, torch.arange(1, 257).expand(64, -1))
+    objective, process = Objective("bd3lm", 1, False, 1), ForwardProcess(schedule)
     means = torch.stack(
-        [corrupt_by_time(groups, scorable, schedule, generator).weight.mean() for _ in range(200)]
+        [
+            corrupt(batch, objective, process, NoiseKey(0, draw, 0, 64))[0].weight.mean()
+            for draw in range(200)
+        ]
     )
-    expected = math.sqrt(noise_variance(schedule, by_count=False) / groups.numel())
+    expected = math.sqrt(noise_variance(schedule, by_count=False) / tokens.numel())
     assert float(means.std()) == pytest.approx(expected, rel=0.2)
     assert noise_variance(schedule, by_count=True) == 0
 

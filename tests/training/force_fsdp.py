@@ -1,0 +1,56 @@
+"""The command line, in processes that Accelerate lets shard on a CPU.
+
+Accelerate chooses FSDP on accelerators only; FSDP2 itself works on gloo. This sets the distributed
+type when the plugin is there, in every process, and says whether parameters were sharded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "RANK" not in os.environ:
+    # The launcher: its processes have to run this file, not the package.
+    from dllm_convert import launch
+
+    original = launch.launcher_arguments
+
+    def launch_this(*given: object) -> int:
+        from accelerate.commands.launch import launch_command, launch_command_parser
+
+        line = [*original(*given[:2]), __file__, *given[2]]  # type: ignore[arg-type, misc]
+        launch_command(launch_command_parser().parse_args(line))
+        return 0
+
+    launch.launch = launch_this  # type: ignore[assignment]
+else:
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    initialise = state.AcceleratorState.__init__
+
+    def forced(self: object, *args: object, **kwargs: object) -> None:
+        initialise(self, *args, **kwargs)  # type: ignore[arg-type, misc]
+        if kwargs.get("fsdp_plugin") is not None:
+            self._shared_state["distributed_type"] = DistributedType.FSDP  # type: ignore[attr-defined]
+            self.fsdp_plugin = kwargs["fsdp_plugin"]  # type: ignore[attr-defined]
+
+    state.AcceleratorState.__init__ = forced  # type: ignore[method-assign, assignment]
+
+    from dllm_convert.training import distributed, run
+
+    gather = distributed.gathered_weights
+
+    def watched(trainer: object) -> object:
+        from torch.distributed.tensor import DTensor
+
+        weights = list(trainer.model_wrapped.parameters())  # type: ignore[attr-defined]
+        sharded = all(isinstance(weight, DTensor) for weight in weights)
+        sys.stderr.write(f"sharded parameters: {'yes' if sharded else 'no'}\n")
+        return gather(trainer)
+
+    run.gathered_weights = watched  # type: ignore[assignment]
+
+from dllm_convert.cli import main
+
+main()

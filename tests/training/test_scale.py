@@ -1,0 +1,210 @@
+"""Two gloo processes against one: the same curve, files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SourceFactory
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "recipes/launch"
+TOLERANCE = 1e-4
+"""Of losses, relative, and of weights, absolute: sums are taken in another order."""
+
+
+def command(source: Path, out: Path, *more: str, batch: int = 4, **fields: Any) -> list[str]:
+    settings = {
+        "data.sequence_length": 32,
+        "data.max_documents": 40,
+        "data.held_out_sequences": 4,
+        "noise.draw": "count",
+        "training.batch_size": batch,
+        "training.precision": "fp32",
+        "training.learning_rate": "1e-3",
+        "training.save_steps": 4,
+        "training.max_minutes": 10,
+        **fields,
+    }
+    flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    return [
+        "run", str(source), "--to", "bd3lm", "--block", "8", "--out", str(out),
+        "--data", "pydoc", "--steps", "12", "--full", *flags, *more,
+    ]  # fmt: skip
+
+
+def start(
+    arguments: list[str], *, program: str | Path = "dllm_convert", **environment: str
+) -> subprocess.Popen[str]:
+    entry = ["-m", program] if program == "dllm_convert" else [str(program)]
+    return subprocess.Popen(
+        [sys.executable, *entry, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / ".work/metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Losses, weights, and the names, types and files of the weights."""
+    for mine, theirs in zip(curve(one), curve(other), strict=True):
+        for name in ("loss", "nelbo"):
+            assert theirs[name] == pytest.approx(mine[name], rel=TOLERANCE)
+        assert theirs["tokens"] == mine["tokens"]
+    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert theirs[name].dtype == tensor.dtype
+        assert float((theirs[name] - tensor).abs().max()) < TOLERANCE
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def source(source_cache: SourceFactory) -> Path:
+    return source_cache("llama", tied=True)
+
+
+@pytest.fixture(scope="module")
+def single(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of batches of 4."""
+    out = tmp_path_factory.mktemp("single") / "out"
+    finish(start(command(source, out)))
+    return out
+
+
+def test_two_processes_train_what_one_does(source: Path, single: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = command(source, out, "--num-processes", "2", "--json", batch=2)
+    stdout, _ = finish(start(line))
+    document = json.loads(stdout)
+    assert document["passed"]
+    assert document["manifest"]["measurements"]["train"]["devices"] == 2
+    assert_same(single, out)
+    # Done already: nothing to train, and nobody waits for anybody.
+    again, _ = finish(start(line))
+    assert json.loads(again)["manifest"] == document["manifest"]
+
+
+def test_killed_and_resumed_two_processes_still_do(
+    source: Path, single: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    line = command(source, out, "--num-processes", "2", batch=2)
+    process = start(line)
+    deadline = time.monotonic() + 120
+    while not list((out / ".work/trainer").glob("checkpoint-*/complete")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "config.json" not in {path.name for path in out.iterdir()}
+    finish(start(line))
+    assert_same(single, out)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_path: Path) -> None:
+    out, expected = tmp_path / "out", single
+    more = ["--set", "training.method=lora", "--set", "training.lora.rank=4"]
+    more = more if method == "lora" else []
+    if method == "lora":
+        expected = tmp_path / "single"
+        finish(start([part for part in command(source, expected, *more) if part != "--full"]))
+    config = tmp_path / "fsdp2.yaml"
+    settings = yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())
+    config.write_text(yaml.safe_dump({**settings, "num_processes": 2, "mixed_precision": "no"}))
+    line = [part for part in command(source, out, *more, batch=2) if part != "--full" or not more]
+    forced = Path(__file__).with_name("force_fsdp.py")
+    line += ["--launch-config", str(config), "--num-processes", "2"]
+    process = start(line, program=forced)
+    _, err = finish(process)
+    assert "sharded parameters: yes" in err
+    assert_same(expected, out)
+
+
+def test_another_strategy_than_asked_for_is_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = LAUNCH / "fsdp2.yaml"
+    line = command(source, out, "--num-processes", "2", "--launch-config", str(config), batch=2)
+    _, err = finish(start(line), 3)
+    assert "FSDP was asked for" in err
+    assert "Traceback" not in err
+    assert not list((out / ".work/trainer").glob("checkpoint-*"))
+
+
+def test_a_failure_of_the_first_ends_all_with_its_code(source: Path, tmp_path: Path) -> None:
+    line = command(source, tmp_path / "out", "--num-processes", "2", batch=2)
+    _, err = finish(start([*line, "--data", str(tmp_path / "nothing.txt")]), 1)
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+
+
+def test_sigterm_saves_and_exits_130(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = command(source, out, "--num-processes", "2", "--steps", "5000", batch=2)
+    process = start(line)
+    deadline = time.monotonic() + 120
+    while not (out / ".work/metrics.jsonl").is_file() or len(curve(out)) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, 130)
+    assert "Traceback" not in err
+    assert "same command" in err
+    steps = [int(path.parent.name.split("-")[1]) for path in out.glob(".work/trainer/*/complete")]
+    assert max(steps) >= len(curve(out))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.glob("*.yaml")))
+def test_configs_are_what_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(LAUNCH / name))
+    settings = yaml.safe_load((LAUNCH / name).read_text())
+    assert config.distributed_type.value == settings["distributed_type"]
+    if settings["distributed_type"] == "FSDP":
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        assert settings["fsdp_config"]["fsdp_version"] == 2
+        FullyShardedDataParallelPlugin(fsdp_version=2)
+
+
+def test_launch_files_are_no_recipes() -> None:
+    from dllm_convert.recipe import list_recipes
+
+    assert not {"ddp", "fsdp2", "zero2", "zero3", "multi-node"} & {r.name for r in list_recipes()}
+
+
+def test_a_sharded_run_writes_the_head_once(single: Path) -> None:
+    with safe_open(single / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
