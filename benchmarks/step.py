@@ -4,8 +4,8 @@
 
 CONVERTED is a folder that `dllm-convert run SOURCE --no-train` wrote. Both steps train all weights
 of the same model on the same batches with the same optimizer, in turn: the other way round every
-second time. The ratio of each pair is taken, and of those the median, least and largest. Memory is
-measured in processes of their own.
+second time. The ratio of each pair is taken, and of those the median, least and largest. Each kind runs in
+a process of its own, where its memory is measured as well.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
+from dllm_convert.training.allocator import keep_freed_memory
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import collate
 from dllm_convert.training.run import _arguments
@@ -36,8 +37,6 @@ from dllm_convert.training.trainer import DiffusionTrainer
 
 Columns = dict[str, torch.Tensor]
 Step = Callable[[Columns], float]
-BYTES_PER_WEIGHT = 16
-"""Weight, gradient and two moments, all float32."""
 
 
 def rows(tokens: torch.Tensor) -> Columns:
@@ -143,41 +142,72 @@ def _status(name: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def measure_memory(options: argparse.Namespace, kind: str) -> None:
-    """Print the peak of three steps above weights, gradients and moments, in bytes."""
-    model, step = prepare(options, kind)
+def serve(options: argparse.Namespace) -> None:
+    """Run the steps of one kind as they are asked for, a line each, and answer with what it took.
+
+    "step N" answers with wall and processor seconds, "memory" with the peak so far above weights,
+    gradients and moments, in bytes.
+    """
+    if options.serve == "ours":
+        keep_freed_memory()
+    model, step = prepare(options, options.serve)
     # Moments are made in the first step; a short one leaves the least behind.
     step(batch(options, 0, 1))
     weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    frozen = sum(weight.numel() for weight in model.parameters()) - weights
     at_rest = _status("VmRSS") + 4 * weights  # gradients are gone by now
     Path("/proc/self/clear_refs").write_text("5")
-    for number in range(3):
-        step(batch(options, number + 1))
-    state = BYTES_PER_WEIGHT * weights + 4 * frozen
-    print(json.dumps({"above": _status("VmHWM") - at_rest, "state": state}))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.startswith("memory"):
+            print(_status("VmHWM") - at_rest, flush=True)
+            continue
+        columns = batch(options, int(line.split()[1]))
+        started, used = time.perf_counter(), time.process_time()
+        step(columns)
+        print(time.perf_counter() - started, time.process_time() - used, flush=True)
 
 
-def memory(options: argparse.Namespace, kind: str) -> dict[str, int]:
-    """Run `measure_memory` in a process of its own."""
-    line = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--memory-of", kind]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Worker:
+    """A process that runs the steps of one kind."""
+
+    def __init__(self, kind: str) -> None:
+        line = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--serve", kind]
+        self._process = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise SystemExit(f"a worker ended with {self._process.wait()}")
+        return line
+
+    def ask(self, question: str) -> list[float]:
+        """Send a line and return the numbers of the answer."""
+        if self._process.stdin:
+            self._process.stdin.write(question + "\n")
+            self._process.stdin.flush()
+        return [float(part) for part in self._answer().split()]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Time both kinds in turn."""
-    steps = {kind: prepare(options, kind)[1] for kind in KINDS}
+    """Time both kinds in turn, each in a process of its own."""
+    workers = {kind: Worker(kind) for kind in KINDS}
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     processor: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(options.repeats + 1):
-        columns = batch(options, number)
         for kind in list(KINDS) if number % 2 else list(reversed(KINDS)):
-            started, used = time.perf_counter(), time.process_time()
-            steps[kind](columns)
-            times[kind].append(time.perf_counter() - started)
-            processor[kind].append(time.process_time() - used)
+            wall, used = workers[kind].ask(f"step {number}")
+            times[kind].append(wall)
+            processor[kind].append(used)
+    above = {kind: int(worker.ask("memory")[0]) for kind, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
     return {
         "ratio": spread(times),
         "processor_ratio": spread(processor),
@@ -186,6 +216,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             for kind, values in times.items()
         },
         "pairs": options.repeats,
+        "memory_above": above,
+        "memory_ratio": round(above["ours"] / above["textbook"], 3),
     }
 
 
@@ -205,19 +237,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--method", choices=["full", "lora"], default="full")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--memory-of", choices=list(KINDS), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=list(KINDS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     with quiet_libraries():
-        if options.memory_of:
-            measure_memory(options, options.memory_of)
-            return
-        result = compare(options)
-        if not options.no_memory:
-            found = {kind: memory(options, kind) for kind in KINDS}
-            result["memory_above"] = {kind: value["above"] for kind, value in found.items()}
-            result["memory_ratio"] = round(found["ours"]["above"] / found["textbook"]["above"], 3)
-    print(json.dumps(result, indent=2))
+        if options.serve:
+            serve(options)
+        else:
+            print(json.dumps(compare(options), indent=2))
 
 
 if __name__ == "__main__":

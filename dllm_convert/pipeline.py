@@ -64,7 +64,7 @@ def follow(recipe: Recipe, out: Path, place: Place) -> None:
     with quiet_libraries():
         if meet(place):
             Stages(plan, read_workspace(out), reporter, place).train()
-        part(place)
+        part()
 
 
 def run(

@@ -147,7 +147,7 @@ class Stages:
 
         if meet(self.place, needed and self.workspace.result("train") is None):
             self.workspace.stage("train", self.train)
-        part(self.place)
+        part()
 
     def train(self) -> dict[str, Any]:
         """Train; of several processes each has to call it."""

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.place import Place
@@ -41,9 +43,9 @@ def meet(place: Place, train: bool = True) -> bool:
     return bool(answer.item())
 
 
-def part(place: Place) -> None:
-    """Leave the group: what comes after the training is the first process's alone."""
-    if place.world > 1 and dist.is_initialized():
+def part() -> None:
+    """Leave the group, if there is one: what comes after is the first process's work alone."""
+    if dist.is_initialized():
         dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -67,9 +69,11 @@ def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ
             )
 
 
-def sharded(accelerator: Any) -> bool:
-    """Whether no process holds the whole model."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+def is_sharded(trainer: Any) -> bool:
+    """Whether no process holds the whole model: seen in its weights, whatever the settings say."""
+    weights = trainer.model_wrapped.parameters()
+    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    return deepspeed or any(isinstance(weight, DTensor) for weight in weights)
 
 
 def gathered_weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -78,5 +82,8 @@ def gathered_weights(trainer: Any) -> dict[str, torch.Tensor]:
     Returns:
         Name to weight on the CPU, in the first process; possibly nothing in the others.
     """
-    weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return weights
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return dict(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: Any = get_model_state_dict(trainer.model_wrapped, options=whole)
+    return dict(weights)

@@ -17,10 +17,11 @@ from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.interruption import Interruption
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe
+from dllm_convert.training.allocator import keep_freed_memory
 from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate
-from dllm_convert.training.distributed import check_strategy, gathered_weights, sharded
+from dllm_convert.training.distributed import check_strategy, gathered_weights, is_sharded, part
 from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
@@ -133,6 +134,7 @@ def train(
     recipe = plan.recipe
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(recipe.training.seed)
+    keep_freed_memory()
     base = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
     checkpoint_activations(base, recipe.training.gradient_checkpointing)
     model = make_trainable(base, plan.adapter, recipe.training)
@@ -188,16 +190,7 @@ def train(
         seconds = watch.seconds
     if watch.interrupted or interruption.requested:
         raise KeyboardInterrupt
-    final: Any = trainer.model
-    if sharded(trainer.accelerator):
-        weights = gathered_weights(trainer)
-        if main:
-            final = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
-            final = make_trainable(final, plan.adapter, recipe.training)
-            final.load_state_dict(weights)
-    if main:
-        write_trained(final, untrained, out, plan)
-    return TrainResult(
+    result = TrainResult(
         recipe.training.method,
         trainer.state.global_step,
         watch.tokens,
@@ -208,6 +201,17 @@ def train(
         _device_name(),
         trainer.args.world_size,
     )
+    weights = gathered_weights(trainer) if is_sharded(trainer) else None
+    final: Any = trainer.model
+    # transformers talks to the others while it loads and saves, and they are done.
+    part()
+    if main and weights is not None:
+        final = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
+        final = make_trainable(final, plan.adapter, recipe.training)
+        final.load_state_dict(weights)
+    if main:
+        write_trained(final, untrained, out, plan)
+    return result
 
 
 def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:

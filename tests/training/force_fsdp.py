@@ -31,9 +31,11 @@ else:
 
     def forced(self: object, *args: object, **kwargs: object) -> None:
         initialise(self, *args, **kwargs)  # type: ignore[arg-type, misc]
-        if kwargs.get("fsdp_plugin") is not None:
-            self._shared_state["distributed_type"] = DistributedType.FSDP  # type: ignore[attr-defined]
-            self.fsdp_plugin = kwargs["fsdp_plugin"]  # type: ignore[attr-defined]
+        # Every later instance resets the shared type to that of the process group.
+        shared = self._shared_state  # type: ignore[attr-defined]
+        plugin = kwargs.get("fsdp_plugin") or shared.get("fsdp_plugin")
+        if plugin is not None:
+            shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
     state.AcceleratorState.__init__ = forced  # type: ignore[method-assign, assignment]
 

@@ -124,7 +124,7 @@ def test_killed_and_resumed_two_processes_still_do(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     )
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     assert "config.json" not in {path.name for path in out.iterdir()}
     finish(start(line))
