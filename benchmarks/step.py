@@ -4,8 +4,8 @@
 
 CONVERTED is a folder that `dllm-convert run SOURCE --no-train` wrote. Both steps train all weights
 of the same model on the same batches with the same optimizer, in turn: the other way round every
-second time. The ratio of each pair is taken, and of those the median, least and largest. Each kind runs in
-a process of its own, where its memory is measured as well.
+second time, each in a process of its own. The ratio of each pair is taken, and of those the median,
+least and largest. Memory is the peak above weights, gradients and moments.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def rows(tokens: torch.Tensor) -> Columns:
 
 def ours(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
     """The package's step, through its own Trainer."""
-    arguments = _arguments(recipe, Path("unused"), use_bf16(recipe.training), False)
+    arguments = _arguments(recipe, Path("unused/.work/trainer"), use_bf16(recipe.training), False)
     trainer = DiffusionTrainer(model=model, args=arguments, recipe=recipe, objective=objective)
     trainer.current_gradient_accumulation_steps = 1
     # Mixed precision is wrapped around the model when a training begins.
