@@ -44,7 +44,11 @@ class Contestant:
 
     def __init__(self, options: argparse.Namespace, kind: str) -> None:
         folder = str(options.converted)
-        fields: dict[str, Any] = {"data.source": options.data, "block_size": 32}
+        fields: dict[str, Any] = {
+            "data.source": options.data,
+            "data.held_out_sequences": 48,
+            "block_size": 32,
+        }
         if kind == "textbook-full":
             fields |= {"training.method": "full"}
         if kind == "textbook-lora":
