@@ -80,6 +80,9 @@ def _flops(config: Mapping[str, Any], manifest: Mapping[str, Any], tokens: int) 
     per_weight = FLOPS_LORA if training["method"] == "lora" else FLOPS_FULL
     attention = FLOPS_ATTENTION * layers * hidden * int(recipe["data"]["sequence_length"])
     train = manifest["measurements"]["train"]
-    streams = float(train.get("streams") or (2 if plan["target"] == "bd3lm" else 1))
-    again = FORWARD_AGAIN if training.get("gradient_checkpointing") else 1
+    noise = recipe.get("noise") or {}
+    views = int(noise.get("views", 1)) * (2 if noise.get("complementary") else 1)
+    streams = float(train.get("streams") or views + (plan["target"] == "bd3lm"))
+    # True is what earlier versions wrote for `full`; `selective` repeats no matrix product.
+    again = FORWARD_AGAIN if training.get("gradient_checkpointing") in ("full", True) else 1
     return tokens * streams * (per_weight * body + attention) * again if body > 0 else None

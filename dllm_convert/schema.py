@@ -119,6 +119,10 @@ class Lora(_Section):
         "full", description="train the whole embedding and head, or the mask's row only"
     )
     norms: bool = Field(True, description="train the normalisation layers")
+    quantize: Literal["none", "nf4"] = Field(
+        "none",
+        description="nf4: frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes",
+    )
 
 
 class Training(_Section):
@@ -158,6 +162,10 @@ class Training(_Section):
         description="activations computed again to save memory: selective all but matrix products "
         "and attention, full whole layers",
     )
+    attention: Literal["auto", "sdpa", "eager", "flex"] = Field(
+        "auto", description="implementation; auto: flex for bd3lm on a CUDA GPU, else sdpa"
+    )
+    compile: bool = Field(False, description="torch.compile; the first steps take minutes")
     save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="resumable checkpoints to keep")
     log_steps: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")

@@ -27,10 +27,13 @@ from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
 from dllm_convert.training.setup import (
+    attention_implementation,
     count_trainable,
+    is_quantized,
     load_model,
     make_trainable,
     training_dtype,
+    transplant,
     use_bf16,
 )
 from dllm_convert.training.trainer import DiffusionTrainer
@@ -85,6 +88,7 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         max_grad_norm=training.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),
         bf16=bf16,
+        torch_compile=training.compile,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -135,7 +139,13 @@ def train(
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(recipe.training.seed)
     keep_freed_memory()
-    base = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
+    base = load_model(
+        untrained,
+        plan.adapter,
+        dtype=training_dtype(recipe.training),
+        attention=attention_implementation(recipe),
+        quantized=is_quantized(recipe.training),
+    )
     checkpoint_activations(base, recipe.training.gradient_checkpointing)
     model = make_trainable(base, plan.adapter, recipe.training)
     trainable = count_trainable(model)
@@ -205,10 +215,14 @@ def train(
     final: Any = trainer.model
     # transformers talks to the others while it loads and saves, and they are done.
     part()
-    if main and weights is not None:
-        final = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
-        final = make_trainable(final, plan.adapter, recipe.training)
-        final.load_state_dict(weights)
+    if main and (weights is not None or is_quantized(recipe.training)):
+        whole = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
+        whole = make_trainable(whole, plan.adapter, recipe.training)
+        if weights is None:
+            final = transplant(final, whole)
+        else:
+            whole.load_state_dict(weights)
+            final = whole
     if main:
         write_trained(final, untrained, out, plan)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,91 @@ import torch
 
 from dllm_convert import modeling
 from dllm_convert.adapters.base import Adapter
-from dllm_convert.schema import Training
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.schema import Recipe, Training
 
 
-def load_model(folder: Path, adapter: Adapter, *, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    quantized: bool = False,
+) -> Any:
     """Load the diffusion class of a checkpoint folder, in evaluation mode.
 
     Args:
         folder: Converted checkpoint.
         adapter: Its family.
         dtype: Type the weights are held in.
+        attention: Implementation, as transformers names it.
+        quantized: Hold linear layers in 4 bits (NF4, arXiv 2305.14314).
     """
     cls = getattr(modeling, adapter.diffusion_class)
-    model = cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if quantized:
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return cls.from_pretrained(folder, **settings).eval()
+
+
+def attention_implementation(recipe: Recipe) -> str:
+    """Choose how attention is computed in training.
+
+    Flex attention skips the blocks of the two-stream mask that nobody sees; it is made for GPUs.
+    """
+    chosen = recipe.training.attention
+    if chosen == "auto":
+        chosen = "flex" if recipe.target == "bd3lm" and torch.cuda.is_available() else "sdpa"
+    return "flex_attention" if chosen == "flex" else chosen
+
+
+def is_quantized(training: Training) -> bool:
+    """Whether the frozen weights are held in 4 bits."""
+    return training.method == "lora" and training.lora.quantize != "none"
+
+
+def require_quantization(training: Training) -> None:
+    """Refuse QLoRA where it cannot run.
+
+    Raises:
+        IncompatibleError: There is no CUDA GPU, or bitsandbytes is not installed.
+    """
+    if not is_quantized(training):
+        return
+    missing = None
+    if not torch.cuda.is_available():
+        missing = "a CUDA GPU, and there is none"
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        missing = "bitsandbytes, which is not installed (pip install bitsandbytes)"
+    if missing is not None:
+        raise IncompatibleError(
+            f"training.lora.quantize={training.lora.quantize} needs {missing}",
+            hint="Leave it out: LoRA without it holds the frozen weights in 16 bits on a GPU",
+        )
+
+
+def transplant(trained: Any, fresh: Any) -> Any:
+    """Put the adapter of a PEFT model, and what was trained beside it, onto another base.
+
+    Args:
+        trained: PEFT model over a quantised base.
+        fresh: The same PEFT model over the base in full precision.
+
+    Returns:
+        `fresh`, ready to be merged.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(trained))
+    return fresh
 
 
 def training_dtype(training: Training) -> torch.dtype:

@@ -16,13 +16,19 @@ from dllm_convert.diffusion.corruption import NoiseKey
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.pipeline import run
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe, Training
 from dllm_convert.source import inspect_source
 from dllm_convert.training.data import TextData, prepare_data
 from dllm_convert.training.mask_noise import MaskNoise
 from dllm_convert.training.run import train
-from dllm_convert.training.setup import load_model
+from dllm_convert.training.setup import (
+    load_model,
+    make_trainable,
+    require_quantization,
+    transplant,
+)
 from dllm_convert.weights import adapt
 
 FIELDS: dict[str, dict[str, Any]] = {
@@ -53,6 +59,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "ar-loss": {"training.ar_loss_weight": 0.5},
     "drop-shift": {"token_shift": "drop"},
     "full-checkpointing": {"training.gradient_checkpointing": "full"},
+    "eager": {"training.attention": "eager"},
+    "flex": {"training.attention": "flex"},
 }
 
 
@@ -183,3 +191,59 @@ def test_fields_that_do_not_fit_together_are_refused(
         converted(source_cache("llama"), tmp_path / "a", **fields)
     assert caught.value.hint
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("target", ["bd3lm", "mdlm"])
+@pytest.mark.parametrize("attention", ["eager", "flex"])
+def test_every_attention_trains_the_same(
+    attention: str, target: str, tmp_path: Path, source_cache: SourceFactory
+) -> None:
+    curves = []
+    for chosen in ("sdpa", attention):
+        folder = tmp_path / chosen
+        fields = {"training.attention": chosen, "training.steps": 4}
+        plan, data = converted(source_cache("llama"), folder / "a", target, **fields)
+        train(plan, data, folder / "a", folder / "b", folder / "work", QUIET)
+        curves.append([line["loss"] for line in curve(folder / "work")])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_qlora_is_refused_without_a_gpu(tmp_path: Path, source_cache: SourceFactory) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    lora = {"rank": 4, "quantize": "nf4"}
+    fields = {"training.method": "lora", "training.lora": lora}
+    plan, _ = converted(source_cache("llama"), tmp_path / "a", **fields)
+    with pytest.raises(IncompatibleError, match="needs a CUDA GPU") as caught:
+        require_quantization(plan.recipe.training)
+    assert "Leave it out" in (caught.value.hint or "")
+    with pytest.raises(IncompatibleError, match="needs a CUDA GPU"):
+        run(plan.recipe, tmp_path / "out", QUIET)
+    require_quantization(Training(method="full", lora=plan.recipe.training.lora))
+
+
+def test_an_adapter_moves_to_a_base_in_full_precision(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
+    fields = {"training.method": "lora", "training.lora": {"rank": 4}}
+    plan, _ = converted(source_cache("llama", tied=True), tmp_path / "a", **fields)
+
+    def made(seed: int) -> Any:
+        torch.manual_seed(seed)
+        base = load_model(tmp_path / "a", plan.adapter)
+        return make_trainable(base, plan.adapter, plan.recipe.training)
+
+    trained, fresh, same = made(0), made(1), made(0)
+    with torch.no_grad():
+        for mine, theirs in zip(trained.parameters(), same.parameters(), strict=True):
+            if mine.requires_grad:
+                change = torch.randn_like(mine) / 10
+                mine.add_(change)
+                theirs.add_(change)
+            else:
+                # Where a quantised base differs; it is not to move along.
+                mine.add_(1.0)
+    expected = same.merge_and_unload().state_dict()
+    moved = transplant(trained, fresh).merge_and_unload().state_dict()
+    assert moved.keys() == expected.keys()
+    assert max(float((moved[name] - expected[name]).abs().max()) for name in moved) < 1e-6

@@ -109,12 +109,21 @@ def test_two_processes_train_what_one_does(source: Path, single: Path, tmp_path:
     assert json.loads(again)["manifest"] == document["manifest"]
 
 
+def sharding(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Arguments and program of a run under FSDP2 on gloo."""
+    config = folder / "fsdp2.yaml"
+    config.write_text((LAUNCH / "fsdp2.yaml").read_text())
+    return ["--launch-config", str(config)], {"program": Path(__file__).with_name("force_fsdp.py")}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_killed_and_resumed_two_processes_still_do(
-    source: Path, single: Path, tmp_path: Path
+    strategy: str, source: Path, single: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    line = command(source, out, "--num-processes", "2", batch=2)
-    process = start(line)
+    more, how = sharding(tmp_path) if strategy == "fsdp2" else ([], {})
+    line = command(source, out, "--num-processes", "2", *more, batch=2)
+    process = start(line, **how)
     deadline = time.monotonic() + 120
     while not list((out / ".work/trainer").glob("checkpoint-*/complete")):
         assert process.poll() is None, process.communicate()
@@ -127,7 +136,8 @@ def test_killed_and_resumed_two_processes_still_do(
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert "config.json" not in {path.name for path in out.iterdir()}
-    finish(start(line))
+    _, err = finish(start(line, **how))
+    assert "resuming from step" in err
     assert_same(single, out)
 
 
@@ -139,14 +149,9 @@ def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_p
     if method == "lora":
         expected = tmp_path / "single"
         finish(start([part for part in command(source, expected, *more) if part != "--full"]))
-    config = tmp_path / "fsdp2.yaml"
-    settings = yaml.safe_load((LAUNCH / "fsdp2.yaml").read_text())
-    config.write_text(yaml.safe_dump({**settings, "num_processes": 2, "mixed_precision": "no"}))
     line = [part for part in command(source, out, *more, batch=2) if part != "--full" or not more]
-    forced = Path(__file__).with_name("force_fsdp.py")
-    line += ["--launch-config", str(config), "--num-processes", "2"]
-    process = start(line, program=forced)
-    _, err = finish(process)
+    config, how = sharding(tmp_path)
+    _, err = finish(start([*line, *config, "--num-processes", "2"], **how))
     assert "sharded parameters: yes" in err
     assert_same(expected, out)
 
