@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from dllm_convert.console import Reporter
+from dllm_convert.console import Reporter, Task
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.interruption import Interruption
@@ -19,25 +19,15 @@ from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe
 from dllm_convert.training.allocator import keep_freed_memory
 from dllm_convert.training.callbacks import Rules, Watch
-from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate
-from dllm_convert.training.distributed import check_strategy, gathered_weights, is_sharded, part
+from dllm_convert.training.distributed import check_strategy
 from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
-from dllm_convert.training.setup import (
-    attention_implementation,
-    count_trainable,
-    is_quantized,
-    load_model,
-    make_trainable,
-    training_dtype,
-    transplant,
-    use_bf16,
-)
+from dllm_convert.training.setup import count_trainable, trainable_model, use_bf16
 from dllm_convert.training.trainer import DiffusionTrainer
-from dllm_convert.training.writing import write_trained
+from dllm_convert.training.writing import write_result
 
 
 @dataclass(frozen=True)
@@ -135,22 +125,14 @@ def train(
         DllmConvertError: If the loss stops being a number.
         IncompatibleError: If another strategy is in force than was asked for.
     """
-    recipe = plan.recipe
+    recipe, training = plan.recipe, plan.recipe.training
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
-    set_seed(recipe.training.seed)
+    set_seed(training.seed)
     keep_freed_memory()
-    base = load_model(
-        untrained,
-        plan.adapter,
-        dtype=training_dtype(recipe.training),
-        attention=attention_implementation(recipe),
-        quantized=is_quantized(recipe.training),
-    )
-    checkpoint_activations(base, recipe.training.gradient_checkpointing)
-    model = make_trainable(base, plan.adapter, recipe.training)
+    model = trainable_model(plan, untrained)
     trainable = count_trainable(model)
     folder = work / "trainer"
-    arguments = _arguments(recipe, folder, use_bf16(recipe.training), data.streaming)
+    arguments = _arguments(recipe, folder, use_bf16(training), data.streaming)
     main = arguments.process_index == 0
     resumed = find_resumption(folder, reporter.warn, clean=main)
     if resumed.step:
@@ -158,50 +140,31 @@ def train(
     if resumed.stopped:
         # Its time was up: there is nothing left to train, only to write.
         arguments.max_steps = resumed.step
-    rows = recipe.training.batch_size * recipe.training.gradient_accumulation * arguments.world_size
-    rules = Rules(
-        rows * recipe.data.sequence_length,
-        recipe.training.keep_checkpoints,
-        recipe.training.max_minutes,
-    )
-    opening = _opening(start, recipe, rules.tokens_per_step) if not resumed.step else None
-    if opening is not None:
-        reporter.line(opening.announce())
+    rows = training.batch_size * training.gradient_accumulation * arguments.world_size
     metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
     with (
-        reporter.task("train", total=recipe.training.steps) as task,
+        reporter.task("train", total=training.steps) as task,
         Interruption(gently=True) as interruption,
     ):
-        watch = Watch(
-            metrics,
-            resumed,
-            rules,
-            task,
-            interruption,
-            lambda: trainer.unsound,
-            opening,
-            reporter.warn,
-        )
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
             train_dataset=data.training_rows(
-                start=resumed.step * rows, total=recipe.training.steps * rows
+                start=resumed.step * rows, total=training.steps * rows
             ),
             data_collator=collate,
-            callbacks=[watch],
             recipe=recipe,
-            objective=Objective.from_config(base.config),
+            objective=Objective.from_config(model.config),
         )
+        watch = _watch(trainer, metrics, resumed, task, interruption, reporter, start, recipe)
         check_strategy(trainer.accelerator)
-        trainer.remove_callback(PrinterCallback)
         keep_in(trainer, work)
         _run(trainer, resumed, main)
         seconds = watch.seconds
     if watch.interrupted or interruption.requested:
         raise KeyboardInterrupt
     result = TrainResult(
-        recipe.training.method,
+        training.method,
         trainer.state.global_step,
         watch.tokens,
         round(seconds, 3),
@@ -209,23 +172,44 @@ def train(
         watch.final_loss,
         watch.stopped or "steps",
         _device_name(),
-        trainer.args.world_size,
+        arguments.world_size,
     )
-    weights = gathered_weights(trainer) if is_sharded(trainer) else None
-    final: Any = trainer.model
-    # transformers talks to the others while it loads and saves, and they are done.
-    part()
-    if main and (weights is not None or is_quantized(recipe.training)):
-        whole = load_model(untrained, plan.adapter, dtype=training_dtype(recipe.training))
-        whole = make_trainable(whole, plan.adapter, recipe.training)
-        if weights is None:
-            final = transplant(final, whole)
-        else:
-            whole.load_state_dict(weights)
-            final = whole
-    if main:
-        write_trained(final, untrained, out, plan)
+    write_result(trainer, untrained, out, plan)
     return result
+
+
+def _watch(
+    trainer: DiffusionTrainer,
+    metrics: Metrics,
+    resumed: Resumption,
+    task: Task,
+    interruption: Interruption,
+    reporter: Reporter,
+    start: Start | None,
+    recipe: Recipe,
+) -> Watch:
+    """Put the watch into the trainer, and say what to expect of a training that begins."""
+    training = recipe.training
+    sequences = training.batch_size * training.gradient_accumulation * trainer.args.world_size
+    rules = Rules(
+        sequences * recipe.data.sequence_length, training.keep_checkpoints, training.max_minutes
+    )
+    opening = _opening(start, recipe, rules.tokens_per_step) if not resumed.step else None
+    if opening is not None:
+        reporter.line(opening.announce())
+    watch = Watch(
+        metrics,
+        resumed,
+        rules,
+        task,
+        interruption,
+        lambda: trainer.unsound,
+        opening,
+        reporter.warn,
+    )
+    trainer.add_callback(watch)
+    trainer.remove_callback(PrinterCallback)
+    return watch
 
 
 def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:

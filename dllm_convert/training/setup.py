@@ -11,7 +11,9 @@ import torch
 from dllm_convert import modeling
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe, Training
+from dllm_convert.training.checkpointing import checkpoint_activations
 
 
 def load_model(
@@ -168,3 +170,22 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
 def count_trainable(model: Any) -> int:
     """Number of parameters that receive gradients."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
+    """Load an untrained conversion as the recipe trains it.
+
+    Args:
+        plan: The conversion.
+        untrained: Its checkpoint.
+    """
+    training = plan.recipe.training
+    base = load_model(
+        untrained,
+        plan.adapter,
+        dtype=training_dtype(training),
+        attention=attention_implementation(plan.recipe),
+        quantized=is_quantized(training),
+    )
+    checkpoint_activations(base, training.gradient_checkpointing)
+    return make_trainable(base, plan.adapter, training)

@@ -14,9 +14,44 @@ from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
+from dllm_convert.training.distributed import gathered_weights, is_sharded, part
+from dllm_convert.training.setup import (
+    is_quantized,
+    load_model,
+    make_trainable,
+    training_dtype,
+    transplant,
+)
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def write_result(trainer: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:
+    """Gather what was trained, leave the other processes, and write it in the first one.
+
+    Args:
+        trainer: A Trainer that has trained; every process calls this.
+        untrained: The conversion before training.
+        out: Folder to write; replaced if it exists.
+        plan: The conversion.
+    """
+    weights = gathered_weights(trainer) if is_sharded(trainer) else None
+    main, model = trainer.args.process_index == 0, trainer.model
+    # transformers talks to the others while it loads and saves, and they are done.
+    part()
+    if not main:
+        return
+    training = plan.recipe.training
+    if weights is not None or is_quantized(training):
+        whole = load_model(untrained, plan.adapter, dtype=training_dtype(training))
+        whole = make_trainable(whole, plan.adapter, training)
+        if weights is None:
+            whole = transplant(model, whole)
+        else:
+            whole.load_state_dict(weights)
+        model = whole
+    write_trained(model, untrained, out, plan)
 
 
 def write_trained(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:

@@ -39,7 +39,7 @@ else:
 
     state.AcceleratorState.__init__ = forced  # type: ignore[method-assign, assignment]
 
-    from dllm_convert.training import distributed, run
+    from dllm_convert.training import distributed, writing
 
     gather = distributed.gathered_weights
 
@@ -51,7 +51,7 @@ else:
         sys.stderr.write(f"sharded parameters: {'yes' if sharded else 'no'}\n")
         return gather(trainer)
 
-    run.gathered_weights = watched  # type: ignore[assignment]
+    writing.gathered_weights = watched  # type: ignore[assignment]
 
 from dllm_convert.cli import main
 
