@@ -25,8 +25,8 @@ WORSE_THAN_GUESSING = 2.0
 MASK_ROW = (0.01, 10.0)
 """Norm of the mask's row, of the mean of used rows, that is taken for a sound one. Unused rows of
 published models are close to zero (LLaDA 2); a mean of random rows is at 1/sqrt(rows)."""
-CLEARLY = 0.5
-"""Nats that the other token shift has to be better by."""
+EXPLAINED = 0.5
+"""Share of what is worse than guessing that the other token shift has to take away."""
 SPREADS = 3.0
 SLACK = (1.0, 0.5)
 """Nats below and above the expected range that are not far outside: a spread measured on few
@@ -34,6 +34,7 @@ sequences is itself uncertain, and a training that learns fast gets lower at onc
 FIRST_LINES = 3
 
 
+@torch.no_grad()
 def mask_row_ratio(
     embeddings: torch.Tensor, mask_token_id: int, batches: Sequence[TextBatch]
 ) -> float:
@@ -119,7 +120,8 @@ def survey(
     """Compare the untrained conversion with what it should show, and look for the cause.
 
     The causes are looked for in the order in which conversions go wrong: the mask's row, the token
-    shift, the data. The other shift is measured, on one batch, only where something is wrong.
+    shift, the data. The other shift is measured, on one batch, only where this one is no better
+    than guessing.
 
     Args:
         model: The untrained conversion.
@@ -141,7 +143,7 @@ def survey(
         row,
     )
     problems = [] if MASK_ROW[0] <= row <= MASK_ROW[1] else [_mask_row(row, objective)]
-    if start.broken:
+    if start.nelbo > start.guess:
         problems += _shift(model, batches[:1], objective, seed)
     return replace(start, problems=(*problems, *text.problems))
 
@@ -159,7 +161,8 @@ def _shift(model: Any, batches: Sequence[TextBatch], objective: Objective, seed:
     ours, theirs = (
         nelbo(model, batches, one, seed=seed).nats_per_token for one in (objective, other)
     )
-    if theirs > ours - CLEARLY:
+    guess = math.log(len(model.get_input_embeddings().weight))
+    if ours - theirs < max(WORSE_THAN_GUESSING, EXPLAINED * (ours - guess)):
         return []
     names = {True: "keep", False: "drop"}
     return [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -28,7 +29,12 @@ from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
-from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
+from dllm_convert.training.resume import (
+    Resumption,
+    UsedRows,
+    find_resumption,
+    remove_unfinished,
+)
 from dllm_convert.training.setup import (
     count_trainable,
     load_model,
@@ -153,6 +159,8 @@ def train(
     if resumed.stopped:
         # Its time was up: there is nothing left to train, only to write.
         arguments.max_steps = resumed.step
+    if resumed.step >= arguments.max_steps:
+        arguments.ignore_data_skip = False
     rows = recipe.training.batch_size * recipe.training.gradient_accumulation * arguments.world_size
     rules = Rules(
         rows * recipe.data.sequence_length,
@@ -180,9 +188,7 @@ def train(
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
-            train_dataset=data.training_rows(
-                start=resumed.step * rows, total=recipe.training.steps * rows
-            ),
+            train_dataset=_rows(data, resumed.step * rows, arguments.max_steps * rows),
             data_collator=collate,
             callbacks=[watch],
             recipe=recipe,
@@ -206,6 +212,13 @@ def train(
         _device_name(),
         trainer.args.world_size,
     )
+
+
+def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:
+    if data.streaming and start >= total:
+        # Everything is trained and only has to be written; a stream would give one step more.
+        return UsedRows(total)
+    return data.training_rows(start=start, total=total)
 
 
 def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:
