@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from dllm_convert.disk import sync_tree
 from dllm_convert.errors import DataError
 from dllm_convert.safetensors_header import read_header
@@ -37,6 +39,24 @@ class Resumption:
     folder: Path | None = None
     step: int = 0
     stopped: str = ""
+
+
+class UsedRows(Dataset[dict[str, Any]]):
+    """As many rows as were trained on, to be skipped and never read.
+
+    Args:
+        total: Number of rows.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Refuse: these rows are used up."""
+        raise IndexError(number)
 
 
 def checkpoint_step(folder: Path) -> int:

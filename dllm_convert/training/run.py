@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -24,7 +25,12 @@ from dllm_convert.training.distributed import check_strategy
 from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
-from dllm_convert.training.resume import Resumption, find_resumption, remove_unfinished
+from dllm_convert.training.resume import (
+    Resumption,
+    UsedRows,
+    find_resumption,
+    remove_unfinished,
+)
 from dllm_convert.training.setup import count_trainable, trainable_model, use_bf16
 from dllm_convert.training.trainer import DiffusionTrainer
 from dllm_convert.training.writing import write_result
@@ -140,6 +146,8 @@ def train(
     if resumed.stopped:
         # Its time was up: there is nothing left to train, only to write.
         arguments.max_steps = resumed.step
+    if resumed.step >= arguments.max_steps:
+        arguments.ignore_data_skip = False
     rows = training.batch_size * training.gradient_accumulation * arguments.world_size
     metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
     with (
@@ -149,9 +157,7 @@ def train(
         trainer = DiffusionTrainer(
             model=model,
             args=arguments,
-            train_dataset=data.training_rows(
-                start=resumed.step * rows, total=training.steps * rows
-            ),
+            train_dataset=_rows(data, resumed.step * rows, arguments.max_steps * rows),
             data_collator=collate,
             recipe=recipe,
             objective=Objective.from_config(model.config),
@@ -210,6 +216,13 @@ def _watch(
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     return watch
+
+
+def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:
+    if data.streaming and start >= total:
+        # Everything is trained and only has to be written; a stream would give one step more.
+        return UsedRows(total)
+    return data.training_rows(start=start, total=total)
 
 
 def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:

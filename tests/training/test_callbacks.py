@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SourceFactory
-from test_trainer import converted
+from test_trainer import converted, weights
+from transformers import AutoTokenizer
 
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline import run
 from dllm_convert.schema import Recipe
 from dllm_convert.training import reporting
+from dllm_convert.training.data import prepare_data
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.resume import whole_checkpoints
 from dllm_convert.training.run import TrainResult, train
@@ -84,13 +87,24 @@ def test_what_is_not_a_number_is_never_saved(
     assert all(line["step"] < at for line in lines(tmp_path))
 
 
-def test_a_time_that_is_up_stays_up(tmp_path: Path, source_cache: SourceFactory) -> None:
+@pytest.mark.parametrize("streaming", ["on", "off"])
+@pytest.mark.parametrize("settings", [{"steps": 5000, "max_minutes": 0.005}, {"steps": 3}])
+def test_what_is_trained_is_trained(
+    settings: dict[str, Any], streaming: str, tmp_path: Path, source_cache: SourceFactory
+) -> None:
     """Killed while the result is written, the next session trains no further."""
-    plan, data = converted(source_cache("llama"), tmp_path / "a", steps=5000, max_minutes=0.005)
+    plan, data = converted(source_cache("llama"), tmp_path / "a", **settings)
+    chosen = plan.recipe.data.model_copy(update={"streaming": streaming})
+    plan = replace(plan, recipe=plan.recipe.model_copy(update={"data": chosen}))
+    data = prepare_data(plan.recipe, AutoTokenizer.from_pretrained(tmp_path / "a"), QUIET)
+    assert data.streaming == (streaming == "on")
     folders = tmp_path / "a", tmp_path / "b", tmp_path / "work"
     first = train(plan, data, *folders, QUIET)
+    before = weights(tmp_path / "b", plan)
     again = train(plan, data, *folders, QUIET)
-    assert (first.stopped, again.stopped) == ("time", "time")
+    after = weights(tmp_path / "b", plan)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert first.stopped == again.stopped == ("time" if "max_minutes" in settings else "steps")
     assert (first.steps, first.tokens) == (again.steps, again.tokens)
     assert again.seconds == pytest.approx(first.seconds, abs=1.0)
     assert again.final_loss == first.final_loss
