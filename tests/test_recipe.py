@@ -22,7 +22,7 @@ from dllm_convert.recipe_fields import all_fields
 
 NAMES = [entry.name for entry in list_recipes()]
 PRESETS = sorted(path.stem for path in (data_dir("recipes") / "presets").glob("*.yaml"))
-FILES = sorted(data_dir("recipes").rglob("*.yaml"))
+FILES = sorted(path for path in data_dir("recipes").rglob("*.yaml") if path.parent.name != "launch")
 
 
 def _write(folder: Path, text: str, name: str = "mine.yaml") -> str:
