@@ -41,9 +41,9 @@ class Stages:
 
     def finish(self) -> None:
         """Run what is left; the checkpoint stands in the output folder afterwards."""
-        from dllm_convert.training.setup import require_quantization
+        from dllm_convert.training.setup import require_devices
 
-        require_quantization(self.plan.recipe.training)
+        require_devices(self.plan.recipe.training)
         stage, assembled = self.workspace.stage, self.workspace.result("assemble") is not None
         if not assembled:
             stage("materialise", lambda: {"folder": str(self._source)})

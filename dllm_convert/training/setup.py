@@ -63,12 +63,18 @@ def is_quantized(training: Training) -> bool:
     return training.method == "lora" and training.lora.quantize != "none"
 
 
-def require_quantization(training: Training) -> None:
-    """Refuse QLoRA where it cannot run.
+def require_devices(training: Training) -> None:
+    """Refuse what cannot run here: flex attention and QLoRA without a GPU.
 
     Raises:
-        IncompatibleError: There is no CUDA GPU, or bitsandbytes is not installed.
+        IncompatibleError: There is no GPU, or bitsandbytes is not installed.
     """
+    trains = training.method != "none"
+    if trains and training.attention == "flex" and not torch.accelerator.is_available():
+        raise IncompatibleError(
+            "training.attention=flex needs a GPU: torch has no backward of it on a CPU",
+            hint="Use --set training.attention=sdpa",
+        )
     if not is_quantized(training):
         return
     missing = None
