@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, get_scheduler
 
-from benchmarks import textbook
-from benchmarks.step import ours
+from benchmarks.step import Step, ours, textbooks
 from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
@@ -34,9 +33,7 @@ from dllm_convert.recipe import load_recipe
 from dllm_convert.training.allocator import keep_freed_memory
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate, prepare_data
-from dllm_convert.training.setup import load_model, make_trainable, use_bf16
-
-Step = Callable[[dict[str, torch.Tensor]], float]
+from dllm_convert.training.setup import load_model, make_trainable
 
 
 class Contestant:
@@ -88,27 +85,8 @@ class Contestant:
         )
         schedule = get_scheduler(training.lr_schedule, optimizer, max(planned // 10, 1), planned)
         optimizer.register_step_post_hook(lambda *_: schedule.step())
-        if self.kind == "ours":
-            return ours(self.model, self.recipe, self.objective, optimizer)
-        generator = torch.Generator().manual_seed(0)
-
-        def step(columns: dict[str, torch.Tensor]) -> float:
-            self.model.train()
-            with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16(training)):
-                loss = textbook.loss(
-                    self.model,
-                    columns["input_ids"],
-                    self.objective.mask_token_id,
-                    self.objective.block_size,
-                    generator,
-                )
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return float(loss.detach())
-
-        return step
+        made = ours if self.kind == "ours" else textbooks
+        return made(self.model, self.recipe, self.objective, optimizer)
 
 
 def batches(data: TextData, size: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -28,6 +28,8 @@ from dllm_convert.place import Place
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
+    from dllm_convert.publish import PushOptions
+    from dllm_convert.schema import Recipe
 
 EXIT_CODES = {
     0: "done",
@@ -112,24 +114,12 @@ def run(
     recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
     folder, place = out or default_out(recipe), Place.from_environment()
     if dry_run or ctx.info_name == "check":
-        from dllm_convert import recipe_yaml
-
         document = plan_document(recipe, folder, push, num_processes or place.world)
-        output.show(document, recipe_yaml.dump, as_json=as_json)
+        output.show(document, output.plan_text, as_json=as_json)
         return
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(_launch(num_processes, launch_config))
-    reporter = _reporter(quiet=quiet or as_json)
-    from dllm_convert import pipeline
-
-    if not place.main:
-        pipeline.follow(recipe, folder, place)
-        return
-    result = pipeline.run(recipe, folder, reporter, push=push, place=place)
-    published = result.pushed.as_dict() if result.pushed else None
-    document = output.run_document(str(result.path), result.passed, result.manifest, published)
-    output.show(document, output.run_text, as_json=as_json)
-    _exit_if_failed(result.manifest["verification"])
+    _convert(recipe, folder, push, place, quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -268,6 +258,29 @@ def architectures(as_json: option.Json = False) -> None:
         for family in families
     ]
     output.write(output.table(header, rows))
+
+
+def _convert(
+    recipe: Recipe,
+    folder: Path,
+    push: PushOptions | None,
+    place: Place,
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Do the run, or as another than the first process take part in its training."""
+    reporter = _reporter(quiet=quiet or as_json)
+    from dllm_convert import pipeline
+
+    if not place.main:
+        pipeline.follow(recipe, folder, place)
+        return
+    result = pipeline.run(recipe, folder, reporter, push=push, place=place)
+    published = result.pushed.as_dict() if result.pushed else None
+    document = output.run_document(str(result.path), result.passed, result.manifest, published)
+    output.show(document, output.run_text, as_json=as_json)
+    _exit_if_failed(result.manifest["verification"])
 
 
 def _launch(processes: int | None, config: Path | None) -> int:

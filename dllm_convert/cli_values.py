@@ -114,9 +114,8 @@ def plan_document(
     plan = plan_conversion(recipe)
     document = {"out": str(folder), **plan_as_dict(plan)}
     if recipe.training.method != "none" and processes > 1:
-        training = recipe.training
-        step = training.batch_size * training.gradient_accumulation * processes
-        document["launch"] = {"processes": processes, "sequences_per_step": step}
+        sequences = recipe.training.sequences_per_step * processes
+        document["launch"] = {"processes": processes, "sequences_per_step": sequences}
     if push is None:
         return document
     from dllm_convert.publish.run import licence_warnings

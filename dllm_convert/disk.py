@@ -67,6 +67,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill or a power cut leaves the old one or the new one, whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync(path.parent)
+
+
 _WRITE_FAILED = re.compile(
     r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+"
     r"|No space left on device|Disk quota exceeded|File too large|os error (28|27|122)\b"

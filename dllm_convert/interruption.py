@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
+from dllm_convert.place import Place
+
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST_S = 2.0
@@ -83,7 +85,7 @@ class Interruption:
                 self._escape.daemon = True
                 self._escape.start()
                 raise KeyboardInterrupt
-        elif now - self._first >= (SAME_REQUEST_S if _launched() else 0.0):
+        elif now - self._first >= (SAME_REQUEST_S if Place.from_environment().world > 1 else 0.0):
             if not self._gently:
                 self._end()
             self._restore()
@@ -92,8 +94,3 @@ class Interruption:
     def _end(self) -> None:
         self._farewell()
         os._exit(INTERRUPTED)
-
-
-def _launched() -> bool:
-    """Whether this process is one of several that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1

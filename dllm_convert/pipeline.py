@@ -58,13 +58,12 @@ def follow(recipe: Recipe, out: Path, place: Place) -> None:
         out: Output folder, which all processes see.
         place: This process.
     """
-    from dllm_convert.training.distributed import meet, part
+    from dllm_convert.training.distributed import meet
 
     plan, reporter = plan_conversion(recipe), Reporter(quiet=True)
     with quiet_libraries():
         if meet(place):
             Stages(plan, read_workspace(out), reporter, place).train()
-        part()
 
 
 def run(

@@ -176,6 +176,11 @@ class Training(_Section):
     lora: Lora = Lora()
     keep_adapter: bool = Field(False, description="also write the LoRA adapter to adapter/")
 
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one process sees in an optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
 
 class Generation(_Section):
     """Denoising defaults written to generation_config.json."""
@@ -220,6 +225,5 @@ class Recipe(_Section):
     @property
     def training_tokens(self) -> int:
         """Tokens that all planned steps see on one device, padding included."""
-        training = self.training
-        sequences = training.steps * training.batch_size * training.gradient_accumulation
+        sequences = self.training.steps * self.training.sequences_per_step
         return sequences * self.data.sequence_length

@@ -146,11 +146,10 @@ class Stages:
         return asdict(start)
 
     def _train_together(self, *, needed: bool) -> None:
-        from dllm_convert.training.distributed import meet, part
+        from dllm_convert.training.distributed import meet
 
         if meet(self.place, needed and self.workspace.result("train") is None):
             self.workspace.stage("train", self.train)
-        part()
 
     def train(self) -> dict[str, Any]:
         """Train; of several processes each has to call it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.disk import reporting_full_disk, sync
+from dllm_convert.disk import reporting_full_disk, sync, write_whole
 from dllm_convert.errors import DataError
 
 WORK = ".work"
@@ -34,14 +33,7 @@ def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 @dataclass
@@ -160,19 +152,18 @@ def open_workspace(out: Path, run: str) -> Iterator[Workspace]:
     workspace = Workspace(out, run=run)
     with locked(out):
         if workspace.journal.exists():
-            journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
-            if journal["run"] != run:
+            workspace = read_workspace(out)
+            if workspace.run != run:
                 raise DataError(
                     f"{out} holds a run with a different recipe or source",
                     hint="Repeat the command it was started with, or give another --out",
                 )
-            workspace.stages = journal["stages"]
         else:
             write_json(workspace.journal, {"run": run, "stages": []})
         yield workspace
 
 
 def read_workspace(out: Path) -> Workspace:
-    """Read how far another process's run has got, without its lock."""
+    """Read how far a run has got: an earlier one, or that of another process."""
     journal = json.loads(Workspace(out).journal.read_text(encoding="utf-8"))
     return Workspace(out, journal["stages"], journal["run"])

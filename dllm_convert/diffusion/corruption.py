@@ -7,6 +7,7 @@ rows are spread, how they are accumulated and where a run was interrupted change
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -75,6 +76,19 @@ class NoiseKey:
         digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
+    def each_row(
+        self, count: int, draw: Callable[[torch.Generator], torch.Tensor], *use: int
+    ) -> torch.Tensor:
+        """Stack what `draw` makes of each row's own generator, shape (count, ...).
+
+        Args:
+            count: Rows of the batch.
+            draw: Draws the noise of a row.
+            use: Tells uses of a row's noise apart.
+        """
+        rows = range(self.first_row, self.first_row + count)
+        return torch.stack([draw(self.generator(row, *use)) for row in rows])
+
 
 @dataclass(frozen=True)
 class Corruption:
@@ -133,21 +147,20 @@ def _levels(key: NoiseKey, counts: torch.Tensor, view: int, views: int) -> torch
     return torch.cat(levels)
 
 
-def _uniforms(key: NoiseKey, shape: torch.Size, view: int, use: int) -> torch.Tensor:
-    rows = (key.generator(key.first_row + row, view, use) for row in range(shape[0]))
-    return torch.stack([torch.rand(shape[1], generator=g, dtype=torch.float64) for g in rows])
-
-
 @dataclass(frozen=True)
 class _Draw:
     """What one view draws from: all on the CPU, groups numbered over the batch."""
 
     groups: torch.Tensor
     level: torch.Tensor
-    sizes: torch.Tensor
     scorable: torch.Tensor
     positions: torch.Tensor
     uniforms: torch.Tensor
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """Scorable tokens of each group, shape (groups,), float64."""
+        return self.per_group(self.scorable)
 
     def per_group(self, values: torch.Tensor) -> torch.Tensor:
         """Sum (batch, length) over each group, shape (groups,), float64."""
@@ -232,13 +245,10 @@ def _by_replacing(
     steps = schedule.discrete_steps or 1
     kept = 1 - torch.stack([schedule.mask_probability(t - 1 / steps), schedule.mask_probability(t)])
     kept = kept.T[draw.groups]
-    rows = [
-        torch.randint(
-            objective.vocabulary - 1, batch.tokens.shape[1:], generator=key.generator(row, 0, 2)
-        )
-        for row in range(key.first_row, key.first_row + len(batch.tokens))
-    ]
-    other = torch.stack(rows)
+    count, length = batch.tokens.shape
+    other = key.each_row(
+        count, lambda g: torch.randint(objective.vocabulary - 1, (length,), generator=g), 0, 2
+    )
     other = other + (other >= objective.mask_token_id).long()
     replaced = draw.scorable & (draw.uniforms >= kept[..., 1])
     tokens = torch.where(replaced, other, batch.tokens.cpu())
@@ -262,12 +272,14 @@ def corrupt(
     """
     scorable = batch.scorable.cpu()
     groups, counts = number_groups(batch.noise_groups(objective).cpu())
+    rows, length = scorable.shape
     views: list[Corruption] = []
     for view in range(process.views):
         level = _levels(key, counts, view, process.views)
-        uniforms = _uniforms(key, scorable.shape, view, 1)
-        draw = _Draw(groups, level, level, scorable, batch.positions.cpu(), uniforms)
-        draw = replace(draw, sizes=draw.per_group(scorable))
+        uniforms = key.each_row(
+            rows, lambda g: torch.rand(length, generator=g, dtype=torch.float64), view, 1
+        )
+        draw = _Draw(groups, level, scorable, batch.positions.cpu(), uniforms)
         if objective.kernel == "uniform":
             views += _by_replacing(draw, process, batch, objective, key)
         else:

@@ -90,7 +90,7 @@ def nelbo(
         for number in range(draws):
             key = NoiseKey(seed, number, len(totals), rows, "measure")
             forward = predict(batch, corrupt(batch, objective, process, key), objective)
-            mask = forward.mask.dense() if forward.mask else None
+            mask = forward.dense_mask()
             logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
             nats = forward.nats(logits, objective) * forward.weight
             sums.index_add_(0, forward.rows.cpu(), nats.double().cpu())

@@ -44,6 +44,10 @@ class Prediction:
     noisy: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
+    def dense_mask(self) -> torch.Tensor | None:
+        """The mask as sdpa and eager attention take it, (batch, 1, width, width); None if open."""
+        return None if self.mask is None else self.mask.dense()
+
     def nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Unweighted loss of each scored position, shape (n,), of logits (n + m, vocab)."""
         logits = logits[: len(self.targets)]

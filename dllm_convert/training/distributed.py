@@ -28,7 +28,7 @@ _ASKED = {
 
 
 def meet(place: Place, train: bool = True) -> bool:
-    """Wait for all processes; return whether there is something to train.
+    """Wait for all processes; return whether there is something to train, else leave the group.
 
     Args:
         place: This process.
@@ -40,6 +40,8 @@ def meet(place: Place, train: bool = True) -> bool:
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     answer = torch.tensor([int(train)], device=state.device)
     dist.broadcast(answer, src=0)
+    if not answer.item():
+        part()
     return bool(answer.item())
 
 

@@ -48,7 +48,6 @@ def mask_row_ratio(
     tokens = torch.cat([batch.tokens[batch.segments >= 0] for batch in batches])
     used = torch.unique(tokens)
     used = used[used != mask_token_id].to(embeddings.device)
-    embeddings = embeddings.detach()
     norms = embeddings[used].float().norm(dim=-1)
     return float(embeddings[mask_token_id].float().norm() / norms.mean())
 

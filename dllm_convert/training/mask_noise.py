@@ -41,11 +41,8 @@ class MaskNoise:
 
         def add(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             masked = inputs[0] == self._mask_token_id
-            noise = torch.stack(
-                [
-                    torch.randn(output.shape[1:], generator=key.generator(key.first_row + row, 3))
-                    for row in range(len(output))
-                ]
+            noise = key.each_row(
+                len(output), lambda g: torch.randn(output.shape[1:], generator=g), 3
             ).to(output)
             return output + self._std * share * noise * masked[..., None]
 

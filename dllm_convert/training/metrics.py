@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.disk import sync
+from dllm_convert.disk import sync, write_whole
 
 GIB = 1 << 30
 
@@ -36,13 +35,7 @@ class Metrics:
         self.last: Mapping[str, Any] = kept[-1] if kept else {}
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # By rename: a kill in the middle must not cost the earlier steps.
-            partial = path.with_name(path.name + ".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add the line of a step."""

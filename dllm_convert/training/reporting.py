@@ -24,14 +24,15 @@ def require_installed(integrations: Iterable[str]) -> None:
         DllmConvertError: One is missing.
     """
     for name in integrations:
-        if not any(_installed(distribution) for distribution in DISTRIBUTIONS[name]):
+        if not any(is_installed(distribution) for distribution in DISTRIBUTIONS[name]):
             raise DllmConvertError(
                 f"--report-to {name} needs the package {name}, which is not installed",
                 hint=f"pip install {name}, or leave it out: .work/metrics.jsonl is always written",
             )
 
 
-def _installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
+    """Whether a package is installed, by the name it is installed under."""
     # Not by import: a run of wandb leaves a folder `wandb` that Python would take for the package.
     try:
         metadata.version(distribution)

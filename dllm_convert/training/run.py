@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from dllm_convert.console import Reporter, Task
+from dllm_convert.console import Reporter
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.interruption import Interruption
@@ -137,40 +137,61 @@ def train(
     keep_freed_memory()
     model = trainable_model(plan, untrained)
     trainable = count_trainable(model)
-    folder = work / "trainer"
-    arguments = _arguments(recipe, folder, use_bf16(training), data.streaming)
-    main = arguments.process_index == 0
-    resumed = find_resumption(folder, reporter.warn, clean=main)
-    if resumed.step:
-        reporter.line(f"resuming from step {resumed.step}")
-    if resumed.stopped:
-        # Its time was up: there is nothing left to train, only to write.
-        arguments.max_steps = resumed.step
-    if resumed.step >= arguments.max_steps:
-        arguments.ignore_data_skip = False
-    rows = training.batch_size * training.gradient_accumulation * arguments.world_size
-    metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=main)
+    arguments = _arguments(recipe, work / "trainer", use_bf16(training), data.streaming)
+    resumed = _resume(arguments, reporter)
+    rows = training.sequences_per_step * arguments.world_size
     with (
         reporter.task("train", total=training.steps) as task,
         Interruption(gently=True) as interruption,
     ):
-        trainer = DiffusionTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=_rows(data, resumed.step * rows, arguments.max_steps * rows),
-            data_collator=collate,
-            recipe=recipe,
-            objective=Objective.from_config(model.config),
+        text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
+        trainer = _trainer(model, arguments, text, recipe, work)
+        rules = Rules(
+            rows * recipe.data.sequence_length, training.keep_checkpoints, training.max_minutes
         )
-        watch = _watch(trainer, metrics, resumed, task, interruption, reporter, start, recipe)
-        check_strategy(trainer.accelerator)
-        keep_in(trainer, work)
-        _run(trainer, resumed, main)
+        watch = Watch(
+            Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments)),
+            resumed,
+            rules,
+            task,
+            interruption,
+            lambda: trainer.unsound,
+            None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter),
+            reporter.warn,
+        )
+        trainer.add_callback(watch)
+        _run(trainer, resumed)
         seconds = watch.seconds
     if watch.interrupted or interruption.requested:
         raise KeyboardInterrupt
-    result = TrainResult(
-        training.method,
+    result = _result(trainer, watch, training.method, trainable, seconds)
+    write_result(trainer, untrained, out, plan)
+    return result
+
+
+def _trainer(
+    model: Any, arguments: TrainingArguments, rows: Dataset[Any], recipe: Recipe, work: Path
+) -> DiffusionTrainer:
+    """Make the Trainer; refuse another strategy than was asked for."""
+    trainer = DiffusionTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+        recipe=recipe,
+        objective=Objective.from_config(model.config),
+    )
+    check_strategy(trainer.accelerator)
+    trainer.remove_callback(PrinterCallback)
+    keep_in(trainer, work)
+    return trainer
+
+
+def _result(
+    trainer: DiffusionTrainer, watch: Watch, method: str, trainable: int, seconds: float
+) -> TrainResult:
+    return TrainResult(
+        method,
         trainer.state.global_step,
         watch.tokens,
         round(seconds, 3),
@@ -178,44 +199,8 @@ def train(
         watch.final_loss,
         watch.stopped or "steps",
         _device_name(),
-        arguments.world_size,
+        trainer.args.world_size,
     )
-    write_result(trainer, untrained, out, plan)
-    return result
-
-
-def _watch(
-    trainer: DiffusionTrainer,
-    metrics: Metrics,
-    resumed: Resumption,
-    task: Task,
-    interruption: Interruption,
-    reporter: Reporter,
-    start: Start | None,
-    recipe: Recipe,
-) -> Watch:
-    """Put the watch into the trainer, and say what to expect of a training that begins."""
-    training = recipe.training
-    sequences = training.batch_size * training.gradient_accumulation * trainer.args.world_size
-    rules = Rules(
-        sequences * recipe.data.sequence_length, training.keep_checkpoints, training.max_minutes
-    )
-    opening = _opening(start, recipe, rules.tokens_per_step) if not resumed.step else None
-    if opening is not None:
-        reporter.line(opening.announce())
-    watch = Watch(
-        metrics,
-        resumed,
-        rules,
-        task,
-        interruption,
-        lambda: trainer.unsound,
-        opening,
-        reporter.warn,
-    )
-    trainer.add_callback(watch)
-    trainer.remove_callback(PrinterCallback)
-    return watch
 
 
 def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:
@@ -225,20 +210,44 @@ def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:
     return data.training_rows(start=start, total=total)
 
 
-def _opening(start: Start | None, recipe: Recipe, tokens: int) -> Opening | None:
+def _opening(
+    start: Start | None, recipe: Recipe, tokens: int, reporter: Reporter
+) -> Opening | None:
+    """Say what to expect of a training that begins; None if nothing is known of that."""
     if start is None:
         return None
     variance = noise_variance(
         Schedule.from_recipe(recipe.noise), by_count=recipe.noise.draw == "count"
     )
-    return Opening(start, tokens * recipe.training.log_steps, variance)
+    opening = Opening(start, tokens * recipe.training.log_steps, variance)
+    reporter.line(opening.announce())
+    return opening
 
 
-def _run(trainer: DiffusionTrainer, resumed: Resumption, main: bool) -> None:
+def _writes(arguments: TrainingArguments) -> bool:
+    """Whether this process is the one that writes."""
+    return bool(arguments.process_index == 0)
+
+
+def _resume(arguments: TrainingArguments, reporter: Reporter) -> Resumption:
+    """Find where the run goes on, say so, and train no further than it has to."""
+    folder = Path(str(arguments.output_dir))
+    resumed = find_resumption(folder, reporter.warn, clean=_writes(arguments))
+    if resumed.step:
+        reporter.line(f"resuming from step {resumed.step}")
+    if resumed.stopped:
+        # Its time was up: there is nothing left to train, only to write.
+        arguments.max_steps = resumed.step
+    if resumed.step >= arguments.max_steps:
+        arguments.ignore_data_skip = False
+    return resumed
+
+
+def _run(trainer: DiffusionTrainer, resumed: Resumption) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed.folder else None)
     finally:
-        if main:
+        if _writes(trainer.args):
             remove_unfinished(Path(str(trainer.args.output_dir)))
 
 

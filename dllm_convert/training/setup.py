@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
+from dllm_convert.training.reporting import is_installed
 
 
 def load_model(
@@ -80,7 +80,7 @@ def require_devices(training: Training) -> None:
     missing = None
     if not torch.cuda.is_available():
         missing = "a CUDA GPU, and there is none"
-    elif importlib.util.find_spec("bitsandbytes") is None:
+    elif not is_installed("bitsandbytes"):
         missing = "bitsandbytes, which is not installed (pip install bitsandbytes)"
     if missing is not None:
         raise IncompatibleError(

@@ -12,7 +12,7 @@ from transformers import Trainer
 from dllm_convert.attention import StreamMask
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.diffusion.prediction import predict, shut_pairs
+from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
 from dllm_convert.schema import Recipe
 from dllm_convert.training.data import text_batch
 from dllm_convert.training.mask_noise import MaskNoise
@@ -26,6 +26,7 @@ class ForwardNoise:
         views: Draws of noise over its text.
         shut: Pairs of positions that attention annealing keeps closed; None for none.
         key: Where the noise was drawn.
+        scored: Scorable tokens of this forward, over all views.
         items: Positions the optimised loss is a mean over, of all forwards and processes of the
             step, so that a token weighs the same in whichever of them it is.
         texts: Scorable tokens of all forwards and processes of the step.
@@ -34,6 +35,7 @@ class ForwardNoise:
     views: tuple[Corruption, ...]
     shut: torch.Tensor | None
     key: NoiseKey
+    scored: int
     items: float
     texts: float
 
@@ -81,14 +83,16 @@ class DiffusionTrainer(Trainer):
             first = (micro * world + self.args.process_index) * size
             key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
             views = corrupt(batch, self._objective, self._process, key)
-            drawn.append((views, self._shut(batch.tokens.shape[1], key), key))
             texts = int(batch.scorable.sum())
-            scored = sum(int(view.scored.sum()) for view in views)
-            uniform = self._training.loss_weight == "uniform"
-            sums += torch.tensor([scored if uniform else texts * len(views), texts])
-        items, texts_sum = self._total(sums).clamp(min=1).tolist()
-        for inputs, (views, shut, key) in zip(batches, drawn, strict=True):
-            inputs["noise"] = ForwardNoise(views, shut, key, items, texts_sum)
+            scored = texts * len(views)
+            drawn.append((views, self._shut(batch.tokens.shape[1], key), key, scored))
+            if self._training.loss_weight == "uniform":
+                sums += torch.tensor([sum(int(view.scored.sum()) for view in views), texts])
+            else:
+                sums += torch.tensor([scored, texts])
+        totals = self._total(sums).clamp(min=1).tolist()
+        for inputs, noise in zip(batches, drawn, strict=True):
+            inputs["noise"] = ForwardNoise(*noise, *totals)
         return batches, counted
 
     def compute_loss(
@@ -106,9 +110,7 @@ class DiffusionTrainer(Trainer):
             batch, noise.views, self._objective, ar_loss=ar_weight > 0, shut=noise.shut
         )
         with self._mask_noise.at(noise.key):
-            output = model(
-                **forward.inputs, attention_mask=self._in_form(forward.mask), use_cache=False
-            )
+            output = model(**forward.inputs, attention_mask=self._in_form(forward), use_cache=False)
         nats = forward.nats(output.logits, self._objective)
         total = (nats * forward.weight).sum()
         optimised = nats.sum() if self._training.loss_weight == "uniform" else total
@@ -116,8 +118,7 @@ class DiffusionTrainer(Trainer):
         if ar_weight:
             ar_nats = forward.ar_nats(output.logits, self._objective)
             loss = loss + ar_weight * ar_nats.sum() / noise.texts
-        scored = int(batch.scorable.sum()) * len(noise.views)
-        self._sums += torch.tensor([float(total.detach()), scored])
+        self._sums += torch.tensor([float(total.detach()), noise.scored])
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss
@@ -147,10 +148,11 @@ class DiffusionTrainer(Trainer):
         # One draw per step, whatever forward and process: the same pairs are open in all of them.
         return shut_pairs(length, share, key.generator()).to(self.args.device)
 
-    def _in_form(self, mask: StreamMask | None) -> Any:
+    def _in_form(self, forward: Prediction) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""
+        mask = forward.mask
         if mask is None or not self._flex:
-            return mask.dense() if mask else None
+            return forward.dense_mask()
         if self._block_mask is None or not self._block_mask[0].equals(mask):
             self._block_mask = (mask, mask.block_mask())
         return self._block_mask[1]

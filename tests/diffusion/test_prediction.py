@@ -32,9 +32,8 @@ def dense(forward: Prediction) -> torch.Tensor:
 
 
 def run(forward: Prediction, objective: Objective) -> torch.Tensor:
-    mask = forward.mask.dense() if forward.mask else None
     with torch.no_grad():
-        logits = tiny_model()(**forward.inputs, attention_mask=mask).logits
+        logits = tiny_model()(**forward.inputs, attention_mask=forward.dense_mask()).logits
     return forward.nats(logits, objective)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,10 +34,15 @@ def transition(keep: float) -> torch.Tensor:
     return keep * torch.eye(WORDS).double() + (1 - keep) / WORDS
 
 
+def transitions(t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of step t alone, and of all before it."""
+    alpha = kept()
+    return transition(float(alpha[t] / alpha[t - 1])), transition(float(alpha[t - 1]))
+
+
 def reverse(model: Table, visible: tuple[int, ...], t: int) -> torch.Tensor:
     """p(x_{t-1} | x_t) by D3PM's sum over the predicted clean token, shape (2, words)."""
-    alpha = kept()
-    one, before = transition(float(alpha[t] / alpha[t - 1])), transition(float(alpha[t - 1]))
+    one, before = transitions(t)
     guess = model.table[visible][1:, :WORDS].double().softmax(-1)
     # q(x_{t-1}, x_t | x_0) summed over x_0: one[k, x_t] * before[x_0, k].
     joint = torch.stack(
@@ -46,23 +52,28 @@ def reverse(model: Table, visible: tuple[int, ...], t: int) -> torch.Tensor:
 
 
 def posterior(noisy: int, clean: int, t: int) -> torch.Tensor:
-    alpha = kept()
-    one, before = transition(float(alpha[t] / alpha[t - 1])), transition(float(alpha[t - 1]))
+    one, before = transitions(t)
     joint = one[:, noisy] * before[clean]
     return joint / joint.sum()
 
 
-def defined_bound(model: Table) -> float:
-    """The discrete-time bound in nats per token, from its definition."""
-    total, alpha = 0.0, kept()
+def noisy_pairs() -> Iterator[tuple[int, tuple[int, int], float]]:
+    """Yield every step, what the two last tokens may be then, and how likely they are that."""
+    alpha = kept()
     for t in range(1, STEPS + 1):
         now = transition(float(alpha[t]))
-        for pair in itertools.product(range(WORDS), repeat=2):
-            chance = float(now[TEXT[1], pair[0]] * now[TEXT[2], pair[1]])
-            p = reverse(model, (int(TEXT[0]), *pair), t)
-            for place, (noisy, clean) in enumerate(zip(pair, TEXT[1:].tolist(), strict=True)):
-                q = posterior(noisy, clean, t)
-                total += chance * float((torch.special.xlogy(q, q) - q * p[place].log()).sum())
+        for a, b in itertools.product(range(WORDS), repeat=2):
+            yield t, (a, b), float(now[TEXT[1], a] * now[TEXT[2], b])
+
+
+def defined_bound(model: Table) -> float:
+    """The discrete-time bound in nats per token, from its definition."""
+    total = 0.0
+    for t, pair, chance in noisy_pairs():
+        p = reverse(model, (int(TEXT[0]), *pair), t)
+        for place, (noisy, clean) in enumerate(zip(pair, TEXT[1:].tolist(), strict=True)):
+            q = posterior(noisy, clean, t)
+            total += chance * float((torch.special.xlogy(q, q) - q * p[place].log()).sum())
     return total / 2
 
 
@@ -82,18 +93,15 @@ def true_nll(model: Table) -> float:
 def closed_bound(model: Table) -> float:
     """The same bound through `uniform_divergence`."""
     total, alpha = 0.0, kept()
-    for t in range(1, STEPS + 1):
-        now = transition(float(alpha[t]))
-        for pair in itertools.product(range(WORDS), repeat=2):
-            chance = float(now[TEXT[1], pair[0]] * now[TEXT[2], pair[1]])
-            nats = uniform_divergence(
-                model.table[int(TEXT[0]), pair[0], pair[1]][1:],
-                TEXT[1:],
-                torch.tensor(pair),
-                alpha[t - 1 : t + 1].expand(2, 2),
-                MASK,
-            )
-            total += chance * float(nats.sum())
+    for t, pair, chance in noisy_pairs():
+        nats = uniform_divergence(
+            model.table[int(TEXT[0]), pair[0], pair[1]][1:],
+            TEXT[1:],
+            torch.tensor(pair),
+            alpha[t - 1 : t + 1].expand(2, 2),
+            MASK,
+        )
+        total += chance * float(nats.sum())
     return total / 2
 
 

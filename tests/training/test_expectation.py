@@ -104,7 +104,7 @@ def overfit(model: Any, batch: TextBatch, objective: Objective) -> None:
     for step in range(300):
         views = corrupt(batch, objective, process, NoiseKey(0, step, 0, rows))
         forward = predict(batch, views, objective)
-        mask = forward.mask.dense() if forward.mask else None
+        mask = forward.dense_mask()
         logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
         loss = forward.nats(logits, objective).mean()
         optimizer.zero_grad()

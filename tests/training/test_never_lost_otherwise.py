@@ -35,6 +35,14 @@ class Bench:
     def command(self, out: Path, **settings: object) -> list[str]:
         return command(self.source, out, f"--steps={STEPS}", **settings)
 
+    def ends_as_undisturbed(self, out: Path) -> None:
+        assert Outcome.of(out).difference(Outcome.of(self.undisturbed)) <= TOLERANCE
+
+    def goes_on(self, out: Path, argv: list[str]) -> None:
+        """Run the command once more, without faults: it ends as if nothing had happened."""
+        assert self.run.run(argv, fast=True) == 0, self.run.said
+        self.ends_as_undisturbed(out)
+
 
 @pytest.fixture(scope="module")
 def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
@@ -88,8 +96,7 @@ def test_interrupted_three_times_it_ends_as_if_undisturbed(bench: Bench, tmp_pat
         last = last_whole_checkpoint(out / ".work/trainer")
         assert last is not None
         assert last.name == f"checkpoint-{step}"
-    assert bench.run.run(argv, fast=True) == 0, bench.run.said
-    assert Outcome.of(out).difference(Outcome.of(bench.undisturbed)) <= TOLERANCE
+    bench.goes_on(out, argv)
 
 
 @pytest.mark.slow
@@ -106,8 +113,7 @@ def test_a_signal_outside_training_ends_quickly(
     code = bench.run.wait(pid)
     assert code == 130, bench.run.said
     assert len(error_lines(bench.run.said)) == 1
-    assert bench.run.run(argv, fast=True) == 0, bench.run.said
-    assert Outcome.of(out).difference(Outcome.of(bench.undisturbed)) <= TOLERANCE
+    bench.goes_on(out, argv)
 
 
 @pytest.mark.slow
@@ -122,8 +128,7 @@ def test_a_second_signal_ends_at_once(bench: Bench, tmp_path: Path) -> None:
     os.kill(pid, signal.SIGTERM)
     assert bench.run.wait(pid) == 130, bench.run.said
     assert len(error_lines(bench.run.said)) == 1
-    assert bench.run.run(argv, fast=True) == 0, bench.run.said
-    assert Outcome.of(out).difference(Outcome.of(bench.undisturbed)) <= TOLERANCE
+    bench.goes_on(out, argv)
 
 
 @pytest.mark.slow
@@ -151,8 +156,7 @@ def test_files_that_cannot_grow(limit: int, bench: Bench, tmp_path: Path) -> Non
     assert code == 1, bench.run.said
     (line,) = error_lines(bench.run.said)
     assert "full" in line or "too large" in line
-    assert bench.run.run(argv, fast=True) == 0, bench.run.said
-    assert Outcome.of(out).difference(Outcome.of(bench.undisturbed)) <= TOLERANCE
+    bench.goes_on(out, argv)
 
 
 @pytest.fixture
@@ -194,7 +198,7 @@ def test_a_disk_that_is_full_in_training(bench: Bench, small_disk: Callable[[int
     small_disk(8000)
     assert bench.run.run(argv, fast=True) == 0, bench.run.said
     assert "resuming from step" in bench.run.said
-    assert Outcome.of(out).difference(Outcome.of(bench.undisturbed)) <= TOLERANCE
+    bench.ends_as_undisturbed(out)
 
 
 @pytest.mark.slow
@@ -235,7 +239,7 @@ def test_the_checkpoint_before_stands_in_for_a_broken_one(
     assert bench.run.run(argv, fast=True) == 0, bench.run.said
     assert re.search(rf"warning: {newest.name} cannot be read \(.+\)", bench.run.said)
     assert f"resuming from step {before.name.split('-')[1]}" in bench.run.said
-    assert Outcome.of(out).difference(Outcome.of(bench.undisturbed)) <= TOLERANCE
+    bench.ends_as_undisturbed(out)
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import running
 import yaml
 from conftest import SourceFactory
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_pipeline import wait_for
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -24,24 +26,14 @@ TOLERANCE = 1e-4
 """Of losses, relative, and of weights, absolute: sums are taken in another order."""
 
 
-def command(source: Path, out: Path, *more: str, batch: int = 4, **fields: Any) -> list[str]:
+def command(source: Path, out: Path, *more: str, batch: int = 4) -> list[str]:
     settings = {
-        "data.sequence_length": 32,
-        "data.max_documents": 40,
-        "data.held_out_sequences": 4,
-        "noise.draw": "count",
-        "training.batch_size": batch,
-        "training.precision": "fp32",
-        "training.learning_rate": "1e-3",
-        "training.save_steps": 4,
-        "training.max_minutes": 10,
-        **fields,
+        "noise__draw": "count",
+        "training__batch_size": batch,
+        "training__learning_rate": "1e-3",
+        "training__max_minutes": 10,
     }
-    flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    return [
-        "run", str(source), "--to", "bd3lm", "--block", "8", "--out", str(out),
-        "--data", "pydoc", "--steps", "12", "--full", *flags, *more,
-    ]  # fmt: skip
+    return running.command(source, out, "--steps", "12", "--full", *more, **settings)
 
 
 def start(
@@ -124,11 +116,7 @@ def test_killed_and_resumed_two_processes_still_do(
     more, how = sharding(tmp_path) if strategy == "fsdp2" else ([], {})
     line = command(source, out, "--num-processes", "2", *more, batch=2)
     process = start(line, **how)
-    deadline = time.monotonic() + 120
-    while not list((out / ".work/trainer").glob("checkpoint-*/complete")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(out / ".work/trainer", process)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
     )
