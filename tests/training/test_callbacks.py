@@ -152,7 +152,7 @@ def small_recipe(source: Path, *report_to: str) -> Recipe:
 def test_a_missing_integration_is_refused_before_anything_starts(
     name: str, tmp_path: Path, source_cache: SourceFactory, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(reporting, "_installed", lambda distribution: False)
+    monkeypatch.setattr(reporting, "is_installed", lambda distribution: False)
     with pytest.raises(DllmConvertError, match=f"--report-to {name} needs the package {name}"):
         run(small_recipe(source_cache("llama"), name), tmp_path / "out", QUIET)
     assert not (tmp_path / "out").exists()
@@ -173,7 +173,7 @@ def test_what_is_reported(tmp_path: Path, source_cache: SourceFactory, monkeypat
             heard.append(dict(kwargs["logs"]))
             places.append(str(self.logging_dir))
 
-    monkeypatch.setattr(reporting, "_installed", lambda distribution: True)
+    monkeypatch.setattr(reporting, "is_installed", lambda distribution: True)
     monkeypatch.setitem(
         integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", TensorBoardCallback
     )
