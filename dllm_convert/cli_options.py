@@ -212,32 +212,3 @@ ForceUnverified = Annotated[
         help="Publish what failed verification or was never verified; the card says so first.",
     ),
 ]
-
-Against = Annotated[
-    str | None,
-    typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
-]
-
-Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from.")]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to write.")
-]
-DenoisingSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", min=1, metavar="N", help="Forwards per block (bd3lm) or per text (mdlm)."
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold", min=0, max=1, metavar="P", help="Commit every token at least this sure."
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", min=0, metavar="T", help="0 takes the likeliest token."),
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, metavar="N", help="Seed for temperatures above 0.")
-]

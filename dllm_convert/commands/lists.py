@@ -1,0 +1,49 @@
+"""`recipes` and `architectures`: what is there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dllm_convert import cli_options as option
+from dllm_convert import cli_output as output
+
+
+def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> None:
+    """List the recipes, or show one with every field it resolves to."""
+    from dllm_convert.recipe import dump_recipe, list_recipes, load_recipe
+
+    if name is not None:
+        recipe = load_recipe(name, overrides={})
+        if as_json:
+            output.write_json(recipe.model_dump(mode="json"))
+        else:
+            output.write(dump_recipe(recipe))
+        return
+    entries = list_recipes()
+    if as_json:
+        output.write_json([asdict(entry) for entry in entries])
+        return
+    rows = [(e.name, e.source, e.license, e.target, e.block_size) for e in entries]
+    output.write(output.table(("recipe", "source", "licence", "target", "block"), rows))
+
+
+def architectures(as_json: option.Json = False) -> None:
+    """List the model families that can be converted."""
+    from dllm_convert.adapters import all_adapters
+
+    families = all_adapters()
+    if as_json:
+        output.write_json([asdict(family) for family in families])
+        return
+    header = ("model_type", "class", "targets", "attention of the base", "transformers")
+    rows = [
+        (
+            family.model_type,
+            family.stock_class,
+            " ".join(family.targets),
+            family.attention,
+            f">={family.min_transformers}",
+        )
+        for family in families
+    ]
+    output.write(output.table(header, rows))

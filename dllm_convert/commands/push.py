@@ -1,0 +1,50 @@
+"""`card` and `push`: document a converted checkpoint, and publish it."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+
+from dllm_convert import cli_options as option
+from dllm_convert import cli_output as output
+from dllm_convert.cli_values import push_options
+from dllm_convert.commands.shared import make_reporter
+
+
+def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
+    """Write the model card (README.md) of a converted checkpoint anew."""
+    from dllm_convert.card import write_card
+
+    output.show({"path": str(write_card(checkpoint))}, itemgetter("path"), as_json=as_json)
+
+
+def push(
+    checkpoint: option.Checkpoint,
+    repo_id: option.RepoId,
+    public: option.Public = None,
+    revision: option.PushRevision = None,
+    create_pr: option.CreatePr = False,
+    commit_message: option.CommitMessage = None,
+    max_shard_size: option.MaxShardSize = None,
+    overwrite_card: option.OverwriteCard = False,
+    adapter_only: option.AdapterOnly = False,
+    force_unverified: option.ForceUnverified = False,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Publish a converted checkpoint on the Hub, and check what arrived there."""
+    reporter = make_reporter(quiet=quiet or as_json)
+    options = push_options(
+        repo_id,
+        public=public,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        max_shard_size=max_shard_size,
+        overwrite_card=overwrite_card,
+        adapter_only=adapter_only,
+        force_unverified=force_unverified,
+    )
+    from dllm_convert.publish import push_checkpoint
+
+    result = push_checkpoint(checkpoint, options, reporter)
+    output.show(result.as_dict(), output.push_summary, as_json=as_json)

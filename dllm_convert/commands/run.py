@@ -1,0 +1,113 @@
+"""`run` and `check`: convert a checkpoint, or say what would happen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from dllm_convert import cli_options as option
+from dllm_convert import cli_output as output
+from dllm_convert.cli_values import (
+    default_out,
+    method,
+    parse_assignments,
+    plan_document,
+    push_options,
+)
+from dllm_convert.commands.shared import exit_if_failed, make_reporter
+from dllm_convert.place import Place
+
+if TYPE_CHECKING:
+    from dllm_convert.publish import PushOptions
+    from dllm_convert.schema import Recipe
+
+
+def run(
+    ctx: typer.Context,
+    source: option.Source,
+    to: option.To = None,
+    block: option.Block = None,
+    out: option.Out = None,
+    data: option.Data = None,
+    steps: option.Steps = None,
+    lora: option.LoraRank = None,
+    full: option.Full = False,
+    no_train: option.NoTrain = False,
+    keep_adapter: option.KeepAdapter = False,
+    source_revision: option.SourceRevision = None,
+    report_to: option.ReportTo = None,
+    assignments: option.Assignments = None,
+    num_processes: option.Processes = None,
+    launch_config: option.LaunchConfig = None,
+    dry_run: option.DryRun = False,
+    push_to_hub: option.PushToHub = None,
+    public: option.Public = None,
+    revision: option.PushRevision = None,
+    create_pr: option.CreatePr = False,
+    commit_message: option.CommitMessage = None,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
+    from dllm_convert.recipe import load_recipe
+
+    flags = {
+        "target": to,
+        "block_size": block,
+        "data.source": data,
+        "training.steps": steps,
+        "training.method": method(lora, full=full, no_train=no_train),
+        "training.lora.rank": lora,
+        "training.keep_adapter": keep_adapter or None,
+        "training.report_to": report_to,
+        "revision": source_revision,
+    }
+    given = {field: value for field, value in flags.items() if value is not None}
+    push = push_options(
+        push_to_hub,
+        public=public,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
+    folder, place = out or default_out(recipe), Place.from_environment()
+    if dry_run or ctx.info_name == "check":
+        document = plan_document(recipe, folder, push, num_processes or place.world)
+        output.show(document, output.plan_text, as_json=as_json)
+        return
+    if (num_processes or launch_config) and not place.launched:
+        raise typer.Exit(_launch(num_processes, launch_config))
+    _convert(recipe, folder, push, place, quiet=quiet, as_json=as_json)
+
+
+def _convert(
+    recipe: Recipe,
+    folder: Path,
+    push: PushOptions | None,
+    place: Place,
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Do the run, or as another than the first process take part in its training."""
+    reporter = make_reporter(quiet=quiet or as_json)
+    from dllm_convert import pipeline
+
+    if not place.main:
+        pipeline.follow(recipe, folder, place)
+        return
+    result = pipeline.run(recipe, folder, reporter, push=push, place=place)
+    published = result.pushed.as_dict() if result.pushed else None
+    document = output.run_document(str(result.path), result.passed, result.manifest, published)
+    output.show(document, output.run_text, as_json=as_json)
+    exit_if_failed(result.manifest["verification"])
+
+
+def _launch(processes: int | None, config: Path | None) -> int:
+    from dllm_convert.launch import launch
+
+    return launch(processes, config, sys.argv[1:])

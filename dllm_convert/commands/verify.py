@@ -1,0 +1,35 @@
+"""`verify`: probe a diffusion checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dllm_convert import cli_options as option
+from dllm_convert import cli_output as output
+from dllm_convert.cli_values import base_folder
+from dllm_convert.commands.shared import exit_if_failed, make_reporter
+
+Against = Annotated[
+    str | None,
+    typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
+]
+
+
+def verify(
+    checkpoint: option.Checkpoint,
+    against: Against = None,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Check a converted checkpoint: files, tensors, mask token, attention, decoding."""
+    reporter = make_reporter(quiet=quiet or as_json)
+    from dllm_convert.quiet import quiet_libraries
+    from dllm_convert.verify import verify_checkpoint
+
+    with quiet_libraries():
+        base = base_folder(against, reporter) if against else None
+        report = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
+    output.show(report, output.verification_table, as_json=as_json)
+    exit_if_failed(report)
