@@ -119,21 +119,37 @@ def autoregressive_nll(
     totals: list[float] = []
     counts: list[int] = []
     for batch in batches:
-        scorable = batch.scorable
-        texts, columns = scorable.nonzero(as_tuple=True)
-        logits = model(
-            input_ids=batch.tokens,
-            attention_mask=causal_mask(batch.segments),
-            position_ids=batch.positions,
-            logits_at=texts * batch.tokens.shape[1] + columns - 1,
-            use_cache=False,
-        ).logits
-        targets = batch.tokens[texts, columns]
-        nats = F.cross_entropy(logits[:, :rows].float(), targets, reduction="none")
+        nats, owner, _ = next_token_nats(model, batch, rows)
         sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
-        sums.index_add_(0, texts.cpu(), nats.double().cpu())
-        totals += sums.tolist()
-        counts += scorable.sum(-1).tolist()
+        totals += sums.index_add_(0, owner, nats).tolist()
+        counts += batch.scorable.sum(-1).tolist()
         if task is not None:
             task.advance()
     return _summary(totals, counts)
+
+
+def next_token_nats(
+    model: Any, batch: TextBatch, rows: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Predict every scorable token from those before it, through a causal mask.
+
+    Args:
+        model: An untrained conversion of an autoregressive model.
+        batch: Text.
+        rows: Rows of the base's vocabulary.
+
+    Returns:
+        Of each scorable token its negative log-likelihood in nats, float64, the row it stands in,
+        and whether it is the likeliest, each of shape (scorable tokens,), on the CPU.
+    """
+    texts, columns = batch.scorable.nonzero(as_tuple=True)
+    logits = model(
+        input_ids=batch.tokens,
+        attention_mask=causal_mask(batch.segments),
+        position_ids=batch.positions,
+        logits_at=texts * batch.tokens.shape[1] + columns - 1,
+        use_cache=False,
+    ).logits[:, :rows]
+    targets = batch.tokens[texts, columns]
+    nats = F.cross_entropy(logits.float(), targets, reduction="none").double()
+    return nats.cpu(), texts.cpu(), (logits.argmax(-1) == targets).cpu()

@@ -1,0 +1,1 @@
+"""Evaluation: likelihood of answers and generation, the same for a base and its conversion."""
