@@ -1,0 +1,277 @@
+"""A model for lm-evaluation-harness: `lm_eval --model dllm-convert`, without a fork.
+
+Log-likelihoods are minus the estimated bound, so they are lower bounds; text is written by this
+package's decoding. Importing this module registers the model with lm-eval.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_left
+from dllm_convert.evaluation.ranking import Budget, Scored, score
+from dllm_convert.evaluation.ranks import Ranks
+from dllm_convert.evaluation.settings import PUBLISHED, Settings, merge
+from dllm_convert.evaluation.subject import Subject
+
+
+@dataclass
+class Effort:
+    """What an evaluation took so far.
+
+    Attributes:
+        new_tokens: Tokens written.
+        forwards: Forward passes that wrote them, of whole batches.
+        row_forwards: The same counted per row of a batch.
+        writing_seconds: Time spent on them.
+        draws: Draws of noise for likelihoods.
+        most_draws: What they would have been without stopping early.
+        scoring_seconds: Time spent on them.
+    """
+
+    new_tokens: int = 0
+    forwards: int = 0
+    row_forwards: int = 0
+    writing_seconds: float = 0.0
+    draws: int = 0
+    most_draws: int = 0
+    scoring_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Return the counts with the ratios people read."""
+        return {
+            **{name: round(value, 3) for name, value in vars(self).items()},
+            "tokens_per_forward": _ratio(self.new_tokens, self.row_forwards),
+            "tokens_per_second": _ratio(self.new_tokens, self.writing_seconds),
+            "draws_saved": None if not self.most_draws else 1 - self.draws / self.most_draws,
+        }
+
+
+def _ratio(what: float, per: float) -> float | None:
+    return round(what / per, 3) if per else None
+
+
+@register_model("dllm-convert", "dllm_convert")
+class DiffusionLM(LM):  # type: ignore[misc]
+    """A converted checkpoint as lm-eval sees a model.
+
+    Args:
+        pretrained: Folder of the checkpoint.
+        batch_size: Continuations, or prompts, per forward.
+        device: Where to run; a GPU if there is one.
+        dtype: Type of the weights.
+        max_length: Most tokens of a text, instead of the checkpoint's context.
+        published: Name of published settings to start from.
+        max_batch_size: Taken for lm-eval's sake, not used.
+        subject: A checkpoint that is loaded already.
+        **given: Fields of `Settings`, and settings of decoding such as `confidence_threshold`.
+
+    Raises:
+        DataError: There is no such checkpoint.
+        IncompatibleError: It is no diffusion model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        published: str | None = None,
+        max_batch_size: int | None = None,
+        subject: Subject | None = None,
+        **given: Any,
+    ) -> None:
+        super().__init__()
+        start = PUBLISHED.get(published).settings if published else Settings()
+        self.settings = merge(start, given)
+        self._ranks = Ranks.find(device)
+        self._rank, self._world_size = self._ranks.rank, self._ranks.world
+        self._device = self._ranks.device
+        self.subject = subject or Subject.load(
+            Path(str(pretrained)),
+            block_size=self.settings.block_size,
+            device=str(self._ranks.device),
+            dtype=dtype,
+        )
+        self.context = max_length or self.subject.context
+        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        self.effort = Effort()
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer in lm-eval's caches."""
+        return self.subject.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside its results."""
+        return {
+            "model_num_parameters": sum(p.numel() for p in self.subject.model.parameters()),
+            "dllm_convert": {"settings": str(self.settings), **self.effort.as_dict()},
+        }
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the prompt of its next turn."""
+        return self.subject.chat(chat_history, answer=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the template that `apply_chat_template` uses."""
+        return self.subject.tokenizer.chat_template if chat_template else None
+
+    def all_gather(self, tensor: Any) -> Any:
+        """Concatenate a tensor over the processes."""
+        return self._ranks.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Collect an object of every process on one of them."""
+        return self._ranks.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        self._ranks.barrier()
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score continuations: minus the estimated bound in nats, and whether greedy writes them.
+
+        Requests with the same context are choices of one question: they share their noise, and
+        where the ranking is decided no more of it is drawn.
+        """
+        texts, characters = [], {}
+        for number, request in enumerate(requests):
+            context, continuation = request.args
+            given, scored = self.subject.encode_pair(context, continuation)
+            text = Continuation((*given, *scored), len(given), item_number(context))
+            texts.append(cut_left(text, self.context))
+            characters[number] = len(continuation)
+        scored_texts = self._score(texts, characters)
+        greedy = self._greedy(texts)
+        found = []
+        for request, nats, writes in zip(requests, scored_texts.nats.tolist(), greedy, strict=True):
+            found.append((-nats, writes))
+            self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
+        return found
+
+    def _score(self, texts: Sequence[Continuation], characters: dict[int, int] | None) -> Scored:
+        settings, started = self.settings, time.monotonic()
+        found = score(
+            self.subject.model,
+            texts,
+            self.subject.objective,
+            Estimator(settings.masking, settings.draws, settings.seed, self.batch_size),
+            Budget(settings.rounds, settings.confidence),
+            characters=characters,
+        )
+        self.effort.draws += int(found.draws.sum())
+        self.effort.most_draws += found.most * len(texts)
+        self.effort.scoring_seconds += time.monotonic() - started
+        return found
+
+    def _greedy(self, texts: Sequence[Continuation]) -> list[bool]:
+        """Whether decoding one token per forward writes the continuation."""
+        siblings = Counter(text.item for text in texts)
+        wanted = {
+            "always": [True] * len(texts),
+            "never": [False] * len(texts),
+            "auto": [siblings[text.item] == 1 for text in texts],
+        }[self.settings.greedy]
+        return [
+            wants and (not text.scored or self._writes(text))
+            for wants, text in zip(wanted, texts, strict=True)
+        ]
+
+    def _writes(self, text: Continuation) -> bool:
+        written = self.subject.continue_greedily(text.tokens[: text.start], text.scored)
+        return written == text.tokens[text.start :]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Score whole texts, in windows where they are longer than the context."""
+        windows: list[Continuation] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            tokens = self.subject.encode(request.args[0], special=False)
+            for place, (given, scored) in enumerate(self._windows(tokens)):
+                # Windows are no choices among which to rank: each is an item, all draws count.
+                item = item_number(f"{place} {request.args[0]}")
+                windows.append(Continuation((*given, *scored), len(given), item))
+                owners.append(number)
+        nats = [0.0] * len(requests)
+        for owner, value in zip(owners, self._score(windows, None).nats.tolist(), strict=True):
+            nats[owner] += value
+        for request, value in zip(requests, nats, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, -value)
+        return [-value for value in nats]
+
+    def _windows(self, tokens: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        windows = get_rolling_token_windows(
+            tokens, self.subject.first_token, max_seq_len=self.context - 1, context_len=1
+        )
+        return map(make_disjoint_window, windows)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Write text after each context, up to the first of the task's stop strings."""
+        found: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        for numbers in groups.values():
+            prompts = {n: self.subject.encode(requests[n].args[0]) for n in numbers}
+            # Prompts of similar length side by side: padding costs as much as text.
+            order = sorted(numbers, key=lambda n: -len(prompts[n]))
+            for first in range(0, len(order), self.batch_size):
+                batch = order[first : first + self.batch_size]
+                asked = requests[batch[0]].args[1]
+                contexts = [requests[n].args[0] for n in batch]
+                texts = self._write([prompts[n] for n in batch], asked, contexts)
+                for number, text in zip(batch, texts, strict=True):
+                    found[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+        return [found[number] for number in range(len(requests))]
+
+    def _write(
+        self, prompts: Sequence[Sequence[int]], asked: dict[str, Any], contexts: Sequence[str]
+    ) -> list[str]:
+        wanted = normalize_gen_kwargs(asked, self.settings.max_new_tokens)
+        options = dict(self.settings.generation)
+        if wanted.get("temperature"):
+            options["temperature"] = wanted["temperature"]
+        seeds = [(self.settings.seed + item_number(text)) % 2**63 for text in contexts]
+        started = time.monotonic()
+        written = self.subject.write(prompts, int(wanted["max_gen_toks"]), seeds, **options)
+        self.effort.writing_seconds += time.monotonic() - started
+        self.effort.new_tokens += sum(written.new_tokens)
+        self.effort.forwards += written.forwards
+        self.effort.row_forwards += written.forwards * len(prompts)
+        return [cut_at(text, wanted["until"]) for text in written.texts]
+
+
+def item_number(text: str) -> int:
+    """Number a question by its text.
+
+    Its noise is then the same for every model, whatever else is asked, in which order, in batches
+    of what size and on how many processes.
+    """
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first of some strings."""
+    places = [text.find(stop) for stop in stops if stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -1,0 +1,227 @@
+"""A checkpoint that is evaluated: its model, tokenizer and objective, and text as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_convert.adapters import get_adapter
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.plan_checks import context_length
+from dllm_convert.sampling.run import read_config
+
+
+@dataclass(frozen=True)
+class Written:
+    """A batch of texts that a model wrote.
+
+    Attributes:
+        texts: New text of each prompt, special tokens left out.
+        new_tokens: Tokens written to each row, its end-of-text token included.
+        forwards: Forward passes of the whole batch.
+    """
+
+    texts: tuple[str, ...]
+    new_tokens: tuple[int, ...]
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A converted checkpoint, loaded.
+
+    Attributes:
+        model: Diffusion model in evaluation mode.
+        tokenizer: Its tokenizer.
+        objective: What it was trained on.
+        context: Most tokens it takes.
+        name: What results are filed under.
+    """
+
+    model: Any
+    tokenizer: Any
+    objective: Objective
+    context: int
+    name: str
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        block_size: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> Subject:
+        """Load a converted checkpoint; its own modelling code is not run.
+
+        Args:
+            folder: The checkpoint.
+            block_size: Tokens per block, instead of the checkpoint's.
+            device: Where to run; a GPU if there is one.
+            dtype: Type of the weights; bfloat16 on a GPU, else float32.
+
+        Raises:
+            DataError: There is no such checkpoint.
+            IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
+        """
+        from transformers import AutoTokenizer
+
+        from dllm_convert.training.setup import load_model
+
+        config = read_config(folder)
+        adapter = get_adapter(str(config["model_type"]))
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+        model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
+        objective = Objective.from_config(model.config)
+        if block_size is not None:
+            if objective.target != "bd3lm":
+                raise IncompatibleError(
+                    f"{folder} is an MDLM checkpoint, which has no blocks",
+                    hint="Leave the block size out",
+                )
+            objective = replace(objective, block_size=block_size)
+            model.config.block_size = block_size
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(
+            model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)
+        )
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Tokens that the tokenizer puts before every text, such as the beginning-of-text token."""
+        return tuple(self.tokenizer("")["input_ids"][:1])
+
+    @property
+    def first_token(self) -> int:
+        """What stands before a text that has nothing before it.
+
+        Raises:
+            DataError: The tokenizer names no token that could.
+        """
+        named = (*self.prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        found = next((token for token in named if token is not None), None)
+        if found is None:
+            raise DataError(
+                "the tokenizer has neither a beginning- nor an end-of-text token, so a text with "
+                "nothing before it cannot be scored",
+                hint="Give the text a beginning",
+            )
+        return int(found)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokenise text, with what the tokenizer puts before it and without what it puts after.
+
+        A text that begins with that token already, as a chat template writes it, gets no second.
+
+        Args:
+            text: Any text.
+            special: Whether it stands at the beginning.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        prefix = list(self.prefix) if special else []
+        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokenise a text and tell its end from its beginning, which is never empty.
+
+        Spaces at the end of the context belong to the continuation, as in lm-eval: most
+        vocabularies have words with the space before them.
+
+        Args:
+            context: What is given.
+            continuation: What is scored.
+        """
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        if not stripped:
+            whole = self.encode(continuation, special=False)
+            return [self.first_token], whole
+        given = self.encode(stripped)
+        whole = self.encode(stripped + continuation)
+        if not given:
+            return [self.first_token], whole
+        return given, whole[len(given) :]
+
+    def chat(self, messages: Sequence[dict[str, str]], *, answer: bool = True) -> str:
+        """Return a conversation as text.
+
+        Args:
+            messages: Turns, with `role` and `content`.
+            answer: Whether the assistant's turn is to follow.
+
+        Raises:
+            DataError: The tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{self.name} has no chat template",
+                hint="Leave --apply_chat_template out, or evaluate a chat model",
+            )
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=answer,
+            continue_final_message=not answer,
+        )
+        return text
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], new: int, seeds: Sequence[int], **options: Any
+    ) -> Written:
+        """Write text after each prompt; every prompt as if it were alone.
+
+        A prompt that leaves no room for the new tokens loses its beginning.
+
+        Args:
+            prompts: Tokens of each prompt.
+            new: Tokens to write.
+            seeds: Seed of each row.
+            **options: Settings of decoding.
+
+        Raises:
+            IncompatibleError: The context has no room for a prompt beside the new tokens.
+        """
+        room = self.context - new
+        if room < 1:
+            raise IncompatibleError(
+                f"{new} new tokens and a prompt do not fit into {self.context} tokens",
+                hint=f"Write fewer, as in --set max_new_tokens={self.context // 2}",
+            )
+        cut = [list(prompt)[-room:] or [self.first_token] for prompt in prompts]
+        width = max(map(len, cut))
+        filler = options.get("pad_token_id") or self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in cut])
+        index = torch.arange(width)
+        mask = torch.stack([index >= width - len(prompt) for prompt in cut]).long()
+        output = self.model.generate(
+            ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            max_new_tokens=new,
+            seed=list(seeds),
+            return_dict_in_generate=True,
+            **options,
+        )
+        rows = output.sequences[:, width:].tolist()
+        ended = [self._until_end(row) for row in rows]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ended]
+        return Written(tuple(texts), tuple(map(len, ended)), int(output.forwards))
+
+    def continue_greedily(self, prompt: Sequence[int], new: int) -> tuple[int, ...]:
+        """Return what decoding one token per forward writes after a prompt."""
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        options = {"confidence_threshold": None, "max_denoising_steps": None, "temperature": 0.0}
+        output = self.model.generate(ids, max_new_tokens=new, **options)
+        return tuple(output[0, len(prompt) :].tolist())
+
+    def _until_end(self, row: list[int]) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        last = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
+        return row[: last + 1]
