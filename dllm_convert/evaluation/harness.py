@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +19,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_left
+from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, merge
 from dllm_convert.evaluation.subject import Subject
-
-
-@dataclass
-class Effort:
-    """What an evaluation took so far.
-
-    Attributes:
-        new_tokens: Tokens written.
-        forwards: Forward passes that wrote them, of whole batches.
-        row_forwards: The same counted per row of a batch.
-        writing_seconds: Time spent on them.
-        draws: Draws of noise for likelihoods.
-        most_draws: What they would have been without stopping early.
-        scoring_seconds: Time spent on them.
-    """
-
-    new_tokens: int = 0
-    forwards: int = 0
-    row_forwards: int = 0
-    writing_seconds: float = 0.0
-    draws: int = 0
-    most_draws: int = 0
-    scoring_seconds: float = 0.0
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the counts with the ratios people read."""
-        return {
-            **{name: round(value, 3) for name, value in vars(self).items()},
-            "tokens_per_forward": _ratio(self.new_tokens, self.row_forwards),
-            "tokens_per_second": _ratio(self.new_tokens, self.writing_seconds),
-            "draws_saved": None if not self.most_draws else 1 - self.draws / self.most_draws,
-        }
-
-
-def _ratio(what: float, per: float) -> float | None:
-    return round(what / per, 3) if per else None
 
 
 @register_model("dllm-convert", "dllm_convert")

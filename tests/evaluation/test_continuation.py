@@ -36,7 +36,7 @@ def test_the_estimate_is_unbiased(masking: Any, start: int) -> None:
     model, tokens = OnCpu(LENGTH, WORDS), torch.tensor(TOKENS)
     scored = list(range(start, LENGTH))
     exact = exact_bound(model, tokens, scored, MASK) * len(scored)
-    texts = [Continuation(TOKENS, start, item) for item in range(500)]
+    texts = [Continuation(TOKENS, start, item) for item in range(160)]
     draws = score_round(
         model, texts, Objective("mdlm", MASK, False), Estimator(masking, 4, batch_size=100)
     )
@@ -58,12 +58,12 @@ def test_drawing_counts_has_the_variance_that_enumeration_gives() -> None:
             second += value**2 / 4 / len(subsets)
     variance = second - first**2
     objective = Objective("mdlm", MASK, False)
-    texts = [Continuation(TOKENS, 1, item) for item in range(3000)]
+    texts = [Continuation(TOKENS, 1, item) for item in range(800)]
     found = score_round(model, texts, objective, Estimator("count", 1, batch_size=500))
     independent = score_round(model, texts, objective, Estimator("time", 1, batch_size=500))
-    stratified = score_round(model, texts[:750], objective, Estimator("count", 4, batch_size=250))
-    assert float(found.var()) == pytest.approx(variance, rel=0.15)
-    assert float(independent.var()) > 1.5 * variance
+    stratified = score_round(model, texts[:200], objective, Estimator("count", 4, batch_size=250))
+    assert float(found.var()) == pytest.approx(variance, rel=0.25)
+    assert float(independent.var()) > 1.3 * variance
     assert float(stratified.mean(-1).var()) * 4 < variance
 
 
