@@ -1,0 +1,126 @@
+"""`evaluate`: likelihood and generation of a conversion, beside its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dllm_convert import cli_options as option
+from dllm_convert import cli_output as output
+from dllm_convert.cli_values import parse_assignments
+from dllm_convert.commands.shared import make_reporter
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against", metavar="BASE", help="Evaluate this too, a folder or Hub id, on the same items."
+    ),
+]
+Tasks = Annotated[
+    str,
+    typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval, separated by commas."),
+]
+Include = Annotated[
+    list[Path] | None,
+    typer.Option("--include-path", metavar="DIR", help="Folder with more tasks. Repeatable."),
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="Most items per task.")
+]
+Shots = Annotated[
+    int | None,
+    typer.Option("--num-fewshot", min=0, metavar="N", help="Examples before each question."),
+]
+Batch = Annotated[
+    int, typer.Option("--batch-size", min=1, metavar="N", help="Changes speed, and no score.")
+]
+Thresholds = Annotated[
+    str | None,
+    typer.Option(
+        "--thresholds",
+        metavar="P,P",
+        help="Write with each of these confidence thresholds: accuracy against parallelism.",
+    ),
+]
+PublishedName = Annotated[
+    str | None,
+    typer.Option("--published", metavar="NAME", help="Settings that a paper reports with."),
+]
+Chat = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Ask through the chat template.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="draws, rounds, confidence, masking, seed, or a setting of decoding. Repeatable.",
+    ),
+]
+Unsafe = Annotated[
+    bool,
+    typer.Option(
+        "--confirm-run-unsafe-code", help="Let tasks run the code that the model wrote."
+    ),
+]
+
+
+def evaluate(
+    checkpoint: option.Checkpoint,
+    tasks: Tasks = "",
+    against: Against = None,
+    include_path: Include = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    batch_size: Batch = 8,
+    thresholds: Thresholds = None,
+    published: PublishedName = None,
+    apply_chat_template: Chat = False,
+    assignments: Assignments = None,
+    confirm_run_unsafe_code: Unsafe = False,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Evaluate a converted checkpoint, and its base on the same items.
+
+    Args are options; see docs/evaluate.md.
+    """
+    reporter = make_reporter(quiet=quiet or as_json)
+    from dllm_convert.evaluation.record import evaluate_checkpoint
+    from dllm_convert.evaluation.run import Request
+    from dllm_convert.evaluation.settings import find_settings, merge
+    from dllm_convert.quiet import quiet_libraries
+
+    settings = merge(find_settings(published), parse_assignments(assignments or ()))
+    request = Request(
+        checkpoint=checkpoint,
+        tasks=tuple(_names(tasks)),
+        base=against,
+        include=tuple(map(str, include_path or ())),
+        limit=limit,
+        batch_size=batch_size,
+        thresholds=tuple(map(_threshold, _names(thresholds or ""))),
+        chat=apply_chat_template,
+        shots=num_fewshot,
+        unsafe_code=confirm_run_unsafe_code,
+        settings=settings,
+    )
+    with quiet_libraries():
+        found: dict[str, Any] = evaluate_checkpoint(request, reporter)
+    output.show(found, output.evaluation_text, as_json=as_json)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise typer.BadParameter(f"{text!r} is no probability", param_hint="--thresholds")
+    return value
