@@ -6,6 +6,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert.cli_errors import CommandGroup
+from dllm_convert.commands.evaluate import evaluate
 from dllm_convert.commands.lists import architectures, recipes
 from dllm_convert.commands.push import card, push
 from dllm_convert.commands.run import run
@@ -43,5 +44,5 @@ def _root(version: option.Version = False) -> None:
 
 app.command(help="Convert, train, verify and document a checkpoint.")(run)
 app.command("check", help="Show what run would do with the same arguments; loads no weights.")(run)
-for _command in (verify, sample, card, push, recipes, architectures):
+for _command in (verify, evaluate, sample, card, push, recipes, architectures):
     app.command()(_command)

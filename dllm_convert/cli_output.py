@@ -161,3 +161,42 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def evaluation_text(evaluation: Mapping[str, Any]) -> str:
+    """Return the tables of an evaluation: both models on the same items, and the sweep.
+
+    Args:
+        evaluation: The `evaluation` section of the manifest.
+    """
+    header = ("task", "metric", "base", "conversion", "difference")
+    rows = [
+        (
+            row["task"],
+            row["metric"],
+            _interval(row.get("before")),
+            _interval(row["after"]),
+            _interval(row.get("difference"), sign="+"),
+        )
+        for row in evaluation["results"]
+    ]
+    parts = [table(header, rows)]
+    if evaluation.get("sweep"):
+        columns = ("threshold", "task", "metric", "tokens_per_forward", "tokens_per_second")
+        sweep = [
+            (*(row[name] for name in columns[:3]), _interval(row), *(row[n] for n in columns[3:]))
+            for row in evaluation["sweep"]
+        ]
+        names = ("threshold", "task", "metric", "score", "tokens per forward", "tokens/s")
+        parts.append(table(names, sweep))
+    effort = evaluation["effort"]["after"]
+    if effort.get("draws_saved"):
+        parts.append(f"{effort['draws_saved']:.0%} of the draws saved by stopping early")
+    return "\n\n".join(parts)
+
+
+def _interval(mean: Mapping[str, Any] | None, *, sign: str = "") -> str:
+    if mean is None:
+        return "-"
+    width = mean["half_width"]
+    return f"{mean['value']:{sign}.3f}" + ("" if width is None else f" ± {width:.3f}")

@@ -15,7 +15,9 @@ from dllm_convert.commands.shared import make_reporter
 Against = Annotated[
     str | None,
     typer.Option(
-        "--against", metavar="BASE", help="Evaluate this too, a folder or Hub id, on the same items."
+        "--against",
+        metavar="BASE",
+        help="Evaluate this too, a folder or Hub id, on the same items.",
     ),
 ]
 Tasks = Annotated[
@@ -48,9 +50,7 @@ PublishedName = Annotated[
     str | None,
     typer.Option("--published", metavar="NAME", help="Settings that a paper reports with."),
 ]
-Chat = Annotated[
-    bool, typer.Option("--apply-chat-template", help="Ask through the chat template.")
-]
+Chat = Annotated[bool, typer.Option("--apply-chat-template", help="Ask through the chat template.")]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,9 +61,7 @@ Assignments = Annotated[
 ]
 Unsafe = Annotated[
     bool,
-    typer.Option(
-        "--confirm-run-unsafe-code", help="Let tasks run the code that the model wrote."
-    ),
+    typer.Option("--confirm-run-unsafe-code", help="Let tasks run the code that the model wrote."),
 ]
 
 
@@ -83,10 +81,7 @@ def evaluate(
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Evaluate a converted checkpoint, and its base on the same items.
-
-    Args are options; see docs/evaluate.md.
-    """
+    """Evaluate a converted checkpoint, and its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
     from dllm_convert.evaluation.record import evaluate_checkpoint
     from dllm_convert.evaluation.run import Request

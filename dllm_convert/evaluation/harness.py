@@ -22,7 +22,7 @@ from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_le
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
-from dllm_convert.evaluation.settings import PUBLISHED, Settings, merge
+from dllm_convert.evaluation.settings import find_settings, merge
 from dllm_convert.evaluation.subject import Subject
 
 
@@ -59,8 +59,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         **given: Any,
     ) -> None:
         super().__init__()
-        start = PUBLISHED.get(published).settings if published else Settings()
-        self.settings = merge(start, given)
+        self.settings = merge(find_settings(published), given)
         self._ranks = Ranks.find(device)
         self._rank, self._world_size = self._ranks.rank, self._ranks.world
         self._device = self._ranks.device

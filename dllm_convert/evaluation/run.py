@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Request:
     chat: bool = False
     shots: int | None = None
     unsafe_code: bool = False
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True)
@@ -247,25 +247,3 @@ def _sweep(request: Request, after: Outcome, reporter: Reporter) -> list[dict[st
             ]
             task.advance()
     return rows
-
-
-def summary_rows(evaluation: Mapping[str, Any]) -> Sequence[tuple[str, ...]]:
-    """Return the rows of the before-and-after table: task, metric, base, conversion, difference."""
-    return [
-        (
-            row["task"],
-            row["metric"],
-            _text(row.get("before")),
-            _text(row["after"]),
-            _text(row.get("difference"), sign=True),
-        )
-        for row in evaluation["results"]
-    ]
-
-
-def _text(mean: Mapping[str, Any] | None, *, sign: bool = False) -> str:
-    if mean is None:
-        return "-"
-    value = f"{mean['value']:+.3f}" if sign else f"{mean['value']:.3f}"
-    width = mean["half_width"]
-    return value if width is None else f"{value} ± {width:.3f}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
+
+from dllm_convert.errors import DataError
 
 Greedy = Literal["auto", "always", "never"]
 
@@ -71,3 +74,18 @@ def merge(settings: Settings, given: Mapping[str, Any]) -> Settings:
 
 PUBLISHED: Mapping[str, Published] = MappingProxyType({})
 """Published settings by name."""
+
+
+def find_settings(name: str | None) -> Settings:
+    """Return published settings, or this package's own where no name is given.
+
+    Raises:
+        DataError: There are none of that name.
+    """
+    if name is None:
+        return Settings()
+    if name not in PUBLISHED:
+        near = difflib.get_close_matches(name, PUBLISHED, n=1)
+        hint = f"The nearest is {near[0]}" if near else f"Known: {', '.join(PUBLISHED)}"
+        raise DataError(f"no published settings are called {name!r}", hint=hint)
+    return PUBLISHED[name].settings
