@@ -15,6 +15,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
 from dllm_convert.plan_attention import SLIDING, layer_types
 from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.storage import check_storage
 from dllm_convert.verify.subject import Subject
 
 # Names in files older than transformers 4, renamed by every loader.
@@ -29,10 +30,11 @@ def modern_name(name: str) -> str:
 
 
 def check_files(subject: Subject) -> list[Probe]:
-    """Return the probes `config`, `weights`, `finite` and `hashes`."""
+    """Return the probes `config`, `weights`, `index`, `dtypes`, `finite` and `hashes`."""
     probes = [_config(subject)]
     try:
         probes.append(_weights(subject))
+        probes += check_storage(subject)
         probes.append(_finite(subject))
     except DataError as error:
         probes.append(Probe("weights", False, "not readable", "safetensors", str(error)))

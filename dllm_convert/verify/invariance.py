@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from dllm_convert.sampling.decoding import BlockCache
+from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
 from dllm_convert.verify.influence import probe_length
 from dllm_convert.verify.report import Probe, at_most, largest, skipped
 from dllm_convert.verify.subject import Subject
 
 
-def _invariant(subject: Subject, name: str, measure: Callable[[], float], first: float) -> Probe:
+def invariant(
+    subject: Subject, name: str, measure: Callable[[], float], first: float | None = None
+) -> Probe:
     """Judge a difference that should be zero but for rounding.
 
     Some models hold activations in the tens of thousands, where float32 rounding alone exceeds any
@@ -25,8 +28,9 @@ def _invariant(subject: Subject, name: str, measure: Callable[[], float], first:
         subject: The checkpoint.
         name: Name of the probe.
         measure: Measures again, in the model's present precision.
-        first: The difference in float32.
+        first: The difference in float32, if it is measured already.
     """
+    first = measure() if first is None else first
     difference, detail = first, ""
     if not first <= subject.adapter.tolerance:
         with subject.float64():
@@ -50,8 +54,40 @@ def check_padding(subject: Subject) -> list[Probe]:
     probes = []
     for side in ("left", "right"):
         measure = partial(_padded, subject, side, texts)
-        probes.append(_invariant(subject, f"padding-{side}", measure, measure()))
+        probes.append(invariant(subject, f"padding-{side}", measure))
     return probes
+
+
+@torch.no_grad()
+def check_batch(subject: Subject) -> list[Probe]:
+    """Return the probes `batch` and `implementations`."""
+    return [
+        invariant(subject, "batch", partial(_with_neighbours, subject)),
+        invariant(subject, "implementations", partial(_across_implementations, subject)),
+    ]
+
+
+def _with_neighbours(subject: Subject) -> float:
+    """Return the largest difference that neighbours in the batch, or their order, make."""
+    texts = subject.tokens(3, min(probe_length(subject), 48))
+    together = subject.model(texts, use_cache=False).logits
+    turned = subject.model(texts.flip(0), use_cache=False).logits.flip(0)
+    alone = [subject.model(text[None], use_cache=False).logits[0] for text in texts]
+    return largest([together - turned, *(a - b for a, b in zip(together, alone, strict=True))])
+
+
+def _across_implementations(subject: Subject) -> float:
+    """Return the largest difference between attention implementations, left padding included."""
+    length = min(probe_length(subject), 48)
+    texts, mask = subject.tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[1, : length // 2] = 0
+    found = []
+    for name in IMPLEMENTATIONS:
+        if not missing(subject, name):
+            with running(subject, name) as model:
+                logits = model(texts, attention_mask=mask, use_cache=False).logits
+            found.append(logits[mask.bool()])
+    return largest([logits - found[0] for logits in found[1:]])
 
 
 def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
@@ -85,7 +121,7 @@ def check_cache(subject: Subject) -> list[Probe]:
     difference, dirt = _decode_with_cache(subject, tokens, size)
     measure = partial(_cached_difference, subject, tokens, size)
     return [
-        _invariant(subject, "cache", measure, difference),
+        invariant(subject, "cache", measure, difference),
         Probe(
             "cache-clean",
             dirt == 0,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from safetensors.torch import load_file, save_file
 
 from dllm_convert.errors import DataError
 from dllm_convert.verify.influence import probe_length
-from dllm_convert.verify.report import Probe, largest
+from dllm_convert.verify.report import Probe, first_items, largest
 from dllm_convert.verify.subject import Subject
 
 SCRIPT = Path(__file__).with_name("_fresh_process.py")
@@ -26,10 +27,10 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def check_portability(subject: Subject) -> list[Probe]:
-    """Return the probes `portable` and `portable-stock`.
+    """Return the probes `portable`, `portable-stock` and `portable-version`.
 
     The first loads the folder's own code, the second the stock class, which is given the 4-D mask
-    where attention is block-causal.
+    where attention is block-causal, the third runs the code under a transformers that is too old.
     """
     length = min(probe_length(subject), max(MAX_LENGTH, (subject.claim.block_size or 0) + 1))
     tokens = subject.tokens(1, min(length, subject.context))
@@ -43,7 +44,37 @@ def check_portability(subject: Subject) -> list[Probe]:
     return [
         _compare(subject, "portable", facts, logits, ours, adapter.diffusion_class),
         _compare(subject, "portable-stock", facts, logits, ours, adapter.stock_class),
+        _version(subject, facts),
     ]
+
+
+def _version(subject: Subject, facts: dict[str, Any]) -> Probe:
+    found, needed = facts["remote"], subject.adapter.min_transformers
+    stated, refusal = found["minimum"], str(found["refusal"])
+    wrong: list[str] = []
+    if stated is None:
+        wrong.append("the modelling code states no minimum")
+    elif not _is_version(stated) or Version(stated) < Version(needed):
+        wrong.append(f"the modelling code asks for {stated} only")
+    if not refusal:
+        wrong.append(f"transformers {found['older']} is let through, and runs the model causal")
+    elif stated is not None and stated not in refusal:
+        wrong.append(f"the refusal does not say what is needed: {refusal.splitlines()[0]}")
+    return Probe(
+        "portable-version",
+        not wrong,
+        f"asks for transformers {stated}, {'refuses' if refusal else 'takes'} {found['older']}",
+        f"at least {needed}, refuses older ones by name",
+        first_items(wrong),
+    )
+
+
+def _is_version(text: object) -> bool:
+    try:
+        Version(str(text))
+    except InvalidVersion:
+        return False
+    return True
 
 
 def _compare(
