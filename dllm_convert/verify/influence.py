@@ -201,16 +201,14 @@ def pattern_probe(name: str, patterns: Mapping[int, Pattern]) -> Probe:
     opened = min(pattern.weakest_allowed for pattern in found)
     limit = max(pattern.limit for pattern in found)
     lengths = ", ".join(str(length) for length in sorted(patterns))
-    first = next(
-        (f"{p.first_wrong()} ({n} tokens)" for n, p in patterns.items() if p.wrong.any()), ""
-    )
+    firsts = (f"{p.first_wrong()} ({n} tokens)" for n, p in patterns.items() if p.wrong.any())
     return Probe(
         name,
         wrong == 0,
         f"{wrong} of {pairs} pairs wrong at {lengths} tokens: closed {_least(closed)}, "
         f"open {_least(opened)}",
         f"0 pairs: closed up to {limit:.2g}, open above",
-        first,
+        next(firsts, ""),
     )
 
 

@@ -7,7 +7,6 @@ noisy block that sees its own clean tokens learns to copy, and its loss looks wo
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 

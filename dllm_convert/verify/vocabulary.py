@@ -78,14 +78,10 @@ def _chat_template(tokenizer: Any, base: Any) -> Probe:
     ours, theirs = tokenizer.chat_template, base.chat_template
     if not theirs:
         return skipped("chat-template", "the base's", "the base has none")
-    if not ours:
-        measured = "none"
-    else:
-        measured = "the same" if ours == theirs else "another"
     return Probe(
         "chat-template",
         ours == theirs,
-        measured,
+        "none" if not ours else "the same" if ours == theirs else "another",
         "the base's",
         "" if ours == theirs else "prompts would be laid out as the base never saw them",
     )
