@@ -50,12 +50,14 @@ def _refusal(code: Any) -> dict[str, Any]:
     to refuse it when it is imported.
     """
     minimum = getattr(code, "MIN_TRANSFORMERS", None)
-    present = transformers.__version__
     older = _older(str(minimum))
     spec = importlib.util.spec_from_file_location("under_older_transformers", str(code.__file__))
     if spec is None or spec.loader is None:
         return {"minimum": minimum, "older": older, "refusal": ""}
-    transformers.__version__ = older
+    # What `import transformers` finds; importing a part of it may have put another object there.
+    found = sys.modules["transformers"]
+    present = found.__version__
+    found.__version__ = older
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -63,7 +65,7 @@ def _refusal(code: Any) -> dict[str, Any]:
     except ImportError as error:
         return {"minimum": minimum, "older": older, "refusal": str(error)}
     finally:
-        transformers.__version__ = present
+        found.__version__ = present
     return {"minimum": minimum, "older": older, "refusal": ""}
 
 

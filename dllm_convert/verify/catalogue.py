@@ -62,11 +62,11 @@ CATALOGUE: Mapping[str, Entry] = {
     ),
     "attention-sdpa": Entry("which tokens move which positions, by perturbation?", _STILL),
     "attention-eager": Entry("the same with eager attention", _STILL),
-    "attention-flex": Entry("the same with flex attention", _STILL),
     "attention-layers": Entry(
         "is every layer's pattern the claimed one?",
         "a closed pair has weight exactly 0 in the softmax",
     ),
+    "attention-flex": Entry("the same with flex attention", _STILL),
     "gradient": Entry("which tokens do logits depend on, by differentiation?", _ZERO),
     "gradient-layers": Entry("the same for every attention module alone", _ZERO),
     "training-mask": Entry("does training's mask show noise only its past?", "a mask is exact"),

@@ -48,7 +48,8 @@ def check_training(subject: Subject) -> list[Probe]:
 def packed_row(subject: Subject, objective: Objective) -> TextBatch | None:
     """Return two documents that end inside blocks and padding, in one row; None without room."""
     size = objective.block_size or 8
-    lengths = [size + size // 2 + 1, size // 2 + 2]
+    # The clean copy of a document's last block does not run: of three blocks one has a later one.
+    lengths = [2 * size + size // 2 + 1, size // 2 + 2]
     width = sum(lengths) + PADDING
     if width > subject.context:
         return None

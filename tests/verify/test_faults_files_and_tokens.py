@@ -118,7 +118,7 @@ def set_mask(folder: Path, text: str) -> int:
     return int(mask)
 
 
-@pytest.mark.parametrize("text", ["e", "the"])
+@pytest.mark.parametrize("text", ["e", "Ġthe"])
 def test_mask_that_text_produces(llama: Any, text: str) -> None:
     set_mask(llama.folder, text)
     assert "mask-text" in failed(llama.folder, ["files", "tokens"])

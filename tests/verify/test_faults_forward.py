@@ -76,6 +76,7 @@ def rule(
     later_clean: bool = False,
     clean_sees_noise: bool = False,
     other_documents: bool = False,
+    everybody: bool = False,
 ) -> Callable[..., Any]:
     """Return the rule of training's mask with one mistake in it."""
 
@@ -92,6 +93,8 @@ def rule(
         if other_documents:
             same = same | (self.segments[row, key] >= 0)
         real = (stream != UNUSED) & (self.segments[row, key] >= 0)
+        if everybody:
+            return real | (query == key)
         return (seen & same & real) | (query == key)
 
     return allows
@@ -127,7 +130,7 @@ def test_the_rule_without_a_mistake(llama: Any, monkeypatch: pytest.MonkeyPatch)
 def test_packed_documents_of_mdlm_see_each_other(
     open_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StreamMask, "allows", rule(other_documents=True))
+    monkeypatch.setattr(StreamMask, "allows", rule(everybody=True))
     assert failed(open_llama.folder, ["training"]) == TRAINING
 
 
@@ -181,23 +184,38 @@ def test_neighbours_in_the_batch_leak(llama: Any, monkeypatch: pytest.MonkeyPatc
     assert failed(llama.folder, ["batch"]) == {"batch"}
 
 
-@pytest.mark.parametrize("minimum", ["4.40.0", "newest"])
-def test_modelling_code_that_asks_for_too_little(llama: Any, minimum: str) -> None:
-    path = llama.folder / "modeling_dllm.py"
+def edit_code(folder: Path, *changes: tuple[str, str]) -> None:
+    path = folder / "modeling_dllm.py"
     source = path.read_text()
-    changed = source.replace('MIN_TRANSFORMERS = "5.2.0"', f'MIN_TRANSFORMERS = "{minimum}"')
-    changed = changed.replace("Version(MIN_TRANSFORMERS)", 'Version("4.40.0")')
-    assert changed != source
-    path.write_text(changed)
+    for old, new in changes:
+        assert old in source
+        source = source.replace(old, new)
+    path.write_text(source)
+
+
+def test_modelling_code_that_asks_for_too_little(llama: Any) -> None:
+    edit_code(llama.folder, ('MIN_TRANSFORMERS = "5.2.0"', 'MIN_TRANSFORMERS = "4.40.0"'))
     assert failed(llama.folder, ["portability"]) == {"portable-version"}
 
 
+def test_code_that_computes_what_the_stock_class_does_not(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DiffusionMixin.forward
+
+    def louder(self: Any, *arguments: Any, **options: Any) -> Any:
+        output = real(self, *arguments, **options)
+        output.logits = output.logits * 1.01
+        return output
+
+    monkeypatch.setattr(DiffusionMixin, "forward", louder)
+    head = "logits=getattr(self, self._head)(hidden)"
+    edit_code(llama.folder, (head, f"{head} * 1.01"))
+    assert failed(llama.folder, ["portability"]) == {"portable-stock"}
+
+
 def test_modelling_code_that_lets_an_older_transformers_through(llama: Any) -> None:
-    path = llama.folder / "modeling_dllm.py"
-    source = path.read_text()
-    changed = source.replace("raise ImportError(", "ImportError(")
-    assert changed != source
-    path.write_text(changed)
+    edit_code(llama.folder, ("raise ImportError(", "ImportError("))
     report = failing_report(llama.folder, ["portability"])
     assert [probe.name for probe in report.failed] == ["portable-version"]
     assert "5.1.9 is let through" in report.failed[0].detail
