@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dllm_convert.errors import IncompatibleError
 from dllm_convert.verify.implementations import IMPLEMENTATIONS, running
 from dllm_convert.verify.influence import (
     DRAWS,
@@ -23,6 +22,7 @@ from dllm_convert.verify.influence import (
     probe_length,
     probe_lengths,
 )
+from dllm_convert.verify.layers import AttentionCall, attention_modules, record_calls
 from dllm_convert.verify.report import Probe
 from dllm_convert.verify.subject import SEED, Subject
 
@@ -129,10 +129,11 @@ def _layer_norms(
 ) -> list[torch.Tensor]:
     """Return the gradient norms of each layer's attention, each (rows, length)."""
     modules = attention_modules(model, int(subject.config["num_hidden_layers"]))
+    length = allowed.shape[1]
     total: list[torch.Tensor] = []
     for draw in range(DRAWS):
-        calls = _calls(model, modules, subject.tokens(1, allowed.shape[1], draw=draw))
-        found = [_attention_norms(*call, rows) for call in calls]
+        calls = record_calls(model, modules, input_ids=subject.tokens(1, length, draw=draw))
+        found = [_attention_norms(call, rows) for call in calls]
         total = [torch.maximum(a, b) for a, b in zip(total, found, strict=True)] if total else found
         # Over texts: a softmax may round one allowed weight to zero.
         if all(bool((norms > 0)[allowed].all()) for norms in total):
@@ -140,57 +141,8 @@ def _layer_norms(
     return total
 
 
-def attention_modules(model: Any, count: int) -> list[torch.nn.Module]:
-    """Return the attention module of each layer.
-
-    Raises:
-        IncompatibleError: The model is not built of that many layers with attention in each.
-    """
-    stacks = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
-    layers = next((stack for stack in stacks if len(stack) == count), None)
-    if layers is None:
-        raise IncompatibleError(f"the model has no list of {count} layers")
-    found = []
-    for number, layer in enumerate(layers):
-        inside = (m for m in layer.modules() if type(m).__name__.endswith("Attention"))
-        module = next(inside, None)
-        if module is None:
-            raise IncompatibleError(f"layer {number} has no attention module")
-        found.append(module)
-    return found
-
-
-_Call = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
-@torch.no_grad()
-def _calls(model: Any, modules: list[torch.nn.Module], tokens: torch.Tensor) -> list[_Call]:
-    """Run a text and return with which arguments each attention module was called."""
-    calls: list[_Call] = []
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append((module, args, dict(kwargs))),
-            with_kwargs=True,
-        )
-        for module in modules
-    ]
-    try:
-        model(tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _attention_norms(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int]
-) -> torch.Tensor:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-
+def _attention_norms(call: AttentionCall, rows: list[int]) -> torch.Tensor:
     def outputs(inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        found = module(inputs, *args[1:], **others)
-        first: torch.Tensor = found[0] if isinstance(found, tuple) else found
-        return first[torch.arange(len(at)), at]
+        return call.run(inputs)[torch.arange(len(at)), at]
 
-    return _norms(outputs, hidden[0], rows)
+    return _norms(outputs, call.hidden[0], rows)
