@@ -33,7 +33,7 @@ def check_generation_config(subject: Subject, tokenizer: Any) -> Probe:
     """
     found = read_generation_config(subject.folder)
     wrong: dict[str, str] = {}
-    block = found.get("block_size")
+    block = found.get("block_size", subject.claim.block_size)
     if block != subject.claim.block_size:
         wrong["block_size"] = f"is {block}, claimed is {subject.claim.block_size}"
     for name, least in _LEAST.items():

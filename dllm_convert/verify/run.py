@@ -19,6 +19,7 @@ from dllm_convert.verify.files import check_files
 from dllm_convert.verify.gradient import check_gradient
 from dllm_convert.verify.influence import check_influence
 from dllm_convert.verify.invariance import check_batch, check_cache, check_padding
+from dllm_convert.verify.likelihood import check_likelihood
 from dllm_convert.verify.outcome import check_quality
 from dllm_convert.verify.parity import check_parity
 from dllm_convert.verify.portability import check_portability
@@ -68,7 +69,8 @@ _GROUPS: Mapping[str, _Group] = {
     "padding": _Group(check_padding, _LOADED),
     "batch": _Group(check_batch, _LOADED),
     "generate": _Group(check_generate, _LOADED),
-    "quality": _Group(check_quality, _LOADED),
+    "quality": _Group(check_quality),
+    "likelihood": _Group(check_likelihood, _LOADED),
 }
 GROUPS = tuple(_GROUPS)
 """Names of the groups of probes, in the order they run."""

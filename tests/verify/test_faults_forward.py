@@ -272,23 +272,23 @@ def test_shift_flag_wrong(llama: Any) -> None:
     write_manifest(llama.folder, {"recipe": {"token_shift": "keep"}})
     section = json.loads((llama.folder / "config.json").read_text())["diffusion"]
     edit_json(llama.folder, "config.json", diffusion={**section, "token_shift": False})
-    assert failed(llama.folder, ["quality"]) == {"token-shift"}
+    assert failed(llama.folder, ["likelihood"]) == {"token-shift"}
 
 
 def test_shift_flag_wrong_without_a_manifest(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dllm_convert.diffusion.likelihood import Likelihood
-    from dllm_convert.verify import outcome
+    from dllm_convert.verify import likelihood
 
     def measured(model: Any, batches: Any, objective: Any, **options: Any) -> Likelihood:
         if objective.block_size == 1:
             return real(model, batches, objective, **options)
         return Likelihood(4.0 if objective.token_shift else 6.0, 0.1, 100)
 
-    real = outcome.nelbo
-    monkeypatch.setattr(outcome, "nelbo", measured)
+    real = likelihood.nelbo
+    monkeypatch.setattr(likelihood, "nelbo", measured)
     section = json.loads((llama.folder / "config.json").read_text())["diffusion"]
     edit_json(llama.folder, "config.json", diffusion={**section, "token_shift": False})
-    names = failed(llama.folder, ["quality"], untrained=False)
+    names = failed(llama.folder, ["likelihood"], untrained=False)
     assert names == {"token-shift"}
 
 
@@ -303,7 +303,7 @@ def test_blocks_of_one_read_beside_the_base(llama: Any, monkeypatch: pytest.Monk
         return replace(forward, inputs={**forward.inputs, "logits_at": at})
 
     monkeypatch.setattr(likelihood, "predict", late)
-    assert failed(llama.folder, ["quality"]) == {"block-one"}
+    assert failed(llama.folder, ["likelihood"]) == {"block-one"}
 
 
 # The list ------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_trained_weights_are_compared_by_shape_and_by_their_bound(
         against=made.base,
         quality=quality,
         untrained=False,
-        groups=["files", "base", "quality"],
+        groups=["files", "base", "quality", "likelihood"],
     )
 
     probes = {probe.name: probe for probe in report.probes}
