@@ -10,7 +10,8 @@ from safetensors import safe_open
 
 from dllm_convert.errors import DataError
 from dllm_convert.verify.report import Probe, first_items
-from dllm_convert.verify.subject import Subject, load_tokenizer
+from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 MASK_ROW_SHARE = 1e-3
 """Least norm of the mask's row, as a share of the median row's. The mean of n random rows has about
