@@ -1,7 +1,7 @@
 """Load a checkpoint as a stranger would: run by path in a process that knows no dllm_convert.
 
-Arguments: folder, auto class, file of inputs, file of outputs (both safetensors). Prints one JSON
-object. Imported by nothing.
+Arguments: folder, auto class, file of inputs, file of outputs (both safetensors), `own-code` or
+`stock`: whether the folder's code may run. Prints one JSON object. Imported by nothing.
 """
 
 from __future__ import annotations
@@ -78,15 +78,18 @@ def _older(version: str) -> str:
     return f"{major}.{minor - 1}.9" if minor else f"{major - 1}.99.9"
 
 
-def main(folder: str, auto_class: str, input_file: str, output_file: str) -> None:
-    """Load with and without the checkpoint's own code, run both, write logits and facts."""
+def main(folder: str, auto_class: str, input_file: str, output_file: str, code: str) -> None:
+    """Load with (if it may run) and without the checkpoint's own code, write logits and facts."""
     inputs = load_file(input_file)
     outputs: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {"transformers": transformers.__version__}
-    for name, remote_code in (("remote", True), ("stock", False)):
+    loads = (("remote", True), ("stock", False)) if code == "own-code" else (("stock", False),)
+    for name, remote_code in loads:
         facts[name], logits = _load_and_run(folder, auto_class, inputs, remote_code=remote_code)
         outputs[name] = logits.contiguous()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     facts["mask_token_id"] = tokenizer.mask_token_id
     save_file(outputs, output_file)
     sys.stdout.write(json.dumps(facts) + "\n")

@@ -18,7 +18,8 @@ from dllm_convert.verify.base_config import check_base_config
 from dllm_convert.verify.divergence import Trace
 from dllm_convert.verify.files import modern_name
 from dllm_convert.verify.report import Probe, first_items, largest, skipped
-from dllm_convert.verify.subject import Subject, load_tokenizer
+from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 LENGTH = 32
 _ROWS_AT_ONCE = 1 << 13

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
-from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest
-from dllm_convert.sampling.run import read_config
+from dllm_convert.errors import DllmConvertError
 from dllm_convert.verify.catalogue import with_origin
 from dllm_convert.verify.decoding import check_generate
 from dllm_convert.verify.files import check_files
@@ -20,11 +17,13 @@ from dllm_convert.verify.gradient import check_gradient
 from dllm_convert.verify.influence import check_influence
 from dllm_convert.verify.invariance import check_batch, check_cache, check_padding
 from dllm_convert.verify.likelihood import check_likelihood
+from dllm_convert.verify.memory import group_refusal
+from dllm_convert.verify.opening import Asked, local_checkpoint, opened
 from dllm_convert.verify.outcome import check_quality
 from dllm_convert.verify.parity import check_parity
 from dllm_convert.verify.portability import check_portability
 from dllm_convert.verify.report import Probe, VerificationReport, skipped
-from dllm_convert.verify.subject import Claim, Subject
+from dllm_convert.verify.subject import Subject
 from dllm_convert.verify.tokens import check_tokens
 from dllm_convert.verify.training_forward import check_training
 
@@ -77,37 +76,50 @@ GROUPS = tuple(_GROUPS)
 
 
 def verify_checkpoint(
-    folder: Path,
+    checkpoint: Path | str,
     *,
+    revision: str | None = None,
     against: Path | None = None,
     quality: Mapping[str, Any] | None = None,
     untrained: bool | None = None,
+    trust_remote_code: bool = False,
+    block_size: int | None = None,
     groups: Collection[str] = GROUPS,
     reporter: Reporter | None = None,
 ) -> VerificationReport:
-    """Verify a converted checkpoint in float32 on the CPU.
+    """Verify a converted checkpoint, or one of a known third-party layout, in float32 on the CPU.
 
-    The folder's own modelling code runs once, in a separate process without secrets.
+    Modelling code of the folder runs only if it is the very file this package writes, or with
+    `trust_remote_code`; then in a separate process without secrets. What does not fit memory is
+    reported as skipped.
 
     Args:
-        folder: The checkpoint.
+        checkpoint: A folder or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
         against: Folder with the base's safetensors weights.
         quality: Held-out measurements; by default those of the manifest.
         untrained: Whether the weights are the base's; by default what the manifest says.
+        trust_remote_code: Whether code of the folder that is not ours may run.
+        block_size: Tokens per block of a third-party checkpoint that does not record it.
         groups: Which groups of probes to run; the others count as skipped.
         reporter: Progress; by default silent.
 
     Raises:
         DataError: There is no such folder, or no config in it.
+        HubError: The Hub does not have it, refuses it or cannot be reached.
         IncompatibleError: It is not a diffusion checkpoint, or one that contradicts itself.
-        UnsupportedError: Its family is not known.
+        UnsupportedError: Its family or layout is not known.
     """
     started = time.monotonic()
-    subject = _open(folder, against, quality, untrained)
     reporter = reporter or Reporter(quiet=True)
+    folder = local_checkpoint(checkpoint, revision, reporter)
+    asked = Asked(against, quality, untrained, trust_remote_code, block_size)
     probes: list[Probe] = []
     seconds: dict[str, float] = {}
-    with reporter.task("verify", total=len(_GROUPS)) as task:
+    with (
+        opened(folder, asked) as subject,
+        reporter.task("verify", total=len(_GROUPS)) as task,
+    ):
         for name, group in _GROUPS.items():
             if name in groups:
                 begun = time.monotonic()
@@ -119,42 +131,17 @@ def verify_checkpoint(
     return VerificationReport(tuple(probes), round(time.monotonic() - started, 3), seconds)
 
 
-def _open(
-    folder: Path,
-    against: Path | None,
-    quality: Mapping[str, Any] | None,
-    untrained: bool | None,
-) -> Subject:
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder} is not a folder", hint="Give a folder that dllm-convert run wrote"
-        )
-    config = read_config(folder)
-    if "model_type" not in config:
-        raise IncompatibleError(f"config.json of {folder} has no model_type")
-    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else {}
-    if untrained is None:
-        method = ((manifest.get("recipe") or {}).get("training") or {}).get("method")
-        untrained = None if method is None else method == "none"
-    return Subject(
-        folder=folder,
-        config=config,
-        adapter=get_adapter(str(config["model_type"])),
-        claim=Claim.from_config(config),
-        manifest=manifest,
-        against=against,
-        quality=quality if quality is not None else manifest.get("measurements") or {},
-        untrained=untrained,
-    )
-
-
 def _run(name: str, group: _Group, subject: Subject, before: list[Probe]) -> list[Probe]:
     required = "to be measured"
     failed = [probe.name for probe in before if probe.passed is False and probe.name in group.needs]
     if failed:
         return [skipped(name, required, f"not run: {', '.join(failed)} failed")]
+    refusal = group_refusal(subject, name)
+    if refusal is not None:
+        return [skipped(name, required, refusal)]
+    run = subject.foreign.group(name, group.run) if subject.foreign else group.run
     try:
-        return group.run(subject)
+        return run(subject)
     except _BROKEN as error:
         reason = str(error).splitlines()[0] if str(error) else "no message"
         detail = f"{type(error).__name__}: {reason}"

@@ -247,13 +247,13 @@ def test_modelling_file_that_ignores_the_blocks(llama: Any) -> None:
     )
     assert changed != source
     path.write_text(changed)
-    assert failed(llama.folder, ["portability"]) == {"portable"}
+    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable"}
 
 
 def test_modelling_file_that_needs_the_package(llama: Any) -> None:
     path = llama.folder / "modeling_dllm.py"
     path.write_text(path.read_text() + "\nfrom dllm_convert import attention\n")
-    assert failed(llama.folder, ["portability"]) == {"portable"}
+    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable"}
 
 
 # Parity --------------------------------------------------------------------------------------
