@@ -110,8 +110,15 @@ CATALOGUE: Mapping[str, Entry] = {
 }
 """In the order in which they run."""
 
+THIRD_PARTY: Mapping[str, Entry] = {
+    "claim": Entry("what does the checkpoint say it is, and do all places agree?", _CLAIM),
+    "own-code-attention": Entry("which tokens move which positions in its own code?", _STILL),
+    "own-code-logits": Entry("does its own code compute what our class does?", _ROUNDING),
+}
+"""Probes of checkpoints that another project wrote; see docs/third-party.md."""
+
 
 def with_origin(probe: Probe) -> Probe:
     """Return the probe with the origin of its tolerance."""
-    entry = CATALOGUE.get(probe.name)
+    entry = CATALOGUE.get(probe.name) or THIRD_PARTY.get(probe.name)
     return replace(probe, origin=entry.origin) if entry else probe

@@ -195,7 +195,7 @@ def edit_code(folder: Path, *changes: tuple[str, str]) -> None:
 
 def test_modelling_code_that_asks_for_too_little(llama: Any) -> None:
     edit_code(llama.folder, ('MIN_TRANSFORMERS = "5.2.0"', 'MIN_TRANSFORMERS = "4.40.0"'))
-    assert failed(llama.folder, ["portability"]) == {"portable-version"}
+    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable-version"}
 
 
 def test_code_that_computes_what_the_stock_class_does_not(
@@ -211,12 +211,12 @@ def test_code_that_computes_what_the_stock_class_does_not(
     monkeypatch.setattr(DiffusionMixin, "forward", louder)
     head = "logits=getattr(self, self._head)(hidden)"
     edit_code(llama.folder, (head, f"{head} * 1.01"))
-    assert failed(llama.folder, ["portability"]) == {"portable-stock"}
+    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable-stock"}
 
 
 def test_modelling_code_that_lets_an_older_transformers_through(llama: Any) -> None:
     edit_code(llama.folder, ("raise ImportError(", "ImportError("))
-    report = failing_report(llama.folder, ["portability"])
+    report = failing_report(llama.folder, ["portability"], trust_remote_code=True)
     assert [probe.name for probe in report.failed] == ["portable-version"]
     assert "5.1.9 is let through" in report.failed[0].detail
 
