@@ -55,7 +55,7 @@ def _refusal(code: Any) -> dict[str, Any]:
     if spec is None or spec.loader is None:
         return {"minimum": minimum, "older": older, "refusal": ""}
     # What `import transformers` finds; importing a part of it may have put another object there.
-    found = sys.modules["transformers"]
+    found: Any = sys.modules["transformers"]
     present = found.__version__
     found.__version__ = older
     module = importlib.util.module_from_spec(spec)

@@ -102,6 +102,6 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     if a.shape == b.shape:
         return a, b
     if a.dim() == b.dim() > 0 and a.shape[1:] == b.shape[1:] and 1 in (len(a), len(b)):
-        a, b = torch.broadcast_tensors(a, b)
-        return a, b
+        rows = max(len(a), len(b))
+        return a.expand(rows, *a.shape[1:]), b.expand(rows, *b.shape[1:])
     return None

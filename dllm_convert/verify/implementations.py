@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.utils import is_torch_flex_attn_available
+from transformers.utils.import_utils import is_torch_flex_attn_available
 
 from dllm_convert.verify.subject import Subject
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from safetensors.torch import load_file, save_file
 
+from dllm_convert.adapters import Adapter
 from dllm_convert.errors import DataError
 from dllm_convert.verify.gate import FLAG, strange_code
 from dllm_convert.verify.influence import probe_length
@@ -57,12 +59,19 @@ def check_portability(subject: Subject) -> list[Probe]:
     return [
         _compare(subject, "portable", facts, logits, ours, adapter.diffusion_class),
         stock,
-        _version(subject, facts),
+        judge_version(adapter, facts["remote"]),
     ]
 
 
-def _version(subject: Subject, facts: dict[str, Any]) -> Probe:
-    found, needed = facts["remote"], subject.adapter.min_transformers
+def judge_version(adapter: Adapter, found: Mapping[str, Any]) -> Probe:
+    """Return the probe `portable-version`.
+
+    Args:
+        adapter: The family.
+        found: What the modelling code states as its `minimum`, the `older` release it was run
+            under, and its `refusal`.
+    """
+    needed = adapter.min_transformers
     stated, refusal = found["minimum"], str(found["refusal"])
     wrong: list[str] = []
     if stated is None:

@@ -103,7 +103,8 @@ def _mask(forward: Prediction, mask: StreamMask, objective: Objective) -> Probe:
     wrong = (mask.dense()[0, 0] != allowed) & real[:, None]
     flex = mask.block_mask()
     index = torch.arange(len(real))
-    rule = flex.mask_mod(torch.zeros((), dtype=torch.long), None, index[:, None], index[None])
+    first = torch.zeros((), dtype=torch.long)
+    rule = flex.mask_mod(first, first, index[:, None], index[None])
     wrong_flex = (rule != allowed) & real[:, None]
     pairs = int(real.sum()) * len(real)
     return Probe(

@@ -193,9 +193,24 @@ def edit_code(folder: Path, *changes: tuple[str, str]) -> None:
     path.write_text(source)
 
 
-def test_modelling_code_that_asks_for_too_little(llama: Any) -> None:
-    edit_code(llama.folder, ('MIN_TRANSFORMERS = "5.2.0"', 'MIN_TRANSFORMERS = "4.40.0"'))
-    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable-version"}
+@pytest.mark.parametrize(
+    ("minimum", "refusal", "passed"),
+    [
+        ("5.2.0", "transformers 5.1.9 would run it causal; it needs at least 5.2.0", True),
+        ("5.2.0", "", False),
+        ("5.2.0", "no module named nowhere", False),
+        ("4.40.0", "it needs at least 4.40.0", False),
+        ("newest", "it needs the newest", False),
+        (None, "", False),
+    ],
+)
+def test_what_modelling_code_asks_for(minimum: str | None, refusal: str, passed: bool) -> None:
+    from dllm_convert.adapters import get_adapter
+    from dllm_convert.verify.portability import judge_version
+
+    facts = {"minimum": minimum, "older": "5.1.9", "refusal": refusal}
+    probe = judge_version(get_adapter("llama"), facts)
+    assert (probe.name, probe.passed) == ("portable-version", passed)
 
 
 def test_code_that_computes_what_the_stock_class_does_not(
