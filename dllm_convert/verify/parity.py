@@ -16,9 +16,9 @@ from dllm_convert.plan_checks import unused_tensors
 from dllm_convert.safetensors_header import Header, read_checkpoint
 from dllm_convert.verify.base_config import check_base_config
 from dllm_convert.verify.divergence import Trace
-from dllm_convert.verify.files import modern_name
 from dllm_convert.verify.report import Probe, first_items, largest, skipped
 from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.tensor_names import modern_name
 from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 LENGTH = 32

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from dllm_convert.safetensors_header import INDEX_FILE, SINGLE_FILE, load_json_object
+from dllm_convert.safetensors_header import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Entry,
+    Header,
+    load_json_object,
+    read_checkpoint,
+)
+from dllm_convert.source_folder import read_config
 from dllm_convert.verify.report import Probe, first_items
 from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.tensor_names import modern_name
 
 _WEIGHTS = re.compile(
-    r".*\.(safetensors|ckpt|gguf|msgpack|h5|onnx)|(pytorch_model|model|consolidated).*\.(bin|pth?)"
+    r"(model|pytorch_model).*\.(safetensors|bin|pth?)|tf_model\.h5|flax_model\.msgpack"
 )
+"""Names that transformers has loaded weights by, now or before."""
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATING = frozenset(_DTYPES.values())
@@ -68,22 +79,41 @@ def _numbers(files: list[str]) -> dict[str, str]:
     }
 
 
+def _matrices(headers: Mapping[str, Header]) -> dict[str, Entry]:
+    """Return the floating-point matrices by the names that transformers loads them by."""
+    return {
+        modern_name(name): entry
+        for header in headers.values()
+        for name, entry in header.entries.items()
+        if entry.dtype in _FLOATING and len(entry.shape) > 1
+    }
+
+
+def _declared(config: Mapping[str, Any]) -> Any:
+    return config.get("dtype", config.get("torch_dtype"))
+
+
 def _dtypes(subject: Subject) -> Probe:
     """Compare matrices with the type config.json declares.
 
-    Vectors (norms, biases) may be wider: some bases keep them in float32.
+    Vectors (norms, biases) may be wider: some bases keep them in float32. What the base declares
+    and stores in the same way is the base's, and was copied.
     """
+    matrices = _matrices(subject.headers)
     sizes: Counter[str] = Counter()
-    matrices: dict[str, str] = {}
-    for header in subject.headers.values():
-        for name, entry in header.entries.items():
-            if entry.dtype in _FLOATING and len(entry.shape) > 1:
-                sizes[entry.dtype] += entry.end - entry.start
-                matrices[name] = entry.dtype
+    for entry in matrices.values():
+        sizes[entry.dtype] += entry.end - entry.start
     stored = sizes.most_common(1)[0][0] if sizes else ""
-    declared = subject.config.get("dtype", subject.config.get("torch_dtype"))
-    expected = _DTYPES.get(str(declared), stored if declared is None else str(declared))
-    wrong = {name: f"is {dtype}" for name, dtype in matrices.items() if dtype != expected}
+    declared = _declared(subject.config)
+    expected = stored if declared is None else _DTYPES.get(str(declared), str(declared))
+    kept: Mapping[str, Entry] = {}
+    if subject.against is not None and _declared(read_config(subject.against)) == declared:
+        kept = _matrices(read_checkpoint(subject.against))
+    wrong = {
+        name: f"is {entry.dtype}"
+        for name, entry in matrices.items()
+        if entry.dtype != expected and not (name in kept and kept[name].dtype == entry.dtype)
+    }
     return Probe(
         "dtypes",
         not wrong,

@@ -14,6 +14,7 @@ from planting import EMBEDDING, WEIGHTS, edit_json, edit_tensors, failed, failin
 from safetensors.torch import load_file, save_file
 
 from dllm_convert.manifest import hash_files, write_manifest
+from dllm_convert.verify import verify_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-0000{}-of-00003.safetensors"
@@ -85,6 +86,15 @@ def test_one_matrix_of_another_type(llama: Any) -> None:
     edit_tensors(llama.folder, lambda t: t.update({name: t[name].half()}))
     report = failing_report(llama.folder, ["files"])
     assert [(probe.name, name in probe.detail) for probe in report.failed] == [("dtypes", True)]
+
+
+def test_type_that_the_base_declares_wrong_too(llama: Any, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base, tmp_path / "base"))
+    edit_json(base, "config.json", dtype="bfloat16")
+    edit_json(llama.folder, "config.json", dtype="bfloat16")
+    report = verify_checkpoint(llama.folder, groups=["files"], against=base, untrained=True)
+    assert report.passed
+    assert failed(llama.folder, ["files"], against=llama.base) == {"dtypes"}
 
 
 def test_one_flipped_bit_in_the_tokenizer(llama: Any) -> None:
