@@ -16,24 +16,17 @@ from dllm_convert.manifest import changed_files
 from dllm_convert.plan_attention import SLIDING, layer_types
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.storage import check_storage
 from dllm_convert.verify.subject import Subject
-
-# Names in files older than transformers 4, renamed by every loader.
-_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-def modern_name(name: str) -> str:
-    """Return the name under which transformers loads a tensor."""
-    for old, new in _LEGACY.items():
-        name = name.replace(old, new)
-    return name
+from dllm_convert.verify.tensor_names import modern_name
 
 
 def check_files(subject: Subject) -> list[Probe]:
-    """Return the probes `config`, `weights`, `finite` and `hashes`."""
+    """Return the probes `config`, `weights`, `index`, `dtypes`, `finite` and `hashes`."""
     probes = [_config(subject)]
     try:
         probes.append(_weights(subject))
+        probes += check_storage(subject)
         probes.append(check_finite(subject))
     except DataError as error:
         probes.append(Probe("weights", False, "not readable", "safetensors", str(error)))

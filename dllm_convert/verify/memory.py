@@ -18,7 +18,9 @@ CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 WITHOUT_MODEL = frozenset({"files", "tokens", "quality"})
 """Groups of probes that read headers, or one tensor at a time."""
-_TWO_MODELS = frozenset({"portability", "base", "cache", "padding"})
+_TWO_MODELS = frozenset(
+    {"portability", "training", "base", "cache", "padding", "batch", "generate", "likelihood"}
+)
 """Groups that hold a second model beside the first, or the first in double precision."""
 _FLOAT32 = 4
 _LOGIT_TENSORS = 3

@@ -8,16 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from safetensors.torch import load_file, save_file
 
+from dllm_convert.adapters import Adapter
 from dllm_convert.errors import DataError
 from dllm_convert.verify.gate import FLAG, strange_code
 from dllm_convert.verify.influence import probe_length
-from dllm_convert.verify.report import Probe, largest, skipped
+from dllm_convert.verify.report import Probe, first_items, largest, skipped
 from dllm_convert.verify.subject import Subject
 
 SCRIPT = Path(__file__).with_name("_fresh_process.py")
@@ -27,10 +30,11 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def check_portability(subject: Subject) -> list[Probe]:
-    """Return the probes `portable` and `portable-stock`.
+    """Return the probes `portable`, `portable-stock` and `portable-version`.
 
     The first loads the folder's own code, the second the stock class, which is given the 4-D mask
-    where attention is block-causal. Code that this version did not write needs consent.
+    where attention is block-causal, the third runs the code under a transformers that is too old.
+    Code that this version did not write needs consent.
     """
     strange = None
     if not subject.trust_remote_code:
@@ -47,11 +51,52 @@ def check_portability(subject: Subject) -> list[Probe]:
     stock = _compare(subject, "portable-stock", facts, logits, ours, adapter.stock_class)
     if strange is not None:
         reason = f"{strange}; {FLAG} runs it, in a process without secrets"
-        return [skipped("portable", f"at most {adapter.tolerance:g}", reason), stock]
+        return [
+            skipped("portable", f"at most {adapter.tolerance:g}", reason),
+            stock,
+            skipped("portable-version", f"at least {adapter.min_transformers}", reason),
+        ]
     return [
         _compare(subject, "portable", facts, logits, ours, adapter.diffusion_class),
         stock,
+        judge_version(adapter, facts["remote"]),
     ]
+
+
+def judge_version(adapter: Adapter, found: Mapping[str, Any]) -> Probe:
+    """Return the probe `portable-version`.
+
+    Args:
+        adapter: The family.
+        found: What the modelling code states as its `minimum`, the `older` release it was run
+            under, and its `refusal`.
+    """
+    needed = adapter.min_transformers
+    stated, refusal = found["minimum"], str(found["refusal"])
+    wrong: list[str] = []
+    if stated is None:
+        wrong.append("the modelling code states no minimum")
+    elif not _is_version(stated) or Version(stated) < Version(needed):
+        wrong.append(f"the modelling code asks for {stated} only")
+    if not refusal:
+        wrong.append(f"transformers {found['older']} is let through, and runs the model causal")
+    elif stated is not None and stated not in refusal:
+        wrong.append(f"the refusal does not say what is needed: {refusal.splitlines()[0]}")
+    return Probe(
+        "portable-version",
+        not wrong,
+        f"asks for transformers {stated}, {'refuses' if refusal else 'takes'} {found['older']}",
+        f"at least {needed}, refuses older ones by name",
+        first_items(wrong),
+    )
+
+
+def _is_version(text: object) -> bool:
+    try:
+        Version(str(text))
+    except InvalidVersion:
+        return False
+    return True
 
 
 def _compare(

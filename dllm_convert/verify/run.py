@@ -10,17 +10,22 @@ from typing import Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.verify.catalogue import with_origin
+from dllm_convert.verify.decoding import check_generate
 from dllm_convert.verify.files import check_files
+from dllm_convert.verify.gradient import check_gradient
 from dllm_convert.verify.influence import check_influence
-from dllm_convert.verify.invariance import check_cache, check_padding
+from dllm_convert.verify.invariance import check_batch, check_cache, check_padding
+from dllm_convert.verify.likelihood import check_likelihood
 from dllm_convert.verify.memory import group_refusal
 from dllm_convert.verify.opening import Asked, local_checkpoint, opened
-from dllm_convert.verify.outcome import check_generate, check_quality
+from dllm_convert.verify.outcome import check_quality
 from dllm_convert.verify.parity import check_parity
 from dllm_convert.verify.portability import check_portability
 from dllm_convert.verify.report import Probe, VerificationReport, skipped
 from dllm_convert.verify.subject import Subject
 from dllm_convert.verify.tokens import check_tokens
+from dllm_convert.verify.training_forward import check_training
 
 # What a checkpoint that is not what it seems can raise inside transformers and torch.
 _BROKEN = (
@@ -56,11 +61,15 @@ _GROUPS: Mapping[str, _Group] = {
     "tokens": _Group(check_tokens, ("weights",)),
     "portability": _Group(check_portability, _LOADED),
     "attention": _Group(check_influence, _LOADED),
+    "gradient": _Group(check_gradient, _LOADED),
+    "training": _Group(check_training, _LOADED),
     "base": _Group(check_parity, _LOADED),
     "cache": _Group(check_cache, _LOADED),
     "padding": _Group(check_padding, _LOADED),
+    "batch": _Group(check_batch, _LOADED),
     "generate": _Group(check_generate, _LOADED),
     "quality": _Group(check_quality),
+    "likelihood": _Group(check_likelihood, _LOADED),
 }
 GROUPS = tuple(_GROUPS)
 """Names of the groups of probes, in the order they run."""
@@ -106,17 +115,20 @@ def verify_checkpoint(
     folder = local_checkpoint(checkpoint, revision, reporter)
     asked = Asked(against, quality, untrained, trust_remote_code, block_size)
     probes: list[Probe] = []
+    seconds: dict[str, float] = {}
     with (
         opened(folder, asked) as subject,
         reporter.task("verify", total=len(_GROUPS)) as task,
     ):
         for name, group in _GROUPS.items():
             if name in groups:
-                probes += _run(name, group, subject, probes)
+                begun = time.monotonic()
+                probes += map(with_origin, _run(name, group, subject, probes))
+                seconds[name] = round(time.monotonic() - begun, 3)
             else:
                 probes.append(skipped(name, "to be measured", "not asked for"))
             task.advance(note=name)
-    return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
+    return VerificationReport(tuple(probes), round(time.monotonic() - started, 3), seconds)
 
 
 def _run(name: str, group: _Group, subject: Subject, before: list[Probe]) -> list[Probe]:

@@ -13,6 +13,7 @@ import torch
 
 from dllm_convert import modeling
 from dllm_convert.adapters import Adapter
+from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.safetensors_header import Header, read_checkpoint
@@ -154,7 +155,21 @@ class Subject:
         )
         if info["missing_keys"]:
             raise DataError(f"would load at random: {first_items(sorted(info['missing_keys']))}")
-        return model.eval()
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the checkpoint is trained and measured on, as it claims."""
+        section, claim = self.config["diffusion"], self.claim
+        return Objective(
+            "bd3lm" if claim.block_size else "mdlm",
+            claim.mask_token_id,
+            claim.token_shift,
+            claim.block_size,
+            section.get("noise_kernel", "absorbing"),
+            self.shapes[self.adapter.embedding][0],
+            section.get("context", "block"),
+        )
 
     @contextmanager
     def attention(self, implementation: str) -> Iterator[Any]:

@@ -20,9 +20,12 @@ from dllm_convert.verify.foreign import all_layouts, find_layout
 SourceFactory = Callable[..., Path]
 OWN_CODE = {"own-code-attention", "own-code-logits"}
 COMPUTED = {
-    *("claim", "weights", "finite", "mask-id", "mask-row", "tokenizer"),
-    *("attention-sdpa", "attention-eager", "attention-layers"),
-    *("padding-left", "padding-right", "generate"),
+    *("claim", "weights", "index", "dtypes", "finite"),
+    *("mask-id", "mask-row", "mask-text", "tokenizer", "generation-config"),
+    *("attention-sdpa", "attention-eager", "attention-layers", "attention-flex"),
+    *("gradient", "gradient-layers", "training-mask", "training-influence", "packed"),
+    *("padding-left", "padding-right", "batch", "implementations"),
+    *("generate", "generate-end", "generate-batch", "block-one"),
 }
 
 
@@ -213,7 +216,10 @@ def test_llada_with_other_blocks_is_read_and_not_computed(
 
     assert failed(probes) == {}
     passed = {probe.name for probe in probes.values() if probe.passed}
-    assert passed == {"claim", "weights", "finite", "mask-id", "mask-row", "tokenizer"}
+    assert passed == {
+        *("claim", "weights", "index", "dtypes", "finite"),
+        *("mask-id", "mask-row", "mask-text", "tokenizer", "generation-config"),
+    }
     key = next(iter(change))
     assert all(key in probes[g].detail for g in ("attention", "base", "cache", "generate"))
 

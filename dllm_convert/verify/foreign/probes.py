@@ -14,6 +14,7 @@ from dllm_convert.verify.foreign.layout import Layout
 from dllm_convert.verify.foreign.remote import check_own_code
 from dllm_convert.verify.memory import WITHOUT_MODEL
 from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.storage import check_storage
 
 if TYPE_CHECKING:
     from dllm_convert.verify.subject import Subject
@@ -87,7 +88,7 @@ class Foreign:
 
 
 def _headers_only(subject: Subject) -> list[Probe]:
-    """Return `weights`, `finite` and `hashes` where the names of the tensors are not known."""
+    """Return the probes of the files where the names of the tensors are not known."""
     required = "safetensors, indexed exactly"
     try:
         headers = subject.headers
@@ -99,6 +100,7 @@ def _headers_only(subject: Subject) -> list[Probe]:
                 required,
                 "which tensors its own code expects is not known",
             ),
+            *check_storage(subject),
             check_finite(subject),
         ]
     except DataError as error:
