@@ -57,7 +57,7 @@ def test_a_sound_instance_passes_and_its_code_stays_asleep(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["a2d-qwen3", "Dream", "LLaDA", "SDAR"])
+@pytest.mark.parametrize("name", ["Dream", "LLaDA", "SDAR"])
 def test_its_own_code_runs_when_it_is_trusted_and_agrees_with_ours(
     source_factory: SourceFactory, name: str
 ) -> None:
@@ -85,6 +85,19 @@ def test_blocks_that_only_the_user_knows_of(source_factory: SourceFactory) -> No
     assert failed(probes) == {}
     assert "blocks of 5 (--block)" in probes["claim"].measured
     assert probes["cache"].passed and probes["own-code-attention"].passed
+
+
+@pytest.mark.parametrize(("name", "family"), [("a2d-qwen3", "qwen3"), ("Dream", "qwen2")])
+def test_against_the_base_it_was_made_from(
+    source_factory: SourceFactory, source_cache: SourceFactory, name: str, family: str
+) -> None:
+    folder = make_foreign(source_factory, name)
+    base = source_cache(family, vocab_padding=24)
+
+    probes = verify(folder, ["files", "tokens", "base"], against=base, untrained=True)
+
+    assert failed(probes) == {}
+    assert probes["base-tensors"].passed and probes["base-logits"].passed
 
 
 def test_block_size_of_the_config_is_the_claim(source_factory: SourceFactory) -> None:
@@ -222,6 +235,18 @@ def test_llada_with_other_blocks_is_read_and_not_computed(
     }
     key = next(iter(change))
     assert all(key in probes[g].detail for g in ("attention", "base", "cache", "generate"))
+
+
+def test_own_code_of_what_no_class_computes(source_factory: SourceFactory) -> None:
+    folder = make_foreign(source_factory, "LLaDA")
+    own_code(folder, "LLaDA")
+    edit_json(folder / "config.json", lambda config: config.update(block_group_size=2))
+
+    probes = verify(folder, ["files", "tokens", "portability"], trust_remote_code=True)
+
+    assert failed(probes) == {}
+    assert probes["own-code-attention"].passed
+    assert "block_group_size is 2" in probes["own-code-logits"].detail
 
 
 @pytest.mark.parametrize(
