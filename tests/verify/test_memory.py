@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_cases import WEIGHTS, edit_json, make_foreign
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from dllm_convert.safetensors_header import encode_header
 from dllm_convert.verify import GROUPS, Probe, memory, verify_checkpoint
@@ -32,7 +32,7 @@ def make_sparse(folder: Path, intermediate: int) -> None:
     small: dict[str, torch.Tensor] = {}
     entries: dict[str, tuple[str, list[int], int]] = {}
     wide: list[tuple[str, tuple[str, list[int], int]]] = []
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    for name, tensor in load((folder / WEIGHTS).read_bytes()).items():
         shape = list(tensor.shape)
         if ".mlp." in name:
             shape = [intermediate if size == 64 else size for size in shape]
