@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.cli_output import table, write
-from dllm_convert.plan import ConversionPlan, plan_as_dict
+from dllm_convert.costs import peak_memory
+from dllm_convert.devices import this_cpu
 from dllm_convert.pipeline import plan_conversion
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.plan_estimate import uses_bf16
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
-
-GB = 1e9
 
 
 def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionPlan:
@@ -50,7 +51,7 @@ def _status(name: str) -> int:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Train once; print the high-water mark before loading, before writing, and of all, in bytes."""
+    """Train once; print the high-water mark before loading, before writing and in all, in bytes."""
     from transformers import AutoTokenizer
 
     from dllm_convert.console import Reporter
@@ -60,8 +61,6 @@ def serve(options: argparse.Namespace) -> None:
     plan = plan_of(options, options.serve, options.batches[0])
     tokenizer = AutoTokenizer.from_pretrained(options.converted)
     data = prepare_data(plan.recipe, tokenizer, Reporter(quiet=True), options.work / "data")
-    if options.steps == 0:
-        return
     marks = [_status("VmHWM")]
     write_result = run.write_result
 
@@ -85,6 +84,25 @@ def measure(work: Path, method: str, batch: int) -> list[int]:
     return [int(mark) for mark in json.loads(done.stdout.splitlines()[-1])]
 
 
+def estimated(options: argparse.Namespace, method: str, batch: int) -> int:
+    """Estimate the same peak as `check` does, in bytes."""
+    plan = plan_of(options, method, batch)
+    if plan.shape is None:
+        raise SystemExit(f"{options.converted} tells no shapes")
+    bf16 = uses_bf16(plan.recipe, this_cpu())
+    return peak_memory(plan.shape, plan.recipe, gpu=False, bf16=bf16, flex=False).total
+
+
+def compare(
+    options: argparse.Namespace, work: Path, method: str, batch: int
+) -> tuple[str, str, str, str, str]:
+    """Return a line of the table, in GB."""
+    guess = estimated(options, method, batch)
+    _, _, peak = measure(work, method, batch)
+    shape = f"{batch} x {options.length}"
+    return method, shape, f"{guess / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{guess / peak:.3f}"
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -101,12 +119,14 @@ def main() -> None:
         if options.serve:
             serve(options)
             return
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for method in options.methods:
-            for batch in options.batches:
-                start, trained, peak = measure(Path(folder), method, batch)
-                print(method, batch, [round(x / 1e9, 3) for x in (start, trained, peak)])
+        work = Path(folder)
+        rows = [
+            compare(options, work, method, batch)
+            for method in options.methods
+            for batch in options.batches
+        ]
+    write(table(("method", "batch", "estimate", "peak", "estimate / peak"), rows))
 
 
 if __name__ == "__main__":

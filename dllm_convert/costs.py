@@ -194,6 +194,7 @@ def activation_bytes(
     compute: int,
     residual: int,
     flex: bool,
+    cast: bool,
 ) -> int:
     """Bytes that the layers keep for the backward pass, and the layer that is computed again.
 
@@ -209,6 +210,7 @@ def activation_bytes(
         compute: Bytes of a number that a matrix product returns.
         residual: Bytes of a number of the residual stream.
         flex: Whether the mask is held as blocks.
+        cast: Whether autocast keeps a copy of every matrix.
     """
     outputs, copies = shape.outputs, float(shape.stored_matrices)
     if training.method == "lora":
@@ -231,8 +233,8 @@ def activation_bytes(
     # What is computed again lives together with its gradients.
     tokens = (held[how] + 2 * again[how]) * run.tokens
     mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
-    cast = copies * compute if compute < residual and how != "full" else 0.0
-    return round(tokens + mask + cast)
+    cast_weights = copies * compute if cast and how != "full" else 0.0
+    return round(tokens + mask + cast_weights)
 
 
 def _weight_bytes(shape: ModelShape, training: Training, trained: int, *, frozen: int) -> int:
@@ -277,7 +279,14 @@ def peak_memory(
     weights = _weight_bytes(shape, training, trained, frozen=frozen)
     gradients, moments = _FLOAT32 * trained, _MOMENTS * trained
     activations = activation_bytes(
-        shape, training, run, compute=compute, residual=residual, flex=flex
+        shape,
+        training,
+        run,
+        compute=compute,
+        residual=residual,
+        flex=flex,
+        # What FSDP gathers is in the compute type already.
+        cast=shards == 1 and compute < residual,
     )
     logits = round(_LOSS_BYTES * run.scored * shape.vocabulary)
     vocabulary = _vocabulary_gradients(shape, training, compute)
@@ -286,7 +295,7 @@ def peak_memory(
     if shards > 1:
         weights, gradients, moments = (-(-x // shards) for x in (weights, gradients, moments))
         two_layers = 2 * shape.layer_parameters // shape.layers
-        gathered = _FLOAT32 * max(two_layers, shape.vocabulary_matrix)
+        gathered = compute * max(two_layers, shape.vocabulary_matrix)
     runtime = GPU_RUNTIME if gpu else CPU_RUNTIME
     above = max(activations + logits + heap, gradients) + vocabulary + gathered
     total = runtime + weights + moments + above

@@ -21,6 +21,10 @@ def bytes_text(count: float) -> str:
     return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
 
 
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
 def hours_text(hours: float) -> str:
     """Return a time in the unit that fits it."""
     if hours < 1 / 60:
@@ -178,7 +182,7 @@ def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str
                 device["device"],
                 bytes_text(device["memory"]),
                 fits,
-                f"{device['tokens_per_second']:,.0f}",
+                _rate(device["tokens_per_second"]),
                 hours_text(device["hours"]),
                 *reached,
             )

@@ -40,9 +40,8 @@ def _element_bytes(source: SourceInfo) -> int | None:
     """Bytes of a weight of a dequantised GGUF file; None where tensors keep their own type."""
     if source.kind != "gguf":
         return None
-    kinds = {tensor.dtype for tensor in source.tensors.values()}
-    half = kinds <= {"F32", "F16", "BF16"} and kinds != {"F32"}
-    return 2 if half else 4
+    matrices = {tensor.dtype for tensor in source.tensors.values() if len(tensor.shape) > 1}
+    return 2 if matrices <= {"F16", "BF16"} else 4
 
 
 def count_writes(
