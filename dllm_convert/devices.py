@@ -28,11 +28,12 @@ class Device:
     source: str
 
 
-UTILISATION = 0.4
-"""Share of a GPU's peak that a training reaches, assumed.
+UTILISATION = 0.2
+"""Share of a GPU's peak that a conversion reaches, assumed.
 
-Llama 3 405B reached 0.38 to 0.43 on H100 (arXiv 2407.21783, table 4), PaLM 0.46 on TPU v4
-(2204.02311). Small models and short sequences reach less.
+Fast-dLLM v2's 7B (arXiv 2509.26328; 1.3B tokens in 768 A100-hours) reached 0.18 by the formulas of
+`costs.py`. Pretraining reaches more (Llama 3 405B 0.38 to 0.43 on H100, 2407.21783, table 4), small
+models and short steps less.
 """
 USABLE_MEMORY = 0.95
 """Share of a GPU's memory that is planned with; the caching allocator wastes some."""
@@ -44,7 +45,7 @@ GPUS = (
         80 * 10**9,
         gpu=True,
         bf16=True,
-        source="NVIDIA A100 data sheet: 312 TFLOP/s bf16 dense, 80 GB; 0.4 of it assumed",
+        source="NVIDIA A100 data sheet: 312 TFLOP/s bf16 dense, 80 GB; 0.2 of it assumed",
     ),
     Device(
         "H100 80GB",
@@ -52,7 +53,7 @@ GPUS = (
         80 * 10**9,
         gpu=True,
         bf16=True,
-        source="NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 dense, 80 GB; 0.4 of it assumed",
+        source="NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 dense, 80 GB; 0.2 of it assumed",
     ),
 )
 _CORE_FLOPS = {True: 1.0e11, False: 4.5e10}

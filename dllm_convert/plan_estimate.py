@@ -18,7 +18,7 @@ ASSUMPTIONS = (
     "rows are filled with whole documents",
     "AdamW over float32 weights",
     "GPU memory was not measured; the CPU's is within 7% of the peak of SmolLM2-135M",
-    "GPUs reach 0.4 of their peak, which small models and short steps do not",
+    "GPUs reach 0.2 of their peak, which small models and short steps do not",
     "several GPUs share weights, gradients and moments (FSDP2) and lose no time over it",
 )
 
