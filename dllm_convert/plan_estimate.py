@@ -17,7 +17,7 @@ MOST_GPUS = 1024
 ASSUMPTIONS = (
     "rows are filled with whole documents",
     "AdamW over float32 weights",
-    "GPU memory was not measured; the CPU's is within 7% of the peak of SmolLM2-135M",
+    "GPU memory was not measured; the CPU's is within 8% of the peaks of SmolLM2-135M",
     "GPUs reach 0.2 of their peak, which small models and short steps do not",
     "several GPUs share weights, gradients and moments (FSDP2) and lose no time over it",
 )

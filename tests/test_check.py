@@ -171,9 +171,9 @@ class TestRefusals:
         ("key", "value", "message"),
         [
             ("hidden_size", 64, "wide, config.json says hidden_size 64"),
-            ("intermediate_size", 48, "intermediate_size x hidden_size"),
-            ("num_attention_heads", 8, "queries x hidden_size"),
-            ("head_dim", 2, "queries x hidden_size"),
+            ("intermediate_size", 48, "intermediate_size"),
+            ("num_attention_heads", 8, "hidden_size x queries"),
+            ("head_dim", 2, "keys x hidden_size"),
         ],
     )
     def test_sizes_that_are_not_the_weights(
