@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from .attention import block_causal_mask
-from .sampling.choosing import DecodingOptions
+from .sampling.choosing import DecodingOptions, Observer
 from .sampling.decoding import decode_blocks, decode_canvas
 
 MIN_TRANSFORMERS = "5.2.0"
@@ -200,6 +200,7 @@ class DiffusionMixin:
         attention_mask: torch.Tensor | None = None,
         seed: int | None = None,
         return_dict_in_generate: bool | None = None,
+        observer: Observer | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | DiffusionOutput:
         """Write text by denoising.
@@ -211,6 +212,7 @@ class DiffusionMixin:
             attention_mask: 1 at tokens, shape (batch, length).
             seed: Makes sampling at a temperature reproducible; row r draws from `seed + r`.
             return_dict_in_generate: Return a `DiffusionOutput` instead of the sequences.
+            observer: Called with a `Progress` after the prompt and after every denoising forward.
             **kwargs: Any field of `DecodingOptions`, for this call only.
 
         Returns:
@@ -232,7 +234,7 @@ class DiffusionMixin:
             )
         order = mask.argsort(dim=-1, descending=True, stable=True)
         decode = decode_blocks if options.block_size else decode_canvas
-        decoded = decode(self, prompts.gather(1, order), lengths, options)
+        decoded = decode(self, prompts.gather(1, order), lengths, options, observer)
         sequences = torch.cat([prompts, decoded.rows], dim=1)
         if not return_dict_in_generate:
             return sequences

@@ -5,6 +5,7 @@ This module travels inside the published modelling file, so it imports torch onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,30 @@ class Decoded:
     rows: torch.Tensor
     forwards: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an observer of decoding is shown, after the prompt and after every denoising forward.
+
+    Attributes:
+        canvas: Prompt, then new tokens, of every row, the mask where nothing is written yet; shape
+            (batch, longest prompt + max_new_tokens). Prompts start at column 0, whatever their
+            padding was. Not to be written to.
+        committed: Where a token is final, prompts included, shape (batch, width), bool.
+        lengths: Tokens of each prompt: column `lengths[r]` holds row r's first new token.
+        rows: Rows still being written, shape (rows,), int.
+        forwards: Forward passes run so far.
+    """
+
+    canvas: torch.Tensor
+    committed: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    forwards: int
+
+
+Observer = Callable[[Progress], None]
 
 
 def shifted(logits: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ This module travels inside the published modelling file, so it imports torch and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import DynamicCache
 from .choosing import (
     Decoded,
     DecodingOptions,
+    Observer,
+    Progress,
     choose_commits,
     choose_tokens,
     cut_new_tokens,
@@ -50,7 +53,11 @@ class BlockCache(DynamicCache):
 
 
 def decode_canvas(
-    model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+    model: Any,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    options: DecodingOptions,
+    observer: Observer | None = None,
 ) -> Decoded:
     """MDLM decoding (LLaDA, arXiv 2502.09992): all new positions start masked and are filled in.
 
@@ -59,6 +66,7 @@ def decode_canvas(
         prompts: Right-padded prompts, shape (batch, width).
         lengths: Tokens of each prompt, shape (batch,).
         options: Decoding options; `block_size` is not used.
+        observer: Called at the start and after every forward.
 
     Returns:
         New tokens and counts.
@@ -73,6 +81,13 @@ def decode_canvas(
     generators = row_generators(batch, options, prompts.device)
     steps = options.max_denoising_steps or options.max_new_tokens
     forwards = 0
+    every = torch.arange(batch, device=prompts.device)
+
+    def show() -> None:
+        if observer:
+            observer(Progress(canvas, valid.bool() & ~masked, lengths, every, forwards))
+
+    show()
     while masked.any():
         shown = show_noise(canvas, masked, options, generators)
         logits = model(shown, attention_mask=valid, position_ids=index, use_cache=False).logits
@@ -85,11 +100,16 @@ def decode_canvas(
         canvas = torch.where(chosen, token, canvas)
         masked = masked & ~chosen
         forwards += 1
+        show()
     return cut_new_tokens(canvas, lengths, options, forwards)
 
 
 def decode_blocks(
-    model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+    model: Any,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    options: DecodingOptions,
+    observer: Observer | None = None,
 ) -> Decoded:
     """BD3LM decoding (arXiv 2503.09573): block after block, clean blocks in one KV cache.
 
@@ -102,6 +122,7 @@ def decode_blocks(
         prompts: Right-padded prompts, shape (batch, width).
         lengths: Tokens of each prompt, shape (batch,).
         options: Decoding options with `block_size`.
+        observer: Called after the prompt and after every denoising forward.
 
     Returns:
         New tokens and counts.
@@ -123,11 +144,26 @@ def decode_blocks(
     if start:
         previous = _extend(model, canvas[:, :start], 0, cache, options)
         forwards += 1
+
+    def show(first: int, block: torch.Tensor, masked: torch.Tensor, used: int) -> None:
+        if not observer:
+            return
+        width = int(ends.max())
+        written = canvas.clone()
+        written[rows, first : first + size] = block
+        committed = written != options.mask_token_id
+        committed[rows, first : first + size] = ~masked
+        committed &= index < ends[:, None]
+        observer(Progress(written[:, :width], committed[:, :width], lengths, rows, forwards + used))
+
+    show(0, canvas[rows, :size], index[rows, :size] >= lengths[rows, None], 0)
     for first in range(start, blocks * size, size):
         block = canvas[rows, first : first + size]
         masked = index[rows, first : first + size] >= lengths[rows, None]
         active = [generators[row] for row in rows.tolist()]
-        block, used = _denoise_block(model, block, masked, first, cache, previous, options, active)
+        block, used = _denoise_block(
+            model, block, masked, first, cache, previous, options, active, show
+        )
         canvas[rows, first : first + size] = block
         generated = block.masked_fill(~masked, options.mask_token_id)
         stay = (first + size < ends[rows]) & ~find_ended(generated, options)[:, -1]
@@ -174,6 +210,7 @@ def _denoise_block(
     previous: torch.Tensor | None,
     options: DecodingOptions,
     generators: list[torch.Generator | None],
+    show: Callable[[int, torch.Tensor, torch.Tensor, int], None],
 ) -> tuple[torch.Tensor, int]:
     """Fill one block, shape (batch, block); return it and the forwards it took."""
     cache.frozen = True
@@ -194,4 +231,5 @@ def _denoise_block(
         block = torch.where(chosen, token, block)
         masked = masked & ~chosen
         used += 1
+        show(first, block, masked, used)
     return block, used

@@ -271,3 +271,30 @@ def test_the_uniform_kernel_shows_random_tokens_and_never_the_mask(
     assert torch.equal(model.generate(ids, **settings), first)
     batch = model.generate(torch.cat([prompt(6, 9), ids]), **{**settings, "seed": 2})
     assert torch.equal(batch[1], first[0])
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_an_observer_sees_every_forward_and_changes_nothing(block: int | None) -> None:
+    model = tiny("llama", block=block)
+    ids, mask = torch.cat([prompt(9, 1), prompt(9, 2)]), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :6] = 0
+    seen: list[Any] = []
+    settings: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None}
+    got = model.generate(
+        ids, attention_mask=mask, observer=seen.append, return_dict_in_generate=True, **settings
+    )
+    assert torch.equal(got.sequences, model.generate(ids, attention_mask=mask, **settings))
+    first, last = seen[0], seen[-1]
+    assert first.canvas.shape == first.committed.shape == (2, 16)
+    assert first.canvas[1, :3].tolist() == ids[1, 6:].tolist()
+    assert (first.canvas[1, 3:10] == MASK).all()
+    assert first.lengths.tolist() == [9, 3]
+    assert first.committed.sum(-1).tolist() == [9, 3]
+    assert last.committed.sum(-1).tolist() == [16, 10]
+    assert last.canvas[0].tolist() == got.sequences[0].tolist()
+    assert last.canvas[1, 3:10].tolist() == got.sequences[1, 9:].tolist()
+    forwards = [progress.forwards for progress in seen]
+    assert forwards == sorted(set(forwards))
+    for before, after in itertools.pairwise(seen):
+        assert (after.committed | ~before.committed).all()
+        assert torch.equal(before.canvas[before.committed], after.canvas[before.committed])

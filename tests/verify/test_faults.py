@@ -357,8 +357,8 @@ def test_mask_left_in_the_output(llama: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     real = modeling.decode_blocks
 
-    def decode(model: Any, prompts: Any, lengths: Any, options: Any) -> Any:
-        decoded = real(model, prompts, lengths, options)
+    def decode(model: Any, prompts: Any, lengths: Any, options: Any, *rest: Any) -> Any:
+        decoded = real(model, prompts, lengths, options, *rest)
         decoded.rows[0, 0] = options.mask_token_id
         return decoded
 
