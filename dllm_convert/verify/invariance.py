@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.sampling.decoding import BlockCache
+from dllm_convert.sampling.cache import BlockCache
 from dllm_convert.verify.influence import probe_length
 from dllm_convert.verify.report import Probe, at_most, largest, skipped
 from dllm_convert.verify.subject import Subject
