@@ -82,6 +82,10 @@ class DecodingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        self._check_choices()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
         if self.unmasking not in ORDERS:
             raise ValueError(f"unmasking is {self.unmasking!r}, expected one of {list(ORDERS)}")
         if self.remasking not in (None, *REMASKING):
@@ -90,6 +94,8 @@ class DecodingOptions:
             raise ValueError(f"remasking_ratio is {self.remasking_ratio}, expected 0 to below 1")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}, expected at least 0")
+
+    def _check_combinations(self) -> None:
         if self.block_size and (self.block_length or self.approximate_cache):
             raise ValueError(
                 "block_length and approximate_cache are for MDLM; this model has blocks of its own"

@@ -29,10 +29,10 @@ class CanvasReader:
         """Return logits of the masked positions, those without the prompt behind them."""
         canvas, shift = self.canvas, int(self.options.token_shift)
         self.rows = len(masked)
-        width = len(canvas.index) if self.cache else masked.shape[1]
+        width = len(canvas.index) if self.cache is not None else masked.shape[1]
         columns = canvas.index[:width].expand(len(masked), -1)
         first = torch.zeros_like(canvas.rows)
-        if self.cache and not everything:
+        if self.cache is not None and not everything:
             size = self.options.block_length or 1
             first = canvas.lengths[canvas.rows] + window * size - shift
             steps = torch.arange(size + shift, device=masked.device)
@@ -42,7 +42,7 @@ class CanvasReader:
         valid = canvas.index[:width] < canvas.ends[canvas.rows, None]
         inputs: dict[str, Any] = {"use_cache": False}
         mask: torch.Tensor | None = None if bool(valid.all()) else valid.long()
-        if self.cache:
+        if self.cache is not None:
             self.cache.place(_doubled(columns, self.options), width)
             inputs = {"past_key_values": self.cache, "use_cache": True}
             mask = valid[:, None, None].expand(-1, -1, columns.shape[1], -1)
@@ -55,13 +55,13 @@ class CanvasReader:
             logits_at=_behind(at, columns.numel(), self.options),
             **inputs,
         ).logits
-        if self.cache and not self.cache.layers:
+        if self.cache is not None and not self.cache.layers:
             raise ValueError("this model keeps no cache: leave approximate_cache out")
         return logits
 
     def select(self, kept: torch.Tensor) -> None:
         """Keep only these rows."""
-        if self.cache and len(kept):
+        if self.cache is not None and len(kept):
             self.cache.batch_select_indices(_behind(kept, self.rows, self.options))
 
 
@@ -149,13 +149,13 @@ class BlockReader:
     def read_ahead(self, columns: torch.Tensor) -> torch.Tensor | None:
         """Run blocks that are written together with those behind them: one forward, not two.
 
-        The written block does not see the one behind it, so its states are what they would be alone.
+        The written block does not see the one behind it: its states are what they would be alone.
 
         Args:
             columns: Columns of each row's written block, shape (rows, block).
 
         Returns:
-            Logits of the masked positions of the blocks behind; None where there are blocks without.
+            Logits of the masked positions of the blocks behind; None if one of them has none.
         """
         following = columns + self.size
         masked = self.canvas.masked[self.canvas.rows[:, None], following]
