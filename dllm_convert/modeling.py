@@ -254,15 +254,15 @@ class DiffusionMixin:
                 )
         decode = decode_blocks if options.block_size else decode_canvas
         decoded = decode(self, packed, lengths, options, observer)
-        given = mask.bool()
-        filled = torch.where(given, prompts.scatter(1, order, decoded.prompts), prompts)
+        given, places = mask.bool(), order[:, : decoded.prompts.shape[1]]
+        filled = torch.where(given, prompts.scatter(1, places, decoded.prompts), prompts)
         sequences = torch.cat([filled, decoded.rows], dim=1)
         if not return_dict_in_generate:
             return sequences
         per_row = decoded.tokens / max(len(prompts), 1)
         steps = None
         if output_order:
-            earlier = torch.zeros_like(prompts).scatter(1, order, decoded.prompt_order)
+            earlier = torch.zeros_like(prompts).scatter(1, places, decoded.prompt_order)
             steps = torch.cat([earlier * given, decoded.order], dim=1)
         return DiffusionOutput(
             sequences, decoded.forwards, per_row / max(decoded.forwards, 1), steps

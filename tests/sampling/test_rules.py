@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import DECODERS, MASK, WORDS, Forwards, prompt, ragged, tiny
-from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from dllm_convert.sampling.choosing import (
     Ratings,
@@ -341,3 +342,27 @@ def test_a_mask_that_nothing_precedes_is_refused_with_a_shift() -> None:
     with pytest.raises(ValueError, match="no mask in its place"):
         tiny("llama", block=4).generate(ids)
     assert not (tiny("llama", shift=False).generate(ids, max_new_tokens=2) == MASK).any()
+
+
+def test_settings_live_in_the_generation_config(tmp_path: Path) -> None:
+    model, ids = tiny("llama", block=4), prompt(6)
+    wanted = {"max_new_tokens": 9, "entropy_bound": 3.0, "unmasking": "margin", "top_k": 7}
+    GenerationConfig(**wanted, do_sample=True, temperature=0.8).save_pretrained(tmp_path)
+    config = GenerationConfig.from_pretrained(tmp_path)
+    got = model.generate(ids, config, seed=1, **FREE)
+    said = model.generate(ids, seed=1, do_sample=True, temperature=0.8, **wanted, **FREE)
+    assert got.tolist() == said.tolist()
+    greedy = model.generate(ids, config, seed=1, do_sample=False, **FREE)
+    assert greedy.tolist() == model.generate(ids, seed=2, **{**wanted, **FREE}).tolist()
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_columns_that_no_row_uses_change_nothing(block: int | None) -> None:
+    model, one = tiny("llama", block=block), prompt(3)
+    wide = torch.ones(1, 30, dtype=torch.long)
+    wide[0, 20:23] = one[0]
+    mask = torch.zeros_like(wide)
+    mask[0, 20:23] = 1
+    got = model.generate(wide, attention_mask=mask, max_new_tokens=5, **FREE)
+    assert torch.equal(got[:, :30], wide)
+    assert torch.equal(got[:, 30:], model.generate(one, max_new_tokens=5, **FREE)[:, 3:])
