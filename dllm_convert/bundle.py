@@ -21,6 +21,7 @@ _PARTS = (
     "sampling/reading.py",
     "sampling/decoding.py",
     "sampling/settings.py",
+    "sampling/output.py",
     "modeling.py",
 )
 _HEADER = '''"""Diffusion language model classes, written by dllm-convert {version}.

@@ -6,7 +6,6 @@ weights as `modeling_dllm.py` (see `bundle.py`), so this module imports torch an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from .attention import block_causal_mask
 from .sampling.decoding import decode_blocks, decode_canvas
 from .sampling.options import Observer
+from .sampling.output import DiffusionOutput, put_together
 from .sampling.settings import decoding_options
 
 MIN_TRANSFORMERS = "5.2.0"
@@ -38,24 +37,6 @@ if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
         f"attention and no warning; it needs at least {MIN_TRANSFORMERS}: "
         f"pip install 'transformers>={MIN_TRANSFORMERS}'"
     )
-
-
-@dataclass
-class DiffusionOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns.
-
-    Attributes:
-        sequences: Prompt and new tokens, shape (batch, prompt + max_new_tokens).
-        forwards: Forward passes run.
-        tokens_per_forward: New tokens divided by forwards and rows.
-        order: Where it was asked for: the forward, counted from 1, in which each token of
-            `sequences` was committed; 0 at tokens that were given and at padding.
-    """
-
-    sequences: torch.Tensor | None = None
-    forwards: int | None = None
-    tokens_per_forward: float | None = None
-    order: torch.Tensor | None = None
 
 
 def _pick(hidden: torch.Tensor, keep: int | torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
@@ -125,8 +106,10 @@ class DiffusionMixin:
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        mask: Any = None
+        positions: torch.Tensor
         if sees_all and position_ids is not None:
-            mask, positions = None, position_ids
+            positions = position_ids
         else:
             mask, positions = self._open(tokens, attention_mask, position_ids, cached)
         outputs = self.base_model(
@@ -246,27 +229,16 @@ class DiffusionMixin:
         order = mask.argsort(dim=-1, descending=True, stable=True)
         packed = prompts.gather(1, order)
         if options.token_shift:
-            empty = lengths == 0 if packed.shape[1] == 0 else packed[:, 0] == options.mask_token_id
-            if bool(((lengths == 0) | empty).any()):
+            first = packed[:, :1] == options.mask_token_id
+            if bool((lengths == 0).any()) or bool(first.any()):
                 raise ValueError(
                     "this model predicts a token from the one before: give at least one token, "
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
         decoded = decode(self, packed, lengths, options, observer)
-        given, places = mask.bool(), order[:, : decoded.prompts.shape[1]]
-        filled = torch.where(given, prompts.scatter(1, places, decoded.prompts), prompts)
-        sequences = torch.cat([filled, decoded.rows], dim=1)
-        if not return_dict_in_generate:
-            return sequences
-        per_row = decoded.tokens / max(len(prompts), 1)
-        steps = None
-        if output_order:
-            earlier = torch.zeros_like(prompts).scatter(1, places, decoded.prompt_order)
-            steps = torch.cat([earlier * given, decoded.order], dim=1)
-        return DiffusionOutput(
-            sequences, decoded.forwards, per_row / max(decoded.forwards, 1), steps
-        )
+        output = put_together(prompts, mask, order, decoded, with_order=output_order)
+        return output if return_dict_in_generate else output["sequences"]
 
 
 class DiffusionLlamaForCausalLM(DiffusionMixin, LlamaForCausalLM):
