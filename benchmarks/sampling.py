@@ -9,7 +9,8 @@
 
 CONVERTED is a BD3LM that `dllm-convert run` wrote, BASE a folder with the weights it was made from.
 Prompts are the beginning of the Python language reference. What is compared runs in turn, the other
-way round every second time; of the ratios the median, least and largest are given.
+way round every second time; of the ratios the median, least and largest are given. An untrained
+CONVERTED serves as BASE too: it holds the same weights, and is loaded causal.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import textbook_sampling
+from dllm_convert.adapters import get_adapter
 from dllm_convert.quiet import quiet_libraries
+from dllm_convert.sampling.run import read_config
+from dllm_convert.training.setup import load_model
 
 THRESHOLDS = (0.7, 0.9, 0.95)
 Run = Callable[[], Any]
@@ -41,17 +46,19 @@ def seconds(run: Run) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def alternate(first: Run, second: Run, pairs: int) -> dict[str, Any]:
-    """Time two runs in turn; the ratio is second over first."""
+def alternate(first: Run, second: Run, pairs: int) -> tuple[dict[str, Any], Any, Any]:
+    """Time two runs in turn; the ratio is second over first. Their last results follow."""
     times: list[tuple[float, float]] = []
     for pair in range(pairs):
         if pair % 2:
-            late, early = seconds(second)[0], seconds(first)[0]
-            times.append((early, late))
+            late, there = seconds(second)
+            early, here = seconds(first)
         else:
-            times.append((seconds(first)[0], seconds(second)[0]))
+            early, here = seconds(first)
+            late, there = seconds(second)
+        times.append((early, late))
     ratios = [late / early for early, late in times]
-    return {
+    figures = {
         "first_s": statistics.median(early for early, _ in times),
         "second_s": statistics.median(late for _, late in times),
         "ratio": statistics.median(ratios),
@@ -59,6 +66,7 @@ def alternate(first: Run, second: Run, pairs: int) -> dict[str, Any]:
         "largest": max(ratios),
         "pairs": pairs,
     }
+    return figures, here, there
 
 
 class Stopwatch:
@@ -91,33 +99,38 @@ def against_reference(model: Any, tokenizer: Any, args: argparse.Namespace) -> d
     prompt = prompt_of(tokenizer, args.prompt)
     settings = {"max_new_tokens": args.new, "max_denoising_steps": args.steps, "eos_token_id": None}
 
+    watch, shares = Stopwatch(model), []
+
     def ours() -> torch.Tensor:
-        tokens: torch.Tensor = model.generate(prompt, **settings)[0, args.prompt :]
-        return tokens
+        watch.seconds, watch.calls = 0.0, 0
+        total, tokens = seconds(lambda: model.generate(prompt, **settings)[0, args.prompt :])
+        shares.append((watch.seconds / total, watch.calls))
+        found: torch.Tensor = tokens
+        return found
 
     def textbooks() -> torch.Tensor:
         return textbook_sampling.decode(model, prompt, args.new, args.steps)
 
     model.generate(prompt[:, :40], max_new_tokens=4)
-    result = alternate(ours, textbooks, args.pairs)
-    watch = Stopwatch(model)
-    total, tokens = seconds(ours)
-    share = watch.seconds / total
-    calls = watch.calls
-    same = float((tokens == textbooks()).float().mean())
-    return {**result, "same_tokens": same, "forwards": calls, "share_in_forwards": share}
+    figures, mine, theirs = alternate(ours, textbooks, args.pairs)
+    return {
+        **figures,
+        "same_tokens": float((mine == theirs).float().mean()),
+        "forwards": shares[-1][1],
+        "share_in_forwards": statistics.median(share for share, _ in shares),
+    }
 
 
 def against_one_row(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of a batch over those of one row."""
     prompts = prompt_of(tokenizer, args.prompt, args.rows)
     settings = {"max_new_tokens": args.new, "max_denoising_steps": args.steps, "eos_token_id": None}
-    result = alternate(
+    figures, _, _ = alternate(
         lambda: model.generate(prompts, **settings),
         lambda: model.generate(prompts[:1], **settings),
         args.pairs,
     )
-    return {**result, "throughput": result["ratio"] * args.rows}
+    return {**figures, "throughput": figures["ratio"] * args.rows}
 
 
 def peak_memory(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -160,12 +173,15 @@ def nelbo(model: Any, text: torch.Tensor, given: int) -> float:
 
 def against_base(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second at confidence thresholds, beside the base's own decoding."""
-    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(args.base, trust_remote_code=False, is_causal=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        args.base, config=config, dtype=torch.float32, trust_remote_code=False
+    )
     prompt = prompt_of(tokenizer, args.prompt)
-    own = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None}
+    own = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def autoregressive() -> torch.Tensor:
-        tokens: torch.Tensor = base.generate(prompt, **own, pad_token_id=0)[0]
+        tokens: torch.Tensor = base.generate(prompt, **own)[0]
         return tokens
 
     found: dict[str, Any] = {}
@@ -181,13 +197,12 @@ def against_base(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[s
                 return_dict_in_generate=True,
             )
 
-        result = alternate(ours, autoregressive, args.pairs)
-        output = ours()
+        figures, output, _ = alternate(ours, autoregressive, args.pairs)
         text = output.sequences[0]
         found[str(threshold)] = {
-            **result,
-            "tokens_per_second": args.new / result["first_s"],
-            "base_tokens_per_second": args.new / result["second_s"],
+            **figures,
+            "tokens_per_second": args.new / figures["first_s"],
+            "base_tokens_per_second": args.new / figures["second_s"],
             "tokens_per_forward": output.tokens_per_forward,
             "agrees_with_one_per_forward": float((text == careful)[args.prompt :].float().mean()),
             "nelbo": nelbo(model, text, args.prompt),
@@ -206,18 +221,14 @@ def approximate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[st
         "block_length": 32,
         "eos_token_id": None,
     }
-    exact, kept = (
-        model.generate(prompt, **settings, approximate_cache=cached)[0, args.prompt :]
-        for cached in (False, True)
-    )
-    result = alternate(
-        lambda: model.generate(prompt, **settings, approximate_cache=True),
-        lambda: model.generate(prompt, **settings),
+    figures, kept, exact = alternate(
+        lambda: model.generate(prompt, **settings, approximate_cache=True)[0, args.prompt :],
+        lambda: model.generate(prompt, **settings)[0, args.prompt :],
         args.pairs,
     )
     parts = (exact == kept).view(-1, 32).float().mean(-1)
     return {
-        **result,
+        **figures,
         "same_tokens": float((exact == kept).float().mean()),
         "same_per_window": [round(float(part), 3) for part in parts],
     }
@@ -247,17 +258,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     with quiet_libraries():
-        from dllm_convert.adapters import get_adapter
-        from dllm_convert.sampling.run import read_config
-        from dllm_convert.training.setup import load_model
-
-        folder = args.converted
-        from pathlib import Path
-
-        adapter = get_adapter(str(read_config(Path(folder))["model_type"]))
-        model = load_model(Path(folder), adapter, dtype=torch.float32).eval()
+        folder = Path(args.converted)
+        adapter = get_adapter(str(read_config(folder)["model_type"]))
+        model = load_model(folder, adapter, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    print(json.dumps(MODES[args.mode](model, tokenizer, args), indent=None), flush=True)
+        figures = MODES[args.mode](model, tokenizer, args)
+    print(json.dumps({"mode": args.mode, **figures}), flush=True)
 
 
 if __name__ == "__main__":
