@@ -21,6 +21,7 @@ _PARTS = (
     "sampling/reading.py",
     "sampling/decoding.py",
     "sampling/settings.py",
+    "sampling/streaming.py",
     "sampling/output.py",
     "modeling.py",
 )
