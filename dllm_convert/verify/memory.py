@@ -18,10 +18,8 @@ CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 WITHOUT_MODEL = frozenset({"files", "tokens", "quality"})
 """Groups of probes that read headers, or one tensor at a time."""
-_TWO_MODELS = frozenset(
-    {"portability", "training", "base", "cache", "padding", "batch", "generate", "likelihood"}
-)
-"""Groups that hold a second model beside the first, or the first in double precision."""
+_ONE_MODEL = frozenset({"attention", "gradient", "training"})
+"""Groups that hold one model; the others hold a second beside it, or the first in float64."""
 _FLOAT32 = 4
 _LOGIT_TENSORS = 3
 """Tensors of the size of the logits that a probe holds at once: text, changed text, difference."""
@@ -117,7 +115,7 @@ def group_refusal(subject: Subject, group: str) -> str | None:
     except DataError:
         return None  # the probe `weights` says what is wrong with them
     rows = (subject.shapes.get(subject.adapter.embedding) or (0,))[0]
-    copies = (2 if group in _TWO_MODELS else 1) - ("model" in vars(subject))
+    copies = (1 if group in _ONE_MODEL else 2) - ("model" in vars(subject))
     return model_refusal(headers, copies=copies, rows=rows)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from foreign_cases import A2D, NAMES, WEIGHTS, edit_json, make_foreign, own_code
+from hub_server import LoopbackHub, run_python, serve
 from safetensors.torch import load_file, save_file
 
-from dllm_convert.errors import IncompatibleError, UnsupportedError
+from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.verify import GROUPS, Probe, verify_checkpoint
 from dllm_convert.verify.foreign import all_layouts, find_layout
 
@@ -56,7 +57,7 @@ def test_a_sound_instance_passes_and_its_code_stays_asleep(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["a2d-qwen3", "Dream", "LLaDA", "SDAR"])
+@pytest.mark.parametrize("name", ["Dream", "LLaDA", "SDAR"])
 def test_its_own_code_runs_when_it_is_trusted_and_agrees_with_ours(
     source_factory: SourceFactory, name: str
 ) -> None:
@@ -84,6 +85,19 @@ def test_blocks_that_only_the_user_knows_of(source_factory: SourceFactory) -> No
     assert failed(probes) == {}
     assert "blocks of 5 (--block)" in probes["claim"].measured
     assert probes["cache"].passed and probes["own-code-attention"].passed
+
+
+@pytest.mark.parametrize(("name", "family"), [("a2d-qwen3", "qwen3"), ("Dream", "qwen2")])
+def test_against_the_base_it_was_made_from(
+    source_factory: SourceFactory, source_cache: SourceFactory, name: str, family: str
+) -> None:
+    folder = make_foreign(source_factory, name)
+    base = source_cache(family, vocab_padding=24)
+
+    probes = verify(folder, ["files", "tokens", "base"], against=base, untrained=True)
+
+    assert failed(probes) == {}
+    assert probes["base-tensors"].passed and probes["base-logits"].passed
 
 
 def test_block_size_of_the_config_is_the_claim(source_factory: SourceFactory) -> None:
@@ -223,6 +237,18 @@ def test_llada_with_other_blocks_is_read_and_not_computed(
     assert all(key in probes[g].detail for g in ("attention", "base", "cache", "generate"))
 
 
+def test_own_code_of_what_no_class_computes(source_factory: SourceFactory) -> None:
+    folder = make_foreign(source_factory, "LLaDA")
+    own_code(folder, "LLaDA")
+    edit_json(folder / "config.json", lambda config: config.update(block_group_size=2))
+
+    probes = verify(folder, ["files", "tokens", "portability"], trust_remote_code=True)
+
+    assert failed(probes) == {}
+    assert probes["own-code-attention"].passed
+    assert "block_group_size is 2" in probes["own-code-logits"].detail
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [
@@ -254,3 +280,46 @@ def test_unknown_layout_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobodys-diffusion"}))
     with pytest.raises(UnsupportedError, match="nobodys-diffusion"):
         verify(tmp_path)
+
+
+# Hub ids -------------------------------------------------------------------------------------
+
+COMMAND = "import sys; from dllm_convert.cli import main; sys.exit(main())"
+REFUSED = """
+import sys
+from dllm_convert.errors import DllmConvertError
+from dllm_convert.verify import verify_checkpoint
+for checkpoint, revision in (("someone/sdar", "no-such"), ("someone/nothing", None)):
+    try:
+        verify_checkpoint(checkpoint, revision=revision)
+    except DllmConvertError as error:
+        print(type(error).__name__, error.exit_code, error)
+"""
+
+
+def test_a_hub_id_is_downloaded_and_probed(source_factory: SourceFactory, tmp_path: Path) -> None:
+    folder = make_foreign(source_factory, "SDAR")
+    marker = own_code(folder, "SDAR")
+    with serve(LoopbackHub(repos={"someone/sdar": folder})) as hub:
+        env = hub.environment(tmp_path / "home")
+        report = json.loads(run_python(COMMAND, "verify", "someone/sdar", "--json", env=env))
+        refused = run_python(REFUSED, env=env).splitlines()
+
+    assert report["passed"]
+    probes = {probe["name"]: probe for probe in report["probes"]}
+    assert probes["claim"]["passed"] and probes["attention-sdpa"]["passed"]
+    assert not marker.exists()
+    assert "modeling_own.py was not run" in probes["own-code-attention"]["detail"]
+    assert refused[0].startswith("HubError 1 someone/sdar has no revision 'no-such'")
+    assert refused[1].startswith("HubError 1 someone/nothing is not on the Hub")
+
+
+def test_revision_of_a_folder(source_factory: SourceFactory) -> None:
+    with pytest.raises(DataError, match="is a folder, which has no revision"):
+        verify(make_foreign(source_factory, "SDAR"), revision="main")
+
+
+@pytest.mark.parametrize("given", ["nowhere", "./nowhere", "/no/where", "a//b", "../a"])
+def test_what_is_neither_a_folder_nor_a_hub_id(given: str) -> None:
+    with pytest.raises(DataError, match="not a folder, and is not a Hub id"):
+        verify_checkpoint(given)

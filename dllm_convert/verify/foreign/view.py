@@ -146,6 +146,8 @@ def _tokenizer_config(folder: Path, stated: Stated, layout: Layout) -> dict[str,
     brought_code = settings.pop("auto_map", None) is not None
     if brought_code and layout.tokenizer_class:
         settings["tokenizer_class"] = layout.tokenizer_class
+    elif brought_code and (folder / "tokenizer.json").is_file():
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if not settings.get("mask_token") and stated.mask_text == layout.mask_text:
         settings["mask_token"] = layout.mask_text
     return settings
