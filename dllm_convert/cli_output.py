@@ -126,13 +126,6 @@ def run_document(
     return document | ({"published": dict(published)} if published else {})
 
 
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """Return a plan as YAML."""
-    from dllm_convert import recipe_yaml
-
-    return recipe_yaml.dump(plan)
-
-
 def run_text(document: Mapping[str, Any]) -> str:
     """Return what `run` shows, from the document it would print with `--json`."""
     summary = run_summary(document["path"], document["manifest"])

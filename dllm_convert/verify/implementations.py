@@ -23,6 +23,18 @@ def missing(subject: Subject, name: str) -> str:
         return "this torch has no flex attention"
     if not getattr(subject.model, "_supports_flex_attn", False):
         return f"{subject.adapter.stock_class} does not support flex attention"
+    return _refusal(subject, name)
+
+
+@torch.no_grad()
+def _refusal(subject: Subject, name: str) -> str:
+    """Try a few tokens: flex attention refuses sizes of heads, which ones depends on torch."""
+    try:
+        with running(subject, name) as model:
+            model(subject.tokens(1, min(4, subject.context)), use_cache=False)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"flex attention does not run here ({reason})"
     return ""
 
 
