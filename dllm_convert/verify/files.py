@@ -12,7 +12,8 @@ import torch
 
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
-from dllm_convert.plan_attention import SLIDING, layer_types
+from dllm_convert.plan_attention import layer_types
+from dllm_convert.plan_layers import SLIDING
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.reading import read_tensor
 from dllm_convert.verify.report import Probe, first_items, skipped
