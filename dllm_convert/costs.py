@@ -105,7 +105,7 @@ def mean_masked_share(noise: Noise) -> float:
         quarter = math.pi / 2
         return (math.sin(quarter * (1 - a)) - math.sin(quarter * (1 - b))) / (quarter * (b - a))
     power = noise.power + 1
-    return (b**power - a**power) / (power * (b - a))
+    return float((b**power - a**power) / (power * (b - a)))
 
 
 def streams(recipe: Recipe, *, flex: bool) -> Streams:
