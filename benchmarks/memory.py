@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from dllm_convert.cli_output import table, write
 from dllm_convert.costs import peak_memory
