@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
-from dllm_convert.plan_attention import SLIDING, layer_types
+from dllm_convert.plan_attention import layer_types
+from dllm_convert.plan_layers import SLIDING
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.report import Probe, first_items, skipped
 from dllm_convert.verify.storage import check_storage
