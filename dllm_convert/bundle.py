@@ -12,7 +12,19 @@ from pathlib import Path
 
 MODELING_FILE = "modeling_dllm.py"
 
-_PARTS = ("attention.py", "sampling/choosing.py", "sampling/decoding.py", "modeling.py")
+_PARTS = (
+    "attention.py",
+    "sampling/options.py",
+    "sampling/choosing.py",
+    "sampling/canvas.py",
+    "sampling/cache.py",
+    "sampling/reading.py",
+    "sampling/decoding.py",
+    "sampling/settings.py",
+    "sampling/streaming.py",
+    "sampling/output.py",
+    "modeling.py",
+)
 _HEADER = '''"""Diffusion language model classes, written by dllm-convert {version}.
 
 Self-contained: needs torch and transformers >= {transformers} only. Load with

@@ -21,7 +21,7 @@ from dllm_convert.card_base import (
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
-from dllm_convert.pictures import PICTURES, Picture
+from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
 
 BILLION = 1_000_000_000
@@ -74,6 +74,7 @@ class Facts:
         sample: A decoded text, None if there is none.
         verification: The report, None if verification never ran.
         pictures: Pictures in the folder.
+        animation: How the sample was denoised, None if that was not recorded.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         custom_code: Whether the folder brings its modelling code.
         tied: Whether the output head is the embedding.
@@ -96,6 +97,7 @@ class Facts:
     sample: Mapping[str, Any] | None
     verification: Mapping[str, Any] | None
     pictures: tuple[Picture, ...]
+    animation: Picture | None
     adapter_only: bool
     custom_code: bool
     tied: bool
@@ -170,6 +172,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             sample=manifest.get("sample"),
             verification=_verification(manifest.get("verification")),
             pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
+            animation=DENOISING if (folder / DENOISING.file).is_file() else None,
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
             tied=bool(config.get("tie_word_embeddings", True)),

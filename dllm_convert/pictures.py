@@ -36,6 +36,12 @@ LOSS = Picture(
     "the NELBO on held-out text before and after.",
 )
 PICTURES = (LOSS,)
+DENOISING = Picture(
+    "sample.gif",
+    "Animation of the sample above: grey boxes stand for masked tokens and turn into text, one "
+    "forward pass after the other, with the newest tokens highlighted",
+    "The same text while it was denoised; grey is not written yet, orange was written last.",
+)
 
 GREY = "#767676"
 """Of text and axes: contrast above 4 against white and against the Hub's dark page."""

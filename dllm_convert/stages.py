@@ -167,19 +167,23 @@ class Stages:
         return {"nelbo_after": self._nelbo(self._load(self.workspace.work / "trained"))}
 
     def _sample(self) -> dict[str, Any]:
+        from dllm_convert.pictures import DENOISING
         from dllm_convert.sampling import DEFAULT_PROMPT
-        from dllm_convert.sampling.run import decode_sample
+        from dllm_convert.sampling.run import decode_sample, record, recorder_of
 
-        model = self._load(self._weights)
+        model, out = self._load(self._weights), self.workspace.work / DENOISING.file
+        recorder = recorder_of(model)
         with self.reporter.task("decode a sample"):
-            return decode_sample(
-                model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32
-            ).as_dict()
+            sample = decode_sample(
+                model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32, observer=recorder
+            )
+            record(recorder, self._tokenizer, out)
+        return sample.as_dict()
 
     def _assemble(self) -> dict[str, Any]:
         from dllm_convert.licences import write_notice
         from dllm_convert.manifest import write_manifest
-        from dllm_convert.pictures import LOSS, draw_loss
+        from dllm_convert.pictures import DENOISING, LOSS, draw_loss
         from dllm_convert.recipe import dump_recipe
 
         work, staged = self.workspace.work, self.workspace.staged
@@ -187,6 +191,9 @@ class Stages:
         shutil.copytree(self._weights, staged, copy_function=link)
         if self._trains:
             draw_loss(work / "metrics.jsonl", self._measurements(), staged / LOSS.file)
+        # A run that an earlier version began has recorded none.
+        if (work / DENOISING.file).is_file():
+            link(work / DENOISING.file, staged / DENOISING.file)
         write_notice(staged, source_facts(self.plan))
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
         write_manifest(staged, self._manifest())

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from dllm_convert.pictures import (
     BLUE,
+    DENOISING,
     GREY,
     LOSS,
     PICTURES,
@@ -117,6 +118,6 @@ def test_running_median_ignores_a_spike() -> None:
 
 
 def test_every_picture_is_described() -> None:
-    for picture in PICTURES:
+    for picture in (*PICTURES, DENOISING):
         assert len(picture.alt.split()) >= 8
         assert picture.caption.endswith(".")

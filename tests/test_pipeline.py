@@ -76,6 +76,7 @@ def test_every_family_converts(
         "README.md",
         "dllm_convert.json",
         "recipe.yaml",
+        "sample.gif",
         ".work",
     } <= names
     config = json.loads((tmp_path / "out/config.json").read_text())

@@ -18,6 +18,7 @@ from dllm_convert.manifest import (
     read_manifest,
     write_manifest,
 )
+from dllm_convert.pictures import DENOISING
 from dllm_convert.publish.staging import check_recorded, is_weight, published_names
 from dllm_convert.training.adapter_files import ADAPTER
 
@@ -53,7 +54,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
                 continue
             check_recorded(folder, name, recorded)
             target = name.removeprefix(f"{ADAPTER}/")
-            if not fnmatch(target, "*.png"):
+            if not fnmatch(target, "*.png") and target != DENOISING.file:
                 (out / target).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / target)
     (out / MANIFEST_FILE).unlink()
