@@ -8,6 +8,7 @@ from dllm_convert import cli_options as option
 from dllm_convert.cli_errors import CommandGroup
 from dllm_convert.commands.evaluate import evaluate
 from dllm_convert.commands.lists import architectures, recipes
+from dllm_convert.commands.lm_eval import PASS_ON, lm_eval
 from dllm_convert.commands.push import card, push
 from dllm_convert.commands.run import run
 from dllm_convert.commands.sample import sample
@@ -46,3 +47,4 @@ app.command(help="Convert, train, verify and document a checkpoint.")(run)
 app.command("check", help="Show what run would do with the same arguments; loads no weights.")(run)
 for _command in (verify, evaluate, sample, card, push, recipes, architectures):
     app.command()(_command)
+app.command("lm-eval", context_settings=PASS_ON)(lm_eval)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_le
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
-from dllm_convert.evaluation.settings import find_settings, merge
+from dllm_convert.evaluation.settings import Settings, find_settings, merge
 from dllm_convert.evaluation.subject import Subject
+from dllm_convert.sampling.options import DecodingOptions
+
+_DECODING = {field.name for field in fields(DecodingOptions)}
 
 
 @register_model("dllm-convert", "dllm_convert")
@@ -39,6 +43,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         published: Name of published settings to start from.
         max_batch_size: Taken for lm-eval's sake, not used.
         subject: A checkpoint that is loaded already.
+        settings: Where to start from, instead of published ones.
         **given: Fields of `Settings`, and settings of decoding such as `confidence_threshold`.
 
     Raises:
@@ -56,10 +61,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
         published: str | None = None,
         max_batch_size: int | None = None,
         subject: Subject | None = None,
+        settings: Settings | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
-        self.settings = merge(find_settings(published), given)
+        self.settings = merge(settings or find_settings(published), given)
         self._ranks = Ranks.find(device)
         self._rank, self._world_size = self._ranks.rank, self._ranks.world
         self._device = self._ranks.device
@@ -112,21 +118,29 @@ class DiffusionLM(LM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Score continuations: minus the estimated bound in nats, and whether greedy writes them.
 
-        Requests with the same context are choices of one question: they share their noise, and
-        where the ranking is decided no more of it is drawn.
+        The choices of a question share their noise, and where their ranking is decided no more of
+        it is drawn. A request that is asked twice is scored once: lm-eval repeats some to give
+        every process as many.
         """
-        texts, characters = [], {}
-        for number, request in enumerate(requests):
+        numbers: dict[tuple[int, str, str], int] = {}
+        owners: list[int] = []
+        texts: list[Continuation] = []
+        characters: dict[int, int] = {}
+        for request in requests:
             context, continuation = request.args
-            given, scored = self.subject.encode_pair(context, continuation)
-            text = Continuation((*given, *scored), len(given), item_number(context))
-            texts.append(cut_left(text, self.context))
-            characters[number] = len(continuation)
-        scored_texts = self._score(texts, characters)
+            item = item_of(request)
+            number = numbers.setdefault((item, context, continuation), len(texts))
+            owners.append(number)
+            if number == len(texts):
+                given, scored = self.subject.encode_pair(context, continuation)
+                text = Continuation((*given, *scored), len(given), item)
+                texts.append(cut_left(text, self.context))
+                characters[number] = len(continuation)
+        nats = self._score(texts, characters).nats.tolist()
         greedy = self._greedy(texts)
         found = []
-        for request, nats, writes in zip(requests, scored_texts.nats.tolist(), greedy, strict=True):
-            found.append((-nats, writes))
+        for request, number in zip(requests, owners, strict=True):
+            found.append((-nats[number], greedy[number]))
             self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
         return found
 
@@ -191,6 +205,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Write text after each context, up to the first of the task's stop strings."""
         found: dict[int, str] = {}
+        seeds = self._seeds(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -201,23 +216,31 @@ class DiffusionLM(LM):  # type: ignore[misc]
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
                 asked = requests[batch[0]].args[1]
-                contexts = [requests[n].args[0] for n in batch]
-                texts = self._write([prompts[n] for n in batch], asked, contexts)
+                texts = self._write([prompts[n] for n in batch], asked, [seeds[n] for n in batch])
                 for number, text in zip(batch, texts, strict=True):
                     found[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [found[number] for number in range(len(requests))]
 
+    def _seeds(self, requests: Sequence[Any]) -> list[int]:
+        """Return a seed per request: another one each time the same item is asked again."""
+        asked: Counter[int] = Counter()
+        seeds = []
+        for request in requests:
+            item = item_of(request)
+            seeds.append((self.settings.seed + item + asked[item]) % 2**63)
+            asked[item] += 1
+        return seeds
+
     def _write(
-        self, prompts: Sequence[Sequence[int]], asked: dict[str, Any], contexts: Sequence[str]
+        self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[str]:
-        wanted = normalize_gen_kwargs(asked, self.settings.max_new_tokens)
+        wanted = normalize_gen_kwargs(dict(asked), self.settings.max_new_tokens)
         options = dict(self.settings.generation)
-        if wanted.get("temperature"):
-            options["temperature"] = wanted["temperature"]
-        seeds = [(self.settings.seed + item_number(text)) % 2**63 for text in contexts]
+        options |= {name: wanted[name] for name in _DECODING & set(wanted) if wanted[name]}
         started = time.monotonic()
-        written = self.subject.write(prompts, int(wanted["max_gen_toks"]), seeds, **options)
+        length = self.settings.length or int(wanted["max_gen_toks"])
+        written = self.subject.write(prompts, length, seeds, **options)
         self.effort.writing_seconds += time.monotonic() - started
         self.effort.new_tokens += sum(written.new_tokens)
         self.effort.forwards += written.forwards
@@ -225,8 +248,21 @@ class DiffusionLM(LM):  # type: ignore[misc]
         return [cut_at(text, wanted["until"]) for text in written.texts]
 
 
+def item_of(request: Any) -> int:
+    """Number the question a request belongs to.
+
+    By its task and place where lm-eval says them: other questions may have the same context, and
+    the choices of one may have different ones. Requests without any context are a question of their
+    own beside those with one (`acc_mutual_info`).
+    """
+    given = request.args[0]
+    if request.doc_id is None:
+        return item_number(given)
+    return item_number(f"{request.task_name} {request.doc_id} {bool(given)}")
+
+
 def item_number(text: str) -> int:
-    """Number a question by its text.
+    """Number a question by what names it.
 
     Its noise is then the same for every model, whatever else is asked, in which order, in batches
     of what size and on how many processes.

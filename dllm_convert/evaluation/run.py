@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
-from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.paired import Mean, mean_of, paired_difference
-from dllm_convert.evaluation.settings import Settings
+from dllm_convert.evaluation.settings import Settings, find_published
+from dllm_convert.sampling.run import read_config
 
 FORMAT_VERSION = 1
 """Version of the `evaluation` section of the manifest."""
@@ -33,8 +35,10 @@ class Request:
         batch_size: Continuations or prompts per forward.
         thresholds: Confidence thresholds to sweep; empty for the settings' own.
         chat: Whether prompts go through the chat template.
-        shots: Examples before each question, None for the task's own number.
+        shots: Examples before each question, None for what is published or the task's own number.
         unsafe_code: Whether tasks may run the code that a model wrote.
+        published: Name of published settings, for their number of examples.
+        data: Text whose held-out documents are measured, as a recipe's `data.source`.
         settings: How likelihoods are estimated and text is written.
     """
 
@@ -48,7 +52,15 @@ class Request:
     chat: bool = False
     shots: int | None = None
     unsafe_code: bool = False
+    published: str | None = None
+    data: str | None = None
     settings: Settings = field(default_factory=Settings)
+
+    def shots_of(self, task: str) -> int | None:
+        """Examples before each question of a task, None for its own number."""
+        if self.shots is not None or self.published is None:
+            return self.shots
+        return find_published(self.published).shots.get(task)
 
 
 @dataclass(frozen=True)
@@ -130,14 +142,21 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
 def _conversion(request: Request, **more: Any) -> Any:
     from dllm_convert.evaluation.harness import DiffusionLM
 
-    settings = {k: v for k, v in vars(request.settings).items() if k != "generation"}
-    given = {**settings, **request.settings.generation, **more}
-    return DiffusionLM(str(request.checkpoint), batch_size=request.batch_size, **given)
+    return DiffusionLM(
+        str(request.checkpoint), batch_size=request.batch_size, settings=request.settings, **more
+    )
 
 
 def _base(request: Request) -> Any:
     from dllm_convert.evaluation.base import AutoregressiveLM
 
+    model_type = str(read_config(request.checkpoint)["model_type"])
+    if get_adapter(model_type).attention == "bidirectional":
+        raise IncompatibleError(
+            f"{request.base} is a masked language model, which has no likelihood of its own and "
+            "writes nothing",
+            hint="Leave --against out",
+        )
     return AutoregressiveLM(pretrained=request.base, dtype="float32", batch_size=request.batch_size)
 
 
@@ -148,42 +167,75 @@ def _as_dict(request: Request) -> dict[str, Any]:
         "batch_size": request.batch_size,
         "chat": request.chat,
         "shots": request.shots,
+        "published": request.published,
         **settings,
     }
 
 
 def _run(request: Request, model: Any) -> Outcome:
     """Have lm-eval run all tasks with one model."""
-    from lm_eval import simple_evaluate
+    started = time.monotonic()
+    manager = _task_manager(request)
+    groups: dict[int | None, list[str]] = {}
+    for name in request.tasks:
+        groups.setdefault(request.shots_of(name), []).append(name)
+    items: dict[tuple[str, str], Mapping[int, float]] = {}
+    tasks: dict[str, Mapping[str, Any]] = {}
+    for shots, names in groups.items():
+        found = _run_group(request, model, manager, names, shots)
+        # Of several processes the first one holds the results.
+        if found is not None:
+            items |= _items(found)
+            tasks |= _task_facts(found)
+    seconds = round(time.monotonic() - started, 1)
+    return Outcome(items, model.effort.as_dict(), seconds, tasks)
+
+
+def _task_manager(request: Request) -> Any:
+    """Find the tasks, without lm-eval's own thousands where they are not needed.
+
+    Raises:
+        DataError: There is no task of a name.
+    """
     from lm_eval.tasks import TaskManager
 
     from dllm_convert.evaluation.tasks import FOLDER
 
-    started = time.monotonic()
-    manager = TaskManager(include_path=[str(FOLDER), *request.include])
-    unknown = [name for name in request.tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise DataError(
-            f"there is no task {', '.join(unknown)}",
-            hint="lm-eval ls tasks lists them; --include-path adds a folder of your own",
-        )
-    found = simple_evaluate(
+    folders = [str(FOLDER), *request.include]
+    unknown: list[str] = []
+    for defaults in (False, True):
+        manager = TaskManager(include_path=folders, include_defaults=defaults)
+        unknown = [name for name in request.tasks if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    raise DataError(
+        f"there is no task {', '.join(unknown)}",
+        hint="dllm-convert lm-eval ls tasks lists them; --include-path adds a folder of your own",
+    )
+
+
+def _run_group(
+    request: Request, model: Any, manager: Any, names: list[str], shots: int | None
+) -> Mapping[str, Any] | None:
+    from lm_eval import simple_evaluate
+
+    seed = request.settings.seed
+    found: Mapping[str, Any] | None = simple_evaluate(
         model=model,
-        tasks=list(request.tasks),
-        num_fewshot=request.shots,
+        tasks=names,
+        num_fewshot=shots,
         limit=request.limit,
         apply_chat_template=request.chat,
         fewshot_as_multiturn=request.chat,
         confirm_run_unsafe_code=request.unsafe_code,
         task_manager=manager,
         bootstrap_iters=0,
-        random_seed=request.settings.seed,
-        numpy_random_seed=request.settings.seed,
-        torch_random_seed=request.settings.seed,
-        fewshot_random_seed=request.settings.seed,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
     )
-    seconds = round(time.monotonic() - started, 1)
-    return Outcome(_items(found), model.effort.as_dict(), seconds, _task_facts(found))
+    return found
 
 
 def _items(found: Mapping[str, Any]) -> Items:

@@ -27,6 +27,8 @@ class Settings:
             `auto` where a context has a single continuation, `always` or `never`.
         seed: Seed of the noise and of sampling.
         max_new_tokens: Tokens to write where a task names no number.
+        length: Tokens to write whatever a task says: text is denoised in a canvas of this length,
+            which moves the scores of MDLM.
         block_size: Tokens per block, instead of the checkpoint's; bd3lm only.
         generation: Settings of decoding, instead of the checkpoint's generation_config.json.
     """
@@ -38,6 +40,7 @@ class Settings:
     greedy: Greedy = "auto"
     seed: int = 0
     max_new_tokens: int = 256
+    length: int | None = None
     block_size: int | None = None
     generation: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -50,12 +53,14 @@ class Published:
         settings: As far as this package can follow them.
         shots: Examples before each question by lm-eval's name of the task.
         source: Where they stand.
+        chat: Whether questions are asked through the chat template.
         differs: What is different here, empty if nothing is known to be.
     """
 
     settings: Settings
     shots: Mapping[str, int]
     source: str
+    chat: bool = False
     differs: str = ""
 
 
@@ -64,15 +69,80 @@ def merge(settings: Settings, given: Mapping[str, Any]) -> Settings:
 
     Args:
         settings: Where to start from.
-        given: Fields of `Settings`, and anything else for decoding.
+        given: Fields of `Settings`, None leaving one as it is, and anything else for decoding,
+            where None means none, as in no confidence threshold.
     """
     own = {item.name for item in fields(Settings)} - {"generation"}
     mine = {name: value for name, value in given.items() if name in own and value is not None}
-    theirs = {name: value for name, value in given.items() if name not in own and value is not None}
+    theirs = {name: value for name, value in given.items() if name not in own}
     return replace(settings, **mine, generation={**settings.generation, **theirs})
 
 
-PUBLISHED: Mapping[str, Published] = MappingProxyType({})
+_ONE_TOKEN = {"confidence_threshold": None, "max_denoising_steps": None, "temperature": 0.0}
+"""One token per forward: as many steps as tokens, in the words of the projects below."""
+
+_TINY_A2D_SHOTS = {
+    "bbh": 3,
+    "gsm8k_cot": 0,
+    "humaneval_instruct": 0,
+    "mbpp_instruct": 0,
+    "minerva_math": 0,
+    "mmlu_pro": 0,
+}
+
+PUBLISHED: Mapping[str, Published] = MappingProxyType(
+    {
+        "tiny-a2d-mdlm": Published(
+            Settings(length=256, generation=_ONE_TOKEN),
+            _TINY_A2D_SHOTS,
+            "github.com/ZHZisZZ/dllm at ca17675, examples/a2d/mdlm/eval.sh and README.md",
+            chat=True,
+            differs="MMLU and HellaSwag are tasks of its fork of lm-eval, three tokens written; "
+            "its eval.sh gives gsm8k_cot five examples, its README none",
+        ),
+        "tiny-a2d-bd3lm": Published(
+            Settings(length=256, block_size=32, generation=_ONE_TOKEN),
+            _TINY_A2D_SHOTS,
+            "github.com/ZHZisZZ/dllm at ca17675, examples/a2d/bd3lm/eval.sh",
+            chat=True,
+            differs="MMLU and HellaSwag are tasks of its fork of lm-eval, three tokens written; "
+            "blocks are counted here from the beginning of the prompt",
+        ),
+        "llada-base": Published(
+            Settings(
+                rounds=16,
+                confidence=1.0,
+                greedy="never",
+                length=1024,
+                generation=_ONE_TOKEN,
+            ),
+            {
+                "arc_challenge": 0,
+                "gpqa_main_n_shot": 5,
+                "hellaswag": 0,
+                "piqa": 0,
+                "truthfulqa_mc2": 0,
+                "winogrande": 5,
+            },
+            "github.com/ML-GSAI/LLaDA at b7e6c35, eval_llada_lm_eval.sh and EVAL.md",
+            differs="128 draws as there, but one noise for all choices; MMLU has a single draw "
+            "there (--set draws=1 --set rounds=1, five examples); likelihoods with classifier-free "
+            "guidance are not offered",
+        ),
+        "fast-dllm-v2": Published(
+            Settings(
+                length=2048,
+                block_size=32,
+                generation={**_ONE_TOKEN, "confidence_threshold": 1.0},
+            ),
+            {"gsm8k": 0, "minerva_math": 0, "mmlu": 5},
+            "what others repeat of v2/eval_script.sh of github.com/NVlabs/Fast-dLLM",
+            chat=True,
+            differs="second-hand: the script itself was not read; no sub-blocks of 8 tokens inside "
+            "a block",
+        ),
+    }
+)
 """Published settings by name."""
 
 
@@ -82,10 +152,17 @@ def find_settings(name: str | None) -> Settings:
     Raises:
         DataError: There are none of that name.
     """
-    if name is None:
-        return Settings()
+    return Settings() if name is None else find_published(name).settings
+
+
+def find_published(name: str) -> Published:
+    """Return published settings with what else is known of them.
+
+    Raises:
+        DataError: There are none of that name.
+    """
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1)
         hint = f"The nearest is {near[0]}" if near else f"Known: {', '.join(PUBLISHED)}"
         raise DataError(f"no published settings are called {name!r}", hint=hint)
-    return PUBLISHED[name].settings
+    return PUBLISHED[name]
