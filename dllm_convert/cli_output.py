@@ -182,6 +182,18 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
     Args:
         evaluation: The `evaluation` section of the manifest.
     """
+    parts = []
+    if evaluation.get("results"):
+        parts += _task_tables(evaluation)
+    text = evaluation.get("text")
+    if text:
+        labels = {"nelbo": "NELBO of the conversion", "nll": "NLL of the base"}
+        rows = [(label, *_measure(text[key])) for key, label in labels.items() if key in text]
+        parts.append(table((text["source"], "nats per token", "perplexity", "tokens"), rows))
+    return "\n\n".join(parts)
+
+
+def _task_tables(evaluation: Mapping[str, Any]) -> list[str]:
     header = ("task", "metric", "base", "conversion", "difference")
     rows = [
         (
@@ -202,10 +214,22 @@ def evaluation_text(evaluation: Mapping[str, Any]) -> str:
         ]
         names = ("threshold", "task", "metric", "score", "tokens per forward", "tokens/s")
         parts.append(table(names, sweep))
-    effort = evaluation["effort"]["after"]
-    if effort.get("draws_saved"):
-        parts.append(f"{effort['draws_saved']:.0%} of the draws saved by stopping early")
-    return "\n\n".join(parts)
+    parts += _effort_lines(evaluation["effort"])
+    return parts
+
+
+def _effort_lines(effort: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key, name in (("before", "base"), ("after", "conversion")):
+        took = effort.get(key) or {}
+        if took.get("new_tokens"):
+            lines.append(
+                f"{name}: {took['new_tokens']:,} tokens written, {took['tokens_per_forward']} per "
+                f"forward, {took['tokens_per_second']} per second"
+            )
+        if took.get("draws_saved"):
+            lines.append(f"{name}: {took['draws_saved']:.0%} of the draws saved by stopping early")
+    return ["\n".join(lines)] if lines else []
 
 
 def _interval(mean: Mapping[str, Any] | None, *, sign: str = "") -> str:

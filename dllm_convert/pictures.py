@@ -1,4 +1,4 @@
-"""Pictures of a run for its card, drawn from what training logged."""
+"""Pictures of a run for its card, drawn from what training and evaluation wrote down."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,14 @@ LOSS = Picture(
     "Training loss and NELBO per logged step, thin, and their running median, thick; crosses are "
     "the NELBO on held-out text before and after.",
 )
-PICTURES = (LOSS,)
+PARALLELISM = Picture(
+    "parallelism.png",
+    "Line chart of the score of each task over the tokens written per forward pass, a point per "
+    "confidence threshold",
+    "Score against tokens per forward, a point per confidence threshold, with 95 % intervals over "
+    "items.",
+)
+PICTURES = (LOSS, PARALLELISM)
 DENOISING = Picture(
     "sample.gif",
     "Animation of the sample above: grey boxes stand for masked tokens and turn into text, one "
@@ -48,6 +56,8 @@ GREY = "#767676"
 BLUE = "#0072b2"
 VERMILION = "#d55e00"
 """Blue and vermilion of Okabe and Ito: apart for every colour vision, 3:1 on white and on dark."""
+
+_COLOURS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00")
 
 _WINDOW = 15
 
@@ -130,8 +140,55 @@ def draw_loss(metrics: Path, measurements: Mapping[str, Any], out: Path) -> bool
         _draw_curve(axes, curves.get("nelbo"), VERMILION, "--", "training NELBO")
     last = max(curve.steps[-1] for curve in curves.values())
     _draw_held_out(axes, measurements, last)
-    _style(axes)
+    _style(axes, "optimizer step", "nats per token")
     # Without a date or a version inside, the same run gives the same file.
+    figure.savefig(out, transparent=True, metadata={"Software": None})
+    return True
+
+
+def draw_parallelism(sweep: Sequence[Mapping[str, Any]], out: Path) -> bool:
+    """Draw what writing several tokens per forward costs, readable on light and on dark pages.
+
+    Args:
+        sweep: Section `evaluation.sweep` of the manifest.
+        out: PNG to write.
+
+    Returns:
+        Whether there was anything to draw; otherwise nothing is written.
+    """
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sweep:
+        if row.get("tokens_per_forward"):
+            lines.setdefault(f"{row['task']}, {row['metric']}", []).append(row)
+    if not lines:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    styles = zip(_COLOURS, "osD^v", strict=True)
+    for (label, rows), (colour, marker) in zip(lines.items(), cycle(styles), strict=False):
+        rows.sort(key=lambda row: float(row["tokens_per_forward"]))
+        axes.errorbar(
+            [row["tokens_per_forward"] for row in rows],
+            [row["value"] for row in rows],
+            [row["half_width"] or 0 for row in rows],
+            color=colour,
+            marker=marker,
+            capsize=3,
+            label=label,
+        )
+        for row in rows:
+            axes.annotate(
+                f"{row['threshold']:g}",
+                (row["tokens_per_forward"], row["value"]),
+                (4, 4),
+                textcoords="offset points",
+                color=GREY,
+            )
+    _style(axes, "tokens per forward", "score")
     figure.savefig(out, transparent=True, metadata={"Software": None})
     return True
 
@@ -174,9 +231,9 @@ def _draw_held_out(axes: Axes, measurements: Mapping[str, Any], last: int) -> No
         axes.axhline(value, color=GREY, linestyle=":", label="base, autoregressive")
 
 
-def _style(axes: Axes) -> None:
-    axes.set_xlabel("optimizer step", color=GREY)
-    axes.set_ylabel("nats per token", color=GREY)
+def _style(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=GREY)
+    axes.set_ylabel(y, color=GREY)
     axes.tick_params(colors=GREY)
     axes.grid(visible=True, color=GREY, alpha=0.25, linewidth=0.5)
     for side, spine in axes.spines.items():

@@ -24,6 +24,15 @@ Tasks = Annotated[
     str,
     typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval, separated by commas."),
 ]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="Measure NELBO, and the base's NLL, on the held-out documents of pydoc, files or a "
+        "Hub dataset.",
+    ),
+]
 Include = Annotated[
     list[Path] | None,
     typer.Option("--include-path", metavar="DIR", help="Folder with more tasks. Repeatable."),
@@ -69,6 +78,7 @@ def evaluate(
     checkpoint: option.Checkpoint,
     tasks: Tasks = "",
     against: Against = None,
+    data: Text = None,
     include_path: Include = None,
     limit: Limit = None,
     num_fewshot: Shots = None,
@@ -84,8 +94,8 @@ def evaluate(
     """Evaluate a converted checkpoint, and its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
     from dllm_convert.evaluation.record import evaluate_checkpoint
-    from dllm_convert.evaluation.run import Request
-    from dllm_convert.evaluation.settings import find_settings, merge
+    from dllm_convert.evaluation.request import Request
+    from dllm_convert.evaluation.settings import find_published, find_settings, merge
     from dllm_convert.quiet import quiet_libraries
 
     settings = merge(find_settings(published), parse_assignments(assignments or ()))
@@ -97,9 +107,11 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         thresholds=tuple(map(_threshold, _names(thresholds or ""))),
-        chat=apply_chat_template,
+        chat=apply_chat_template or (published is not None and find_published(published).chat),
         shots=num_fewshot,
         unsafe_code=confirm_run_unsafe_code,
+        published=published,
+        data=data,
         settings=settings,
     )
     with quiet_libraries():

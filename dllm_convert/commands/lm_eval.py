@@ -25,7 +25,7 @@ def lm_eval(arguments: Arguments = None) -> None:
     lm-eval finds models in a table of its own and reads no entry points, so the plain `lm_eval`
     command cannot know this one.
     """
-    from dllm_convert.evaluation.run import require_harness
+    from dllm_convert.evaluation.outcome import require_harness
 
     require_harness()
     from lm_eval.__main__ import cli_evaluate

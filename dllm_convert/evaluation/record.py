@@ -2,37 +2,77 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from dllm_convert.console import Reporter
-from dllm_convert.errors import DllmConvertError
-from dllm_convert.evaluation.run import Request, evaluate_tasks
+from dllm_convert.errors import DllmConvertError, IncompatibleError
+from dllm_convert.evaluation.request import Request
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from dllm_convert.place import Place
+
+FORMAT_VERSION = 1
+"""Version of the `evaluation` section of the manifest."""
 
 
 def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate a checkpoint and add the result to its dllm_convert.json.
-
-    Of several processes the first one writes.
+    """Evaluate a checkpoint; add the result to its dllm_convert.json and draw its picture.
 
     Args:
         request: What is to be evaluated.
         reporter: Progress.
 
     Returns:
-        The `evaluation` section; empty on other processes than the first.
+        The `evaluation` section.
 
     Raises:
         DllmConvertError: There is nothing to evaluate, or lm-eval is not installed.
+        IncompatibleError: Several processes were started.
     """
-    if not request.tasks:
+    if not request.tasks and request.data is None:
         raise DllmConvertError(
-            "no tasks to evaluate", hint="Name some, as in --tasks dllm_copy,dllm_cloze"
+            "nothing to evaluate",
+            hint="Name tasks, as in --tasks dllm_copy,dllm_last_word, or text, as in --data pydoc",
         )
-    found = evaluate_tasks(request, reporter)
-    path = request.checkpoint / MANIFEST_FILE
-    if found and path.is_file():
-        write_manifest(
-            request.checkpoint, {**read_manifest(request.checkpoint), "evaluation": found}
+    if Place.from_environment().world > 1:
+        raise IncompatibleError(
+            "evaluate runs in one process",
+            hint="accelerate launch -m dllm_convert lm-eval takes several",
         )
+    started = time.monotonic()
+    found: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": _settings(request)}
+    if request.tasks:
+        from dllm_convert.evaluation.run import evaluate_tasks
+
+        found |= evaluate_tasks(request, reporter)
+    if request.data is not None:
+        from dllm_convert.evaluation.text import measure_text
+
+        found["text"] = measure_text(request, reporter)
+    found["seconds"] = round(time.monotonic() - started, 1)
+    _write(request, found)
     return found
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    settings = {**vars(request.settings), "generation": dict(request.settings.generation)}
+    return {
+        "base": request.base,
+        "limit": request.limit,
+        "batch_size": request.batch_size,
+        "chat": request.chat,
+        "shots": request.shots,
+        "published": request.published,
+        **settings,
+    }
+
+
+def _write(request: Request, found: dict[str, Any]) -> None:
+    from dllm_convert.pictures import PARALLELISM, draw_parallelism
+
+    folder = request.checkpoint
+    if (folder / MANIFEST_FILE).is_file():
+        write_manifest(folder, {**read_manifest(folder), "evaluation": found})
+    picture = folder / PARALLELISM.file
+    if not draw_parallelism(found.get("sweep") or (), picture):
+        picture.unlink(missing_ok=True)

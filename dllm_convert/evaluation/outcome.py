@@ -1,0 +1,154 @@
+"""Tasks run by lm-eval with one model, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.evaluation.paired import Mean, mean_of
+from dllm_convert.evaluation.request import Request
+
+Items = Mapping[tuple[str, str], Mapping[int, float]]
+"""Score of every item by (task, metric) and the item's number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model did on all tasks.
+
+    Attributes:
+        items: Scores by task, metric and item.
+        effort: What it took.
+        seconds: Wall time, loading included.
+        tasks: Task names and their version, number of items, examples before each and kind.
+    """
+
+    items: Items
+    effort: Mapping[str, Any]
+    seconds: float
+    tasks: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def writes(self) -> bool:
+        """Whether any task had text written."""
+        return any(task["output_type"] == "generate_until" for task in self.tasks.values())
+
+    def means(self) -> dict[tuple[str, str], Mean]:
+        """Mean of every metric with its interval."""
+        return {key: mean_of(list(scores.values())) for key, scores in self.items.items()}
+
+
+def require_harness() -> None:
+    """Refuse to evaluate tasks without lm-eval.
+
+    Raises:
+        DllmConvertError: It is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise DllmConvertError(
+            "tasks need lm-eval, which is not installed",
+            hint="pip install 'dllm-convert[eval]'",
+        )
+
+
+def run_tasks(request: Request, model: Any) -> Outcome:
+    """Have lm-eval run all tasks with one model.
+
+    Args:
+        request: What is to be evaluated.
+        model: As lm-eval sees it, with its `effort`.
+
+    Raises:
+        DataError: There is no task of a name.
+    """
+    started = time.monotonic()
+    manager = _task_manager(request)
+    groups: dict[int | None, list[str]] = {}
+    for name in request.tasks:
+        groups.setdefault(request.shots_of(name), []).append(name)
+    items: dict[tuple[str, str], Mapping[int, float]] = {}
+    tasks: dict[str, Mapping[str, Any]] = {}
+    for shots, names in groups.items():
+        found = _run_group(request, model, manager, names, shots)
+        # Of several processes the first one holds the results.
+        if found is not None:
+            items |= _items(found)
+            tasks |= _task_facts(found)
+    seconds = round(time.monotonic() - started, 1)
+    return Outcome(items, model.effort.as_dict(), seconds, tasks)
+
+
+def _task_manager(request: Request) -> Any:
+    """Find the tasks, without lm-eval's own thousands where they are not needed.
+
+    Raises:
+        DataError: There is no task of a name.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from dllm_convert.evaluation.tasks import FOLDER
+
+    folders = [str(FOLDER), *request.include]
+    unknown: list[str] = []
+    for defaults in (False, True):
+        manager = TaskManager(include_path=folders, include_defaults=defaults)
+        unknown = [name for name in request.tasks if not manager.match_tasks([name])]
+        if not unknown:
+            return manager
+    raise DataError(
+        f"there is no task {', '.join(unknown)}",
+        hint="dllm-convert lm-eval ls tasks lists them; --include-path adds a folder of your own",
+    )
+
+
+def _run_group(
+    request: Request, model: Any, manager: Any, names: list[str], shots: int | None
+) -> Mapping[str, Any] | None:
+    from lm_eval import simple_evaluate
+
+    seed = request.settings.seed
+    found: Mapping[str, Any] | None = simple_evaluate(
+        model=model,
+        tasks=names,
+        num_fewshot=shots,
+        limit=request.limit,
+        apply_chat_template=request.chat,
+        fewshot_as_multiturn=request.chat,
+        confirm_run_unsafe_code=request.unsafe_code,
+        task_manager=manager,
+        bootstrap_iters=0,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return found
+
+
+def _items(found: Mapping[str, Any]) -> Items:
+    """Collect the numbers that lm-eval scored every item with."""
+    items: dict[tuple[str, str], dict[int, float]] = {}
+    for task, samples in found["samples"].items():
+        for sample in samples:
+            for metric in sample["metrics"]:
+                value = sample[metric]
+                if isinstance(value, int | float):
+                    items.setdefault((task, metric), {})[sample["doc_id"]] = float(value)
+    return items
+
+
+def _task_facts(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        task: {
+            "version": found["versions"].get(task),
+            "items": found["n-samples"][task]["effective"],
+            "shots": found["n-shot"].get(task),
+            "output_type": config.get("output_type"),
+        }
+        for task, config in found["configs"].items()
+    }

@@ -1,0 +1,49 @@
+"""What is to be evaluated, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dllm_convert.evaluation.settings import Settings, find_published
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated.
+
+    Attributes:
+        checkpoint: Folder of the conversion.
+        tasks: Names of lm-eval's tasks.
+        base: Folder or Hub id of the base, None to leave it out.
+        include: Folders with more tasks.
+        limit: Most items per task.
+        batch_size: Continuations or prompts per forward.
+        thresholds: Confidence thresholds to sweep; empty for the settings' own.
+        chat: Whether prompts go through the chat template.
+        shots: Examples before each question, None for what is published or the task's own number.
+        unsafe_code: Whether tasks may run the code that a model wrote.
+        published: Name of published settings, for their number of examples.
+        data: Text whose held-out documents are measured, as a recipe's `data.source`.
+        settings: How likelihoods are estimated and text is written.
+    """
+
+    checkpoint: Path
+    tasks: tuple[str, ...]
+    base: str | None = None
+    include: tuple[str, ...] = ()
+    limit: int | None = None
+    batch_size: int = 8
+    thresholds: tuple[float, ...] = ()
+    chat: bool = False
+    shots: int | None = None
+    unsafe_code: bool = False
+    published: str | None = None
+    data: str | None = None
+    settings: Settings = field(default_factory=Settings)
+
+    def shots_of(self, task: str) -> int | None:
+        """Examples before each question of a task, None for its own number."""
+        if self.shots is not None or self.published is None:
+            return self.shots
+        return find_published(self.published).shots.get(task)

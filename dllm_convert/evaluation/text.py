@@ -1,0 +1,105 @@
+"""Held-out text: the conversion's NELBO against the base's own NLL, on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dllm_convert.console import Reporter
+from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
+from dllm_convert.diffusion.objective import TextBatch
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.evaluation.request import Request
+from dllm_convert.evaluation.subject import Subject
+from dllm_convert.manifest import read_manifest
+from dllm_convert.schema import Recipe
+
+PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
+"""Text that two vocabularies are unlikely to cut alike."""
+
+
+class Stock:
+    """A stock causal model, called as `autoregressive_nll` calls a conversion.
+
+    Args:
+        model: Of `AutoModelForCausalLM`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self, *, logits_at: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
+    ) -> SimpleNamespace:
+        """Return logits at flat positions only, shape (positions, rows).
+
+        Args:
+            logits_at: Flat positions, shape (positions,).
+            attention_mask: Who sees whom, bool, shape (batch, 1, length, length).
+            **inputs: What else the model takes.
+        """
+        # Padding that sees nothing would be NaN, and so would what multiplies it by zero.
+        own = torch.eye(attention_mask.shape[-1], dtype=torch.bool, device=attention_mask.device)
+        logits = self.model(attention_mask=attention_mask | own, **inputs).logits
+        return SimpleNamespace(logits=logits.flatten(0, 1)[logits_at])
+
+
+def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
+    """Measure the documents of a text that training on it would have held out.
+
+    Sequences are as long as in training, and of the same number.
+
+    Args:
+        request: What is to be evaluated; `data` names the text.
+        reporter: Progress.
+
+    Returns:
+        `source`, `data` (counts), `nelbo`, and `nll` if there is a base.
+
+    Raises:
+        DataError: There is no such text, or no manifest that says how sequences were cut.
+        IncompatibleError: The base has another vocabulary.
+    """
+    from dllm_convert.training.data import prepare_data
+
+    recipe = Recipe.model_validate(read_manifest(request.checkpoint)["recipe"])
+    data = recipe.data.model_copy(
+        update={"source": request.data, "held_out_source": None, "held_out_split": None}
+    )
+    recipe = recipe.model_copy(update={"data": data})
+    subject = Subject.load(request.checkpoint, block_size=request.settings.block_size)
+    text = prepare_data(recipe, subject.tokenizer, reporter)
+    batches = [batch.to(subject.model.device) for batch in text.held_out]
+    found: dict[str, Any] = {"source": request.data, "data": dict(text.facts)}
+    with reporter.task("measure held-out NELBO", total=len(batches)) as task:
+        bound = nelbo(
+            subject.model, batches, subject.objective, seed=request.settings.seed, task=task
+        )
+    found["nelbo"] = bound.as_dict()
+    if request.base is not None:
+        found["nll"] = _base_nll(request.base, subject, batches, reporter)
+    return found
+
+
+def _base_nll(
+    base: str, subject: Subject, batches: Sequence[TextBatch], reporter: Reporter
+) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(base)(PROBE, add_special_tokens=False)["input_ids"]
+    if own != subject.encode(PROBE, special=False):
+        raise IncompatibleError(
+            f"{base} has another vocabulary than {subject.name}, so their nats per token cannot "
+            "be compared",
+            hint="Give the model that was converted",
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=subject.model.dtype, attn_implementation="sdpa"
+    )
+    model = model.to(subject.model.device).eval()
+    rows = int(model.config.get_text_config().vocab_size)
+    with reporter.task("measure the base's NLL", total=len(batches)) as task:
+        return dict(autoregressive_nll(Stock(model), batches, rows, task=task).as_dict())
