@@ -38,10 +38,10 @@ def next_sentence(item_count: int = 400, item_seed: int = 0, **_: Any) -> dict[s
     paragraphs = [part for part in _paragraphs() if len(part) > 2]
     draw.shuffle(paragraphs)
     items = []
-    for number, sentences in enumerate(paragraphs[:item_count]):
+    every = sorted({text for sentences in paragraphs for text in sentences})
+    for sentences in paragraphs[:item_count]:
         at = draw.randrange(1, len(sentences) - 1)
-        others = [p for n, p in enumerate(paragraphs) if n != number]
-        wrong = [draw.choice(other) for other in draw.sample(others, CHOICES - 1)]
+        wrong = draw.sample([text for text in every if text not in sentences], CHOICES - 1)
         question = " ".join(sentences[at - 1 : at + 1])
         items.append(_choice(draw, question, sentences[at + 1], wrong))
     return {"test": Dataset.from_list(items)}
@@ -149,14 +149,15 @@ def _paragraphs() -> list[list[str]]:
     """Sentences of the language reference's running text, by paragraph."""
     from pydoc_data.topics import topics
 
-    found = []
+    found: dict[tuple[str, ...], None] = {}
     for name in sorted(topics):
         for part in str(topics[name]).split("\n\n"):
             # Indented parts are grammar and code.
             if not part.startswith(" "):
                 sentences = _SENTENCE.split(" ".join(part.split()))
-                found.append([text for text in sentences if 40 < len(text) < 300])
-    return found
+                # Some topics share paragraphs.
+                found[tuple(text for text in sentences if 40 < len(text) < 300)] = None
+    return [list(sentences) for sentences in found]
 
 
 def _choice(draw: random.Random, question: str, right: str, wrong: list[str]) -> dict[str, Any]:
