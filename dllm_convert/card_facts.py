@@ -19,6 +19,7 @@ from dllm_convert.card_base import (
     data_of,
 )
 from dllm_convert.card_cost import Cost, cost_of
+from dllm_convert.card_evaluation import Evaluation, evaluation_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
@@ -71,6 +72,7 @@ class Facts:
         cost: What training cost, None if there was none.
         data: Text used, None if none was.
         measures: Held-out likelihoods.
+        evaluation: Scores beside the base's, None if there are none.
         sample: A decoded text, None if there is none.
         verification: The report, None if verification never ran.
         pictures: Pictures in the folder.
@@ -94,6 +96,7 @@ class Facts:
     cost: Cost | None
     data: Data | None
     measures: tuple[Measure, ...]
+    evaluation: Evaluation | None
     sample: Mapping[str, Any] | None
     verification: Mapping[str, Any] | None
     pictures: tuple[Picture, ...]
@@ -169,6 +172,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             cost=cost_of(config, manifest),
             data=data_of(measurements.get("data"), recipe),
             measures=_measures(measurements),
+            evaluation=evaluation_of(folder, manifest.get("evaluation")),
             sample=manifest.get("sample"),
             verification=_verification(manifest.get("verification")),
             pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),

@@ -65,14 +65,14 @@ def _tags(facts: Facts) -> list[str]:
 def model_index(facts: Facts, title: str) -> list[dict[str, Any]]:
     """Return the measured values in the form the Hub reads; empty if there are none to compare.
 
-    Both metrics are bounds and are called so. Text that only the author has is left out: nobody
+    Metrics of text are bounds and are called so. Text that only the author has is left out: nobody
     else could measure on it.
 
     Args:
         facts: Facts of the run.
         title: Name of the model.
     """
-    results = _results(facts)
+    results = [*_results(facts), *_scores(facts)]
     if not results:
         return []
     from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -109,6 +109,28 @@ def _results(facts: Facts) -> list[EvalResult]:
         metric_value=float(f"{measure.perplexity:.4g}"),
     )
     return [nelbo, perplexity]
+
+
+def _scores(facts: Facts) -> list[EvalResult]:
+    """Return the scores of an evaluation; a task's name and items stand for its text."""
+    if facts.evaluation is None:
+        return []
+    from huggingface_hub import EvalResult
+
+    task = _PIPELINE_TAGS[facts.adapter.auto_class]
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=_TASK_NAMES[task],
+            dataset_type=score.task,
+            dataset_name=f"{score.task}, {score.items:,} items",
+            metric_type=score.hub_metric,
+            metric_name=f"{score.metric} (lm-eval)",
+            metric_value=round(score.value, 4),
+        )
+        for score in facts.evaluation.scores
+        if math.isfinite(score.value)
+    ]
 
 
 def _dataset(facts: Facts, data: Data, tokens: int) -> dict[str, Any]:

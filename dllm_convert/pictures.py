@@ -36,6 +36,7 @@ LOSS = Picture(
     "Training loss and NELBO per logged step, thin, and their running median, thick; crosses are "
     "the NELBO on held-out text before and after.",
 )
+PICTURES = (LOSS,)
 PARALLELISM = Picture(
     "parallelism.png",
     "Line chart of the score of each task over the tokens written per forward pass, a point per "
@@ -43,7 +44,6 @@ PARALLELISM = Picture(
     "Score against tokens per forward, a point per confidence threshold, with 95 % intervals over "
     "items.",
 )
-PICTURES = (LOSS, PARALLELISM)
 DENOISING = Picture(
     "sample.gif",
     "Animation of the sample above: grey boxes stand for masked tokens and turn into text, one "

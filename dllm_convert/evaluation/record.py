@@ -8,7 +8,7 @@ from typing import Any
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from dllm_convert.manifest import MANIFEST_FILE, read_manifest, sha256_file, write_manifest
 from dllm_convert.place import Place
 
 FORMAT_VERSION = 1
@@ -71,8 +71,18 @@ def _write(request: Request, found: dict[str, Any]) -> None:
     from dllm_convert.pictures import PARALLELISM, draw_parallelism
 
     folder = request.checkpoint
-    if (folder / MANIFEST_FILE).is_file():
-        write_manifest(folder, {**read_manifest(folder), "evaluation": found})
     picture = folder / PARALLELISM.file
-    if not draw_parallelism(found.get("sweep") or (), picture):
+    drawn = draw_parallelism(found.get("sweep") or (), picture)
+    if not drawn:
         picture.unlink(missing_ok=True)
+    if not (folder / MANIFEST_FILE).is_file():
+        return
+    manifest = read_manifest(folder)
+    files = {
+        name: digest
+        for name, digest in (manifest.get("files") or {}).items()
+        if name != picture.name
+    }
+    if drawn:
+        files[picture.name] = sha256_file(picture)
+    write_manifest(folder, {**manifest, "files": files, "evaluation": found})

@@ -31,6 +31,7 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
         IncompatibleError: The base is no autoregressive model.
     """
     require_harness()
+    _check_base(request)
     with reporter.task("evaluate the conversion"):
         after = run_tasks(request, _conversion(request))
     before = None
@@ -47,6 +48,18 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
     return found
 
 
+def _check_base(request: Request) -> None:
+    if request.base is None:
+        return
+    model_type = str(read_config(request.checkpoint)["model_type"])
+    if get_adapter(model_type).attention == "bidirectional":
+        raise IncompatibleError(
+            f"{request.base} is a masked language model, which has no likelihood of its own and "
+            "writes nothing",
+            hint="Leave --against out",
+        )
+
+
 def _conversion(request: Request, **more: Any) -> Any:
     from dllm_convert.evaluation.harness import DiffusionLM
 
@@ -58,13 +71,6 @@ def _conversion(request: Request, **more: Any) -> Any:
 def _base(request: Request) -> Any:
     from dllm_convert.evaluation.base import AutoregressiveLM
 
-    model_type = str(read_config(request.checkpoint)["model_type"])
-    if get_adapter(model_type).attention == "bidirectional":
-        raise IncompatibleError(
-            f"{request.base} is a masked language model, which has no likelihood of its own and "
-            "writes nothing",
-            hint="Leave --against out",
-        )
     return AutoregressiveLM(pretrained=request.base, dtype="float32", batch_size=request.batch_size)
 
 

@@ -1,0 +1,174 @@
+"""`evaluate`: both models on the same items, held-out text, the manifest and the card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from card_cases import fill, llama_bd3lm
+from conversion import convert
+
+from dllm_convert.card import render_card
+from dllm_convert.card_checks import check_card
+from dllm_convert.console import Reporter
+from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
+from dllm_convert.evaluation.record import evaluate_checkpoint
+from dllm_convert.evaluation.request import Request
+from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
+from dllm_convert.manifest import read_manifest, write_manifest
+from dllm_convert.pictures import PARALLELISM
+
+QUIET = Reporter(quiet=True)
+QUICK = Settings(draws=2, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source_cache: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained conversion with the manifest of a run, as far as an evaluation reads it."""
+    folder = tmp_path_factory.mktemp("evaluate") / "bd3lm"
+    plan = convert(source_cache("llama"), folder, "bd3lm", block=4)
+    recipe = plan.recipe.model_dump(mode="json")
+    recipe["data"] |= {"held_out_fraction": 0.5, "held_out_sequences": 4}
+    write_manifest(folder, {"recipe": recipe, "files": {}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    checkpoint: Path, source_cache: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from tasks_on_disk import write_tasks
+
+    folder = write_tasks(tmp_path_factory.mktemp("tasks"))
+    request = Request(
+        checkpoint,
+        ("capitals", "writing", "dllm_copy"),
+        base=str(source_cache("llama")),
+        include=(str(folder),),
+        limit=2,
+        thresholds=(0.05, 1.0),
+        settings=QUICK,
+    )
+    return evaluate_checkpoint(request, QUIET)
+
+
+def test_both_models_on_the_same_items(evaluated: dict[str, Any], checkpoint: Path) -> None:
+    rows = {(row["task"], row["metric"]): row for row in evaluated["results"]}
+    assert {("capitals", "acc"), ("capitals", "acc_norm")} < rows.keys()
+    assert {task for task, _ in rows} == {"capitals", "writing", "dllm_copy"}
+    for row in rows.values():
+        assert row["after"]["items"] == row["before"]["items"] == row["difference"]["items"] == 2
+        difference = row["after"]["value"] - row["before"]["value"]
+        assert row["difference"]["value"] == pytest.approx(difference)
+    after, before = evaluated["effort"]["after"], evaluated["effort"]["before"]
+    assert after["new_tokens"] > 0
+    assert after["tokens_per_forward"] > 0
+    assert 0 < after["draws"] <= after["most_draws"] == 2 * 2 * 5
+    assert before["writing_seconds"] > 0
+    assert json.loads(json.dumps(evaluated)) == read_manifest(checkpoint)["evaluation"]
+
+
+def test_more_tokens_per_forward_with_a_lower_threshold(
+    evaluated: dict[str, Any], checkpoint: Path
+) -> None:
+    rates: dict[float, set[float]] = {}
+    for row in evaluated["sweep"]:
+        rates.setdefault(row["threshold"], set()).add(row["tokens_per_forward"])
+    assert rates.keys() == {0.05, 1.0}
+    assert {row["task"] for row in evaluated["sweep"]} == {"writing", "dllm_copy"}
+    assert min(rates[0.05]) > max(rates[1.0])
+    assert (checkpoint / PARALLELISM.file).read_bytes()[:4] == b"\x89PNG"
+    assert PARALLELISM.file in read_manifest(checkpoint)["files"]
+
+
+def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_path: Path) -> None:
+    """The stock base has the NLL that a run measures through the conversion's causal mask."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dllm_convert.adapters import get_adapter
+    from dllm_convert.diffusion.likelihood import autoregressive_nll
+    from dllm_convert.evaluation.text import measure_text
+    from dllm_convert.schema import Recipe
+    from dllm_convert.training.data import prepare_data
+    from dllm_convert.training.setup import load_model
+
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"Text {number} of a list, and what follows. " * 5)
+    source = source_cache("llama")
+    request = Request(checkpoint, base=str(source), data=str(tmp_path), settings=QUICK)
+    found = measure_text(request, QUIET)
+    recipe = Recipe.model_validate(read_manifest(checkpoint)["recipe"])
+    data = recipe.data.model_copy(update={"source": str(tmp_path)})
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    held_out = prepare_data(recipe.model_copy(update={"data": data}), tokenizer, QUIET).held_out
+    rows = AutoModelForCausalLM.from_pretrained(source).config.vocab_size
+    exact = autoregressive_nll(load_model(checkpoint, get_adapter("llama")), held_out, rows)
+    assert found["nll"]["nats_per_token"] == pytest.approx(exact.nats_per_token, abs=1e-4)
+    assert found["nll"]["tokens"] == found["nelbo"]["tokens"] == exact.tokens
+    assert found["nelbo"]["nats_per_token"] > 0
+    with pytest.raises(IncompatibleError, match="another vocabulary"):
+        measure_text(replace(request, base=str(source_cache("qwen2"))), QUIET)
+
+
+def test_the_card_shows_it(tmp_path: Path, evaluated: dict[str, Any], checkpoint: Path) -> None:
+    manifest = llama_bd3lm()
+    folder = fill(tmp_path / "model", {**manifest, "evaluation": evaluated})
+    (folder / PARALLELISM.file).write_bytes((checkpoint / PARALLELISM.file).read_bytes())
+    text = render_card(folder, read_manifest(folder))
+    check_card(text, folder)
+    assert "## Evaluation" in text
+    assert "| capitals | acc | 2 |" in text
+    assert f"]({PARALLELISM.file})" in text
+    assert str(checkpoint) not in text
+    assert str(evaluated["settings"]["base"]) not in text
+    results = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
+    types = {result["dataset"]["type"]: result["metrics"][0] for result in results}
+    assert types["capitals"]["type"] == "accuracy"
+    # A table is no table with a line missing or of another width.
+    table = [line for line in text.split("## Evaluation")[1].splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table[: 2 + len(evaluated["results"])]}) == 1
+
+
+def test_what_cannot_be_evaluated(
+    checkpoint: Path, source_cache: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(DllmConvertError, match="nothing to evaluate"):
+        evaluate_checkpoint(Request(checkpoint), QUIET)
+    with pytest.raises(DataError, match="no published settings"):
+        find_settings("llada-bas")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(IncompatibleError, match="in one process"):
+        evaluate_checkpoint(Request(checkpoint, ("dllm_copy",)), QUIET)
+    monkeypatch.delenv("RANK")
+    pytest.importorskip("lm_eval")
+    with pytest.raises(DataError, match="no task dllm_cpoy"):
+        evaluate_checkpoint(Request(checkpoint, ("dllm_cpoy",)), QUIET)
+
+
+def test_a_masked_language_model_has_no_before(source_cache: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    source = source_cache("bert")
+    convert(source, tmp_path / "mdlm", "mdlm")
+    request = Request(tmp_path / "mdlm", ("dllm_copy",), base=str(source), limit=1)
+    with pytest.raises(IncompatibleError, match="masked language model"):
+        evaluate_checkpoint(request, QUIET)
+
+
+def test_published_settings() -> None:
+    for name, published in PUBLISHED.items():
+        assert published.source
+        assert find_settings(name) == published.settings
+        # They say what decoding does, whatever a checkpoint's generation_config.json says.
+        assert published.settings.generation["max_denoising_steps"] is None
+    changed = merge(PUBLISHED["llada-base"].settings, {"draws": 1, "confidence_threshold": 0.9})
+    assert (changed.draws, changed.length) == (1, 1024)
+    assert changed.generation["confidence_threshold"] == 0.9
+    request = Request(Path(), published="llada-base")
+    assert (request.shots_of("winogrande"), request.shots_of("gsm8k")) == (5, None)
+    assert replace(request, shots=2).shots_of("winogrande") == 2
