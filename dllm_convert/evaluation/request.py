@@ -29,7 +29,7 @@ class Request:
     """
 
     checkpoint: Path
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
     base: str | None = None
     include: tuple[str, ...] = ()
     limit: int | None = None

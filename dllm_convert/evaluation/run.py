@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
 from dllm_convert.errors import IncompatibleError
@@ -71,7 +73,11 @@ def _conversion(request: Request, **more: Any) -> Any:
 def _base(request: Request) -> Any:
     from dllm_convert.evaluation.base import AutoregressiveLM
 
-    return AutoregressiveLM(pretrained=request.base, dtype="float32", batch_size=request.batch_size)
+    # As the conversion is loaded.
+    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    return AutoregressiveLM(
+        pretrained=request.base, device=device, dtype=dtype, batch_size=request.batch_size
+    )
 
 
 def _results(before: Outcome | None, after: Outcome) -> list[dict[str, Any]]:
