@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from dllm_convert.errors import DataError
+from dllm_convert.sampling.options import DecodingOptions
 
 Greedy = Literal["auto", "always", "never"]
 
@@ -71,8 +72,17 @@ def merge(settings: Settings, given: Mapping[str, Any]) -> Settings:
         settings: Where to start from.
         given: Fields of `Settings`, None leaving one as it is, and anything else for decoding,
             where None means none, as in no confidence threshold.
+
+    Raises:
+        DataError: A setting is unknown to both.
     """
     own = {item.name for item in fields(Settings)} - {"generation"}
+    known = own | {item.name for item in fields(DecodingOptions)} | {"do_sample", "eos_token_id"}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"The nearest is {near[0]}" if near else f"Known: {', '.join(sorted(known))}"
+            raise DataError(f"no setting of an evaluation is called {name!r}", hint=hint)
     mine = {name: value for name, value in given.items() if name in own and value is not None}
     theirs = {name: value for name, value in given.items() if name not in own}
     return replace(settings, **mine, generation={**settings.generation, **theirs})

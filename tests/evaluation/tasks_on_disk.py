@@ -54,7 +54,7 @@ NAMES = tuple(_BODIES)
 DOCS = [
     {"question": "The value of a name is", "choices": [" an object", " a", " it"], "answer": 0},
     {"question": "A list", "choices": [" holds", " of items in their order"], "answer": 1},
-    {"question": "Text " * 30, "choices": [" ends", " goes on"], "answer": 0},
+    {"question": "Text " * 20, "choices": [" ends", " goes on"], "answer": 0},
 ]
 
 

@@ -51,7 +51,7 @@ def evaluated(
         base=str(source_cache("llama")),
         include=(str(folder),),
         limit=2,
-        thresholds=(0.05, 1.0),
+        thresholds=(1e-6, 1.0),
         settings=QUICK,
     )
     return evaluate_checkpoint(request, QUIET)
@@ -79,9 +79,9 @@ def test_more_tokens_per_forward_with_a_lower_threshold(
     rates: dict[float, set[float]] = {}
     for row in evaluated["sweep"]:
         rates.setdefault(row["threshold"], set()).add(row["tokens_per_forward"])
-    assert rates.keys() == {0.05, 1.0}
+    assert rates.keys() == {1e-6, 1.0}
     assert {row["task"] for row in evaluated["sweep"]} == {"writing", "dllm_copy"}
-    assert min(rates[0.05]) > max(rates[1.0])
+    assert min(rates[1e-6]) > max(rates[1.0])
     assert (checkpoint / PARALLELISM.file).read_bytes()[:4] == b"\x89PNG"
     assert PARALLELISM.file in read_manifest(checkpoint)["files"]
 
@@ -141,6 +141,8 @@ def test_what_cannot_be_evaluated(
         evaluate_checkpoint(Request(checkpoint), QUIET)
     with pytest.raises(DataError, match="no published settings"):
         find_settings("llada-bas")
+    with pytest.raises(DataError, match="no setting of an evaluation is called 'treshold'"):
+        merge(Settings(), {"treshold": 0.5})
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(IncompatibleError, match="in one process"):
