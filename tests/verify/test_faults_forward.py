@@ -325,6 +325,15 @@ def test_shift_flag_wrong(llama: Any) -> None:
     assert failed(llama.folder, ["likelihood"]) == {"token-shift"}
 
 
+def test_an_encoder_has_no_shift_to_keep(converted: Callable[..., Any]) -> None:
+    from dllm_convert.verify import verify_checkpoint
+
+    made = converted("bert", "mdlm")
+    write_manifest(made.folder, {"recipe": {"token_shift": "keep"}})
+    report = verify_checkpoint(made.folder, groups=["likelihood"], untrained=False)
+    assert [probe.passed for probe in report.probes if probe.name == "token-shift"] == [True]
+
+
 def test_shift_flag_wrong_without_a_manifest(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dllm_convert.diffusion.likelihood import Likelihood
     from dllm_convert.verify import likelihood
