@@ -14,6 +14,7 @@ from dllm_convert.plan_attention import open_attention
 from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
+    check_pickle,
     check_quantised,
     check_target,
     check_tensors,
@@ -120,6 +121,7 @@ def make_plan(recipe: Recipe, source: SourceInfo) -> ConversionPlan:
     """
     adapter = get_adapter(source.model_type)
     check_target(recipe, adapter)
+    check_pickle(source, allowed=recipe.allow_pickle)
     mask = decide_mask_token(recipe, source, adapter)
     names: tuple[str, ...] = ()
     if source.tensors:

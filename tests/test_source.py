@@ -164,14 +164,14 @@ class TestPickle:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("DLLM_CONVERT_CACHE", str(tmp_path / "cache"))
-        made = materialise(inspect_source(str(folder)), QUIET)
+        made = materialise(inspect_source(str(folder)), QUIET).folder
         assert made.is_relative_to(tmp_path / "cache")
         names = set(load_file(made / "model.safetensors"))
         assert "bert.embeddings.word_embeddings.weight" in names
         assert not names & {"cls.predictions.decoder.weight", "bert.embeddings.position_ids"}
         assert (made / "tokenizer.json").is_file()
         stamp = (made / "model.safetensors").stat().st_mtime_ns
-        assert materialise(inspect_source(str(folder)), QUIET) == made
+        assert materialise(inspect_source(str(folder)), QUIET).folder == made
         assert (made / "model.safetensors").stat().st_mtime_ns == stamp
         assert [p.name for p in made.parent.iterdir()] == [made.name]
         _, info = transformers.BertForMaskedLM.from_pretrained(made, output_loading_info=True)

@@ -30,10 +30,10 @@ Sources = Callable[..., Path]
 QUIET = Reporter(quiet=True)
 
 
-def convert(source: Path, out: Path, **fields: Any) -> ConversionPlan:
+def convert(source: Path, out: Path, light: bool = False, **fields: Any) -> ConversionPlan:
     recipe = Recipe.model_validate({"source": str(source), "target": "mdlm", **fields})
     plan = make_plan(recipe, inspect_source(str(source)))
-    adapt(plan, source, out, QUIET)
+    adapt(plan, source, out, QUIET, light=light)
     return plan
 
 
@@ -119,12 +119,13 @@ def test_files_and_configs(source_cache: Sources, tmp_path: Path, adapter: Any) 
     assert adapter.diffusion_class in (tmp_path / "out" / "modeling_dllm.py").read_text()
 
 
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
 @pytest.mark.parametrize("adapter", ALL, ids=lambda a: a.model_type)
 def test_the_tokenizer_knows_its_mask_and_is_otherwise_the_same(
-    source_cache: Sources, tmp_path: Path, adapter: Any
+    source_cache: Sources, tmp_path: Path, adapter: Any, light: bool
 ) -> None:
     source = source_cache(adapter.model_type)
-    plan = convert(source, tmp_path / "out")
+    plan = convert(source, tmp_path / "out", light=light)
     old = transformers.AutoTokenizer.from_pretrained(source)
     new = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (new.mask_token, new.mask_token_id) == (plan.mask.token, plan.mask.id)
@@ -137,9 +138,12 @@ def test_the_tokenizer_knows_its_mask_and_is_otherwise_the_same(
     assert new.decode([plan.mask.id], skip_special_tokens=True) == ""
 
 
-def test_a_later_padded_row_needs_texts_before_it(source_cache: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
+def test_a_later_padded_row_needs_texts_before_it(
+    source_cache: Sources, tmp_path: Path, light: bool
+) -> None:
     source = source_cache("qwen3", vocab_padding=9)
-    plan = convert(source, tmp_path / "out", mask_token={"token": "<m>", "id": 390})
+    plan = convert(source, tmp_path / "out", light, mask_token={"token": "<m>", "id": 390})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.mask_token_id == plan.mask.id == 390
     assert len(tokenizer) == 391

@@ -26,7 +26,7 @@ QUIET = Reporter(quiet=True)
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, dequantised once."""
-    return materialise(inspect_source(str(assets.smollm2_gguf())), QUIET)
+    return materialise(inspect_source(str(assets.smollm2_gguf())), QUIET).folder
 
 
 def as_llama(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:

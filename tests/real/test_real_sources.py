@@ -23,7 +23,7 @@ QUIET = Reporter(quiet=True)
 def convert(source: Path, out: Path, **fields: Any) -> tuple[ConversionPlan, Path]:
     recipe = Recipe.model_validate({"source": str(source), **fields})
     plan = make_plan(recipe, inspect_source(str(source)))
-    folder = materialise(plan.source, QUIET)
+    folder = materialise(plan.source, QUIET).folder
     adapt(plan, folder, out, QUIET)
     return plan, folder
 
