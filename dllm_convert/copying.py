@@ -85,7 +85,7 @@ def spans(handle: int, start: int, length: int) -> Iterator[tuple[int, int, bool
             hole = os.lseek(handle, data, os.SEEK_HOLE) if data < end else end
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole to the end of the file
-                data = hole = end
+                data, hole = min(end, max(position, os.fstat(handle).st_size)), end
             elif error.errno == errno.EINVAL:  # a file system that does not tell
                 data, hole = position, end
             else:

@@ -142,7 +142,8 @@ class _Reader:
         return -(-self._handle.tell() // alignment) * alignment
 
 
-def _tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor in the file."""
     _, elements, size = next(entry for entry in GGML_TYPES.values() if entry[0] == kind)
     total = 1
     for length in shape:
@@ -170,7 +171,7 @@ def _parse(reader: _Reader, size: int) -> GgufHeader:
     start = reader.aligned(alignment)
     tensors: dict[str, GgufTensor] = {}
     for name, kind, shape, offset in described:
-        end = start + offset + _tensor_bytes(kind, shape)
+        end = start + offset + tensor_bytes(kind, shape)
         if end > size:
             raise ValueError(f"tensor {name!r} ends at byte {end} of {size}, the file is truncated")
         if name in tensors:
@@ -193,6 +194,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, struct.error) as error:
         raise DataError(
-            f"{path.name}: found {error}, expected a complete GGUF file",
+            f"{path.name}: found {str(error)[:300]}, expected a complete GGUF file",
             hint="Download the file again; files split in parts must be merged first",
         ) from error

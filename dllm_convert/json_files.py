@@ -11,6 +11,7 @@ from dllm_convert.errors import DataError
 DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
 MAX_JSON_BYTES = 128 << 20
 """Four times the largest tokenizer.json known."""
+_MAX_FOUND = 300
 
 
 class DuplicateKeyError(ValueError):
@@ -19,6 +20,7 @@ class DuplicateKeyError(ValueError):
 
 def broken(file: str, found: str, expected: str) -> DataError:
     """Return the error for a file that is not what its format allows."""
+    found = found if len(found) <= _MAX_FOUND else f"{found[:_MAX_FOUND]}…"
     return DataError(f"{file}: {found}, expected {expected}", hint=DOWNLOAD_AGAIN)
 
 

@@ -75,26 +75,23 @@ def _is_count(value: object) -> bool:
 
 def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
-        raise broken(
-            file, f"tensor {name!r} is described by {raw!r}"[:200], "dtype, shape, data_offsets"
-        )
+        raise broken(file, f"tensor {name!r} is described by {raw!r}", "dtype, shape, data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise broken(
-            file, f"tensor {name!r} has dtype {dtype!r}"[:200], f"one of {', '.join(DTYPE_BYTES)}"
+            file, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPE_BYTES)}"
         )
     if not isinstance(shape, list) or not all(_is_count(length) for length in shape):
-        raise broken(file, f"tensor {name!r} has shape {shape!r}"[:200], "a list of whole numbers")
+        raise broken(file, f"tensor {name!r} has shape {shape!r}", "a list of whole numbers")
     if len(shape) > _MAX_DIMENSIONS:
         raise broken(file, f"tensor {name!r} has {len(shape)} sizes", f"at most {_MAX_DIMENSIONS}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise broken(file, f"tensor {name!r} has offsets {offsets!r}"[:200], "two whole numbers")
+        raise broken(file, f"tensor {name!r} has offsets {offsets!r}", "two whole numbers")
     start, end = offsets
     if not start <= end <= data_bytes:
         raise broken(
             file,
-            f"tensor {name!r} lies at bytes {start}..{end}"[:200]
-            + f" of {data_bytes} (the file is "
+            f"tensor {name!r} lies at bytes {start}..{end}" + f" of {data_bytes} (the file is "
             "truncated or its header is corrupt)",
             "bytes inside the file",
         )
@@ -103,7 +100,7 @@ def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
         raise broken(
             file,
             f"tensor {name!r} has {end - start} bytes",
-            f"{needed} for {dtype} of shape {tuple(shape)}"[:200],
+            f"{needed} for {dtype} of shape {tuple(shape)}",
         )
     return Entry(dtype, tuple(shape), start, end)
 
@@ -210,7 +207,7 @@ def read_weight_map(index: Path, *, suffix: str = ".safetensors") -> dict[str, s
     if not isinstance(weight_map, dict) or not weight_map:
         raise broken(index.name, "no weight_map", "a mapping from tensor to file")
     for name, file in weight_map.items():
-        found = f"{name!r} is in file {file!r}"[:200]
+        found = f"{name!r} is in file {file!r}"
         if not isinstance(file, str) or "\\" in file or not file.isprintable():
             raise broken(index.name, found, "a file name")
         if PurePosixPath(file).name != file:
