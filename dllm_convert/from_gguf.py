@@ -143,9 +143,29 @@ def _write_weights(
         list(pool.map(write, names))
 
 
-def _expected(model: Any) -> set[str]:
-    """Return the names of the weights that a file has to hold; a tied one under either name."""
-    return set(model.state_dict()) - set(model.all_tied_weights_keys)
+def _names(header: GgufHeader, model: Any, file: str) -> dict[str, str]:
+    """Return name in the file to name in the model, of all weights; a tied one has one name.
+
+    Raises:
+        DataError: A tensor is missing or misshapen, where transformers would make one up.
+    """
+    tied = model.all_tied_weights_keys
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+    names = {name: stock for name in header.tensors if (stock := stock_name(name)) in shapes}
+    missing = sorted(shapes.keys() - set(names.values()))
+    if missing:
+        raise DataError(
+            f"{file}: no tensor for {', '.join(missing[:3])}, expected a complete "
+            f"{type(model).__name__}",
+            hint=_HINT,
+        )
+    for name, stock in names.items():
+        found = header.tensors[name].shape
+        if found != shapes[stock]:
+            raise DataError(
+                f"{file}: {name} has shape {found}, expected {shapes[stock]}", hint=_HINT
+            )
+    return names
 
 
 def _write_config(model: Any, out: Path, dtype: torch.dtype) -> None:
@@ -186,15 +206,7 @@ def dequantise(path: Path, out: Path, model_type: str) -> None:
         raise DataError(
             f"{path.name}: transformers cannot read it ({error})", hint=_HINT
         ) from error
-    expected = _expected(model)
-    names = {name: stock for name in header.tensors if (stock := stock_name(name)) in expected}
-    missing = sorted(expected - set(names.values()))
-    if missing:
-        raise DataError(
-            f"{path.name}: no tensor for {', '.join(missing[:3])}, expected a complete "
-            f"{type(model).__name__}",
-            hint=_HINT,
-        )
+    names = _names(header, model, path.name)
     _write_weights(header, path, out / SINGLE_FILE, names, dtype)
     _write_config(model, out, dtype)
     tokenizer.save_pretrained(out)
