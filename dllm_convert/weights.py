@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from dllm_convert.console import Reporter
@@ -93,10 +93,12 @@ class _Weights:
     def write(self, reporter: Reporter, meanwhile: Callable[[], None]) -> list[WrittenFile]:
         """Write every file, and call `meanwhile` on this thread while others read and hash."""
         total = sum((self._source / file).stat().st_size for file in self._headers)
-        lock = Lock()
+        lock, stopped = Lock(), Event()
         with reporter.task("write weights", total=total) as task, ExitStack() as stack:
 
             def advance(read: int) -> None:
+                if stopped.is_set():
+                    raise CancelledError
                 with lock:
                     task.advance(read)
 
@@ -121,6 +123,8 @@ class _Weights:
                 for flush in flushed:
                     flush.result()
             except BaseException:
+                # Ctrl-C must not wait until files of many gigabytes are whole.
+                stopped.set()
                 writing.shutdown(wait=False, cancel_futures=True)
                 raise
         if SINGLE_FILE not in self._headers:

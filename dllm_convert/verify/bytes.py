@@ -102,8 +102,9 @@ class BaseBytes:
         wrong = [f"{name} of the base is missing" for name in kept if name not in ours]
         pairs = {name: (ours[name], base[name]) for name in kept if name in ours}
         same = [name for name, pair in pairs.items() if self._one_file(*pair)]
-        copied = [n for n, (mine, _) in pairs.items() if mine.path.name in self.known]
-        read = [name for name in pairs if name not in {*same, *copied}]
+        others = pairs.keys() - set(same)
+        copied = [name for name in others if pairs[name][0].path.name in self.known]
+        read = [name for name in pairs if name in others - set(copied)]
         with ThreadPoolExecutor(workers()) as pool:
             found = pool.map(lambda name: self._difference(name, *pairs[name]), read)
             wrong += [text for text in found if text]

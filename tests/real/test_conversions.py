@@ -87,7 +87,12 @@ def test_smollm2_converts_verifies_and_samples(
 
 def test_antiberty_converts_to_mdlm(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
-        {"source": str(assets.antiberty_folder()), "target": "mdlm", "training": {"method": "none"}}
+        {
+            "source": str(assets.antiberty_folder()),
+            "target": "mdlm",
+            "training": {"method": "none"},
+            "allow_pickle": True,
+        }
     )
     result = run(recipe, tmp_path / "out", QUIET)
     probes = result.manifest["verification"]["probes"]
