@@ -3,6 +3,7 @@
     python -m benchmarks.weights make /scratch/qwen --rows 151936
     python -m benchmarks.weights compare /scratch/qwen --pairs 5
     python -m benchmarks.weights sparse /scratch/sparse llama-70b
+    python -m benchmarks.weights gguf SmolLM2-135M-Instruct.Q4_1.gguf --pairs 2
 
 `make` writes a checkpoint of a real model's exact shapes with random, valid bfloat16 weights and a
 byte-level tokenizer that is padded to the real number of tokens. `sparse` does the same with holes
@@ -211,15 +212,64 @@ def compare(source: Path, pairs: int) -> None:
         )
 
 
+OURS = """
+import sys, pathlib
+from dllm_convert.from_gguf import dequantise
+dequantise(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), "llama")
+"""
+THEIRS = """
+import sys, pathlib, torch, transformers
+path = pathlib.Path(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32,
+    quantization_config=transformers.GgufConfig(dequantize=True))
+model.save_pretrained(sys.argv[2])
+transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(
+    sys.argv[2])
+"""
+
+
+def compare_gguf(path: Path, scratch: Path, pairs: int) -> None:
+    """Alternate this project's dequantisation and transformers' load and save; compare results."""
+    from dllm_convert.copying import sha256_file
+    from dllm_convert.safetensors_header import SINGLE_FILE, read_header
+
+    for _ in range(pairs):
+        folders = {}
+        for name, code in (("ours", OURS), ("transformers", THEIRS)):
+            folders[name] = scratch / name
+            shutil.rmtree(folders[name], ignore_errors=True)
+            folders[name].mkdir(parents=True)
+            command = [sys.executable, "-c", code, str(path), str(folders[name])]
+            result = timed(command)
+            print(name, {key: round(value, 2) for key, value in result.items()}, flush=True)
+    ours, theirs = (folder / SINGLE_FILE for folder in folders.values())
+    tensors = [read_header(file) for file in (ours, theirs)]
+    contents = []
+    for header, file in zip(tensors, (ours, theirs), strict=True):
+        raw = file.read_bytes()
+        start = header.data_start
+        contents.append(
+            {n: (e.dtype, e.shape, raw[start + e.start : start + e.end])
+             for n, e in header.entries.items()}
+        )  # fmt: skip
+    equal = contents[0] == contents[1]
+    print(f"{len(contents[0])} tensors, equal: {equal}; {sha256_file(ours)[:12]}")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("what", choices=("make", "compare", "sparse"))
+    parser.add_argument("what", choices=("make", "compare", "sparse", "gguf"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("model", nargs="?", default="qwen2.5-1.5b", choices=sorted(MODELS))
     parser.add_argument("--rows", type=int, help="rows of the embedding, to have it grown")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, default=Path("gguf-scratch"))
     given = parser.parse_args()
+    if given.what == "gguf":
+        compare_gguf(given.folder, given.scratch, given.pairs)
+        return
     if given.what == "compare":
         compare(given.folder, given.pairs)
         return

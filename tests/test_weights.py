@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from dllm_convert import disk
 from dllm_convert.adapters import all_adapters
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.manifest import hash_files
+from dllm_convert.mean_row import mean_row
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.safetensors_header import read_checkpoint
+from dllm_convert.safetensors_header import read_checkpoint, read_header
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.weights import adapt
@@ -289,3 +292,51 @@ def test_memory_stays_far_below_the_weights(source_cache: Sources, tmp_path: Pat
         tracemalloc.stop()
     assert size > 50_000_000
     assert peak < size / 2
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_eight_bit_and_half_precision_pass_through(
+    source_factory: Sources, tmp_path: Path, shards: int
+) -> None:
+    source = source_factory("llama", dtype=torch.bfloat16, tied=False, shards=shards)
+    for file in read_checkpoint(source):
+        content = load_file(source / file)
+        for name, tensor in content.items():
+            if ".mlp." in name:
+                content[name] = tensor.to(torch.float8_e4m3fn)
+            elif "_proj" in name:
+                content[name] = tensor.half()
+        save_file(content, source / file, metadata={"format": "pt", "quantised_by": "somebody"})
+    plan = convert(source, tmp_path / "out")
+    for file in read_checkpoint(source):
+        before, after = load_file(source / file), load_file(tmp_path / "out" / file)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            if name not in plan.tensors_changed:
+                assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8))
+        with safe_open(tmp_path / "out" / file, framework="pt") as handle:
+            assert handle.metadata()["quantised_by"] == "somebody"
+
+
+@pytest.mark.parametrize("width", [1, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_mean_row_is_torchs(tmp_path: Path, dtype: torch.dtype, width: int) -> None:
+    tensor = (torch.randn(3000, width, generator=torch.manual_seed(0)) * 0.02 + 0.01).to(dtype)
+    save_file({"before": torch.ones(3), "rows": tensor}, tmp_path / "m.safetensors")
+    header = read_header(tmp_path / "m.safetensors")
+    with (tmp_path / "m.safetensors").open("rb") as file:
+        row = mean_row(file.fileno(), header, header.entries["rows"], 2900)
+    expected = tensor[:2900].double().mean(0).to(dtype)
+    assert torch.equal(torch.frombuffer(bytearray(row), dtype=dtype), expected)
+
+
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
+def test_hashes_are_those_of_the_files(source_cache: Sources, tmp_path: Path, light: bool) -> None:
+    source = source_cache("bert", shards=2)
+    recipe = Recipe(source=str(source), target="mdlm")
+    plan = make_plan(recipe, inspect_source(str(source)))
+    made = adapt(plan, source, tmp_path / "out", QUIET, light=light)
+    assert made.files == hash_files(tmp_path / "out")
+    assert made.source == {name: sha256_file(source / name) for name in made.source}
+    assert made.source.keys() == {path.name for path in source.iterdir()}

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,22 @@ def test_what_is_recorded(bench: Bench, tmp_path: Path) -> None:
     assert "--verify files" in probes["attention"]["detail"]
     assert manifest["sample"] is None
     assert state(bench.source) == before
+
+
+def test_neither_torch_nor_transformers_is_imported(bench: Bench, tmp_path: Path) -> None:
+    argv = command(bench.source, tmp_path / "out")
+    code = f"""
+import sys
+from dllm_convert.cli import app
+try:
+    app({argv!r})
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{"torch", "transformers", "datasets", "matplotlib", "safetensors.torch"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert state(tmp_path / "out") == bench.whole
 
 
 @pytest.mark.slow
