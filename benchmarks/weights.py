@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="qwen2.5-1.5b", choices=sorted(MODELS))
     parser.add_argument("--rows", type=int, help="rows of the embedding, to have it grown")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help="sparse: without --link only")
     parser.add_argument("--scratch", type=Path, default=Path("gguf-scratch"))
     given = parser.parse_args()
     if given.what == "gguf":
@@ -277,7 +278,7 @@ def main() -> None:
         make(given.folder, given.model, holes=given.what == "sparse", rows=given.rows)
     if given.what == "sparse":
         out = given.folder.with_name(given.folder.name + "-out")
-        for more in ([], ["--link"]):
+        for more in ([],) if given.once else ([], ["--link"]):
             shutil.rmtree(out, ignore_errors=True)
             result = convert(given.folder, out, *more)
             print(given.model, *more, {key: round(value, 2) for key, value in result.items()})

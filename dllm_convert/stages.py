@@ -226,7 +226,8 @@ class Stages:
         from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, hash_files, versions
 
         adapted = self.workspace.result("adapt") or {}
-        known = {} if self._trains else adapted.get("files", {})
+        ways = {} if self._trains else adapted.get("ways", {})
+        known = {name: adapted["files"][name] for name in ways}
         later = hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, CARD_FILE, *known))
         return {
             "format_version": FORMAT_VERSION,

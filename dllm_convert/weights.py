@@ -43,6 +43,8 @@ from dllm_convert.source_folder import (
     tensor_infos,
 )
 
+_BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -161,10 +163,12 @@ def _write_configs(plan: ConversionPlan, source: Path, out: Path) -> None:
 def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
     if link:
         return 0
-    files = [path for path in source.iterdir() if path.is_file()]
+    stats = [path.stat() for path in source.iterdir() if path.is_file()]
     rows = plan.mask.rows_after - plan.mask.rows_before
     hidden = plan.config_updates.get("hidden_size", plan.source.config.get("hidden_size", 0))
-    return sum(path.stat().st_size for path in files) + 2 * rows * int(hidden) * 4
+    # Holes take no room, here or there.
+    taken = sum(min(stat.st_size, stat.st_blocks * _BLOCK_BYTES) for stat in stats)
+    return taken + 2 * rows * int(hidden) * 4
 
 
 def _write_others(plan: ConversionPlan, source: Path, out: Path, *, light: bool) -> None:
