@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def load_json(path: Path, *, distinct: bool = False) -> Any:
     """
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-        if len(raw) > MAX_JSON_BYTES:
-            size = f"more than {MAX_JSON_BYTES:,} bytes"
-            raise broken(path.name, size, "a JSON document of at most that")
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON_BYTES:
+                raise broken(path.name, f"{size:,} bytes", f"JSON of at most {MAX_JSON_BYTES:,}")
+            raw = file.read()
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error

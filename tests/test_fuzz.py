@@ -148,7 +148,7 @@ def test_safetensors_headers() -> None:
 def test_lengths_and_truncations_of_files(tmp_path: Path) -> None:
     raw, path, dice = json.dumps(described()).encode(), tmp_path / "m.safetensors", random.Random(1)
     lengths = [0, 1, 7, len(raw) - 1, len(raw) + 1, 2**27, 2**31, 2**63, 2**64 - 1]
-    for _ in range(800):
+    for _ in range(500):
         whole = struct.pack("<Q", dice.choice([len(raw), *lengths])) + raw + b"\0" * 300
         path.write_bytes(whole[: dice.randrange(len(whole))])
         with pytest.raises(DataError) as caught:
@@ -176,7 +176,7 @@ def test_indexes(tmp_path: Path) -> None:
     good = {"metadata": {"total_size": 8}, "weight_map": {"a": "m.safetensors"}}
     index.write_text(json.dumps(good))
     assert read_checkpoint(index.parent).keys() == {"m.safetensors"}
-    for number in range(2000):
+    for number in range(1500):
         content = json.loads(json.dumps(good))
         kind = dice.randrange(4)
         if kind == 0:
@@ -224,7 +224,7 @@ def test_gguf_headers(valid_gguf: bytes, tmp_path: Path) -> None:
     dice, path = random.Random(3), tmp_path / "tiny.gguf"
     header = valid_gguf.index(b"blk.0.attn_q.weight") + 60
     refused = 0
-    for _ in range(4000):
+    for _ in range(2500):
         damaged = bytearray(valid_gguf)
         for _ in range(dice.randrange(1, 4)):
             at, kind = dice.randrange(min(header, len(damaged))), dice.randrange(4)
@@ -247,7 +247,7 @@ def test_gguf_headers(valid_gguf: bytes, tmp_path: Path) -> None:
         for tensor in found.tensors.values():
             size = gguf_header.tensor_bytes(tensor.kind, tensor.shape)
             assert 0 <= tensor.start <= tensor.start + size <= len(damaged)
-    assert refused > 1000
+    assert refused > 600
 
 
 def test_memory_of_all_this_is_bounded() -> None:
