@@ -28,10 +28,10 @@ from dllm_convert.source_folder import read_config
 from dllm_convert.verify.report import Probe, VerificationReport, first_items, skipped
 
 NEEDS_MODEL = (
-    *("tokens", "portability", "attention", "base-logits", "cache", "padding", "generate"),
-    "quality",
+    *("tokens", "portability", "attention", "gradient", "training", "base-logits", "cache"),
+    *("padding", "batch", "generate", "quality", "likelihood"),
 )
-"""Probes for which the model has to be in memory, or run."""
+"""Groups of probes for which the model, or transformers, has to be loaded."""
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 

@@ -79,6 +79,13 @@ def test_what_is_recorded(bench: Bench, tmp_path: Path) -> None:
     assert state(bench.source) == before
 
 
+def test_every_group_that_is_left_out_is_named() -> None:
+    from dllm_convert.verify import GROUPS
+    from dllm_convert.verify.bytes import NEEDS_MODEL
+
+    assert set(GROUPS) - {"files", "base"} == set(NEEDS_MODEL) - {"base-logits"}
+
+
 def test_neither_torch_nor_transformers_is_imported(bench: Bench, tmp_path: Path) -> None:
     argv = command(bench.source, tmp_path / "out")
     code = f"""
