@@ -7,6 +7,7 @@ Everything else in the file stays what it is, so only the mask needs to be looke
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+_ADDED = re.compile(r'(?<!\\)"added_tokens"\s*:\s*\[')
 
 
 def _token(content: str) -> dict[str, Any]:
@@ -33,26 +35,29 @@ def _token(content: str) -> dict[str, Any]:
     }
 
 
-def _new_tokens(mask: MaskTokenDecision, first_free: int) -> dict[int, str]:
+def _new_tokens(mask: MaskTokenDecision) -> dict[int, str]:
     """Return id to text of what has to be in the vocabulary: the mask, and texts for a gap."""
     if not mask.new:
         return {mask.id: mask.token}
     # Ids are given out in order: rows between the last token and the mask need a text as well.
-    filler = {row: f"<|unused_{row}|>" for row in range(first_free, mask.id)}
+    filler = {row: f"<|unused_{row}|>" for row in range(mask.used_rows, mask.id)}
     return filler | {mask.id: mask.token}
 
 
-def _first_free(tokenizer: dict[str, Any]) -> int:
-    vocab = tokenizer["model"]["vocab"]
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
-    return max(ids, default=-1) + 1
+def _with_mask(text: str, tokens: dict[int, str]) -> str:
+    """Return a tokenizer.json with `tokens` among its added ones; all other text stays.
 
-
-def _with_mask(tokenizer: dict[str, Any], tokens: dict[int, str]) -> dict[str, Any]:
-    kept = [token for token in tokenizer.get("added_tokens") or () if token["id"] not in tokens]
-    added = [{"id": row, **_token(text)} for row, text in tokens.items()]
-    return tokenizer | {"added_tokens": sorted([*kept, *added], key=lambda token: token["id"])}
+    A vocabulary of megabytes is neither parsed nor written anew for one token.
+    """
+    place = _ADDED.search(text)
+    if place is None:
+        raise RuntimeError("asked to add to a list that is not there")
+    start = place.end() - 1
+    listed, end = json.JSONDecoder().raw_decode(text, start)
+    kept = [token for token in listed if token["id"] not in tokens]
+    added = [{"id": row, **_token(content)} for row, content in tokens.items()]
+    new = sorted([*kept, *added], key=lambda token: token["id"])
+    return text[:start] + json.dumps(new, indent=2, ensure_ascii=False) + text[end:]
 
 
 def _write(path: Path, value: Any) -> None:
@@ -99,24 +104,23 @@ def write_tokenizer_json(mask: MaskTokenDecision, source: Path, out: Path) -> bo
     """Copy the source's tokenizer files into `out` with `mask` added to them.
 
     Returns:
-        False, and nothing is written, if the source has no tokenizer.json.
+        False, and nothing is written, if the source has no tokenizer.json that can be edited so.
 
     Raises:
         DataError: A file is broken.
         IncompatibleError: The mask's id is not what the plan says, or texts do not find it.
     """
-    if not (source / TOKENIZER_FILE).is_file():
+    path = source / TOKENIZER_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if len(_ADDED.findall(text)) != 1:
         return False
     patterns = (*VOCABULARY_FILES, *SIDE_FILES, "additional_chat_templates/*.jinja")
     for name in matching(file_names(source), patterns):
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, out / name)
     if mask.rule != "tokenizer":
-        tokenizer = load_json_object(source / TOKENIZER_FILE)
-        tokens = _new_tokens(mask, _first_free(tokenizer))
-        # Without line breaks it is written ten times as fast: only then is it not done in Python.
-        text = json.dumps(_with_mask(tokenizer, tokens), ensure_ascii=False, separators=(",", ":"))
-        (out / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+        tokens = _new_tokens(mask)
+        (out / TOKENIZER_FILE).write_text(_with_mask(text, tokens), encoding="utf-8")
         _write_side_files(source, out, mask.token, tokens)
     _check(out / TOKENIZER_FILE, mask)
     return True
