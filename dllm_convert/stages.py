@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.disk import link, sync_tree
+from dllm_convert.how import DEFAULT, How
 from dllm_convert.manifest import source_facts
 from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan, plan_as_dict
+from dllm_convert.resumed import check_resumed
 from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
+    from dllm_convert.materialise import Materialised
     from dllm_convert.training.data import TextData
 
 FORMAT_VERSION = 1
@@ -32,21 +35,25 @@ class Stages:
         workspace: Output folder and journal.
         reporter: Progress.
         place: This process.
+        how: What does not change the result: links, how much is verified.
     """
 
     plan: ConversionPlan
     workspace: Workspace
     reporter: Reporter
     place: Place
+    how: How = DEFAULT
 
     def finish(self) -> None:
         """Run what is left; the checkpoint stands in the output folder afterwards."""
-        from dllm_convert.training.setup import require_devices
+        if self._trains:
+            from dllm_convert.training.setup import require_devices
 
-        require_devices(self.plan.recipe.training)
+            require_devices(self.plan.recipe.training)
+        check_resumed(self.workspace, self.plan, lambda: self._source, trains=self._trains)
         stage, assembled = self.workspace.stage, self.workspace.result("assemble") is not None
         if not assembled:
-            stage("materialise", lambda: {"folder": str(self._source)})
+            stage("materialise", lambda: {"folder": str(self._source.folder)})
             stage("adapt", self._adapt)
             if self._trains:
                 stage("baseline", self._baseline)
@@ -54,7 +61,8 @@ class Stages:
         if not assembled:
             if self._trains:
                 stage("measure", self._measure)
-            stage("sample", self._sample)
+            if not self.light:
+                stage("sample", self._sample)
             stage("assemble", self._assemble)
         stage("verify", self._verify)
         stage("document", self._document)
@@ -66,11 +74,16 @@ class Stages:
         return self.plan.recipe.training.method != "none"
 
     @property
+    def light(self) -> bool:
+        """Whether the run does without the model: no training, and only files are verified."""
+        return not self._trains and self.how.streams(self.plan.source.parameters)
+
+    @property
     def _weights(self) -> Path:
         return self.workspace.work / ("trained" if self._trains else "untrained")
 
     @cached_property
-    def _source(self) -> Path:
+    def _source(self) -> Materialised:
         from dllm_convert.materialise import materialise
 
         return materialise(self.plan.source, self.reporter)
@@ -96,10 +109,16 @@ class Stages:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         with self.reporter.task("adapt"):
-            adapt(self.plan, self._source, partial, self.reporter)
+            how = {"link": self.how.link, "light": self.light}
+            made = adapt(self.plan, self._source.folder, partial, self.reporter, **how)
         sync_tree(partial)
         partial.rename(target)
-        return {"tensors_changed": list(self.plan.tensors_changed)}
+        return {
+            "tensors_changed": list(self.plan.tensors_changed),
+            "source_files": dict(self._source.originals or made.source),
+            "files": dict(made.files),
+            "ways": dict(made.ways),
+        }
 
     def _load(self, folder: Path) -> Any:
         import torch
@@ -146,6 +165,8 @@ class Stages:
         return asdict(start)
 
     def _train_together(self, *, needed: bool) -> None:
+        if not self._trains and self.place.world == 1:
+            return
         from dllm_convert.training.distributed import meet
 
         if meet(self.place, needed and self.workspace.result("train") is None):
@@ -211,27 +232,38 @@ class Stages:
         from dllm_convert import __version__
         from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, hash_files, versions
 
+        adapted = self.workspace.result("adapt") or {}
+        ways = {} if self._trains else adapted.get("ways", {})
+        known = {name: adapted["files"][name] for name in ways}
+        later = hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, CARD_FILE, *known))
         return {
             "format_version": FORMAT_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dllm_convert": __version__,
             "versions": versions(),
-            "source": source_facts(self.plan),
+            "source": source_facts(self.plan) | {"files": adapted.get("source_files", {})},
             "recipe": self.plan.recipe.model_dump(mode="json"),
             "plan": plan_as_dict(self.plan),
             "seeds": {"training": self.plan.recipe.training.seed},
             "stages": self.workspace.stages,
             "measurements": self._measurements(),
             "sample": self.workspace.result("sample"),
-            "files": hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, CARD_FILE)),
+            "files": dict(sorted((known | later).items())),
         }
 
     def _verify(self) -> dict[str, Any]:
+        if self.light:
+            from dllm_convert.verify.bytes import verify_staged
+
+            ways = (self.workspace.result("adapt") or {})["ways"]
+            reason = self.how.reason(self.plan.source.parameters)
+            staged, base = self.workspace.staged, self._source.folder
+            return verify_staged(staged, base, self.plan, ways, reason, self.reporter).as_dict()
         from dllm_convert.verify import verify_checkpoint
 
         report = verify_checkpoint(
             self.workspace.staged,
-            against=self._source,
+            against=self._source.folder,
             quality=self._measurements(),
             untrained=not self._trains,
             reporter=self.reporter,

@@ -10,6 +10,7 @@ import typer
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.cli_values import base_folder
+from dllm_convert.commands.run import AllowPickle
 from dllm_convert.commands.shared import exit_if_failed, make_reporter
 
 Checkpoint = Annotated[
@@ -23,6 +24,12 @@ Checkpoint = Annotated[
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
+]
+Files = Annotated[
+    bool,
+    typer.Option(
+        "--files", help="Only what files prove: the model is not loaded, whatever its size."
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
@@ -49,6 +56,8 @@ TrustRemoteCode = Annotated[
 def verify(
     checkpoint: Checkpoint,
     against: Against = None,
+    files: Files = False,
+    allow_pickle: AllowPickle = False,
     revision: Revision = None,
     block: Block = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -57,11 +66,19 @@ def verify(
 ) -> None:
     """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
     reporter = make_reporter(quiet=quiet or as_json)
+    if files:
+        from dllm_convert.verify.bytes import verify_folder
+
+        base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
+        report = verify_folder(checkpoint, base, reporter).as_dict()
+        output.show(report, output.verification_table, as_json=as_json)
+        exit_if_failed(report)
+        return
     from dllm_convert.quiet import quiet_libraries
     from dllm_convert.verify import verify_checkpoint
 
     with quiet_libraries():
-        base = base_folder(against, reporter) if against else None
+        base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
         report = verify_checkpoint(
             checkpoint,
             revision=revision,

@@ -89,7 +89,8 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
         detail = f"the base {source['given']} is not here any more"
         return probe | {"passed": None, "measured": "not measured", "detail": detail}
     given = source.get("repo_id") or source["given"]
-    base = materialise(inspect_source(given, revision=source.get("revision")), reporter)
+    info = inspect_source(given, revision=source.get("revision"))
+    base = materialise(info, reporter).folder
     places = (adapter.resolve(), base.resolve(), merged.resolve())
     command = [sys.executable, "-I", str(SCRIPT), *map(str, places)]
     with reporter.task("put base and adapter together"):

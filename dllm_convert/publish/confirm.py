@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.disk import writing
 from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.hub_errors import hub_errors
@@ -16,7 +17,6 @@ from dllm_convert.manifest import (
     MANIFEST_FILE,
     changed_files,
     read_manifest,
-    sha256_file,
 )
 from dllm_convert.publish.adapter import check_adapter
 

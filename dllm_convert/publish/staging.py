@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.disk import link
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import (
@@ -15,7 +16,6 @@ from dllm_convert.manifest import (
     MANIFEST_FILE,
     file_names,
     read_manifest,
-    sha256_file,
     write_manifest,
 )
 from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
