@@ -21,6 +21,7 @@ from dllm_convert.card_base import (
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
+from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
 
@@ -76,6 +77,7 @@ class Facts:
         pictures: Pictures in the folder.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         custom_code: Whether the folder brings its modelling code.
+        has_report: Whether report.html lies in the folder.
         tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
         manifest: The manifest.
@@ -98,6 +100,7 @@ class Facts:
     pictures: tuple[Picture, ...]
     adapter_only: bool
     custom_code: bool
+    has_report: bool
     tied: bool
     has_chat_template: bool
     manifest: Mapping[str, Any]
@@ -172,6 +175,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
+            has_report=(folder / REPORT_FILE).is_file(),
             tied=bool(config.get("tie_word_embeddings", True)),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,7 @@ class Stages:
         if not assembled:
             if self._trains:
                 stage("measure", self._measure)
+            stage("views", self._views)
             stage("sample", self._sample)
             stage("assemble", self._assemble)
         stage("verify", self._verify)
@@ -166,6 +167,25 @@ class Stages:
     def _measure(self) -> dict[str, Any]:
         return {"nelbo_after": self._nelbo(self._load(self.workspace.work / "trained"))}
 
+    def _views(self) -> dict[str, Any]:
+        """Measure what the pictures show."""
+        from dllm_convert.logged import read_curves
+        from dllm_convert.verify.views import observe_run
+
+        work, trains = self.workspace.work, self._trains
+        with self.reporter.task("measure what the pictures show"):
+            seen = observe_run(
+                self._weights,
+                self._source,
+                untrained=work / "untrained" if trains else None,
+                held_out=self._data.held_out if trains else (),
+                load=self._load,
+                seed=self.plan.recipe.training.seed,
+            )
+        curves = read_curves(work / "metrics.jsonl") if trains else {}
+        thinned = {name: curve.thinned() for name, curve in curves.items()}
+        return replace(seen, curves=thinned).as_dict()
+
     def _sample(self) -> dict[str, Any]:
         from dllm_convert.sampling import DEFAULT_PROMPT
         from dllm_convert.sampling.run import decode_sample
@@ -179,14 +199,13 @@ class Stages:
     def _assemble(self) -> dict[str, Any]:
         from dllm_convert.licences import write_notice
         from dllm_convert.manifest import write_manifest
-        from dllm_convert.pictures import LOSS, draw_loss
+        from dllm_convert.pictures import draw_all
         from dllm_convert.recipe import dump_recipe
 
-        work, staged = self.workspace.work, self.workspace.staged
+        staged = self.workspace.staged
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(self._weights, staged, copy_function=link)
-        if self._trains:
-            draw_loss(work / "metrics.jsonl", self._measurements(), staged / LOSS.file)
+        draw_all(self._measurements(), staged)
         write_notice(staged, source_facts(self.plan))
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
         write_manifest(staged, self._manifest())
@@ -195,14 +214,15 @@ class Stages:
 
     def _measurements(self) -> dict[str, Any]:
         result = self.workspace.result
-        measurements = {**(result("baseline") or {}), **(result("measure") or {})}
+        measured = (result(name) or {} for name in ("baseline", "measure", "views"))
+        measurements = {key: value for stage in measured for key, value in stage.items()}
         if result("train"):
             measurements["train"] = result("train")
         return measurements
 
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, hash_files, versions
+        from dllm_convert.manifest import WRITTEN_LAST, hash_files, versions
 
         return {
             "format_version": FORMAT_VERSION,
@@ -216,7 +236,7 @@ class Stages:
             "stages": self.workspace.stages,
             "measurements": self._measurements(),
             "sample": self.workspace.result("sample"),
-            "files": hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, CARD_FILE)),
+            "files": hash_files(self.workspace.staged, exclude=WRITTEN_LAST),
         }
 
     def _verify(self) -> dict[str, Any]:
@@ -234,11 +254,13 @@ class Stages:
     def _document(self) -> dict[str, Any]:
         from dllm_convert.card import write_card
         from dllm_convert.manifest import read_manifest, write_manifest
+        from dllm_convert.report_page import write_report
 
         staged, workspace = self.workspace.staged, self.workspace
         # The files were hashed when they were put together; hashing them again reads every weight.
         later = {"stages": workspace.stages, "verification": workspace.result("verify")}
         write_manifest(staged, read_manifest(staged) | later)
+        write_report(staged)
         write_card(staged)
         sync_tree(staged)
         return {}

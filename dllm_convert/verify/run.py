@@ -94,7 +94,7 @@ def verify_checkpoint(
         UnsupportedError: Its family is not known.
     """
     started = time.monotonic()
-    subject = _open(folder, against, quality, untrained)
+    subject = open_subject(folder, against, quality, untrained)
     reporter = reporter or Reporter(quiet=True)
     probes: list[Probe] = []
     with reporter.task("verify", total=len(_GROUPS)) as task:
@@ -107,12 +107,13 @@ def verify_checkpoint(
     return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
 
 
-def _open(
+def open_subject(
     folder: Path,
-    against: Path | None,
-    quality: Mapping[str, Any] | None,
-    untrained: bool | None,
+    against: Path | None = None,
+    quality: Mapping[str, Any] | None = None,
+    untrained: bool | None = None,
 ) -> Subject:
+    """Read what a checkpoint claims; arguments and errors are those of `verify_checkpoint`."""
     if not folder.is_dir():
         raise DataError(
             f"{folder} is not a folder", hint="Give a folder that dllm-convert run wrote"

@@ -1,0 +1,108 @@
+"""The numbers behind the pictures as tables: for the report's readers and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dllm_convert.observations import InfluenceMap, Observations, RatePoint
+
+SKETCH = 12
+"""Rows of an influence map on a terminal."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words and numbers in rows.
+
+    Attributes:
+        header: Names of the columns; the first is that of the rows' names.
+        rows: As many texts each.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def attention_table(seen: Observations) -> Table | None:
+    """How many pairs look ahead, in the base, in the converted model and as it claims."""
+    influence = seen.influence
+    if influence is None:
+        return None
+    maps = {"base": influence.base, "converted": influence.converted}
+    rows = [(name, *map(_count, map_.ahead)) for name, map_ in maps.items() if map_ is not None]
+    claimed = (_count(influence.claimed_ahead), _count(influence.converted.ahead[1]))
+    return Table(("pairs that look ahead", "open", "of"), (*rows, ("claimed", *claimed)))
+
+
+def rates_table(seen: Observations) -> Table | None:
+    """Nats per masked token at each mask rate."""
+    both = {"before training": seen.rates_before, "after training": seen.rates_after}
+    known = {name: points for name, points in both.items() if points}
+    if not known:
+        return None
+    rates = sorted({point.rate for points in known.values() for point in points})
+    return Table(
+        ("nats per masked token", *(f"{rate:.0%} masked" for rate in rates)),
+        tuple((name, *(_at(points, rate) for rate in rates)) for name, points in known.items()),
+    )
+
+
+def _at(points: Sequence[RatePoint], rate: float) -> str:
+    point = next((point for point in points if point.rate == rate), None)
+    if point is None:
+        return ""
+    return f"{point.nats:.2f}" + (f" ± {point.stderr:.2f}" if math.isfinite(point.stderr) else "")
+
+
+def decoding_table(seen: Observations) -> Table | None:
+    """Tokens per forward and agreement at each confidence threshold."""
+    if not seen.decoding:
+        return None
+    rows = tuple(
+        (
+            "one token per forward" if point.threshold is None else f"{point.threshold:g}",
+            f"{point.tokens_per_forward:.2f}",
+            f"{point.agreement:.0%} of {point.tokens}",
+        )
+        for point in seen.decoding
+    )
+    return Table(("confidence threshold", "tokens per forward", "tokens that agree"), rows)
+
+
+def loss_table(seen: Observations) -> Table | None:
+    """Where the training curves begin and end."""
+    curves = seen.curves or {}
+    rows = tuple(
+        (name, *(f"{c.values[i]:.3f} at step {c.steps[i]}" for i in (0, -1)))
+        for name, c in curves.items()
+    )
+    return Table(("nats per token", "first logged", "last logged"), rows) if rows else None
+
+
+def sketch(seen: Observations) -> str | None:
+    """Draw the influence maps with plain characters: `##` sees, `..` does not."""
+    influence = seen.influence
+    if influence is None:
+        return None
+    maps = {"base": influence.base, "converted": influence.converted}
+    drawn = {name: _sketched(map_) for name, map_ in maps.items() if map_ is not None}
+    width = 2 * SKETCH
+    lines = ["  ".join(name.ljust(width) for name in drawn)]
+    lines += ["  ".join(row) for row in zip(*drawn.values(), strict=True)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _sketched(map_: InfluenceMap) -> list[str]:
+    # Of each cell the corner that looks least far ahead: an open block fills its cells exactly.
+    def seen(row: int, column: int) -> bool:
+        position = (row + 1) * map_.length // SKETCH - 1
+        token = column * map_.length // SKETCH // map_.stride
+        return map_.rows[max(position, 0)][token] is not None
+
+    return ["".join("##" if seen(r, c) else ".." for c in range(SKETCH)) for r in range(SKETCH)]
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
