@@ -26,6 +26,8 @@ VERMILION = "#d55e00"
 """Blue and vermilion of Okabe and Ito: apart for every colour vision, 3:1 on white and on dark."""
 SHUT = "#1b1b1f"
 """Of pairs that do not see each other: darker than every colour of those that do, 3:1."""
+FAINTEST_LEVEL = 90
+"""First of viridis' 256 colours that is used."""
 
 _WINDOW = 15
 _FAINTEST, _STRONGEST = -3, 0
@@ -44,7 +46,7 @@ def attention_figure(seen: Observations) -> Figure | None:
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     left, right = (0.075, 0.87) if two else (0.13, 0.79)
     figure.subplots_adjust(left=left, right=right, bottom=0.12, top=0.88, wspace=0.12)
-    image = None
+    image: Any = None
     for one, (name, map_) in zip(axes, panels, strict=True):
         image = _draw_map(one, map_, name, influence)
     axes[0].set_ylabel("position whose prediction moves", color=GREY)
@@ -64,7 +66,7 @@ def _draw_map(axes: Axes, map_: InfluenceMap, name: str, influence: Influence) -
     from matplotlib.colors import ListedColormap
 
     length = map_.length
-    bright = matplotlib.colormaps["viridis"].resampled(256).colors[90:]
+    bright = [matplotlib.colormaps["viridis"](level) for level in range(FAINTEST_LEVEL, 256)]
     colours = ListedColormap(bright).with_extremes(bad=SHUT)
     width = len(map_.rows[0]) * map_.stride
     image = axes.imshow(
@@ -232,7 +234,7 @@ def _one_chart() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _style(axes: Axes, across: str, up: str, legend: str = "best") -> None:
+def _style(axes: Axes, across: str, up: str, legend: Any = "best") -> None:
     axes.set_xlabel(across, color=GREY)
     axes.set_ylabel(up, color=GREY)
     axes.tick_params(colors=GREY)

@@ -38,13 +38,17 @@ class InfluenceMap:
     @property
     def ahead(self) -> tuple[int, int]:
         """Of the pairs whose token stands after the position: how many are open, and how many."""
-        pairs = [
-            value
+        pairs = self.pairs_ahead()
+        return sum(value is not None for *_, value in pairs), len(pairs)
+
+    def pairs_ahead(self) -> list[tuple[int, int, float | None]]:
+        """Return position, later token and what `rows` say of them."""
+        return [
+            (position, column * self.stride, value)
             for position, row in enumerate(self.rows)
             for column, value in enumerate(row)
             if column * self.stride > position
         ]
-        return sum(value is not None for value in pairs), len(pairs)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for the manifest; a row is a line of tenths of log10."""
@@ -90,12 +94,19 @@ class Influence:
     @property
     def claimed_ahead(self) -> int:
         """How many pairs that look ahead the converted model claims to be open."""
-        size = self.block_size or self.converted.length
-        return sum(
-            column > position and column // size == position // size
-            for position in range(self.converted.length)
-            for column in range(0, self.converted.length, self.converted.stride)
+        return sum(self._claims(*pair[:2]) for pair in self.converted.pairs_ahead())
+
+    @property
+    def opened_as_claimed(self) -> bool:
+        """Whether of the pairs that look ahead exactly those are open that it claims."""
+        return all(
+            self._claims(position, token) == (value is not None)
+            for position, token, value in self.converted.pairs_ahead()
         )
+
+    def _claims(self, position: int, token: int) -> bool:
+        size = self.block_size or self.converted.length
+        return token // size == position // size
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for the manifest."""

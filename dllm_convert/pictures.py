@@ -40,7 +40,7 @@ ATTENTION = Picture(
     "attention.png",
     "attention_figure",
     "attention",
-    "Who sees whom",
+    "Attention: who sees whom",
     "Heat-maps of how far the prediction at each position moves when one token is changed: a lower "
     "triangle where attention is causal, a full square where it is bidirectional, a staircase of "
     "squares where it is open inside blocks",
@@ -125,7 +125,7 @@ def draw_svg(picture: Picture, seen: Observations) -> str | None:
 
     sheet = io.StringIO()
     # The salt keeps the ids of several pictures on one page apart, and the same for the same run.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": picture.file}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": picture.file}
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context(settings):
         figure.savefig(sheet, format="svg", transparent=True, metadata=nothing)

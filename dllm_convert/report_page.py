@@ -12,7 +12,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dllm_convert import recipe_yaml, report_tables
-from dllm_convert.card import spoken
 from dllm_convert.card_facts import Facts, Measure, collect_facts
 from dllm_convert.card_text import duration, figures
 from dllm_convert.disk import write_whole
@@ -41,11 +40,13 @@ class Figure:
         picture: What it shows.
         svg: The drawing.
         table: The numbers behind it, None if there are none.
+        lead: A sentence above it, None for none.
     """
 
     picture: Picture
     svg: Markup
     table: Table | None
+    lead: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def write_report(
 
     Args:
         folder: The checkpoint; with a manifest, the report says how it was made.
-        out: HTML file, by default report.html in the folder.
+        out: HTML file, by default report.html in the folder, which has to have a manifest then.
         verification: Report of a verification, by default that of the manifest.
         seen: What pictures are drawn from, by default what the manifest holds.
 
@@ -97,10 +98,11 @@ def write_report(
         Path of the file.
 
     Raises:
-        DataError: The file cannot be written.
+        DataError: The file cannot be written, or the manifest is missing or broken.
     """
     path = out or folder / REPORT_FILE
-    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else {}
+    foreign = out is not None and not (folder / MANIFEST_FILE).is_file()
+    manifest = {} if foreign else read_manifest(folder)
     if verification is not None:
         manifest = {**manifest, "verification": verification}
     try:
@@ -126,7 +128,8 @@ def render_report(
         seen = Observations.from_measurements(manifest.get("measurements") or {})
     try:
         page = _made_here(collect_facts(folder, manifest), seen)
-    except DllmConvertError:
+    except (DllmConvertError, AttributeError, TypeError, ValueError):
+        # No manifest of ours, or not a sound one: the page says what is known without it.
         page = _foreign(folder, manifest.get("verification"), seen)
     environment = Environment(
         loader=FileSystemLoader(data_dir("cards")),
@@ -149,7 +152,7 @@ def _made_here(facts: Facts, seen: Observations) -> Page:
         figures=_figures(seen),
         measures=facts.measures,
         sample=facts.sample,
-        recipe=recipe_yaml.dump(spoken(facts.recipe)),
+        recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
     )
 
@@ -205,9 +208,10 @@ def _rank(probe: Mapping[str, Any]) -> int:
 
 
 def _figures(seen: Observations) -> tuple[Figure, ...]:
+    leads = {ATTENTION.file: report_tables.attention_summary(seen)}
     return tuple(
         # Drawn by us from numbers: the only part of the page that is not escaped.
-        Figure(picture, Markup(svg), _TABLES[picture.file](seen))  # noqa: S704
+        Figure(picture, Markup(svg), _TABLES[picture.file](seen), leads.get(picture.file))  # noqa: S704
         for picture in PICTURES
         if (svg := draw_svg(picture, seen)) is not None
     )

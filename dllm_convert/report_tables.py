@@ -36,6 +36,25 @@ def attention_table(seen: Observations) -> Table | None:
     return Table(("pairs that look ahead", "open", "of"), (*rows, ("claimed", *claimed)))
 
 
+def attention_summary(seen: Observations) -> str | None:
+    """Say in a sentence what the influence maps show."""
+    influence = seen.influence
+    if influence is None:
+        return None
+    opened, pairs = influence.converted.ahead
+    start = f"In the converted model {_count(opened)} of {_count(pairs)} pairs look ahead"
+    if influence.base is not None:
+        before, of = influence.base.ahead
+        start = (
+            f"In the base {_count(before)} of {_count(of)} pairs look ahead; "
+            f"in the converted model {_count(opened)} do"
+        )
+    if not influence.opened_as_claimed:
+        return f"{start}, not those {_count(influence.claimed_ahead)} that it claims."
+    inside = f"exactly those inside a block of {influence.block_size}"
+    return f"{start}, {inside if influence.block_size else 'which is all of them'}."
+
+
 def rates_table(seen: Observations) -> Table | None:
     """Nats per masked token at each mask rate."""
     both = {"before training": seen.rates_before, "after training": seen.rates_after}

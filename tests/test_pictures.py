@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dllm_convert.charts import BLUE, GREY, SHUT, VERMILION, running_median
+from dllm_convert.charts import BLUE, FAINTEST_LEVEL, GREY, SHUT, VERMILION, running_median
 from dllm_convert.logged import Curve, read_curves
 from dllm_convert.observations import (
     DecodingPoint,
@@ -206,7 +206,7 @@ def test_the_triangle_becomes_a_staircase(tmp_path: Path) -> None:
 
 
 def test_shut_pairs_differ_from_the_faintest_that_are_open() -> None:
-    faintest = matplotlib.colormaps["viridis"].resampled(256).colors[90]
+    faintest = matplotlib.colormaps["viridis"](FAINTEST_LEVEL)
     assert contrast(SHUT, matplotlib.colors.to_hex(faintest)) >= 2.5
 
 

@@ -139,11 +139,12 @@ def nats_at_rate(
         logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
         # Scored positions come view by view.
         parts = [int(view.scored.sum()) for view in views]
-        nats = forward.nats(logits, objective).double().cpu().split(parts)
-        for number, (part, texts) in enumerate(
-            zip(nats, forward.rows.cpu().split(parts), strict=True)
-        ):
-            sums = torch.zeros(len(batch.tokens), dtype=torch.float64).index_add_(0, texts, part)
+        nats = forward.nats(logits, objective).double().cpu()
+        texts = forward.rows.cpu()
+        pairs = zip(torch.split(nats, parts), torch.split(texts, parts), strict=True)
+        for number, (part, rows_of) in enumerate(pairs):
+            sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
+            sums.index_add_(0, rows_of, part)
             totals[number] += sums.tolist()
             counts[number] += views[number].scored.sum(-1).tolist()
     return tuple(

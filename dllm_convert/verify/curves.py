@@ -115,7 +115,8 @@ def measure_decoding(
     prompts = choose_prompts(batches, length, count) if length else []
     if not prompts:
         return ()
-    reference, points = [], []
+    reference: list[torch.Tensor] = []
+    points = []
     for threshold in (None, *THRESHOLDS):
         forwards, same, texts = 0, 0, []
         for number, prompt in enumerate(prompts):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.observations import Influence, Observations
+from dllm_convert.observations import Influence, Observations, RatePoint
 from dllm_convert.verify.curves import measure_decoding, measure_rates
 from dllm_convert.verify.heatmaps import load_base, observe_influence
 from dllm_convert.verify.run import open_subject
@@ -33,7 +33,7 @@ def observe_run(
         load: Loads a converted checkpoint onto the device it is measured on.
         seed: Seed of the noise.
     """
-    before = ()
+    before: tuple[RatePoint, ...] = ()
     if untrained is not None:
         model = load(untrained)
         batches = [batch.to(model.device) for batch in held_out]
@@ -68,7 +68,9 @@ def observe_checkpoint(
     attention = [probe for probe in verification["probes"] if _measured_attention(probe)]
     if not attention:
         return replace(known, influence=None)
-    stock = load_base(base, subject) if base is not None else None
+    probes = verification["probes"]
+    sound = not any(str(p["name"]).startswith("base-") and p["passed"] is False for p in probes)
+    stock = load_base(base, subject) if base is not None and sound else None
     found = observe_influence(subject, subject.model, stock)
     if found.base is None and known.influence is not None and _alike(found, known.influence):
         found = replace(found, base=known.influence.base)
