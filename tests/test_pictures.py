@@ -13,16 +13,11 @@ import matplotlib.colors
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from report_cases import drawable
 
 from dllm_convert.charts import BLUE, FAINTEST_LEVEL, GREY, SHUT, VERMILION, running_median
 from dllm_convert.logged import Curve, read_curves
-from dllm_convert.observations import (
-    DecodingPoint,
-    Influence,
-    InfluenceMap,
-    Observations,
-    RatePoint,
-)
+from dllm_convert.observations import Observations
 from dllm_convert.pictures import ATTENTION, LOSS, PICTURES, draw, draw_all, draw_svg
 
 PAGES = {"light": "#ffffff", "dark": "#0b0f19"}
@@ -138,22 +133,8 @@ def test_every_picture_is_described() -> None:
 
 
 def full() -> dict[str, Any]:
-    """Measurements of everything that can be drawn, as the manifest holds them."""
-    open_, staircase = -1.0, [[c // 4 <= r // 4 for c in range(12)] for r in range(12)]
-    maps = {
-        "base": InfluenceMap(_rows([[c <= r for c in range(12)] for r in range(12)], open_), 1),
-        "converted": InfluenceMap(_rows(staircase, open_), 1),
-    }
-    before = tuple(RatePoint(rate, 8 + rate, 0.1, 50) for rate in (0.1, 0.5, 0.9))
-    after = tuple(RatePoint(rate, 4 + rate, math.inf, 50) for rate in (0.1, 0.5, 0.9))
-    decoding = tuple(DecodingPoint(t, 1 / (t or 1), t or 1.0, 32) for t in (None, 0.9, 0.88, 0.3))
-    curves = {"loss": Curve((1, 2, 3), (9.0, 7.0, 6.0))}
-    seen = Observations(Influence(**maps, block_size=4), before, after, decoding, curves)
-    return json.loads(json.dumps(MEASUREMENTS | seen.as_dict()))
-
-
-def _rows(mask: list[list[bool]], level: float) -> tuple[tuple[float | None, ...], ...]:
-    return tuple(tuple(level if seen else None for seen in row) for row in mask)
+    """Everything that can be drawn, with the held-out values."""
+    return MEASUREMENTS | drawable()
 
 
 def test_what_the_manifest_holds_is_what_was_measured() -> None:
