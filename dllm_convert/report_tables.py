@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from dllm_convert.observations import InfluenceMap, Observations, RatePoint
 
-SKETCH = 12
-"""Rows of an influence map on a terminal."""
+SKETCH = 16
+"""Most rows of an influence map on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +108,24 @@ def sketch(seen: Observations) -> str | None:
         return None
     maps = {"base": influence.base, "converted": influence.converted}
     drawn = {name: _sketched(map_) for name, map_ in maps.items() if map_ is not None}
-    width = 2 * SKETCH
-    lines = ["  ".join(name.ljust(width) for name in drawn)]
-    lines += ["  ".join(row) for row in zip(*drawn.values(), strict=True)]
+    lines = ["  ".join(name.ljust(len(rows[0])) for name, rows in drawn.items())]
+    lines += ["  ".join(row) for row in zip_longest(*drawn.values(), fillvalue="")]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _sketched(map_: InfluenceMap) -> list[str]:
-    # Of each cell the corner that looks least far ahead: an open block fills its cells exactly.
-    def seen(row: int, column: int) -> bool:
-        position = (row + 1) * map_.length // SKETCH - 1
-        token = column * map_.length // SKETCH // map_.stride
-        return map_.rows[max(position, 0)][token] is not None
+    """Make cells of several tokens; those of a block fill whole cells."""
+    columns = len(map_.rows[0])
+    count = max(n for n in range(1, SKETCH + 1) if columns % n == 0)
+    every = columns // count
 
-    return ["".join("##" if seen(r, c) else ".." for c in range(SKETCH)) for r in range(SKETCH)]
+    def seen(row: int, column: int) -> bool:
+        # Of each cell the corner that looks least far ahead.
+        position = min((row + 1) * every * map_.stride, map_.length) - 1
+        return map_.rows[position][column * every] is not None
+
+    cells = range(count)
+    return ["".join("##" if seen(row, column) else ".." for column in cells) for row in cells]
 
 
 def _count(value: int) -> str:
