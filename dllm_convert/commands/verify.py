@@ -48,7 +48,7 @@ def verify(
         base = base_folder(against, reporter) if against else None
         document = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
         if report is not None:
-            document |= _write(report, checkpoint, base, document, reporter)
+            document = document | _write(report, checkpoint, base, document, reporter)
     output.show(document, output.verify_text, as_json=as_json)
     exit_if_failed(document)
 

@@ -13,14 +13,17 @@ import pytest
 import torch
 from conversion import convert
 from diffusion.toys import MASK, packed, single, tiny_model
+from typer.testing import CliRunner
 
 from dllm_convert.adapters import get_adapter
+from dllm_convert.cli import app
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import nats_at_rate
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.report_tables import attention_summary, sketch
+from dllm_convert.verify import Probe, VerificationReport
 from dllm_convert.verify.curves import (
     NEW_TOKENS,
     RATES,
@@ -115,6 +118,28 @@ def test_the_base_of_the_manifest_stands_in(converted: Callable[..., Any]) -> No
     again = observe_checkpoint(made.folder, None, MEASURED)
     assert again.influence == first.influence
     assert again.held_out == {"nelbo_after": 2.0}
+
+
+def test_the_command_writes_the_report_and_shows_the_same(
+    converted_cache: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = converted_cache("llama", "bd3lm")
+    probe = Probe("attention-sdpa", True, "0 pairs wrong", "0")
+    verified = VerificationReport((probe,), 1.0)
+    monkeypatch.setattr("dllm_convert.verify.verify_checkpoint", lambda *_, **__: verified)
+    page = tmp_path / "report.html"
+    command = ["verify", str(made.folder), "--against", str(made.base), "--report", str(page)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert f"Report: {page}" in result.stdout
+    assert "##########################" in result.stdout
+    assert "base                   0 " in result.stdout
+    text = page.read_text(encoding="utf-8")
+    assert "exactly those inside a block of 8" in text
+    assert "0 pairs wrong" in text
+    document = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert document["report"] == str(page)
+    assert set(document["measurements"]) == {"influence"}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
