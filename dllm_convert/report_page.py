@@ -181,7 +181,7 @@ def _foreign(folder: Path, report: Mapping[str, Any] | None, seen: Observations)
 
 
 def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
-    texts = ("name", "measured", "required", "detail")
+    texts = ("name", "measured", "required", "detail", "origin")
     probes = [
         {
             "passed": probe.get("passed"),

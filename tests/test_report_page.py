@@ -112,14 +112,14 @@ def test_failures_come_first(tmp_path: Path) -> None:
     probes = [
         probe("fine", True, "1", "1"),
         probe("unasked", None, "not measured", "2", "no base"),
-        probe("broken", False, "3 wrong", "0 wrong", "layer 4"),
+        probe("broken", False, "3 wrong", "0 wrong", "layer 4") | {"origin": "counting is exact"},
         probe("fine too", True, "1", "1"),
     ]
     report = {"passed": False, "probes": probes, "seconds": 2.0}
     read = Reader(page_of(changed(bert_mdlm(), verification=report), tmp_path / "out"))
     names = [row for row in read.rows if row[0].strip("✓✗○ ") in ("passed", "FAILED", "not run")]
     assert [row[1] for row in names] == ["broken", "unasked", "fine", "fine too"]
-    assert names[0] == ["✗ FAILED", "broken", "3 wrong", "0 wrong", "layer 4"]
+    assert names[0] == ["✗ FAILED", "broken", "3 wrong", "0 wrongcounting is exact", "layer 4"]
     assert names[1] == ["○ not run", "unasked", "not measured", "2", "no base"]
     assert "Verification failed" in read.text
     assert "2 of 4 checks passed, 1 failed, 1 not run" in read.text

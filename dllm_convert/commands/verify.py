@@ -14,7 +14,16 @@ from dllm_convert.commands.shared import exit_if_failed, make_reporter
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
+    from dllm_convert.verify.opening import Asked
 
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Folder or Hub id of a diffusion checkpoint, ours or of a known layout.",
+        show_default=False,
+    ),
+]
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
@@ -28,16 +37,39 @@ Report = Annotated[
         help="Also write what was found as one HTML page, with pictures.",
     ),
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+]
+Block = Annotated[
+    int | None,
+    typer.Option(
+        "--block",
+        metavar="N",
+        min=1,
+        help="Tokens per block of a third-party checkpoint that does not record them.",
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run modelling code of the checkpoint that this version did not write.",
+        rich_help_panel="Dangerous options",
+    ),
+]
 
 
 def verify(
-    checkpoint: option.Checkpoint,
+    checkpoint: Checkpoint,
     against: Against = None,
     report: Report = None,
+    revision: Revision = None,
+    block: Block = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Check a converted checkpoint: files, tensors, mask token, attention, decoding."""
+    """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
     if report is not None and not report.resolve().parent.is_dir():
         raise typer.BadParameter(f"{report.parent} is no folder", param_hint="--report")
     reporter = make_reporter(quiet=quiet or as_json)
@@ -46,25 +78,32 @@ def verify(
 
     with quiet_libraries():
         base = base_folder(against, reporter) if against else None
-        document = verify_checkpoint(checkpoint, against=base, reporter=reporter).as_dict()
+        document = verify_checkpoint(
+            checkpoint,
+            revision=revision,
+            against=base,
+            trust_remote_code=trust_remote_code,
+            block_size=block,
+            reporter=reporter,
+        ).as_dict()
         if report is not None:
-            document = document | _write(report, checkpoint, base, document, reporter)
+            from dllm_convert.verify.opening import Asked, local_checkpoint
+
+            folder = local_checkpoint(checkpoint, revision, reporter)
+            asked = Asked(base, trust_remote_code=trust_remote_code, block_size=block)
+            document = document | _write(report, folder, asked, document, reporter)
     output.show(document, output.verify_text, as_json=as_json)
     exit_if_failed(document)
 
 
 def _write(
-    path: Path,
-    checkpoint: Path,
-    base: Path | None,
-    verification: dict[str, Any],
-    reporter: Reporter,
+    path: Path, folder: Path, asked: Asked, verification: dict[str, Any], reporter: Reporter
 ) -> dict[str, Any]:
     """Measure what the report's pictures show, and write it."""
     from dllm_convert.report_page import write_report
     from dllm_convert.verify.views import observe_checkpoint
 
     with reporter.task("measure what the pictures show"):
-        seen = observe_checkpoint(checkpoint, base, verification)
-    write_report(checkpoint, path, verification=verification, seen=seen)
+        seen = observe_checkpoint(folder, asked, verification)
+    write_report(folder, path, verification=verification, seen=seen)
     return {"report": str(path), "measurements": seen.as_dict()}

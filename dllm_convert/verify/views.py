@@ -11,7 +11,9 @@ from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.observations import Influence, Observations, RatePoint
 from dllm_convert.verify.curves import measure_decoding, measure_rates
 from dllm_convert.verify.heatmaps import load_base, observe_influence
-from dllm_convert.verify.run import open_subject
+from dllm_convert.verify.memory import group_refusal
+from dllm_convert.verify.opening import Asked, opened
+from dllm_convert.verify.subject import Subject
 
 
 def observe_run(
@@ -40,41 +42,49 @@ def observe_run(
         objective = Objective.from_config(model.config)
         before = measure_rates(model, batches, objective, seed=seed)
     model = load(weights)
-    subject = open_subject(weights, base)
-    influence = observe_influence(subject, model, load_base(base, subject).to(model.device))
-    batches = [batch.to(model.device) for batch in held_out]
-    if not batches:
-        return Observations(influence)
-    after = measure_rates(model, batches, Objective.from_config(model.config), seed=seed)
-    decoding = measure_decoding(model, batches, context=subject.context)
-    return Observations(influence, before, after, decoding)
+    with opened(weights, Asked(base)) as subject:
+        stock = load_base(base, subject).to(model.device)
+        influence = observe_influence(subject, model, stock)
+        del stock
+        batches = [batch.to(model.device) for batch in held_out]
+        if not batches:
+            return Observations(influence)
+        after = measure_rates(model, batches, Objective.from_config(model.config), seed=seed)
+        decoding = measure_decoding(model, batches, context=subject.context)
+        return Observations(influence, before, after, decoding)
 
 
-def observe_checkpoint(
-    folder: Path, base: Path | None, verification: Mapping[str, Any]
-) -> Observations:
+def observe_checkpoint(folder: Path, asked: Asked, verification: Mapping[str, Any]) -> Observations:
     """Measure who sees whom in a checkpoint; the curves are those its manifest holds.
 
     Without a base at hand its map is the manifest's, if that is of the same text. A checkpoint
-    whose attention could not be verified is not measured.
+    whose attention could not be verified is not measured, for whatever reason that was.
 
     Args:
         folder: The checkpoint.
-        base: Folder of the base's weights, None if it is not at hand.
+        asked: What the verification was asked for, the base's folder among it.
         verification: Its verification.
     """
-    subject = open_subject(folder, base)
-    known = Observations.from_measurements(subject.manifest.get("measurements") or {})
-    attention = [probe for probe in verification["probes"] if _measured_attention(probe)]
-    if not attention:
-        return replace(known, influence=None)
-    probes = verification["probes"]
-    sound = not any(str(p["name"]).startswith("base-") and p["passed"] is False for p in probes)
-    stock = load_base(base, subject) if base is not None and sound else None
-    found = observe_influence(subject, subject.model, stock)
+    with opened(folder, asked) as subject:
+        known = Observations.from_measurements(subject.manifest.get("measurements") or {})
+        if not any(map(_measured_attention, verification["probes"])):
+            return replace(known, influence=None)
+        stock = None
+        if asked.against is not None and _fits_beside(subject, verification):
+            stock = load_base(asked.against, subject)
+        found = observe_influence(subject, subject.model, stock)
     if found.base is None and known.influence is not None and _alike(found, known.influence):
         found = replace(found, base=known.influence.base)
     return replace(known, influence=found)
+
+
+def _fits_beside(subject: Subject, verification: Mapping[str, Any]) -> bool:
+    """Whether a base can be loaded: nothing was found wrong with it, and there is memory."""
+    wrong = any(
+        str(probe["name"]).startswith("base-") and probe["passed"] is False
+        for probe in verification["probes"]
+    )
+    return not wrong and group_refusal(subject, "base") is None
 
 
 def _measured_attention(probe: Mapping[str, Any]) -> bool:
