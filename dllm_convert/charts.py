@@ -192,7 +192,10 @@ def decoding_figure(seen: Observations) -> Figure | None:
     axes.plot(speeds[:1], shares[:1], **marks, color=VERMILION, label="one token per forward")
     top = 1.12 * max(speeds)
     for place, label in _threshold_labels(seen.decoding[1:], top):
-        axes.annotate(label, place, textcoords="offset points", xytext=(7, 8), color=GREY)
+        inward = -1 if place[0] > 0.8 * top else 1
+        side = "right" if inward < 0 else "left"
+        offset: Mapping[str, Any] = {"xytext": (7 * inward, 8), "textcoords": "offset points"}
+        axes.annotate(label, place, color=GREY, ha=side, **offset)
     axes.set_xlim(0, top)
     axes.set_ylim(-0.03, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
