@@ -76,6 +76,8 @@ class BlockReader:
         self.cache = BlockCache(canvas.tokens.shape[1])
         self.cache.frozen = True
         self.previous: torch.Tensor | None = None
+        # Other implementations would build a mask of their own where none is given.
+        self.may_be_bare = model.config._attn_implementation == "sdpa"
 
     def columns(self) -> torch.Tensor:
         """Columns of the block each active row is at, shape (rows, block)."""
@@ -184,7 +186,8 @@ class BlockReader:
     def _mask(self, clean: torch.Tensor) -> torch.Tensor | None:
         # None where every query sees every column up to the end of the block.
         level = bool((self.starts == self.starts[0]).all())
-        if level and not (self.options.causal_context and bool(clean.any())):
+        causal = self.options.causal_context and bool(clean.any())
+        if self.may_be_bare and level and not causal:
             return None
         last = (self.starts + self.size - 1)[:, None].expand(-1, self.size)
         if self.options.causal_context:

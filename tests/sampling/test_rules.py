@@ -107,6 +107,11 @@ RULES: dict[str, dict[str, Any]] = {
     "nucleus": {"do_sample": True, "top_p": 0.9, "confidence_threshold": 0.1},
     "guided": {"guidance_scale": 2.0},
     "remasked": {"remasking": "low_confidence", "remasking_ratio": 0.4, "max_denoising_steps": 4},
+    "remasked-threshold": {
+        "remasking": "low_confidence",
+        "remasking_ratio": 0.4,
+        "confidence_threshold": 0.05,
+    },
     "remasked-random": {"remasking": "random", "remasking_ratio": 0.4},
 }
 
