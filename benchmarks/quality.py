@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, get_scheduler
 
 from benchmarks.step import Step, ours, textbooks
 from dllm_convert.adapters import get_adapter
+from dllm_convert.cli_values import parse_assignments
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
@@ -54,9 +55,10 @@ class Contestant:
                 "training.lora.alpha": 32,
                 "training.lora.embeddings": "mask_row",
                 "training.lora.norms": False,
+                "training.lora.learning_rate": 1e-4,
             }
         if kind == "ours":
-            fields |= dict(part.split("=", 1) for part in options.set)
+            fields |= parse_assignments(options.set)
         else:
             fields |= {"training.learning_rate": 1e-4, "training.lr_schedule": "cosine"}
         self.kind = kind
@@ -81,7 +83,7 @@ class Contestant:
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         betas = (0.9, training.adam_beta2 if self.kind == "ours" else 0.999)
         optimizer = torch.optim.AdamW(
-            weights, lr=training.learning_rate, betas=betas, weight_decay=0.0, fused=True
+            weights, lr=training.peak_learning_rate, betas=betas, weight_decay=0.0, fused=True
         )
         schedule = get_scheduler(training.lr_schedule, optimizer, max(planned // 10, 1), planned)
         optimizer.register_step_post_hook(lambda *_: schedule.step())

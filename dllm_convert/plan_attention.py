@@ -10,9 +10,15 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter, Window
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.plan_checks import layer_count
+from dllm_convert.plan_layers import (
+    FULL,
+    SLIDING,
+    AttentionLayers,
+    group_layers,
+    kept_features,
+)
 from dllm_convert.schema import Recipe
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from dllm_convert.source_info import SourceInfo
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,13 @@ class AttentionPlan:
         changes: One sentence per change.
         config_updates: Config keys that make the changes; None is written as null.
         notes: One sentence per thing that is kept although it concerns positions.
+        layers: The layers by type, before and after.
     """
 
     changes: tuple[str, ...]
     config_updates: Mapping[str, Any]
     notes: tuple[str, ...]
+    layers: tuple[AttentionLayers, ...] = ()
 
 
 def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
@@ -87,16 +95,6 @@ def _open_window(
     return f"sliding window of {size} tokens opened to full attention on {where}", updates
 
 
-def _rope_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    for key in ("rope_parameters", "rope_scaling"):
-        scaling = config.get(key)
-        if isinstance(scaling, Mapping):
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind != "default":
-                return (f"rotary scaling kept: {kind}, factor {scaling.get('factor')}",)
-    return ()
-
-
 def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
     for key in ("is_decoder", "add_cross_attention"):
         if config.get(key):
@@ -112,17 +110,20 @@ def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
         )
 
 
-def open_attention(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) -> AttentionPlan:
+def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> AttentionPlan:
     """Decide what changes in the attention.
 
     Raises:
         IncompatibleError: The config contradicts itself, or has a window the recipe refuses.
         UnsupportedError: The model has layers that cannot be opened.
     """
+    config = source.config
     if adapter.attention == "bidirectional":
         _check_encoder(config, adapter)
-        layer_count(config)
-        return AttentionPlan((), {}, ("attention is bidirectional already and stays so",))
+        kinds = (FULL,) * layer_count(config)
+        stays = "attention is bidirectional already and stays so"
+        layers = group_layers(kinds, before="bidirectional", after="bidirectional")
+        return AttentionPlan((), {}, (stays,), layers)
     kinds = layer_types(config, adapter)
     changes: list[str] = []
     updates: Mapping[str, Any] = {}
@@ -139,4 +140,7 @@ def open_attention(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) 
         "bidirectional inside one"
     )
     changes.append(f"causal attention becomes {opened}, on all {len(kinds)} layers")
-    return AttentionPlan(tuple(changes), updates, _rope_notes(config))
+    after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
+    window = config.get("sliding_window", adapter.window.default if adapter.window else None)
+    layers = group_layers(kinds, before="causal", after=after, window=window)
+    return AttentionPlan(tuple(changes), updates, kept_features(source), layers)

@@ -76,8 +76,10 @@ def run(
     recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
     folder, place = out or default_out(recipe), Place.from_environment()
     if dry_run or ctx.info_name == "check":
+        from dllm_convert.plan_text import plan_text
+
         document = plan_document(recipe, folder, push, num_processes or place.world)
-        output.show(document, output.plan_text, as_json=as_json)
+        output.show(document, plan_text, as_json=as_json)
         return
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(_launch(num_processes, launch_config))
