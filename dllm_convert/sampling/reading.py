@@ -48,15 +48,14 @@ class CanvasReader:
             mask = valid[:, None, None].expand(-1, -1, columns.shape[1], -1)
         if mask is not None:
             mask = _doubled(mask, self.options)
-        logits: torch.Tensor = self.model(
+        output = self.model(
             canvas.read(columns),
             attention_mask=mask,
             position_ids=_doubled(columns, self.options),
             logits_at=_behind(at, columns.numel(), self.options),
             **inputs,
-        ).logits
-        if self.cache is not None and not self.cache.layers:
-            raise ValueError("this model keeps no cache: leave approximate_cache out")
+        )
+        logits: torch.Tensor = output.logits
         return logits
 
     def select(self, kept: torch.Tensor) -> None:
