@@ -12,6 +12,7 @@ from pathlib import Path
 
 MODELING_FILE = "modeling_dllm.py"
 
+_MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
     "attention.py",
     "sampling/options.py",
@@ -21,6 +22,7 @@ _PARTS = (
     "sampling/reading.py",
     "sampling/decoding.py",
     "sampling/settings.py",
+    "sampling/streaming.py",
     "sampling/output.py",
     "modeling.py",
 )
@@ -56,16 +58,23 @@ def _split(source: str) -> tuple[list[str], str]:
     return imports, body.strip("\n")
 
 
+def _min_transformers(modeling: str) -> str:
+    """Return MIN_TRANSFORMERS of the modelling code: importing it would load torch."""
+    assigned = (node for node in ast.parse(modeling).body if isinstance(node, ast.Assign))
+    (value,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == _MINIMUM)
+    return str(ast.literal_eval(value))
+
+
 def modeling_source() -> str:
     """Return the text of the published modelling file."""
     from dllm_convert import __version__
-    from dllm_convert.modeling import MIN_TRANSFORMERS
 
     root = resources.files("dllm_convert")
-    parts = [_split(root.joinpath(part).read_text(encoding="utf-8")) for part in _PARTS]
+    sources = [root.joinpath(part).read_text(encoding="utf-8") for part in _PARTS]
+    parts = [_split(source) for source in sources]
     imports = sorted({line for found, _ in parts for line in found})
     bodies = "\n\n\n".join(body for _, body in parts)
-    header = _HEADER.format(version=__version__, transformers=MIN_TRANSFORMERS)
+    header = _HEADER.format(version=__version__, transformers=_min_transformers(sources[-1]))
     return header + "\n" + "\n".join(imports) + "\n\n" + bodies + "\n"
 
 

@@ -28,6 +28,7 @@ from .sampling.decoding import decode_blocks, decode_canvas
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
 from .sampling.settings import decoding_options
+from .sampling.streaming import decode_streamed
 
 MIN_TRANSFORMERS = "5.2.0"
 
@@ -195,6 +196,7 @@ class DiffusionMixin:
         return_dict_in_generate: bool | None = None,
         output_order: bool = False,
         observer: Observer | None = None,
+        streamer: Any | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | DiffusionOutput:
         """Write text by denoising.
@@ -210,6 +212,8 @@ class DiffusionMixin:
             return_dict_in_generate: Return a `DiffusionOutput` instead of the sequences.
             output_order: Return in it when each token was committed.
             observer: Called with a `Progress` after the prompt and after every denoising forward.
+            streamer: A streamer of transformers, for one prompt: gets text that is final from left
+                to right, and drafts if it takes them (`TextDiffusionStreamer`).
             **kwargs: Any field of `DecodingOptions`, for this call only.
 
         Returns:
@@ -236,7 +240,7 @@ class DiffusionMixin:
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
-        decoded = decode(self, packed, lengths, options, observer)
+        decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 

@@ -11,10 +11,11 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
-from dllm_convert.plan_attention import AttentionLayers, open_attention
+from dllm_convert.plan_attention import open_attention
 from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
+    check_pickle,
     check_quantised,
     check_target,
     check_tensors,
@@ -22,6 +23,7 @@ from dllm_convert.plan_checks import (
     unused_tensors,
 )
 from dllm_convert.plan_fit import check_class, check_shapes, check_transformers
+from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo
@@ -131,6 +133,7 @@ def make_plan(recipe: Recipe, source: SourceInfo) -> ConversionPlan:
     check_transformers(adapter.min_transformers)
     check_class(source.config, adapter)
     check_target(recipe, adapter)
+    check_pickle(source, allowed=recipe.allow_pickle)
     mask = decide_mask_token(recipe, source, adapter)
     names: tuple[str, ...] = ()
     if source.tensors:
