@@ -21,6 +21,7 @@ from dllm_convert.card_base import (
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
+from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
 
@@ -77,6 +78,7 @@ class Facts:
         animation: How the sample was denoised, None if that was not recorded.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         custom_code: Whether the folder brings its modelling code.
+        has_report: Whether report.html lies in the folder.
         tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
         manifest: The manifest.
@@ -100,6 +102,7 @@ class Facts:
     animation: Picture | None
     adapter_only: bool
     custom_code: bool
+    has_report: bool
     tied: bool
     has_chat_template: bool
     manifest: Mapping[str, Any]
@@ -175,6 +178,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             animation=DENOISING if (folder / DENOISING.file).is_file() else None,
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
+            has_report=(folder / REPORT_FILE).is_file(),
             tied=bool(config.get("tie_word_embeddings", True)),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,

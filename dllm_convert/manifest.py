@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "dllm_convert.json"
 CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
+WRITTEN_LAST = (MANIFEST_FILE, CARD_FILE, REPORT_FILE)
+"""Files that say what the others are: written after them, not hashed among them."""
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dllm_convert.console import Reporter
 from dllm_convert.disk import link, sync_tree
-from dllm_convert.how import DEFAULT, How
 from dllm_convert.manifest import source_facts
-from dllm_convert.place import Place
-from dllm_convert.plan import ConversionPlan, plan_as_dict
+from dllm_convert.plan import plan_as_dict
 from dllm_convert.resumed import check_resumed
-from dllm_convert.workspace import Workspace
-
-if TYPE_CHECKING:
-    from dllm_convert.materialise import Materialised
-    from dllm_convert.training.data import TextData
+from dllm_convert.stage_measures import Measures
 
 FORMAT_VERSION = 1
 """Version of the manifest."""
 
 
-@dataclass
-class Stages:
-    """The stages of one run, in their order.
-
-    Attributes:
-        plan: The conversion.
-        workspace: Output folder and journal.
-        reporter: Progress.
-        place: This process.
-        how: What does not change the result: links, how much is verified.
-    """
-
-    plan: ConversionPlan
-    workspace: Workspace
-    reporter: Reporter
-    place: Place
-    how: How = DEFAULT
+class Stages(Measures):
+    """The stages of one run, in their order."""
 
     def finish(self) -> None:
         """Run what is left; the checkpoint stands in the output folder afterwards."""
@@ -62,44 +37,13 @@ class Stages:
             if self._trains:
                 stage("measure", self._measure)
             if not self.light:
+                stage("views", self._views)
                 stage("sample", self._sample)
             stage("assemble", self._assemble)
         stage("verify", self._verify)
         stage("document", self._document)
         stage("publish", self.workspace.publish)
         self._clean()
-
-    @property
-    def _trains(self) -> bool:
-        return self.plan.recipe.training.method != "none"
-
-    @property
-    def light(self) -> bool:
-        """Whether the run does without the model: no training, and only files are verified."""
-        return not self._trains and self.how.streams(self.plan.source.parameters)
-
-    @property
-    def _weights(self) -> Path:
-        return self.workspace.work / ("trained" if self._trains else "untrained")
-
-    @cached_property
-    def _source(self) -> Materialised:
-        from dllm_convert.materialise import materialise
-
-        return materialise(self.plan.source, self.reporter)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.workspace.work / "untrained")
-
-    @cached_property
-    def _data(self) -> TextData:
-        from dllm_convert.training.data import prepare_data
-
-        folder = self.workspace.work / "data"
-        return prepare_data(self.plan.recipe, self._tokenizer, self.reporter, folder)
 
     def _adapt(self) -> dict[str, Any]:
         from dllm_convert.weights import adapt
@@ -119,50 +63,6 @@ class Stages:
             "files": dict(made.files),
             "ways": dict(made.ways),
         }
-
-    def _load(self, folder: Path) -> Any:
-        import torch
-
-        from dllm_convert.training.setup import load_model
-
-        model = load_model(folder, self.plan.adapter)
-        return model.to("cuda") if torch.cuda.is_available() else model
-
-    def _nelbo(self, model: Any) -> dict[str, Any]:
-        from dllm_convert.diffusion.likelihood import nelbo
-        from dllm_convert.diffusion.objective import Objective
-
-        batches = self._on_device(model)
-        with self.reporter.task("measure held-out NELBO", total=len(batches)) as task:
-            objective = Objective.from_config(model.config)
-            seed = self.plan.recipe.training.seed
-            return dict(nelbo(model, batches, objective, seed=seed, task=task).as_dict())
-
-    def _on_device(self, model: Any) -> list[Any]:
-        return [batch.to(model.device) for batch in self._data.held_out]
-
-    def _baseline(self) -> dict[str, Any]:
-        from dllm_convert.diffusion.likelihood import autoregressive_nll
-
-        model = self._load(self.workspace.work / "untrained")
-        result: dict[str, Any] = {"data": self._data.facts, "nelbo_before": self._nelbo(model)}
-        if self.plan.adapter.attention == "causal":
-            batches = self._on_device(model)
-            with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
-                rows = self.plan.mask.rows_before
-                result["ar_nll"] = autoregressive_nll(model, batches, rows, task=task).as_dict()
-        return {**result, "start": self._survey(model, result)}
-
-    def _survey(self, model: Any, measured: dict[str, Any]) -> dict[str, Any]:
-        from dllm_convert.training.expectation import explain, survey
-        from dllm_convert.training.text_facts import look_at
-
-        recipe, batches = self.plan.recipe, self._on_device(model)
-        text = look_at(batches, self._tokenizer, filled=recipe.data.supervise_padding)
-        start = survey(model, batches, measured, text, seed=recipe.training.seed)
-        for problem in explain(start):
-            self.reporter.warn(problem)
-        return asdict(start)
 
     def _train_together(self, *, needed: bool) -> None:
         if not self._trains and self.place.world == 1:
@@ -184,58 +84,34 @@ class Stages:
         start = Start(**baseline["start"])
         return train(self.plan, self._data, *folders, self.reporter, start).as_dict()
 
-    def _measure(self) -> dict[str, Any]:
-        return {"nelbo_after": self._nelbo(self._load(self.workspace.work / "trained"))}
-
-    def _sample(self) -> dict[str, Any]:
-        from dllm_convert.pictures import DENOISING
-        from dllm_convert.sampling import DEFAULT_PROMPT
-        from dllm_convert.sampling.run import decode_sample, record, recorder_of
-
-        model, out = self._load(self._weights), self.workspace.work / DENOISING.file
-        recorder = recorder_of(model)
-        with self.reporter.task("decode a sample"):
-            sample = decode_sample(
-                model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32, observer=recorder
-            )
-            record(recorder, self._tokenizer, out)
-        return sample.as_dict()
-
     def _assemble(self) -> dict[str, Any]:
         from dllm_convert.licences import write_notice
         from dllm_convert.manifest import write_manifest
-        from dllm_convert.pictures import DENOISING, LOSS, draw_loss
+        from dllm_convert.pictures import DENOISING, draw_all
         from dllm_convert.recipe import dump_recipe
 
-        work, staged = self.workspace.work, self.workspace.staged
+        staged = self.workspace.staged
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(self._weights, staged, copy_function=link)
-        if self._trains:
-            draw_loss(work / "metrics.jsonl", self._measurements(), staged / LOSS.file)
+        draw_all(self._measurements(), staged)
         # A run that an earlier version began has recorded none.
-        if (work / DENOISING.file).is_file():
-            link(work / DENOISING.file, staged / DENOISING.file)
+        recorded = self.workspace.work / DENOISING.file
+        if recorded.is_file():
+            link(recorded, staged / DENOISING.file)
         write_notice(staged, source_facts(self.plan))
         (staged / "recipe.yaml").write_text(dump_recipe(self.plan.recipe), encoding="utf-8")
         write_manifest(staged, self._manifest())
         sync_tree(staged)
         return {}
 
-    def _measurements(self) -> dict[str, Any]:
-        result = self.workspace.result
-        measurements = {**(result("baseline") or {}), **(result("measure") or {})}
-        if result("train"):
-            measurements["train"] = result("train")
-        return measurements
-
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, hash_files, versions
+        from dllm_convert.manifest import WRITTEN_LAST, hash_files, versions
 
         adapted = self.workspace.result("adapt") or {}
         ways = {} if self._trains else adapted.get("ways", {})
         known = {name: adapted["files"][name] for name in ways}
-        later = hash_files(self.workspace.staged, exclude=(MANIFEST_FILE, CARD_FILE, *known))
+        later = hash_files(self.workspace.staged, exclude=(*WRITTEN_LAST, *known))
         return {
             "format_version": FORMAT_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -273,11 +149,13 @@ class Stages:
     def _document(self) -> dict[str, Any]:
         from dllm_convert.card import write_card
         from dllm_convert.manifest import read_manifest, write_manifest
+        from dllm_convert.report_page import write_report
 
         staged, workspace = self.workspace.staged, self.workspace
         # The files were hashed when they were put together; hashing them again reads every weight.
         later = {"stages": workspace.stages, "verification": workspace.result("verify")}
         write_manifest(staged, read_manifest(staged) | later)
+        write_report(staged)
         write_card(staged)
         sync_tree(staged)
         return {}

@@ -14,6 +14,8 @@ from dllm_convert.errors import DataError
 from dllm_convert.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
+    REPORT_FILE,
+    WRITTEN_LAST,
     hash_files,
     read_manifest,
     write_manifest,
@@ -50,7 +52,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
     out.mkdir(parents=True)
     with reporter.task("compare with the manifest"):
         for name in published_names(folder, recorded):
-            if is_weight(name) or name == CARD_FILE:
+            if is_weight(name) or name in (CARD_FILE, REPORT_FILE):
                 continue
             check_recorded(folder, name, recorded)
             target = name.removeprefix(f"{ADAPTER}/")
@@ -58,7 +60,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
                 (out / target).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / target)
     (out / MANIFEST_FILE).unlink()
-    files = hash_files(out, exclude=(MANIFEST_FILE, CARD_FILE))
+    files = hash_files(out, exclude=WRITTEN_LAST)
     write_manifest(out, manifest | {"adapter_only": True, "files": files})
 
 
