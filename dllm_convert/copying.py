@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 Way = Literal["shared", "linked", "copied", "rewritten"]
 """How a file came about: blocks shared with the source (reflink), hard link, copy, new bytes."""
 
-PIECE = 4 << 20
-"""Bytes that are in flight at once: few enough to stay in a cache between their uses, many enough
-that a thread seldom asks for the interpreter's lock."""
+PIECE = 1 << 20
+"""Bytes that are in flight at once: few enough to stay in a core's cache between their uses. With
+4 MiB a conversion took half as much processor time again."""
 
 _ZEROS = bytes(PIECE)
 _FICLONE = 0x40049409  # linux/fs.h
@@ -100,7 +100,7 @@ def spans(handle: int, start: int, length: int) -> Iterator[tuple[int, int, bool
 
 
 def pieces(handle: int, start: int, length: int) -> Iterator[tuple[memoryview, bool]]:
-    """Yield a part of a file in pieces of at most 4 MiB, each with whether it is data.
+    """Yield a part of a file in pieces of at most 1 MiB, each with whether it is data.
 
     Pieces of a hole are zeros that were not read. A piece is valid until the next one.
 
