@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, get_scheduler
 
 from benchmarks.step import Step, ours, textbooks
 from dllm_convert.adapters import get_adapter
+from dllm_convert.cli_values import parse_assignments
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
@@ -56,7 +57,7 @@ class Contestant:
                 "training.lora.norms": False,
             }
         if kind == "ours":
-            fields |= dict(part.split("=", 1) for part in options.set)
+            fields |= parse_assignments(options.set)
         else:
             fields |= {"training.learning_rate": 1e-4, "training.lr_schedule": "cosine"}
         self.kind = kind

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import textbook
 from dllm_convert.adapters import get_adapter
+from dllm_convert.cli_values import parse_assignments
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
@@ -117,7 +118,7 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
             "training.method": options.method,
             "training.batch_size": options.batch,
             "training.learning_rate": 1e-5,
-            **dict(part.split("=", 1) for part in options.set),
+            **parse_assignments(options.set),
         },
     )
     model = load_model(options.converted, adapter)
