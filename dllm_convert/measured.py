@@ -23,6 +23,11 @@ class MeasuredMixin(DiffusionMixin):
     the stock forward runs whole, and what is not wanted is taken away in front of the head.
     """
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Say no: a class with code of its own would not get its family's renamed tensors."""
+        return False
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

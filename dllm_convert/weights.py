@@ -246,6 +246,6 @@ def adapt(plan: ConversionPlan, source_dir: Path, out: Path, reporter: Reporter)
         _write_weights(plan, source_dir, out, reporter)
         _write_configs(plan, source_dir, out)
         write_tokenizer(plan.mask, source_dir, out)
-        write_modeling(out)
+        write_modeling(out, plan.adapter)
         for name in matching(file_names(source_dir), LICENCE_FILES):
             shutil.copyfile(source_dir / name, out / name)

@@ -9,8 +9,8 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from dllm_convert.probe.family import measure_family  # noqa: E402
-from dllm_convert.quiet import quiet_libraries  # noqa: E402
+from dllm_convert.probe.family import measure_family
+from dllm_convert.quiet import quiet_libraries
 
 
 def main() -> None:

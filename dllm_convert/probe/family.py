@@ -112,7 +112,9 @@ def _open_windows(
     keys = [key for key in WINDOW_KEYS if isinstance(getattr(config, key, None), int)]
     if finding.passed or not wrong or not keys:
         return {}, (), finding
-    narrow = tuple(dict.fromkeys(instance.kinds[layer] for layer in wrong))
+    narrow = tuple(
+        dict.fromkeys(instance.kinds[min(layer, len(instance.kinds) - 1)] for layer in wrong)
+    )
     opened = dict.fromkeys(keys, int(context))
     second = measure.ask("open-layers", measure.MDLM, lambda: look(**opened))
     return (opened, narrow, second) if second.passed else ({}, (), finding)

@@ -16,6 +16,10 @@ from dllm_convert.probe.instance import decoder_layers, other, text
 
 STILL = 1e-5
 """Share of the largest value below which float32 counts as still: about 80 roundings."""
+STILL_FLOAT64 = 1e-14
+"""The same in float64, where equal rows are equal to the bit."""
+LAYER_DRAWS = 2
+"""Texts that every layer is measured with."""
 DRAWS = 3
 """Texts tried until every allowed influence shows: one text may hide a weak one by chance."""
 
@@ -23,7 +27,11 @@ Allowed = torch.Tensor
 
 
 def compare(
-    moved: torch.Tensor, allowed: Allowed, scale: float, judged: torch.Tensor | None = None
+    moved: torch.Tensor,
+    allowed: Allowed,
+    scale: float,
+    still: float,
+    judged: torch.Tensor | None = None,
 ) -> tuple[int, str]:
     """Return how many pairs are wrong and the first of them in words.
 
@@ -31,9 +39,10 @@ def compare(
         moved: How far position i moved when token j was changed, shape (length, length).
         allowed: Where it may, and must.
         scale: The largest value that was looked at.
+        still: Share of it below which nothing moved.
         judged: Pairs that count; all if None.
     """
-    wrong = ((moved > STILL * scale) != allowed) | moved.isnan()
+    wrong = ((moved > still * scale) != allowed) | moved.isnan()
     if judged is not None:
         wrong &= judged
     if not wrong.any():
@@ -65,7 +74,7 @@ def whole(
         logits = model(rows, use_cache=False).logits
         moved = torch.maximum(moved, (logits[1:] - logits[0]).abs().amax(-1).T)
         scale = max(scale, float(logits[0].abs().max()))
-        result = compare(moved, allowed, scale, judged)
+        result = compare(moved, allowed, scale, STILL, judged)
         if not result[0]:
             break
     return result
@@ -83,7 +92,7 @@ class _Disturbance:
         hidden = (args[0] if positional else kwargs["hidden_states"]).clone()
         rows, index = self._by_row(hidden), torch.arange(self._length)
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(rows[index + 1, index].shape, generator=generator)
+        noise = torch.randn(rows[index + 1, index].shape, generator=generator).to(rows.dtype)
         rows[index + 1, index] += noise * rows.std()
         if positional:
             return (hidden, *args[1:]), kwargs
@@ -106,26 +115,40 @@ class _Disturbance:
 def by_layer(model: Any, length: int, allowed: Allowed) -> Mapping[int, tuple[int, str]]:
     """Measure every layer by itself; returns number of a layer to what `compare` says.
 
+    Every text has to show every allowed influence: attention that picks its keys by their content
+    shows each of them in one text or another. What float32 hides is looked for in float64.
+
     Args:
         model: A decoder.
         length: Tokens per text.
         allowed: Who may reach whom in one layer, shape (length, length), bool.
     """
+    found = _layers(model, length, allowed, STILL)
+    if not any(wrong for wrong, _ in found.values()):
+        return found
+    try:
+        return _layers(model.to(torch.float64), length, allowed, STILL_FLOAT64)
+    except RuntimeError:
+        # Some part insists on float32.
+        return found
+    finally:
+        model.to(torch.float32)
+
+
+def _layers(model: Any, length: int, allowed: Allowed, still: float) -> dict[int, tuple[int, str]]:
     found: dict[int, tuple[int, str]] = {}
     for number, layer in enumerate(decoder_layers(model)):
-        moved, scale = torch.zeros(length, length), 0.0
-        for draw in range(DRAWS):
+        for draw in range(LAYER_DRAWS):
             output = _disturbed(model, layer, text(length, draw).repeat(length + 1, 1))
-            moved = torch.maximum(moved, (output[1:] - output[0]).abs().amax(-1).T)
-            scale = max(scale, float(output[0].abs().max()))
-            found[number] = compare(moved, allowed, scale)
-            if not found[number][0]:
+            moved = (output[1:] - output[0]).abs().amax(-1).T
+            found[number] = compare(moved, allowed, float(output[0].abs().max()), still)
+            if found[number][0]:
                 break
     return found
 
 
 def _disturbed(model: Any, layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Return a layer's output where row i + 1 has another input at position i; (rows, length, n)."""
+    """Return a layer's output, (rows, length, n), with another input at i in row i + 1."""
     disturbance = _Disturbance(rows.shape[1])
     handles = (
         layer.register_forward_pre_hook(disturbance.before, with_kwargs=True),

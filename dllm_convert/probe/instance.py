@@ -94,9 +94,10 @@ def _randomise(model: nn.Module) -> None:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the layers: the longest list of modules as long as the config says there are layers."""
+    """Return the layers: of all lists of modules as long as the config says, the heaviest."""
     count = int(model.config.num_hidden_layers)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    every = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [m for m in every if len(m) == count] or every
     sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
     return list(lists[sizes.index(max(sizes))]) if lists else []
 

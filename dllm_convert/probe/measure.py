@@ -179,7 +179,8 @@ def in_layers(
     measured = f"{len(wrong)} of {len(found)} layers differ"
     if not found:
         return (), (False, measured, "no list of decoder layers was found")
-    first = f"layer {wrong[0]} ({kinds[wrong[0]]}): {found[wrong[0]][1]}" if wrong else ""
+    kind = kinds[min(wrong[0], len(kinds) - 1)] if wrong else ""
+    first = f"layer {wrong[0]} ({kind}): {found[wrong[0]][1]}" if wrong else ""
     return wrong, (not wrong, measured, first)
 
 

@@ -1,4 +1,4 @@
-"""Probe a family in a process of its own, with a time limit; the result is kept for the next call."""
+"""Probe a family in a process of its own, with a time limit; the answer is kept."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling import DEFAULT_PROMPT
@@ -116,7 +116,7 @@ def run_sample(
 
     from dllm_convert.training.setup import load_model
 
-    adapter = get_adapter(str(read_config(folder)["model_type"]))
+    adapter = adapter_of(read_config(folder))
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = load_model(folder, adapter, dtype=dtype)
     if torch.cuda.is_available():

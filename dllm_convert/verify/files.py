@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
@@ -74,7 +75,12 @@ def _expected(subject: Subject) -> tuple[dict[str, tuple[int, ...]], Mapping[str
     config = cls.config_class.from_pretrained(subject.folder)
     with torch.device("meta"):
         model = cls(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    if subject.adapter.measured is not None:
+        # A file may call tensors otherwise than the class, or hold experts one by one.
+        stored = revert_weight_conversion(model, state)
+        state = max(state, stored, key=lambda names: len(names.keys() & subject.shapes.keys()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes, model.all_tied_weights_keys
 
 

@@ -24,7 +24,7 @@ def check_influence(subject: Subject) -> list[Probe]:
     """Return the probes `attention-sdpa`, `attention-eager` and `attention-layers`."""
     length = probe_length(subject)
     probes = []
-    for implementation in ("sdpa", "eager"):
+    for implementation in subject.adapter.implementations:
         with subject.attention(implementation) as model:
             probes.append(_end_to_end(subject, model, f"attention-{implementation}", length))
             if implementation == "eager":

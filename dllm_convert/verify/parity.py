@@ -194,8 +194,9 @@ class _Comparison:
         config = cls.config_class.from_pretrained(folder)
         if base_config is not None:
             self._restore_attention(config, base_config)
+        attention = self._subject.adapter.implementations[0]
         model = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
+            folder, config=config, dtype=torch.float32, attn_implementation=attention
         )
         with torch.no_grad():
             output = model.eval()(tokens, output_hidden_states=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest
@@ -127,7 +127,7 @@ def _open(
     return Subject(
         folder=folder,
         config=config,
-        adapter=get_adapter(str(config["model_type"])),
+        adapter=adapter_of(config),
         claim=Claim.from_config(config),
         manifest=manifest,
         against=against,
