@@ -74,7 +74,7 @@ def get_adapter(model_type: str) -> Adapter:
     close = f", the nearest is {nearest[0]!r}" if nearest else ""
     raise UnsupportedError(
         f"model_type {model_type!r} has no adapter{close}; "
-        f"written are those of {', '.join(sorted(registry))}",
+        f"adapters exist for {', '.join(sorted(registry))}",
         hint="`dllm-convert check SOURCE --probe` measures on a small random instance whether it "
         "can be converted, `run --allow-generic` then does",
     )

@@ -34,7 +34,7 @@ def measure_family(values: Mapping[str, Any], tensors: Sequence[str]) -> ProbeRe
     layers: tuple[str, ...] = ()
     adapter, reason, name = None, None, ""
     try:
-        config = full_config(values)
+        config = _full(values)
         name = stock_name(model_type)
         instance = _instance(config)
         layers = instance.kinds
@@ -50,14 +50,25 @@ def measure_family(values: Mapping[str, Any], tensors: Sequence[str]) -> ProbeRe
     return ProbeReport(model_type, name, layers, found, reason, adapter, versions, seconds)
 
 
+def _full(values: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return full_config(values)
+    except measure.BROKEN as error:
+        raise UnsupportedError(f"its config cannot be read ({_first_line(error)})") from error
+
+
 def _instance(config: PreTrainedConfig) -> Instance:
     try:
         return Instance.of(config)
     except measure.BROKEN as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise UnsupportedError(
-            f"no small instance could be built ({type(error).__name__}: {first[:200]})"
+            f"no small instance could be built ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()[:200] if lines else 'no message'}"
 
 
 def _measure(

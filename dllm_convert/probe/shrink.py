@@ -303,7 +303,7 @@ _COMPUTED: Mapping[str, Callable[[int, Sizes], int]] = {
 
 
 def _rope(value: Any, sizes: Sizes) -> Any:
-    """Keep a rotary variant; per-frequency factors are cut to the small head."""
+    """Keep a rotary variant; factors per frequency are cut or drawn out to the small head."""
     if not isinstance(value, Mapping):
         return value
     dim = 8 if "qk_rope_head_dim" in sizes else HEAD_DIM
@@ -314,7 +314,7 @@ def _rope(value: Any, sizes: Sizes) -> Any:
         if isinstance(inner, Mapping):
             small[key] = _rope(inner, sizes)
         elif key in ("short_factor", "long_factor"):
-            small[key] = inner[:frequencies]
+            small[key] = [*inner, *[inner[-1]] * frequencies][:frequencies]
         elif key == "mrope_section":
             part = frequencies // len(inner)
             small[key] = [frequencies - part * (len(inner) - 1), *[part] * (len(inner) - 1)]

@@ -22,18 +22,6 @@ WINDOWED = ("gemma2", "gemma3_text", "cohere2")
 IN_PROCESS = [group for group in GROUPS if group != "portability"]
 
 
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root, built = tmp_path_factory.mktemp("generic"), {}
-
-    def get(model_type: str) -> Path:
-        if model_type not in built:
-            built[model_type] = generic.make_generic(root / model_type, model_type)
-        return built[model_type]
-
-    return get
-
-
 def convert(base: Path, folder: Path, target: str) -> ConversionPlan:
     from dllm_convert.weights import adapt
 
@@ -57,12 +45,12 @@ def complaints(report: VerificationReport) -> list[str]:
 @pytest.mark.parametrize("target", ["mdlm", "bd3lm"])
 @pytest.mark.parametrize("model_type", CONVERTIBLE)
 def test_a_measured_family_passes_the_probes_of_a_written_one(
-    source: Callable[[str], Path], tmp_path: Path, model_type: str, target: str
+    generic_source: Callable[[str], Path], tmp_path: Path, model_type: str, target: str
 ) -> None:
     assert not has_adapter(model_type)
     if target == "mdlm" and model_type in ("olmo2", "phi3", "gpt_neox"):
         pytest.skip("as the others of its kind")
-    base, folder = source(model_type), tmp_path / "out"
+    base, folder = generic_source(model_type), tmp_path / "out"
 
     plan = convert(base, folder, target)
     report = verify_checkpoint(folder, against=base, untrained=True, groups=IN_PROCESS)
@@ -80,9 +68,9 @@ def test_a_measured_family_passes_the_probes_of_a_written_one(
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox"])
 def test_its_own_code_needs_nothing_but_transformers(
-    source: Callable[[str], Path], tmp_path: Path, model_type: str
+    generic_source: Callable[[str], Path], tmp_path: Path, model_type: str
 ) -> None:
-    convert(source(model_type), tmp_path / "out", "bd3lm")
+    convert(generic_source(model_type), tmp_path / "out", "bd3lm")
 
     report = verify_checkpoint(tmp_path / "out", groups=["files", "tokens", "portability"])
 
@@ -91,19 +79,19 @@ def test_its_own_code_needs_nothing_but_transformers(
 
 
 def test_a_state_space_model_is_refused_with_what_was_measured(
-    source: Callable[[str], Path],
+    generic_source: Callable[[str], Path],
 ) -> None:
-    report = generic.measured(source("mamba"))
+    report = generic.measured(generic_source("mamba"))
 
     assert report.adapter is None
     assert "position 0 does not see token 1" in str(report.reason)
     assert {f.name for f in report.findings if f.passed} >= {"base-causal"}
 
 
-def test_a_report_survives_its_way_through_json(source: Callable[[str], Path]) -> None:
+def test_a_report_survives_its_way_through_json(generic_source: Callable[[str], Path]) -> None:
     from dllm_convert.probe import ProbeReport
 
-    report = generic.measured(source("gemma2"))
+    report = generic.measured(generic_source("gemma2"))
     again: Any = json.loads(json.dumps(report.as_dict()))
 
     assert ProbeReport.from_dict(again) == report
