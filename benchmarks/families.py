@@ -119,7 +119,10 @@ def table(entries: list[dict[str, Any]]) -> str:
     lines += ["", "Not converted:", "", "| model_type | measured |", "| --- | --- |"]
     for entry in no:
         reason = " ".join(str(entry["reason"]).replace("|", "/").split())
-        lines.append(f"| {entry['model_type']} | {reason[:240]} |")
+        name = (
+            f"{entry['model_type']} (has an adapter)" if entry["written"] else entry["model_type"]
+        )
+        lines.append(f"| {name} | {reason[:240]} |")
     return "\n".join(lines)
 
 

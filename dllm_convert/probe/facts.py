@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.probe.instance import Instance, decoder_layers, draft_adapter
-from dllm_convert.probe.shrink import VOCABULARY, layer_kinds
+from dllm_convert.probe.shrink import layer_kinds
+from dllm_convert.probe.sizes import VOCABULARY
 
 _STANDARD = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
