@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def declare(
     targets: Sequence[str],
     opened: Mapping[str, Any],
     narrow: tuple[str, ...],
-    tensors: Iterable[str],
+    tensors: Collection[str],
 ) -> Adapter:
     """Return the declaration of a measured family.
 
@@ -57,8 +58,8 @@ def declare(
     """
     model = instance.base
     draft = draft_adapter(config.model_type)
-    unused = _unused(model)
-    _require_complete(config, draft.stock_class, tensors)
+    ignored = sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    unused = _loaded(config, draft.stock_class, tensors, ignored)
     embedding, head, biases = _vocabulary(model)
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
@@ -149,26 +150,38 @@ def _norms(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _unused(model: Any) -> str | None:
-    """Return what the class leaves out of a file without a word, as one expression."""
-    patterns = sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    return "|".join(f".*(?:{pattern}).*" for pattern in patterns) or None
+def _loaded(
+    config: PreTrainedConfig, stock: str, present: Collection[str], ignored: Sequence[str]
+) -> str | None:
+    """Compare a checkpoint's tensors with those its class loads.
 
+    Args:
+        config: Config of the checkpoint.
+        stock: Name of its class.
+        present: Names of its tensors; empty if they are not known.
+        ignored: What the class leaves out of a file without a word.
 
-def _require_complete(config: PreTrainedConfig, stock: str, tensors: Iterable[str]) -> None:
-    """Compare a checkpoint's tensors with those the class would fill at random without them."""
-    present = set(tensors)
+    Returns:
+        What is left out of the output, as one expression.
+
+    Raises:
+        UnsupportedError: A tensor is missing that the class would fill at random.
+    """
+    patterns = [f".*(?:{pattern}).*" for pattern in sorted(ignored)]
     if not present:
-        return
+        return "|".join(patterns) or None
     with torch.device("meta"):
         model = getattr(transformers, stock)(copy.deepcopy(config))
     state = model.state_dict()
     shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     # A file holds experts one by one that the class holds together; either is loaded.
     expected = [set(state), set(revert_weight_conversion(model, state))]
-    missing = min((sorted(names - present - shared) for names in expected), key=len)
+    missing = min((sorted(names - set(present) - shared) for names in expected), key=len)
     if missing:
         raise UnsupportedError(
             f"the weights lack {len(missing)} tensors of {stock}, the first is {missing[0]}: they "
             "would be random"
         )
+    foreign = set(present).difference(*expected)
+    patterns += sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in foreign})
+    return "|".join(patterns) or None

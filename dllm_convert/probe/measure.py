@@ -110,7 +110,7 @@ def chosen_logits(model: Any) -> Finding:
 
 
 def gradients(model: Any) -> Finding:
-    """Ask whether a training step reaches every weight that has a part in the logits."""
+    """Ask whether a backward pass in training mode gives finite gradients."""
 
     def question() -> Answer:
         tokens = torch.stack([text(LENGTH), text(LENGTH, 1)])
@@ -120,14 +120,14 @@ def gradients(model: Any) -> Finding:
             model(tokens, use_cache=False, logits_at=at).logits.logsumexp(-1).mean().backward()
         finally:
             model.eval()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        bad = [n for n, grad in grads.items() if grad is not None and not grad.isfinite().all()]
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        wrong = [n for n, grad in grads.items() if grad is not None and not grad.isfinite().all()]
+        if model.get_input_embeddings().weight.grad is None:
+            wrong.append("the embedding")
         reached = sum(grad is not None for grad in grads.values())
         model.zero_grad(set_to_none=True)
-        embedding = model.get_input_embeddings().weight
-        missing = [] if any(p is embedding for p in model.parameters()) else ["the embedding"]
-        detail = f"no finite gradient for {(bad or missing)[0]}" if bad or missing else ""
-        return not (bad or missing), f"{reached} of {len(grads)} tensors have gradients", detail
+        detail = f"no finite gradient for {wrong[0]}" if wrong else ""
+        return not wrong, f"{reached} of {len(grads)} tensors have gradients", detail
 
     return ask("gradients", BOTH, question)
 

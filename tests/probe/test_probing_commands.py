@@ -19,6 +19,7 @@ from dllm_convert.console import Reporter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import run
 from dllm_convert.probe import run as probing
+from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
 
 QUIET = Reporter(quiet=True)
@@ -178,6 +179,20 @@ def test_weights_that_lack_a_tensor_are_refused(generic_source: Callable[[str], 
     report = measure_family(config, ["model.embed_tokens.weight", "lm_head.weight"])
 
     assert "the weights lack" in str(report.reason)
+
+
+def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str], Path]) -> None:
+    from dllm_convert.plan_checks import unused_tensors
+    from dllm_convert.probe.family import measure_family
+
+    source = generic_source("olmo2")
+    config = json.loads((source / "config.json").read_text())
+    stale = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    names = [n for h in read_checkpoint(source).values() for n in h.entries]
+
+    adapter = measure_family(config, [*names, stale.format(0)]).require()
+
+    assert unused_tensors([*names, stale.format(17)], adapter) == (stale.format(17),)
 
 
 @pytest.mark.parametrize(
