@@ -55,6 +55,7 @@ class Contestant:
                 "training.lora.alpha": 32,
                 "training.lora.embeddings": "mask_row",
                 "training.lora.norms": False,
+                "training.lora.learning_rate": 1e-4,
             }
         if kind == "ours":
             fields |= parse_assignments(options.set)
@@ -82,7 +83,7 @@ class Contestant:
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         betas = (0.9, training.adam_beta2 if self.kind == "ours" else 0.999)
         optimizer = torch.optim.AdamW(
-            weights, lr=training.learning_rate, betas=betas, weight_decay=0.0, fused=True
+            weights, lr=training.peak_learning_rate, betas=betas, weight_decay=0.0, fused=True
         )
         schedule = get_scheduler(training.lr_schedule, optimizer, max(planned // 10, 1), planned)
         optimizer.register_step_post_hook(lambda *_: schedule.step())

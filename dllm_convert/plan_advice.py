@@ -15,7 +15,7 @@ PYDOC_TOKENS = 113_000
 
 
 def _learning_rate(recipe: Recipe) -> str | None:
-    rate, tokens = recipe.training.learning_rate, recipe.training_tokens
+    rate, tokens = recipe.training.peak_learning_rate, recipe.training_tokens
     if recipe.training.method != "full":
         return None
     if tokens <= SMALL_BUDGET and rate >= 5e-4:

@@ -119,6 +119,9 @@ class Lora(_Section):
         "full", description="train the whole embedding and head, or the mask's row only"
     )
     norms: bool = Field(True, description="train the normalisation layers")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of LoRA; empty means training.learning_rate"
+    )
     quantize: Literal["none", "nf4"] = Field(
         "none",
         description="nf4: frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes",
@@ -180,6 +183,18 @@ class Training(_Section):
     def sequences_per_step(self) -> int:
         """Sequences that one process sees in an optimizer step."""
         return self.batch_size * self.gradient_accumulation
+
+    @property
+    def learning_rate_field(self) -> str:
+        """Field that holds the learning rate of the method that trains."""
+        own = self.method == "lora" and self.lora.learning_rate is not None
+        return "training.lora.learning_rate" if own else "training.learning_rate"
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """Learning rate after warm-up, of the method that trains."""
+        own = self.lora.learning_rate if self.method == "lora" else None
+        return self.learning_rate if own is None else own
 
 
 class Generation(_Section):

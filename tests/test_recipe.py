@@ -254,3 +254,17 @@ def test_dumped_yaml_reads_the_same_under_yaml_1_1() -> None:
     value = {"texts": texts, "numbers": [1e-5, 1e22, 3, -0.5], "flag": True, "empty": None}
     assert recipe_yaml.parse_mapping(recipe_yaml.dump(value), "x") == value
     assert yaml.safe_load(recipe_yaml.dump(value)) == value
+
+
+def test_lora_may_have_a_rate_of_its_own() -> None:
+    from dllm_convert.schema import Training
+
+    fields = {"learning_rate": 3e-4, "lora": {"learning_rate": 1e-3}}
+    full, lora = (Training.model_validate({**fields, "method": m}) for m in ("full", "lora"))
+    assert full.peak_learning_rate == 3e-4
+    assert full.learning_rate_field == "training.learning_rate"
+    assert lora.peak_learning_rate == 1e-3
+    assert lora.learning_rate_field == "training.lora.learning_rate"
+    shared = Training.model_validate({"method": "lora", "learning_rate": 2e-4})
+    assert shared.peak_learning_rate == 2e-4
+    assert shared.learning_rate_field == "training.learning_rate"

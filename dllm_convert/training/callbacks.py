@@ -37,11 +37,13 @@ class Rules:
         tokens_per_step: Clean tokens of an optimizer step over all processes, padding included.
         keep_checkpoints: Resumable checkpoints to keep.
         max_minutes: Training time after which to stop, earlier sessions included.
+        rate_field: The recipe's field of the learning rate.
     """
 
     tokens_per_step: int
     keep_checkpoints: int = 2
     max_minutes: float | None = None
+    rate_field: str = "training.learning_rate"
 
 
 class Watch(TrainerCallback):
@@ -194,7 +196,7 @@ class Watch(TrainerCallback):
             f"training diverged at step {state.global_step}: loss {logs['loss']}, "
             f"gradient norm {logs.get('grad_norm')}; {kept}",
             hint="Start again in another --out with a lower rate, such as "
-            f"--set training.learning_rate={rate / 3:.0e}",
+            f"--set {self._rules.rate_field}={rate / 3:.0e}",
         )
 
     def on_save(

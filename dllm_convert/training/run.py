@@ -76,7 +76,7 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         max_steps=training.steps,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,
+        learning_rate=training.peak_learning_rate,
         lr_scheduler_type=training.lr_schedule,
         warmup_steps=round(training.warmup_ratio * training.steps),
         weight_decay=training.weight_decay,
@@ -147,7 +147,10 @@ def train(
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         trainer = _trainer(model, arguments, text, recipe, work)
         rules = Rules(
-            rows * recipe.data.sequence_length, training.keep_checkpoints, training.max_minutes
+            rows * recipe.data.sequence_length,
+            training.keep_checkpoints,
+            training.max_minutes,
+            training.learning_rate_field,
         )
         watch = Watch(
             Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments)),
