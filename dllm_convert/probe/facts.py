@@ -106,7 +106,8 @@ def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...]]:
     found = {n: t for n, t in tensors.items() if t.dim() and t.shape[0] == VOCABULARY}
     places = {id(module): name for name, module in model.named_modules()}
     names = []
-    for module in (model.get_input_embeddings(), _head(model)):
+    modules: tuple[Any, Any] = model.get_input_embeddings(), _head(model)
+    for module in modules:
         # By value: a file may call a tensor otherwise than the class does.
         same = [name for name, tensor in found.items() if torch.equal(tensor, module.weight)]
         names.append(same[0] if same else f"{places[id(module)]}.weight")

@@ -73,9 +73,12 @@ def blocks(length: int = LENGTH) -> torch.Tensor:
 def is_causal(instance: Instance) -> Finding:
     """Ask whether nothing in the base sees what comes after it."""
     later = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    return ask(
-        "base-causal", BOTH, lambda: _pairs(whole(instance.base, LENGTH, ~later, judged=later))
-    )
+
+    def question() -> Answer:
+        passed, measured, detail = _pairs(whole(instance.base, LENGTH, ~later, judged=later))
+        return passed, measured, f"{detail} in the base: it is no causal decoder"
+
+    return ask("base-causal", BOTH, question)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
 
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
@@ -77,6 +76,8 @@ def _expected(subject: Subject) -> tuple[dict[str, tuple[int, ...]], Mapping[str
         model = cls(config)
     state = model.state_dict()
     if subject.adapter.measured is not None:
+        from transformers.core_model_loading import revert_weight_conversion
+
         # A file may call tensors otherwise than the class, or hold experts one by one.
         stored = revert_weight_conversion(model, state)
         state = max(state, stored, key=lambda names: len(names.keys() & subject.shapes.keys()))
