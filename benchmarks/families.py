@@ -77,6 +77,9 @@ def measure_all(out: Path, seconds: float) -> None:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    # Imported before the forks, so that each begins where the others did.
+    import dllm_convert.probe.family  # noqa: F401
+
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
