@@ -23,6 +23,19 @@ class MeasuredMixin(DiffusionMixin):
     the stock forward runs whole, and what is not wanted is taken away in front of the head.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Load and save under the names of the stock class, which may be known by its name only."""
+        from transformers.conversion_mapping import (
+            get_checkpoint_conversion_mapping,
+            register_checkpoint_conversion_mapping,
+        )
+
+        super().__init_subclass__(**kwargs)
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+        renamed = get_checkpoint_conversion_mapping(stock.__name__)
+        if renamed is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, renamed, overwrite=True)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Say no: a class with code of its own would not get its family's renamed tensors."""

@@ -58,8 +58,7 @@ def declare(
     """
     model = instance.base
     draft = draft_adapter(config.model_type)
-    ignored = sorted(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    unused = _loaded(config, draft.stock_class, tensors, ignored)
+    unused = _loaded(config, draft.stock_class, tensors)
     embedding, head, biases = _vocabulary(model)
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
@@ -151,16 +150,13 @@ def _norms(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _loaded(
-    config: PreTrainedConfig, stock: str, present: Collection[str], ignored: Sequence[str]
-) -> str | None:
+def _loaded(config: PreTrainedConfig, stock: str, present: Collection[str]) -> str | None:
     """Compare a checkpoint's tensors with those its class loads.
 
     Args:
         config: Config of the checkpoint.
         stock: Name of its class.
         present: Names of its tensors; empty if they are not known.
-        ignored: What the class leaves out of a file without a word.
 
     Returns:
         What is left out of the output, as one expression.
@@ -168,9 +164,8 @@ def _loaded(
     Raises:
         UnsupportedError: A tensor is missing that the class would fill at random.
     """
-    patterns = [f".*(?:{pattern}).*" for pattern in sorted(ignored)]
     if not present:
-        return "|".join(patterns) or None
+        return None
     with torch.device("meta"):
         model = getattr(transformers, stock)(copy.deepcopy(config))
     state = model.state_dict()
@@ -183,6 +178,15 @@ def _loaded(
             f"the weights lack {len(missing)} tensors of {stock}, the first is {missing[0]}: they "
             "would be random"
         )
-    foreign = set(present).difference(*expected)
-    patterns += sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in foreign})
-    return "|".join(patterns) or None
+    known = set().union(*expected)
+    return _expression(set(present) - known, known)
+
+
+def _expression(foreign: Collection[str], known: Collection[str]) -> str | None:
+    """Return an expression of names, whatever their numbers, unless it fits a known one too."""
+    patterns = set()
+    for name in foreign:
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(name))
+        fits = any(re.fullmatch(pattern, other) for other in known)
+        patterns.add(re.escape(name) if fits else pattern)
+    return "|".join(sorted(patterns)) or None

@@ -144,7 +144,8 @@ def reload(instance: Instance, model: Any) -> Finding:
         tokens = text(LENGTH)[None]
         expected = model(tokens, use_cache=False).logits
         with tempfile.TemporaryDirectory(prefix="dllm-convert-probe-") as name:
-            model.save_pretrained(Path(name))
+            instance.base.save_pretrained(Path(name))
+            model.config.save_pretrained(Path(name))
             differences = []
             for cls in (AutoModelForCausalLM, diffusion_class(instance.adapter)):
                 loaded, info = cls.from_pretrained(
