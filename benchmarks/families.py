@@ -28,6 +28,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128, "moe_topk": 1, "num_experts": 16},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
     "jamba": {"use_mamba_kernels": False},
 }
 """Fields of published checkpoints that a default config lacks."""

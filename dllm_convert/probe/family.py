@@ -44,6 +44,8 @@ def measure_family(values: Mapping[str, Any], tensors: Sequence[str]) -> ProbeRe
             adapter = declare(config, values, instance, targets, opened, narrow, tensors)
     except UnsupportedError as error:
         reason = error.message
+    except measure.BROKEN as error:
+        reason = f"the opened instance could not be built ({_first_line(error)})"
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     seconds = round(time.monotonic() - started, 2)
     found = tuple(findings)
