@@ -48,23 +48,43 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def verification_table(verification: Mapping[str, Any]) -> str:
-    """Return the probes of a report, one line each.
+    """Return the probes of a report, one line each, and what they come to.
+
+    Below a failed probe stands the first thing that is wrong, and why its tolerance is what it is.
 
     Args:
         verification: `passed`, and `probes` of `name`, `passed` (None if the probe was not run),
-            `measured`, `required` and `detail`.
+            `measured`, `required`, `detail` and `origin`; `seconds` if it was timed.
     """
+    probes = verification["probes"]
     rows = [
-        (
+        (_VERDICTS[probe["passed"]], probe["name"], probe.get("detail"), "")
+        if probe["passed"] is None
+        else (
             _VERDICTS[probe["passed"]],
             probe["name"],
             probe.get("measured"),
             probe.get("required"),
-            probe.get("detail"),
         )
-        for probe in verification["probes"]
+        for probe in probes
     ]
-    return table(("", "probe", "measured", "required", "detail"), rows)
+    header, *lines = table(("", "probe", "measured", "required"), rows).split("\n")
+    shown = [header]
+    for line, probe in zip(lines, probes, strict=True):
+        shown.append(line)
+        if probe["passed"] is False:
+            notes = (probe.get("detail"), probe.get("origin"))
+            shown += [f"{'':9}{note}" for note in notes if note]
+    return "\n".join([*shown, "", _tally(verification)])
+
+
+def _tally(verification: Mapping[str, Any]) -> str:
+    """Return how many probes passed, failed and were not run, on one line."""
+    verdicts = [probe["passed"] for probe in verification["probes"]]
+    passed, failed, unknown = (verdicts.count(verdict) for verdict in (True, False, None))
+    seconds = verification.get("seconds")
+    took = "" if seconds is None else f" in {seconds:.0f} s"
+    return f"{passed} of {len(verdicts)} probes passed, {failed} failed, {unknown} not run{took}"
 
 
 def failed_probes(verification: Mapping[str, Any]) -> str:
@@ -104,13 +124,6 @@ def run_document(
     """Return what `run --json` prints; `published` is there only if something was."""
     document = {"path": path, "passed": passed, "manifest": dict(manifest)}
     return document | ({"published": dict(published)} if published else {})
-
-
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """Return a plan as YAML."""
-    from dllm_convert import recipe_yaml
-
-    return recipe_yaml.dump(plan)
 
 
 def run_text(document: Mapping[str, Any]) -> str:

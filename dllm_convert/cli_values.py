@@ -114,15 +114,22 @@ def plan_document(
     Raises:
         DllmConvertError: The conversion cannot work, or may not be published as asked.
     """
+    from dllm_convert.devices import this_cpu
     from dllm_convert.manifest import source_facts
     from dllm_convert.pipeline import plan_conversion
     from dllm_convert.plan import plan_as_dict
+    from dllm_convert.plan_estimate import estimate
 
     measured: dict[str, Any] = {}
     if probe:
         recipe, measured = _probed(recipe)
     plan = plan_conversion(recipe)
-    document = {"out": str(folder), **plan_as_dict(plan), **measured}
+    document = {
+        "out": str(folder),
+        **plan_as_dict(plan),
+        "estimate": estimate(plan, this_cpu()),
+        **measured,
+    }
     if recipe.training.method != "none" and processes > 1:
         sequences = recipe.training.sequences_per_step * processes
         document["launch"] = {"processes": processes, "sequences_per_step": sequences}

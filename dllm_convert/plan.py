@@ -10,8 +10,9 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
+from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
-from dllm_convert.plan_attention import open_attention
+from dllm_convert.plan_attention import AttentionLayers, open_attention
 from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
@@ -21,6 +22,8 @@ from dllm_convert.plan_checks import (
     context_length,
     unused_tensors,
 )
+from dllm_convert.plan_fit import check_class, check_shapes, check_transformers
+from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo
 
@@ -50,6 +53,9 @@ class ConversionPlan:
         config_updates: Keys written into config.json; None is written as null.
         tensors_changed: Names of tensors whose bytes will differ before training.
         tensors_dropped: Names of tensors that the stock class does not load and the output lacks.
+        layers: Attention of the layers, by type.
+        writes: Bytes of weights that are written; None if the headers tell no shapes.
+        shape: Sizes that costs depend on; None if the headers tell no shapes.
         warnings: Sentences the user should read before starting.
         notes: What stays as it is although one might expect otherwise.
     """
@@ -64,6 +70,9 @@ class ConversionPlan:
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
     tensors_dropped: tuple[str, ...] = ()
+    layers: tuple[AttentionLayers, ...] = ()
+    writes: Writes | None = None
+    shape: ModelShape | None = None
 
     @property
     def token_shift(self) -> bool:
@@ -133,16 +142,22 @@ def make_plan(
     adapter = measured or get_adapter(source.model_type)
     if adapter.measured is not None:
         source = replace(source, config={**source.config, **adapter.measured.config})
+    check_transformers(adapter.min_transformers)
+    check_class(source.config, adapter)
     check_target(recipe, adapter)
     mask = decide_mask_token(recipe, source, adapter)
     names: tuple[str, ...] = ()
     if source.tensors:
         names = check_tensors(source.config, source.tensors, adapter, rows=mask.rows_before)
+        if adapter.measured is None:
+            check_shapes(source.config, source.tensors, adapter)
     check_quantised(source, names)
     context = context_length(source.config, adapter)
     check_lengths(recipe, context)
     check_noise(recipe)
-    attention = open_attention(recipe, source.config, adapter)
+    attention = open_attention(recipe, source, adapter)
+    changed = names if mask.write_row or mask.rows_after != mask.rows_before else ()
+    dropped = unused_tensors(source.tensors, adapter)
     return ConversionPlan(
         recipe=recipe,
         source=source,
@@ -150,10 +165,15 @@ def make_plan(
         mask=mask,
         attention_changes=attention.changes,
         config_updates=_config_updates(recipe, adapter, mask, attention.config_updates),
-        tensors_changed=names if mask.write_row or mask.rows_after != mask.rows_before else (),
+        tensors_changed=changed,
         warnings=(*source.warnings, *advise(recipe, source, adapter, context)),
         notes=attention.notes,
-        tensors_dropped=unused_tensors(source.tensors, adapter),
+        tensors_dropped=dropped,
+        layers=attention.layers,
+        writes=count_writes(source, mask, changed=changed, dropped=dropped)
+        if source.tensors
+        else None,
+        shape=model_shape(source, adapter, mask),
     )
 
 
@@ -163,6 +183,20 @@ def _main_dtype(source: SourceInfo) -> str | None:
     for tensor in source.tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size
     return max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def _parts(shape: ModelShape | None) -> dict[str, Any] | None:
+    """Return the conversion's parameters by part."""
+    if shape is None:
+        return None
+    return {
+        "embedding": shape.embedding,
+        "layers": shape.layer_parameters,
+        "head": shape.head,
+        "other": shape.other,
+        "tied": shape.tied,
+        "total": shape.parameters,
+    }
 
 
 def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
@@ -177,19 +211,27 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
             "revision": source.revision,
             "family": plan.adapter.model_type,
             "parameters": source.parameters or None,
+            "parts": _parts(plan.shape),
             "dtype": _main_dtype(source),
+            "weight_files": sorted({tensor.file for tensor in source.tensors.values()}),
             "tokenizer_size": source.tokenizer.size,
             "context": context_length(source.config, plan.adapter),
             "license": source.license or recipe.license,
+            "license_name": source.card.license_name,
+            "gated": source.gated,
         },
         "target": recipe.target,
         "block_size": recipe.block_size,
         "token_shift": plan.token_shift,
         "mask": asdict(plan.mask),
+        "attention_layers": [
+            asdict(group) | {"layers": list(group.layers)} for group in plan.layers
+        ],
         "attention_changes": list(plan.attention_changes),
         "config_updates": dict(plan.config_updates),
         "tensors_changed": list(plan.tensors_changed),
         "tensors_dropped": list(plan.tensors_dropped),
+        "writes": plan.writes.as_dict() if plan.writes else None,
         "training": training.model_dump(mode="json"),
         "training_tokens": 0 if training.method == "none" else recipe.training_tokens,
         "data": recipe.data.model_dump(mode="json"),

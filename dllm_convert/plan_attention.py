@@ -10,9 +10,15 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.plan_checks import layer_count
+from dllm_convert.plan_layers import (
+    FULL,
+    SLIDING,
+    AttentionLayers,
+    group_layers,
+    kept_features,
+)
 from dllm_convert.schema import Recipe
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from dllm_convert.source_info import SourceInfo
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,13 @@ class AttentionPlan:
         changes: One sentence per change.
         config_updates: Config keys that make the changes; None is written as null.
         notes: One sentence per thing that is kept although it concerns positions.
+        layers: The layers by type, before and after.
     """
 
     changes: tuple[str, ...]
     config_updates: Mapping[str, Any]
     notes: tuple[str, ...]
+    layers: tuple[AttentionLayers, ...] = ()
 
 
 def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
@@ -103,16 +111,6 @@ def _open_window(
     return f"sliding window of {size} tokens opened to full attention on {where}", updates
 
 
-def _rope_notes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    for key in ("rope_parameters", "rope_scaling"):
-        scaling = config.get(key)
-        if isinstance(scaling, Mapping):
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind != "default":
-                return (f"rotary scaling kept: {kind}, factor {scaling.get('factor')}",)
-    return ()
-
-
 def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
     for key in ("is_decoder", "add_cross_attention"):
         if config.get(key):
@@ -139,13 +137,14 @@ def _opening(recipe: Recipe, layers: int) -> str:
 
 
 def measured_attention(
-    recipe: Recipe, config: Mapping[str, Any], adapter: Adapter, measured: Measured
+    recipe: Recipe, source: SourceInfo, adapter: Adapter, measured: Measured
 ) -> AttentionPlan:
     """Decide what changes in a family that was measured: what the measurement found to open it.
 
     Raises:
         IncompatibleError: It has a window the recipe refuses.
     """
+    config = source.config
     changes = []
     updates = dict(adapter.window.overrides) if adapter.window else {}
     if updates:
@@ -163,22 +162,28 @@ def measured_attention(
         f"the family has no written adapter: it was measured on a small random instance with "
         f"transformers {measured.transformers}"
     )
-    return AttentionPlan(tuple(changes), updates, (*_rope_notes(config), note))
+    kinds = tuple(kind for kind, count in measured.layers.items() for _ in range(count))
+    after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
+    layers = group_layers(kinds, before="causal", after=after)
+    return AttentionPlan(tuple(changes), updates, (*kept_features(source), note), layers)
 
 
-def open_attention(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) -> AttentionPlan:
+def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> AttentionPlan:
     """Decide what changes in the attention.
 
     Raises:
         IncompatibleError: The config contradicts itself, or has a window the recipe refuses.
         UnsupportedError: The model has layers that cannot be opened.
     """
+    config = source.config
     if adapter.attention == "bidirectional":
         _check_encoder(config, adapter)
-        layer_count(config)
-        return AttentionPlan((), {}, ("attention is bidirectional already and stays so",))
+        kinds = (FULL,) * layer_count(config)
+        stays = "attention is bidirectional already and stays so"
+        layers = group_layers(kinds, before="bidirectional", after="bidirectional")
+        return AttentionPlan((), {}, (stays,), layers)
     if adapter.measured is not None:
-        return measured_attention(recipe, config, adapter, adapter.measured)
+        return measured_attention(recipe, source, adapter, adapter.measured)
     kinds = layer_types(config, adapter)
     changes: list[str] = []
     updates: Mapping[str, Any] = {}
@@ -189,4 +194,7 @@ def open_attention(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) 
         # max_window_layers beyond the last layer: no layer has it, and none should get it later.
         updates = adapter.window.overrides
     changes.append(_opening(recipe, len(kinds)))
-    return AttentionPlan(tuple(changes), updates, _rope_notes(config))
+    after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
+    window = config.get("sliding_window", adapter.window.default if adapter.window else None)
+    layers = group_layers(kinds, before="causal", after=after, window=window)
+    return AttentionPlan(tuple(changes), updates, kept_features(source), layers)

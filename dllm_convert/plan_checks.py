@@ -11,7 +11,7 @@ from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo, TensorInfo
 
-_LAYER = re.compile(r"[\w.]*?\blayers?\.(\d+)\.(.+)")
+LAYER = re.compile(r"[\w.]*?\blayers?\.(\d+)\.(.+)")
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -26,7 +26,7 @@ def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:
     return positions
 
 
-def _is_tied(config: Mapping[str, Any], adapter: Adapter) -> bool:
+def is_tied(config: Mapping[str, Any], adapter: Adapter) -> bool:
     """Whether head and embedding share weights; absent means the default of transformers' config.
 
     That default is true for the encoders and false for the decoders here.
@@ -55,7 +55,7 @@ def check_tensors(
     if adapter.embedding not in tensors:
         raise IncompatibleError(f"the weights have no {adapter.embedding}, expected {stock}")
     missing = [name for name in adapter.head_required if name not in tensors]
-    if adapter.head not in tensors and not _is_tied(config, adapter):
+    if adapter.head not in tensors and not is_tied(config, adapter):
         missing.append(adapter.head)
     if missing:
         raise IncompatibleError(
@@ -91,7 +91,7 @@ def _check_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
     """Check that every layer has the same tensors: transformers would fill a gap at random."""
     layers: dict[int, set[str]] = {}
     for name in tensors:
-        found = _LAYER.fullmatch(name)
+        found = LAYER.fullmatch(name)
         if found:
             layers.setdefault(int(found[1]), set()).add(found[2])
     expected = range(layer_count(config))

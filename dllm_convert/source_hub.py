@@ -7,8 +7,10 @@ from pathlib import Path
 from dllm_convert.base_card import base_card, read_base_card
 from dllm_convert.errors import DataError
 from dllm_convert.hub_errors import hub_errors, transport_error
+from dllm_convert.hub_headers import read_hub_tensors
 from dllm_convert.safetensors_header import INDEX_FILE, SINGLE_FILE
 from dllm_convert.source_folder import (
+    LICENCE_FILES,
     PICKLE_FILES,
     PICKLE_WARNING,
     SMALL_FILES,
@@ -16,7 +18,7 @@ from dllm_convert.source_folder import (
     read_config,
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
-from dllm_convert.tokenizer_files import read_tokenizer
+from dllm_convert.tokenizer_files import VOCABULARY_FILES, read_tokenizer
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
@@ -34,8 +36,6 @@ def _weights(
     repo_id: str, commit: str, names: list[str]
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the tensors and the names of the weight files, headers read by ranged requests."""
-    from huggingface_hub import HfApi, errors
-
     if SINGLE_FILE not in names and INDEX_FILE not in names:
         pickles = matching(names, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
         if matching(names, PICKLE_FILES):
@@ -46,17 +46,21 @@ def _weights(
             if matching(names, ("*.gguf",))
             else None,
         )
-    try:
-        metadata = HfApi().get_safetensors_metadata(repo_id, revision=commit)
-    except errors.SafetensorsParsingError as error:
-        raise DataError(f"{repo_id}: broken safetensors ({error})") from error
-    tensors = {
-        name: TensorInfo(tensor.dtype, tuple(tensor.shape), file)
-        for file, content in metadata.files_metadata.items()
-        for name, tensor in content.tensors.items()
-    }
-    index = [INDEX_FILE] if metadata.sharded else []
-    return tensors, [*metadata.files_metadata, *index]
+    return read_hub_tensors(repo_id, commit, names)
+
+
+def _needed(small: list[str], *, card: bool) -> list[str]:
+    """Choose what a plan reads of the small files; the rest comes with the weights.
+
+    Args:
+        small: Files of the repository that are no weights.
+        card: Whether the card has to be read for what the Hub does not say of it.
+    """
+    vocabulary = next((name for name in VOCABULARY_FILES if name in small), None)
+    unread = {*VOCABULARY_FILES, "merges.txt", *matching(small, LICENCE_FILES)} - {vocabulary}
+    if not card:
+        unread.add("README.md")
+    return [name for name in small if name not in unread]
 
 
 def _inspect_cached(repo_id: str, folder: Path) -> SourceInfo:
@@ -100,14 +104,14 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         if "config.json" not in names:
             raise DataError(f"{repo_id} has no config.json, expected a transformers checkpoint")
         small = matching(names, SMALL_FILES)
+        stated = vars(info.card_data) if info.card_data else None
         folder = Path()
-        for name in small:
+        for name in _needed(small, card=stated is None):
             path = Path(hf_hub_download(repo_id, name, revision=commit))
             folder = path.parents[name.count("/")]
         config = read_config(folder)
         tokenizer = read_tokenizer(folder, config)
         tensors, weights = _weights(repo_id, commit, names)
-    stated = vars(info.card_data) if info.card_data else None
     card = base_card(stated) if stated else read_base_card(folder / "README.md")
     return SourceInfo(
         given=repo_id,
@@ -122,4 +126,5 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         fingerprint={"commit": commit},
         files=(*weights, *small),
         warnings=() if tensors else (PICKLE_WARNING,),
+        gated=info.gated or ("no" if info.gated is False else None),
     )

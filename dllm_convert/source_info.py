@@ -70,6 +70,8 @@ class SourceInfo:
         fingerprint: Identity of the content: commit, or file names with sizes and times.
         files: Names of the files that belong to the checkpoint.
         warnings: What the user should know about the files themselves.
+        gated: Whether the Hub's owner grants access one by one: `auto`, `manual` or no; None if
+            nobody said.
     """
 
     given: str
@@ -84,6 +86,7 @@ class SourceInfo:
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    gated: Literal["auto", "manual", "no"] | None = None
 
     @property
     def license(self) -> str | None:

@@ -388,6 +388,10 @@ def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert (seen["folder"], seen["against"]) == (Path("there"), tmp_path)
     assert json.loads(invoke("verify", "there", "--json").stdout) == MANIFEST["verification"]
     assert seen["against"] is None
+    assert (seen["trust_remote_code"], seen["block_size"], seen["revision"]) == (False, None, None)
+    invoke("verify", "a/b", "--trust-remote-code", "--block", "4", "--revision", "v1")
+    assert (seen["trust_remote_code"], seen["block_size"], seen["revision"]) == (True, 4, "v1")
+    assert invoke("verify", "a/b", "--block", "0").exit_code == 2
 
 
 def test_failed_verify_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,9 +98,11 @@ def run(
     recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
     folder, place = out or default_out(recipe), Place.from_environment()
     if dry_run or ctx.info_name == "check":
+        from dllm_convert.plan_text import plan_text
+
         processes = num_processes or place.world
         document = plan_document(recipe, folder, push, processes, probe=probe)
-        output.show(document, output.plan_text, as_json=as_json)
+        output.show(document, plan_text, as_json=as_json)
         return
     if probe:
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")

@@ -14,29 +14,23 @@ from safetensors import safe_open
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
 from dllm_convert.plan_attention import SLIDING, layer_types
+from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.storage import check_storage
 from dllm_convert.verify.subject import Subject
-
-# Names in files older than transformers 4, renamed by every loader.
-_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-def modern_name(name: str) -> str:
-    """Return the name under which transformers loads a tensor."""
-    for old, new in _LEGACY.items():
-        name = name.replace(old, new)
-    return name
+from dllm_convert.verify.tensor_names import modern_name
 
 
 def check_files(subject: Subject) -> list[Probe]:
-    """Return the probes `config`, `weights`, `finite` and `hashes`."""
+    """Return the probes `config`, `weights`, `index`, `dtypes`, `finite` and `hashes`."""
     probes = [_config(subject)]
     try:
         probes.append(_weights(subject))
-        probes.append(_finite(subject))
+        probes += check_storage(subject)
+        probes.append(check_finite(subject))
     except DataError as error:
         probes.append(Probe("weights", False, "not readable", "safetensors", str(error)))
-    probes.append(_hashes(subject))
+    probes.append(check_hashes(subject))
     return probes
 
 
@@ -126,7 +120,11 @@ def _equal(subject: Subject, name: str, twin: str) -> bool:
     return torch.equal(_read(subject, name), _read(subject, twin))
 
 
-def _finite(subject: Subject) -> Probe:
+def check_finite(subject: Subject) -> Probe:
+    """Return the probe `finite`: every tensor is read, one at a time."""
+    refusal = tensor_refusal(subject.headers)
+    if refusal is not None:
+        return skipped("finite", "0", refusal)
     wrong: list[str] = []
     tensors = 0
     for file, header in subject.headers.items():
@@ -146,7 +144,8 @@ def _finite(subject: Subject) -> Probe:
     )
 
 
-def _hashes(subject: Subject) -> Probe:
+def check_hashes(subject: Subject) -> Probe:
+    """Return the probe `hashes`: the files are those the manifest names."""
     hashes = subject.manifest.get("files")
     required = "0"
     if not isinstance(hashes, Mapping) or not hashes:

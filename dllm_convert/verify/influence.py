@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from dllm_convert.verify.report import Probe
+from dllm_convert.plan_attention import layer_types
+from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
+from dllm_convert.verify.report import Probe, skipped
 from dllm_convert.verify.subject import Subject
 
 RELATIVE_TOLERANCE = 1e-5
@@ -21,14 +26,17 @@ DRAWS = 3
 
 
 def check_influence(subject: Subject) -> list[Probe]:
-    """Return the probes `attention-sdpa`, `attention-eager` and `attention-layers`."""
-    length = probe_length(subject)
+    """Return the probes `attention-sdpa`, `attention-eager`, `-flex` and `attention-layers`."""
     probes = []
-    for implementation in subject.adapter.implementations:
-        with subject.attention(implementation) as model:
-            probes.append(_end_to_end(subject, model, f"attention-{implementation}", length))
-            if implementation == "eager":
-                probes.append(_by_layer(subject, model, length))
+    for name in IMPLEMENTATIONS:
+        reason = missing(subject, name)
+        if reason:
+            probes.append(skipped(f"attention-{name}", "0 pairs wrong", reason))
+            continue
+        with running(subject, name) as model:
+            probes.append(_end_to_end(subject, model, f"attention-{name}"))
+            if name == "eager":
+                probes.append(_by_layer(subject, model, probe_length(subject)))
     return probes
 
 
@@ -40,6 +48,17 @@ def probe_length(subject: Subject) -> int:
     whole = 2 * size if size <= FEW_COLUMNS_ABOVE // 2 else size
     length = max(whole + max(size // 2, 1), 8)
     return min(length + (length % size == 0 and size > 1), subject.context)
+
+
+def probe_lengths(subject: Subject) -> tuple[int, ...]:
+    """Return lengths that do not divide into blocks.
+
+    The first is `probe_length`; the others end inside the first block and right after it.
+    """
+    longest = probe_length(subject)
+    size = subject.claim.block_size or longest
+    shorter = {size // 2 + 1, size + 1}
+    return longest, *sorted(n for n in shorter if 1 < n < longest and n % size)
 
 
 def probe_columns(length: int, block_size: int | None) -> list[int]:
@@ -93,12 +112,14 @@ class Pattern:
         allowed: Where it may move, and must.
         limit: Most it may move elsewhere.
         columns: The token that each column changed.
+        rows: The position of each row; None if they are all there, from 0.
     """
 
     moved: torch.Tensor
     allowed: torch.Tensor
     limit: float
     columns: list[int]
+    rows: list[int] | None = None
 
     @property
     def wrong(self) -> torch.Tensor:
@@ -119,34 +140,75 @@ class Pattern:
         """Describe the first difference, empty if there is none."""
         if not self.wrong.any():
             return ""
-        position, index = (int(value) for value in self.wrong.nonzero()[0])
+        row, index = (int(value) for value in self.wrong.nonzero()[0])
+        position = row if self.rows is None else self.rows[row]
         column = self.columns[index]
-        if self.allowed[position, index]:
+        if self.allowed[row, index]:
             return f"position {position} does not see token {column}, and should"
         return f"position {position} sees token {column}, and should not"
 
 
-def _end_to_end(subject: Subject, model: Any, name: str, length: int) -> Probe:
-    columns = probe_columns(length, subject.claim.block_size)
-    allowed = subject.claim.mask(length)[:, columns]
-    moved = torch.zeros(length, len(columns))
+def observe(
+    subject: Subject,
+    model: Any,
+    text: Callable[[int], torch.Tensor],
+    columns: list[int],
+    allowed: torch.Tensor,
+) -> Pattern:
+    """Measure influence over as many texts as it takes for every allowed one to show.
+
+    Args:
+        subject: The checkpoint.
+        model: As for `measure_influence`.
+        text: Returns a text, shape (length,), for the number of the draw.
+        columns: Tokens to change.
+        allowed: The claim, shape (length, columns).
+    """
+    moved = torch.zeros(allowed.shape)
     scale = 0.0
     for draw in range(DRAWS):
-        tokens = subject.tokens(1, length, draw=draw)[0]
+        tokens = text(draw)
         found, largest = measure_influence(model, tokens, subject.other_tokens(tokens), columns)
         moved, scale = torch.maximum(moved, found), max(scale, largest)
-        pattern = Pattern(moved, allowed, RELATIVE_TOLERANCE * scale, columns)
-        silent = allowed & (moved <= pattern.limit)
-        if not silent.any():
+        if not (allowed & (moved <= RELATIVE_TOLERANCE * scale)).any():
             break
-    closed = pattern.worst_forbidden if not allowed.all() else math.inf
+    return Pattern(moved, allowed, RELATIVE_TOLERANCE * scale, columns)
+
+
+def _end_to_end(subject: Subject, model: Any, name: str) -> Probe:
+    size = subject.claim.block_size
+    patterns: dict[int, Pattern] = {}
+    for length in probe_lengths(subject):
+        columns = probe_columns(length, size)
+        if patterns:
+            columns = sorted({0, length - 1, *(c for c in columns if c + 1 in (size, length - 1))})
+        text = partial(_text, subject, length)
+        allowed = subject.claim.mask(length)[:, columns]
+        patterns[length] = observe(subject, model, text, columns, allowed)
+    return pattern_probe(name, patterns)
+
+
+def _text(subject: Subject, length: int, draw: int) -> torch.Tensor:
+    return subject.tokens(1, length, draw=draw)[0]
+
+
+def pattern_probe(name: str, patterns: Mapping[int, Pattern]) -> Probe:
+    """Judge patterns measured at several lengths."""
+    found = list(patterns.values())
+    wrong = sum(int(pattern.wrong.sum()) for pattern in found)
+    pairs = sum(pattern.allowed.numel() for pattern in found)
+    closed = max((p.worst_forbidden for p in found if not p.allowed.all()), default=math.inf)
+    opened = min(pattern.weakest_allowed for pattern in found)
+    limit = max(pattern.limit for pattern in found)
+    lengths = ", ".join(str(length) for length in sorted(patterns))
+    firsts = (f"{p.first_wrong()} ({n} tokens)" for n, p in patterns.items() if p.wrong.any())
     return Probe(
         name,
-        not pattern.wrong.any(),
-        f"{int(pattern.wrong.sum())} of {allowed.numel()} pairs wrong: closed {_least(closed)}, "
-        f"open {_least(pattern.weakest_allowed)}",
-        f"0 pairs: closed up to {pattern.limit:.2g}, open above",
-        pattern.first_wrong(),
+        wrong == 0,
+        f"{wrong} of {pairs} pairs wrong at {lengths} tokens: closed {_least(closed)}, "
+        f"open {_least(opened)}",
+        f"0 pairs: closed up to {limit:.2g}, open above",
+        next(firsts, ""),
     )
 
 
@@ -173,6 +235,12 @@ def _by_layer(subject: Subject, model: Any, length: int) -> Probe:
         "attention-layers",
         wrong == 0 and len(layers) == count,
         f"{wrong} of {len(layers)} layers differ",
-        f"0 of {count}",
+        f"0 of {layer_kinds(subject)}",
         first,
     )
+
+
+def layer_kinds(subject: Subject) -> str:
+    """Return how many layers of which kind the config declares, such as `30 full_attention`."""
+    kinds = Counter(layer_types(subject.config, subject.adapter))
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 
 from dllm_convert.sampling.decoding import BlockCache
-from dllm_convert.verify.influence import probe_length
+from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
+from dllm_convert.verify.influence import RELATIVE_TOLERANCE, probe_length
+from dllm_convert.verify.layers import attention_modules, record_calls
 from dllm_convert.verify.report import Probe, at_most, largest, skipped
 from dllm_convert.verify.subject import Subject
 
 
-def _invariant(subject: Subject, name: str, measure: Callable[[], float], first: float) -> Probe:
+def invariant(
+    subject: Subject, name: str, measure: Callable[[], float], first: float | None = None
+) -> Probe:
     """Judge a difference that should be zero but for rounding.
 
     Some models hold activations in the tens of thousands, where float32 rounding alone exceeds any
@@ -25,8 +29,9 @@ def _invariant(subject: Subject, name: str, measure: Callable[[], float], first:
         subject: The checkpoint.
         name: Name of the probe.
         measure: Measures again, in the model's present precision.
-        first: The difference in float32.
+        first: The difference in float32, if it is measured already.
     """
+    first = measure() if first is None else first
     difference, detail = first, ""
     if not first <= subject.adapter.tolerance:
         with subject.float64():
@@ -50,8 +55,66 @@ def check_padding(subject: Subject) -> list[Probe]:
     probes = []
     for side in ("left", "right"):
         measure = partial(_padded, subject, side, texts)
-        probes.append(_invariant(subject, f"padding-{side}", measure, measure()))
+        probes.append(invariant(subject, f"padding-{side}", measure))
     return probes
+
+
+@torch.no_grad()
+def check_batch(subject: Subject) -> list[Probe]:
+    """Return the probes `batch` and `implementations`."""
+    return [
+        invariant(subject, "batch", partial(_with_neighbours, subject)),
+        _across_implementations(subject),
+    ]
+
+
+def _with_neighbours(subject: Subject) -> float:
+    """Return the largest difference that neighbours in the batch, or their order, make."""
+    texts = subject.tokens(3, min(probe_length(subject), 48))
+    together = subject.model(texts, use_cache=False).logits
+    turned = subject.model(texts.flip(0), use_cache=False).logits.flip(0)
+    alone = [subject.model(text[None], use_cache=False).logits[0] for text in texts]
+    return largest([together - turned, *(a - b for a, b in zip(together, alone, strict=True))])
+
+
+def _across_implementations(subject: Subject) -> Probe:
+    """Give every attention module the same input in each implementation, left padding included.
+
+    Layer by layer, because deep models magnify the rounding of the first layers beyond any useful
+    tolerance, and eager attention rounds to float32 even in float64.
+    """
+    length = min(probe_length(subject), 48)
+    texts, mask = subject.tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[1, : length // 2] = 0
+    count = int(subject.config["num_hidden_layers"])
+    known: list[tuple[torch.Tensor, torch.Tensor]] = []
+    worst: dict[str, tuple[float, int]] = {}
+    for name in IMPLEMENTATIONS:
+        if missing(subject, name):
+            continue
+        with running(subject, name) as model:
+            modules = attention_modules(model, count)
+            calls = record_calls(model, modules, input_ids=texts, attention_mask=mask)
+            if not known:
+                known = [(call.hidden, call.run(call.hidden)[mask.bool()]) for call in calls]
+                continue
+            apart = [
+                largest([call.run(hidden)[mask.bool()] - output]) / float(output.abs().max())
+                for call, (hidden, output) in zip(calls, known, strict=True)
+            ]
+        worst[name] = max((value, layer) for layer, value in enumerate(apart))
+    most = max((value for value, _ in worst.values()), default=0.0)
+    return Probe(
+        "implementations",
+        most <= RELATIVE_TOLERANCE,
+        ", ".join(f"{name} differs from sdpa by {v:.2g}" for name, (v, _) in worst.items()),
+        f"at most {RELATIVE_TOLERANCE:g} of the largest output, in each of {count} layers",
+        ", ".join(
+            f"{name} most in layer {layer}"
+            for name, (value, layer) in worst.items()
+            if not value <= RELATIVE_TOLERANCE
+        ),
+    )
 
 
 def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
@@ -85,7 +148,7 @@ def check_cache(subject: Subject) -> list[Probe]:
     difference, dirt = _decode_with_cache(subject, tokens, size)
     measure = partial(_cached_difference, subject, tokens, size)
     return [
-        _invariant(subject, "cache", measure, difference),
+        invariant(subject, "cache", measure, difference),
         Probe(
             "cache-clean",
             dirt == 0,

@@ -14,9 +14,12 @@ from safetensors import safe_open
 from dllm_convert.errors import DataError
 from dllm_convert.plan_checks import unused_tensors
 from dllm_convert.safetensors_header import Header, read_checkpoint
-from dllm_convert.verify.files import modern_name
+from dllm_convert.verify.base_config import check_base_config
+from dllm_convert.verify.divergence import Trace
 from dllm_convert.verify.report import Probe, first_items, largest, skipped
-from dllm_convert.verify.subject import Subject, load_tokenizer
+from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.tensor_names import modern_name
+from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 LENGTH = 32
 _ROWS_AT_ONCE = 1 << 13
@@ -26,17 +29,20 @@ product of another shape may add in another order. (None was seen to; other mach
 
 
 def check_parity(subject: Subject) -> list[Probe]:
-    """Return the probes `base-tensors` and `base-logits`."""
+    """Return the probes `base-config`, `base-tensors` and `base-logits`."""
+    names = ("base-config", "base-tensors", "base-logits")
     if subject.against is None:
         reason = "no base to compare with: verify with --against SOURCE"
-        return [skipped(name, "0", reason) for name in ("base-tensors", "base-logits")]
+        return [skipped(name, "0", reason) for name in names]
     comparison = _Comparison(subject, subject.against)
+    config = check_base_config(subject, subject.against)
     if subject.untrained is None:
         reason = "not known whether the weights were trained: the folder has no manifest"
-        return [comparison.shapes(), skipped("base-logits", "0", reason)]
+        return [config, comparison.shapes(), skipped("base-logits", "0", reason)]
     if not subject.untrained:
-        return [comparison.shapes(), skipped("base-logits", "0", "the weights were trained")]
-    return [comparison.tensors(), comparison.logits()]
+        reason = "the weights were trained"
+        return [config, comparison.shapes(), skipped("base-logits", "0", reason)]
+    return [config, comparison.tensors(), comparison.logits()]
 
 
 @dataclass(frozen=True)
@@ -158,24 +164,40 @@ class _Comparison:
         return bool((plan.get("mask") or {}).get("write_row", True))
 
     def logits(self) -> Probe:
-        """Run base and conversion with the base's attention; compare the base's vocabulary."""
+        """Run base and conversion under one mask; compare the base's vocabulary."""
         self._check_same_tokenizer()
+        adapter = self._subject.adapter
         tokens = self._subject.tokens(2, min(LENGTH, self._subject.context))
-        base_hidden, base_logits, base_config = self._run(self._base_folder, None, tokens)
-        hidden, logits, _ = self._run(self._subject.folder, base_config, tokens)
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if adapter.attention == "causal":
+            # Given to both as it is: a window of the base's is no matter of its weights.
+            length = tokens.shape[1]
+            mask = torch.ones(length, length).tril().bool()[None, None]
+            if adapter.implementations[0] == "eager":
+                # Eager attention of the stock class adds its mask to the scores.
+                mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            inputs["attention_mask"] = mask
+        if adapter.auto_class == "AutoModelForCausalLM":
+            inputs["use_cache"] = False
+        base = getattr(transformers, adapter.stock_class).from_pretrained(
+            self._base_folder,
+            dtype=torch.float32,
+            attn_implementation=adapter.implementations[0],
+        )
+        base.eval()
+        trace = Trace(base, inputs, base.get_output_embeddings())
+        logits, wrong, first = trace.compare(self._subject.model, inputs)
         kept = torch.arange(self._base_rows)
         kept = kept[kept != self._subject.claim.mask_token_id]
-        by_layer = [largest([ours - base]) for ours, base in zip(hidden, base_hidden, strict=True)]
-        difference = largest([logits[..., kept] - base_logits[..., kept]])
-        first = next((layer for layer, value in enumerate(by_layer) if value != 0), None)
-        grown = logits.shape[-1] > base_logits.shape[-1]
-        limit = GROWN_HEAD_TOLERANCE * float(base_logits.abs().max()) if grown else 0.0
+        difference = largest([logits[..., kept] - trace.logits[..., kept]])
+        grown = logits.shape[-1] > trace.logits.shape[-1]
+        limit = GROWN_HEAD_TOLERANCE * float(trace.logits.abs().max()) if grown else 0.0
         return Probe(
             "base-logits",
-            difference <= limit and first is None,
-            f"hidden states differ by {max(by_layer):.3g}, logits by {difference:.3g}",
-            f"0, {limit:.2g}",
-            "" if first is None else f"first differs the {_layer_name(first)}",
+            difference <= limit and not wrong,
+            f"{wrong} of {len(trace)} module outputs differ, logits by {difference:.3g}",
+            f"0 modules, {limit:.2g}",
+            first and f"the first is {first}",
         )
 
     def _check_same_tokenizer(self) -> None:
@@ -185,32 +207,3 @@ class _Comparison:
                 f"the base's tokenizer has {len(base)} tokens, this one only "
                 f"{len(self._subject.tokenizer)}"
             )
-
-    def _run(
-        self, folder: Path, base_config: Any, tokens: torch.Tensor
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, Any]:
-        """Return hidden states, logits and config of the stock class loaded from `folder`."""
-        cls = getattr(transformers, self._subject.adapter.stock_class)
-        config = cls.config_class.from_pretrained(folder)
-        if base_config is not None:
-            self._restore_attention(config, base_config)
-        attention = self._subject.adapter.implementations[0]
-        model = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation=attention
-        )
-        with torch.no_grad():
-            output = model.eval()(tokens, output_hidden_states=True)
-        return output.hidden_states, output.logits, config
-
-    def _restore_attention(self, config: Any, base_config: Any) -> None:
-        """Give the conversion's config the base's attention; everything else stays its own."""
-        causal = self._subject.adapter.attention == "causal"
-        config.is_causal = getattr(base_config, "is_causal", causal)
-        window = self._subject.adapter.window
-        for key in (*(window.overrides if window else ()), "layer_types"):
-            if hasattr(base_config, key):
-                setattr(config, key, getattr(base_config, key))
-
-
-def _layer_name(index: int) -> str:
-    return "embedding" if index == 0 else f"output of layer {index - 1}"

@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from safetensors.torch import load_file, save_file
 
+from dllm_convert.adapters import Adapter
 from dllm_convert.errors import DataError
+from dllm_convert.verify.gate import FLAG, strange_code
 from dllm_convert.verify.influence import probe_length
-from dllm_convert.verify.report import Probe, largest
+from dllm_convert.verify.report import Probe, first_items, largest, skipped
 from dllm_convert.verify.subject import Subject
 
 SCRIPT = Path(__file__).with_name("_fresh_process.py")
@@ -26,24 +30,73 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def check_portability(subject: Subject) -> list[Probe]:
-    """Return the probes `portable` and `portable-stock`.
+    """Return the probes `portable`, `portable-stock` and `portable-version`.
 
     The first loads the folder's own code, the second the stock class, which is given the 4-D mask
-    where attention is block-causal.
+    where attention is block-causal, the third runs the code under a transformers that is too old.
+    Code that this version did not write needs consent.
     """
+    strange = None
+    if not subject.trust_remote_code:
+        strange = strange_code(subject.folder, subject.config, subject.adapter)
     length = min(probe_length(subject), max(MAX_LENGTH, (subject.claim.block_size or 0) + 1))
     tokens = subject.tokens(1, min(length, subject.context))
     try:
-        facts, logits = _fresh_process(subject, tokens)
+        facts, logits = _fresh_process(subject, tokens, own_code=strange is None)
     except DataError as error:
         return [Probe("portable", False, "does not load", "loads", str(error))]
     with torch.no_grad():
         ours = subject.model(tokens, use_cache=False).logits
     adapter = subject.adapter
+    stock = _compare(subject, "portable-stock", facts, logits, ours, adapter.stock_class)
+    if strange is not None:
+        reason = f"{strange}; {FLAG} runs it, in a process without secrets"
+        return [
+            skipped("portable", f"at most {adapter.tolerance:g}", reason),
+            stock,
+            skipped("portable-version", f"at least {adapter.min_transformers}", reason),
+        ]
     return [
         _compare(subject, "portable", facts, logits, ours, adapter.diffusion_class),
-        _compare(subject, "portable-stock", facts, logits, ours, adapter.stock_class),
+        stock,
+        judge_version(adapter, facts["remote"]),
     ]
+
+
+def judge_version(adapter: Adapter, found: Mapping[str, Any]) -> Probe:
+    """Return the probe `portable-version`.
+
+    Args:
+        adapter: The family.
+        found: What the modelling code states as its `minimum`, the `older` release it was run
+            under, and its `refusal`.
+    """
+    needed = adapter.min_transformers
+    stated, refusal = found["minimum"], str(found["refusal"])
+    wrong: list[str] = []
+    if stated is None:
+        wrong.append("the modelling code states no minimum")
+    elif not _is_version(stated) or Version(stated) < Version(needed):
+        wrong.append(f"the modelling code asks for {stated} only")
+    if not refusal:
+        wrong.append(f"transformers {found['older']} is let through, and runs the model causal")
+    elif stated is not None and stated not in refusal:
+        wrong.append(f"the refusal does not say what is needed: {refusal.splitlines()[0]}")
+    return Probe(
+        "portable-version",
+        not wrong,
+        f"asks for transformers {stated}, {'refuses' if refusal else 'takes'} {found['older']}",
+        f"at least {needed}, refuses older ones by name",
+        first_items(wrong),
+    )
+
+
+def _is_version(text: object) -> bool:
+    try:
+        Version(str(text))
+    except InvalidVersion:
+        return False
+    return True
 
 
 def _compare(
@@ -122,9 +175,9 @@ def run_isolated(command: list[str], scratch: Path) -> str:
 
 
 def _fresh_process(
-    subject: Subject, tokens: torch.Tensor
+    subject: Subject, tokens: torch.Tensor, *, own_code: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Run the script beside this module; return its facts and the logits of both loads.
+    """Run the script beside this module; return its facts and the logits of its loads.
 
     Raises:
         DataError: The process failed; the message is its last line.
@@ -142,7 +195,7 @@ def _fresh_process(
         command = [
             *(sys.executable, "-I", str(SCRIPT), str(subject.folder.resolve())),
             *(subject.adapter.auto_class, str(scratch / "inputs.safetensors")),
-            str(scratch / "outputs.safetensors"),
+            *(str(scratch / "outputs.safetensors"), "own-code" if own_code else "stock"),
         ]
         stdout = run_isolated(command, scratch)
         facts: dict[str, Any] = json.loads(stdout.splitlines()[-1])

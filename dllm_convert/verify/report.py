@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Probe:
         measured: What was found, with its number.
         required: What had to be found.
         detail: The first thing that is wrong, or why the probe was skipped; may be empty.
+        origin: Where the number required comes from, see `catalogue.py`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Probe:
     measured: str
     required: str
     detail: str = ""
+    origin: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for the manifest."""
@@ -46,10 +48,12 @@ class VerificationReport:
     Attributes:
         probes: In the order they ran.
         seconds: Wall time.
+        groups: Wall time of each group of probes that ran, in seconds.
     """
 
     probes: tuple[Probe, ...]
     seconds: float
+    groups: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -67,6 +71,7 @@ class VerificationReport:
             "passed": self.passed,
             "probes": [probe.as_dict() for probe in self.probes],
             "seconds": self.seconds,
+            "groups": dict(self.groups),
         }
 
 

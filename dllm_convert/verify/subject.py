@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dllm_convert.adapters import Adapter
+from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.safetensors_header import Header, read_checkpoint
 from dllm_convert.verify.report import first_items
+from dllm_convert.verify.tokenizer_loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from dllm_convert.verify.foreign.probes import Foreign
 
 SEED = 20240607
 
@@ -61,12 +66,12 @@ class Claim:
                 f"{claim.attention!r} attention, expected mdlm with bidirectional or bd3lm with "
                 "block-causal"
             )
-        if not _is_count(claim.mask_token_id):
+        if not is_count(claim.mask_token_id):
             raise IncompatibleError(
                 f"diffusion.mask_token_id is {claim.mask_token_id!r}, expected an id"
             )
         blocks_fit = claim.block_size is None if claim.objective == "mdlm" else claim.block_size
-        if not blocks_fit or not (claim.block_size is None or _is_count(claim.block_size)):
+        if not blocks_fit or not (claim.block_size is None or is_count(claim.block_size)):
             raise IncompatibleError(
                 f"diffusion.block_size is {claim.block_size!r} for {claim.objective}, expected "
                 "null for mdlm and a whole number of at least 1 for bd3lm"
@@ -84,7 +89,8 @@ class Claim:
         return position[:, None] >= position[None, :] // self.block_size * self.block_size
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -101,6 +107,8 @@ class Subject:
         against: Folder of the base's safetensors weights.
         quality: Held-out measurements.
         untrained: Whether the weights are the base's; None if that is not known.
+        trust_remote_code: Whether code of the folder that is not ours may run.
+        foreign: What is known of a third-party checkpoint; None for one of ours.
     """
 
     folder: Path
@@ -111,6 +119,8 @@ class Subject:
     against: Path | None
     quality: Mapping[str, Any]
     untrained: bool | None
+    trust_remote_code: bool = False
+    foreign: Foreign | None = None
 
     @cached_property
     def headers(self) -> Mapping[str, Header]:
@@ -152,7 +162,21 @@ class Subject:
         )
         if info["missing_keys"]:
             raise DataError(f"would load at random: {first_items(sorted(info['missing_keys']))}")
-        return model.eval()
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the checkpoint is trained and measured on, as it claims."""
+        section, claim = self.config["diffusion"], self.claim
+        return Objective(
+            "bd3lm" if claim.block_size else "mdlm",
+            claim.mask_token_id,
+            claim.token_shift,
+            claim.block_size,
+            section.get("noise_kernel", "absorbing"),
+            self.shapes[self.adapter.embedding][0],
+            section.get("context", "block"),
+        )
 
     @contextmanager
     def attention(self, implementation: str) -> Iterator[Any]:
@@ -197,23 +221,3 @@ class Subject:
         index = torch.searchsorted(self._ordinary_ids, tokens)
         step = 1 + len(self._ordinary_ids) // 3
         return self._ordinary_ids[(index + step) % len(self._ordinary_ids)]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a tokenizer as a user would.
-
-    Raises:
-        DataError: transformers cannot load it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        # The Rust tokenizers raise bare Exception for a file they do not understand; anything that
-        # is neither that nor a known way to fail is a bug of ours.
-        known = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
-        if type(error) is not Exception and not isinstance(error, known):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"transformers cannot load the tokenizer ({reason})") from error

@@ -55,3 +55,13 @@ def converted(
         return Converted(Path(copy), original.base)
 
     return make
+
+
+@pytest.fixture
+def llama(converted: Callable[..., Any]) -> Any:
+    return converted("llama", "bd3lm")
+
+
+@pytest.fixture
+def open_llama(converted: Callable[..., Any]) -> Any:
+    return converted("llama", "mdlm")

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from planting import EMBEDDING, WEIGHTS, edit_json, edit_tensors, failed, failing_report
 
 from dllm_convert.manifest import hash_files, write_manifest
 from dllm_convert.verify import verify_checkpoint
 
-WEIGHTS = "model.safetensors"
-EMBEDDING = "model.embed_tokens.weight"
-
-
-def failed(folder: Path, groups: Collection[str], **options: Any) -> set[str]:
-    options.setdefault("untrained", True)
-    report = verify_checkpoint(folder, groups=groups, **options)
-    assert not report.passed
-    assert all(probe.measured and probe.required for probe in report.failed)
-    return {probe.name for probe in report.failed}
-
-
-def edit_json(folder: Path, file: str, **fields: Any) -> None:
-    path = folder / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-@pytest.fixture
-def llama(converted: Callable[..., Any]) -> Any:
-    return converted("llama", "bd3lm")
-
-
-@pytest.fixture
-def open_llama(converted: Callable[..., Any]) -> Any:
-    return converted("llama", "mdlm")
+ATTENTION = {
+    *("attention-sdpa", "attention-eager", "attention-flex", "attention-layers"),
+    *("gradient", "gradient-layers"),
+}
 
 
 # Files ---------------------------------------------------------------------------------------
@@ -192,7 +165,7 @@ def test_broken_tokenizer(llama: Any, content: str) -> None:
 
 def test_lost_chat_template(llama: Any) -> None:
     (llama.folder / "chat_template.jinja").unlink()
-    assert failed(llama.folder, ["tokens"], against=llama.base) == {"tokenizer"}
+    assert failed(llama.folder, ["tokens"], against=llama.base) == {"chat-template"}
 
 
 # Attention -----------------------------------------------------------------------------------
@@ -200,14 +173,14 @@ def test_lost_chat_template(llama: Any) -> None:
 
 def test_causal_flag_left_on(open_llama: Any) -> None:
     edit_json(open_llama.folder, "config.json", is_causal=True)
-    names = failed(open_llama.folder, ["files", "attention"])
-    assert names == {"config", "attention-sdpa", "attention-eager", "attention-layers"}
+    names = failed(open_llama.folder, ["files", "attention", "gradient"])
+    assert names == {"config", *ATTENTION}
 
 
 def test_blocks_of_another_size_than_claimed(llama: Any) -> None:
     edit_json(llama.folder, "config.json", block_size=4)
-    names = failed(llama.folder, ["files", "attention"])
-    assert names == {"config", "attention-sdpa", "attention-eager", "attention-layers"}
+    names = failed(llama.folder, ["files", "attention", "gradient"])
+    assert names == {"config", *ATTENTION}
 
 
 def test_blocks_off_by_one(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +192,8 @@ def test_blocks_off_by_one(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "block_causal_mask",
         lambda positions, *rest: real(positions + 1, *rest),
     )
-    names = failed(llama.folder, ["attention"])
-    assert names == {"attention-sdpa", "attention-eager", "attention-layers"}
+    names = failed(llama.folder, ["attention", "gradient"])
+    assert names == ATTENTION
 
 
 def test_window_left_closed(converted: Callable[..., Any]) -> None:
@@ -254,7 +227,8 @@ def test_one_causal_layer_behind_an_open_one(
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
     # End to end every token still reaches every position, through the layer before.
-    assert failed(open_llama.folder, ["attention"]) == {"attention-layers"}
+    names = failed(open_llama.folder, ["attention", "gradient"])
+    assert names == {"attention-layers", "gradient-layers"}
 
 
 # Portability ---------------------------------------------------------------------------------
@@ -273,13 +247,13 @@ def test_modelling_file_that_ignores_the_blocks(llama: Any) -> None:
     )
     assert changed != source
     path.write_text(changed)
-    assert failed(llama.folder, ["portability"]) == {"portable"}
+    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable"}
 
 
 def test_modelling_file_that_needs_the_package(llama: Any) -> None:
     path = llama.folder / "modeling_dllm.py"
     path.write_text(path.read_text() + "\nfrom dllm_convert import attention\n")
-    assert failed(llama.folder, ["portability"]) == {"portable"}
+    assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable"}
 
 
 # Parity --------------------------------------------------------------------------------------
@@ -287,7 +261,9 @@ def test_modelling_file_that_needs_the_package(llama: Any) -> None:
 
 def test_untouched_tensor_changed(llama: Any) -> None:
     edit_tensors(llama.folder, lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(1.01))
-    assert failed(llama.folder, ["base"], against=llama.base) == {"base-tensors", "base-logits"}
+    report = failing_report(llama.folder, ["base"], against=llama.base)
+    assert {probe.name for probe in report.failed} == {"base-tensors", "base-logits"}
+    assert "the first is model.layers.1.mlp.up_proj" in report.failed[-1].detail
 
 
 def test_another_row_than_the_masks_changed(llama: Any) -> None:
@@ -299,13 +275,16 @@ def test_wrong_rope_theta(llama: Any) -> None:
     config = json.loads((llama.folder / "config.json").read_text())
     rope = {**config["rope_parameters"], "rope_theta": 500.0}
     edit_json(llama.folder, "config.json", rope_parameters=rope)
-    assert failed(llama.folder, ["base"], against=llama.base) == {"base-logits"}
+    names = failed(llama.folder, ["base"], against=llama.base)
+    assert names == {"base-config", "base-logits"}
+    # Trained weights are not compared; the field is.
+    assert failed(llama.folder, ["base"], against=llama.base, untrained=False) == {"base-config"}
 
 
 def test_base_of_another_shape(llama: Any, source_cache: Callable[..., Path]) -> None:
     other = source_cache("llama", intermediate_size=96)
     names = failed(llama.folder, ["base"], against=other, untrained=False)
-    assert names == {"base-tensors"}
+    assert names == {"base-config", "base-tensors"}
 
 
 def test_base_of_another_family(llama: Any, source_cache: Callable[..., Path]) -> None:
@@ -363,7 +342,7 @@ def test_mask_left_in_the_output(llama: Any, monkeypatch: pytest.MonkeyPatch) ->
         return decoded
 
     monkeypatch.setattr(modeling, "decode_blocks", decode)
-    assert failed(llama.folder, ["generate"]) == {"generate"}
+    assert failed(llama.folder, ["generate"]) == {"generate", "generate-batch"}
 
 
 @pytest.mark.parametrize("after", [8.0, 9.5, float("nan"), float("inf")])

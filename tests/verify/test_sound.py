@@ -11,6 +11,7 @@ import torch
 
 from dllm_convert.manifest import hash_files, write_manifest
 from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
+from dllm_convert.verify.catalogue import CATALOGUE
 
 SOUND = [
     ("bert", "mdlm"),
@@ -22,11 +23,12 @@ SOUND = [
     ),
 ]
 IN_PROCESS = [group for group in GROUPS if group != "portability"]
-ALWAYS_RUN = {
-    *("config", "weights", "finite", "mask-id", "mask-row", "tokenizer"),
-    *("attention-sdpa", "attention-eager", "attention-layers", "base-tensors", "base-logits"),
-    *("padding-left", "padding-right", "generate"),
+NOT_OF_ALL = {
+    *("hashes", "portable", "portable-stock", "portable-version"),
+    *("chat-template", "cache", "cache-clean", "block-one", "quality", "token-shift"),
 }
+"""Probes that need a fresh process, a manifest, a training, or that some checkpoints have not."""
+ALWAYS_RUN = set(CATALOGUE) - NOT_OF_ALL
 
 
 def complaints(report: VerificationReport) -> list[str]:
@@ -45,9 +47,14 @@ def test_untrained_conversion_passes_every_probe(
     assert complaints(report) == []
     assert report.passed
     passed = {probe.name for probe in report.probes if probe.passed}
-    expected = ALWAYS_RUN | {"hashes", "portable", "portable-stock"}
+    expected = ALWAYS_RUN | {"hashes", "portable", "portable-stock", "portable-version"}
     expected |= {"cache", "cache-clean"} if target == "bd3lm" else set()
+    expected |= {"block-one"} if family not in ("bert", "roberta") else set()
+    expected |= {"chat-template"} if family == "llama" else set()
     assert passed == expected
+    assert [probe.name for probe in report.probes] == list(CATALOGUE)
+    assert all(probe.origin == CATALOGUE[probe.name].origin for probe in report.probes)
+    assert set(report.groups) == set(GROUPS)
     assert all(probe.detail for probe in report.probes if probe.passed is None)
     json.dumps(report.as_dict())
 
@@ -61,6 +68,10 @@ def test_untrained_conversion_passes_every_probe(
         ("llama", "bd3lm", {"block": 1}),
         ("llama", "bd3lm", {"block": 3, "layers": 3}),
         ("llama", "bd3lm", {"block": 32}),
+        ("mistral", "bd3lm", {"dtype": torch.bfloat16, "tied": True}),
+        ("qwen3", "mdlm", {"dtype": torch.bfloat16, "tied": True, "shards": 2}),
+        ("qwen3", "bd3lm", {"dtype": torch.float16, "tied": True}),
+        ("bert", "mdlm", {"dtype": torch.bfloat16}),
         ("qwen2", "bd3lm", {"vocab_padding": 37}),
         (
             "qwen2",
@@ -90,17 +101,18 @@ def test_trained_weights_are_compared_by_shape_and_by_their_bound(
 ) -> None:
     made = converted("llama", "bd3lm")
     quality = {
-        "nelbo_before": {"nats_per_token": 8.0},
-        "nelbo_after": {"nats_per_token": 5.5},
-        "ar_nll": {"nats_per_token": 3.25},
+        "nelbo_before": {"nats_per_token": 8.0, "stderr": 0.2},
+        "nelbo_after": {"nats_per_token": 5.5, "stderr": 0.1},
+        "ar_nll": {"nats_per_token": 3.25, "stderr": 0.1},
     }
+    write_manifest(made.folder, {"recipe": {"token_shift": "keep"}})
 
     report = verify_checkpoint(
         made.folder,
         against=made.base,
         quality=quality,
         untrained=False,
-        groups=["files", "base", "quality"],
+        groups=["files", "base", "quality", "likelihood"],
     )
 
     probes = {probe.name: probe for probe in report.probes}
@@ -108,7 +120,9 @@ def test_trained_weights_are_compared_by_shape_and_by_their_bound(
     assert probes["base-tensors"].passed is True
     assert probes["base-logits"].passed is None
     assert probes["quality"].passed is True
-    assert "3.25" in probes["quality"].detail
+    assert probes["quality"].measured == "held-out NELBO 5.5 ± 0.2 nats per token"
+    assert "3.25 ± 0.2" in probes["quality"].detail
+    assert probes["token-shift"].passed is True
     assert probes["attention"].passed is None
 
 

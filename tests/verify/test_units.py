@@ -13,12 +13,17 @@ import pytest
 import torch
 
 from dllm_convert.attention import block_causal_mask
+from dllm_convert.cli_output import verification_table
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.verify import Probe, VerificationReport, verify_checkpoint
+from dllm_convert.verify.catalogue import CATALOGUE
+from dllm_convert.verify.divergence import Trace
+from dllm_convert.verify.gradient import measure_gradient
 from dllm_convert.verify.influence import Pattern, measure_influence, probe_columns, probe_length
 from dllm_convert.verify.report import at_most, first_items, largest, skipped
 from dllm_convert.verify.subject import Claim
 
+ROOT = Path(__file__).parents[2]
 SECTION = {
     "objective": "bd3lm",
     "block_size": 2,
@@ -143,7 +148,83 @@ def test_report_passes_only_without_a_failure() -> None:
         "passed": False,
         "probes": [probe.as_dict() for probe in (good, bad, unknown)],
         "seconds": 1.0,
+        "groups": {},
     }
+
+
+def test_the_table_says_why_a_probe_failed_and_why_one_did_not_run() -> None:
+    bad = Probe("b", False, "2", "1", "row 3 is wrong", "a mask is exact")
+    report = VerificationReport(
+        (Probe("a", True, "1", "1"), bad, skipped("c", "1", "no base")), 2.0
+    )
+    lines = verification_table(report.as_dict()).splitlines()
+    assert lines[2:5] == [
+        "FAILED   b      2         1",
+        f"{'':9}row 3 is wrong",
+        f"{'':9}a mask is exact",
+    ]
+    assert lines[5].split() == ["skipped", "c", "no", "base"]
+    assert lines[-1] == "1 of 3 probes passed, 1 failed, 1 not run in 2 s"
+
+
+def test_every_probe_is_documented_with_its_origin() -> None:
+    page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
+    rows = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    rows = rows.replace("`-", "`attention-")
+    assert [name for name in CATALOGUE if f"`{name}`" not in rows] == []
+    assert all(entry.asks.endswith("?") or "same" in entry.asks for entry in CATALOGUE.values())
+    assert all(entry.origin for entry in CATALOGUE.values())
+
+
+def test_a_gradient_of_a_causal_sum() -> None:
+    embedding = torch.nn.Embedding(8, 4)
+
+    class Sum(torch.nn.Module):
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return embedding
+
+        def forward(self, *, inputs_embeds: Any, logits_at: Any, use_cache: bool) -> Any:
+            del use_cache
+            return SimpleNamespace(logits=inputs_embeds.cumsum(1).flatten(0, 1)[logits_at])
+
+    found = measure_gradient(Sum(), torch.arange(6), [0, 3, 5])
+    assert draw(found > 0) == ["#.....", "####..", "######"]
+
+
+def test_two_models_and_the_first_module_that_differs() -> None:
+    def model(scale: float) -> Any:
+        class Toy(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = torch.nn.Linear(2, 2, bias=False)
+                self.second = torch.nn.Linear(2, 2, bias=False)
+                self.head = torch.nn.Linear(2, 2, bias=False)
+                for module in (self.first, self.second, self.head):
+                    torch.nn.init.ones_(module.weight)
+                self.second.weight.data.mul_(scale)
+
+            def forward(self, x: torch.Tensor) -> Any:
+                return SimpleNamespace(logits=self.head(self.second(self.first(x))))
+
+        return Toy()
+
+    base, inputs = model(1.0), {"x": torch.ones(1, 2)}
+    trace = Trace(base, inputs, base.head)
+    assert trace.compare(model(1.0), inputs)[1:] == (0, "")
+    assert trace.compare(model(1.5), inputs)[1:] == (1, "second differs by 2")
+    assert len(trace) == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [("5.2.0", "5.1.9"), ("6.0.0", "5.99.9"), ("5.2.0.dev0", "5.1.9"), ("None", "5.1.9")],
+)
+def test_a_release_before_the_minimum(version: str, older: str) -> None:
+    source = (ROOT / "dllm_convert" / "verify" / "_fresh_process.py").read_text(encoding="utf-8")
+    function = source[source.index("def _older") :].split("\n\n\n")[0]
+    names: dict[str, Any] = {}
+    exec(function, names)
+    assert names["_older"](version) == older
 
 
 def test_first_items_says_how_many_more() -> None:

@@ -1,0 +1,133 @@
+"""Peak memory of a training, against what the plan estimates for it.
+
+    python -m benchmarks.memory CONVERTED --batches 4 8 --length 128
+
+CONVERTED is a folder that `dllm-convert run SOURCE --no-train` wrote. Every line is one training of
+a few steps, through the function that `run` calls, in a process of its own: load, train, write the
+result. Measured is the high-water mark of that process's resident memory (VmHWM of Linux), all of
+it: the interpreter and its libraries are in the estimate as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.cli_output import table, write
+from dllm_convert.costs import peak_memory
+from dllm_convert.devices import this_cpu
+from dllm_convert.pipeline import plan_conversion
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.plan_estimate import uses_bf16
+from dllm_convert.quiet import quiet_libraries
+from dllm_convert.recipe import load_recipe
+
+
+def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionPlan:
+    """Plan a training of CONVERTED."""
+    settings = json.loads((options.converted / "config.json").read_text())["diffusion"]
+    overrides = {
+        "target": settings["objective"],
+        "block_size": settings["block_size"],
+        "training.method": method,
+        "training.batch_size": batch,
+        "training.steps": options.steps,
+        "training.max_minutes": None,
+        "data.sequence_length": options.length,
+        **dict(part.split("=", 1) for part in options.set),
+    }
+    return plan_conversion(load_recipe(str(options.converted), overrides=overrides))
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Train once; print the high-water mark before loading, before writing and in all, in bytes."""
+    from transformers import AutoTokenizer
+
+    from dllm_convert.console import Reporter
+    from dllm_convert.training import run
+    from dllm_convert.training.data import prepare_data
+
+    plan = plan_of(options, options.serve, options.batches[0])
+    tokenizer = AutoTokenizer.from_pretrained(options.converted)
+    data = prepare_data(plan.recipe, tokenizer, Reporter(quiet=True), options.work / "data")
+    marks = [_status("VmHWM")]
+    write_result = run.write_result
+
+    def marked(*arguments: Any) -> None:
+        marks.append(_status("VmHWM"))
+        write_result(*arguments)
+
+    run.write_result = marked
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        work = Path(folder)
+        run.train(plan, data, options.converted, work / "trained", work, Reporter(quiet=True))
+    marks.append(_status("VmHWM"))
+    write(json.dumps(marks))
+
+
+def measure(work: Path, method: str, batch: int) -> list[int]:
+    """Run one training in a process of its own."""
+    line = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]]
+    line += ["--serve", method, "--batches", str(batch), "--work", str(work)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    return [int(mark) for mark in json.loads(done.stdout.splitlines()[-1])]
+
+
+def estimated(options: argparse.Namespace, method: str, batch: int) -> int:
+    """Estimate the same peak as `check` does, in bytes."""
+    plan = plan_of(options, method, batch)
+    if plan.shape is None:
+        raise SystemExit(f"{options.converted} tells no shapes")
+    bf16 = uses_bf16(plan.recipe, this_cpu())
+    return peak_memory(plan.shape, plan.recipe, gpu=False, bf16=bf16, flex=False).total
+
+
+def compare(
+    options: argparse.Namespace, work: Path, method: str, batch: int
+) -> tuple[str, str, str, str, str]:
+    """Return a line of the table, in GB."""
+    guess = estimated(options, method, batch)
+    _, _, peak = measure(work, method, batch)
+    shape = f"{batch} x {options.length}"
+    return method, shape, f"{guess / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{guess / peak:.3f}"
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("converted", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with quiet_libraries():
+        if options.serve:
+            serve(options)
+            return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        rows = [
+            compare(options, work, method, batch)
+            for method in options.methods
+            for batch in options.batches
+        ]
+    write(table(("method", "batch", "estimate", "peak", "estimate / peak"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""What a training costs: memory and floating-point operations, as pure functions.
+
+Operations follow Kaplan et al. (arXiv 2001.08361, section 2.1): 2 per weight and token forward, 4
+backward, of which 2 are the gradient of the weight; 4 per layer, query, key and channel of
+attention forward and twice that backward. Block diffusion runs a clean stream beside the noisy ones
+(BD3LM, 2503.09573). Logits are computed at scored positions only.
+
+Memory is states (weights, gradients and two moments; Rajbhandari et al., ZeRO, 1910.02054, section
+3.1) and what is kept for the backward pass (Korthikanti et al., 2205.05198), counted for what
+`training/checkpointing.py` keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from dllm_convert.model_shape import ModelShape
+from dllm_convert.schema import Checkpointing, Noise, Recipe, Training
+
+CPU_RUNTIME = 557_000_000
+"""Bytes of a process that has imported what trains and holds no model: measured, Python 3.11 with
+torch 2.13 for CPUs, transformers 5.23 and peft 0.21."""
+GPU_RUNTIME = 1_000_000_000
+"""Bytes that CUDA's context and its libraries' workspaces take on a GPU; assumed, not measured."""
+HEAP_WASTE = 0.45
+"""Bytes of C heap per byte of activations that nothing can use, on a CPU. A heap that keeps what is
+freed (`training/allocator.py`) cannot move blocks, and glibc's aligned allocation needs a hole
+larger than its block. Measured with mallinfo2 after the first forward of SmolLM2-135M: 0.42 in full
+training, 0.53 with LoRA."""
+_FLOAT32, _BF16, _MOMENTS = 4, 2, 8
+_LOSS_BYTES = 12
+"""Per logit where the backward pass begins: the log-softmax that was kept, its gradient and the
+logits' gradient, in float32."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What one forward of one device runs.
+
+    Attributes:
+        rows: Rows of the batch as the model sees it.
+        width: Tokens of a row.
+        clean: Clean tokens that the batch stands for.
+        scored: Positions that logits are computed at.
+        pairs: Pairs of query and key that attention looks at, over all rows.
+    """
+
+    rows: int
+    width: int
+    clean: int
+    scored: float
+    pairs: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that run through the layers."""
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the peak of training.
+
+    Attributes:
+        runtime: Interpreter and libraries; of a GPU its context.
+        weights: Weights, those that are trained twice where LoRA copies them.
+        gradients: Gradients at the end of the backward pass.
+        moments: AdamW's two moments.
+        activations: What the layers keep for the backward pass, with the weights' copies in
+            bfloat16 and the layer that is computed again.
+        logits: Logits, their log-softmax and gradients.
+        vocabulary_gradients: Dense gradients of embedding and head while they are added.
+        heap: What the C library holds and cannot use; 0 on a GPU.
+        total: The peak: not the sum, since activations are gone when gradients are all there.
+    """
+
+    runtime: int
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+    vocabulary_gradients: int
+    heap: int
+    total: int
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the fields, in bytes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def mean_masked_share(noise: Noise) -> float:
+    """Expected share of tokens that one view masks: the mean of 1 - alpha(t) over the times.
+
+    MDLM (2406.07524) and MD4 (2406.04329) name the schedules; drawn by count (LLaDA, 2502.09992,
+    equation 6) it is a half for each of them.
+    """
+    if noise.draw == "count":
+        return 0.5
+    a, b = noise.min_time, noise.max_time
+    if noise.schedule == "linear":
+        return (a + b) / 2
+    if noise.schedule == "cosine":
+        quarter = math.pi / 2
+        return (math.sin(quarter * (1 - a)) - math.sin(quarter * (1 - b))) / (quarter * (b - a))
+    power = noise.power + 1
+    return (b**power - a**power) / (power * (b - a))
+
+
+def streams(recipe: Recipe, *, flex: bool) -> Streams:
+    """Count what one forward runs, for text that fills its rows with whole documents.
+
+    Block diffusion runs K noisy views and one clean stream without its last block, which nobody
+    looks at: (K + 1) L - b tokens a row. The views of masked diffusion are rows of their own.
+
+    Args:
+        recipe: The resolved recipe.
+        flex: Whether attention skips pairs that nobody sees; otherwise it looks at all of a row.
+    """
+    noise, length, batch = recipe.noise, recipe.data.sequence_length, recipe.training.batch_size
+    views = noise.views * (2 if noise.complementary else 1)
+    share = mean_masked_share(noise)
+    if noise.kernel == "uniform":
+        share = 1.0
+    elif noise.complementary:
+        share = 0.5
+    scored = batch * views * length * share
+    clean = batch * length
+    if recipe.target == "mdlm":
+        rows = batch * views
+        return Streams(rows, length, clean, scored, rows * length**2)
+    block = recipe.block_size or 1
+    ar_loss = recipe.training.ar_loss_weight > 0
+    width = (views + 1) * length - (0 if ar_loss else block)
+    scored += clean if ar_loss else 0
+    # A query sees its block and, on average, half of what is outside of it; so does a clean one.
+    pairs = (views + 1) * length * (length + block) / 2 if flex else width**2
+    return Streams(batch, width, clean, scored, batch * pairs)
+
+
+def lora_parameters(shape: ModelShape, training: Training) -> int:
+    """Parameters of the two matrices of LoRA (2106.09685): rank times inputs plus outputs."""
+    return training.lora.rank * shape.adapted
+
+
+def trainable_parameters(shape: ModelShape, training: Training) -> int:
+    """Parameters that receive gradients, as `training/setup.py` chooses them."""
+    if training.method == "none":
+        return 0
+    if training.method == "full":
+        return shape.parameters
+    lora = training.lora
+    trained = lora_parameters(shape, training) + (shape.norms if lora.norms else 0)
+    if lora.embeddings == "mask_row":
+        return trained + shape.hidden
+    biases = 0 if shape.tied else shape.head - shape.vocabulary_matrix
+    return trained + shape.vocabulary_matrix * (1 if shape.tied else 2) + biases
+
+
+def flops_per_token(shape: ModelShape, recipe: Recipe, *, flex: bool) -> float:
+    """Operations of forward and backward per clean token of text.
+
+    For masked diffusion trained in full that is 6 (P + V h / 2) + 12 layers h L: P weights in the
+    layers' matrices, logits at every second token. LoRA saves the weight gradients of frozen
+    matrices, block diffusion runs about twice the tokens. Full checkpointing runs the layers
+    forward once more; selective recomputation runs no matrix product again and counts as free.
+
+    Args:
+        shape: The model.
+        recipe: The resolved recipe.
+        flex: Whether attention skips pairs that nobody sees.
+    """
+    training, run = recipe.training, streams(recipe, flex=flex)
+    lora = training.method == "lora"
+    matrices = 2.0 * shape.matrices * run.tokens
+    attention = 4.0 * shape.layers * shape.queries * run.pairs
+    head = 2.0 * shape.vocabulary_matrix * run.scored
+    layers = matrices * (2 if lora else 3) + attention * 3
+    if lora:
+        layers += 3 * 2.0 * lora_parameters(shape, training) * run.tokens
+    head_trained = not lora or training.lora.embeddings == "full"
+    total = layers + head * (3 if head_trained else 2)
+    if training.gradient_checkpointing == "full":
+        total += matrices + attention
+    return total / run.clean
+
+
+def activation_bytes(
+    shape: ModelShape,
+    training: Training,
+    run: Streams,
+    *,
+    compute: int,
+    residual: int,
+    flex: bool,
+    cast: bool,
+) -> int:
+    """Bytes that the layers keep for the backward pass, and the layer that is computed again.
+
+    Per token and layer, `selective` keeps what every matrix product and attention return and the
+    layer's input; `full` keeps the input only. LoRA adds two small products to each adapted matrix.
+    Autocast keeps a copy of every matrix in its own type. Without flex a dense mask is held, of one
+    byte a pair, and in the compute type inside attention.
+
+    Args:
+        shape: The model.
+        training: Method and checkpointing.
+        run: What one forward runs.
+        compute: Bytes of a number that a matrix product returns.
+        residual: Bytes of a number of the residual stream.
+        flex: Whether the mask is held as blocks.
+        cast: Whether autocast keeps a copy of every matrix.
+    """
+    outputs, copies = shape.outputs, float(shape.stored_matrices)
+    if training.method == "lora":
+        rank = training.lora.rank
+        outputs += shape.adapted_outputs + rank * shape.adapted_matrices
+        copies += lora_parameters(shape, training)
+    inputs = residual * shape.hidden * shape.layers
+    # Attention also keeps the logarithm of each softmax's sum, per head, in float32.
+    kept = compute * (outputs + shape.queries * shape.layers) + inputs
+    kept += _FLOAT32 * shape.heads * shape.layers
+    # Two norms and their inputs in float32, rotated queries and keys, the products of the gates.
+    rest = (4 * _FLOAT32 + 2 * compute) * shape.hidden + 2 * compute * outputs / shape.layers
+    held = {"off": kept + shape.layers * rest, "selective": kept, "full": inputs}
+    again: dict[Checkpointing, float] = {
+        "off": 0.0,
+        "selective": rest,
+        "full": kept / shape.layers + rest,
+    }
+    how = training.gradient_checkpointing
+    # What is computed again lives together with its gradients.
+    tokens = (held[how] + 2 * again[how]) * run.tokens
+    mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
+    cast_weights = copies * compute if cast and how != "full" else 0.0
+    return round(tokens + mask + cast_weights)
+
+
+def _weight_bytes(shape: ModelShape, training: Training, trained: int, *, frozen: int) -> int:
+    """Bytes of the weights; LoRA trains copies, in float32, beside what is frozen."""
+    if training.method == "full":
+        return _FLOAT32 * shape.parameters
+    everything = frozen * shape.parameters
+    if training.lora.quantize == "nf4":
+        # 4 bits and, with double quantisation, 0.127 for the scales (QLoRA, 2305.14314, section 3).
+        everything -= round(shape.stored_matrices * (frozen - 4.127 / 8))
+    return everything + _FLOAT32 * trained
+
+
+def peak_memory(
+    shape: ModelShape,
+    recipe: Recipe,
+    *,
+    gpu: bool,
+    bf16: bool,
+    flex: bool,
+    shards: int = 1,
+) -> Memory:
+    """Estimate the peak of one device in training.
+
+    The backward pass begins with all activations, the logits and the first gradient of the head; it
+    ends with all gradients. The larger of the two is the peak, above weights and moments.
+
+    Args:
+        shape: The model.
+        recipe: Method `full` or `lora`, batch, length, checkpointing.
+        gpu: Whether it is a GPU: its allocator wastes little, and LoRA freezes weights in bfloat16.
+        bf16: Whether matrix products are computed in bfloat16.
+        flex: Whether attention is flex attention.
+        shards: Devices that share weights, gradients and moments (FSDP2); two layers or the
+            vocabulary's matrix are gathered at a time.
+    """
+    training, run = recipe.training, streams(recipe, flex=flex)
+    trained = trainable_parameters(shape, training)
+    frozen = _BF16 if gpu and bf16 else _FLOAT32
+    compute = _BF16 if bf16 else _FLOAT32
+    residual = frozen if training.method == "lora" else _FLOAT32
+    weights = _weight_bytes(shape, training, trained, frozen=frozen)
+    gradients, moments = _FLOAT32 * trained, _MOMENTS * trained
+    activations = activation_bytes(
+        shape,
+        training,
+        run,
+        compute=compute,
+        residual=residual,
+        flex=flex,
+        # What FSDP gathers is in the compute type already.
+        cast=shards == 1 and compute < residual,
+    )
+    logits = round(_LOSS_BYTES * run.scored * shape.vocabulary)
+    vocabulary = _vocabulary_gradients(shape, training, compute)
+    heap = 0 if gpu else round(HEAP_WASTE * (activations + logits))
+    gathered = 0
+    if shards > 1:
+        weights, gradients, moments = (-(-x // shards) for x in (weights, gradients, moments))
+        two_layers = 2 * shape.layer_parameters // shape.layers
+        gathered = compute * max(two_layers, shape.vocabulary_matrix)
+    runtime = GPU_RUNTIME if gpu else CPU_RUNTIME
+    above = max(activations + logits + heap, gradients) + vocabulary + gathered
+    total = runtime + weights + moments + above
+    return Memory(
+        runtime, weights, gradients, moments, activations, logits, vocabulary, heap, total
+    )
+
+
+def _vocabulary_gradients(shape: ModelShape, training: Training, compute: int) -> int:
+    """Bytes of the vocabulary's dense gradients that are in no other place.
+
+    The head's comes in the compute type and is cast to float32; of a tied matrix the embedding's is
+    added to it at the end.
+    """
+    if training.method == "lora" and training.lora.embeddings != "full":
+        return 0
+    copies = _FLOAT32 + (compute if compute < _FLOAT32 else 0) + (_FLOAT32 if shape.tied else 0)
+    return copies * shape.vocabulary_matrix

@@ -1,0 +1,107 @@
+"""The devices that plans estimate for, in one table, and what this machine is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Device:
+    """Something to train on.
+
+    Attributes:
+        name: For people.
+        flops: Operations per second that a training reaches: the peak times the utilisation.
+        memory: Bytes of memory of one.
+        gpu: Whether it is a GPU.
+        bf16: Whether it multiplies bfloat16 natively.
+        source: Where the numbers are from.
+    """
+
+    name: str
+    flops: float
+    memory: int
+    gpu: bool
+    bf16: bool
+    source: str
+
+
+UTILISATION = 0.2
+"""Share of a GPU's peak that a conversion reaches, assumed.
+
+Fast-dLLM v2's 7B (arXiv 2509.26328; 1.3B tokens in 768 A100-hours) reached 0.18 by the formulas of
+`costs.py`. Pretraining reaches more (Llama 3 405B 0.38 to 0.43 on H100, 2407.21783, table 4), small
+models and short steps less.
+"""
+USABLE_MEMORY = 0.95
+"""Share of a GPU's memory that is planned with; the caching allocator wastes some."""
+
+GPUS = (
+    Device(
+        "A100 80GB",
+        312e12 * UTILISATION,
+        80 * 10**9,
+        gpu=True,
+        bf16=True,
+        source="NVIDIA A100 data sheet: 312 TFLOP/s bf16 dense, 80 GB; 0.2 of it assumed",
+    ),
+    Device(
+        "H100 80GB",
+        989e12 * UTILISATION,
+        80 * 10**9,
+        gpu=True,
+        bf16=True,
+        source="NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 dense, 80 GB; 0.2 of it assumed",
+    ),
+)
+_CORE_FLOPS = {True: 1.0e11, False: 4.5e10}
+"""Per core with and without bfloat16 instructions, measured: SmolLM2-135M, full steps of 4 x 128
+tokens at 6 operations per weight and token, 248 and 111 tokens per second on 2 cores of an AMD EPYC
+with avx512_bf16."""
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def _multiplies_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def this_cpu() -> Device:
+    """Describe the processor this runs on; 0 bytes of memory where the system does not say."""
+    cores, bf16 = _cores(), _multiplies_bf16()
+    return cpu(cores, _memory(), bf16=bf16)
+
+
+def cpu(cores: int, memory: int, *, bf16: bool) -> Device:
+    """Describe a processor.
+
+    Args:
+        cores: Number of cores; speed is taken to grow with them.
+        memory: Bytes.
+        bf16: Whether it multiplies bfloat16 natively.
+    """
+    per_core = _CORE_FLOPS[bf16]
+    return Device(
+        f"this CPU, {cores} cores",
+        per_core * cores,
+        memory,
+        gpu=False,
+        bf16=bf16,
+        source=f"measured on 2 cores of an AMD EPYC: {per_core / 1e9:.0f} GFLOP/s per core",
+    )

@@ -1,0 +1,160 @@
+"""What the costs of a model depend on, counted from headers and config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from dllm_convert.adapters.base import Adapter
+from dllm_convert.mask_token import MaskTokenDecision
+from dllm_convert.plan_checks import LAYER, is_tied, layer_count
+from dllm_convert.source_info import SourceInfo, TensorInfo
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_QUERIES = frozenset({"q_proj", "query", "q_b_proj"})
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the conversion that comes out.
+
+    Attributes:
+        embedding: Parameters of the input embedding.
+        head: Parameters of the output projection and its biases; of a tied one the biases only.
+        layer_parameters: Parameters of all layers.
+        other: The rest: final norm, position embeddings, a head's own transformation.
+        tied: Whether the head is the embedding.
+        vocabulary: Rows of the embedding.
+        hidden: Width of the residual stream.
+        layers: Number of layers.
+        queries: Width of the queries: heads times their size.
+        heads: Number of attention heads.
+        matrices: Parameters of the layers' matrices that one token passes through.
+        outputs: What those return for one token, in numbers, over all layers.
+        stored_matrices: Parameters of the layers' matrices, all experts included.
+        adapted: Sum of inputs and outputs of the matrices that LoRA adapts: times the rank it is
+            the number of LoRA's parameters.
+        adapted_matrices: How many those are.
+        adapted_outputs: What they return for one token, in numbers.
+        norms: Parameters of the normalisation layers that stay trainable beside LoRA.
+    """
+
+    embedding: int
+    head: int
+    layer_parameters: int
+    other: int
+    tied: bool
+    vocabulary: int
+    hidden: int
+    layers: int
+    queries: int
+    heads: int
+    matrices: float
+    outputs: float
+    stored_matrices: int
+    adapted: int
+    adapted_matrices: int
+    adapted_outputs: float
+    norms: int
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, tied ones once."""
+        return self.embedding + self.head + self.layer_parameters + self.other
+
+    @property
+    def vocabulary_matrix(self) -> int:
+        """Parameters of the matrix that logits are computed with."""
+        return self.vocabulary * self.hidden
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _ends_in(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def _active_share(config: Mapping[str, Any]) -> float:
+    """Share of the experts that one token passes through; 1 in a dense model."""
+    chosen = config.get("num_experts_per_tok")
+    total = next((config[key] for key in _EXPERT_COUNTS if config.get(key)), None)
+    if isinstance(chosen, int) and isinstance(total, int) and 0 < chosen <= total:
+        return chosen / total
+    return 1.0
+
+
+def _counted(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -> ModelShape | None:
+    """Count the sizes of a conversion; None if the headers tell no shapes.
+
+    Args:
+        source: The checkpoint.
+        adapter: Its family.
+        mask: Decides how many rows the embedding has.
+    """
+    tensors = source.tensors
+    if adapter.embedding not in tensors:
+        return None
+    hidden = tensors[adapter.embedding].shape[-1]
+    tied = is_tied(source.config, adapter)
+    used = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (adapter.unused_tensors and re.fullmatch(adapter.unused_tensors, name))
+        and not (tied and name == adapter.head)
+    }
+    head_names = {adapter.head, *adapter.head_biases}
+    # Files of BERT name the head's bias twice; the model has it once.
+    biases = mask.rows_after if any(name in used for name in adapter.head_biases) else 0
+    layers = {name: tensor for name, tensor in used.items() if LAYER.fullmatch(name)}
+    vocabulary = mask.rows_after * hidden
+    other = set(used) - set(layers) - head_names - {adapter.embedding}
+    share = _active_share(source.config)
+    matrices = [
+        (tensor, share if ".experts." in name else 1.0, _module(name))
+        for name, tensor in layers.items()
+        if len(tensor.shape) >= 2
+    ]
+    adapted = [
+        tensor
+        for name, tensor in used.items()
+        if len(tensor.shape) == 2 and _ends_in(_module(name), adapter.lora_targets)
+    ]
+    return ModelShape(
+        embedding=vocabulary,
+        head=(0 if tied else vocabulary) + biases,
+        layer_parameters=sum(tensor.size for tensor in layers.values()),
+        other=sum(used[name].size for name in other),
+        tied=tied,
+        vocabulary=mask.rows_after,
+        hidden=hidden,
+        layers=layer_count(source.config),
+        queries=_query_width(matrices, hidden),
+        heads=_counted(source.config, "num_attention_heads"),
+        matrices=sum(tensor.size * active for tensor, active, _ in matrices),
+        outputs=sum(prod(tensor.shape[:-1]) * active for tensor, active, _ in matrices),
+        stored_matrices=sum(tensor.size for tensor, _, _ in matrices),
+        adapted=sum(sum(tensor.shape) for tensor in adapted),
+        adapted_matrices=len(adapted),
+        adapted_outputs=sum(tensor.shape[0] for tensor in adapted),
+        norms=sum(
+            tensor.size
+            for name, tensor in used.items()
+            # PEFT compares the ends of names, whatever stands before.
+            if _module(name).endswith(adapter.norm_modules)
+        ),
+    )
+
+
+def _query_width(matrices: list[tuple[TensorInfo, float, str]], hidden: int) -> int:
+    found = (t.shape[0] for t, _, module in matrices if module.rpartition(".")[2] in _QUERIES)
+    return next(found, hidden)

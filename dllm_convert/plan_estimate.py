@@ -1,0 +1,180 @@
+"""What a planned training takes: trainable parameters, memory, operations, hours, GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dllm_convert.costs import flops_per_token, peak_memory, trainable_parameters
+from dllm_convert.devices import GPUS, USABLE_MEMORY, Device
+from dllm_convert.model_shape import ModelShape
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.schema import Recipe
+
+MOST_GPUS = 1024
+"""Where the search for a number of GPUs ends."""
+ASSUMPTIONS = (
+    "rows are filled with whole documents",
+    "AdamW over float32 weights",
+    "GPU memory was not measured; the CPU's is within 8% of the peaks of SmolLM2-135M",
+    "GPUs reach 0.2 of their peak, which small models and short steps do not",
+    "several GPUs share weights, gradients and moments (FSDP2) and lose no time over it",
+)
+
+
+@dataclass(frozen=True)
+class DeviceEstimate:
+    """A training on one kind of device.
+
+    Attributes:
+        device: Its name.
+        memory: Peak bytes of one device that trains alone.
+        fits: Whether one is enough; None if its memory is not known.
+        devices_needed: Least number that fits, weights and states shared; None if none does.
+        tokens_per_second: Of one device, clean tokens.
+        hours: For all steps of the recipe, on one device.
+        tokens: That one device trains on: all of the budget, or what `max_minutes` leaves of it.
+        source: Where speed and memory of the device are from.
+    """
+
+    device: str
+    memory: int
+    fits: bool | None
+    devices_needed: int | None
+    tokens_per_second: float
+    hours: float
+    tokens: int
+    source: str
+
+
+def uses_flex(recipe: Recipe, *, gpu: bool) -> bool:
+    """Whether training computes attention with flex attention, as `training/setup.py` chooses."""
+    chosen = recipe.training.attention
+    return gpu and (chosen == "flex" or (chosen == "auto" and recipe.target == "bd3lm"))
+
+
+def uses_bf16(recipe: Recipe, device: Device) -> bool:
+    """Whether training multiplies in bfloat16 there, as `training/setup.py` chooses."""
+    chosen = recipe.training.precision
+    return device.bf16 if chosen == "auto" else chosen == "bf16"
+
+
+def _peak(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) -> int:
+    return peak_memory(
+        shape,
+        recipe,
+        gpu=device.gpu,
+        bf16=uses_bf16(recipe, device),
+        flex=uses_flex(recipe, gpu=device.gpu),
+        shards=shards,
+    ).total
+
+
+def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | None:
+    """Return the least number of GPUs that hold a training; None if its activations alone do not.
+
+    Args:
+        shape: The model.
+        recipe: With the batch of one device.
+        device: The kind of GPU.
+    """
+    room = device.memory * USABLE_MEMORY
+    if _peak(shape, recipe, device) <= room:
+        return 1
+    if _peak(shape, recipe, device, MOST_GPUS) > room:
+        return None
+    low, high = 1, MOST_GPUS
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _peak(shape, recipe, device, middle) <= room:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> DeviceEstimate:
+    """Estimate the recipe's training on one kind of device."""
+    flops = flops_per_token(shape, recipe, flex=uses_flex(recipe, gpu=device.gpu))
+    rate, planned = device.flops / flops, recipe.training_tokens
+    minutes = recipe.training.max_minutes
+    reached = planned if minutes is None else min(planned, int(rate * minutes * 60))
+    memory = _peak(shape, recipe, device)
+    if device.gpu:
+        needed = devices_needed(shape, recipe, device)
+        fits: bool | None = needed == 1
+    else:
+        fits = memory <= device.memory if device.memory else None
+        needed = 1 if fits else None
+    return DeviceEstimate(
+        device.name,
+        memory,
+        fits,
+        needed,
+        _rounded(rate),
+        _rounded(planned / rate / 3600),
+        reached,
+        device.source,
+    )
+
+
+def _rounded(value: float) -> float:
+    """Three digits, which is more than an estimate knows."""
+    return float(f"{value:.3g}")
+
+
+def _with_method(recipe: Recipe, method: str) -> Recipe:
+    training = recipe.training.model_copy(update={"method": method})
+    return recipe.model_copy(update={"training": training})
+
+
+def _memory_by_method(
+    shape: ModelShape, recipe: Recipe, devices: Sequence[Device]
+) -> list[dict[str, Any]]:
+    """Break the peak down, for full training and LoRA, on the first CPU and the first GPU."""
+    kinds = {device.gpu: device for device in reversed(devices)}
+    found = []
+    for method in ("full", "lora"):
+        chosen = _with_method(recipe, method)
+        for gpu in sorted(kinds):
+            memory = peak_memory(
+                shape,
+                chosen,
+                gpu=gpu,
+                bf16=uses_bf16(chosen, kinds[gpu]),
+                flex=uses_flex(chosen, gpu=gpu),
+            )
+            found.append({"method": method, "on": "gpu" if gpu else "cpu", **memory.as_dict()})
+    return found
+
+
+def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
+    """Estimate the plan's training; None if there is none, or the headers tell no shapes.
+
+    Args:
+        plan: The conversion.
+        cpu: This machine's processor.
+
+    Returns:
+        Plain values for JSON: memory in bytes, times in hours, tokens counted without the second
+        stream of block diffusion.
+    """
+    shape, recipe = plan.shape, plan.recipe
+    if shape is None or recipe.training.method == "none":
+        return None
+    devices = (cpu, *GPUS)
+    return {
+        "method": recipe.training.method,
+        "trainable_parameters": trainable_parameters(shape, recipe.training),
+        "tokens": recipe.training_tokens,
+        "flops_per_token": {
+            kind: round(flops_per_token(shape, recipe, flex=uses_flex(recipe, gpu=kind == "gpu")))
+            for kind in ("cpu", "gpu")
+        },
+        "sequences_per_forward": recipe.training.batch_size,
+        "sequence_length": recipe.data.sequence_length,
+        "memory": _memory_by_method(shape, recipe, devices),
+        "devices": [asdict(estimate_device(shape, recipe, device)) for device in devices],
+        "assumptions": list(ASSUMPTIONS),
+    }

@@ -1,0 +1,221 @@
+"""A plan for people, from the document that `check --json` prints."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dllm_convert.cli_output import table
+
+WIDTH = 100
+_PARTS = ("embedding", "layers", "head", "other")
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes with a decimal unit, as disks and GPUs are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def hours_text(hours: float) -> str:
+    """Return a time in the unit that fits it."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.2g} s"
+    if hours < 1:
+        return f"{hours * 60:.2g} min"
+    return f"{hours:.3g} h" if hours < 1000 else f"{hours:,.0f} h"
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Return rising numbers as ranges: 0-4, 6, 8-9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:7], "..."])
+
+
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    body = [f"  {line}" if line else "" for line in lines]
+    return ["", title, *body] if body else []
+
+
+def _wrapped(sentences: Iterable[str]) -> list[str]:
+    return [
+        line
+        for sentence in sentences
+        for line in textwrap.wrap(sentence, WIDTH - 4, initial_indent="- ", subsequent_indent="  ")
+    ]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    return table(header, rows).split("\n")
+
+
+def _source(source: Mapping[str, Any]) -> list[str]:
+    commit = f" at commit {source['revision'][:12]}" if source["revision"] else ""
+    lines = [f"{source['family']}, a {source['kind']}{commit}"]
+    parts = source["parts"]
+    if parts is not None:
+        counts = ", ".join(
+            f"{name} {'tied' if name == 'head' and parts['tied'] else f'{parts[name]:,}'}"
+            for name in _PARTS
+        )
+        lines.append(f"{parts['total']:,} parameters after the conversion: {counts}")
+        files = len(source["weight_files"])
+        lines.append(f"{source['dtype']} in {files} file{'s' if files != 1 else ''}")
+    else:
+        lines.append("parameters not known: the headers tell no shapes")
+    lines.append(f"context {source['context']}, tokenizer of {source['tokenizer_size']:,} ids")
+    gated = {None: "", "no": ", not gated", "auto": ", gated (granted automatically)"}
+    access = gated.get(source["gated"], ", gated (its owner decides on each request)")
+    name = f" ({source['license_name']})" if source["license_name"] else ""
+    return [*lines, f"licence {source['license'] or 'unknown'}{name}{access}"]
+
+
+def _conversion(plan: Mapping[str, Any]) -> list[str]:
+    target = plan["target"]
+    blocks = f" in blocks of {plan['block_size']}" if plan["block_size"] else ""
+    shift = "token shift kept" if plan["token_shift"] else "no token shift"
+    return [
+        f"{target}{blocks}, {shift}",
+        f"loads with transformers {plan['min_transformers']} or later",
+        f"written to {plan['out']}",
+    ]
+
+
+def _mask(mask: Mapping[str, Any]) -> list[str]:
+    row = (
+        f"its row becomes the mean of the {mask['used_rows']:,} used ones"
+        if mask["write_row"]
+        else "its row stays as it was trained"
+    )
+    kept = "" if mask["rows_after"] != mask["rows_before"] else "; the embedding keeps its rows"
+    return [
+        f"{mask['token']}, id {mask['id']}, by the rule {mask['rule']}",
+        *_wrapped([mask["reason"], row + kept]),
+    ]
+
+
+def _attention(plan: Mapping[str, Any]) -> list[str]:
+    rows = [
+        (group["type"], ranges_text(group["layers"]), group["before"], group["after"])
+        for group in plan["attention_layers"]
+    ]
+    return _table(("type", "layers", "before", "after"), rows) + _wrapped(plan["notes"])
+
+
+def _writes(plan: Mapping[str, Any]) -> list[str]:
+    writes = plan["writes"]
+    if writes is None:
+        return ["not known: the headers tell no shapes"]
+    changed = [
+        f"{name} changes ({bytes_text(size)})" for name, size in writes["changed_tensors"].items()
+    ]
+    dropped = [f"{name} is left out" for name in plan["tensors_dropped"]]
+    total, unchanged = writes["weights_bytes"], writes["unchanged_bytes"]
+    return [
+        f"{bytes_text(total)} of weights, {bytes_text(unchanged)} of them equal to the source's"
+        " until training",
+        *(changed or ["no tensor changes"]),
+        *dropped,
+    ]
+
+
+def _training(plan: Mapping[str, Any]) -> list[str]:
+    estimate, training = plan["estimate"], plan["training"]
+    if training["method"] == "none":
+        return ["none"]
+    rate = f"rate {training['learning_rate']:g}"
+    steps = f"{training['steps']:,} steps, {plan['training_tokens']:,} tokens"
+    limit = f", at most {training['max_minutes']:g} minutes" if training["max_minutes"] else ""
+    lines = [f"{training['method']}, {rate}, {steps}{limit}, data {plan['data']['source']}"]
+    if estimate is None:
+        return [*lines, "no estimate: the headers tell no shapes"]
+    flops = estimate["flops_per_token"]
+    return [
+        *lines,
+        f"{estimate['trainable_parameters']:,} trainable parameters, "
+        f"{flops['gpu'] / 1e9:.3g} GFLOP per token on a GPU, {flops['cpu'] / 1e9:.3g} on a CPU",
+        "",
+        f"Peak memory at {estimate['sequences_per_forward']} sequences of "
+        f"{estimate['sequence_length']} tokens per forward",
+        *_memory(estimate["memory"]),
+        "",
+        f"The budget of {estimate['tokens']:,} tokens on one device",
+        *_devices(estimate["devices"], limited=bool(training["max_minutes"])),
+        *_wrapped(["Assumed: " + "; ".join(estimate["assumptions"]) + "."]),
+    ]
+
+
+def _memory(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    header = ("method", "on", "peak", "weights", "gradients", "AdamW", "activations", "logits")
+    keys = ("total", "weights", "gradients", "moments", "activations", "logits")
+    return _table(
+        header,
+        [(row["method"], row["on"], *(bytes_text(row[key]) for key in keys)) for row in rows],
+    )
+
+
+def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str]:
+    rows = []
+    for device in devices:
+        needed = device["devices_needed"]
+        fits = {True: "1 is enough", None: "memory unknown"}.get(
+            device["fits"],
+            f"{needed} needed" if needed else "does not fit: a smaller batch or shorter rows",
+        )
+        reached = (f"{device['tokens']:,}",) if limited else ()
+        rows.append(
+            (
+                device["device"],
+                bytes_text(device["memory"]),
+                fits,
+                _rate(device["tokens_per_second"]),
+                hours_text(device["hours"]),
+                *reached,
+            )
+        )
+    more = ("tokens in the time",) if limited else ()
+    return _table(("device", "memory", "fits", "tokens/s", "all steps in", *more), rows)
+
+
+def _more(plan: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "launch" in plan:
+        launch = plan["launch"]
+        lines.append(
+            f"{launch['processes']} processes, {launch['sequences_per_step']} sequences per step"
+        )
+    if "publication" in plan:
+        to = plan["publication"]
+        lines.append(f"published as {to['repository']} ({to['visibility']}) on {to['revision']}")
+    return lines
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return what `check` shows, from the document it would print with `--json`."""
+    warnings = [*plan["warnings"], *plan.get("publication", {}).get("warnings", ())]
+    lines = [
+        plan["source"]["given"],
+        *(f"  {line}" for line in _source(plan["source"])),
+        *_section("Becomes", _conversion(plan)),
+        *_section("Mask token", _mask(plan["mask"])),
+        *_section("Attention", _attention(plan)),
+        *_section("Weights", _writes(plan)),
+        *_section("Training", _training(plan)),
+        *_section("Then", _more(plan)),
+        *_section("Warnings", _wrapped(warnings)),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+"""Whose code a checkpoint brings: this package's own, byte for byte, or somebody else's.
+
+A folder's modelling file is a program. Only one that this very version writes runs unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.adapters import Adapter
+from dllm_convert.bundle import MODELING_FILE, modeling_source
+
+FLAG = "--trust-remote-code"
+_PROGRAMS = ("custom_generate", "adapter_config.json")
+"""What else makes transformers run code when it loads a folder that is trusted."""
+
+
+def strange_code(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> str | None:
+    """Return why the folder's code is not this package's, None if it is, or if there is none.
+
+    Args:
+        folder: The checkpoint.
+        config: Its config.json.
+        adapter: Its family.
+    """
+    own_map = {adapter.auto_class: f"{MODELING_FILE.removesuffix('.py')}.{adapter.diffusion_class}"}
+    if config.get("auto_map") != own_map:
+        return f"config.json names other code than {MODELING_FILE} (auto_map)"
+    strange = [name for name in _PROGRAMS if (folder / name).exists()]
+    if strange:
+        return f"the folder has {strange[0]}, which no conversion writes"
+    path = folder / MODELING_FILE
+    if path.is_file() and path.read_bytes() != modeling_source().encode():
+        return f"{MODELING_FILE} is not the file that this version of dllm-convert writes"
+    return None

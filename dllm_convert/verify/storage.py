@@ -1,0 +1,123 @@
+"""How the weights are stored: the index says exactly what is there, in the declared type."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from dllm_convert.safetensors_header import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Entry,
+    Header,
+    load_json_object,
+    read_checkpoint,
+)
+from dllm_convert.source_folder import read_config
+from dllm_convert.verify.report import Probe, first_items
+from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.tensor_names import modern_name
+
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model).*\.(safetensors|bin|pth?)|tf_model\.h5|flax_model\.msgpack"
+)
+"""Names that transformers has loaded weights by, now or before."""
+_SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FLOATING = frozenset(_DTYPES.values())
+
+
+def check_storage(subject: Subject) -> list[Probe]:
+    """Return the probes `index` and `dtypes`, from headers alone."""
+    return [_index(subject), _dtypes(subject)]
+
+
+def _index(subject: Subject) -> Probe:
+    """Judge what `read_checkpoint` does not: strays, totals, the number of shards."""
+    wrong: dict[str, str] = {}
+    headers = subject.headers
+    for path in sorted(subject.folder.iterdir()):
+        if path.is_file() and path.name not in headers and _WEIGHTS.fullmatch(path.name):
+            wrong[path.name] = "holds weights that nothing refers to"
+    sharded = SINGLE_FILE not in headers
+    if not sharded and (subject.folder / INDEX_FILE).is_file():
+        wrong[INDEX_FILE] = f"lies beside {SINGLE_FILE}, and loaders take only one of them"
+    if sharded:
+        wrong |= _totals(subject) | _numbers(list(headers))
+    return Probe(
+        "index",
+        not wrong,
+        f"{len(wrong)} faults, {len(headers)} files, {'an' if sharded else 'no'} index",
+        "0",
+        first_items(wrong),
+    )
+
+
+def _totals(subject: Subject) -> dict[str, str]:
+    entries = [entry for header in subject.headers.values() for entry in header.entries.values()]
+    counted = {
+        "total_size": sum(entry.end - entry.start for entry in entries),
+        "total_parameters": sum(prod(entry.shape) for entry in entries),
+    }
+    metadata: Any = load_json_object(subject.folder / INDEX_FILE).get("metadata") or {}
+    return {
+        key: f"of the index is {metadata[key]}, the files hold {value}"
+        for key, value in counted.items()
+        if key in metadata and metadata[key] != value
+    }
+
+
+def _numbers(files: list[str]) -> dict[str, str]:
+    found = [(file, match) for file in files if (match := _SHARD.fullmatch(file))]
+    return {
+        file: f"is one of {int(match[2])} shards, the index has {len(files)}"
+        for file, match in found
+        if int(match[2]) != len(files) or not 1 <= int(match[1]) <= len(files)
+    }
+
+
+def _matrices(headers: Mapping[str, Header]) -> dict[str, Entry]:
+    """Return the floating-point matrices by the names that transformers loads them by."""
+    return {
+        modern_name(name): entry
+        for header in headers.values()
+        for name, entry in header.entries.items()
+        if entry.dtype in _FLOATING and len(entry.shape) > 1
+    }
+
+
+def _declared(config: Mapping[str, Any]) -> Any:
+    return config.get("dtype", config.get("torch_dtype"))
+
+
+def _dtypes(subject: Subject) -> Probe:
+    """Compare matrices with the type config.json declares.
+
+    Vectors (norms, biases) may be wider: some bases keep them in float32. What the base declares
+    and stores in the same way is the base's, and was copied.
+    """
+    matrices = _matrices(subject.headers)
+    sizes: Counter[str] = Counter()
+    for entry in matrices.values():
+        sizes[entry.dtype] += entry.end - entry.start
+    stored = sizes.most_common(1)[0][0] if sizes else ""
+    declared = _declared(subject.config)
+    expected = stored if declared is None else _DTYPES.get(str(declared), str(declared))
+    kept: Mapping[str, Entry] = {}
+    if subject.against is not None and _declared(read_config(subject.against)) == declared:
+        kept = _matrices(read_checkpoint(subject.against))
+    wrong = {
+        name: f"is {entry.dtype}"
+        for name, entry in matrices.items()
+        if entry.dtype != expected and not (name in kept and kept[name].dtype == entry.dtype)
+    }
+    return Probe(
+        "dtypes",
+        not wrong,
+        f"{len(wrong)} of {len(matrices)} matrices differ, most are {stored}",
+        f"0 from {expected}, {'as config.json declares' if declared else 'as most are'}",
+        first_items(wrong),
+    )
