@@ -12,7 +12,7 @@ from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
-from dllm_convert.plan_attention import AttentionLayers, open_attention
+from dllm_convert.plan_attention import open_attention
 from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
@@ -23,6 +23,7 @@ from dllm_convert.plan_checks import (
     unused_tensors,
 )
 from dllm_convert.plan_fit import check_class, check_shapes, check_transformers
+from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo
