@@ -76,6 +76,9 @@ def test_check_probe_measures_in_a_process_and_keeps_the_answer(
 
     assert first.exit_code == 0, first.stderr
     assert first.stdout == second.stdout
+    shown = invoke(*arguments[:-1]).stdout
+    assert "Measured in small" in shown
+    assert "blocks-layers" in shown
     plan = json.loads(first.stdout)
     assert all(finding["passed"] for finding in plan["probe"]["findings"])
     assert plan["measured"]["narrow"] == ["sliding_attention"]
