@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from dllm_convert.cli_output import table, write
 from dllm_convert.costs import peak_memory
@@ -45,43 +44,36 @@ def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionP
     return plan_conversion(load_recipe(str(options.converted), overrides=overrides))
 
 
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+def _high_water() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise SystemExit("the system does not say VmHWM")
+    return int(found[1]) * 1024
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Train once; print the high-water mark before loading, before writing and in all, in bytes."""
+    """Train once and print the high-water mark of resident memory, in bytes."""
     from transformers import AutoTokenizer
 
     from dllm_convert.console import Reporter
-    from dllm_convert.training import run
     from dllm_convert.training.data import prepare_data
+    from dllm_convert.training.run import train
 
     plan = plan_of(options, options.serve, options.batches[0])
     tokenizer = AutoTokenizer.from_pretrained(options.converted)
     data = prepare_data(plan.recipe, tokenizer, Reporter(quiet=True), options.work / "data")
-    marks = [_status("VmHWM")]
-    write_result = run.write_result
-
-    def marked(*arguments: Any) -> None:
-        marks.append(_status("VmHWM"))
-        write_result(*arguments)
-
-    run.write_result = marked
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        run.train(plan, data, options.converted, work / "trained", work, Reporter(quiet=True))
-    marks.append(_status("VmHWM"))
-    write(json.dumps(marks))
+        train(plan, data, options.converted, work / "trained", work, Reporter(quiet=True))
+    write(str(_high_water()))
 
 
-def measure(work: Path, method: str, batch: int) -> list[int]:
+def measure(work: Path, method: str, batch: int) -> int:
     """Run one training in a process of its own."""
     line = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]]
     line += ["--serve", method, "--batches", str(batch), "--work", str(work)]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-    return [int(mark) for mark in json.loads(done.stdout.splitlines()[-1])]
+    return int(done.stdout.split()[-1])
 
 
 def estimated(options: argparse.Namespace, method: str, batch: int) -> int:
@@ -98,7 +90,7 @@ def compare(
 ) -> tuple[str, str, str, str, str]:
     """Return a line of the table, in GB."""
     guess = estimated(options, method, batch)
-    _, _, peak = measure(work, method, batch)
+    peak = measure(work, method, batch)
     shape = f"{batch} x {options.length}"
     return method, shape, f"{guess / 1e9:.2f}", f"{peak / 1e9:.2f}", f"{guess / peak:.3f}"
 

@@ -14,7 +14,20 @@ from dllm_convert.adapters.base import Adapter
 
 MODELING_FILE = "modeling_dllm.py"
 
-_PARTS = ("attention.py", "sampling/choosing.py", "sampling/decoding.py", "modeling.py")
+_MINIMUM = "MIN_TRANSFORMERS"
+_PARTS = (
+    "attention.py",
+    "sampling/options.py",
+    "sampling/choosing.py",
+    "sampling/canvas.py",
+    "sampling/cache.py",
+    "sampling/reading.py",
+    "sampling/decoding.py",
+    "sampling/settings.py",
+    "sampling/streaming.py",
+    "sampling/output.py",
+    "modeling.py",
+)
 _HEADER = '''"""Diffusion language model classes, written by dllm-convert {version}.
 
 Self-contained: needs torch and transformers >= {transformers} only. Load with
@@ -54,6 +67,13 @@ class {name}(MeasuredMixin, {stock}):
 '''
 
 
+def _min_transformers(modeling: str) -> str:
+    """Return MIN_TRANSFORMERS of the modelling code: importing it would load torch."""
+    assigned = (node for node in ast.parse(modeling).body if isinstance(node, ast.Assign))
+    (value,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == _MINIMUM)
+    return str(ast.literal_eval(value))
+
+
 def modeling_source(adapter: Adapter | None = None) -> str:
     """Return the text of the published modelling file.
 
@@ -61,25 +81,24 @@ def modeling_source(adapter: Adapter | None = None) -> str:
         adapter: The family, where it was measured and has no class of its own in `modeling.py`.
     """
     from dllm_convert import __version__
-    from dllm_convert.modeling import MIN_TRANSFORMERS
 
     root = resources.files("dllm_convert")
     measured = None if adapter is None else adapter.measured
-    files = _PARTS if measured is None else (*_PARTS, _MEASURED_PART)
-    parts = [_split(root.joinpath(part).read_text(encoding="utf-8")) for part in files]
-    imports = sorted({line for found, _ in parts for line in found})
-    bodies = "\n\n\n".join(body for _, body in parts)
-    oldest = MIN_TRANSFORMERS
+    parts = _PARTS if measured is None else (*_PARTS, _MEASURED_PART)
+    sources = [root.joinpath(part).read_text(encoding="utf-8") for part in parts]
+    split = [_split(source) for source in sources]
+    imports = sorted({line for found, _ in split for line in found})
+    bodies = "\n\n\n".join(body for _, body in split)
+    oldest = _min_transformers(sources[len(_PARTS) - 1])
     if adapter is not None and measured is not None:
-        oldest = adapter.min_transformers
         imports = sorted({*imports, f"from transformers import {adapter.stock_class}"})
         bodies += "\n\n" + _MEASURED_CLASS.format(
             name=adapter.diffusion_class, stock=adapter.stock_class, version=measured.transformers
         ).rstrip("\n")
         # Older ones were not measured with this family.
-        bodies = bodies.replace(
-            f'MIN_TRANSFORMERS = "{MIN_TRANSFORMERS}"', f'MIN_TRANSFORMERS = "{oldest}"'
-        )
+        newest = adapter.min_transformers
+        bodies = bodies.replace(f'{_MINIMUM} = "{oldest}"', f'{_MINIMUM} = "{newest}"')
+        oldest = newest
     header = _HEADER.format(version=__version__, transformers=oldest)
     return header + "\n" + "\n".join(imports) + "\n\n" + bodies + "\n"
 

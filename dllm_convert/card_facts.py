@@ -21,7 +21,8 @@ from dllm_convert.card_base import (
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
-from dllm_convert.pictures import PICTURES, Picture
+from dllm_convert.manifest import REPORT_FILE
+from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
 
 BILLION = 1_000_000_000
@@ -74,8 +75,10 @@ class Facts:
         sample: A decoded text, None if there is none.
         verification: The report, None if verification never ran.
         pictures: Pictures in the folder.
+        animation: How the sample was denoised, None if that was not recorded.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         custom_code: Whether the folder brings its modelling code.
+        has_report: Whether report.html lies in the folder.
         tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
         manifest: The manifest.
@@ -96,8 +99,10 @@ class Facts:
     sample: Mapping[str, Any] | None
     verification: Mapping[str, Any] | None
     pictures: tuple[Picture, ...]
+    animation: Picture | None
     adapter_only: bool
     custom_code: bool
+    has_report: bool
     tied: bool
     has_chat_template: bool
     manifest: Mapping[str, Any]
@@ -170,8 +175,10 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             sample=manifest.get("sample"),
             verification=_verification(manifest.get("verification")),
             pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
+            animation=DENOISING if (folder / DENOISING.file).is_file() else None,
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
+            has_report=(folder / REPORT_FILE).is_file(),
             tied=bool(config.get("tie_word_embeddings", True)),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,

@@ -160,11 +160,14 @@ def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     return recipe.model_copy(update={"allow_generic": True}), {"probe": found}
 
 
-def base_folder(source: str, reporter: Reporter) -> Path:
+def base_folder(source: str, reporter: Reporter, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a base's weights, fetched if need be."""
     from dllm_convert.materialise import materialise
+    from dllm_convert.plan_checks import check_pickle
     from dllm_convert.recipe import load_recipe
     from dllm_convert.source import inspect_source
 
     recipe = load_recipe(source, overrides={})
-    return materialise(inspect_source(recipe.source, revision=recipe.revision), reporter)
+    info = inspect_source(recipe.source, revision=recipe.revision)
+    check_pickle(info, allowed=allow_pickle or recipe.allow_pickle)
+    return materialise(info, reporter).folder

@@ -12,11 +12,11 @@ Memory is states (weights, gradients and two moments; Rajbhandari et al., ZeRO, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from dllm_convert.model_shape import ModelShape
-from dllm_convert.schema import Checkpointing, Noise, Recipe, Training
+from dllm_convert.schema import Checkpointing, Recipe, Training
+from dllm_convert.streams import Streams, streams
 
 CPU_RUNTIME = 557_000_000
 """Bytes of a process that has imported what trains and holds no model: measured, Python 3.11 with
@@ -32,30 +32,6 @@ _FLOAT32, _BF16, _MOMENTS = 4, 2, 8
 _LOSS_BYTES = 12
 """Per logit where the backward pass begins: the log-softmax that was kept, its gradient and the
 logits' gradient, in float32."""
-
-
-@dataclass(frozen=True)
-class Streams:
-    """What one forward of one device runs.
-
-    Attributes:
-        rows: Rows of the batch as the model sees it.
-        width: Tokens of a row.
-        clean: Clean tokens that the batch stands for.
-        scored: Positions that logits are computed at.
-        pairs: Pairs of query and key that attention looks at, over all rows.
-    """
-
-    rows: int
-    width: int
-    clean: int
-    scored: float
-    pairs: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that run through the layers."""
-        return self.rows * self.width
 
 
 @dataclass(frozen=True)
@@ -88,55 +64,6 @@ class Memory:
     def as_dict(self) -> dict[str, int]:
         """Return the fields, in bytes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def mean_masked_share(noise: Noise) -> float:
-    """Expected share of tokens that one view masks: the mean of 1 - alpha(t) over the times.
-
-    MDLM (2406.07524) and MD4 (2406.04329) name the schedules; drawn by count (LLaDA, 2502.09992,
-    equation 6) it is a half for each of them.
-    """
-    if noise.draw == "count":
-        return 0.5
-    a, b = noise.min_time, noise.max_time
-    if noise.schedule == "linear":
-        return (a + b) / 2
-    if noise.schedule == "cosine":
-        quarter = math.pi / 2
-        return (math.sin(quarter * (1 - a)) - math.sin(quarter * (1 - b))) / (quarter * (b - a))
-    power = noise.power + 1
-    return (b**power - a**power) / (power * (b - a))
-
-
-def streams(recipe: Recipe, *, flex: bool) -> Streams:
-    """Count what one forward runs, for text that fills its rows with whole documents.
-
-    Block diffusion runs K noisy views and one clean stream without its last block, which nobody
-    looks at: (K + 1) L - b tokens a row. The views of masked diffusion are rows of their own.
-
-    Args:
-        recipe: The resolved recipe.
-        flex: Whether attention skips pairs that nobody sees; otherwise it looks at all of a row.
-    """
-    noise, length, batch = recipe.noise, recipe.data.sequence_length, recipe.training.batch_size
-    views = noise.views * (2 if noise.complementary else 1)
-    share = mean_masked_share(noise)
-    if noise.kernel == "uniform":
-        share = 1.0
-    elif noise.complementary:
-        share = 0.5
-    scored = batch * views * length * share
-    clean = batch * length
-    if recipe.target == "mdlm":
-        rows = batch * views
-        return Streams(rows, length, clean, scored, rows * length**2)
-    block = recipe.block_size or 1
-    ar_loss = recipe.training.ar_loss_weight > 0
-    width = (views + 1) * length - (0 if ar_loss else block)
-    scored += clean if ar_loss else 0
-    # A query sees its block and, on average, half of what is outside of it; so does a clean one.
-    pairs = (views + 1) * length * (length + block) / 2 if flex else width**2
-    return Streams(batch, width, clean, scored, batch * pairs)
 
 
 def lora_parameters(shape: ModelShape, training: Training) -> int:

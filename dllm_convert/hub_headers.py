@@ -42,17 +42,16 @@ class _Shard:
     """One file of weights on the Hub, read by ranges."""
 
     def __init__(self, repo_id: str, commit: str, file: str) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import hf_hub_url, utils
 
         self.file = file
         self._url = hf_hub_url(repo_id, file, revision=commit)
-        self._headers = build_hf_headers()
+        self._headers = utils.build_hf_headers()  # type: ignore[attr-defined]
         self._size = 0
 
     def _get(self, first: int, last: int) -> bytes:
         """Return bytes first..last; of an answer that ignores the range no more than that."""
-        from huggingface_hub.utils import get_session, hf_raise_for_status
+        from huggingface_hub import get_session, utils
 
         part = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
         headers = {**self._headers, **part}
@@ -60,7 +59,7 @@ class _Shard:
         with get_session().stream("GET", self._url, headers=headers, timeout=30) as response:
             if response.is_error:
                 response.read()
-            hf_raise_for_status(response)
+            utils.hf_raise_for_status(response)  # type: ignore[attr-defined]
             total = _TOTAL.fullmatch(response.headers.get("Content-Range", ""))
             if response.status_code != 206 or total is None:
                 raise DataError(

@@ -6,7 +6,6 @@ weights as `modeling_dllm.py` (see `bundle.py`), so this module imports torch an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,11 +22,13 @@ from transformers import (
     RobertaForMaskedLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from .attention import block_causal_mask
-from .sampling.choosing import DecodingOptions
 from .sampling.decoding import decode_blocks, decode_canvas
+from .sampling.options import Observer
+from .sampling.output import DiffusionOutput, put_together
+from .sampling.settings import decoding_options
+from .sampling.streaming import decode_streamed
 
 MIN_TRANSFORMERS = "5.2.0"
 
@@ -37,21 +38,6 @@ if Version(transformers.__version__) < Version(MIN_TRANSFORMERS):
         f"attention and no warning; it needs at least {MIN_TRANSFORMERS}: "
         f"pip install 'transformers>={MIN_TRANSFORMERS}'"
     )
-
-
-@dataclass
-class DiffusionOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns.
-
-    Attributes:
-        sequences: Prompt and new tokens, shape (batch, prompt + max_new_tokens).
-        forwards: Forward passes run.
-        tokens_per_forward: New tokens divided by forwards and rows.
-    """
-
-    sequences: torch.Tensor | None = None
-    forwards: int | None = None
-    tokens_per_forward: float | None = None
 
 
 def _pick(hidden: torch.Tensor, keep: int | torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
@@ -87,6 +73,7 @@ class DiffusionMixin:
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logits_at: torch.LongTensor | None = None,
+        sees_all: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model with the attention its config claims.
@@ -104,6 +91,8 @@ class DiffusionMixin:
             logits_to_keep: Keep the last n positions, or the positions a 1-D tensor names.
             logits_at: Flat indices into (batch * length), shape (n,): logits only there, shape
                 (n, vocab). The loss needs masked positions only; the rest is most of the memory.
+            sees_all: Every query sees every key, those in the cache included, and no mask is built:
+                one block behind clean ones.
             **kwargs: Passed to the base model.
 
         Returns:
@@ -118,7 +107,12 @@ class DiffusionMixin:
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        mask, positions = self._open(tokens, attention_mask, position_ids, cached)
+        mask: Any = None
+        positions: torch.Tensor
+        if sees_all and position_ids is not None:
+            positions = position_ids
+        else:
+            mask, positions = self._open(tokens, attention_mask, position_ids, cached)
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=mask,
@@ -198,19 +192,28 @@ class DiffusionMixin:
         *,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        seed: int | None = None,
+        seed: int | list[int] | None = None,
         return_dict_in_generate: bool | None = None,
+        output_order: bool = False,
+        observer: Observer | None = None,
+        streamer: Any | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | DiffusionOutput:
         """Write text by denoising.
 
         Args:
-            inputs: Prompts, shape (batch, length), padded on either side as `attention_mask` says.
+            inputs: Prompts, shape (batch, length), padded on either side as `attention_mask` says;
+                masks in them are written too.
             generation_config: Settings instead of the checkpoint's generation_config.json.
             input_ids: The same as `inputs`.
             attention_mask: 1 at tokens, shape (batch, length).
-            seed: Makes sampling at a temperature reproducible; row r draws from `seed + r`.
+            seed: Makes drawing reproducible: row r draws from `seed + r`, or from its own in a
+                list.
             return_dict_in_generate: Return a `DiffusionOutput` instead of the sequences.
+            output_order: Return in it when each token was committed.
+            observer: Called with a `Progress` after the prompt and after every denoising forward.
+            streamer: A streamer of transformers, for one prompt: gets text that is final from left
+                to right, and drafts if it takes them (`TextDiffusionStreamer`).
             **kwargs: Any field of `DecodingOptions`, for this call only.
 
         Returns:
@@ -224,48 +227,22 @@ class DiffusionMixin:
         if prompts is None:
             raise ValueError("give input_ids: a prompt of at least one token")
         mask = torch.ones_like(prompts) if attention_mask is None else attention_mask.long()
-        options = self._decoding_options(generation_config or self.generation_config, seed, kwargs)
+        config = generation_config or self.generation_config
+        options = decoding_options(self.config, config, len(prompts), seed, kwargs)
         lengths = mask.sum(-1)
-        if options.token_shift and int(lengths.min()) == 0:
-            raise ValueError(
-                "this model predicts a token from the one before: give at least one token"
-            )
         order = mask.argsort(dim=-1, descending=True, stable=True)
+        packed = prompts.gather(1, order)
+        if options.token_shift:
+            first = packed[:, :1] == options.mask_token_id
+            if bool((lengths == 0).any()) or bool(first.any()):
+                raise ValueError(
+                    "this model predicts a token from the one before: give at least one token, "
+                    "and no mask in its place"
+                )
         decode = decode_blocks if options.block_size else decode_canvas
-        decoded = decode(self, prompts.gather(1, order), lengths, options)
-        sequences = torch.cat([prompts, decoded.rows], dim=1)
-        if not return_dict_in_generate:
-            return sequences
-        per_row = decoded.tokens / max(len(prompts), 1)
-        return DiffusionOutput(sequences, decoded.forwards, per_row / max(decoded.forwards, 1))
-
-    def _decoding_options(
-        self, config: Any, seed: int | None, overrides: dict[str, Any]
-    ) -> DecodingOptions:
-        own = {"seed", "eos_token_ids", "noise_tokens", "causal_context"}
-        known = {field.name for field in fields(DecodingOptions)} - own
-        unknown = set(overrides) - known - {"eos_token_id"}
-        if unknown:
-            raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(known)}")
-        settings: dict[str, Any] = {name: getattr(config, name, None) for name in known}
-        eos = overrides.pop("eos_token_id", config.eos_token_id)
-        settings.update(overrides)
-        if settings["max_new_tokens"] is None:
-            settings["max_new_tokens"] = 128
-        settings["mask_token_id"] = self.config.mask_token_id
-        settings["block_size"] = getattr(self.config, "block_size", None)
-        facts = self.config.diffusion
-        settings["token_shift"] = bool(facts["token_shift"])
-        settings["causal_context"] = facts.get("context") == "causal"
-        if facts.get("noise_kernel") == "uniform":
-            settings["noise_tokens"] = self.config.vocab_size
-        eos_ids = (
-            () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
-        )
-        if settings["pad_token_id"] is None:
-            settings["pad_token_id"] = eos_ids[0] if eos_ids else 0
-        settings["temperature"] = settings["temperature"] or 0.0
-        return DecodingOptions(**settings, eos_token_ids=eos_ids, seed=seed)
+        decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
+        output = put_together(prompts, mask, order, decoded, with_order=output_order)
+        return output if return_dict_in_generate else output["sequences"]
 
 
 class DiffusionLlamaForCausalLM(DiffusionMixin, LlamaForCausalLM):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.families import measured_adapter, record_adapter
+from dllm_convert.how import DEFAULT, How
 from dllm_convert.manifest import read_manifest, source_facts
 from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan, make_plan
@@ -81,6 +83,7 @@ def run(
     *,
     push: PushOptions | None = None,
     place: Place = ALONE,
+    how: How = DEFAULT,
 ) -> RunResult:
     """Convert, train, verify and document a checkpoint.
 
@@ -92,6 +95,7 @@ def run(
         reporter: Progress.
         push: Where to publish a checkpoint that passed its verification.
         place: This process, the first of several that train; the others `follow`.
+        how: Links and depth of verification, which an interrupted run may choose anew.
 
     Raises:
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
@@ -108,8 +112,10 @@ def run(
         record_adapter(workspace.work, plan.adapter)
         for warning in plan.warnings:
             reporter.warn(warning)
-        with quiet_libraries():
-            Stages(plan, workspace, reporter, place).finish()
+        stages = Stages(plan, workspace, reporter, place, how)
+        # Quietening libraries imports them, which takes longer than a light run.
+        with nullcontext() if stages.light else quiet_libraries():
+            stages.finish()
         manifest = read_manifest(out)
         result = RunResult(out, manifest, manifest["verification"]["passed"])
         if push is None or not result.passed:

@@ -16,6 +16,7 @@ from dllm_convert.plan_attention import open_attention
 from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
+    check_pickle,
     check_quantised,
     check_target,
     check_tensors,
@@ -146,6 +147,7 @@ def make_plan(
     check_transformers(adapter.min_transformers)
     check_class(source.config, adapter)
     check_target(recipe, adapter)
+    check_pickle(source, allowed=recipe.allow_pickle)
     mask = decide_mask_token(recipe, source, adapter)
     names: tuple[str, ...] = ()
     if source.tensors:

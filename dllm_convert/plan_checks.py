@@ -138,6 +138,21 @@ def check_quantised(source: SourceInfo, vocabulary_tensors: tuple[str, ...]) -> 
             )
 
 
+def check_pickle(source: SourceInfo, *, allowed: bool) -> None:
+    """Check that pickled weights were asked for.
+
+    Raises:
+        IncompatibleError: The weights are pickles, and nobody said so.
+    """
+    pickles = [name for name in source.files if name.endswith(".bin")]
+    if pickles and not source.tensors and not allowed:
+        raise IncompatibleError(
+            f"the weights are a pickle ({pickles[0]}), which can hold code, expected safetensors",
+            hint="Take a safetensors version, or add --allow-pickle: it is read with "
+            "weights_only=True, which runs no code, and converted once",
+        )
+
+
 def check_target(recipe: Recipe, adapter: Adapter) -> None:
     """Check that the family converts to the target.
 

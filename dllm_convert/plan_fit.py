@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeGuard
 
 from packaging.version import Version
 
@@ -79,7 +79,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _is_size(value: object) -> bool:
+def _is_size(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

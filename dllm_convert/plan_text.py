@@ -149,7 +149,8 @@ def _training(plan: Mapping[str, Any]) -> list[str]:
     estimate, training = plan["estimate"], plan["training"]
     if training["method"] == "none":
         return ["none"]
-    rate = f"rate {training['learning_rate']:g}"
+    own = training["lora"]["learning_rate"] if training["method"] == "lora" else None
+    rate = f"rate {own or training['learning_rate']:g}"
     steps = f"{training['steps']:,} steps, {plan['training_tokens']:,} tokens"
     limit = f", at most {training['max_minutes']:g} minutes" if training["max_minutes"] else ""
     lines = [f"{training['method']}, {rate}, {steps}{limit}, data {plan['data']['source']}"]

@@ -277,7 +277,8 @@ def fill(folder: Path, manifest: Manifest) -> Path:
         for name in ("USE_POLICY.md", "NOTICE", "chat_template.jinja"):
             (folder / name).write_text("")
     if not manifest.get("adapter_only"):
-        (folder / "loss.png").write_bytes(b"")
+        for name in ("loss.png", "sample.gif"):
+            (folder / name).write_bytes(b"")
     return folder
 
 

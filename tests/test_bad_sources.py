@@ -163,7 +163,7 @@ class TestHeaders:
                 b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
                 b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
                 b"\0" * 8,
-                "names a twice",
+                "names 'a' twice",
             ),
         ],
     )

@@ -464,7 +464,11 @@ def test_pictures_that_are_there_are_shown(tmp_path: Path) -> None:
     manifest = bert_mdlm()
     folder = fill(tmp_path, manifest)
     assert re.search(r"^!\[[^\]]{20,}\]\(loss\.png\)$", render_card(folder, manifest), re.MULTILINE)
+    assert re.search(
+        r"^!\[[^\]]{20,}\]\(sample\.gif\)$", render_card(folder, manifest), re.MULTILINE
+    )
     (folder / "loss.png").unlink()
+    (folder / "sample.gif").unlink()
     assert "![" not in render_card(folder, manifest)
 
 

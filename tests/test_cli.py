@@ -232,8 +232,8 @@ def test_run_shows_verification_measurements_sample_and_path(
 ) -> None:
     text = invoke("run", "x/y", "--out", "there").stdout
     rows = [line.split() for line in text.splitlines()]
-    assert ["ok", "influence", "0.25", "==", "0", "ok"] in rows
-    assert ["skipped", "cache", "==", "0", "no", "blocks"] in rows
+    assert ["ok", "influence", "0.25", "==", "0"] in rows
+    assert ["skipped", "cache", "no", "blocks"] in rows
     for words in ("8.500 ± 0.125", "5.500 ± 0.062", "3.250", "4915", "Once upon", "1.50 tokens"):
         assert words in text
     assert text.endswith("Checkpoint: there\n")
@@ -405,18 +405,23 @@ def test_failed_verify_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def run_sample(folder: Path, prompt: str | None, **options: Any) -> Any:
-        seen.update(options, prompt=prompt)
-        return MANIFEST["sample"]
+    def run_sample(
+        folder: Path, prompts: list[str], reporter: object, shown: object, **options: Any
+    ) -> Any:
+        seen.update(options, prompts=prompts, shown=shown)
+        return [SimpleNamespace(as_dict=lambda: MANIFEST["sample"])] * len(prompts)
 
-    fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample)
+    shown = {"Shown": lambda watch, record: (watch, record)}
+    fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample, **shown)
     result = invoke(
         *("sample", "there", "--prompt", "Once", "--max-new-tokens", "9", "--steps", "3"),
         *("--threshold", "0.5", "--temperature", "0.25", "--seed", "4"),
     )
     assert (result.exit_code, result.stdout) == (0, "Once upon\n")
     assert seen == {
-        "prompt": "Once",
+        "prompts": ["Once"],
+        "shown": (False, None),
+        "chat": False,
         "max_new_tokens": 9,
         "max_denoising_steps": 3,
         "confidence_threshold": 0.5,
@@ -424,9 +429,69 @@ def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) 
         "seed": 4,
     }
     assert json.loads(invoke("sample", "there", "--json").stdout) == MANIFEST["sample"]
+    both = invoke("sample", "there", "--prompt", "Once", "--prompt", "Twice", "--chat")
+    assert (both.exit_code, both.stdout) == (0, " upon\n---\n upon\n")
+    assert (seen["prompts"], seen["chat"]) == (["Once", "Twice"], True)
+    document = invoke("sample", "there", "--prompt", "Once", "--prompt", "Twice", "--json").stdout
+    assert json.loads(document) == [MANIFEST["sample"]] * 2
+
+
+def test_sample_reads_a_prompt_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run_sample(folder: Path, prompts: list[str], *_: object, **__: object) -> Any:
+        seen.append(prompts)
+        return [SimpleNamespace(as_dict=lambda: MANIFEST["sample"])]
+
+    shown = {"Shown": lambda watch, record: None}
+    fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample, **shown)
+    for given in (b"Once \xc3\xa4\n\n", b"Once \xff"):
+        result = CliRunner().invoke(app, ["sample", "there", "--prompt", "-"], input=given)
+    assert seen == [["Once ä\n"]]
+    assert result.exit_code == 1
+    assert "error: the prompt on stdin is not UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--record", "film.png"],
+        ["--record", "film"],
+        ["--record", "nowhere/film.gif"],
+        ["--record", "film.gif", "--prompt", "a", "--prompt", "b"],
+        ["--watch", "--quiet"],
+        ["--watch", "--json"],
+        ["--prompt", "-", "--prompt", "-"],
+    ],
+    ids=" ".join,
+)
+def test_sample_refuses_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_module(monkeypatch, "dllm_convert.sampling.run")
+    result = invoke("sample", "there", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_card_prints_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_module(monkeypatch, "dllm_convert.card", write_card=lambda folder: folder / "README.md")
+    order: list[str] = []
+
+    def writes(name: str) -> Callable[[Path], Path]:
+        return lambda folder: (order.append(name), folder / name)[1]
+
+    fake_module(monkeypatch, "dllm_convert.card", write_card=writes("README.md"))
+    fake_module(monkeypatch, "dllm_convert.report_page", write_report=writes("report.html"))
     assert invoke("card", "there").stdout == "there/README.md\n"
-    assert json.loads(invoke("card", "there", "--json").stdout) == {"path": "there/README.md"}
+    assert order == ["report.html", "README.md"], "the card links to the report"
+    assert json.loads(invoke("card", "there", "--json").stdout) == {
+        "path": "there/README.md",
+        "report": "there/report.html",
+    }
+
+
+def test_a_report_nowhere_is_refused_before_anything_is_verified(tmp_path: Path) -> None:
+    result = invoke("verify", "there", "--report", str(tmp_path / "missing" / "report.html"))
+    assert result.exit_code == 2
+    assert "Invalid value for --report" in result.stderr

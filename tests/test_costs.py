@@ -14,9 +14,7 @@ from dllm_convert.costs import (
     activation_bytes,
     flops_per_token,
     lora_parameters,
-    mean_masked_share,
     peak_memory,
-    streams,
     trainable_parameters,
 )
 from dllm_convert.devices import GPUS, cpu, this_cpu
@@ -25,6 +23,7 @@ from dllm_convert.plan import make_plan
 from dllm_convert.plan_estimate import devices_needed, estimate, estimate_device
 from dllm_convert.schema import Noise, Recipe
 from dllm_convert.source import inspect_source
+from dllm_convert.streams import mean_masked_share, streams
 
 Sources = Callable[..., Path]
 

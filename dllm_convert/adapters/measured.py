@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -12,7 +13,7 @@ from dllm_convert.errors import IncompatibleError
 RECORD = "adapter"
 """Key of the `diffusion` section that holds the record."""
 
-_NAMES = ("stock_class", "diffusion_class")
+_VERSION = re.compile(r"[\w.+-]+")
 
 
 def adapter_as_dict(adapter: Adapter) -> dict[str, Any]:
@@ -37,8 +38,14 @@ def adapter_from_dict(record: Mapping[str, Any]) -> Adapter:
         if values.get("window") is not None:
             values["window"] = Window(**values["window"])
         adapter = Adapter(**values)
-        if not all(str(getattr(adapter, name)).isidentifier() for name in _NAMES):
-            raise ValueError("a class name is none")
+        # What ends up in generated code is held to be what a measurement writes.
+        if not str(adapter.stock_class).isidentifier():
+            raise ValueError("stock_class is no name")
+        if adapter.diffusion_class != f"Diffusion{adapter.stock_class}":
+            raise ValueError("diffusion_class is not that of stock_class")
+        versions = (adapter.min_transformers, values["measured"].transformers)
+        if not all(_VERSION.fullmatch(str(version)) for version in versions):
+            raise ValueError("a version is none")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise IncompatibleError(
             f"diffusion.{RECORD} of config.json is no record of a measured family ({error})",

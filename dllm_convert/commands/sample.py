@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.commands.shared import make_reporter
+from dllm_convert.errors import DataError
+from dllm_convert.watch.pieces import printable
 
-Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Text to go on from.")]
+if TYPE_CHECKING:
+    from dllm_convert.console import Reporter
+
+STDIN = "-"
+FORMATS = (".gif", ".html")
+"""What `watch.record` writes, refused here before anything is loaded."""
+
+
+def _recordable(path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    if path.suffix.lower() not in FORMATS:
+        raise typer.BadParameter(f"{path} does not end in {' or '.join(FORMATS)}.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path} cannot be a file: there is no such folder.")
+    return path
+
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="Text to go on from; - reads it from stdin. Repeatable: all are written together.",
+    ),
+]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="Put each prompt into the chat template, and write the reply."),
+]
+Watch = Annotated[
+    bool, typer.Option("--watch", help="Show the text on stderr while it is denoised.")
+]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        "--record",
+        metavar="FILE",
+        callback=_recordable,
+        help="Write how the text was denoised to a .gif or .html file.",
+    ),
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to write.")
 ]
@@ -37,32 +83,81 @@ Seed = Annotated[
 
 def sample(
     checkpoint: option.Checkpoint,
-    prompt: Prompt = None,
+    prompt: Prompts = None,
+    chat: Chat = False,
     max_new_tokens: MaxNewTokens = None,
     steps: DenoisingSteps = None,
     threshold: Threshold = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    watch: Watch = False,
+    record: Record = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
+    given = prompt or []
+    _check_together(given, watch=watch, record=record, silent=quiet or as_json)
     reporter = make_reporter(quiet=quiet or as_json)
+    prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
     from dllm_convert.quiet import quiet_libraries
-    from dllm_convert.sampling.run import run_sample
+    from dllm_convert.sampling import DEFAULT_PROMPT
+    from dllm_convert.sampling.run import Shown, run_sample
 
-    with reporter.task("load and decode"), quiet_libraries():
-        result = run_sample(
+    with quiet_libraries():
+        samples = run_sample(
             checkpoint,
-            prompt,
+            prompts or [DEFAULT_PROMPT],
+            reporter,
+            Shown(watch, record),
+            chat=chat,
             seed=seed,
             max_new_tokens=max_new_tokens,
             max_denoising_steps=steps,
             confidence_threshold=threshold,
             temperature=temperature,
         )
+    found = [result.as_dict() for result in samples]
     if as_json:
-        output.write_json(result)
-    else:
-        output.write(result["prompt"] + result["text"])
+        output.write_json(found if len(found) > 1 else found[0])
+        return
+    output.write(_as_text(found, chat=chat))
+    for result in found:
         reporter.line(output.sample_facts(result))
+
+
+def _check_together(
+    prompts: Sequence[str], *, watch: bool, record: Path | None, silent: bool
+) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        typer.BadParameter: They do.
+    """
+    if watch and silent:
+        raise typer.BadParameter("--watch shows what --quiet and --json keep silent.")
+    if record and len(prompts) > 1:
+        raise typer.BadParameter("--record shows one text; give one --prompt.")
+    if prompts.count(STDIN) > 1:
+        raise typer.BadParameter("stdin can be read once; give --prompt - once.")
+
+
+def _read_stdin(reporter: Reporter) -> str:
+    """Read a prompt, without the line end that a shell puts behind it.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    if sys.stdin.isatty():
+        reporter.line("Type the prompt; Ctrl-D on an empty line ends it")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise DataError("the prompt on stdin is not UTF-8", hint="Convert it first") from error
+
+
+def _as_text(samples: Sequence[Mapping[str, Any]], *, chat: bool) -> str:
+    """Return the texts, a line of dashes between two of them; of a chat the replies only."""
+    texts = [result["text"] if chat else result["prompt"] + result["text"] for result in samples]
+    joined = "\n---\n".join(texts)
+    return printable(joined) if sys.stdout.isatty() else joined

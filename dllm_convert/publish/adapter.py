@@ -14,10 +14,13 @@ from dllm_convert.errors import DataError
 from dllm_convert.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
+    REPORT_FILE,
+    WRITTEN_LAST,
     hash_files,
     read_manifest,
     write_manifest,
 )
+from dllm_convert.pictures import DENOISING
 from dllm_convert.publish.staging import check_recorded, is_weight, published_names
 from dllm_convert.sampling.run import read_config
 from dllm_convert.training.adapter_files import ADAPTER
@@ -50,15 +53,15 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
     out.mkdir(parents=True)
     with reporter.task("compare with the manifest"):
         for name in published_names(folder, recorded):
-            if is_weight(name) or name == CARD_FILE:
+            if is_weight(name) or name in (CARD_FILE, REPORT_FILE):
                 continue
             check_recorded(folder, name, recorded)
             target = name.removeprefix(f"{ADAPTER}/")
-            if not fnmatch(target, "*.png"):
+            if not fnmatch(target, "*.png") and target != DENOISING.file:
                 (out / target).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / target)
     (out / MANIFEST_FILE).unlink()
-    files = hash_files(out, exclude=(MANIFEST_FILE, CARD_FILE))
+    files = hash_files(out, exclude=WRITTEN_LAST)
     write_manifest(out, manifest | {"adapter_only": True, "files": files})
 
 
@@ -89,7 +92,8 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
         detail = f"the base {source['given']} is not here any more"
         return probe | {"passed": None, "measured": "not measured", "detail": detail}
     given = source.get("repo_id") or source["given"]
-    base = materialise(inspect_source(given, revision=source.get("revision")), reporter)
+    info = inspect_source(given, revision=source.get("revision"))
+    base = materialise(info, reporter).folder
     places = (adapter.resolve(), base.resolve(), merged.resolve())
     command = [sys.executable, "-I", str(SCRIPT), *map(str, places)]
     with reporter.task("put base and adapter together"):

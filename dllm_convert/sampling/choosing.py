@@ -1,161 +1,214 @@
-"""What a denoising step decides: tokens, which of them become final, where a row ends.
+"""What a denoising step decides: tokens, which of them become final, which are taken back.
 
-This module travels inside the published modelling file, so it imports torch only.
+This module travels inside the published modelling file, so it imports torch and transformers only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .options import DecodingOptions
+
+Generators = list[torch.Generator | None]
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
-    """How text is denoised.
+class Ratings:
+    """What the model thinks of n positions, each of shape (n,).
 
     Attributes:
-        mask_token_id: Token that stands for "not written yet"; never written itself.
-        max_new_tokens: Tokens written per row.
-        block_size: Tokens per block, or None for MDLM.
-        token_shift: Whether position i is predicted from the hidden state of i-1.
-        max_denoising_steps: Forwards per block (BD3LM) or per text (MDLM); None: one token each.
-        confidence_threshold: Commit every position at least this likely, at least one per forward
-            (Fast-dLLM, arXiv 2505.22618); None: a fixed number per step.
-        temperature: 0 takes the likeliest token.
-        eos_token_ids: Tokens that end a row.
-        pad_token_id: Token that fills a row after its end.
-        seed: Row r draws from `seed + r`; None draws from torch's global generator.
-        noise_tokens: What stands where nothing is written yet: 0 the mask; n, for the uniform
-            kernel (D3PM, arXiv 2107.03006), tokens drawn anew in every forward from ids below n.
-        causal_context: Whether finished blocks are read strictly causally, as they were trained.
+        confidence: Probability of the token that would be written.
+        score: What positions are ranked by, the larger the earlier.
+        entropy: In nats, where `entropy_bound` asks for it.
+        token: Token drawn; None for the likeliest, which only committed positions need.
     """
 
-    mask_token_id: int
-    max_new_tokens: int
-    block_size: int | None = None
-    token_shift: bool = False
-    max_denoising_steps: int | None = None
-    confidence_threshold: float | None = None
-    temperature: float = 0.0
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int = 0
-    seed: int | None = None
-    noise_tokens: int = 0
-    causal_context: bool = False
+    confidence: torch.Tensor
+    score: torch.Tensor
+    entropy: torch.Tensor | None = None
+    token: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """What decoding returns.
-
-    Attributes:
-        rows: New tokens, shape (batch, max_new_tokens), padded after the end of each row.
-        forwards: Forward passes run, those that fill the cache included.
-        tokens: New tokens written, summed over rows, the end-of-text token included.
-    """
-
-    rows: torch.Tensor
-    forwards: int
-    tokens: int
+def row_generators(rows: int, options: DecodingOptions, device: torch.device) -> Generators:
+    """Return a generator per row, or None per row without seeds."""
+    if not options.seeds:
+        return [None] * rows
+    return [torch.Generator(device).manual_seed(seed) for seed in options.seeds]
 
 
-def shifted(logits: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Move logits one position to the right, as autoregressive models align them.
+def make_warpers(options: DecodingOptions) -> LogitsProcessorList:
+    """The warpers that transformers uses, in its order."""
+    warpers = LogitsProcessorList()
+    if options.temperature not in (0.0, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(options.temperature)))
+    if options.top_k:
+        warpers.append(TopKLogitsWarper(top_k=options.top_k))
+    if options.top_p is not None and options.top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p=options.top_p))
+    if options.min_p is not None:
+        warpers.append(MinPLogitsWarper(min_p=options.min_p))
+    return warpers
 
-    Args:
-        logits: Shape (batch, length, vocab), from the hidden states of each position.
-        previous: Shape (batch, vocab), from the token before the first position.
 
-    Returns:
-        Logits that predict each position, shape (batch, length, vocab).
-    """
-    return torch.cat([previous[:, None], logits[:, :-1]], dim=1)
+def _pieces(
+    counts: list[int], generators: Generators
+) -> Iterator[tuple[slice, torch.Generator | None]]:
+    # Every row draws for its own positions and from its own generator, so that neither its
+    # neighbours nor the width of the batch change what it gets.
+    if all(generator is None for generator in generators):
+        counts, generators = [sum(counts)], [None]
+    first = 0
+    for count, generator in zip(counts, generators, strict=True):
+        if count:
+            yield slice(first, first + count), generator
+        first += count
 
 
-def choose_tokens(
-    logits: torch.Tensor, options: DecodingOptions, generators: list[torch.Generator | None]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick a token and its confidence at every position, both of shape (batch, length)."""
-    logits = logits.float()
-    logits[..., options.mask_token_id] = -torch.inf
-    if options.temperature == 0:
-        probability, token = logits.softmax(-1).max(-1)
-        return token, probability
-    probabilities = (logits / options.temperature).softmax(-1)
-    token = torch.stack(
-        [
-            torch.multinomial(row, 1, generator=g).squeeze(-1)
-            for row, g in zip(probabilities, generators, strict=True)
-        ]
-    )
-    return token, probabilities.gather(-1, token[..., None]).squeeze(-1)
+def draw_uniform(
+    counts: list[int], generators: Generators, device: torch.device, below: int = 0
+) -> torch.Tensor:
+    """Draw numbers in [0, 1), or integers from 0 to `below`, for `counts` positions of each row."""
+    kind = torch.int64 if below else torch.float32
+    drawn = torch.empty(sum(counts), dtype=kind, device=device)
+    for piece, generator in _pieces(counts, generators):
+        if below:
+            drawn[piece].random_(0, below, generator=generator)
+        else:
+            drawn[piece].uniform_(generator=generator)
+    return drawn
+
+
+def _draw_tokens(
+    probabilities: torch.Tensor, counts: list[int], generators: Generators
+) -> torch.Tensor:
+    token = torch.empty(len(probabilities), dtype=torch.int64, device=probabilities.device)
+    for piece, generator in _pieces(counts, generators):
+        drawn = torch.multinomial(probabilities[piece], 1, generator=generator)
+        token[piece] = drawn.squeeze(-1)
+    return token
 
 
 def show_noise(
-    tokens: torch.Tensor,
-    masked: torch.Tensor,
-    options: DecodingOptions,
-    generators: list[torch.Generator | None],
+    tokens: torch.Tensor, masked: torch.Tensor, options: DecodingOptions, generators: Generators
 ) -> torch.Tensor:
     """What the model is shown of tokens (batch, length) of which some are not written yet."""
     if not options.noise_tokens:
         return tokens
-    drawn = torch.stack(
-        [
-            torch.randint(
-                options.noise_tokens - 1, row.shape, generator=generator, device=tokens.device
-            )
-            for row, generator in zip(tokens, generators, strict=True)
-        ]
-    )
-    return torch.where(masked, drawn + (drawn >= options.mask_token_id).long(), tokens)
+    counts = masked.sum(-1).tolist()
+    drawn = draw_uniform(counts, generators, tokens.device, options.noise_tokens - 1)
+    shown = tokens.clone()
+    shown[masked] = drawn + (drawn >= options.mask_token_id).long()
+    return shown
+
+
+def rate_tokens(
+    logits: torch.Tensor,
+    counts: list[int],
+    options: DecodingOptions,
+    generators: Generators,
+    warpers: LogitsProcessorList,
+) -> Ratings:
+    """Rate the tokens that could be written.
+
+    Args:
+        logits: Shape (n, vocab), positions row after row; the mask's are overwritten.
+        counts: Positions of each row.
+        options: Decoding options.
+        generators: One per row.
+        warpers: From `make_warpers`.
+    """
+    logits[:, options.mask_token_id] = -torch.inf
+    token = None
+    if options.temperature:
+        empty = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+        probabilities = warpers(empty, logits).softmax(-1)
+        token = _draw_tokens(probabilities, counts, generators)
+        confidence = probabilities.gather(-1, token[:, None]).squeeze(-1)
+    else:
+        probabilities = logits.softmax(-1)
+        confidence = probabilities.amax(-1)
+    entropy = None
+    if options.entropy_bound is not None or options.unmasking == "entropy":
+        entropy = torch.special.entr(probabilities).sum(-1)
+    if options.unmasking == "margin":
+        two = probabilities.topk(2, -1).values
+        score = two[:, 0] - two[:, 1]
+    elif options.unmasking == "random":
+        score = draw_uniform(counts, generators, logits.device)
+    elif options.unmasking == "entropy" and entropy is not None:
+        score = -entropy
+    else:
+        score = confidence
+    return Ratings(confidence, score, entropy, token)
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    # Place of each value in its row, the largest first; of equal ones the left first.
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
 
 
 def choose_commits(
-    confidence: torch.Tensor, masked: torch.Tensor, steps_left: int, threshold: float | None
+    ratings: Ratings, masked: torch.Tensor, quota: torch.Tensor, options: DecodingOptions
 ) -> torch.Tensor:
-    """Choose which masked positions become final, shape (batch, length), bool.
+    """Choose which masked positions become final.
 
-    Each row commits enough of its most confident positions to finish in `steps_left` steps and,
-    with a threshold, every position at least that sure.
+    Each row commits its `quota` best positions and, with a threshold or a bound on the entropy,
+    every other position that satisfies it.
+
+    Args:
+        ratings: Of the masked positions, row after row.
+        masked: Where something can be written, shape (batch, length), bool.
+        quota: Positions to commit at least, shape (batch,).
+        options: Decoding options.
+
+    Returns:
+        Shape (batch, length), bool.
     """
-    remaining = masked.sum(-1)
-    quota = (remaining + steps_left - 1) // steps_left
-    ranked = confidence.masked_fill(~masked, -1.0).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(
-        -1, ranked, torch.arange(ranked.shape[-1], device=ranked.device).expand_as(ranked)
-    )
-    if threshold is None:
-        return masked & (rank < quota[:, None])
-    return masked & ((confidence >= threshold) | (rank < quota.clamp(max=1)[:, None]))
+
+    def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
+        return values.new_full(masked.shape, fill).masked_scatter_(masked, values)
+
+    chosen = _ranks(spread(ratings.score, -torch.inf)) < quota[:, None]
+    if options.confidence_threshold is not None:
+        chosen |= spread(ratings.confidence, 0.0) >= options.confidence_threshold
+    if options.entropy_bound is not None and ratings.entropy is not None:
+        entropy, order = spread(ratings.entropy, torch.inf).sort(dim=-1, stable=True)
+        # The sum of all but the largest bounds what joint writing can lose (arXiv 2505.24857).
+        within = (entropy.cumsum(-1) - entropy) <= options.entropy_bound
+        chosen |= torch.zeros_like(within).scatter_(-1, order, within)
+    return chosen & masked
 
 
-def find_ended(rows: torch.Tensor, options: DecodingOptions) -> torch.Tensor:
-    """Where a row is at or past its first end-of-text token, shape (batch, length), bool."""
-    ends = torch.zeros_like(rows, dtype=torch.bool)
-    for eos in options.eos_token_ids:
-        ends |= rows == eos
-    return ends.cumsum(-1) > 0
+def choose_remasked(
+    confidence: torch.Tensor,
+    written: torch.Tensor,
+    options: DecodingOptions,
+    generators: Generators,
+) -> torch.Tensor:
+    """Choose which tokens are taken back, shape (batch, length), bool.
 
-
-def cut_new_tokens(
-    canvas: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions, forwards: int
-) -> Decoded:
-    """Cut the new tokens out of the canvas and pad each row after its end."""
-    index = lengths[:, None] + torch.arange(options.max_new_tokens, device=canvas.device)
-    rows = canvas.gather(1, index)
-    ended = find_ended(rows, options)
-    past_end = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
-    return Decoded(
-        rows.masked_fill(past_end, options.pad_token_id), forwards, int((~past_end).sum())
-    )
-
-
-def row_generators(
-    rows: int, options: DecodingOptions, device: torch.device
-) -> list[torch.Generator | None]:
-    """Return a generator per row, or None per row without a seed."""
-    if options.seed is None:
-        return [None] * rows
-    return [torch.Generator(device).manual_seed(options.seed + row) for row in range(rows)]
+    Args:
+        confidence: With which each token was written, shape (batch, length).
+        written: Tokens that may be taken back, shape (batch, length), bool.
+        options: Decoding options with `remasking`.
+        generators: One per row.
+    """
+    counts = written.sum(-1)
+    doubt = -confidence
+    if options.remasking == "random":
+        drawn = draw_uniform(counts.tolist(), generators, written.device)
+        doubt = doubt.masked_scatter(written, drawn)
+    ranks = _ranks(doubt.masked_fill(~written, -torch.inf))
+    return written & (ranks < (counts * options.remasking_ratio).long()[:, None])

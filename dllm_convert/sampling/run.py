@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,14 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import adapter_of
+from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.safetensors_header import load_json_object
-from dllm_convert.sampling import DEFAULT_PROMPT
+from dllm_convert.sampling.options import Observer
+from dllm_convert.watch.frames import Recorder
+from dllm_convert.watch.pieces import TokenText
+from dllm_convert.watch.record import write_recording
+from dllm_convert.watch.terminal import Watcher
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Sample:
     """One decoded text.
 
     Attributes:
-        prompt: Text given.
+        prompt: Text given, with its masks written if it has any.
         text: Text written, special tokens left out.
         new_tokens: Tokens written, up to and including the end of the text.
         forwards: Forward passes run.
@@ -61,6 +68,98 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Return the tokens of a prompt, left open at its end.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompt: Text to go on from, or what the user says.
+        chat: Put it into the chat template, as one turn of the user.
+
+    Raises:
+        DataError: The prompt is empty.
+        IncompatibleError: The tokenizer has no chat template.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise IncompatibleError(
+                "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
+            )
+        turns = [{"role": "user", "content": prompt}]
+        # Tokenised apart: the template has already written the tokens that begin a text.
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
+    if len(ids) > 1 and tokenizer.sep_token_id is not None and ids[-1] == tokenizer.sep_token_id:
+        del ids[-1]
+    if not ids:
+        raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
+    return ids
+
+
+def decode_samples(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    chat: bool = False,
+    seed: int | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> tuple[Sample, ...]:
+    """Decode prompts with a loaded model, all in one batch.
+
+    Args:
+        model: Diffusion model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to go on from.
+        chat: Put each prompt into the chat template.
+        seed: Seed for temperatures above 0; prompt n draws from `seed + n`.
+        observer: Called after the prompts and after every denoising forward.
+        **options: Fields of `DecodingOptions`; None keeps the checkpoint's default.
+
+    Raises:
+        DataError: A prompt is empty.
+        IncompatibleError: The tokenizer has no chat template.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    width = max(len(ids) for ids in encoded)
+    rows = [ids + [0] * (width - len(ids)) for ids in encoded]
+    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]
+    given = {name: value for name, value in options.items() if value is not None}
+    started = time.monotonic()
+    output = model.generate(
+        torch.tensor(rows, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        seed=seed,
+        observer=observer,
+        return_dict_in_generate=True,
+        **given,
+    )
+    seconds = round(time.monotonic() - started, 3)
+    samples = []
+    for prompt, ids, sequence in zip(prompts, encoded, output.sequences.tolist(), strict=True):
+        if model.config.mask_token_id in ids:
+            prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)
+        new = _until_end(sequence[width:], end_ids(model))
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        per_forward = round(len(new) / max(output.forwards, 1), 3)
+        samples.append(Sample(prompt, text, len(new), output.forwards, per_forward, seconds))
+    return tuple(samples)
+
+
+def end_ids(model: Any) -> frozenset[int]:
+    """Return the tokens that end a text, as the checkpoint's generation config names them."""
+    found = model.generation_config.eos_token_id
+    return frozenset(
+        () if found is None else found if isinstance(found, list | tuple) else (found,)
+    )
+
+
+def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    first = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return tokens[:first]
+
+
 def decode_sample(
     model: Any, tokenizer: Any, prompt: str, *, seed: int | None = None, **options: Any
 ) -> Sample:
@@ -71,55 +170,93 @@ def decode_sample(
         tokenizer: Its tokenizer.
         prompt: Text to go on from.
         seed: Seed for temperatures above 0.
-        **options: Fields of `DecodingOptions`; None keeps the checkpoint's default.
+        **options: More arguments of `decode_samples`.
     """
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if (
-        ids.shape[1] > 1
-        and tokenizer.sep_token_id is not None
-        and ids[0, -1] == tokenizer.sep_token_id
-    ):
-        ids = ids[:, :-1]
-    if ids.shape[1] == 0:
-        raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
-    given = {name: value for name, value in options.items() if value is not None}
-    started = time.monotonic()
-    output = model.generate(ids.to(model.device), seed=seed, return_dict_in_generate=True, **given)
-    seconds = time.monotonic() - started
-    new = output.sequences[0, ids.shape[1] :].cpu()
-    count = round(output.tokens_per_forward * output.forwards)
-    return Sample(
-        prompt,
-        tokenizer.decode(new[:count], skip_special_tokens=True),
-        count,
-        output.forwards,
-        round(output.tokens_per_forward, 3),
-        round(seconds, 3),
-    )
+    return decode_samples(model, tokenizer, [prompt], seed=seed, **options)[0]
+
+
+def recorder_of(model: Any) -> Recorder:
+    """Return an observer that records what a model writes."""
+    block = getattr(model.config, "block_size", None)
+    return Recorder(model.config.mask_token_id, end_ids(model), block)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is shown and kept of a decoding, besides its text.
+
+    Attributes:
+        watch: Show the text while it is denoised.
+        record: File to write a film to; the first prompt's.
+    """
+
+    watch: bool = False
+    record: Path | None = None
 
 
 def run_sample(
-    folder: Path, prompt: str | None = None, *, seed: int | None = None, **options: Any
-) -> dict[str, Any]:
-    """Load a converted checkpoint and decode one prompt.
+    folder: Path,
+    prompts: Sequence[str],
+    reporter: Reporter,
+    shown: Shown = Shown(),
+    **options: Any,
+) -> tuple[Sample, ...]:
+    """Load a converted checkpoint and decode prompts.
 
     Args:
         folder: Converted checkpoint.
-        prompt: Text to go on from.
-        seed: Seed for temperatures above 0.
-        **options: `max_new_tokens`, `max_denoising_steps`, `confidence_threshold`, `temperature`.
+        prompts: Texts to go on from.
+        reporter: Progress.
+        shown: What is shown and kept besides.
+        **options: More arguments of `decode_samples`.
 
-    Returns:
-        The fields of `Sample`.
+    Raises:
+        DataError: There is no such checkpoint, or a prompt is empty.
+        IncompatibleError: It is no diffusion checkpoint, or has no chat template.
+    """
+    config = read_config(folder)
+    with reporter.task("load"):
+        model, tokenizer = load_checkpoint(folder, str(config["model_type"]))
+    recorder = recorder_of(model)
+    text = TokenText(tokenizer, end_ids(model))
+    observer: Observer | None = recorder if shown.record else None
+    with ExitStack() as stack:
+        if shown.watch:
+            observer = stack.enter_context(Watcher(recorder, text, reporter))
+        else:
+            stack.enter_context(reporter.task("decode"))
+        samples = decode_samples(model, tokenizer, prompts, observer=observer, **options)
+    if shown.record:
+        with reporter.task(f"write {shown.record}"):
+            record(recorder, tokenizer, shown.record, title=folder.resolve().name)
+    return samples
+
+
+def record(recorder: Recorder, tokenizer: Any, path: Path, *, title: str = "") -> None:
+    """Write how the first prompt's text was denoised.
+
+    Args:
+        recorder: The observer that followed.
+        tokenizer: The tokenizer.
+        path: A .gif or .html file.
+        title: Heading of a page.
+    """
+    text = TokenText(tokenizer, recorder.end_ids)
+    write_recording(path, recorder.film(), text, title=title)
+
+
+def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
+    """Load a converted checkpoint to decode with: model and tokenizer, on the GPU if there is one.
+
+    Args:
+        folder: Converted checkpoint.
+        model_type: Its family, as config.json names it.
     """
     from transformers import AutoTokenizer
 
     from dllm_convert.training.setup import load_model
 
-    adapter = adapter_of(read_config(folder))
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model = load_model(folder, adapter, dtype=dtype)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return decode_sample(model, tokenizer, prompt or DEFAULT_PROMPT, seed=seed, **options).as_dict()
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = load_model(folder, adapter_of(read_config(folder)), dtype=dtype)
+    return model.to("cuda") if on_gpu else model, AutoTokenizer.from_pretrained(folder)

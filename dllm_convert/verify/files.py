@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import changed_files
-from dllm_convert.plan_attention import SLIDING, layer_types
+from dllm_convert.plan_attention import layer_types
+from dllm_convert.plan_layers import SLIDING
 from dllm_convert.verify.memory import tensor_refusal
+from dllm_convert.verify.reading import read_tensor
 from dllm_convert.verify.report import Probe, first_items, skipped
 from dllm_convert.verify.storage import check_storage
 from dllm_convert.verify.subject import Subject
@@ -108,11 +109,9 @@ def _weights(subject: Subject) -> Probe:
 
 
 def _read(subject: Subject, name: str) -> torch.Tensor:
-    for file, header in subject.headers.items():
+    for header in subject.headers.values():
         if name in header.entries:
-            with safe_open(subject.folder / file, framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
-                return tensor
+            return read_tensor(subject.folder, header, name)
     raise DataError(f"no file holds {name}")
 
 
@@ -127,14 +126,15 @@ def check_finite(subject: Subject) -> Probe:
         return skipped("finite", "0", refusal)
     wrong: list[str] = []
     tensors = 0
-    for file, header in subject.headers.items():
-        with safe_open(subject.folder / file, framework="pt") as shard:
-            for name in header.entries:
-                tensor = shard.get_tensor(name)
-                tensors += 1
-                count = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
-                if count:
-                    wrong.append(f"{name} has {count} values that are NaN or infinite")
+    for header in subject.headers.values():
+        for name in header.entries:
+            tensor = read_tensor(subject.folder, header, name)
+            tensors += 1
+            if tensor.element_size() == 1 and tensor.is_floating_point():
+                tensor = tensor.to(torch.float16)  # torch judges no 8-bit float
+            count = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+            if count:
+                wrong.append(f"{name} has {count} values that are NaN or infinite")
     return Probe(
         "finite",
         not wrong,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from dllm_convert.errors import DataError
 from dllm_convert.verify.generation_config import check_generation_config, read_generation_config
+from dllm_convert.verify.reading import read_rows
 from dllm_convert.verify.report import Probe, first_items
 from dllm_convert.verify.subject import Subject
 from dllm_convert.verify.vocabulary import check_text, check_vocabulary
@@ -66,13 +66,9 @@ def _ids(subject: Subject, tokenizer: Any) -> Probe:
 def _row_norms(subject: Subject) -> torch.Tensor:
     """Return the 2-norm of every row of the input embedding, shape (rows,)."""
     name = subject.adapter.embedding
-    file = next(file for file, header in subject.headers.items() if name in header.entries)
-    norms: list[torch.Tensor] = []
-    with safe_open(subject.folder / file, framework="pt") as shard:
-        matrix = shard.get_slice(name)
-        for first in range(0, subject.shapes[name][0], _ROWS_AT_ONCE):
-            norms.append(matrix[first : first + _ROWS_AT_ONCE].float().norm(dim=-1))
-    return torch.cat(norms)
+    header = next(header for header in subject.headers.values() if name in header.entries)
+    pieces = read_rows(subject.folder, header, name, at_once=_ROWS_AT_ONCE)
+    return torch.cat([piece.float().norm(dim=-1) for piece in pieces])
 
 
 def _row(subject: Subject) -> Probe:

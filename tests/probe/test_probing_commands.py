@@ -204,6 +204,8 @@ def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str]
         {"measured": None},
         {"stock_class": "__import__('os')"},
         {"unknown": 1},
+        {"diffusion_class": "Diffusion"},
+        {"min_transformers": '5.2"; import os; "'},
         {"window": {"size": 3}},
     ],
     ids=str,

@@ -8,47 +8,10 @@ from typing import Any
 import pytest
 import torch
 from factory import FAMILIES
+from tiny_decoders import DECODERS, MASK, WORDS, prompt, tiny
 from transformers import PreTrainedModel
 
-from dllm_convert import modeling
 from dllm_convert.adapters import get_adapter
-
-MASK, WORDS = 5, 60
-DECODERS = [family for family in FAMILIES if "bd3lm" in get_adapter(family).targets]
-
-
-def tiny(
-    family: str, *, block: int | None = None, shift: bool = True, **fields: Any
-) -> PreTrainedModel:
-    """A random diffusion model in float64."""
-    import transformers
-
-    config_class, _, base = FAMILIES[family]
-    config = getattr(transformers, config_class)(
-        **{
-            **base,
-            "vocab_size": WORDS,
-            "num_hidden_layers": 2,
-            "max_position_embeddings": 130,
-            **fields,
-        },
-        initializer_range=0.3,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        is_causal=False,
-        mask_token_id=MASK,
-        diffusion={"token_shift": shift and family in DECODERS},
-    )
-    if block:
-        config.block_size = block
-    torch.manual_seed(0)
-    model = getattr(modeling, get_adapter(family).diffusion_class)(config)
-    return model.eval().double()
-
-
-def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(6, WORDS, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
@@ -165,9 +128,9 @@ def test_steps_bound_the_forwards_of_a_block() -> None:
         eos_token_id=None,
         return_dict_in_generate=True,
     )
-    # The prompt, two blocks of two steps, and the first block written into the cache.
-    assert got.forwards == 1 + 2 * 2 + 1
-    assert got.tokens_per_forward == pytest.approx(16 / 6)
+    # The prompt and two blocks of two steps; the second's first writes the first into the cache.
+    assert got.forwards == 1 + 2 * 2
+    assert got.tokens_per_forward == pytest.approx(16 / 5)
 
 
 def test_a_threshold_of_nearly_zero_writes_a_block_per_forward() -> None:
@@ -188,13 +151,12 @@ def test_denoising_leaves_nothing_in_the_cache(monkeypatch: pytest.MonkeyPatch) 
     original = type(model).forward
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
         lengths.append(kwargs["past_key_values"].get_seq_length())
-        return output
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", watched)
     model.generate(ids, max_new_tokens=8, eos_token_id=None)
-    assert [length for length, _ in itertools.groupby(lengths)] == [8, 12]
+    assert [length for length, _ in itertools.groupby(lengths)] == [0, 8, 12]
 
 
 def test_a_seed_makes_sampling_repeatable() -> None:
@@ -271,3 +233,30 @@ def test_the_uniform_kernel_shows_random_tokens_and_never_the_mask(
     assert torch.equal(model.generate(ids, **settings), first)
     batch = model.generate(torch.cat([prompt(6, 9), ids]), **{**settings, "seed": 2})
     assert torch.equal(batch[1], first[0])
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_an_observer_sees_every_forward_and_changes_nothing(block: int | None) -> None:
+    model = tiny("llama", block=block)
+    ids, mask = torch.cat([prompt(9, 1), prompt(9, 2)]), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :6] = 0
+    seen: list[Any] = []
+    settings: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None}
+    got = model.generate(
+        ids, attention_mask=mask, observer=seen.append, return_dict_in_generate=True, **settings
+    )
+    assert torch.equal(got.sequences, model.generate(ids, attention_mask=mask, **settings))
+    first, last = seen[0], seen[-1]
+    assert first.canvas.shape == first.committed.shape == (2, 16)
+    assert first.canvas[1, :3].tolist() == ids[1, 6:].tolist()
+    assert (first.canvas[1, 3:10] == MASK).all()
+    assert first.lengths.tolist() == [9, 3]
+    assert first.committed.sum(-1).tolist() == [9, 3]
+    assert last.committed.sum(-1).tolist() == [16, 10]
+    assert last.canvas[0].tolist() == got.sequences[0].tolist()
+    assert last.canvas[1, 3:10].tolist() == got.sequences[1, 9:].tolist()
+    forwards = [progress.forwards for progress in seen]
+    assert forwards == sorted(set(forwards))
+    for before, after in itertools.pairwise(seen):
+        assert (after.committed | ~before.committed).all()
+        assert torch.equal(before.canvas[before.committed], after.canvas[before.committed])

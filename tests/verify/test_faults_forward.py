@@ -10,11 +10,46 @@ from typing import Any
 
 import pytest
 import torch
-from planting import edit_json, failed, failing_report
+from factory import FAMILIES
+from planting import edit_json, edit_tensors, failed, failing_report
 
+from dllm_convert.adapters import get_adapter
 from dllm_convert.attention import CLEAN, UNUSED, StreamMask
 from dllm_convert.manifest import write_manifest
 from dllm_convert.modeling import DiffusionMixin
+
+# Every family --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_left_causal(converted: Callable[..., Any], family: str) -> None:
+    made = converted(family, "mdlm")
+    # Encoders are causal as decoders only; decoders do not know the field.
+    edit_json(made.folder, "config.json", is_causal=True, is_decoder=True)
+    names = failed(made.folder, ["attention", "gradient"])
+    assert names == {
+        *("attention-sdpa", "attention-eager", "attention-layers", "attention-flex"),
+        *("gradient", "gradient-layers"),
+    }
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_faults_in_the_weights_of_every_family(converted: Callable[..., Any], family: str) -> None:
+    made = converted(family, "mdlm")
+    embedding = get_adapter(family).embedding
+    mask = json.loads((made.folder / "config.json").read_text())["mask_token_id"]
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[embedding][mask].zero_()
+        tensors[embedding][mask - 1, 0] += 1e-3
+        next(value for name, value in tensors.items() if "norm" in name.lower())[0] = torch.nan
+
+    edit_tensors(made.folder, spoil)
+    names = failed(made.folder, ["files", "tokens"], against=made.base)
+    assert names == {"finite", "mask-row"}
+    edit_tensors(made.folder, lambda t: [value.nan_to_num_(1.0) for value in t.values()])
+    assert "base-tensors" in failed(made.folder, ["base"], against=made.base)
+
 
 # Attention implementations -------------------------------------------------------------------
 

@@ -1,0 +1,270 @@
+"""Speed of decoding, against the textbook's, against the base and against itself.
+
+    python -m benchmarks.sampling CONVERTED reference --prompt 64 --new 128 --steps 32
+    python -m benchmarks.sampling CONVERTED reference --prompt 1024 --new 256 --steps 8
+    python -m benchmarks.sampling CONVERTED batch --rows 8
+    python -m benchmarks.sampling CONVERTED memory
+    python -m benchmarks.sampling CONVERTED thresholds --base BASE
+    python -m benchmarks.sampling CONVERTED approximate
+
+CONVERTED is a BD3LM that `dllm-convert run` wrote, BASE a folder with the weights it was made from.
+Prompts are the beginning of the Python language reference. What is compared runs in turn, the other
+way round every second time; of the ratios the median, least and largest are given. An untrained
+CONVERTED serves as BASE too: it holds the same weights, and is loaded causal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import textbook_sampling
+from dllm_convert.adapters import get_adapter
+from dllm_convert.quiet import quiet_libraries
+from dllm_convert.sampling.run import read_config
+from dllm_convert.training.setup import load_model
+
+THRESHOLDS = (0.7, 0.9, 0.95)
+Run = Callable[[], Any]
+
+
+def seconds(run: Run) -> tuple[float, Any]:
+    """Wall time of a run and what it returned."""
+    started = time.perf_counter()
+    result = run()
+    return time.perf_counter() - started, result
+
+
+def alternate(first: Run, second: Run, pairs: int) -> tuple[dict[str, Any], Any, Any]:
+    """Time two runs in turn; the ratio is second over first. Their last results follow."""
+    times: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        if pair % 2:
+            late, there = seconds(second)
+            early, here = seconds(first)
+        else:
+            early, here = seconds(first)
+            late, there = seconds(second)
+        times.append((early, late))
+    ratios = [late / early for early, late in times]
+    figures = {
+        "first_s": statistics.median(early for early, _ in times),
+        "second_s": statistics.median(late for _, late in times),
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "largest": max(ratios),
+        "pairs": pairs,
+    }
+    return figures, here, there
+
+
+class Stopwatch:
+    """Time that a model spends in its forward passes."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds, self.calls, forward = 0.0, 0, model.forward
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            output = forward(*args, **kwargs)
+            self.seconds += time.perf_counter() - started
+            self.calls += 1
+            return output
+
+        model.forward = timed
+
+
+def prompt_of(tokenizer: Any, length: int, rows: int = 1) -> torch.Tensor:
+    """Tokens of the language reference, shape (rows, length), each row from another place."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))[: 40 * length * rows + 20_000]
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    return torch.stack([ids[row * length : (row + 1) * length] for row in range(rows)])
+
+
+def against_reference(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Same tokens, less time."""
+    prompt = prompt_of(tokenizer, args.prompt)
+    settings = {"max_new_tokens": args.new, "max_denoising_steps": args.steps, "eos_token_id": None}
+
+    watch, shares = Stopwatch(model), []
+
+    def ours() -> torch.Tensor:
+        watch.seconds, watch.calls = 0.0, 0
+        total, tokens = seconds(lambda: model.generate(prompt, **settings)[0, args.prompt :])
+        shares.append((watch.seconds / total, watch.calls))
+        found: torch.Tensor = tokens
+        return found
+
+    def textbooks() -> torch.Tensor:
+        return textbook_sampling.decode(model, prompt, args.new, args.steps)
+
+    model.generate(prompt[:, :40], max_new_tokens=4)
+    figures, mine, theirs = alternate(ours, textbooks, args.pairs)
+    return {
+        **figures,
+        "same_tokens": float((mine == theirs).float().mean()),
+        "forwards": shares[-1][1],
+        "share_in_forwards": statistics.median(share for share, _ in shares),
+    }
+
+
+def against_one_row(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of a batch over those of one row."""
+    prompts = prompt_of(tokenizer, args.prompt, args.rows)
+    settings = {"max_new_tokens": args.new, "max_denoising_steps": args.steps, "eos_token_id": None}
+    figures, _, _ = alternate(
+        lambda: model.generate(prompts, **settings),
+        lambda: model.generate(prompts[:1], **settings),
+        args.pairs,
+    )
+    return {**figures, "throughput": figures["ratio"] * args.rows}
+
+
+def peak_memory(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of processes that decode the same text in more and more steps."""
+    if args.child:
+        prompt = prompt_of(tokenizer, args.prompt)
+        model.generate(prompt, max_new_tokens=64, max_denoising_steps=args.steps, eos_token_id=None)
+        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    found = {}
+    for steps in (1, 8, 32):
+        command = [sys.executable, "-m", "benchmarks.sampling", args.converted, "memory"]
+        command += ["--child", "--steps", str(steps), "--prompt", str(args.prompt)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[f"{steps} steps per block"] = json.loads(done.stdout.splitlines()[-1])["mib"]
+    return found
+
+
+def nelbo(model: Any, text: torch.Tensor, given: int) -> float:
+    """The model's own NELBO of the tokens behind `given`, nats per token, 16 draws per block."""
+    size, mask = model.config.block_size, model.config.mask_token_id
+    shift = int(model.config.diffusion["token_shift"])
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    with torch.no_grad():
+        for start in range(given // size * size, len(text), size):
+            block = text[start : start + size]
+            places = torch.arange(start, start + len(block))
+            new = places >= given
+            for draw in range(16):
+                t = (draw + torch.rand(1, generator=generator)) / 16
+                hidden = new & (torch.rand(len(block), generator=generator) < t)
+                noisy = torch.cat([text[:start], block.masked_fill(hidden, mask)])
+                logits = model(noisy[None], use_cache=False).logits[0]
+                if hidden.any():
+                    nats = torch.nn.functional.cross_entropy(
+                        logits[places[hidden] - shift], block[hidden], reduction="sum"
+                    )
+                    total += float(nats / t) / 16
+    return total / (len(text) - given)
+
+
+def against_base(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second at confidence thresholds, beside the base's own decoding."""
+    config = AutoConfig.from_pretrained(args.base, trust_remote_code=False, is_causal=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        args.base, config=config, dtype=torch.float32, trust_remote_code=False
+    )
+    prompt = prompt_of(tokenizer, args.prompt)
+    own = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def autoregressive() -> torch.Tensor:
+        tokens: torch.Tensor = base.generate(prompt, **own)[0]
+        return tokens
+
+    found: dict[str, Any] = {}
+    careful = model.generate(prompt, max_new_tokens=args.new, eos_token_id=None)[0]
+    for threshold in THRESHOLDS:
+
+        def ours(limit: float = threshold) -> Any:
+            return model.generate(
+                prompt,
+                max_new_tokens=args.new,
+                confidence_threshold=limit,
+                eos_token_id=None,
+                return_dict_in_generate=True,
+            )
+
+        figures, output, _ = alternate(ours, autoregressive, args.pairs)
+        text = output.sequences[0]
+        found[str(threshold)] = {
+            **figures,
+            "tokens_per_second": args.new / figures["first_s"],
+            "base_tokens_per_second": args.new / figures["second_s"],
+            "tokens_per_forward": output.tokens_per_forward,
+            "agrees_with_one_per_forward": float((text == careful)[args.prompt :].float().mean()),
+            "nelbo": nelbo(model, text, args.prompt),
+        }
+    found["one token per forward"] = {"nelbo": nelbo(model, careful, args.prompt)}
+    return found
+
+
+def approximate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """MDLM with states kept from a window's first forward: time and what it changes."""
+    del model.config.block_size
+    prompt = prompt_of(tokenizer, args.prompt)
+    settings = {
+        "max_new_tokens": args.new,
+        "max_denoising_steps": args.steps,
+        "block_length": 32,
+        "eos_token_id": None,
+    }
+    figures, kept, exact = alternate(
+        lambda: model.generate(prompt, **settings, approximate_cache=True)[0, args.prompt :],
+        lambda: model.generate(prompt, **settings)[0, args.prompt :],
+        args.pairs,
+    )
+    parts = (exact == kept).view(-1, 32).float().mean(-1)
+    return {
+        **figures,
+        "same_tokens": float((exact == kept).float().mean()),
+        "same_per_window": [round(float(part), 3) for part in parts],
+    }
+
+
+MODES = {
+    "reference": against_reference,
+    "batch": against_one_row,
+    "memory": peak_memory,
+    "thresholds": against_base,
+    "approximate": approximate,
+}
+
+
+def main() -> None:
+    """Run one comparison and print it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("converted")
+    parser.add_argument("mode", choices=list(MODES))
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--base")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    with quiet_libraries():
+        folder = Path(args.converted)
+        adapter = get_adapter(str(read_config(folder)["model_type"]))
+        model = load_model(folder, adapter, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        figures = MODES[args.mode](model, tokenizer, args)
+    print(json.dumps({"mode": args.mode, **figures}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

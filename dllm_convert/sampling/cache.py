@@ -1,0 +1,145 @@
+"""A KV cache with room: clean tokens are kept, denoising writes behind them and is written over.
+
+This module travels inside the published modelling file, so it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class BlockLayer(DynamicLayer):
+    """Keys and values of one layer in buffers with room behind the clean tokens.
+
+    `keys` and `values` are the clean tokens only, views of the buffers, shape
+    (batch, heads, clean, head_dim).
+    """
+
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def write(
+        self,
+        states: tuple[torch.Tensor, torch.Tensor],
+        first: int,
+        columns: torch.Tensor | None,
+        visible: int,
+        room: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write states (batch, heads, n, head_dim) from column `first` on, or at `columns`.
+
+        Args:
+            states: New keys and values.
+            first: Column of the first one in every row.
+            columns: Columns of each row, shape (batch, n), instead of `first`.
+            visible: Columns to return.
+            room: Columns the buffers are made with.
+
+        Returns:
+            Keys and values, views of shape (batch, heads, visible, head_dim).
+        """
+        buffers = self.buffers
+        if buffers is None or buffers[0].shape[-2] < visible:
+            buffers = self.buffers = self._make_room(states, max(room, visible))
+        for buffer, new in zip(buffers, states, strict=True):
+            if columns is None:
+                buffer[:, :, first : first + new.shape[-2]] = new
+            else:
+                row = torch.arange(len(new), device=new.device)[:, None]
+                buffer[row, :, columns] = new.transpose(1, 2)
+        keys, values = (buffer[:, :, :visible] for buffer in buffers)
+        return keys, values
+
+    def _make_room(
+        self, states: tuple[torch.Tensor, torch.Tensor], room: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(*states)
+        made = []
+        for old, new in zip((self.keys, self.values), states, strict=True):
+            buffer = new.new_zeros((*new.shape[:-2], room, new.shape[-1]))
+            if self.get_seq_length():
+                buffer[:, :, : old.shape[-2]] = old
+            made.append(buffer)
+        return made[0], made[1]
+
+    def keep(self, length: int) -> None:
+        """Let the first `length` columns be the clean tokens."""
+        if self.buffers is not None:
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these rows."""
+        if self.buffers is not None:
+            length = self.get_seq_length()
+            self.buffers = (self.buffers[0][indices], self.buffers[1][indices])
+            self.keep(length)
+
+
+class BlockCache(Cache):
+    """A KV cache that can be read without being extended.
+
+    While `frozen`, new states are written behind the clean tokens, in place, and the next forward
+    writes over them: denoising leaves nothing behind, and nothing is copied or cropped.
+
+    Args:
+        room: Columns to make at once, so that the buffers never grow.
+    """
+
+    frozen: bool = False
+
+    def __init__(self, room: int = 0) -> None:
+        super().__init__(layer_class_to_replicate=BlockLayer)
+        self.room = room
+        self._first: int | None = None
+        self._columns: torch.Tensor | None = None
+        self._visible = 0
+
+    def place(self, columns: torch.Tensor, visible: int | None = None) -> None:
+        """Say where the states of the next forwards go, instead of behind the clean tokens.
+
+        Args:
+            columns: Column of each new state, shape (batch, n).
+            visible: Columns these forwards read; by default up to the last one written.
+        """
+        first = columns[:, 0].tolist()
+        level = min(first) == max(first) and columns.shape[1] == int(columns[0, -1]) - first[0] + 1
+        self._first, self._columns = first[0], None if level else columns
+        self._visible = int(columns.max()) + 1 if visible is None else visible
+
+    def keep(self, length: int) -> None:
+        """Let the first `length` columns be the clean tokens."""
+        for layer in self.layers:
+            layer.keep(length)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of cache and input, (batch, heads, cached + new, head_dim)."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(BlockLayer())
+        layer: Any = self.layers[layer_idx]
+        states = (key_states, value_states)
+        if self._first is not None:
+            seen = layer.write(states, self._first, self._columns, self._visible, self.room)
+        else:
+            first = layer.get_seq_length()
+            seen = layer.write(states, first, None, first + key_states.shape[-2], self.room)
+        if not self.frozen:
+            layer.keep(seen[0].shape[-2])
+        keys, values = seen
+        return keys, values
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Columns the next forward reads, and where they begin."""
+        if self._first is not None:
+            return self._visible, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(*args, **kwargs)
+        return sizes

@@ -1,0 +1,195 @@
+"""The text while it is being written: tokens, what is still masked, who is done.
+
+This module travels inside the published modelling file, so it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .choosing import (
+    choose_commits,
+    choose_remasked,
+    make_warpers,
+    rate_tokens,
+    row_generators,
+    show_noise,
+)
+from .options import Decoded, DecodingOptions, Observer, Progress
+
+
+class Canvas:
+    """Prompts and new tokens of a batch, and one denoising step on any part of them.
+
+    Args:
+        prompts: Right-padded prompts, shape (batch, longest); masks in them are to be written too.
+        lengths: Tokens of each prompt, shape (batch,).
+        options: Decoding options.
+        limits: Columns each row has, shape (batch,); at least prompt and new tokens.
+        observer: Called by `show`.
+
+    Attributes:
+        tokens: Shape (batch, width), the mask where nothing is written.
+        masked: Where something is to be written, shape (batch, width), bool.
+        rows: Rows still being written, shape (rows,).
+        forwards: Forward passes so far; whoever runs one counts it.
+    """
+
+    def __init__(
+        self,
+        prompts: torch.Tensor,
+        lengths: torch.Tensor,
+        options: DecodingOptions,
+        limits: torch.Tensor,
+        observer: Observer | None = None,
+    ) -> None:
+        self.options, self.lengths, self.observer = options, lengths, observer
+        self.prompt_width = prompts.shape[1]
+        self.ends = lengths + options.max_new_tokens
+        batch, width = len(prompts), int(limits.max())
+        self.index = torch.arange(width, device=prompts.device)
+        self.given = self.index < lengths[:, None]
+        self.tokens = prompts.new_full((batch, width), options.mask_token_id)
+        shared = min(self.prompt_width, width)
+        self.tokens[:, :shared] = torch.where(
+            self.given[:, :shared], prompts[:, :shared], options.mask_token_id
+        )
+        self.masked = (self.tokens == options.mask_token_id) & (self.index < limits[:, None])
+        self.rows = torch.arange(batch, device=prompts.device)
+        self.forwards = 0
+        self.order = torch.zeros_like(self.tokens)
+        self._confidence = torch.zeros(batch, width, device=prompts.device)
+        self._used = torch.zeros_like(lengths)
+        self._budget = torch.zeros_like(lengths)
+        self._generators = row_generators(batch, options, prompts.device)
+        self._warpers = make_warpers(options)
+        self._eos = torch.tensor(options.eos_token_ids, device=prompts.device)
+
+    def show(self) -> None:
+        """Tell the observer, if there is one."""
+        if self.observer is None:
+            return
+        width = int(self.ends.max())
+        committed = ~self.masked & (self.index < self.ends[:, None])
+        self.observer(
+            Progress(
+                self.tokens[:, :width].clone(),
+                committed[:, :width],
+                self.lengths,
+                self.rows,
+                self.forwards,
+            )
+        )
+
+    def read(self, columns: torch.Tensor, *, noise: bool = True) -> torch.Tensor:
+        """What the model is shown of the active rows at `columns`, shape (rows, n).
+
+        With guidance the same rows follow once more with their prompts masked: (2 * rows, n).
+        """
+        rows = self.rows[:, None]
+        tokens = self.tokens[rows, columns]
+        if self.options.guided:
+            hidden = tokens.masked_fill(self.given[rows, columns], self.options.mask_token_id)
+            return torch.cat([tokens, hidden])
+        if not (noise and self.options.noise_tokens):
+            return tokens
+        active = [self._generators[row] for row in self.rows.tolist()]
+        return show_noise(tokens, self.masked[rows, columns], self.options, active)
+
+    def begin(self, masked: torch.Tensor, beginning: torch.Tensor | None = None) -> None:
+        """Start counting the steps of a block, or of the text.
+
+        Args:
+            masked: What the steps are to write, shape (rows, n), bool.
+            beginning: Active rows for which this holds, shape (rows,), bool; None: all.
+        """
+        rows = self.rows if beginning is None else self.rows[beginning]
+        count = (masked if beginning is None else masked[beginning]).sum(-1)
+        steps = self.options.max_denoising_steps
+        self._budget[rows] = count if steps is None else torch.full_like(count, steps)
+        self._used[rows] = 0
+
+    def denoise(self, logits: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor) -> None:
+        """Commit what this step commits.
+
+        Args:
+            logits: Of the masked positions, row after row, shape (n, vocab); with guidance the
+                same without the prompt behind them, (2 * n, vocab). Written over.
+            columns: Columns looked at, shape (rows, width).
+            masked: Which of them can be written, shape (rows, width), bool.
+        """
+        options = self.options
+        logits = logits.float()
+        if options.guided:
+            given, hidden = logits.chunk(2)
+            logits = hidden + options.guidance_scale * (given - hidden)
+        active = [self._generators[row] for row in self.rows.tolist()]
+        remaining = masked.sum(-1)
+        ratings = rate_tokens(logits, remaining.tolist(), options, active, self._warpers)
+        left = (self._budget[self.rows] - self._used[self.rows]).clamp(min=1)
+        chosen = choose_commits(ratings, masked, (remaining + left - 1) // left, options)
+        among = chosen[masked]
+        token = logits[among].argmax(-1) if ratings.token is None else ratings.token[among]
+        at = self.rows[:, None].expand_as(columns)[chosen], columns[chosen]
+        self.tokens[at] = token
+        self.masked[at] = False
+        self.order[at] = self.forwards
+        self._confidence[at] = ratings.confidence[among].float()
+        self._used[self.rows[remaining > 0]] += 1
+        if options.remasking:
+            self._take_back(columns, left > 1, active)
+
+    def _take_back(self, columns: torch.Tensor, may: torch.Tensor, active: list[Any]) -> None:
+        rows = self.rows[:, None].expand_as(columns)
+        order = self.order[rows, columns]
+        written = (order > 0) & (order < self.forwards) & may[:, None]
+        back = choose_remasked(self._confidence[rows, columns], written, self.options, active)
+        at = rows[back], columns[back]
+        self.tokens[at] = self.options.mask_token_id
+        self.masked[at] = True
+        self.order[at] = 0
+
+    def finished(self, settled: torch.Tensor) -> torch.Tensor:
+        """Which active rows need no further forward, shape (rows,), bool.
+
+        A row is done when everything before its end is written: `max_new_tokens`, or the first
+        end-of-text token among the new ones.
+
+        Args:
+            settled: Rows from which remasking takes nothing back any more, shape (rows,), bool.
+        """
+        stop = self.ends[self.rows, None]
+        if len(self._eos):
+            ended = self._ended()[self.rows]
+            if self.options.remasking:
+                ended &= settled[:, None]
+            stop = torch.minimum(stop, (~ended).sum(-1, keepdim=True) + 1)
+        return ~(self.masked[self.rows] & (self.index < stop)).any(-1)
+
+    def _ended(self) -> torch.Tensor:
+        # Where a row is at or past its first end-of-text token, shape (batch, width).
+        new = ~self.given & (self.index < self.ends[:, None]) & ~self.masked
+        return (torch.isin(self.tokens, self._eos) & new).cumsum(-1) > 0
+
+    def leave(self, done: torch.Tensor) -> torch.Tensor:
+        """Let the rows that are done leave; return which of the active rows stay, int."""
+        kept = (~done).nonzero().squeeze(-1)
+        self.rows = self.rows[kept]
+        return kept
+
+    def result(self) -> Decoded:
+        """Cut the new tokens out and pad each row after its end."""
+        columns = self.lengths[:, None] + self.index[: self.options.max_new_tokens]
+        ended = self._ended().gather(1, columns)
+        past_end = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
+        shared = slice(0, self.prompt_width)
+        return Decoded(
+            rows=self.tokens.gather(1, columns).masked_fill(past_end, self.options.pad_token_id),
+            prompts=self.tokens[:, shared],
+            order=self.order.gather(1, columns).masked_fill(past_end, 0),
+            prompt_order=self.order[:, shared],
+            forwards=self.forwards,
+            tokens=int((~past_end).sum()),
+        )

@@ -1,0 +1,159 @@
+"""What decoding is asked for, what it shows on its way and what it returns.
+
+This module travels inside the published modelling file, so it imports torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ORDERS = ("confidence", "margin", "entropy", "random")
+REMASKING = ("low_confidence", "random")
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How text is denoised.
+
+    Attributes:
+        mask_token_id: Token that stands for "not written yet"; never written itself.
+        max_new_tokens: Tokens written per row.
+        block_size: Tokens per block, or None for MDLM.
+        token_shift: Whether position i is predicted from the hidden state of i-1.
+        max_denoising_steps: Most forwards per block (BD3LM, and MDLM with `block_length`) or per
+            text (MDLM); None: one token each.
+        confidence_threshold: Commit every position at least this likely, at least one per forward
+            (Fast-dLLM, arXiv 2505.22618); None: no more than the number of steps asks for.
+        entropy_bound: Commit the surest positions whose summed entropy in nats, the largest left
+            out, is at most this (EB-Sampler, arXiv 2505.24857).
+        unmasking: What a fixed number of positions is chosen by: `confidence`; `margin`, between
+            the two likeliest tokens; `entropy`; or `random`.
+        remasking: Take committed tokens back before the last step, those of `low_confidence` or at
+            `random` (after ReMDM, arXiv 2503.00307); None: what is committed stays.
+        remasking_ratio: Share of the tokens of earlier steps taken back in each step, rounded down.
+        temperature: 0 takes the likeliest token.
+        top_k: Draw from the k likeliest tokens.
+        top_p: Draw from the fewest tokens that hold this probability.
+        min_p: Draw from tokens at least this likely, relative to the likeliest.
+        guidance_scale: Classifier-free guidance, the prompt masked for the second opinion (LLaDA,
+            arXiv 2502.09992); 1 is none, as in transformers.
+        block_length: MDLM writes this many positions at a time from left to right (LLaDA).
+        approximate_cache: MDLM reads what lies outside the current `block_length` positions from
+            states kept since their first forward (Fast-dLLM's dual cache). Not exact.
+        eos_token_ids: Tokens that end a row.
+        pad_token_id: Token that fills a row after its end.
+        seeds: One seed per row; empty draws from torch's global generator.
+        noise_tokens: What stands where nothing is written yet: 0 the mask; n, for the uniform
+            kernel (D3PM, arXiv 2107.03006), tokens drawn anew in every forward from ids below n.
+        causal_context: Whether finished blocks are read strictly causally, as they were trained.
+
+    Raises:
+        ValueError: If a value is out of its range or two do not go together.
+    """
+
+    mask_token_id: int
+    max_new_tokens: int
+    block_size: int | None = None
+    token_shift: bool = False
+    max_denoising_steps: int | None = None
+    confidence_threshold: float | None = None
+    entropy_bound: float | None = None
+    unmasking: str = "confidence"
+    remasking: str | None = None
+    remasking_ratio: float = 0.1
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    guidance_scale: float = 1.0
+    block_length: int | None = None
+    approximate_cache: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    seeds: tuple[int, ...] = ()
+    noise_tokens: int = 0
+    causal_context: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_denoising_steps", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        self._check_choices()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        if self.unmasking not in ORDERS:
+            raise ValueError(f"unmasking is {self.unmasking!r}, expected one of {list(ORDERS)}")
+        if self.remasking not in (None, *REMASKING):
+            raise ValueError(f"remasking is {self.remasking!r}, expected one of {list(REMASKING)}")
+        if not 0 <= self.remasking_ratio < 1:
+            raise ValueError(f"remasking_ratio is {self.remasking_ratio}, expected 0 to below 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}, expected at least 0")
+
+    def _check_combinations(self) -> None:
+        if self.block_size and (self.block_length or self.approximate_cache):
+            raise ValueError(
+                "block_length and approximate_cache are for MDLM; this model has blocks of its own"
+            )
+        if self.approximate_cache and not self.block_length:
+            raise ValueError("approximate_cache needs block_length, such as block_length=32")
+        if self.remasking and self.block_length:
+            raise ValueError("remasking and block_length do not go together: leave one out")
+        if self.guided and self.noise_tokens:
+            raise ValueError("guidance_scale needs a mask to hide the prompt; this model has none")
+
+    @property
+    def guided(self) -> bool:
+        """Whether every forward is run with and without the prompt."""
+        return self.guidance_scale != 1
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What decoding returns.
+
+    Attributes:
+        rows: New tokens, shape (batch, max_new_tokens), padded after the end of each row.
+        prompts: The prompts with their masks written, shape (batch, longest prompt).
+        order: The forward, counted from 1, in which each token of `rows` was committed; 0 after the
+            end of a row.
+        prompt_order: The same for `prompts`; 0 where a token was given.
+        forwards: Forward passes run, those that fill the cache included.
+        tokens: New tokens written, summed over rows, the end-of-text token included.
+    """
+
+    rows: torch.Tensor
+    prompts: torch.Tensor
+    order: torch.Tensor
+    prompt_order: torch.Tensor
+    forwards: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an observer of decoding is shown, after the prompt and after every denoising forward.
+
+    Attributes:
+        canvas: Prompt, then new tokens, of every row, the mask where nothing is written yet; shape
+            (batch, longest prompt + max_new_tokens). Prompts start at column 0, whatever their
+            padding was. Not to be written to.
+        committed: Where a token is final, prompts included, shape (batch, width), bool.
+        lengths: Tokens of each prompt: column `lengths[r]` holds row r's first new token.
+        rows: Rows still being written, shape (rows,), int.
+        forwards: Forward passes run so far.
+    """
+
+    canvas: torch.Tensor
+    committed: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    forwards: int
+
+
+Observer = Callable[[Progress], None]

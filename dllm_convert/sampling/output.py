@@ -1,0 +1,60 @@
+"""What `generate` returns.
+
+This module travels inside the published modelling file, so it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from .options import Decoded
+
+
+@dataclass
+class DiffusionOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns.
+
+    Attributes:
+        sequences: Prompt and new tokens, shape (batch, prompt + max_new_tokens).
+        forwards: Forward passes run.
+        tokens_per_forward: New tokens divided by forwards and rows.
+        order: Where it was asked for: the forward, counted from 1, in which each token of
+            `sequences` was committed; 0 at tokens that were given and at padding.
+    """
+
+    sequences: torch.Tensor | None = None
+    forwards: int | None = None
+    tokens_per_forward: float | None = None
+    order: torch.Tensor | None = None
+
+
+def put_together(
+    prompts: torch.Tensor,
+    mask: torch.Tensor,
+    order: torch.Tensor,
+    decoded: Decoded,
+    *,
+    with_order: bool,
+) -> DiffusionOutput:
+    """Put what was decoded behind, and into, the prompts as they were given.
+
+    Args:
+        prompts: As given, padded on either side, shape (batch, length).
+        mask: 1 at tokens, shape (batch, length).
+        order: Column of `prompts` that each column of `decoded.prompts` came from.
+        decoded: What decoding returned.
+        with_order: Return in which forward each token was committed.
+    """
+    given, places = mask.bool(), order[:, : decoded.prompts.shape[1]]
+    filled = torch.where(given, prompts.scatter(1, places, decoded.prompts), prompts)
+    earlier = torch.zeros_like(prompts).scatter(1, places, decoded.prompt_order) * given
+    per_row = decoded.tokens / max(len(prompts), 1)
+    return DiffusionOutput(
+        sequences=torch.cat([filled, decoded.rows], dim=1),
+        forwards=decoded.forwards,
+        tokens_per_forward=per_row / max(decoded.forwards, 1),
+        order=torch.cat([earlier, decoded.order], dim=1) if with_order else None,
+    )

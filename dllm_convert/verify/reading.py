@@ -1,0 +1,72 @@
+"""Read tensors by their place in a file, so that the file may be larger than memory.
+
+The reader of safetensors maps a whole file privately, and Linux refuses that for a file larger than
+all its memory (measured: `Cannot allocate memory` for 6 TiB, sparse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dllm_convert.errors import DataError
+from dllm_convert.safetensors_header import Header
+
+_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+def read_rows(
+    folder: Path, header: Header, name: str, *, at_once: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Read a tensor in pieces of its first dimension.
+
+    Args:
+        folder: Folder of the file.
+        header: Header of the file that holds it.
+        name: Its name.
+        at_once: Rows per piece; None for all in one, shape and all.
+
+    Raises:
+        DataError: The file ends early, or the type is none that torch has.
+    """
+    entry = header.entries[name]
+    if entry.dtype not in _TYPES:
+        raise DataError(f"{header.file}: tensor {name} is {entry.dtype}, which torch cannot read")
+    rows = entry.shape[0] if entry.shape else 1
+    step = rows if at_once is None else at_once
+    row_bytes = (entry.end - entry.start) // max(rows, 1)
+    with (folder / header.file).open("rb") as file:
+        file.seek(header.data_start + entry.start)
+        for first in range(0, max(rows, 1), max(step, 1)):
+            count = min(step, rows - first)
+            shape = (count, *entry.shape[1:]) if entry.shape else ()
+            buffer = bytearray(count * row_bytes)
+            if file.readinto(buffer) != len(buffer):
+                raise DataError(f"{header.file}: ended inside tensor {name}")
+            empty = torch.empty(0, dtype=_TYPES[entry.dtype])
+            piece = torch.frombuffer(buffer, dtype=_TYPES[entry.dtype]) if buffer else empty
+            yield piece.view(shape)
+
+
+def read_tensor(folder: Path, header: Header, name: str) -> torch.Tensor:
+    """Read a whole tensor; arguments and errors are those of `read_rows`."""
+    return next(read_rows(folder, header, name))
