@@ -18,7 +18,7 @@ from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.probe.influence import by_layer, whole
 from dllm_convert.probe.instance import Instance, attention, text
 from dllm_convert.probe.report import Finding
-from dllm_convert.sampling.decoding import BlockCache
+from dllm_convert.sampling.cache import BlockCache
 
 LENGTH, BLOCK = 23, 5
 """Four blocks and a part of one; no divisor in common with a window."""
