@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.adapters import Adapter, adapter_of
 from dllm_convert.card_base import (
     Base,
     Data,
@@ -161,7 +161,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         config = _config(folder)
         return Facts(
             base=base_of(folder, manifest),
-            adapter=get_adapter(str(source["model_type"])),
+            adapter=adapter_of(config | {"model_type": source["model_type"]}),
             objective=plan["target"],
             block_size=plan["block_size"],
             token_shift=plan["token_shift"],

@@ -228,6 +228,9 @@ class Recipe(_Section):
     sliding_window: Literal["open", "refuse"] = Field(
         "open", description="open a sliding window to full attention, or refuse the conversion"
     )
+    allow_generic: bool = Field(
+        False, description="convert a family without an adapter if it passes what is measured"
+    )
     mask_token: MaskToken = MaskToken()
     noise: Noise = Noise()
     data: Data = Data()

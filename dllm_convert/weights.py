@@ -179,7 +179,7 @@ def _write_others(plan: ConversionPlan, source: Path, out: Path, *, light: bool)
     _write_configs(plan, source, out)
     if not (light and write_tokenizer_json(plan.mask, source, out)):
         write_tokenizer(plan.mask, source, out)
-    write_modeling(out)
+    write_modeling(out, plan.adapter)
     for name in matching(file_names(source), LICENCE_FILES):
         shutil.copyfile(source / name, out / name)
 

@@ -50,6 +50,25 @@ if TYPE_CHECKING:
     from dllm_convert.schema import Recipe
 
 
+_GENERIC = "Families without an adapter"
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        rich_help_panel=_GENERIC,
+        help="Measure on a small random instance whether the family can be converted; check only.",
+    ),
+]
+AllowGeneric = Annotated[
+    bool,
+    typer.Option(
+        "--allow-generic",
+        rich_help_panel=_GENERIC,
+        help="Convert a family that has no adapter, if it passes what --probe measures.",
+    ),
+]
+
+
 def run(
     ctx: typer.Context,
     source: option.Source,
@@ -71,6 +90,8 @@ def run(
     num_processes: option.Processes = None,
     launch_config: option.LaunchConfig = None,
     dry_run: option.DryRun = False,
+    probe: Probe = False,
+    allow_generic: AllowGeneric = False,
     push_to_hub: option.PushToHub = None,
     public: option.Public = None,
     revision: option.PushRevision = None,
@@ -92,6 +113,7 @@ def run(
         "training.keep_adapter": keep_adapter or None,
         "training.report_to": report_to,
         "revision": source_revision,
+        "allow_generic": allow_generic or None,
         "allow_pickle": allow_pickle or None,
     }
     given = {field: value for field, value in flags.items() if value is not None}
@@ -107,9 +129,12 @@ def run(
     if dry_run or ctx.info_name == "check":
         from dllm_convert.plan_text import plan_text
 
-        document = plan_document(recipe, folder, push, num_processes or place.world)
+        processes = num_processes or place.world
+        document = plan_document(recipe, folder, push, processes, probe=probe)
         output.show(document, plan_text, as_json=as_json)
         return
+    if probe:
+        raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(_launch(num_processes, launch_config))
     how = How(link=link, verify=verify)

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.disk import link
 from dllm_convert.errors import DataError
@@ -22,6 +22,7 @@ from dllm_convert.manifest import (
 )
 from dllm_convert.pictures import DENOISING
 from dllm_convert.publish.staging import check_recorded, is_weight, published_names
+from dllm_convert.sampling.run import read_config
 from dllm_convert.training.adapter_files import ADAPTER
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -81,7 +82,7 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
     from dllm_convert.verify.portability import run_isolated
 
     manifest = read_manifest(merged)
-    source, family = manifest["source"], get_adapter(str(manifest["source"]["model_type"]))
+    source, family = manifest["source"], adapter_of(read_config(merged))
     probe = {
         "name": "adapter",
         "required": f"logits within {family.tolerance:g} of the merged weights",

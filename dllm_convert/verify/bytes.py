@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.adapters import Adapter, adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.copying import pieces, workers
 from dllm_convert.errors import DataError, IncompatibleError
@@ -228,7 +228,7 @@ def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> Verifi
             f"config.json of {folder} has no diffusion section with a mask_token_id",
             hint="Give a folder that dllm-convert run wrote",
         )
-    adapter = get_adapter(str(config["model_type"]))
+    adapter = adapter_of(config)
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else {}
     mask = ((manifest.get("plan") or {}).get("mask") or {}).get("write_row", True)
     trained = ((manifest.get("recipe") or {}).get("training") or {}).get("method") != "none"
