@@ -52,9 +52,12 @@ class MeasuredMixin(DiffusionMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logits_at: torch.LongTensor | None = None,
+        sees_all: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model with the attention its config claims; arguments as in `DiffusionMixin`.
+
+        `sees_all` saves nothing here: a mask is what was measured to open every layer.
 
         Raises:
             ValueError: If `labels` is given, or no tokens.

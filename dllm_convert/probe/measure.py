@@ -148,7 +148,8 @@ def reload(instance: Instance, model: Any) -> Finding:
             model.config.save_pretrained(Path(name))
             differences = []
             for cls in (AutoModelForCausalLM, diffusion_class(instance.adapter)):
-                loaded, info = cls.from_pretrained(
+                loader: Any = cls
+                loaded, info = loader.from_pretrained(
                     name, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
                 if info["missing_keys"]:

@@ -146,7 +146,7 @@ TRAINING = {"training-mask", "training-influence", "packed"}
         ({"other_documents": True}, TRAINING),
         ({"clean_sees_noise": True}, TRAINING),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)),
 )
 def test_noisy_block_sees_too_much(
     llama: Any, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, bool], names: set[str]
