@@ -174,7 +174,7 @@ def nelbo(model: Any, text: torch.Tensor, given: int) -> float:
 def against_base(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second at confidence thresholds, beside the base's own decoding."""
     config = AutoConfig.from_pretrained(args.base, trust_remote_code=False, is_causal=True)
-    base = AutoModelForCausalLM.from_pretrained(
+    base: Any = AutoModelForCausalLM.from_pretrained(
         args.base, config=config, dtype=torch.float32, trust_remote_code=False
     )
     prompt = prompt_of(tokenizer, args.prompt)

@@ -10,8 +10,11 @@ import ast
 from importlib import resources
 from pathlib import Path
 
+from dllm_convert.adapters.base import Adapter
+
 MODELING_FILE = "modeling_dllm.py"
 
+_MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
     "attention.py",
     "sampling/options.py",
@@ -57,21 +60,51 @@ def _split(source: str) -> tuple[list[str], str]:
     return imports, body.strip("\n")
 
 
-def modeling_source() -> str:
-    """Return the text of the published modelling file."""
+_MEASURED_PART = "measured.py"
+_MEASURED_CLASS = '''
+class {name}(MeasuredMixin, {stock}):
+    """{stock} as a diffusion language model: measured with transformers {version}, not written."""
+'''
+
+
+def _min_transformers(modeling: str) -> str:
+    """Return MIN_TRANSFORMERS of the modelling code: importing it would load torch."""
+    assigned = (node for node in ast.parse(modeling).body if isinstance(node, ast.Assign))
+    (value,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == _MINIMUM)
+    return str(ast.literal_eval(value))
+
+
+def modeling_source(adapter: Adapter | None = None) -> str:
+    """Return the text of the published modelling file.
+
+    Args:
+        adapter: The family, where it was measured and has no class of its own in `modeling.py`.
+    """
     from dllm_convert import __version__
-    from dllm_convert.modeling import MIN_TRANSFORMERS
 
     root = resources.files("dllm_convert")
-    parts = [_split(root.joinpath(part).read_text(encoding="utf-8")) for part in _PARTS]
-    imports = sorted({line for found, _ in parts for line in found})
-    bodies = "\n\n\n".join(body for _, body in parts)
-    header = _HEADER.format(version=__version__, transformers=MIN_TRANSFORMERS)
+    measured = None if adapter is None else adapter.measured
+    parts = _PARTS if measured is None else (*_PARTS, _MEASURED_PART)
+    sources = [root.joinpath(part).read_text(encoding="utf-8") for part in parts]
+    split = [_split(source) for source in sources]
+    imports = sorted({line for found, _ in split for line in found})
+    bodies = "\n\n\n".join(body for _, body in split)
+    oldest = _min_transformers(sources[len(_PARTS) - 1])
+    if adapter is not None and measured is not None:
+        imports = sorted({*imports, f"from transformers import {adapter.stock_class}"})
+        bodies += "\n\n" + _MEASURED_CLASS.format(
+            name=adapter.diffusion_class, stock=adapter.stock_class, version=measured.transformers
+        ).rstrip("\n")
+        # Older ones were not measured with this family.
+        newest = adapter.min_transformers
+        bodies = bodies.replace(f'{_MINIMUM} = "{oldest}"', f'{_MINIMUM} = "{newest}"')
+        oldest = newest
+    header = _HEADER.format(version=__version__, transformers=oldest)
     return header + "\n" + "\n".join(imports) + "\n\n" + bodies + "\n"
 
 
-def write_modeling(folder: Path) -> Path:
+def write_modeling(folder: Path, adapter: Adapter | None = None) -> Path:
     """Write the modelling file into a checkpoint folder and return its path."""
     path = folder / MODELING_FILE
-    path.write_text(modeling_source(), encoding="utf-8")
+    path.write_text(modeling_source(adapter), encoding="utf-8")
     return path

@@ -78,19 +78,9 @@ def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | Non
         repo_id=repo_id,
         title=title,
         prompt=facts.sample["prompt"] if facts.sample else DEFAULT_PROMPT,
-        recipe_yaml=recipe_yaml.dump(_spoken(facts.recipe)),
+        recipe_yaml=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         few_tokens=facts.train is not None and int(facts.train["tokens"]) < BILLION,
         code_file=f"[{MODELING_FILE}]({MODELING_FILE})" if facts.custom_code else MODELING_FILE,
         lora=facts.train is not None and facts.train["method"] == "lora",
     )
     return f"{dump_front_matter(front_matter(facts, title))}\n{body}"
-
-
-def _spoken(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe without fields that were left empty, sections included."""
-    spoken: dict[str, Any] = {}
-    for key, value in recipe.items():
-        kept = _spoken(value) if isinstance(value, Mapping) else value
-        if kept not in (None, {}, [], ()):
-            spoken[key] = list(kept) if isinstance(kept, tuple) else kept
-    return spoken

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.card_base import data_kind, data_names
-from dllm_convert.pictures import PARALLELISM, Picture
+from dllm_convert.evaluation.picture import PARALLELISM
+from dllm_convert.pictures import Picture
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match"}
 """Metrics of lm-eval by the names the Hub has for them."""

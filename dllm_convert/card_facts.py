@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.adapters import Adapter, adapter_of
 from dllm_convert.card_base import (
     Base,
     Data,
@@ -22,6 +22,7 @@ from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.card_evaluation import Evaluation, evaluation_of
 from dllm_convert.errors import DataError
 from dllm_convert.licences import conforming_name
+from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
 
@@ -79,6 +80,7 @@ class Facts:
         animation: How the sample was denoised, None if that was not recorded.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         custom_code: Whether the folder brings its modelling code.
+        has_report: Whether report.html lies in the folder.
         tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
         manifest: The manifest.
@@ -103,6 +105,7 @@ class Facts:
     animation: Picture | None
     adapter_only: bool
     custom_code: bool
+    has_report: bool
     tied: bool
     has_chat_template: bool
     manifest: Mapping[str, Any]
@@ -161,7 +164,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         config = _config(folder)
         return Facts(
             base=base_of(folder, manifest),
-            adapter=get_adapter(str(source["model_type"])),
+            adapter=adapter_of(config | {"model_type": source["model_type"]}),
             objective=plan["target"],
             block_size=plan["block_size"],
             token_shift=plan["token_shift"],
@@ -179,6 +182,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             animation=DENOISING if (folder / DENOISING.file).is_file() else None,
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
+            has_report=(folder / REPORT_FILE).is_file(),
             tied=bool(config.get("tie_word_embeddings", True)),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from dllm_convert.cli_views import views_of
+
 _MEASURES = {
     "nelbo_before": "NELBO before training",
     "nelbo_after": "NELBO after training",
@@ -34,6 +36,13 @@ def show(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None
         write_json(document)
     else:
         write(as_text(document))
+
+
+def verify_text(document: Mapping[str, Any]) -> str:
+    """Return what `verify` shows, from the document it would print with `--json`."""
+    report = document.get("report")
+    parts = [verification_table(document), *views_of(document)]
+    return "\n\n".join([*parts, f"Report: {report}"] if report else parts)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -112,6 +121,8 @@ def run_summary(path: str, manifest: Mapping[str, Any]) -> str:
     if rows:
         header = ("held-out text", "nats per token", "perplexity", "tokens")
         parts += ["", "Measurements", table(header, rows)]
+    for block in views_of(manifest):
+        parts += ["", block]
     sample = manifest.get("sample")
     if sample:
         parts += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]

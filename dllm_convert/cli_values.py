@@ -100,9 +100,16 @@ def default_out(recipe: Recipe) -> Path:
 
 
 def plan_document(
-    recipe: Recipe, folder: Path, push: PushOptions | None, processes: int
+    recipe: Recipe,
+    folder: Path,
+    push: PushOptions | None,
+    processes: int,
+    *,
+    probe: bool = False,
 ) -> dict[str, Any]:
     """Return what a dry run shows: the plan, on how many processes, where it would be published.
+
+    With `probe` the family is measured, whether it has an adapter or not.
 
     Raises:
         DllmConvertError: The conversion cannot work, or may not be published as asked.
@@ -113,11 +120,15 @@ def plan_document(
     from dllm_convert.plan import plan_as_dict
     from dllm_convert.plan_estimate import estimate
 
+    measured: dict[str, Any] = {}
+    if probe:
+        recipe, measured = _probed(recipe)
     plan = plan_conversion(recipe)
     document = {
         "out": str(folder),
         **plan_as_dict(plan),
         "estimate": estimate(plan, this_cpu()),
+        **measured,
     }
     if recipe.training.method != "none" and processes > 1:
         sequences = recipe.training.sequences_per_step * processes
@@ -135,11 +146,28 @@ def plan_document(
     return document | {"publication": publication}
 
 
-def base_folder(source: str, reporter: Reporter) -> Path:
+def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
+    """Measure a recipe's source; return the recipe that allows it, and what was measured."""
+    from dllm_convert.adapters import has_adapter
+    from dllm_convert.families import probe_source
+    from dllm_convert.source import inspect_source
+
+    source = inspect_source(recipe.source, revision=recipe.revision)
+    report = probe_source(source)
+    if not has_adapter(source.model_type):
+        report.require()
+    found = {key: value for key, value in report.as_dict().items() if key != "adapter"}
+    return recipe.model_copy(update={"allow_generic": True}), {"probe": found}
+
+
+def base_folder(source: str, reporter: Reporter, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a base's weights, fetched if need be."""
     from dllm_convert.materialise import materialise
+    from dllm_convert.plan_checks import check_pickle
     from dllm_convert.recipe import load_recipe
     from dllm_convert.source import inspect_source
 
     recipe = load_recipe(source, overrides={})
-    return materialise(inspect_source(recipe.source, revision=recipe.revision), reporter)
+    info = inspect_source(recipe.source, revision=recipe.revision)
+    check_pickle(info, allowed=allow_pickle or recipe.allow_pickle)
+    return materialise(info, reporter).folder

@@ -63,16 +63,31 @@ GGML_TYPES = {
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file.
+
+    Attributes:
+        kind: Name of its type.
+        shape: Sizes, outermost first.
+        start: Byte of the file at which it begins.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     """The checked header of a GGUF file.
 
     Attributes:
         metadata: Key to value; arrays are lists.
-        tensors: ggml name to (type name, shape with the outermost size first).
+        tensors: ggml name to tensor.
     """
 
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    tensors: Mapping[str, GgufTensor]
 
 
 class _Reader:
@@ -127,7 +142,8 @@ class _Reader:
         return -(-self._handle.tell() // alignment) * alignment
 
 
-def _tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor in the file."""
     _, elements, size = next(entry for entry in GGML_TYPES.values() if entry[0] == kind)
     total = 1
     for length in shape:
@@ -153,11 +169,15 @@ def _parse(reader: _Reader, size: int) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"alignment {alignment!r}")
     start = reader.aligned(alignment)
+    tensors: dict[str, GgufTensor] = {}
     for name, kind, shape, offset in described:
-        end = start + offset + _tensor_bytes(kind, shape)
+        end = start + offset + tensor_bytes(kind, shape)
         if end > size:
             raise ValueError(f"tensor {name!r} ends at byte {end} of {size}, the file is truncated")
-    return GgufHeader(metadata, {name: (kind, shape) for name, kind, shape, _ in described})
+        if name in tensors:
+            raise ValueError(f"tensor {name!r} twice")
+        tensors[name] = GgufTensor(kind, shape, start + offset)
+    return GgufHeader(metadata, tensors)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -174,6 +194,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, struct.error) as error:
         raise DataError(
-            f"{path.name}: found {error}, expected a complete GGUF file",
+            f"{path.name}: found {str(error)[:300]}, expected a complete GGUF file",
             hint="Download the file again; files split in parts must be merged first",
         ) from error

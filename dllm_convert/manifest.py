@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.copying import sha256_file, sha256_files
 from dllm_convert.errors import DataError
 from dllm_convert.workspace import WORK, write_json
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 MANIFEST_FILE = "dllm_convert.json"
 CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
+WRITTEN_LAST = (MANIFEST_FILE, CARD_FILE, REPORT_FILE)
+"""Files that say what the others are: written after them, not hashed among them."""
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -70,12 +74,6 @@ def source_facts(plan: ConversionPlan) -> dict[str, Any]:
     }
 
 
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read in pieces."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def git_blob(path: Path) -> str:
     """Return the id git gives a file's content, in hexadecimal."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
@@ -115,7 +113,7 @@ def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:
         Name relative to the folder, with forward slashes, to hexadecimal digest.
     """
     skipped = set(exclude)
-    return {name: sha256_file(folder / name) for name in file_names(folder) if name not in skipped}
+    return sha256_files({n: folder / n for n in file_names(folder) if n not in skipped})
 
 
 def changed_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -129,14 +127,18 @@ def changed_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
         File name to what is wrong with it; empty if everything is as recorded.
     """
     wrong: dict[str, str] = {}
-    for name, expected in hashes.items():
+    present: dict[str, Path] = {}
+    for name in hashes:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
             wrong[name] = "lies outside the folder"
         elif not (folder / name).is_file():
             wrong[name] = "is missing"
-        elif (found := sha256_file(folder / name)) != expected:
-            wrong[name] = f"has sha256 {found[:12]}…, recorded {str(expected)[:12]}…"
+        else:
+            present[name] = folder / name
+    for name, found in sha256_files(present).items():
+        if found != hashes[name]:
+            wrong[name] = f"has sha256 {found[:12]}…, recorded {str(hashes[name])[:12]}…"
     return wrong
 
 

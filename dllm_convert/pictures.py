@@ -1,17 +1,18 @@
-"""Pictures of a run for its card, drawn from what training and evaluation wrote down."""
+"""Pictures of a run for its card and its report, drawn from what the manifest holds."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.observations import Observations
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -20,223 +21,142 @@ class Picture:
 
     Attributes:
         file: Its name.
+        chart: Function of `charts` that draws it.
+        section: Where the card shows it: attention, training, measures or sample.
+        title: A few words.
         alt: What it shows, for those who cannot see it.
         caption: A sentence beneath it.
     """
 
     file: str
+    chart: str
+    section: str
+    title: str
     alt: str
     caption: str
 
 
+ATTENTION = Picture(
+    "attention.png",
+    "attention_figure",
+    "attention",
+    "Attention: who sees whom",
+    "Heat-maps of how far the prediction at each position moves when one token is changed: a lower "
+    "triangle where attention is causal, a full square where it is bidirectional, a staircase of "
+    "squares where it is open inside blocks",
+    "One token is changed at a time, and the logits at every position are watched: dark pairs do "
+    "not move at all, bright ones do. What lies above the diagonal looks ahead.",
+)
 LOSS = Picture(
     "loss.png",
+    "loss_figure",
+    "training",
+    "Training",
     "Line chart of the training loss and of the training NELBO, in nats per token, over optimizer "
     "steps",
     "Training loss and NELBO per logged step, thin, and their running median, thick; crosses are "
     "the NELBO on held-out text before and after.",
 )
-PICTURES = (LOSS,)
-PARALLELISM = Picture(
-    "parallelism.png",
-    "Line chart of the score of each task over the tokens written per forward pass, a point per "
-    "confidence threshold",
-    "Score against tokens per forward, a point per confidence threshold, with 95 % intervals over "
-    "items.",
+RATES = Picture(
+    "mask_rates.png",
+    "rates_figure",
+    "measures",
+    "Held-out loss at each mask rate",
+    "Line chart of the nats per masked token on held-out text over the share of the tokens that "
+    "are masked, before and after training",
+    "The same tokens are masked before and after; bars are one standard error over sequences. The "
+    "mean of a curve over all rates is the NELBO.",
 )
+DECODING = Picture(
+    "decoding.png",
+    "decoding_figure",
+    "sample",
+    "Faster decoding, and what it changes",
+    "Chart of the share of tokens that agree with decoding one token per forward, over tokens per "
+    "forward, one point per confidence threshold",
+    "Numbers are confidence thresholds: the lower, the more tokens become final at once. The cross "
+    "is one token per forward, which the others are compared with; forwards that read the prompt "
+    "count.",
+)
+PICTURES = (ATTENTION, LOSS, RATES, DECODING)
 DENOISING = Picture(
     "sample.gif",
+    "",
+    "sample",
+    "The sample while it was denoised",
     "Animation of the sample above: grey boxes stand for masked tokens and turn into text, one "
     "forward pass after the other, with the newest tokens highlighted",
     "The same text while it was denoised; grey is not written yet, orange was written last.",
 )
-
-GREY = "#767676"
-"""Of text and axes: contrast above 4 against white and against the Hub's dark page."""
-BLUE = "#0072b2"
-VERMILION = "#d55e00"
-"""Blue and vermilion of Okabe and Ito: apart for every colour vision, 3:1 on white and on dark."""
-
-_COLOURS = (BLUE, VERMILION, "#009e73", "#cc79a7", "#e69f00")
-
-_WINDOW = 15
+"""Recorded while the sample is decoded; the others are drawn from what was measured."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One logged quantity.
-
-    Attributes:
-        steps: Optimizer steps.
-        values: Nats per token.
-    """
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-
-def read_curves(metrics: Path) -> dict[str, Curve]:
-    """Read `loss` and `nelbo` from metrics.jsonl; what is broken or missing is left out.
+def draw_all(measurements: Mapping[str, Any], folder: Path) -> list[str]:
+    """Draw every picture of which something was measured, as PNG.
 
     Args:
-        metrics: File of one JSON object per logged step.
-    """
-    rows: list[Mapping[str, Any]] = []
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    curves = {}
-    for name in ("loss", "nelbo"):
-        found = [(row["step"], row[name]) for row in rows if _is_number(row.get(name))]
-        if len(found) > 1:
-            curves[name] = Curve(*(tuple(column) for column in zip(*found, strict=True)))
-    return curves
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def running_median(values: Sequence[float], window: int = _WINDOW) -> list[float]:
-    """Return the median of up to `window` values around each."""
-    from statistics import median
-
-    half = window // 2
-    return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def draw_loss(metrics: Path, measurements: Mapping[str, Any], out: Path) -> bool:
-    """Draw the loss over the steps, readable on light and on dark pages.
-
-    Args:
-        metrics: metrics.jsonl of the run.
-        measurements: Section of the manifest, for the held-out values.
-        out: PNG to write.
+        measurements: Section of the manifest.
+        folder: Where the files are written.
 
     Returns:
-        Whether there was anything to draw; otherwise nothing is written.
+        Names of the files that were written.
     """
-    curves = read_curves(metrics)
-    if not curves:
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return [picture.file for picture in PICTURES if draw(picture, measurements, folder)]
 
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    same = _same(curves.get("loss"), curves.get("nelbo"))
-    label = "training loss, the NELBO" if same else "training loss"
-    _draw_curve(axes, curves.get("loss"), BLUE, "-", label)
-    if not same:
-        _draw_curve(axes, curves.get("nelbo"), VERMILION, "--", "training NELBO")
-    last = max(curve.steps[-1] for curve in curves.values())
-    _draw_held_out(axes, measurements, last)
-    _style(axes, "optimizer step", "nats per token")
+
+def draw(picture: Picture, measurements: Mapping[str, Any], folder: Path) -> bool:
+    """Draw one picture into `folder`; return whether there was anything to draw."""
+    figure = _figure(picture, Observations.from_measurements(measurements))
+    if figure is None:
+        return False
     # Without a date or a version inside, the same run gives the same file.
-    figure.savefig(out, transparent=True, metadata={"Software": None})
+    figure.savefig(folder / picture.file, transparent=True, metadata={"Software": None})
     return True
 
 
-def draw_parallelism(sweep: Sequence[Mapping[str, Any]], out: Path) -> bool:
-    """Draw what writing several tokens per forward costs, readable on light and on dark pages.
+def draw_svg(picture: Picture, seen: Observations) -> str | None:
+    """Return a picture as SVG to stand inside a page, in the page's colour and font.
+
+    Text stays text, so that it can be read aloud, found and copied.
 
     Args:
-        sweep: Section `evaluation.sweep` of the manifest.
-        out: PNG to write.
+        picture: What to draw.
+        seen: What was measured.
 
     Returns:
-        Whether there was anything to draw; otherwise nothing is written.
+        An `svg` element; None if there is nothing to draw.
     """
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sweep:
-        if row.get("tokens_per_forward"):
-            lines.setdefault(f"{row['task']}, {row['metric']}", []).append(row)
-    if not lines:
-        return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = _figure(picture, seen)
+    if figure is None:
+        return None
+    import matplotlib
 
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    styles = zip(_COLOURS, "osD^v", strict=True)
-    for (label, rows), (colour, marker) in zip(lines.items(), cycle(styles), strict=False):
-        rows.sort(key=lambda row: float(row["tokens_per_forward"]))
-        axes.errorbar(
-            [row["tokens_per_forward"] for row in rows],
-            [row["value"] for row in rows],
-            [row["half_width"] or 0 for row in rows],
-            color=colour,
-            marker=marker,
-            capsize=3,
-            label=label,
-        )
-        for row in rows:
-            axes.annotate(
-                f"{row['threshold']:g}",
-                (row["tokens_per_forward"], row["value"]),
-                (4, 4),
-                textcoords="offset points",
-                color=GREY,
-            )
-    _style(axes, "tokens per forward", "score")
-    figure.savefig(out, transparent=True, metadata={"Software": None})
-    return True
+    from dllm_convert.charts import GREY
+
+    sheet = io.StringIO()
+    # The salt keeps the ids of several pictures on one page apart, and the same for the same run.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": picture.file}
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context(settings):
+        figure.savefig(sheet, format="svg", transparent=True, metadata=nothing)
+    text = sheet.getvalue()
+    element = text[text.index("<svg") :].replace(GREY, "currentColor")
+    element = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", element)
+    element = element.replace("*{stroke", "svg *{stroke")
+    box = re.search(r'viewBox="[^"]*"', element)
+    start = f'<svg role="img" aria-label="{picture.alt}" {box[0] if box else ""}>'
+    body = element[element.index(">") + 1 :].strip()
+    return start + _own_ids(body, picture.file.partition(".")[0])
 
 
-def _same(loss: Curve | None, nelbo: Curve | None) -> bool:
-    """Whether the loss is the bound itself, which one line shows better than two."""
-    if loss is None or nelbo is None or loss.steps != nelbo.steps:
-        return False
-    return all(abs(a - b) <= 1e-3 for a, b in zip(loss.values, nelbo.values, strict=True))
+def _own_ids(element: str, name: str) -> str:
+    """Make ids unique on the page: matplotlib numbers groups alike in every figure."""
+    element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', element)
+    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", element)
 
 
-def _draw_curve(axes: Axes, curve: Curve | None, colour: str, line: str, label: str) -> None:
-    if curve is None:
-        return
-    axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.4)
-    smooth = running_median(curve.values)
-    axes.plot(curve.steps, smooth, color=colour, linewidth=2, linestyle=line, label=label)
+def _figure(picture: Picture, seen: Observations) -> Figure | None:
+    from dllm_convert import charts
 
-
-def _draw_held_out(axes: Axes, measurements: Mapping[str, Any], last: int) -> None:
-    points = [
-        (step, float(measurements[key]["nats_per_token"]))
-        for step, key in ((0, "nelbo_before"), (last, "nelbo_after"))
-        if measurements.get(key)
-    ]
-    if points:
-        steps, values = zip(*points, strict=True)
-        axes.plot(
-            steps,
-            values,
-            linestyle="none",
-            marker="X",
-            markersize=9,
-            color=GREY,
-            label="held-out NELBO",
-        )
-    base = measurements.get("ar_nll")
-    if base:
-        value = float(base["nats_per_token"])
-        axes.axhline(value, color=GREY, linestyle=":", label="base, autoregressive")
-
-
-def _style(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=GREY)
-    axes.set_ylabel(y, color=GREY)
-    axes.tick_params(colors=GREY)
-    axes.grid(visible=True, color=GREY, alpha=0.25, linewidth=0.5)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GREY)
-    axes.legend(frameon=False, labelcolor=GREY)
+    figure: Figure | None = getattr(charts, picture.chart)(seen)
+    return figure

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.families import measured_adapter, record_adapter
+from dllm_convert.how import DEFAULT, How
 from dllm_convert.manifest import read_manifest, source_facts
 from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan, make_plan
@@ -41,13 +44,20 @@ class RunResult:
     pushed: PushResult | None = None
 
 
-def plan_conversion(recipe: Recipe) -> ConversionPlan:
+def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
     """Read the source's headers and plan; loads no weights and imports no torch.
+
+    A family without an adapter is measured in another process, if the recipe allows it.
+
+    Args:
+        recipe: The resolved recipe.
+        out: Output folder of the run, whose measured adapter is taken if it has one.
 
     Raises:
         DllmConvertError: If the source cannot be read or the conversion cannot work.
     """
-    return make_plan(recipe, inspect_source(recipe.source, revision=recipe.revision))
+    source = inspect_source(recipe.source, revision=recipe.revision)
+    return make_plan(recipe, source, measured_adapter(recipe, source, out))
 
 
 def follow(recipe: Recipe, out: Path, place: Place) -> None:
@@ -60,7 +70,7 @@ def follow(recipe: Recipe, out: Path, place: Place) -> None:
     """
     from dllm_convert.training.distributed import meet
 
-    plan, reporter = plan_conversion(recipe), Reporter(quiet=True)
+    plan, reporter = plan_conversion(recipe, out), Reporter(quiet=True)
     with quiet_libraries():
         if meet(place):
             Stages(plan, read_workspace(out), reporter, place).train()
@@ -73,6 +83,7 @@ def run(
     *,
     push: PushOptions | None = None,
     place: Place = ALONE,
+    how: How = DEFAULT,
 ) -> RunResult:
     """Convert, train, verify and document a checkpoint.
 
@@ -84,12 +95,13 @@ def run(
         reporter: Progress.
         push: Where to publish a checkpoint that passed its verification.
         place: This process, the first of several that train; the others `follow`.
+        how: Links and depth of verification, which an interrupted run may choose anew.
 
     Raises:
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
     """
     require_installed(recipe.training.report_to)
-    plan = plan_conversion(recipe)
+    plan = plan_conversion(recipe, out)
     if push is not None:
         from dllm_convert.publish.run import preflight
 
@@ -97,10 +109,13 @@ def run(
         push = preflight({"source": source_facts(plan)}, push, reporter)
     run_id = fingerprint(recipe.identity(), plan.source.fingerprint)
     with open_workspace(out, run_id) as workspace:
+        record_adapter(workspace.work, plan.adapter)
         for warning in plan.warnings:
             reporter.warn(warning)
-        with quiet_libraries():
-            Stages(plan, workspace, reporter, place).finish()
+        stages = Stages(plan, workspace, reporter, place, how)
+        # Quietening libraries imports them, which takes longer than a light run.
+        with nullcontext() if stages.light else quiet_libraries():
+            stages.finish()
         manifest = read_manifest(out)
         result = RunResult(out, manifest, manifest["verification"]["passed"])
         if push is None or not result.passed:

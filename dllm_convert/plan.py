@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
@@ -15,6 +16,7 @@ from dllm_convert.plan_attention import open_attention
 from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
+    check_pickle,
     check_quantised,
     check_target,
     check_tensors,
@@ -110,6 +112,7 @@ def _config_updates(
     updates: dict[str, Any] = {
         "architectures": [adapter.diffusion_class],
         "auto_map": {adapter.auto_class: f"modeling_dllm.{adapter.diffusion_class}"},
+        **(adapter.measured.config if adapter.measured else {}),
         "is_causal": False,
         "mask_token_id": mask.id,
         "vocab_size": mask.rows_after,
@@ -118,25 +121,39 @@ def _config_updates(
     }
     if recipe.target == "bd3lm":
         updates["block_size"] = recipe.block_size
+    if adapter.measured is not None:
+        # Whoever reads the folder later has no file to look the family up in.
+        updates["diffusion"][RECORD] = adapter_as_dict(adapter)
     return updates
 
 
-def make_plan(recipe: Recipe, source: SourceInfo) -> ConversionPlan:
+def make_plan(
+    recipe: Recipe, source: SourceInfo, measured: Adapter | None = None
+) -> ConversionPlan:
     """Decide everything a run will do, from the recipe and the source's headers.
+
+    Args:
+        recipe: What to do.
+        source: The checkpoint, seen through its headers.
+        measured: The family, where it was measured and no file declares it.
 
     Raises:
         UnsupportedError: The family, or this target for it, has no conversion.
         IncompatibleError: The checkpoint or the recipe cannot be converted as asked.
     """
-    adapter = get_adapter(source.model_type)
+    adapter = measured or get_adapter(source.model_type)
+    if adapter.measured is not None:
+        source = replace(source, config={**source.config, **adapter.measured.config})
     check_transformers(adapter.min_transformers)
     check_class(source.config, adapter)
     check_target(recipe, adapter)
+    check_pickle(source, allowed=recipe.allow_pickle)
     mask = decide_mask_token(recipe, source, adapter)
     names: tuple[str, ...] = ()
     if source.tensors:
         names = check_tensors(source.config, source.tensors, adapter, rows=mask.rows_before)
-        check_shapes(source.config, source.tensors, adapter)
+        if adapter.measured is None:
+            check_shapes(source.config, source.tensors, adapter)
     check_quantised(source, names)
     context = context_length(source.config, adapter)
     check_lengths(recipe, context)
@@ -221,6 +238,7 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "training": training.model_dump(mode="json"),
         "training_tokens": 0 if training.method == "none" else recipe.training_tokens,
         "data": recipe.data.model_dump(mode="json"),
+        "measured": asdict(plan.adapter.measured) if plan.adapter.measured else None,
         "min_transformers": plan.adapter.min_transformers,
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),

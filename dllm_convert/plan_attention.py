@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.adapters.base import Adapter, Window
+from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.plan_checks import layer_count
 from dllm_convert.plan_layers import (
@@ -45,6 +45,8 @@ def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
         IncompatibleError: `layer_types` does not fit the number of layers.
         UnsupportedError: A layer has a type other than full or sliding attention.
     """
+    if adapter.measured is not None:
+        return _measured_types(config, adapter, adapter.measured)
     layers, window = layer_count(config), adapter.window
     listed = config.get("layer_types")
     if listed is not None:
@@ -64,6 +66,20 @@ def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
     if window.first_layer is not None:
         first = config.get(window.first_layer, window.first_layer_default)
     return tuple(SLIDING if layer >= first else FULL for layer in range(layers))
+
+
+def _measured_types(
+    config: Mapping[str, Any], adapter: Adapter, measured: Measured
+) -> tuple[str, ...]:
+    """Return the kinds that were measured; those with a window are full where it is opened."""
+    values = adapter.window.overrides if adapter.window else {}
+    window = FULL if all(config.get(key) == value for key, value in values.items()) else SLIDING
+    kinds = ((window if kind in measured.narrow else kind) for kind in measured.layers)
+    return tuple(
+        kind
+        for kind, count in zip(kinds, measured.layers.values(), strict=True)
+        for _ in range(count)
+    )
 
 
 def _in_force(config: Mapping[str, Any], window: Window) -> bool:
@@ -110,6 +126,48 @@ def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
         )
 
 
+def _opening(recipe: Recipe, layers: int) -> str:
+    opened = (
+        "bidirectional"
+        if recipe.target == "mdlm"
+        else f"block-causal in blocks of {recipe.block_size}: causal across blocks, "
+        "bidirectional inside one"
+    )
+    return f"causal attention becomes {opened}, on all {layers} layers"
+
+
+def measured_attention(
+    recipe: Recipe, source: SourceInfo, adapter: Adapter, measured: Measured
+) -> AttentionPlan:
+    """Decide what changes in a family that was measured: what the measurement found to open it.
+
+    Raises:
+        IncompatibleError: It has a window the recipe refuses.
+    """
+    config = source.config
+    changes = []
+    updates = dict(adapter.window.overrides) if adapter.window else {}
+    if updates:
+        count = sum(measured.layers.get(kind, 0) for kind in measured.narrow)
+        size = config.get(next(iter(updates)))
+        where = f"{count} of {sum(measured.layers.values())} layers ({'; '.join(measured.narrow)})"
+        if recipe.sliding_window == "refuse":
+            raise IncompatibleError(
+                f"a window of {size} tokens on {where}, and the recipe refuses to open it",
+                hint="--set sliding_window=open",
+            )
+        changes.append(f"window of {size} tokens opened to the whole context on {where}")
+    changes.append(_opening(recipe, sum(measured.layers.values())))
+    note = (
+        f"the family has no written adapter: it was measured on a small random instance with "
+        f"transformers {measured.transformers}"
+    )
+    kinds = tuple(kind for kind, count in measured.layers.items() for _ in range(count))
+    after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
+    layers = group_layers(kinds, before="causal", after=after)
+    return AttentionPlan(tuple(changes), updates, (*kept_features(source), note), layers)
+
+
 def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> AttentionPlan:
     """Decide what changes in the attention.
 
@@ -124,6 +182,8 @@ def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
         stays = "attention is bidirectional already and stays so"
         layers = group_layers(kinds, before="bidirectional", after="bidirectional")
         return AttentionPlan((), {}, (stays,), layers)
+    if adapter.measured is not None:
+        return measured_attention(recipe, source, adapter, adapter.measured)
     kinds = layer_types(config, adapter)
     changes: list[str] = []
     updates: Mapping[str, Any] = {}
@@ -133,13 +193,7 @@ def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
     elif adapter.window is not None and _in_force(config, adapter.window):
         # max_window_layers beyond the last layer: no layer has it, and none should get it later.
         updates = adapter.window.overrides
-    opened = (
-        "bidirectional"
-        if recipe.target == "mdlm"
-        else f"block-causal in blocks of {recipe.block_size}: causal across blocks, "
-        "bidirectional inside one"
-    )
-    changes.append(f"causal attention becomes {opened}, on all {len(kinds)} layers")
+    changes.append(_opening(recipe, len(kinds)))
     after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
     window = config.get("sliding_window", adapter.window.default if adapter.window else None)
     layers = group_layers(kinds, before="causal", after=after, window=window)

@@ -31,7 +31,10 @@ def is_tied(config: Mapping[str, Any], adapter: Adapter) -> bool:
 
     That default is true for the encoders and false for the decoders here.
     """
-    return bool(config.get("tie_word_embeddings", adapter.attention == "bidirectional"))
+    default = adapter.attention == "bidirectional"
+    if adapter.measured is not None:
+        default = adapter.measured.config.get("tie_word_embeddings", default)
+    return bool(config.get("tie_word_embeddings", default))
 
 
 def check_tensors(
@@ -65,7 +68,8 @@ def check_tensors(
             raise IncompatibleError(
                 f"{name} has shape {tensors[name].shape}, expected {rows} rows as the embedding"
             )
-    _check_layers(config, tensors)
+    if adapter.measured is None:
+        _check_layers(config, tensors)
     return tuple(present)
 
 
@@ -134,12 +138,33 @@ def check_quantised(source: SourceInfo, vocabulary_tensors: tuple[str, ...]) -> 
             )
 
 
+def check_pickle(source: SourceInfo, *, allowed: bool) -> None:
+    """Check that pickled weights were asked for.
+
+    Raises:
+        IncompatibleError: The weights are pickles, and nobody said so.
+    """
+    pickles = [name for name in source.files if name.endswith(".bin")]
+    if pickles and not source.tensors and not allowed:
+        raise IncompatibleError(
+            f"the weights are a pickle ({pickles[0]}), which can hold code, expected safetensors",
+            hint="Take a safetensors version, or add --allow-pickle: it is read with "
+            "weights_only=True, which runs no code, and converted once",
+        )
+
+
 def check_target(recipe: Recipe, adapter: Adapter) -> None:
     """Check that the family converts to the target.
 
     Raises:
         UnsupportedError: It does not.
     """
+    if recipe.target not in adapter.targets and adapter.measured is not None:
+        raise UnsupportedError(
+            f"{adapter.model_type} was measured to convert to {' or '.join(adapter.targets)}, not "
+            f"to {recipe.target}",
+            hint=f"Use --to {adapter.targets[0]}; check --probe shows what was measured",
+        )
     if recipe.target not in adapter.targets:
         raise UnsupportedError(
             f"{adapter.model_type} converts to {' or '.join(adapter.targets)}, not "

@@ -116,6 +116,18 @@ def _attention(plan: Mapping[str, Any]) -> list[str]:
     return _table(("type", "layers", "before", "after"), rows) + _wrapped(plan["notes"])
 
 
+def _probe(report: Mapping[str, Any] | None) -> list[str]:
+    """Return what `--probe` measured, a line per finding."""
+    if report is None:
+        return []
+    verdicts = {True: "ok", False: "no"}
+    rows = [
+        (verdicts[finding["passed"]], finding["name"], finding["measured"], finding["detail"])
+        for finding in report["findings"]
+    ]
+    return _table(("", "question", "measured", ""), rows)
+
+
 def _writes(plan: Mapping[str, Any]) -> list[str]:
     writes = plan["writes"]
     if writes is None:
@@ -214,6 +226,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         *_section("Becomes", _conversion(plan)),
         *_section("Mask token", _mask(plan["mask"])),
         *_section("Attention", _attention(plan)),
+        *_section("Measured in small", _probe(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
         *_section("Training", _training(plan)),
         *_section("Then", _more(plan)),

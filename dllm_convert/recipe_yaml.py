@@ -119,3 +119,13 @@ def _parse(text: str, origin: str) -> Any:
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise IncompatibleError(f"{origin}: not valid YAML: {problem}") from error
+
+
+def spoken(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe without fields that were left empty, sections included."""
+    said: dict[str, Any] = {}
+    for key, value in recipe.items():
+        kept = spoken(value) if isinstance(value, Mapping) else value
+        if kept not in (None, {}, [], ()):
+            said[key] = list(kept) if isinstance(kept, tuple) else kept
+    return said

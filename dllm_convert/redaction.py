@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert import recipe_yaml
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest, sha256_file, write_manifest
+from dllm_convert.copying import sha256_file
+from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
 
 RECIPE_FILE = "recipe.yaml"
 _SEPARATORS = re.compile(r"[/\\]")

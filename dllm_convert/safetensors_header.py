@@ -14,6 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dllm_convert.errors import DataError
+from dllm_convert.json_files import DOWNLOAD_AGAIN, DuplicateKeyError, broken, unique
+from dllm_convert.json_files import load_json as load_json
+from dllm_convert.json_files import load_json_object as load_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,7 +30,9 @@ DTYPE_BYTES = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 
-_DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
+_SHORTEST_TENSOR = len('"":{"dtype":"I8","shape":[],"data_offsets":[0,0]},')
+_MAX_DIMENSIONS = 64
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -64,78 +69,35 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def _broken(file: str, found: str, expected: str) -> DataError:
-    return DataError(f"{file}: {found}, expected {expected}", hint=_DOWNLOAD_AGAIN)
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise _DuplicateKeyError(name)
-        result[name] = value
-    return result
-
-
-def load_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: The file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise _broken(path.name, f"not valid JSON ({error})", "a JSON document in UTF-8") from error
-
-
-def load_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
-
-    Raises:
-        DataError: The file cannot be read, is not JSON or holds something else.
-    """
-    value = load_json(path)
-    if not isinstance(value, dict):
-        raise _broken(path.name, f"a JSON {type(value).__name__}", "an object")
-    return value
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
-        raise _broken(
-            file, f"tensor {name!r} is described by {raw!r}"[:200], "dtype, shape, data_offsets"
-        )
+        raise broken(file, f"tensor {name!r} is described by {raw!r}", "dtype, shape, data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise _broken(
+        raise broken(
             file, f"tensor {name!r} has dtype {dtype!r}", f"one of {', '.join(DTYPE_BYTES)}"
         )
     if not isinstance(shape, list) or not all(_is_count(length) for length in shape):
-        raise _broken(file, f"tensor {name!r} has shape {shape!r}", "a list of whole numbers")
+        raise broken(file, f"tensor {name!r} has shape {shape!r}", "a list of whole numbers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise broken(file, f"tensor {name!r} has {len(shape)} sizes", f"at most {_MAX_DIMENSIONS}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise _broken(file, f"tensor {name!r} has offsets {offsets!r}", "two whole numbers")
+        raise broken(file, f"tensor {name!r} has offsets {offsets!r}", "two whole numbers")
     start, end = offsets
     if not start <= end <= data_bytes:
-        raise _broken(
+        raise broken(
             file,
-            f"tensor {name!r} lies at bytes {start}..{end} of {data_bytes} (the file is truncated "
-            "or its header is corrupt)",
+            f"tensor {name!r} lies at bytes {start}..{end}" + f" of {data_bytes} (the file is "
+            "truncated or its header is corrupt)",
             "bytes inside the file",
         )
     needed = prod(shape) * DTYPE_BYTES[dtype]
     if end - start != needed:
-        raise _broken(
+        raise broken(
             file,
             f"tensor {name!r} has {end - start} bytes",
             f"{needed} for {dtype} of shape {tuple(shape)}",
@@ -154,17 +116,21 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
     Raises:
         DataError: The header is not what the format allows.
     """
+    # Brackets are what makes a parser allocate: more of them than tensors need are no header.
+    if raw.count(b"{") + raw.count(b"[") > 16 + 4 * (len(raw) // _SHORTEST_TENSOR):
+        raise broken(file, "the header is not valid JSON", "a safetensors header")
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except _DuplicateKeyError as error:
-        raise _broken(file, f"the header names {error} twice", "every name once") from error
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        "".join(content).encode("utf-8")
+    except DuplicateKeyError as error:
+        raise broken(file, f"the header names {error} twice", "every name once") from error
     except (ValueError, RecursionError) as error:
-        raise _broken(file, "the header is not valid JSON", "a safetensors header") from error
+        raise broken(file, "the header is not valid JSON", "a safetensors header") from error
     if not isinstance(content, dict):
-        raise _broken(file, "the header is not an object", "a safetensors header")
+        raise broken(file, "the header is not an object", "a safetensors header")
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _broken(file, "__metadata__ is not text to text", "a mapping of strings")
+        raise broken(file, "__metadata__ is not text to text", "a mapping of strings")
     data_start = 8 + len(raw)
     data_bytes = file_bytes - data_start
     entries = {name: _entry(file, name, value, data_bytes) for name, value in content.items()}
@@ -173,10 +139,10 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
     for name, entry in entries.items():
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a hole"
-            raise _broken(file, f"tensor {name!r} {what} at byte {entry.start}", f"byte {position}")
+            raise broken(file, f"tensor {name!r} {what} at byte {entry.start}", f"byte {position}")
         position = entry.end
     if position != data_bytes:
-        raise _broken(file, f"{data_bytes} bytes of data", f"{position} from the header")
+        raise broken(file, f"{data_bytes} bytes of data", f"{position} from the header")
     return Header(file, data_start, entries, metadata)
 
 
@@ -212,10 +178,10 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as handle:
             length_bytes = handle.read(8)
             if len(length_bytes) < 8:
-                raise _broken(path.name, f"{size} bytes", "at least 8, a safetensors file")
+                raise broken(path.name, f"{size} bytes", "at least 8, a safetensors file")
             length = int.from_bytes(length_bytes, "little")
             if length > min(MAX_HEADER_BYTES, size - 8):
-                raise _broken(
+                raise broken(
                     path.name,
                     f"a header of {length} bytes in a file of {size} (truncated or foreign)",
                     f"at most {min(MAX_HEADER_BYTES, size - 8)}",
@@ -226,35 +192,41 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, file=path.name, file_bytes=size)
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
     """Read the tensor-to-file mapping of an index, with file names checked.
+
+    Args:
+        index: The file.
+        suffix: How the name of every file has to end: one that is named like a config or like
+            code would be overwritten by it in the output.
 
     Raises:
         DataError: The index is broken or points outside its folder.
     """
-    weight_map = load_json_object(index).get("weight_map")
+    weight_map = load_json_object(index, distinct=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _broken(index.name, "no weight_map", "a mapping from tensor to file")
+        raise broken(index.name, "no weight_map", "a mapping from tensor to file")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in {"", ".", ".."} or "\\" in file or "\0" in file:
-            raise _broken(index.name, f"{name!r} is in file {file!r}", "a file name")
+        found = f"{name!r} is in file {file!r}"
+        if not isinstance(file, str) or "\\" in file or not file.isprintable():
+            raise broken(index.name, found, "a file name")
         if PurePosixPath(file).name != file:
-            raise _broken(
-                index.name, f"{name!r} is in file {file!r}, outside the folder", "a plain file name"
-            )
+            raise broken(index.name, f"{found}, outside the folder", "a plain file name")
+        if not file.endswith(suffix) or len(file.encode()) > _MAX_NAME_BYTES:
+            raise broken(index.name, found, f"a file name that ends in {suffix}")
     return weight_map
 
 
 def _check_against_index(weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
     for name, file in weight_map.items():
         if name not in headers[file].entries:
-            raise _broken(
+            raise broken(
                 file, f"tensor {name!r} of {INDEX_FILE} is not in it", "every indexed tensor"
             )
     for file, header in headers.items():
         for name in header.entries:
             if weight_map.get(name) != file:
-                raise _broken(
+                raise broken(
                     file,
                     f"holds tensor {name!r}, which {INDEX_FILE} does not place there",
                     "no other",
@@ -284,7 +256,7 @@ def read_checkpoint(folder: Path) -> dict[str, Header]:
         raise DataError(
             f"{INDEX_FILE} names {len(files)} shards, {len(missing)} of them missing: "
             f"{', '.join(missing[:3])}",
-            hint=_DOWNLOAD_AGAIN,
+            hint=DOWNLOAD_AGAIN,
         )
     headers = {file: read_header(folder / file) for file in files}
     _check_against_index(weight_map, headers)

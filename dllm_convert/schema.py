@@ -218,6 +218,7 @@ class Recipe(_Section):
     references: tuple[str, ...] = Field((), description="where the settings come from")
     source: str = Field(description="Hub id, folder or .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub source")
+    allow_pickle: bool = Field(False, description="read weights that are pickles (.bin)")
     license: str | None = Field(None, description="licence id of the base, if known")
     target: Target = Field(description="mdlm or bd3lm")
     block_size: PositiveInt | None = Field(None, description="tokens per block, bd3lm only")
@@ -227,6 +228,9 @@ class Recipe(_Section):
     sliding_window: Literal["open", "refuse"] = Field(
         "open", description="open a sliding window to full attention, or refuse the conversion"
     )
+    allow_generic: bool = Field(
+        False, description="convert a family without an adapter if it passes what is measured"
+    )
     mask_token: MaskToken = MaskToken()
     noise: Noise = Noise()
     data: Data = Data()
@@ -235,7 +239,8 @@ class Recipe(_Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that what comes out depends on; the others may change in between."""
-        return self.model_dump(mode="json", exclude={"training": set(INCIDENTAL)})
+        incidental: Any = {"training": set(INCIDENTAL), "allow_pickle": True}
+        return self.model_dump(mode="json", exclude=incidental)
 
     @property
     def training_tokens(self) -> int:

@@ -55,7 +55,7 @@ _NAMED_IDS = {
 _SPECIAL_TYPES = frozenset({2, 3, 5})  # unknown, control, unused: never produced by text
 
 
-def _stock_name(name: str) -> str:
+def stock_name(name: str) -> str:
     """Return the name of a tensor in a decoder of transformers, or the name itself."""
     stem, dot, suffix = name.rpartition(".")
     block = _BLOCK.fullmatch(stem)
@@ -72,7 +72,7 @@ def _config(header: GgufHeader, architecture: str) -> dict[str, Any]:
             config[name] = value
     embedding = header.tensors.get("token_embd.weight")
     if embedding:
-        config.setdefault("vocab_size", embedding[1][0])
+        config.setdefault("vocab_size", embedding.shape[0])
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     for key, role in _NAMED_IDS.items():
         value = header.metadata.get(f"tokenizer.ggml.{key}")
@@ -108,7 +108,7 @@ def _tokenizer(metadata: Mapping[str, Any], config: Mapping[str, Any], name: str
 
 def _warnings(header: GgufHeader, architecture: str) -> tuple[str, ...]:
     found = []
-    kinds = sorted({kind for kind, _ in header.tensors.values()} - {"F32", "F16", "BF16"})
+    kinds = sorted({tensor.kind for tensor in header.tensors.values()} - {"F32", "F16", "BF16"})
     if kinds:
         found.append(
             f"the weights are quantised ({', '.join(kinds)}): the conversion starts from their "
@@ -135,8 +135,8 @@ def inspect_gguf(path: Path, given: str) -> SourceInfo:
         raise DataError(f"{path.name}: no general.architecture in its metadata, expected a family")
     config = _config(header, architecture)
     tensors = {
-        _stock_name(name): TensorInfo(kind, shape, path.name)
-        for name, (kind, shape) in header.tensors.items()
+        stock_name(name): TensorInfo(tensor.kind, tensor.shape, path.name)
+        for name, tensor in header.tensors.items()
     }
     stat = path.stat()
     return SourceInfo(

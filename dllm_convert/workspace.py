@@ -82,6 +82,11 @@ class Workspace:
         write_json(self.journal, {"run": self.run, "stages": self.stages})
         return result
 
+    def forget(self, *names: str) -> None:
+        """Have stages done again: what they left is not what they recorded."""
+        self.stages[:] = [stage for stage in self.stages if stage["name"] not in names]
+        write_json(self.journal, {"run": self.run, "stages": self.stages})
+
     def publish(self) -> dict[str, Any]:
         """Rename the staged files into place, `config.json` last; goes on after a kill."""
         if not self.staged.is_dir():

@@ -49,3 +49,19 @@ def source_factory(tmp_path: Path, source_cache: SourceFactory) -> SourceFactory
         return Path(shutil.copytree(original, tmp_path / f"source-{count}-{family}"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def generic_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that builds a checkpoint of a family without an adapter, each once."""
+    root = tmp_path_factory.mktemp("generic")
+    built: dict[str, Path] = {}
+
+    def get(model_type: str) -> Path:
+        from generic import make_generic
+
+        if model_type not in built:
+            built[model_type] = make_generic(root / model_type, model_type)
+        return built[model_type]
+
+    return get

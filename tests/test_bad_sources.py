@@ -102,7 +102,9 @@ class TestConfig:
         path = source_factory("llama")
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
-        with pytest.raises(UnsupportedError, match="supported are bert, llama, mistral") as caught:
+        with pytest.raises(
+            UnsupportedError, match="adapters exist for bert, llama, mistral"
+        ) as caught:
             make_plan(Recipe(source="x", target="mdlm"), inspect_source(str(path)))
         assert caught.value.exit_code == 3
 
@@ -161,7 +163,7 @@ class TestHeaders:
                 b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
                 b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
                 b"\0" * 8,
-                "names a twice",
+                "names 'a' twice",
             ),
         ],
     )

@@ -476,6 +476,22 @@ def test_sample_refuses_before_it_loads(
 
 
 def test_card_prints_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_module(monkeypatch, "dllm_convert.card", write_card=lambda folder: folder / "README.md")
+    order: list[str] = []
+
+    def writes(name: str) -> Callable[[Path], Path]:
+        return lambda folder: (order.append(name), folder / name)[1]
+
+    fake_module(monkeypatch, "dllm_convert.card", write_card=writes("README.md"))
+    fake_module(monkeypatch, "dllm_convert.report_page", write_report=writes("report.html"))
     assert invoke("card", "there").stdout == "there/README.md\n"
-    assert json.loads(invoke("card", "there", "--json").stdout) == {"path": "there/README.md"}
+    assert order == ["report.html", "README.md"], "the card links to the report"
+    assert json.loads(invoke("card", "there", "--json").stdout) == {
+        "path": "there/README.md",
+        "report": "there/report.html",
+    }
+
+
+def test_a_report_nowhere_is_refused_before_anything_is_verified(tmp_path: Path) -> None:
+    result = invoke("verify", "there", "--report", str(tmp_path / "missing" / "report.html"))
+    assert result.exit_code == 2
+    assert "Invalid value for --report" in result.stderr

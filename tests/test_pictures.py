@@ -1,26 +1,24 @@
-"""The loss picture: drawn from what was logged, readable on any page, the same for the same run."""
+"""The pictures: drawn from the manifest, readable on any page, the same for the same run."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import matplotlib.colors
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from report_cases import drawable
 
-from dllm_convert.pictures import (
-    BLUE,
-    DENOISING,
-    GREY,
-    LOSS,
-    PICTURES,
-    VERMILION,
-    draw_loss,
-    read_curves,
-    running_median,
-)
+from dllm_convert.charts import BLUE, FAINTEST_LEVEL, GREY, SHUT, VERMILION, running_median
+from dllm_convert.logged import Curve, read_curves
+from dllm_convert.observations import Observations
+from dllm_convert.pictures import ATTENTION, DENOISING, LOSS, PICTURES, draw, draw_all, draw_svg
 
 PAGES = {"light": "#ffffff", "dark": "#0b0f19"}
 MEASUREMENTS = {
@@ -42,6 +40,13 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def drawn(folder: Path, measurements: dict[str, Any] | None = None) -> Path | None:
+    """Draw the loss of a folder's metrics.jsonl, by way of the manifest."""
+    curves = read_curves(folder / "metrics.jsonl")
+    seen = json.loads(json.dumps(Observations(curves=curves).as_dict()))
+    return folder / LOSS.file if draw(LOSS, seen | (measurements or {}), folder) else None
+
+
 def metrics(folder: Path, steps: int = 50) -> Path:
     path = folder / "metrics.jsonl"
     rows = [
@@ -60,8 +65,9 @@ def test_colours_stand_out_on_both_pages(page: str) -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
-    out = tmp_path / LOSS.file
-    assert draw_loss(metrics(tmp_path), MEASUREMENTS, out)
+    metrics(tmp_path)
+    out = drawn(tmp_path, MEASUREMENTS)
+    assert out is not None
     pixels = imread(out)
     assert pixels.shape == (600, 1200, 4)
     assert pixels[0, 0, 3] == 0, "the page shows through"
@@ -69,17 +75,18 @@ def test_the_picture(tmp_path: Path) -> None:
     for colour in (BLUE, VERMILION, GREY):
         near = np.abs(opaque - matplotlib.colors.to_rgb(colour)).max(axis=1) < 0.02
         assert near.sum() > 100, colour
-    again = tmp_path / "again.png"
-    draw_loss(tmp_path / "metrics.jsonl", MEASUREMENTS, again)
-    assert again.read_bytes() == out.read_bytes()
-    assert b"Matplotlib" not in out.read_bytes()
+    first = out.read_bytes()
+    out.unlink()
+    drawn(tmp_path, MEASUREMENTS)
+    assert out.read_bytes() == first
+    assert b"Matplotlib" not in first
 
 
 def test_a_loss_that_is_the_bound_is_drawn_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": 5.0 + 1 / step, "nelbo": 5.0 + 1 / step} for step in range(1, 9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert draw_loss(path, {}, tmp_path / LOSS.file)
+    assert drawn(tmp_path)
     pixels = imread(tmp_path / LOSS.file)
     shown = pixels[pixels[..., 3] > 0][:, :3]
     orange = np.abs(shown - matplotlib.colors.to_rgb(VERMILION)).max(axis=1) < 0.02
@@ -92,8 +99,9 @@ def test_a_loss_that_is_the_bound_is_drawn_once(tmp_path: Path) -> None:
 def test_nothing_to_draw(tmp_path: Path, content: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(content)
-    assert not draw_loss(path, {}, tmp_path / LOSS.file)
-    assert not draw_loss(tmp_path / "missing", {}, tmp_path / LOSS.file)
+    assert not drawn(tmp_path)
+    path.unlink()
+    assert not drawn(tmp_path)
     assert not (tmp_path / LOSS.file).exists()
 
 
@@ -107,7 +115,7 @@ def test_broken_lines_and_values_are_left_out(tmp_path: Path) -> None:
     assert set(curves) == {"loss"}
     assert curves["loss"].steps == (1, 4)
     assert curves["loss"].values == (2.0, 1.0)
-    assert draw_loss(path, {"nelbo_after": {"nats_per_token": 1.5}}, tmp_path / LOSS.file)
+    assert drawn(tmp_path, {"nelbo_after": {"nats_per_token": 1.5}})
 
 
 def test_running_median_ignores_a_spike() -> None:
@@ -121,3 +129,92 @@ def test_every_picture_is_described() -> None:
     for picture in (*PICTURES, DENOISING):
         assert len(picture.alt.split()) >= 8
         assert picture.caption.endswith(".")
+        assert not set(picture.alt) & set('<>&"[]'), "it stands in HTML and in Markdown"
+
+
+def full() -> dict[str, Any]:
+    """Everything that can be drawn, with the held-out values."""
+    return MEASUREMENTS | drawable()
+
+
+def test_what_the_manifest_holds_is_what_was_measured() -> None:
+    measurements = full()
+    seen = Observations.from_measurements(measurements)
+    assert seen.influence is not None
+    assert seen.influence.converted.ahead == (18, 66)
+    assert seen.influence.claimed_ahead == 18
+    assert seen.influence.base is not None
+    assert seen.influence.base.ahead == (0, 66)
+    assert seen.decoding[0].threshold is None
+    assert seen.held_out == {"nelbo_before": 9.0, "nelbo_after": 5.0, "ar_nll": 3.0}
+    again = json.loads(json.dumps(seen.as_dict()))
+    assert again == {key: value for key, value in measurements.items() if key in again}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("influence", {"converted": None}),
+        ("influence", [1]),
+        ("influence", {"block_size": 0, "base": None, "converted": {"rows": [". 1"], "stride": 1}}),
+        ("influence", {"block_size": 4, "base": None, "converted": {"rows": ["x"], "stride": 1}}),
+        ("influence", {"block_size": 4, "base": None, "converted": {"rows": ["1"], "stride": 0}}),
+        ("decoding", [{"threshold": "0.9"}]),
+        ("decoding", [{"threshold": 0, "tokens_per_forward": math.nan, "agreement": 1}]),
+        ("decoding", 7),
+        ("mask_rates", ["before"]),
+        ("curves", {"loss": {"steps": [1, 2], "values": [1.0]}}),
+        ("curves", {"loss": {"steps": [1, 2], "values": [1.0, math.inf]}}),
+    ],
+)
+def test_what_does_not_fit_is_not_drawn(tmp_path: Path, key: str, value: Any) -> None:
+    names = {"influence": "attention", "mask_rates": "mask_rates", "curves": "loss"}
+    missing = f"{names.get(key, key)}.png"
+    written = draw_all(full() | {key: value}, tmp_path)
+    assert set(written) == {picture.file for picture in PICTURES} - {missing}
+    assert {path.name for path in tmp_path.iterdir()} == set(written)
+
+
+def test_the_triangle_becomes_a_staircase(tmp_path: Path) -> None:
+    """Of each map the corner that looks ahead is shut, but for the converted model's own block."""
+    assert draw(ATTENTION, full(), tmp_path)
+    pixels = imread(tmp_path / ATTENTION.file)[..., :3]
+    dark = np.abs(pixels - matplotlib.colors.to_rgb(SHUT)).max(axis=-1) < 0.02
+    columns = np.flatnonzero(dark.sum(axis=0) > 20)
+    gap = int(columns[np.argmax(np.diff(columns))])
+    base, converted = dark[:, : gap + 1].sum(), dark[:, gap + 1 :].sum()
+    assert converted / base == pytest.approx(48 / 66, abs=0.03)
+
+
+def test_shut_pairs_differ_from_the_faintest_that_are_open() -> None:
+    faintest = matplotlib.colormaps["viridis"](FAINTEST_LEVEL)
+    assert contrast(SHUT, matplotlib.colors.to_hex(faintest)) >= 2.5
+
+
+def test_drawings_stand_together_on_one_page() -> None:
+    """Ids are the page's own, colours follow the page, nothing points outside."""
+    seen = Observations.from_measurements(full())
+    drawings = [draw_svg(picture, seen) for picture in PICTURES]
+    page = "".join(text for text in drawings if text)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(drawings) == page.count("<svg") == len(PICTURES)
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
+    assert targets
+    assert set(targets) <= set(ids)
+    assert not re.search(r'(href|src)="(?!#|data:image/png)|url\((?!#)|<!DOCTYPE|<metadata', page)
+    assert GREY not in page
+    assert "currentColor" in page
+    assert page == "".join(draw_svg(picture, seen) or "" for picture in PICTURES)
+
+
+def test_nothing_measured_gives_no_picture(tmp_path: Path) -> None:
+    assert draw_all({}, tmp_path) == []
+    assert draw_all({"nelbo_after": {"nats_per_token": 1.0}}, tmp_path) == []
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_long_curve_is_thinned() -> None:
+    curve = Curve(tuple(range(10_000)), tuple(map(float, range(10_000)))).thinned()
+    assert len(curve.steps) == len(curve.values) == 200
+    assert (curve.steps[0], curve.steps[-1]) == (0, 9999)

@@ -61,11 +61,12 @@ def test_every_family_converts(
     assert result.passed
     measured = result.manifest["measurements"]
     if method == "none":
-        assert not measured
+        assert set(measured) == {"influence"}
     else:
         after, before = measured["nelbo_after"], measured["nelbo_before"]
         assert after["nats_per_token"] < before["nats_per_token"]
         assert ("ar_nll" in measured) == (get_adapter(family).attention == "causal")
+        assert {"influence", "mask_rates", "decoding", "curves"} <= set(measured)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
         "config.json",
@@ -74,6 +75,8 @@ def test_every_family_converts(
         "tokenizer.json",
         "modeling_dllm.py",
         "README.md",
+        "report.html",
+        "attention.png",
         "dllm_convert.json",
         "recipe.yaml",
         "sample.gif",

@@ -309,7 +309,7 @@ class TestTensors:
 
 def test_unsupported_family_lists_what_is_supported(source_cache: Sources) -> None:
     info = inspect_source(str(source_cache("llama")))
-    with pytest.raises(UnsupportedError, match="supported are bert, llama"):
+    with pytest.raises(UnsupportedError, match="adapters exist for bert, llama"):
         replan(with_config(info, model_type="gpt2"))
 
 

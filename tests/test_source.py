@@ -16,8 +16,10 @@ import transformers
 from safetensors.torch import load_file
 
 from dllm_convert.console import Reporter
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.materialise import materialise
+from dllm_convert.plan import make_plan
+from dllm_convert.safetensors_header import read_checkpoint
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 
@@ -154,6 +156,44 @@ class TestPickle:
         (path / "model.safetensors").unlink()
         return path
 
+    def test_it_has_to_be_asked_for(self, folder: Path) -> None:
+        info = inspect_source(str(folder))
+        with pytest.raises(IncompatibleError, match="--allow-pickle") as caught:
+            make_plan(Recipe(source="x", target="mdlm"), info)
+        assert caught.value.exit_code == 3
+        assert make_plan(Recipe(source="x", target="mdlm", allow_pickle=True), info).warnings
+
+    @pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
+    def test_shard_by_shard_into_safetensors(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+    ) -> None:
+        monkeypatch.setenv("DLLM_CONVERT_CACHE", str(tmp_path / "cache"))
+        state = torch.load(folder / "pytorch_model.bin")
+        state["bert.encoder.layer.0.output.dense.weight"] = torch.randn(64, 32).bfloat16().T
+        names = sorted(state)
+        weight_map = {}
+        for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+            file = f"pytorch_model-{number:05d}-of-00002.bin"
+            part_state = {name: state[name] for name in part}
+            torch.save(part_state, folder / file, _use_new_zipfile_serialization=not old)
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (folder / "pytorch_model.bin").unlink()
+        source = materialise(inspect_source(str(folder)), QUIET)
+        assert {*weight_map.values(), "config.json"} <= source.originals.keys()
+        headers = read_checkpoint(source.folder)
+        assert len(headers) == 2
+        found = {}
+        for file in headers:
+            found |= load_file(source.folder / file)
+        assert all(torch.equal(found[name], state[name]) for name in found)
+        assert found["bert.encoder.layer.0.output.dense.weight"].dtype == torch.bfloat16
+        assert set(state) - set(found) <= {
+            "bert.embeddings.position_ids",
+            "cls.predictions.decoder.weight",
+        }
+
     def test_the_plan_warns_and_knows_no_tensors(self, folder: Path) -> None:
         info = inspect_source(str(folder))
         assert dict(info.tensors) == {}
@@ -164,14 +204,14 @@ class TestPickle:
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("DLLM_CONVERT_CACHE", str(tmp_path / "cache"))
-        made = materialise(inspect_source(str(folder)), QUIET)
+        made = materialise(inspect_source(str(folder)), QUIET).folder
         assert made.is_relative_to(tmp_path / "cache")
         names = set(load_file(made / "model.safetensors"))
         assert "bert.embeddings.word_embeddings.weight" in names
         assert not names & {"cls.predictions.decoder.weight", "bert.embeddings.position_ids"}
         assert (made / "tokenizer.json").is_file()
         stamp = (made / "model.safetensors").stat().st_mtime_ns
-        assert materialise(inspect_source(str(folder)), QUIET) == made
+        assert materialise(inspect_source(str(folder)), QUIET).folder == made
         assert (made / "model.safetensors").stat().st_mtime_ns == stamp
         assert [p.name for p in made.parent.iterdir()] == [made.name]
         _, info = transformers.BertForMaskedLM.from_pretrained(made, output_loading_info=True)

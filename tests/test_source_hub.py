@@ -30,7 +30,7 @@ else:
     if len(sys.argv) > 3:
         from dllm_convert.console import Reporter
         from dllm_convert.materialise import materialise
-        print(materialise(info, Reporter(quiet=True)))
+        print(materialise(info, Reporter(quiet=True)).folder)
 """
 
 

@@ -18,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from dllm_convert import disk
 from dllm_convert.adapters import all_adapters
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.manifest import hash_files
+from dllm_convert.mean_row import mean_row
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.safetensors_header import read_checkpoint
+from dllm_convert.safetensors_header import read_checkpoint, read_header
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.weights import adapt
@@ -30,10 +33,10 @@ Sources = Callable[..., Path]
 QUIET = Reporter(quiet=True)
 
 
-def convert(source: Path, out: Path, **fields: Any) -> ConversionPlan:
+def convert(source: Path, out: Path, light: bool = False, **fields: Any) -> ConversionPlan:
     recipe = Recipe.model_validate({"source": str(source), "target": "mdlm", **fields})
     plan = make_plan(recipe, inspect_source(str(source)))
-    adapt(plan, source, out, QUIET)
+    adapt(plan, source, out, QUIET, light=light)
     return plan
 
 
@@ -119,12 +122,13 @@ def test_files_and_configs(source_cache: Sources, tmp_path: Path, adapter: Any) 
     assert adapter.diffusion_class in (tmp_path / "out" / "modeling_dllm.py").read_text()
 
 
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
 @pytest.mark.parametrize("adapter", ALL, ids=lambda a: a.model_type)
 def test_the_tokenizer_knows_its_mask_and_is_otherwise_the_same(
-    source_cache: Sources, tmp_path: Path, adapter: Any
+    source_cache: Sources, tmp_path: Path, adapter: Any, light: bool
 ) -> None:
     source = source_cache(adapter.model_type)
-    plan = convert(source, tmp_path / "out")
+    plan = convert(source, tmp_path / "out", light=light)
     old = transformers.AutoTokenizer.from_pretrained(source)
     new = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (new.mask_token, new.mask_token_id) == (plan.mask.token, plan.mask.id)
@@ -137,9 +141,12 @@ def test_the_tokenizer_knows_its_mask_and_is_otherwise_the_same(
     assert new.decode([plan.mask.id], skip_special_tokens=True) == ""
 
 
-def test_a_later_padded_row_needs_texts_before_it(source_cache: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
+def test_a_later_padded_row_needs_texts_before_it(
+    source_cache: Sources, tmp_path: Path, light: bool
+) -> None:
     source = source_cache("qwen3", vocab_padding=9)
-    plan = convert(source, tmp_path / "out", mask_token={"token": "<m>", "id": 390})
+    plan = convert(source, tmp_path / "out", light, mask_token={"token": "<m>", "id": 390})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.mask_token_id == plan.mask.id == 390
     assert len(tokenizer) == 391
@@ -285,3 +292,51 @@ def test_memory_stays_far_below_the_weights(source_cache: Sources, tmp_path: Pat
         tracemalloc.stop()
     assert size > 50_000_000
     assert peak < size / 2
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_eight_bit_and_half_precision_pass_through(
+    source_factory: Sources, tmp_path: Path, shards: int
+) -> None:
+    source = source_factory("llama", dtype=torch.bfloat16, tied=False, shards=shards)
+    for file in read_checkpoint(source):
+        content = load_file(source / file)
+        for name, tensor in content.items():
+            if ".mlp." in name:
+                content[name] = tensor.to(torch.float8_e4m3fn)
+            elif "_proj" in name:
+                content[name] = tensor.half()
+        save_file(content, source / file, metadata={"format": "pt", "quantised_by": "somebody"})
+    plan = convert(source, tmp_path / "out")
+    for file in read_checkpoint(source):
+        before, after = load_file(source / file), load_file(tmp_path / "out" / file)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert after[name].dtype == tensor.dtype
+            if name not in plan.tensors_changed:
+                assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8))
+        with safe_open(tmp_path / "out" / file, framework="pt") as handle:
+            assert handle.metadata()["quantised_by"] == "somebody"
+
+
+@pytest.mark.parametrize("width", [1, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_mean_row_is_torchs(tmp_path: Path, dtype: torch.dtype, width: int) -> None:
+    tensor = (torch.randn(3000, width, generator=torch.manual_seed(0)) * 0.02 + 0.01).to(dtype)
+    save_file({"before": torch.ones(3), "rows": tensor}, tmp_path / "m.safetensors")
+    header = read_header(tmp_path / "m.safetensors")
+    with (tmp_path / "m.safetensors").open("rb") as file:
+        row = mean_row(file.fileno(), header, header.entries["rows"], 2900)
+    expected = tensor[:2900].double().mean(0).to(dtype)
+    assert torch.equal(torch.frombuffer(bytearray(row), dtype=dtype), expected)
+
+
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
+def test_hashes_are_those_of_the_files(source_cache: Sources, tmp_path: Path, light: bool) -> None:
+    source = source_cache("bert", shards=2)
+    recipe = Recipe(source=str(source), target="mdlm")
+    plan = make_plan(recipe, inspect_source(str(source)))
+    made = adapt(plan, source, tmp_path / "out", QUIET, light=light)
+    assert made.files == hash_files(tmp_path / "out")
+    assert made.source == {name: sha256_file(source / name) for name in made.source}
+    assert made.source.keys() == {path.name for path in source.iterdir()}

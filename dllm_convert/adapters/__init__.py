@@ -5,19 +5,32 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
-from dllm_convert.adapters.base import Adapter, Window
+from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.measured import RECORD, adapter_from_dict
 from dllm_convert.errors import UnsupportedError
 
-__all__ = ["Adapter", "Window", "all_adapters", "get_adapter"]
+__all__ = [
+    "Adapter",
+    "Measured",
+    "Window",
+    "adapter_of",
+    "all_adapters",
+    "get_adapter",
+    "has_adapter",
+]
+
+_NOT_FAMILIES = ("base", "measured")
 
 
 @cache
 def _registry() -> dict[str, Adapter]:
     found: dict[str, Adapter] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
+        if module.name in _NOT_FAMILIES:
             continue
         adapter = importlib.import_module(f"{__name__}.{module.name}").ADAPTER
         found[adapter.model_type] = adapter
@@ -27,6 +40,25 @@ def _registry() -> dict[str, Adapter]:
 def all_adapters() -> tuple[Adapter, ...]:
     """Return every family, sorted by `model_type`."""
     return tuple(adapter for _, adapter in sorted(_registry().items()))
+
+
+def has_adapter(model_type: str) -> bool:
+    """Whether a file declares the family."""
+    return model_type in _registry()
+
+
+def adapter_of(config: Mapping[str, Any]) -> Adapter:
+    """Return the family of a converted checkpoint, declared here or recorded in its config.json.
+
+    Raises:
+        UnsupportedError: There is no such family, and no record.
+        IncompatibleError: The record is broken.
+    """
+    section = config.get("diffusion")
+    recorded = section.get(RECORD) if isinstance(section, Mapping) else None
+    return (
+        get_adapter(str(config["model_type"])) if recorded is None else adapter_from_dict(recorded)
+    )
 
 
 def get_adapter(model_type: str) -> Adapter:
@@ -41,7 +73,8 @@ def get_adapter(model_type: str) -> Adapter:
     nearest = difflib.get_close_matches(model_type, registry, n=1)
     close = f", the nearest is {nearest[0]!r}" if nearest else ""
     raise UnsupportedError(
-        f"model_type {model_type!r} has no conversion{close}; "
-        f"supported are {', '.join(sorted(registry))}",
-        hint="See `dllm-convert architectures`",
+        f"model_type {model_type!r} has no adapter{close}; "
+        f"adapters exist for {', '.join(sorted(registry))}",
+        hint="`dllm-convert check SOURCE --probe` measures on a small random instance whether it "
+        "can be converted, `run --allow-generic` then does",
     )

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from dllm_convert.schema import Target
 
+Implementation = Literal["sdpa", "eager"]
+
 
 @dataclass(frozen=True)
 class Window:
@@ -26,6 +28,24 @@ class Window:
     flag: str | None = None
     first_layer: str | None = None
     first_layer_default: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where a declaration comes from that nobody wrote: see `dllm_convert.probe`.
+
+    Attributes:
+        transformers: Version the family was measured with.
+        config: Fields that this checkpoint's config leaves to its class or calls by names of its
+            own, under the names all decoders share.
+        layers: Kind of layer to how many of them the checkpoint has.
+        narrow: Kinds whose window had to be opened.
+    """
+
+    transformers: str
+    config: Mapping[str, Any]
+    layers: Mapping[str, int]
+    narrow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,8 @@ class Adapter:
         positions_after_pad: Whether positions count from `pad_token_id + 1`, as in RoBERTa.
         min_transformers: First transformers release that honours what the conversion relies on.
         tolerance: Largest absolute difference of float32 logits counted as equal.
+        implementations: Implementations of attention the class has, the preferred one first.
+        measured: Set where no file declares the family and it was measured instead.
     """
 
     model_type: str
@@ -80,3 +102,5 @@ class Adapter:
     positions_after_pad: bool = False
     min_transformers: str = "5.2.0"
     tolerance: float = 1e-4
+    implementations: tuple[Implementation, ...] = ("sdpa", "eager")
+    measured: Measured | None = None

@@ -11,10 +11,14 @@ from dllm_convert.commands.shared import make_reporter
 
 
 def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
-    """Write the model card (README.md) of a converted checkpoint anew."""
+    """Write README.md, the model card, and report.html of a converted checkpoint anew."""
     from dllm_convert.card import write_card
+    from dllm_convert.report_page import write_report
 
-    output.show({"path": str(write_card(checkpoint))}, itemgetter("path"), as_json=as_json)
+    # The card links to the report where there is one.
+    report = write_report(checkpoint)
+    written = {"path": str(write_card(checkpoint)), "report": str(report)}
+    output.show(written, itemgetter("path"), as_json=as_json)
 
 
 def push(

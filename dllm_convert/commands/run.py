@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,11 +18,55 @@ from dllm_convert.cli_values import (
     push_options,
 )
 from dllm_convert.commands.shared import exit_if_failed, make_reporter
+from dllm_convert.how import Depth, How
 from dllm_convert.place import Place
+
+Link = Annotated[
+    bool,
+    typer.Option(
+        "--link",
+        help="Hard-link weight files that do not change, instead of copying them. Whatever "
+        "overwrites one in place then changes both.",
+    ),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read pickled weights (.bin), without running code in them."
+    ),
+]
+Verify = Annotated[
+    Depth,
+    typer.Option(
+        "--verify",
+        metavar="auto|full|files",
+        help="full runs the model, files reads files only; auto is full after training and for "
+        "models up to 1 GiB in float32.",
+    ),
+]
 
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions
     from dllm_convert.schema import Recipe
+
+
+_GENERIC = "Families without an adapter"
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        rich_help_panel=_GENERIC,
+        help="Measure on a small random instance whether the family can be converted; check only.",
+    ),
+]
+AllowGeneric = Annotated[
+    bool,
+    typer.Option(
+        "--allow-generic",
+        rich_help_panel=_GENERIC,
+        help="Convert a family that has no adapter, if it passes what --probe measures.",
+    ),
+]
 
 
 def run(
@@ -38,11 +82,16 @@ def run(
     no_train: option.NoTrain = False,
     keep_adapter: option.KeepAdapter = False,
     source_revision: option.SourceRevision = None,
+    allow_pickle: AllowPickle = False,
+    link: Link = False,
+    verify: Verify = Depth.AUTO,
     report_to: option.ReportTo = None,
     assignments: option.Assignments = None,
     num_processes: option.Processes = None,
     launch_config: option.LaunchConfig = None,
     dry_run: option.DryRun = False,
+    probe: Probe = False,
+    allow_generic: AllowGeneric = False,
     push_to_hub: option.PushToHub = None,
     public: option.Public = None,
     revision: option.PushRevision = None,
@@ -64,6 +113,8 @@ def run(
         "training.keep_adapter": keep_adapter or None,
         "training.report_to": report_to,
         "revision": source_revision,
+        "allow_generic": allow_generic or None,
+        "allow_pickle": allow_pickle or None,
     }
     given = {field: value for field, value in flags.items() if value is not None}
     push = push_options(
@@ -78,12 +129,16 @@ def run(
     if dry_run or ctx.info_name == "check":
         from dllm_convert.plan_text import plan_text
 
-        document = plan_document(recipe, folder, push, num_processes or place.world)
+        processes = num_processes or place.world
+        document = plan_document(recipe, folder, push, processes, probe=probe)
         output.show(document, plan_text, as_json=as_json)
         return
+    if probe:
+        raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(_launch(num_processes, launch_config))
-    _convert(recipe, folder, push, place, quiet=quiet, as_json=as_json)
+    how = How(link=link, verify=verify)
+    _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
 
 def _convert(
@@ -91,6 +146,7 @@ def _convert(
     folder: Path,
     push: PushOptions | None,
     place: Place,
+    how: How,
     *,
     quiet: bool,
     as_json: bool,
@@ -102,7 +158,7 @@ def _convert(
     if not place.main:
         pipeline.follow(recipe, folder, place)
         return
-    result = pipeline.run(recipe, folder, reporter, push=push, place=place)
+    result = pipeline.run(recipe, folder, reporter, push=push, place=place, how=how)
     published = result.pushed.as_dict() if result.pushed else None
     document = output.run_document(str(result.path), result.passed, result.manifest, published)
     output.show(document, output.run_text, as_json=as_json)

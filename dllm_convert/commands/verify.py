@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.cli_values import base_folder
+from dllm_convert.commands.run import AllowPickle
 from dllm_convert.commands.shared import exit_if_failed, make_reporter
+
+if TYPE_CHECKING:
+    from dllm_convert.console import Reporter
+    from dllm_convert.verify.opening import Asked
 
 Checkpoint = Annotated[
     Path,
@@ -23,6 +28,21 @@ Checkpoint = Annotated[
 Against = Annotated[
     str | None,
     typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
+]
+Files = Annotated[
+    bool,
+    typer.Option(
+        "--files", help="Only what files prove: the model is not loaded, whatever its size."
+    ),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        dir_okay=False,
+        help="Also write what was found as one HTML page, with pictures.",
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
@@ -49,6 +69,9 @@ TrustRemoteCode = Annotated[
 def verify(
     checkpoint: Checkpoint,
     against: Against = None,
+    files: Files = False,
+    allow_pickle: AllowPickle = False,
+    report: Report = None,
     revision: Revision = None,
     block: Block = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -56,13 +79,25 @@ def verify(
     quiet: option.Quiet = False,
 ) -> None:
     """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
+    if report is not None and not report.resolve().parent.is_dir():
+        raise typer.BadParameter(f"{report.parent} is no folder", param_hint="--report")
+    if report is not None and files:
+        raise typer.BadParameter("--report shows what the model does; leave --files out")
     reporter = make_reporter(quiet=quiet or as_json)
+    if files:
+        from dllm_convert.verify.bytes import verify_folder
+
+        base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
+        found = verify_folder(checkpoint, base, reporter).as_dict()
+        output.show(found, output.verification_table, as_json=as_json)
+        exit_if_failed(found)
+        return
     from dllm_convert.quiet import quiet_libraries
     from dllm_convert.verify import verify_checkpoint
 
     with quiet_libraries():
-        base = base_folder(against, reporter) if against else None
-        report = verify_checkpoint(
+        base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
+        document = verify_checkpoint(
             checkpoint,
             revision=revision,
             against=base,
@@ -70,5 +105,24 @@ def verify(
             block_size=block,
             reporter=reporter,
         ).as_dict()
-    output.show(report, output.verification_table, as_json=as_json)
-    exit_if_failed(report)
+        if report is not None:
+            from dllm_convert.verify.opening import Asked, local_checkpoint
+
+            folder = local_checkpoint(checkpoint, revision, reporter)
+            asked = Asked(base, trust_remote_code=trust_remote_code, block_size=block)
+            document = document | _write(report, folder, asked, document, reporter)
+    output.show(document, output.verify_text, as_json=as_json)
+    exit_if_failed(document)
+
+
+def _write(
+    path: Path, folder: Path, asked: Asked, verification: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """Measure what the report's pictures show, and write it."""
+    from dllm_convert.report_page import write_report
+    from dllm_convert.verify.views import observe_checkpoint
+
+    with reporter.task("measure what the pictures show"):
+        seen = observe_checkpoint(folder, asked, verification)
+    write_report(folder, path, verification=verification, seen=seen)
+    return {"report": str(path), "measurements": seen.as_dict()}

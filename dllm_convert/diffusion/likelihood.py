@@ -15,6 +15,7 @@ from dllm_convert.console import Task
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
+from dllm_convert.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,57 @@ def nelbo(
         if task is not None:
             task.advance()
     return _summary(totals, counts)
+
+
+@torch.no_grad()
+def nats_at_rate(
+    model: Any,
+    batches: Sequence[TextBatch],
+    objective: Objective,
+    rates: Sequence[float],
+    *,
+    seed: int,
+) -> tuple[Likelihood | None, ...]:
+    """Estimate the mean cross-entropy of masked tokens where a fixed share of the text is masked.
+
+    Its integral over all rates is the NELBO: with the linear schedule a token is masked with
+    probability t and weighs 1/t. All rates run in one forward, as views of the same text, and share
+    their random numbers: what is masked at one rate is masked at every higher one.
+
+    Args:
+        model: A diffusion model.
+        batches: Held-out text.
+        objective: mdlm or bd3lm with the absorbing kernel.
+        rates: Shares of the tokens that are masked, in (0, 1].
+        seed: Seed of the noise.
+
+    Returns:
+        Nats per masked token for each rate; None where no token was masked.
+    """
+    processes = [ForwardProcess(Schedule(min_time=rate, max_time=rate)) for rate in rates]
+    rows = sum(len(batch.tokens) for batch in batches)
+    totals: list[list[float]] = [[] for _ in rates]
+    counts: list[list[int]] = [[] for _ in rates]
+    for batch in batches:
+        key = NoiseKey(seed, 0, len(totals[0]), rows, "measure")
+        views = [view for one in processes for view in corrupt(batch, objective, one, key)]
+        forward = predict(batch, views, objective)
+        mask = forward.dense_mask()
+        logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
+        # Scored positions come view by view.
+        parts = [int(view.scored.sum()) for view in views]
+        nats = forward.nats(logits, objective).double().cpu()
+        texts = forward.rows.cpu()
+        pairs = zip(torch.split(nats, parts), torch.split(texts, parts), strict=True)
+        for number, (part, rows_of) in enumerate(pairs):
+            sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
+            sums.index_add_(0, rows_of, part)
+            totals[number] += sums.tolist()
+            counts[number] += views[number].scored.sum(-1).tolist()
+    return tuple(
+        _summary(total, count) if sum(count) else None
+        for total, count in zip(totals, counts, strict=True)
+    )
 
 
 @torch.no_grad()

@@ -68,21 +68,18 @@ def _settings(request: Request) -> dict[str, Any]:
 
 
 def _write(request: Request, found: dict[str, Any]) -> None:
-    from dllm_convert.pictures import PARALLELISM, draw_parallelism
+    from dllm_convert.evaluation.picture import PARALLELISM, draw_parallelism
 
     folder = request.checkpoint
-    picture = folder / PARALLELISM.file
-    drawn = draw_parallelism(found.get("sweep") or (), picture)
-    if not drawn:
-        picture.unlink(missing_ok=True)
+    drawn = draw_parallelism(found.get("sweep") or (), folder)
     if not (folder / MANIFEST_FILE).is_file():
         return
     manifest = read_manifest(folder)
     files = {
         name: digest
         for name, digest in (manifest.get("files") or {}).items()
-        if name != picture.name
+        if name != PARALLELISM.file
     }
     if drawn:
-        files[picture.name] = sha256_file(picture)
+        files[PARALLELISM.file] = sha256_file(folder / PARALLELISM.file)
     write_manifest(folder, {**manifest, "files": files, "evaluation": found})

@@ -7,19 +7,22 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.disk import link
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
+    REPORT_FILE,
+    WRITTEN_LAST,
     hash_files,
     read_manifest,
     write_manifest,
 )
 from dllm_convert.pictures import DENOISING
 from dllm_convert.publish.staging import check_recorded, is_weight, published_names
+from dllm_convert.sampling.run import read_config
 from dllm_convert.training.adapter_files import ADAPTER
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -50,7 +53,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
     out.mkdir(parents=True)
     with reporter.task("compare with the manifest"):
         for name in published_names(folder, recorded):
-            if is_weight(name) or name == CARD_FILE:
+            if is_weight(name) or name in (CARD_FILE, REPORT_FILE):
                 continue
             check_recorded(folder, name, recorded)
             target = name.removeprefix(f"{ADAPTER}/")
@@ -58,7 +61,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
                 (out / target).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / target)
     (out / MANIFEST_FILE).unlink()
-    files = hash_files(out, exclude=(MANIFEST_FILE, CARD_FILE))
+    files = hash_files(out, exclude=WRITTEN_LAST)
     write_manifest(out, manifest | {"adapter_only": True, "files": files})
 
 
@@ -79,7 +82,7 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
     from dllm_convert.verify.portability import run_isolated
 
     manifest = read_manifest(merged)
-    source, family = manifest["source"], get_adapter(str(manifest["source"]["model_type"]))
+    source, family = manifest["source"], adapter_of(read_config(merged))
     probe = {
         "name": "adapter",
         "required": f"logits within {family.tolerance:g} of the merged weights",
@@ -89,7 +92,8 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
         detail = f"the base {source['given']} is not here any more"
         return probe | {"passed": None, "measured": "not measured", "detail": detail}
     given = source.get("repo_id") or source["given"]
-    base = materialise(inspect_source(given, revision=source.get("revision")), reporter)
+    info = inspect_source(given, revision=source.get("revision"))
+    base = materialise(info, reporter).folder
     places = (adapter.resolve(), base.resolve(), merged.resolve())
     command = [sys.executable, "-I", str(SCRIPT), *map(str, places)]
     with reporter.task("put base and adapter together"):

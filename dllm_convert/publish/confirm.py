@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.disk import writing
 from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.hub_errors import hub_errors
 from dllm_convert.manifest import (
-    CARD_FILE,
-    MANIFEST_FILE,
+    WRITTEN_LAST,
     changed_files,
     read_manifest,
-    sha256_file,
 )
 from dllm_convert.publish.adapter import check_adapter
 
@@ -58,7 +57,7 @@ def confirm(
     """
     # The staged files were compared with these hashes: they are not read once more.
     hashes = read_manifest(staged)["files"] | {
-        name: sha256_file(staged / name) for name in (MANIFEST_FILE, CARD_FILE)
+        name: sha256_file(staged / name) for name in WRITTEN_LAST if (staged / name).is_file()
     }
     size = sum((staged / name).stat().st_size for name in hashes)
     shutil.rmtree(scratch, ignore_errors=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.copying import sha256_file
 from dllm_convert.errors import HubError
-from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, file_names, git_blob, sha256_file
+from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, file_names, git_blob
 from dllm_convert.redaction import last_part
 
 OWN_FILES = (".gitattributes", ".gitignore", CARD_FILE)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.errors import DataError, VerificationError
 from dllm_convert.licences import check_publication, rules_for
-from dllm_convert.manifest import CARD_FILE, file_names, read_manifest, sha256_file
+from dllm_convert.manifest import CARD_FILE, file_names, read_manifest
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload

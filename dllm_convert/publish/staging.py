@@ -8,14 +8,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.disk import link
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import (
-    CARD_FILE,
     MANIFEST_FILE,
+    WRITTEN_LAST,
     file_names,
     read_manifest,
-    sha256_file,
     write_manifest,
 )
 from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
@@ -34,7 +34,7 @@ def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
     Raises:
         DataError: There is a file that is neither recorded nor of a kind people add.
     """
-    known = {*recorded, MANIFEST_FILE, CARD_FILE}
+    known = {*recorded, *WRITTEN_LAST}
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not _hidden(name)]
@@ -104,7 +104,7 @@ def stage(folder: Path, out: Path, reporter: Reporter, *, max_shard_size: int | 
     files = {
         name: recorded.get(name) or sha256_file(out / name)
         for name in file_names(out)
-        if name not in (MANIFEST_FILE, CARD_FILE)
+        if name not in WRITTEN_LAST
     }
     (out / MANIFEST_FILE).unlink()
     write_manifest(out, manifest | {"files": files})

@@ -55,15 +55,13 @@ class BlockLayer(DynamicLayer):
     def _make_room(
         self, states: tuple[torch.Tensor, torch.Tensor], room: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(*states)
-        made = []
-        for old, new in zip((self.keys, self.values), states, strict=True):
-            buffer = new.new_zeros((*new.shape[:-2], room, new.shape[-1]))
-            if self.get_seq_length():
-                buffer[:, :, : old.shape[-2]] = old
-            made.append(buffer)
-        return made[0], made[1]
+        keys, values = (new.new_zeros((*new.shape[:-2], room, new.shape[-1])) for new in states)
+        length = self.get_seq_length()
+        if length:
+            keys[:, :, :length], values[:, :, :length] = self.keys, self.values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return keys, values
 
     def keep(self, length: int) -> None:
         """Let the first `length` columns be the clean tokens."""

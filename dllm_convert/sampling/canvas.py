@@ -139,7 +139,8 @@ class Canvas:
         self._confidence[at] = ratings.confidence[among].float()
         self._used[self.rows[remaining > 0]] += 1
         if options.remasking:
-            self._take_back(columns, left > 1, active)
+            # Never of a row whose block is written: its states are kept.
+            self._take_back(columns, (left > 1) & (remaining > 0), active)
 
     def _take_back(self, columns: torch.Tensor, may: torch.Tensor, active: list[Any]) -> None:
         rows = self.rows[:, None].expand_as(columns)

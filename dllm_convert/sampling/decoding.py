@@ -34,9 +34,6 @@ def decode_canvas(
 
     Returns:
         New tokens and counts.
-
-    Raises:
-        ValueError: If `approximate_cache` is asked of a model that keeps no cache.
     """
     canvas = Canvas(prompts, lengths, options, lengths + options.max_new_tokens, observer)
     reader = CanvasReader(model, canvas)

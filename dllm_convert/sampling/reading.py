@@ -48,15 +48,14 @@ class CanvasReader:
             mask = valid[:, None, None].expand(-1, -1, columns.shape[1], -1)
         if mask is not None:
             mask = _doubled(mask, self.options)
-        logits: torch.Tensor = self.model(
+        output = self.model(
             canvas.read(columns),
             attention_mask=mask,
             position_ids=_doubled(columns, self.options),
             logits_at=_behind(at, columns.numel(), self.options),
             **inputs,
-        ).logits
-        if self.cache is not None and not self.cache.layers:
-            raise ValueError("this model keeps no cache: leave approximate_cache out")
+        )
+        logits: torch.Tensor = output.logits
         return logits
 
     def select(self, kept: torch.Tensor) -> None:
@@ -76,6 +75,8 @@ class BlockReader:
         self.cache = BlockCache(canvas.tokens.shape[1])
         self.cache.frozen = True
         self.previous: torch.Tensor | None = None
+        # Other implementations would build a mask of their own where none is given.
+        self.may_be_bare = model.config._attn_implementation == "sdpa"
 
     def columns(self) -> torch.Tensor:
         """Columns of the block each active row is at, shape (rows, block)."""
@@ -184,7 +185,8 @@ class BlockReader:
     def _mask(self, clean: torch.Tensor) -> torch.Tensor | None:
         # None where every query sees every column up to the end of the block.
         level = bool((self.starts == self.starts[0]).all())
-        if level and not (self.options.causal_context and bool(clean.any())):
+        causal = self.options.causal_context and bool(clean.any())
+        if self.may_be_bare and level and not causal:
             return None
         last = (self.starts + self.size - 1)[:, None].expand(-1, self.size)
         if self.options.causal_context:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.safetensors_header import load_json_object
@@ -258,5 +258,5 @@ def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
 
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = load_model(folder, get_adapter(model_type), dtype=dtype)
+    model = load_model(folder, adapter_of(read_config(folder)), dtype=dtype)
     return model.to("cuda") if on_gpu else model, AutoTokenizer.from_pretrained(folder)

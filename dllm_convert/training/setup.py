@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dllm_convert import modeling
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe, Training
@@ -21,7 +21,7 @@ def load_model(
     adapter: Adapter,
     *,
     dtype: torch.dtype = torch.float32,
-    attention: str = "sdpa",
+    attention: str | None = None,
     quantized: bool = False,
 ) -> Any:
     """Load the diffusion class of a checkpoint folder, in evaluation mode.
@@ -30,11 +30,12 @@ def load_model(
         folder: Converted checkpoint.
         adapter: Its family.
         dtype: Type the weights are held in.
-        attention: Implementation, as transformers names it.
+        attention: Implementation, as transformers names it; None is the family's first.
         quantized: Hold linear layers in 4 bits (NF4, arXiv 2305.14314).
     """
-    cls = getattr(modeling, adapter.diffusion_class)
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    cls = diffusion_class(adapter)
+    chosen = attention or adapter.implementations[0]
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen}
     if quantized:
         from transformers import BitsAndBytesConfig
 
@@ -47,12 +48,22 @@ def load_model(
     return cls.from_pretrained(folder, **settings).eval()
 
 
-def attention_implementation(recipe: Recipe) -> str:
+def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
     """Choose how attention is computed in training.
 
     Flex attention skips the blocks of the two-stream mask that nobody sees; it is made for GPUs.
+
+    Raises:
+        IncompatibleError: The recipe names an implementation that the family does not have.
     """
     chosen = recipe.training.attention
+    if chosen == "auto" and adapter.measured is not None:
+        return adapter.implementations[0]
+    if chosen == "sdpa" and chosen not in adapter.implementations:
+        raise IncompatibleError(
+            f"training.attention={chosen}, which {adapter.stock_class} does not have",
+            hint=f"Use --set training.attention={adapter.implementations[0]}",
+        )
     if chosen == "auto":
         chosen = "flex" if recipe.target == "bd3lm" and torch.cuda.is_available() else "sdpa"
     return "flex_attention" if chosen == "flex" else chosen
@@ -190,7 +201,7 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
         untrained,
         plan.adapter,
         dtype=training_dtype(training),
-        attention=attention_implementation(plan.recipe),
+        attention=attention_implementation(plan.recipe, plan.adapter),
         quantized=is_quantized(training),
     )
     checkpoint_activations(base, training.gradient_checkpointing)

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from dllm_convert.verify.report import Probe, VerificationReport
-from dllm_convert.verify.run import GROUPS, verify_checkpoint
+
+if TYPE_CHECKING:
+    from dllm_convert.verify.run import GROUPS, verify_checkpoint
 
 __all__ = ["GROUPS", "Probe", "VerificationReport", "verify_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is asked for: `verify.bytes` does without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dllm_convert.verify import run
+
+    return getattr(run, name)

@@ -69,7 +69,14 @@ def _expected(subject: Subject) -> tuple[dict[str, tuple[int, ...]], Mapping[str
     config = cls.config_class.from_pretrained(subject.folder)
     with torch.device("meta"):
         model = cls(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    if subject.adapter.measured is not None:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        # A file may call tensors otherwise than the class, or hold experts one by one.
+        stored = revert_weight_conversion(model, state)
+        state = max(state, stored, key=lambda names: len(names.keys() & subject.shapes.keys()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return shapes, model.all_tied_weights_keys
 
 

@@ -32,6 +32,6 @@ def strange_code(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> s
     if strange:
         return f"the folder has {strange[0]}, which no conversion writes"
     path = folder / MODELING_FILE
-    if path.is_file() and path.read_bytes() != modeling_source().encode():
+    if path.is_file() and path.read_bytes() != modeling_source(adapter).encode():
         return f"{MODELING_FILE} is not the file that this version of dllm-convert writes"
     return None

@@ -107,7 +107,8 @@ def _by_layer(subject: Subject) -> Probe:
     rows = probe_columns(length, subject.claim.block_size)
     allowed = subject.claim.mask(length)[rows]
     wrong, count, first = 0, 0, ""
-    for name in BY_LAYER:
+    names = [name for name in BY_LAYER if name in subject.adapter.implementations]
+    for name in names:
         with running(subject, name) as model:
             for layer, moved in enumerate(_layer_norms(subject, model, rows, allowed)):
                 pattern = Pattern(moved, allowed, 0.0, list(range(length)), rows)
@@ -118,7 +119,7 @@ def _by_layer(subject: Subject) -> Probe:
     return Probe(
         "gradient-layers",
         wrong == 0 and count > 0,
-        f"{wrong} of {count} layers differ, {' and '.join(BY_LAYER)}",
+        f"{wrong} of {count} layers differ, {' and '.join(names)}",
         f"0 of {layer_kinds(subject)} in each",
         first,
     )

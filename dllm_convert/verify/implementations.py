@@ -18,7 +18,10 @@ IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
 def missing(subject: Subject, name: str) -> str:
     """Return why an implementation cannot run here, empty if it can."""
     if name != "flex":
-        return ""
+        found = name in subject.adapter.implementations
+        return "" if found else f"{subject.adapter.stock_class} has no {name} attention"
+    if subject.adapter.measured is not None:
+        return "flex attention is not among what was measured of this family"
     if not is_torch_flex_attn_available():
         return "this torch has no flex attention"
     if not getattr(subject.model, "_supports_flex_attn", False):

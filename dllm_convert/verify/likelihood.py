@@ -98,11 +98,13 @@ def _token_shift(subject: Subject) -> Probe:
     planned = (subject.manifest.get("recipe") or {}).get("token_shift")
     claimed = subject.claim.token_shift
     if planned in ("keep", "drop"):
+        # Encoders never predicted the next token: they have no shift to keep.
+        expected = planned == "keep" and subject.adapter.attention == "causal"
         return Probe(
             "token-shift",
-            (planned == "keep") == claimed,
+            expected == claimed,
             f"token_shift is {claimed}",
-            f"{planned == 'keep'}, as the recipe in the manifest says",
+            f"{expected}, as the recipe in the manifest says",
         )
     if subject.untrained is not False:
         known = "not known to be trained" if subject.untrained is None else "not trained"

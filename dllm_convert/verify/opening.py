@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.adapters import all_adapters, get_adapter
+from dllm_convert.adapters import adapter_of, all_adapters
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest
@@ -120,7 +120,7 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
     config = read_config(folder)
     if "model_type" not in config:
         raise IncompatibleError(f"config.json of {folder} has no model_type")
-    adapter = get_adapter(str(config["model_type"]))
+    adapter = adapter_of(config)
     claim = Claim.from_config(config)
     if asked.block_size is not None:
         raise IncompatibleError(

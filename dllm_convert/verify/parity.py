@@ -172,11 +172,17 @@ class _Comparison:
         if adapter.attention == "causal":
             # Given to both as it is: a window of the base's is no matter of its weights.
             length = tokens.shape[1]
-            inputs["attention_mask"] = torch.ones(length, length).tril().bool()[None, None]
+            mask = torch.ones(length, length).tril().bool()[None, None]
+            if adapter.implementations[0] == "eager":
+                # Eager attention of the stock class adds its mask to the scores.
+                mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            inputs["attention_mask"] = mask
         if adapter.auto_class == "AutoModelForCausalLM":
             inputs["use_cache"] = False
         base = getattr(transformers, adapter.stock_class).from_pretrained(
-            self._base_folder, dtype=torch.float32, attn_implementation="sdpa"
+            self._base_folder,
+            dtype=torch.float32,
+            attn_implementation=adapter.implementations[0],
         )
         base.eval()
         trace = Trace(base, inputs, base.get_output_embeddings())

@@ -186,7 +186,11 @@ def _fresh_process(
         scratch = Path(name)
         inputs = {"input_ids": tokens}
         if subject.claim.block_size:
-            inputs["attention_mask"] = subject.claim.mask(tokens.shape[1])[None, None].contiguous()
+            mask = subject.claim.mask(tokens.shape[1])[None, None].contiguous()
+            if subject.adapter.implementations[0] == "eager":
+                # Eager attention adds its mask to the scores.
+                mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            inputs["attention_mask"] = mask
         save_file(inputs, scratch / "inputs.safetensors")
         command = [
             *(sys.executable, "-I", str(SCRIPT), str(subject.folder.resolve())),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dllm_convert import modeling
 from dllm_convert.adapters import Adapter
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.safetensors_header import Header, read_checkpoint
@@ -136,7 +136,11 @@ class Subject:
     @property
     def diffusion_class(self) -> Any:
         """This package's diffusion class of the family."""
-        return getattr(modeling, self.adapter.diffusion_class)
+        return diffusion_class(self.adapter)
+
+    @property
+    def _attention(self) -> str:
+        return self.adapter.implementations[0]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -145,13 +149,16 @@ class Subject:
 
     @cached_property
     def model(self) -> Any:
-        """The diffusion class in float32, on the CPU, with sdpa attention.
+        """The diffusion class in float32, on the CPU, with its family's first implementation.
 
         Raises:
             DataError: Some weights are missing from the files and would be random.
         """
         model, info = self.diffusion_class.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            self.folder,
+            dtype=torch.float32,
+            attn_implementation=self._attention,
+            output_loading_info=True,
         )
         if info["missing_keys"]:
             raise DataError(f"would load at random: {first_items(sorted(info['missing_keys']))}")
@@ -178,7 +185,7 @@ class Subject:
         try:
             yield self.model
         finally:
-            self.model.set_attn_implementation("sdpa")
+            self.model.set_attn_implementation(self._attention)
 
     @contextmanager
     def float64(self) -> Iterator[Any]:

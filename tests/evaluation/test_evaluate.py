@@ -16,11 +16,11 @@ from dllm_convert.card import render_card
 from dllm_convert.card_checks import check_card
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
+from dllm_convert.evaluation.picture import PARALLELISM
 from dllm_convert.evaluation.record import evaluate_checkpoint
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
 from dllm_convert.manifest import read_manifest, write_manifest
-from dllm_convert.pictures import PARALLELISM
 
 QUIET = Reporter(quiet=True)
 QUICK = Settings(draws=2, rounds=2)

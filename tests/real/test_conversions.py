@@ -26,7 +26,7 @@ QUIET = Reporter(quiet=True)
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, dequantised once."""
-    return materialise(inspect_source(str(assets.smollm2_gguf())), QUIET)
+    return materialise(inspect_source(str(assets.smollm2_gguf())), QUIET).folder
 
 
 def as_llama(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
@@ -87,7 +87,12 @@ def test_smollm2_converts_verifies_and_samples(
 
 def test_antiberty_converts_to_mdlm(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
-        {"source": str(assets.antiberty_folder()), "target": "mdlm", "training": {"method": "none"}}
+        {
+            "source": str(assets.antiberty_folder()),
+            "target": "mdlm",
+            "training": {"method": "none"},
+            "allow_pickle": True,
+        }
     )
     result = run(recipe, tmp_path / "out", QUIET)
     probes = result.manifest["verification"]["probes"]

@@ -175,7 +175,7 @@ def test_smollm2_has_a_special_token_that_text_does_not_produce() -> None:
 
 def test_antiberty_plans_as_bert() -> None:
     path = str(assets.antiberty_folder())
-    plan = make_plan(Recipe(source=path, target="mdlm"), inspect_source(path))
+    plan = make_plan(Recipe(source=path, target="mdlm", allow_pickle=True), inspect_source(path))
     assert plan.adapter.model_type == "bert"
     assert (plan.mask.rule, plan.mask.id, plan.mask.rows_after) == ("tokenizer", 4, 25)
 
@@ -189,12 +189,14 @@ def test_antiberty_plans_as_bert() -> None:
         ("llama2", "llama", LLAMA2_ROWS),
     ],
 )
+@pytest.mark.parametrize("light", [False, True], ids=["transformers", "light"])
 def test_saving_changes_nothing_but_the_mask(
-    tmp_path: Path, name: str, family: str, rows: int
+    tmp_path: Path, name: str, family: str, rows: int, light: bool
 ) -> None:
     import transformers
 
-    from dllm_convert.tokenizer_output import write_tokenizer
+    from dllm_convert.tokenizer_json import write_tokenizer_json
+    from dllm_convert.tokenizer_output import SAMPLES, write_tokenizer
 
     source = Path(shutil.copytree(assets.asset(name) / "package" / "models", tmp_path / "source"))
     out = tmp_path / "out"
@@ -202,10 +204,18 @@ def test_saving_changes_nothing_but_the_mask(
     for folder in (source, out):
         (folder / "config.json").write_text(json.dumps({"model_type": family}))
     mask = decide(source, family, rows)
-    write_tokenizer(mask, source, out)
+    if light:
+        assert write_tokenizer_json(mask, source, out)
+    else:
+        write_tokenizer(mask, source, out)
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert (loaded.mask_token, loaded.mask_token_id) == (mask.token, mask.id)
     assert len(loaded) == max(mask.used_rows, mask.id + 1)
+    before = transformers.AutoTokenizer.from_pretrained(source)
+    for text in SAMPLES:
+        assert loaded(text)["input_ids"] == before(text)["input_ids"]
+    assert loaded(f"a{mask.token}b")["input_ids"].count(mask.id) == 1
+    assert loaded.chat_template == before.chat_template
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ MODULES = (
     "accelerate", "datasets", "peft", "torch", "transformers", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "dllm_convert.cli", "dllm_convert.pipeline",
     "dllm_convert.training.run", "dllm_convert.verify", "dllm_convert.card", "dllm_convert.weights",
-    "dllm_convert.sampling.run", "dllm_convert.pictures", "dllm_convert.licences",
+    "dllm_convert.sampling.run", "dllm_convert.report_page", "dllm_convert.licences",
     "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
 )  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -146,7 +146,7 @@ TRAINING = {"training-mask", "training-influence", "packed"}
         ({"other_documents": True}, TRAINING),
         ({"clean_sees_noise": True}, TRAINING),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)),
 )
 def test_noisy_block_sees_too_much(
     llama: Any, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, bool], names: set[str]
@@ -323,6 +323,15 @@ def test_shift_flag_wrong(llama: Any) -> None:
     section = json.loads((llama.folder / "config.json").read_text())["diffusion"]
     edit_json(llama.folder, "config.json", diffusion={**section, "token_shift": False})
     assert failed(llama.folder, ["likelihood"]) == {"token-shift"}
+
+
+def test_an_encoder_has_no_shift_to_keep(converted: Callable[..., Any]) -> None:
+    from dllm_convert.verify import verify_checkpoint
+
+    made = converted("bert", "mdlm")
+    write_manifest(made.folder, {"recipe": {"token_shift": "keep"}})
+    report = verify_checkpoint(made.folder, groups=["likelihood"], untrained=False)
+    assert [probe.passed for probe in report.probes if probe.name == "token-shift"] == [True]
 
 
 def test_shift_flag_wrong_without_a_manifest(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""A measured adapter as plain values: how config.json and the manifest record it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.errors import IncompatibleError
+
+RECORD = "adapter"
+"""Key of the `diffusion` section that holds the record."""
+
+_VERSION = re.compile(r"[\w.+-]+")
+
+
+def adapter_as_dict(adapter: Adapter) -> dict[str, Any]:
+    """Return an adapter's fields that are not the defaults."""
+    defaults = {field.name: field.default for field in fields(Adapter)}
+    return {key: value for key, value in asdict(adapter).items() if value != defaults[key]}
+
+
+def adapter_from_dict(record: Mapping[str, Any]) -> Adapter:
+    """Read what `adapter_as_dict` wrote; the file may be anybody's.
+
+    Raises:
+        IncompatibleError: It is not such a record.
+    """
+    try:
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        measured = dict(values["measured"])
+        measured["narrow"] = tuple(measured.get("narrow", ()))
+        values["measured"] = Measured(**measured)
+        if values.get("window") is not None:
+            values["window"] = Window(**values["window"])
+        adapter = Adapter(**values)
+        # What ends up in generated code is held to be what a measurement writes.
+        if not str(adapter.stock_class).isidentifier():
+            raise ValueError("stock_class is no name")
+        if adapter.diffusion_class != f"Diffusion{adapter.stock_class}":
+            raise ValueError("diffusion_class is not that of stock_class")
+        versions = (adapter.min_transformers, values["measured"].transformers)
+        if not all(_VERSION.fullmatch(str(version)) for version in versions):
+            raise ValueError("a version is none")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IncompatibleError(
+            f"diffusion.{RECORD} of config.json is no record of a measured family ({error})",
+            hint="Convert the model again with this version of dllm-convert",
+        ) from error
+    return adapter

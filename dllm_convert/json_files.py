@@ -1,0 +1,81 @@
+"""Read JSON that somebody else wrote: bounded, and with errors that name the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.errors import DataError
+
+DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
+MAX_JSON_BYTES = 128 << 20
+"""Four times the largest tokenizer.json known."""
+_MAX_FOUND = 300
+
+
+class DuplicateKeyError(ValueError):
+    """An object names a key twice."""
+
+
+def broken(file: str, found: str, expected: str) -> DataError:
+    """Return the error for a file that is not what its format allows."""
+    found = found if len(found) <= _MAX_FOUND else f"{found[:_MAX_FOUND]}…"
+    return DataError(f"{file}: {found}, expected {expected}", hint=DOWNLOAD_AGAIN)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object, as an `object_pairs_hook`.
+
+    Raises:
+        DuplicateKeyError: A key is there twice.
+    """
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise DuplicateKeyError(ascii(twice)[:200])
+    return result
+
+
+def load_json(path: Path, *, distinct: bool = False) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        distinct: Whether a key that an object has twice is an error.
+
+    Raises:
+        DataError: The file cannot be read, is too large or is not JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON_BYTES:
+                raise broken(path.name, f"{size:,} bytes", f"JSON of at most {MAX_JSON_BYTES:,}")
+            raw = file.read()
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
+    except DuplicateKeyError as error:
+        raise broken(path.name, f"{error} is named twice", "every name once") from error
+    except (ValueError, RecursionError) as error:
+        raise broken(path.name, f"not valid JSON ({error})", "a JSON document in UTF-8") from error
+
+
+def load_json_object(path: Path, *, distinct: bool = False) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Args:
+        path: The file.
+        distinct: Whether a key that an object has twice is an error.
+
+    Raises:
+        DataError: The file cannot be read, is not JSON or holds something else.
+    """
+    value = load_json(path, distinct=distinct)
+    if not isinstance(value, dict):
+        raise broken(path.name, f"a JSON {type(value).__name__}", "an object")
+    return value

@@ -1,0 +1,25 @@
+"""The process that measures: a request on stdin, a report as one line of JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dllm_convert.probe.family import measure_family
+from dllm_convert.quiet import quiet_libraries
+
+
+def main() -> None:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    with quiet_libraries():
+        report = measure_family(request["config"], request["tensors"])
+    sys.stdout.write(json.dumps(report.as_dict(), default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

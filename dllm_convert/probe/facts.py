@@ -1,0 +1,192 @@
+"""What an adapter declares, read off the small instance and the full config's empty model."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.errors import UnsupportedError
+from dllm_convert.probe.instance import Instance, decoder_layers, draft_adapter
+from dllm_convert.probe.shrink import layer_kinds
+from dllm_convert.probe.sizes import VOCABULARY
+
+_STANDARD = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size"),
+    "tie_word_embeddings",
+)
+"""Fields other stages read, under the names all decoders share."""
+
+
+def declare(
+    config: PreTrainedConfig,
+    values: Mapping[str, Any],
+    instance: Instance,
+    targets: Sequence[str],
+    opened: Mapping[str, Any],
+    narrow: tuple[str, ...],
+    tensors: Collection[str],
+) -> Adapter:
+    """Return the declaration of a measured family.
+
+    Args:
+        config: Config of the checkpoint.
+        values: The same as it stands in config.json.
+        instance: The small instance.
+        targets: Objectives that passed.
+        opened: Config values that open its windows.
+        narrow: Kinds of layers that had one.
+        tensors: Names of the checkpoint's tensors; empty if they are not known.
+
+    Raises:
+        UnsupportedError: The vocabulary's tensors are not an embedding, a head and its biases, or
+            the checkpoint lacks tensors.
+    """
+    model = instance.base
+    draft = draft_adapter(config.model_type)
+    unused = _loaded(config, draft.stock_class, tensors)
+    embedding, head, biases = _vocabulary(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
+    standard = {key: getattr(config, key, None) for key in _STANDARD}
+    return Adapter(
+        config.model_type,
+        draft.stock_class,
+        draft.diffusion_class,
+        targets=tuple(targets),  # type: ignore[arg-type]
+        embedding=embedding,
+        head=head,
+        lora_targets=_suffixes(model, (nn.Linear, Conv1D), within=decoder_layers(model)),
+        norm_modules=_norms(model),
+        embedding_module=places[0].rpartition(".")[2],
+        head_module=places[1].rpartition(".")[2],
+        head_biases=biases,
+        unused_tensors=unused,
+        window=Window(dict(opened), default=next(iter(opened.values()))) if opened else None,
+        min_transformers=transformers.__version__,
+        implementations=draft.implementations,
+        measured=Measured(
+            transformers.__version__,
+            {k: v for k, v in standard.items() if v is not None and values.get(k) != v},
+            dict(Counter(layer_kinds(config))),
+            narrow,
+        ),
+    )
+
+
+def _head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or getattr(head, "weight", None) is None:
+        raise UnsupportedError("its logits come from no single output projection")
+    return head
+
+
+def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...]]:
+    """Return the names, in a file, of embedding, head and the head's biases."""
+    with tempfile.TemporaryDirectory(prefix="dllm-convert-probe-") as folder:
+        model.save_pretrained(folder)
+        tensors: dict[str, torch.Tensor] = {}
+        for file in Path(folder).glob("*.safetensors"):
+            tensors |= load_file(file)
+    found = {n: t for n, t in tensors.items() if t.dim() and t.shape[0] == VOCABULARY}
+    places = {id(module): name for name, module in model.named_modules()}
+    names = []
+    modules: tuple[Any, Any] = model.get_input_embeddings(), _head(model)
+    for module in modules:
+        # By value: a file may call a tensor otherwise than the class does.
+        same = [name for name, tensor in found.items() if torch.equal(tensor, module.weight)]
+        names.append(same[0] if same else f"{places[id(module)]}.weight")
+    biases = tuple(sorted(name for name, tensor in found.items() if tensor.dim() == 1))
+    others = sorted(found.keys() - {*names, *biases})
+    if names[0] not in found or others:
+        what = others[0] if others else f"no {names[0]}"
+        raise UnsupportedError(f"beside embedding and head its vocabulary has {what} in the file")
+    if names[0] == names[1]:
+        names[1] = f"{places[id(_head(model))]}.weight"
+    return names[0], names[1], biases
+
+
+def _suffixes(
+    model: nn.Module, types: tuple[type, ...], within: Sequence[nn.Module]
+) -> tuple[str, ...]:
+    """Return the shortest endings of names that all modules of some types have, and no others."""
+    inside = {id(module) for layer in within for module in layer.modules()}
+    modules = dict(model.named_modules())
+    wanted = [n for n, m in modules.items() if id(m) in inside and isinstance(m, types)]
+    chosen: dict[str, None] = {}
+    for name in wanted:
+        parts = name.split(".")
+        for size in range(1, len(parts) + 1):
+            ending = ".".join(parts[-size:])
+            if parts[-size].isdigit():
+                continue  # The number of a layer is another name in a model with more of them.
+            hits = [m for n, m in modules.items() if n == ending or n.endswith(f".{ending}")]
+            if all(id(m) in inside and isinstance(m, types) for m in hits):
+                chosen[ending] = None
+                break
+    return tuple(chosen)
+
+
+def _norms(model: nn.Module) -> tuple[str, ...]:
+    names = (
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters())
+    )
+    return tuple(dict.fromkeys(names))
+
+
+def _loaded(config: PreTrainedConfig, stock: str, present: Collection[str]) -> str | None:
+    """Compare a checkpoint's tensors with those its class loads.
+
+    Args:
+        config: Config of the checkpoint.
+        stock: Name of its class.
+        present: Names of its tensors; empty if they are not known.
+
+    Returns:
+        What is left out of the output, as one expression.
+
+    Raises:
+        UnsupportedError: A tensor is missing that the class would fill at random.
+    """
+    if not present:
+        return None
+    with torch.device("meta"):
+        model = getattr(transformers, stock)(copy.deepcopy(config))
+    state = model.state_dict()
+    shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    # A file holds experts one by one that the class holds together; either is loaded.
+    expected = [set(state), set(revert_weight_conversion(model, state))]
+    missing = min((sorted(names - set(present) - shared) for names in expected), key=len)
+    if missing:
+        raise UnsupportedError(
+            f"the weights lack {len(missing)} tensors of {stock}, the first is {missing[0]}: they "
+            "would be random"
+        )
+    known = set().union(*expected)
+    return _expression(set(present) - known, known)
+
+
+def _expression(foreign: Collection[str], known: Collection[str]) -> str | None:
+    """Return an expression of names, whatever their numbers, unless it fits a known one too."""
+    patterns = set()
+    for name in foreign:
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(name))
+        fits = any(re.fullmatch(pattern, other) for other in known)
+        patterns.add(re.escape(name) if fits else pattern)
+    return "|".join(sorted(patterns)) or None

@@ -1,0 +1,187 @@
+"""Small random instances of one architecture: the stock class, and opened for both objectives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dllm_convert.adapters.base import Adapter, Implementation, Measured
+from dllm_convert.diffusion_class import diffusion_class
+from dllm_convert.errors import UnsupportedError
+from dllm_convert.probe.shrink import shrink
+from dllm_convert.probe.sizes import VOCABULARY
+
+SEED = 20240607
+SPREAD = 0.1
+"""Standard deviation of the weights, five times the usual one: a changed token visibly moves every
+logit it reaches, and no softmax is so sharp that it rounds one away."""
+MAX_PARAMETERS = 30_000_000
+ORDINARY = range(16, VOCABULARY)
+"""Tokens of the texts: no special token has an id as high."""
+
+
+def full_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build the config of a checkpoint as its stock class reads it; no remote code is run.
+
+    Raises:
+        UnsupportedError: This transformers does not know the family, or not as a decoder.
+    """
+    model_type = str(values.get("model_type"))
+    version = transformers.__version__
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(f"transformers {version} has no model_type {model_type!r}")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedError(f"transformers {version} has no decoder for {model_type!r}")
+    config = CONFIG_MAPPING[model_type].from_dict(dict(values))
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{model_type!r} is an encoder-decoder: its decoder needs another text"
+        )
+    if config.get_text_config() is not config:
+        raise UnsupportedError(
+            f"the config of {model_type!r} holds the one of its text model inside: is_causal is "
+            "not read there"
+        )
+    return config
+
+
+def stock_name(model_type: str) -> str:
+    """Return the name of the class that the mapping of decoders gives a family."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def draft_adapter(model_type: str) -> Adapter:
+    """Return what is known of a family before anything is measured."""
+    name = stock_name(model_type)
+    return Adapter(
+        model_type,
+        name,
+        f"Diffusion{name}",
+        implementations=implementations(getattr(transformers, name)),
+        measured=Measured(transformers.__version__, {}, {}),
+    )
+
+
+def implementations(stock: Any) -> tuple[Implementation, ...]:
+    """Return the implementations of attention a class has; one without sdpa has eager alone."""
+    return ("sdpa", "eager") if getattr(stock, "_supports_sdpa", False) else ("eager",)
+
+
+def build(cls: Any, config: PreTrainedConfig, attention: str) -> Any:
+    """Build a model on the CPU, in evaluation mode, from a copy of the config."""
+    config = copy.deepcopy(config)
+    torch.manual_seed(SEED)
+    return cls._from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() < 2 or "norm" in name:
+            parameter.add_(noise * 0.05)
+        else:
+            parameter.copy_(noise * SPREAD)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers: of all lists of modules as long as the config says, the heaviest."""
+    count = int(model.config.num_hidden_layers)
+    every = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    lists = [m for m in every if len(m) == count] or every
+    sizes = [sum(p.numel() for p in found.parameters()) for found in lists]
+    return list(lists[sizes.index(max(sizes))]) if lists else []
+
+
+@dataclass
+class Instance:
+    """One architecture in small.
+
+    Attributes:
+        adapter: What is known of it.
+        config: The small config, attention as in the base.
+        kinds: Kind of each layer.
+        base: The stock class with it.
+    """
+
+    adapter: Adapter
+    config: PreTrainedConfig
+    kinds: tuple[str, ...]
+    base: Any
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Instance:
+        """Build the small instance of a full config.
+
+        Raises:
+            UnsupportedError: It does not get small.
+        """
+        small = shrink(config)
+        adapter = draft_adapter(config.model_type)
+        stock = getattr(transformers, adapter.stock_class)
+        with torch.device("meta"):
+            counts = {
+                n: p.numel() for n, p in stock(copy.deepcopy(small.config)).named_parameters()
+            }
+        if sum(counts.values()) > MAX_PARAMETERS:
+            worst = max(counts, key=lambda name: counts[name])
+            raise UnsupportedError(
+                f"it was not built: shrunken it still has {sum(counts.values()):,} parameters, "
+                f"most in {worst}"
+            )
+        base = build(stock, small.config, adapter.implementations[0])
+        _randomise(base)
+        base.tie_weights()
+        return cls(adapter, small.config, small.kinds, base)
+
+    def opened(self, *, block_size: int | None = None, causal: bool = False, **updates: Any) -> Any:
+        """Return the diffusion class with the same weights.
+
+        Args:
+            block_size: Tokens per block; None for none.
+            causal: Leave the attention as it is in the base.
+            **updates: Other fields of the config.
+        """
+        config = copy.deepcopy(self.config)
+        for key, value in updates.items():
+            setattr(config, key, value)
+        if not causal:
+            config.is_causal = False
+        if block_size is not None:
+            config.block_size = block_size
+        model = build(diffusion_class(self.adapter), config, self.adapter.implementations[0])
+        model.load_state_dict(self.base.state_dict())
+        return model
+
+
+@contextmanager
+def attention(model: Any, implementation: str) -> Iterator[Any]:
+    """Lend a model with another attention implementation."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+def text(length: int, draw: int = 0) -> torch.Tensor:
+    """Return random tokens, shape (length,)."""
+    generator = torch.Generator().manual_seed(SEED + draw)
+    return torch.randint(ORDINARY.start, ORDINARY.stop, (length,), generator=generator)
+
+
+def other(tokens: torch.Tensor) -> torch.Tensor:
+    """Return tokens that differ from `tokens` everywhere, same shape."""
+    span = len(ORDINARY)
+    return (tokens - ORDINARY.start + 1 + span // 3) % span + ORDINARY.start

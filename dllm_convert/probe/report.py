@@ -1,0 +1,90 @@
+"""What a probe returns: what was measured, and the adapter that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dllm_convert.adapters.base import Adapter
+from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
+from dllm_convert.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was measured.
+
+    Attributes:
+        name: Short name, the same in every report.
+        passed: Whether it is as a conversion needs it.
+        measured: What was found, with its number.
+        detail: The first thing that is wrong, empty if nothing is.
+        targets: Objectives that need it.
+    """
+
+    name: str
+    passed: bool
+    measured: str
+    detail: str
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """One family, measured on a small random instance.
+
+    Attributes:
+        model_type: Its key.
+        stock_class: Class in transformers that was measured.
+        layers: Kind of each layer of the small instance.
+        findings: What was measured, in the order it was.
+        reason: Why it cannot be converted, None if it can.
+        adapter: The measured declaration, None if it cannot be converted.
+        versions: Versions of transformers and torch it was measured with.
+        seconds: Wall time.
+    """
+
+    model_type: str
+    stock_class: str
+    layers: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    reason: str | None
+    adapter: Adapter | None
+    versions: Mapping[str, str]
+    seconds: float
+
+    def require(self) -> Adapter:
+        """Return the measured adapter.
+
+        Raises:
+            UnsupportedError: The family cannot be converted; the message says what was measured.
+        """
+        if self.adapter is None:
+            raise UnsupportedError(
+                f"model_type {self.model_type!r} cannot be converted, measured on a small random "
+                f"{self.stock_class or 'instance'}: {self.reason}",
+                hint="See docs/any-architecture.md for the families that can",
+            )
+        return self.adapter
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain values for JSON."""
+        adapter = None if self.adapter is None else adapter_as_dict(self.adapter)
+        return {**asdict(self), "adapter": adapter}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ProbeReport:
+        """Read a report that `as_dict` wrote."""
+        adapter = values["adapter"]
+        return cls(
+            **{
+                **values,
+                "layers": tuple(values["layers"]),
+                "findings": tuple(
+                    Finding(**{**finding, "targets": tuple(finding["targets"])})
+                    for finding in values["findings"]
+                ),
+                "adapter": None if adapter is None else adapter_from_dict(adapter),
+            }
+        )

@@ -1,0 +1,247 @@
+"""The report: one HTML file that shows what was measured, and opens without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dllm_convert import recipe_yaml, report_tables
+from dllm_convert.card_facts import Facts, Measure, collect_facts
+from dllm_convert.card_text import duration, figures
+from dllm_convert.disk import write_whole
+from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
+from dllm_convert.observations import Observations
+from dllm_convert.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
+from dllm_convert.recipe import data_dir
+from dllm_convert.redaction import last_part, without_paths
+from dllm_convert.report_tables import Table
+
+TEMPLATE = "report.html.jinja"
+_TABLES = {
+    ATTENTION.file: report_tables.attention_table,
+    LOSS.file: report_tables.loss_table,
+    RATES.file: report_tables.rates_table,
+    DECODING.file: report_tables.decoding_table,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture on the page.
+
+    Attributes:
+        picture: What it shows.
+        svg: The drawing.
+        table: The numbers behind it, None if there are none.
+        lead: A sentence above it, None for none.
+    """
+
+    picture: Picture
+    svg: Markup
+    table: Table | None
+    lead: str | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the template reads; nothing in it is HTML but the drawings.
+
+    Attributes:
+        title: Name of the model.
+        passed: Whether verification passed; None if there was none.
+        probes: All probes, failures first, then those that were not run.
+        facts: What the model is and where it comes from, name and value.
+        figures: Pictures.
+        measures: Held-out likelihoods.
+        sample: A decoded text.
+        recipe: The resolved recipe as YAML, empty if it is not known.
+        seconds: Wall time of the verification.
+        note: When and by what it was made.
+    """
+
+    title: str
+    passed: bool | None
+    probes: tuple[Mapping[str, Any], ...]
+    facts: tuple[tuple[str, str], ...]
+    figures: tuple[Figure, ...]
+    measures: tuple[Measure, ...] = ()
+    sample: Mapping[str, Any] | None = None
+    recipe: str = ""
+    seconds: float | None = None
+    note: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def write_report(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    verification: Mapping[str, Any] | None = None,
+    seen: Observations | None = None,
+) -> Path:
+    """Write the report of a checkpoint; no model is loaded.
+
+    Args:
+        folder: The checkpoint; with a manifest, the report says how it was made.
+        out: HTML file, by default report.html in the folder, which has to have a manifest then.
+        verification: Report of a verification, by default that of the manifest.
+        seen: What pictures are drawn from, by default what the manifest holds.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        DataError: The file cannot be written, or the manifest is missing or broken.
+    """
+    path = out or folder / REPORT_FILE
+    foreign = out is not None and not (folder / MANIFEST_FILE).is_file()
+    manifest = {} if foreign else read_manifest(folder)
+    if verification is not None:
+        manifest = {**manifest, "verification": verification}
+    try:
+        write_whole(path, render_report(folder, manifest, seen))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror})", hint="Give another --report"
+        ) from error
+    return path
+
+
+def render_report(
+    folder: Path, manifest: Mapping[str, Any], seen: Observations | None = None
+) -> str:
+    """Return the report as HTML; every value in it is escaped.
+
+    Args:
+        folder: The checkpoint; only its config and names of files are read.
+        manifest: Content of its dllm_convert.json; of a foreign checkpoint, the verification only.
+        seen: What pictures are drawn from, by default what the manifest holds.
+    """
+    if seen is None:
+        seen = Observations.from_measurements(manifest.get("measurements") or {})
+    try:
+        page = _made_here(collect_facts(folder, manifest), seen)
+    except (DllmConvertError, AttributeError, TypeError, ValueError):
+        # No manifest of ours, or not a sound one: the page says what is known without it.
+        page = _foreign(folder, manifest.get("verification"), seen)
+    environment = Environment(
+        loader=FileSystemLoader(data_dir("cards")),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"figures": figures, "duration": duration}
+    return environment.get_template(TEMPLATE).render(page=page)
+
+
+def _made_here(facts: Facts, seen: Observations) -> Page:
+    report, manifest = facts.verification or {}, facts.manifest
+    return Page(
+        title=facts.title,
+        **_verdict(report),
+        facts=tuple(_facts(facts)),
+        figures=_figures(seen),
+        measures=facts.measures,
+        sample=facts.sample,
+        recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
+        note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
+    )
+
+
+def _foreign(folder: Path, report: Mapping[str, Any] | None, seen: Observations) -> Page:
+    from dllm_convert import __version__
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        section = config.get("diffusion") or {}
+        facts = [
+            ("Family", config.get("model_type")),
+            ("Objective", section.get("objective")),
+            ("Tokens per block", section.get("block_size")),
+            ("Mask token", section.get("mask_token_id")),
+        ]
+    except (OSError, ValueError, AttributeError):
+        facts = []
+    return Page(
+        title=last_part(str(folder.resolve())),
+        **_verdict(report or {}),
+        facts=tuple((name, str(value)) for name, value in facts if value is not None),
+        figures=_figures(seen),
+        note=f"verified by dllm-convert {__version__}; the folder says nothing of how it was made",
+    )
+
+
+def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
+    texts = ("name", "measured", "required", "detail", "origin")
+    probes = [
+        {
+            "passed": probe.get("passed"),
+            **{key: without_paths(str(probe.get(key) or "")) for key in texts},
+        }
+        for probe in report.get("probes") or ()
+    ]
+    passed = [probe["passed"] for probe in probes]
+    return {
+        "passed": report.get("passed"),
+        "probes": tuple(sorted(probes, key=_rank)),
+        "seconds": report.get("seconds"),
+        "counts": {
+            "passed": passed.count(True),
+            "failed": passed.count(False),
+            "not run": passed.count(None),
+        },
+    }
+
+
+def _rank(probe: Mapping[str, Any]) -> int:
+    """Order of the probes: failures first, then what was not looked at."""
+    return {"True": 2, "None": 1}.get(str(probe["passed"]), 0)
+
+
+def _figures(seen: Observations) -> tuple[Figure, ...]:
+    leads = {ATTENTION.file: report_tables.attention_summary(seen)}
+    return tuple(
+        # Drawn by us from numbers: the only part of the page that is not escaped.
+        Figure(picture, Markup(svg), _TABLES[picture.file](seen), leads.get(picture.file))  # noqa: S704
+        for picture in PICTURES
+        if (svg := draw_svg(picture, seen)) is not None
+    )
+
+
+def _facts(facts: Facts) -> Iterator[tuple[str, str]]:
+    base, plan, train, cost = facts.base, facts.plan, facts.train, facts.cost
+    source = plan.get("source") or {}
+    yield "Base", base.repo_id or base.file or base.name
+    if base.revision or base.sha256:
+        yield "Version of the base", base.revision or f"sha256 {base.sha256}"
+    if base.licence.id:
+        yield "Licence of the base", base.licence.name or base.licence.id
+    yield "Family", facts.adapter.model_type
+    if source.get("parameters"):
+        yield "Parameters", f"{int(source['parameters']):,}"
+    kind = {"mdlm": "masked diffusion", "bd3lm": "block diffusion"}
+    yield "Objective", f"{facts.objective}, {kind.get(facts.objective, 'diffusion')}"
+    if facts.block_size:
+        yield "Tokens per block", str(facts.block_size)
+    yield "Token shift", "kept" if facts.token_shift else "none"
+    yield "Mask token", f"{facts.mask['token']}, id {facts.mask['id']} ({facts.mask['reason']})"
+    if train is None or cost is None:
+        yield "Training", "none: the weights are the base's"
+    else:
+        amount = f"{int(train['steps']):,} steps, {int(train['tokens']):,} tokens"
+        device = f" on {cost.devices} of {cost.device}" if cost.device else ""
+        yield "Training", f"{train['method']}, {amount}, {duration(cost.seconds)}{device}"
+    if facts.data:
+        yield "Text", ", ".join(facts.data.text.names)
+    versions = facts.manifest.get("versions") or {}
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield "Needs", f"transformers {plan['min_transformers']} or newer"

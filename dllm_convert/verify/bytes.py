@@ -1,0 +1,286 @@
+"""What can be proved of a checkpoint from its files alone: no model is built, no torch imported.
+
+Memory stays at a few MiB whatever the size of the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.adapters import Adapter, adapter_of
+from dllm_convert.console import Reporter
+from dllm_convert.copying import pieces, workers
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.manifest import MANIFEST_FILE, changed_files, read_manifest
+from dllm_convert.mean_row import is_finite
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.plan_checks import unused_tensors
+from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
+from dllm_convert.source_folder import read_config
+from dllm_convert.verify.report import Probe, VerificationReport, first_items, skipped
+
+NEEDS_MODEL = (
+    *("tokens", "portability", "attention", "gradient", "training", "base-logits", "cache"),
+    *("padding", "batch", "generate", "quality", "likelihood"),
+)
+"""Groups of probes for which the model, or transformers, has to be loaded."""
+_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies."""
+
+    path: Path
+    start: int
+    entry: Entry
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.entry.shape[1:]) * DTYPE_BYTES[self.entry.dtype]
+
+
+def _locate(folder: Path) -> dict[str, _Tensor]:
+    """Return name, as transformers spells it today, to place of every tensor of a folder."""
+    found = {}
+    for file, header in read_checkpoint(folder).items():
+        for name, entry in header.entries.items():
+            for old, new in _LEGACY.items():
+                name = name.replace(old, new)
+            found[name] = _Tensor(folder / file, header.data_start + entry.start, entry)
+    return found
+
+
+def _first_difference(ours: _Tensor, base: _Tensor, start: int, length: int) -> int | None:
+    """Return the first byte of a part of two tensors that differs, None if all are equal."""
+    position = start
+    with ours.path.open("rb", 0) as left, base.path.open("rb", 0) as right:
+        for piece, _ in pieces(left.fileno(), ours.start + start, length):
+            # Holes of two files need not lie alike, so the pieces of the other are put together.
+            parts = pieces(right.fileno(), base.start + position, len(piece))
+            mine, other = bytes(piece), b"".join(bytes(part) for part, _ in parts)
+            if mine != other:  # bytes are compared at once, views one element after the other
+                pairs = enumerate(zip(mine, other, strict=True))
+                return position + next(at for at, (one, two) in pairs if one != two)
+            position += len(piece)
+    return None
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """A checkpoint beside the base it was made from, compared byte by byte.
+
+    Attributes:
+        folder: The checkpoint.
+        base: Folder of the base's safetensors weights.
+        adapter: The family.
+        mask_row: Row that the conversion was to overwrite, None if it was to leave all alone.
+        known: Files that need no reading, since they were hashed as they were copied.
+        trained: Whether tensors may differ; how many do not is measured all the same.
+    """
+
+    folder: Path
+    base: Path
+    adapter: Adapter
+    mask_row: int | None
+    known: Collection[str] = ()
+    trained: bool = False
+
+    def probe(self) -> Probe:
+        """Return the probe `base-tensors`."""
+        ours, base = _locate(self.folder), _locate(self.base)
+        unused = set(unused_tensors(base, self.adapter))
+        kept = [name for name in base if name not in unused]
+        wrong = [f"{name} of the base is missing" for name in kept if name not in ours]
+        pairs = {name: (ours[name], base[name]) for name in kept if name in ours}
+        same = [name for name, pair in pairs.items() if self._one_file(*pair)]
+        others = pairs.keys() - set(same)
+        copied = [name for name in others if pairs[name][0].path.name in self.known]
+        read = [name for name in pairs if name in others - set(copied)]
+        with ThreadPoolExecutor(workers()) as pool:
+            found = pool.map(lambda name: self._difference(name, *pairs[name]), read)
+            wrong += [text for text in found if text]
+        detail = first_items(wrong)
+        if not wrong:
+            ways = {"read": read, "in files copied and hashed": copied, "in linked files": same}
+            detail = ", ".join(f"{len(names)} {how}" for how, names in ways.items() if names)
+        required = "0, the mask's and new rows aside"
+        measured = f"{len(wrong)} of {len(kept)} tensors differ"
+        if self.trained:
+            return Probe("base-tensors", None, measured, required, "the weights were trained")
+        return Probe("base-tensors", not wrong and bool(kept), measured, required, detail)
+
+    @staticmethod
+    def _one_file(ours: _Tensor, base: _Tensor) -> bool:
+        return (ours.start, ours.entry) == (base.start, base.entry) and os.path.samestat(
+            ours.path.stat(), base.path.stat()
+        )
+
+    def _difference(self, name: str, ours: _Tensor, base: _Tensor) -> str:
+        mine, other = ours.entry, base.entry
+        rows = name in {self.adapter.embedding, self.adapter.head, *self.adapter.head_biases}
+        grown = rows and mine.shape[1:] == other.shape[1:] and mine.shape[:1] >= other.shape[:1]
+        if mine.dtype != other.dtype:
+            return f"{name} is {mine.dtype}, the base's {other.dtype}"
+        if mine.shape != other.shape and not grown:
+            return f"{name} has shape {mine.shape}, the base's {other.shape}"
+        size, row = other.end - other.start, base.row_bytes
+        parts = [(0, size)]
+        if rows and self.mask_row is not None and self.mask_row < other.shape[0]:
+            after = (self.mask_row + 1) * row
+            parts = [(0, self.mask_row * row), (after, size - after)]
+        for start, length in parts:
+            at = _first_difference(ours, base, start, length)
+            if at is not None:
+                return f"{name} differs first in row {at // max(1, row)}"
+        return ""
+
+
+def mask_row_probe(folder: Path, adapter: Adapter, mask_id: int) -> Probe:
+    """Return the probe `mask-row`: in the embedding and the head, there, finite and not zero."""
+    tensors = _locate(folder)
+    wrong, looked = [], 0
+    for name in (adapter.embedding, adapter.head):
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        looked += 1
+        if mask_id >= tensor.entry.shape[0]:
+            wrong.append(f"{name} has {tensor.entry.shape[0]} rows, the mask's id is {mask_id}")
+            continue
+        with tensor.path.open("rb", 0) as file:
+            start = tensor.start + mask_id * tensor.row_bytes
+            read = pieces(file.fileno(), start, tensor.row_bytes)
+            row = b"".join(bytes(piece) for piece, _ in read)
+        if not any(row) or not is_finite(row, tensor.entry.dtype):
+            wrong.append(f"row {mask_id} of {name} is zero or not finite")
+    return Probe(
+        "mask-row",
+        not wrong and looked > 0,
+        f"{len(wrong)} of {looked} rows wrong",
+        "0",
+        first_items(wrong),
+    )
+
+
+def _weights_probe(folder: Path) -> Probe:
+    try:
+        count = len(_locate(folder))
+    except DataError as error:
+        return Probe("weights", False, "not readable", "safetensors", str(error))
+    detail = "names, shapes and index; whether the class needs others is not looked at"
+    return Probe("weights", True, f"{count} tensors described and complete", "all", detail)
+
+
+def verify_staged(
+    folder: Path,
+    base: Path,
+    plan: ConversionPlan,
+    ways: Mapping[str, str],
+    reason: str,
+    reporter: Reporter,
+) -> VerificationReport:
+    """Verify what a run has just written, without loading its model.
+
+    Args:
+        folder: The checkpoint.
+        base: Folder with the base's safetensors weights.
+        plan: The conversion.
+        ways: Name of a weight file to how it came about.
+        reason: Why the model was not loaded.
+        reporter: Progress.
+    """
+    row = plan.mask.id if plan.mask.write_row else None
+    known = [file for file, way in ways.items() if way != "rewritten"]
+    with reporter.task("verify files"):
+        against = BaseBytes(folder, base, plan.adapter, row, known)
+        config = read_config(folder)
+        return verify_bytes(
+            folder, config, plan.adapter, against=against, hashes=None, reason=reason
+        )
+
+
+def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> VerificationReport:
+    """Verify a converted checkpoint without loading its model, from its own manifest.
+
+    Args:
+        folder: The checkpoint.
+        base: Folder with the base's safetensors weights, None to compare with none.
+        reporter: Progress.
+
+    Raises:
+        DataError: There is no such folder, or no config in it.
+        IncompatibleError: It is no diffusion checkpoint.
+        UnsupportedError: Its family is not known.
+    """
+    config = read_config(folder)
+    section = config.get("diffusion")
+    if not isinstance(section, dict) or not isinstance(section.get("mask_token_id"), int):
+        raise IncompatibleError(
+            f"config.json of {folder} has no diffusion section with a mask_token_id",
+            hint="Give a folder that dllm-convert run wrote",
+        )
+    adapter = adapter_of(config)
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else {}
+    mask = ((manifest.get("plan") or {}).get("mask") or {}).get("write_row", True)
+    trained = ((manifest.get("recipe") or {}).get("training") or {}).get("method") != "none"
+    row = section["mask_token_id"] if mask else None
+    with reporter.task("verify files"):
+        return verify_bytes(
+            folder,
+            config,
+            adapter,
+            against=BaseBytes(folder, base, adapter, row, trained=trained) if base else None,
+            hashes=manifest.get("files") or {},
+            reason="not asked for: --files",
+        )
+
+
+def verify_bytes(
+    folder: Path,
+    config: Mapping[str, Any],
+    adapter: Adapter,
+    *,
+    against: BaseBytes | None,
+    hashes: Mapping[str, str] | None,
+    reason: str,
+) -> VerificationReport:
+    """Verify a checkpoint without loading its model.
+
+    Args:
+        folder: The checkpoint.
+        config: Its config.json.
+        adapter: Its family.
+        against: The comparison with its base, None if there is none to compare with.
+        hashes: What its files should hash to, None if they were hashed as they were written.
+        reason: Why the other probes are not run.
+    """
+    started = time.monotonic()
+    probes = [_weights_probe(folder)]
+    if probes[0].passed:
+        probes.append(mask_row_probe(folder, adapter, int(config["diffusion"]["mask_token_id"])))
+        if against is None:
+            probes.append(skipped("base-tensors", "0", "no base to compare with: --against SOURCE"))
+        else:
+            probes.append(against.probe())
+    probes.append(_hashes_probe(folder, hashes))
+    probes += map(partial(skipped, required="to be measured", reason=reason), NEEDS_MODEL)
+    return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
+
+
+def _hashes_probe(folder: Path, hashes: Mapping[str, str] | None) -> Probe:
+    if hashes is None:
+        return skipped("hashes", "0", "they were taken from the bytes as these were written")
+    if not hashes:
+        return skipped("hashes", "0", "the folder has no manifest with hashes")
+    wrong = changed_files(folder, hashes)
+    found = f"{len(wrong)} of {len(hashes)} files differ"
+    return Probe("hashes", not wrong, found, "0", first_items(wrong))

@@ -1,0 +1,216 @@
+"""The report: everything that was found, failures first, and nothing in it is taken for HTML."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from card_cases import CASES, Manifest, bert_mdlm, changed, fill, llama_bd3lm, probe
+from report_cases import drawable
+
+from dllm_convert.card import render_card
+from dllm_convert.errors import DataError
+from dllm_convert.report_page import render_report, write_report
+
+SCRIPT = "<script>alert(1)</script>"
+EVIL = f'"><img src=https://evil.example/x.png onerror=alert(1)>{SCRIPT}{{{{ 7*7 }}}}&amp;'
+VOID = {"meta", "br", "image", "use", "path"}
+LOADING = ("src", "srcset", "href", "xlink:href", "data", "poster", "action", "background")
+
+
+class Reader(HTMLParser):
+    """Reads a page as a browser would, far enough to say what it holds and what it loads."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.rows: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th") and self.rows:
+            self.rows[-1].append("")
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self._open:
+            return
+        self.words.append(data)
+        if self.rows and self.rows[-1] and {"td", "th"} & set(self._open):
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+    @property
+    def outside(self) -> list[str]:
+        """Addresses that a browser would load or that a reader could follow."""
+        return [
+            value
+            for _, attributes in self.tags
+            for name, value in attributes.items()
+            if name in LOADING and value and not value.startswith(("#", "data:image/png;base64,"))
+        ]
+
+
+def page_of(manifest: Manifest, folder: Path) -> str:
+    return render_report(fill(folder, manifest), manifest)
+
+
+def assert_inert(page: str) -> None:
+    """Nothing runs, nothing is loaded, and the browser is told to refuse both."""
+    read = Reader(page)
+    assert not read.outside
+    assert not {"script", "img", "iframe", "link", "object", "embed", "base", "form"} & {
+        tag for tag, _ in read.tags
+    }
+    assert not [name for _, held in read.tags for name in held if name.startswith("on")]
+    policy = [held for tag, held in read.tags if tag == "meta" and "http-equiv" in held]
+    assert [held["http-equiv"] for held in policy] == ["Content-Security-Policy"]
+    assert str(policy[0]["content"]).startswith("default-src 'none';")
+    assert "@import" not in page
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_page_for_every_kind_of_run(case: str, tmp_path: Path) -> None:
+    manifest = changed(CASES[case](), measurements=drawable())
+    page = page_of(manifest, tmp_path / "out")
+    read = Reader(page)
+    assert_inert(page)
+    assert read.count("h1") == read.count("html") == read.count("main") == 1
+    assert read.count("svg") == read.count("figure") == 4
+    for tag, attributes in read.tags:
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert len(str(attributes["aria-label"]).split()) >= 8
+    assert read.count("caption") == read.count("table")
+    assert "Verification passed" in read.text
+    assert "2 of 3 checks passed, 1 not run" in read.text
+    assert "In the base 0 of 66 pairs look ahead; in the converted model 18 do" in read.text
+    assert "somebody" not in page, "no folder of the machine it was made on"
+    assert page == page_of(manifest, tmp_path / "out"), "the same every time"
+
+
+def test_failures_come_first(tmp_path: Path) -> None:
+    probes = [
+        probe("fine", True, "1", "1"),
+        probe("unasked", None, "not measured", "2", "no base"),
+        probe("broken", False, "3 wrong", "0 wrong", "layer 4") | {"origin": "counting is exact"},
+        probe("fine too", True, "1", "1"),
+    ]
+    report = {"passed": False, "probes": probes, "seconds": 2.0}
+    read = Reader(page_of(changed(bert_mdlm(), verification=report), tmp_path / "out"))
+    names = [row for row in read.rows if row[0].strip("✓✗○ ") in ("passed", "FAILED", "not run")]
+    assert [row[1] for row in names] == ["broken", "unasked", "fine", "fine too"]
+    assert names[0] == ["✗ FAILED", "broken", "3 wrong", "0 wrongcounting is exact", "layer 4"]
+    assert names[1] == ["○ not run", "unasked", "not measured", "2", "no base"]
+    assert "Verification failed" in read.text
+    assert "2 of 4 checks passed, 1 failed, 1 not run" in read.text
+
+
+def test_no_verification_is_not_a_pass(tmp_path: Path) -> None:
+    manifest = llama_bd3lm()
+    del manifest["verification"]
+    read = Reader(page_of(manifest, tmp_path / "out"))
+    assert "Not verified" in read.text
+    assert "passed" not in read.text
+
+
+def _poisoned(value: Any) -> Any:
+    """Every text of a manifest with markup in it; keys and what templates branch on stay."""
+    if isinstance(value, dict):
+        kept = ("model_type", "target", "kind", "method", "given", "license", "stopped", "data")
+        return {k: v if k in kept else _poisoned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_poisoned(entry) for entry in value]
+    return value + EVIL if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_value_is_escaped(case: str, tmp_path: Path) -> None:
+    manifest = CASES[case]()
+    poisoned = {
+        key: _poisoned(value) if key != "measurements" else value for key, value in manifest.items()
+    }
+    poisoned["recipe"]["source"] = poisoned["source"]["given"] = f"some/model{EVIL}"
+    page = page_of(changed(poisoned, measurements=drawable()), tmp_path / "out")
+    assert_inert(page)
+    assert SCRIPT not in page
+    assert SCRIPT in Reader(page).text, "it is shown as what it is"
+    assert "{{ 7*7 }}" in Reader(page).text
+
+
+def test_the_title_is_escaped(tmp_path: Path) -> None:
+    folder = fill(tmp_path / f"a{EVIL.replace('/', '')}", bert_mdlm())
+    (folder / "dllm_convert.json").unlink()
+    page = render_report(folder, {"verification": bert_mdlm()["verification"]})
+    assert_inert(page)
+    read = Reader(page)
+    assert "<script>alert(1)<script>" in read.text
+    assert "says nothing of how it was made" in read.text
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {},
+        {"plan": []},
+        {"plan": {}, "source": 3, "recipe": None},
+        {"verification": {"passed": True, "probes": [{}]}},
+        {"verification": {"passed": None, "probes": None}, "measurements": {"decoding": "fast"}},
+    ],
+)
+def test_a_manifest_that_says_little(manifest: Manifest, tmp_path: Path) -> None:
+    page = render_report(fill(tmp_path / "out", bert_mdlm()), manifest)
+    assert_inert(page)
+    assert Reader(page).count("h1") == 1
+
+
+def test_paths_are_cut_down(tmp_path: Path) -> None:
+    report = {
+        "passed": True,
+        "seconds": 1.0,
+        "probes": [probe("weights", True, "/home/somebody/secret/x.safetensors is fine", "0")],
+    }
+    page = page_of(changed(llama_bd3lm(), verification=report), tmp_path / "out")
+    assert "somebody" not in page
+    assert "x.safetensors is fine" in page
+
+
+def test_it_is_written_beside_its_manifest(tmp_path: Path) -> None:
+    manifest = changed(llama_bd3lm(), measurements=drawable())
+    folder = fill(tmp_path / "out", manifest)
+    assert write_report(folder) == folder / "report.html"
+    card = render_card(folder, manifest)
+    assert "[report.html](report.html)" in card
+    elsewhere = tmp_path / "elsewhere.html"
+    failed = {"passed": False, "probes": [probe("cache", False, "1", "0")], "seconds": 1.0}
+    write_report(folder, elsewhere, verification=failed)
+    assert "Verification failed" in Reader(elsewhere.read_text(encoding="utf-8")).text
+    assert json.loads((folder / "dllm_convert.json").read_text()) == manifest
+
+
+def test_where_it_cannot_be_written(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "out", llama_bd3lm())
+    with pytest.raises(DataError, match="cannot be written"):
+        write_report(folder, tmp_path / "missing" / "report.html")
+    (folder / "dllm_convert.json").unlink()
+    with pytest.raises(DataError, match=r"no dllm_convert\.json"):
+        write_report(folder)
