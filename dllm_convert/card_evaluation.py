@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.card_base import data_kind, data_names
 from dllm_convert.evaluation.picture import PARALLELISM
 from dllm_convert.pictures import Picture
 
@@ -54,7 +53,7 @@ class Evaluation:
         sweep: Rows of the sweep over thresholds.
         effort: What it took.
         settings: How it was done.
-        text: What held-out text was measured on, by short names; empty if none was.
+        text: Names of the held-out text that was measured on; empty if none was.
         nelbo: Nats per token of this model on it, None if there is none.
         nll: The same of the base.
         picture: The curve, None if it is not in the folder.
@@ -76,7 +75,7 @@ class Evaluation:
 
 
 def evaluation_of(folder: Path, section: Mapping[str, Any] | None) -> Evaluation | None:
-    """Read the `evaluation` section of a manifest, without paths of anybody's machine.
+    """Read the `evaluation` section of a manifest.
 
     Args:
         folder: The checkpoint, for its picture.
@@ -85,14 +84,12 @@ def evaluation_of(folder: Path, section: Mapping[str, Any] | None) -> Evaluation
     if not section:
         return None
     text = section.get("text") or {}
-    source = str(text.get("source", ""))
-    names = data_names(source, data_kind(source)) if source else ()
     return Evaluation(
         scores=tuple(_score(row, section["tasks"]) for row in section.get("results") or ()),
         sweep=tuple(section.get("sweep") or ()),
         effort=(section.get("effort") or {}).get("after") or {},
         settings=section["settings"],
-        text=", ".join(names),
+        text=str(text.get("source", "")),
         nelbo=_nats(text.get("nelbo")),
         nll=_nats(text.get("nll")),
         picture=PARALLELISM if (folder / PARALLELISM.file).is_file() else None,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
+from dllm_convert.hub_vocabulary import is_model_id
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest, sha256_file, write_manifest
 from dllm_convert.place import Place
+from dllm_convert.redaction import last_part
 
 FORMAT_VERSION = 1
 """Version of the `evaluation` section of the manifest."""
@@ -57,7 +60,7 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
 def _settings(request: Request) -> dict[str, Any]:
     settings = {**vars(request.settings), "generation": dict(request.settings.generation)}
     return {
-        "base": request.base,
+        "base": None if request.base is None else _public_name(request.base),
         "limit": request.limit,
         "batch_size": request.batch_size,
         "chat": request.chat,
@@ -65,6 +68,11 @@ def _settings(request: Request) -> dict[str, Any]:
         "published": request.published,
         **settings,
     }
+
+
+def _public_name(base: str) -> str:
+    """Name a base without the path of this machine, for the manifest is published."""
+    return base if is_model_id(base) and not Path(base).exists() else last_part(base)
 
 
 def _write(request: Request, found: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dllm_convert.card_base import data_kind, data_names
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import TextBatch
@@ -57,7 +58,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         reporter: Progress.
 
     Returns:
-        `source`, `data` (counts), `nelbo`, and `nll` if there is a base.
+        `source` (without paths of this machine), `data` (counts), `nelbo`, and `nll` if there is a base.
 
     Raises:
         DataError: There is no such text, or no manifest that says how sequences were cut.
@@ -73,7 +74,10 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     subject = Subject.load(request.checkpoint, block_size=request.settings.block_size)
     text = prepare_data(recipe, subject.tokenizer, reporter)
     batches = [batch.to(subject.model.device) for batch in text.held_out]
-    found: dict[str, Any] = {"source": request.data, "data": dict(text.facts)}
+    source = recipe.data.source
+    names = ", ".join(data_names(source, data_kind(source)))
+    counts = {key: value for key, value in text.facts.items() if isinstance(value, int)}
+    found: dict[str, Any] = {"source": names, "data": counts}
     with reporter.task("measure held-out NELBO", total=len(batches)) as task:
         bound = nelbo(
             subject.model, batches, subject.objective, seed=request.settings.seed, task=task

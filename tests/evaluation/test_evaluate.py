@@ -111,6 +111,7 @@ def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_p
     assert found["nll"]["nats_per_token"] == pytest.approx(exact.nats_per_token, abs=1e-4)
     assert found["nll"]["tokens"] == found["nelbo"]["tokens"] == exact.tokens
     assert found["nelbo"]["nats_per_token"] > 0
+    assert str(tmp_path) not in json.dumps(found)
     with pytest.raises(IncompatibleError, match="another vocabulary"):
         measure_text(replace(request, base=str(source_cache("qwen2"))), QUIET)
 
@@ -125,7 +126,7 @@ def test_the_card_shows_it(tmp_path: Path, evaluated: dict[str, Any], checkpoint
     assert "| capitals | acc | 2 |" in text
     assert f"]({PARALLELISM.file})" in text
     assert str(checkpoint) not in text
-    assert str(evaluated["settings"]["base"]) not in text
+    assert "/" not in evaluated["settings"]["base"]
     results = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
     types = {result["dataset"]["type"]: result["metrics"][0] for result in results}
     assert types["capitals"]["type"] == "accuracy"
@@ -174,3 +175,32 @@ def test_published_settings() -> None:
     request = Request(Path(), published="llada-base")
     assert (request.shots_of("winogrande"), request.shots_of("gsm8k")) == (5, None)
     assert replace(request, shots=2).shots_of("winogrande") == 2
+
+
+def test_the_command_line_says_what_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from dllm_convert.cli import app
+    from dllm_convert.evaluation import record
+
+    asked: list[Request] = []
+
+    def evaluate(request: Request, reporter: Reporter) -> dict[str, Any]:
+        asked.append(request)
+        return {"settings": {}, "seconds": 0.0}
+
+    monkeypatch.setattr(record, "evaluate_checkpoint", evaluate)
+    arguments = ["evaluate", str(tmp_path), "--tasks", "a, b", "--against", "me/base"]
+    more = ["--thresholds", "0.5,1", "--published", "tiny-a2d-bd3lm", "--set", "draws=2"]
+    result = CliRunner().invoke(app, [*arguments, *more, "--set", "temperature=0.5", "--json"])
+    assert result.exit_code == 0, result.output
+    (request,) = asked
+    assert (request.tasks, request.base) == (("a", "b"), "me/base")
+    assert (request.thresholds, request.chat) == ((0.5, 1.0), True)
+    assert (request.settings.block_size, request.settings.draws) == (32, 2)
+    assert request.settings.generation["temperature"] == 0.5
+    for wrong in ("0", "2", "much"):
+        result = CliRunner().invoke(app, [*arguments, "--thresholds", wrong])
+        assert result.exit_code == 2
