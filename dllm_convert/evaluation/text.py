@@ -58,7 +58,8 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         reporter: Progress.
 
     Returns:
-        `source` (without paths of this machine), `data` (counts), `nelbo`, and `nll` if there is a base.
+        `source` (without paths of this machine), `data` (counts), `nelbo`, and `nll` if there is a
+        base.
 
     Raises:
         DataError: There is no such text, or no manifest that says how sequences were cut.
