@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -54,9 +54,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, Path]]:
     """Replace the pipeline by one that remembers its arguments and passes."""
     calls: list[tuple[Recipe, Path]] = []
 
-    def run(
-        recipe: Recipe, out: Path, reporter: object, *, push: object = None, place: object = None
-    ) -> pipeline.RunResult:
+    def run(recipe: Recipe, out: Path, reporter: object, **given: object) -> pipeline.RunResult:
+        assert set(given) == {"push", "place", "how"}
         calls.append((recipe, out))
         return pipeline.RunResult(out, MANIFEST, True)
 
@@ -91,12 +90,16 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick() -> None:
+    def used() -> float:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return children.ru_utime + children.ru_stime
+
     seconds = []
-    for _ in range(5):
-        started = time.monotonic()
+    for _ in range(3):
+        before = used()
         assert python("-m", "dllm_convert", "--help").returncode == 0
-        seconds.append(time.monotonic() - started)
-    # The best of five: other processes on the machine are not what is measured.
+        seconds.append(used() - before)
+    # Processor time, and the best of three: how busy the machine is does not matter.
     assert min(seconds) < 0.5
 
 
@@ -206,7 +209,8 @@ def test_flags_reach_the_recipe(ran: list[tuple[Recipe, Path]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "method"), [([], "lora"), (["--full"], "full"), (["--no-train"], "none")]
+    ("flags", "method"),
+    [([], "full"), (["--lora", "8"], "lora"), (["--full"], "full"), (["--no-train"], "none")],
 )
 def test_training_method(flags: list[str], method: str, ran: list[tuple[Recipe, Path]]) -> None:
     assert invoke("run", "x/y", *flags).exit_code == 0
@@ -233,7 +237,7 @@ def test_run_shows_verification_measurements_sample_and_path(
     text = invoke("run", "x/y", "--out", "there").stdout
     rows = [line.split() for line in text.splitlines()]
     assert ["ok", "influence", "0.25", "==", "0"] in rows
-    assert ["skipped", "cache", "no", "blocks"] in rows
+    assert ["skipped", "cache", "no", "blocks"] in rows, "why it was not run"
     for words in ("8.500 ± 0.125", "5.500 ± 0.062", "3.250", "4915", "Once upon", "1.50 tokens"):
         assert words in text
     assert text.endswith("Checkpoint: there\n")
@@ -378,9 +382,10 @@ def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         return SimpleNamespace(passed=True, as_dict=lambda: MANIFEST["verification"])
 
     fake_module(monkeypatch, "dllm_convert.verify", verify_checkpoint=verify_checkpoint)
-    inspected = {"inspect_source": lambda source, revision: source}
-    fake_module(monkeypatch, "dllm_convert.source", **inspected)
-    materialised = {"materialise": lambda info, reporter: Path(info)}
+    info = SimpleNamespace(files=(), path=tmp_path)
+    fake_module(monkeypatch, "dllm_convert.source", inspect_source=lambda source, revision: info)
+    folder = SimpleNamespace(folder=tmp_path)
+    materialised = {"materialise": lambda info, reporter: folder}
     fake_module(monkeypatch, "dllm_convert.materialise", **materialised)
     result = invoke("verify", "there", "--against", str(tmp_path))
     assert result.exit_code == 0

@@ -57,7 +57,7 @@ class BlockLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (new.new_zeros((*new.shape[:-2], room, new.shape[-1])) for new in states)
         length = self.get_seq_length()
-        if length:
+        if length and self.keys is not None and self.values is not None:
             keys[:, :, :length], values[:, :, :length] = self.keys, self.values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
@@ -109,7 +109,8 @@ class BlockCache(Cache):
 
     def keep(self, length: int) -> None:
         """Let the first `length` columns be the clean tokens."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             layer.keep(length)
 
     def update(

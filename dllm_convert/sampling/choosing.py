@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import (
@@ -130,7 +131,7 @@ def rate_tokens(
     logits[:, options.mask_token_id] = -torch.inf
     token = None
     if options.temperature:
-        empty = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+        empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
         probabilities = warpers(empty, logits).softmax(-1)
         token = _draw_tokens(probabilities, counts, generators)
         confidence = probabilities.gather(-1, token[:, None]).squeeze(-1)

@@ -67,7 +67,8 @@ def _level(share: float) -> float | None:
 def load_base(base: Path, subject: Subject) -> Any:
     """Load the base as stock transformers does, in float32."""
     cls = getattr(transformers, subject.adapter.stock_class)
-    return cls.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa").eval()
+    attention = subject.adapter.implementations[0]
+    return cls.from_pretrained(base, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def observe_influence(subject: Subject, model: Any, base: Any | None) -> Influence:
