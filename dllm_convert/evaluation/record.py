@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.copying import sha256_file
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.hub_vocabulary import is_model_id
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest, sha256_file, write_manifest
+from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from dllm_convert.place import Place
 from dllm_convert.redaction import last_part
 
