@@ -12,11 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.errors import IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.source_folder import file_names, matching
 from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
+from dllm_convert.tokenizer_loading import TokenizerErrors
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -83,13 +84,8 @@ def _write_side_files(source: Path, out: Path, mask: str, tokens: dict[int, str]
 def _check(path: Path, mask: MaskTokenDecision) -> None:
     from tokenizers import Tokenizer
 
-    try:
+    with TokenizerErrors(f"{path.name}: tokenizers cannot read it"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The Rust library raises bare Exception for a file that it does not understand.
-        if type(error) is not Exception and not isinstance(error, OSError | ValueError):
-            raise
-        raise DataError(f"{path.name}: tokenizers cannot read it ({error})") from error
     found = tokenizer.token_to_id(mask.token)
     if found != mask.id:
         raise IncompatibleError(

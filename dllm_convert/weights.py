@@ -119,16 +119,18 @@ class _Weights:
                 return made
 
             jobs = [writing.submit(write, file) for file in self._headers]
+            whole = False
             try:
                 meanwhile()
                 made = [job.result() for job in jobs]
                 for flush in flushed:
                     flush.result()
-            except BaseException:
-                # Ctrl-C must not wait until files of many gigabytes are whole.
-                stopped.set()
-                writing.shutdown(wait=False, cancel_futures=True)
-                raise
+                whole = True
+            finally:
+                if not whole:
+                    # Ctrl-C must not wait until files of many gigabytes are whole.
+                    stopped.set()
+                    writing.shutdown(wait=False, cancel_futures=True)
         if SINGLE_FILE not in self._headers:
             _write_index(self._source, self._out, self._headers, self._changes.dropped)
         return made

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from dllm_convert.errors import DataError
 from dllm_convert.plan_checks import unused_tensors
 from dllm_convert.safetensors_header import Header, read_checkpoint
+from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.verify.base_config import check_base_config
 from dllm_convert.verify.divergence import Trace
 from dllm_convert.verify.report import Probe, first_items, largest, skipped
 from dllm_convert.verify.subject import Subject
 from dllm_convert.verify.tensor_names import modern_name
-from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 LENGTH = 32
 _ROWS_AT_ONCE = 1 << 13

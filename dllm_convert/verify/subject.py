@@ -17,8 +17,8 @@ from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.safetensors_header import Header, read_checkpoint
+from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.verify.report import first_items
-from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 if TYPE_CHECKING:
     from dllm_convert.verify.foreign.probes import Foreign

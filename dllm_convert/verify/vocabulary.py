@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.tokenizer_output import SAMPLES
 from dllm_convert.verify.report import Probe, first_items, skipped
 from dllm_convert.verify.subject import Subject
-from dllm_convert.verify.tokenizer_loading import load_tokenizer
 
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls")
 

@@ -12,9 +12,9 @@ from foreign_cases import edit_json
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import DataError
+from dllm_convert.tokenizer_loading import TokenizerErrors, load_tokenizer
 from dllm_convert.verify import verify_checkpoint
 from dllm_convert.verify.gate import strange_code
-from dllm_convert.verify.tokenizer_loading import _TokenizerErrors, load_tokenizer
 
 MODELING = "modeling_dllm.py"
 
@@ -98,10 +98,10 @@ def test_broken_tokenizer_is_a_known_error(converted: Callable[..., Any], conten
 
 def test_errors_of_ours_are_not_swallowed() -> None:
     for error in (RuntimeError("a bug"), AssertionError("a bug"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), _TokenizerErrors():
+        with pytest.raises(type(error)), TokenizerErrors():
             raise error
-    with pytest.raises(DataError, match="from Rust"), _TokenizerErrors():
+    with pytest.raises(DataError, match="from Rust"), TokenizerErrors():
         raise Exception("from Rust")
     panic = type("PanicException", (BaseException,), {})("it panicked")
-    with pytest.raises(DataError, match="it panicked"), _TokenizerErrors():
+    with pytest.raises(DataError, match="it panicked"), TokenizerErrors():
         raise panic

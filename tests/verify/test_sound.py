@@ -96,6 +96,7 @@ def test_variants_raise_no_false_alarm(
     assert {probe.name for probe in report.probes if probe.passed} >= ALWAYS_RUN
 
 
+@pytest.mark.stranger
 def test_trained_weights_are_compared_by_shape_and_by_their_bound(
     converted: Callable[..., Any],
 ) -> None:
