@@ -19,7 +19,8 @@ class Mean:
 
     Attributes:
         value: The mean.
-        half_width: Of its 95 % confidence interval; infinite for a single item.
+        half_width: Of its 95 % confidence interval; infinite for a single item and where all are
+            alike, which say nothing of how far they spread.
         items: How many.
     """
 
@@ -46,6 +47,8 @@ def mean_of(values: Sequence[float]) -> Mean:
     if count < 2:
         return Mean(middle, math.inf, count)
     variance = math.fsum((value - middle) ** 2 for value in values) / (count - 1)
+    if variance == 0:
+        return Mean(middle, math.inf, count)
     quantile = student_quantile((1 + CONFIDENCE) / 2, count - 1)
     return Mean(middle, quantile * math.sqrt(variance / count), count)
 

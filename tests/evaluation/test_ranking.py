@@ -11,6 +11,7 @@ from diffusion.toys import MASK, tiny_model
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.evaluation import ranking
 from dllm_convert.evaluation.continuation import Continuation, Estimator
+from dllm_convert.evaluation.paired import mean_of, paired_difference
 from dllm_convert.evaluation.ranking import Budget, is_decided, score, student_quantile
 
 
@@ -83,3 +84,13 @@ def test_stopping_early_on_a_model() -> None:
     # Common random numbers: the first draws are the same ones.
     once = score(model, texts, objective, estimator, Budget(1))
     assert torch.allclose(once.nats, score(model, texts, objective, estimator, Budget(1)).nats)
+
+
+def test_a_mean_has_an_interval_where_the_items_differ() -> None:
+    mean = mean_of([0.0, 1.0, 1.0, 1.0])
+    # Student's quantile of 3 degrees of freedom is 3.182; the variance is 1/4.
+    assert mean.half_width == pytest.approx(3.182 * 0.25, rel=0.02)
+    assert mean_of([1.0, 1.0, 1.0]).as_dict() == {"value": 1.0, "half_width": None, "items": 3}
+    before, after = {1: 0.0, 2: 1.0, 3: 0.0}, {1: 1.0, 2: 1.0, 4: 0.0}
+    assert paired_difference(before, after).items == 2
+    assert paired_difference(before, after).value == 0.5
