@@ -162,5 +162,8 @@ class Stages(Measures):
 
     def _clean(self) -> None:
         """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""
+        from dllm_convert.pictures import DENOISING
+
         for name in ("untrained", "trained", "trainer", "data"):
             shutil.rmtree(self.workspace.work / name, ignore_errors=True)
+        (self.workspace.work / DENOISING.file).unlink(missing_ok=True)

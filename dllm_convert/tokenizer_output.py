@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
+from dllm_convert.tokenizer_loading import TokenizerErrors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,5 +88,7 @@ def write_tokenizer(mask: MaskTokenDecision, source: Path, out: Path) -> None:
     before = _facts(tokenizer)
     if mask.rule != "tokenizer":
         _set_mask(tokenizer, mask)
-    tokenizer.save_pretrained(out)
+    # On a full disk the Rust library raises an Exception of no class.
+    with TokenizerErrors("the tokenizer cannot be written"):
+        tokenizer.save_pretrained(out)
     _check(out, mask, before)

@@ -20,7 +20,7 @@ from running import Launcher, launcher
 from dllm_convert.copying import sha256_files
 from dllm_convert.manifest import file_names
 
-CHANGES_BY_TIME = ("dllm_convert.json", "README.md")
+CHANGES_BY_TIME = ("dllm_convert.json", "README.md", "report.html")
 """Files that say when they were made, or how long that took."""
 
 

@@ -33,7 +33,7 @@ class Bench:
     undisturbed: Path
 
     def command(self, out: Path, **settings: object) -> list[str]:
-        return command(self.source, out, f"--steps={STEPS}", **settings)
+        return command(self.source, out, f"--steps={STEPS}", "--lora=64", **settings)
 
     def ends_as_undisturbed(self, out: Path) -> None:
         assert Outcome.of(out).difference(Outcome.of(self.undisturbed)) <= TOLERANCE
