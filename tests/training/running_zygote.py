@@ -137,9 +137,15 @@ def child(order: dict[str, Any]) -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
     if order.get("fast"):
+        # What is measured and drawn of a finished model is other tests' business: here it only has
+        # to come out the same after any kill.
+        from dllm_convert import pictures
         from dllm_convert.verify import run
 
-        run._GROUPS = {**run._GROUPS, "portability": run._Group(lambda subject: [])}
+        left_out = run._Group(lambda subject: [])
+        kept = ("files", "tokens", "generate", "quality")
+        run._GROUPS = {n: g if n in kept else left_out for n, g in run._GROUPS.items()}
+        pictures._figure = lambda picture, seen: None
     from dllm_convert.cli import app
 
     try:
