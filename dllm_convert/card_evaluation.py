@@ -109,12 +109,18 @@ def _score(row: Mapping[str, Any], tasks: Mapping[str, Any]) -> Score:
         items=int(row["after"]["items"]),
         shots=None if shots is None else int(shots),
         value=float(row["after"]["value"]),
-        after=_interval(row["after"]),
-        before=_interval(row["before"]) if row.get("before") else None,
-        difference=_interval(row["difference"], "+") if row.get("difference") else None,
+        after=with_interval(row["after"]),
+        before=with_interval(row["before"]) if row.get("before") else None,
+        difference=with_interval(row["difference"], "+") if row.get("difference") else None,
     )
 
 
-def _interval(mean: Mapping[str, Any], sign: str = "") -> str:
+def with_interval(mean: Mapping[str, Any], sign: str = "") -> str:
+    """Return a mean with its 95 % interval, if it has one.
+
+    Args:
+        mean: Fields `value` and `half_width`, None for none.
+        sign: `+` for a difference.
+    """
     width = mean["half_width"]
     return f"{mean['value']:{sign}.3f}" + ("" if width is None else f" ± {width:.3f}")

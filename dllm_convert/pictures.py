@@ -127,8 +127,16 @@ def draw_svg(picture: Picture, seen: Observations) -> str | None:
         An `svg` element; None if there is nothing to draw.
     """
     figure = _figure(picture, seen)
-    if figure is None:
-        return None
+    return None if figure is None else as_svg(figure, picture)
+
+
+def as_svg(figure: Figure, picture: Picture) -> str:
+    """Return a figure as an `svg` element to stand inside a page, in the page's colour and font.
+
+    Args:
+        figure: The drawing.
+        picture: What it shows.
+    """
     import matplotlib
 
     from dllm_convert.charts import GREY

@@ -11,11 +11,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dllm_convert import recipe_yaml, report_tables
+from dllm_convert import recipe_yaml, report_evaluation, report_tables
+from dllm_convert.card_evaluation import Evaluation
 from dllm_convert.card_facts import Facts, Measure, collect_facts
 from dllm_convert.card_text import duration, figures
 from dllm_convert.disk import write_whole
 from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.evaluation.picture import PARALLELISM
 from dllm_convert.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
 from dllm_convert.observations import Observations
 from dllm_convert.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
@@ -60,6 +62,7 @@ class Page:
         facts: What the model is and where it comes from, name and value.
         figures: Pictures.
         measures: Held-out likelihoods.
+        scores: What an evaluation found, with sentences on how; its curve is among the figures.
         sample: A decoded text.
         recipe: The resolved recipe as YAML, empty if it is not known.
         seconds: Wall time of the verification.
@@ -72,6 +75,7 @@ class Page:
     facts: tuple[tuple[str, str], ...]
     figures: tuple[Figure, ...]
     measures: tuple[Measure, ...] = ()
+    scores: tuple[Table | None, tuple[str, ...]] | None = None
     sample: Mapping[str, Any] | None = None
     recipe: str = ""
     seconds: float | None = None
@@ -128,7 +132,7 @@ def render_report(
         seen = Observations.from_measurements(manifest.get("measurements") or {})
     try:
         page = _made_here(collect_facts(folder, manifest), seen)
-    except (DllmConvertError, AttributeError, TypeError, ValueError):
+    except (DllmConvertError, AttributeError, KeyError, TypeError, ValueError):
         # No manifest of ours, or not a sound one: the page says what is known without it.
         page = _foreign(folder, manifest.get("verification"), seen)
     environment = Environment(
@@ -149,8 +153,9 @@ def _made_here(facts: Facts, seen: Observations) -> Page:
         title=facts.title,
         **_verdict(report),
         facts=tuple(_facts(facts)),
-        figures=_figures(seen),
+        figures=(*_figures(seen), *_curve(facts.evaluation)),
         measures=facts.measures,
+        scores=_scores(facts.evaluation),
         sample=facts.sample,
         recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
@@ -215,6 +220,19 @@ def _figures(seen: Observations) -> tuple[Figure, ...]:
         for picture in PICTURES
         if (svg := draw_svg(picture, seen)) is not None
     )
+
+
+def _scores(evaluation: Evaluation | None) -> tuple[Table | None, tuple[str, ...]] | None:
+    if evaluation is None:
+        return None
+    notes = tuple(report_evaluation.notes(evaluation))
+    return report_evaluation.scores_table(evaluation), notes
+
+
+def _curve(evaluation: Evaluation | None) -> Iterator[Figure]:
+    svg = None if evaluation is None else report_evaluation.sweep_svg(evaluation)
+    if evaluation is not None and svg is not None:
+        yield Figure(PARALLELISM, Markup(svg), report_evaluation.sweep_table(evaluation))  # noqa: S704
 
 
 def _facts(facts: Facts) -> Iterator[tuple[str, str]]:

@@ -35,5 +35,47 @@ def drawable() -> dict[str, Any]:
     return dict(json.loads(json.dumps(seen.as_dict())))
 
 
+def evaluated() -> dict[str, Any]:
+    """Return an evaluation of two tasks beside the base, three thresholds and held-out text."""
+    return {
+        "settings": {"draws": 8, "rounds": 4, "base": "base"},
+        "tasks": {
+            "capitals": {"shots": 0, "output_type": "multiple_choice"},
+            "copying": {"shots": None, "output_type": "generate_until"},
+        },
+        "results": [
+            {
+                "task": "capitals",
+                "metric": "acc",
+                "before": _mean(0.75, 0.1),
+                "after": _mean(0.5, 0.125),
+                "difference": _mean(-0.25, 0.0625),
+            },
+            {"task": "copying", "metric": "exact_match", "after": _mean(0.0, None)},
+        ],
+        "effort": {"after": {"tokens_per_forward": 1.5, "tokens_per_second": 40.0}},
+        "sweep": [
+            {
+                **_mean(score, 0.1),
+                "task": "copying",
+                "metric": "exact_match",
+                "threshold": threshold,
+                "tokens_per_forward": speed,
+                "tokens_per_second": None if speed is None else 20 * speed,
+            }
+            for threshold, score, speed in ((0.5, 0.25, 4.0), (0.9, 0.5, 1.25), (1.0, 0.0, None))
+        ],
+        "text": {
+            "source": "notes",
+            "nelbo": {"nats_per_token": 4.5},
+            "nll": {"nats_per_token": 3.25},
+        },
+    }
+
+
+def _mean(value: float, half_width: float | None) -> dict[str, Any]:
+    return {"value": value, "half_width": half_width, "items": 1200}
+
+
 def _level(seen: bool) -> float | None:
     return -1.0 if seen else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from card_cases import CASES, Manifest, bert_mdlm, changed, fill, llama_bd3lm, probe
-from report_cases import drawable
+from report_cases import drawable, evaluated
 
 from dllm_convert.card import render_card
 from dllm_convert.errors import DataError
@@ -108,6 +108,39 @@ def test_a_page_for_every_kind_of_run(case: str, tmp_path: Path) -> None:
     assert page == page_of(manifest, tmp_path / "out"), "the same every time"
 
 
+def test_an_evaluation_beside_its_base_and_over_thresholds(tmp_path: Path) -> None:
+    page = page_of(changed(llama_bd3lm(), evaluation=evaluated()), tmp_path / "out")
+    assert_inert(page)
+    read = Reader(page)
+    for row in (
+        ["task", "metric", "items", "examples before each", "base", "this model", "difference"],
+        ["capitals", "acc", "1,200", "0", "0.750 ± 0.100", "0.500 ± 0.125", "-0.250 ± 0.062"],
+        ["copying", "exact_match", "1,200", "unknown", "not measured", "0.000", ""],
+        ["0.5", "copying", "exact_match", "0.250 ± 0.100", "4", "80"],
+        ["0.9", "copying", "exact_match", "0.500 ± 0.100", "1.25", "25"],
+        ["1", "copying", "exact_match", "0.000 ± 0.100", "none", "none"],
+    ):
+        assert row in read.rows
+    assert read.count("caption") == read.count("table")
+    (curve,) = [held for tag, held in read.tags if tag == "svg" and "threshold" in str(held)]
+    assert "Line chart of the score of each task" in str(curve["aria-label"])
+    drawn = [held for tag, held in read.tags if tag == "use" and "parallelism-" in str(held)]
+    assert len(drawn) >= 2, "a point per threshold that wrote anything"
+    assert "NELBO 4.5 nats per token, NLL of the base 3.25" in read.text
+    assert "up to 32 draws" in read.text
+
+
+@pytest.mark.parametrize(
+    "broken", [{"results": [{}]}, {"settings": {}}, {"tasks": None}, {"sweep": [{}]}]
+)
+def test_an_evaluation_that_says_little_spoils_nothing(
+    broken: dict[str, Any], tmp_path: Path
+) -> None:
+    page = page_of(changed(llama_bd3lm(), evaluation=evaluated() | broken), tmp_path / "out")
+    assert_inert(page)
+    assert "Verification passed" in Reader(page).text
+
+
 def test_failures_come_first(tmp_path: Path) -> None:
     probes = [
         probe("fine", True, "1", "1"),
@@ -147,7 +180,8 @@ def _poisoned(value: Any) -> Any:
 def test_every_value_is_escaped(case: str, tmp_path: Path) -> None:
     manifest = CASES[case]()
     poisoned = {
-        key: _poisoned(value) if key != "measurements" else value for key, value in manifest.items()
+        key: _poisoned(value) if key != "measurements" else value
+        for key, value in changed(manifest, evaluation=evaluated()).items()
     }
     poisoned["recipe"]["source"] = poisoned["source"]["given"] = f"some/model{EVIL}"
     page = page_of(changed(poisoned, measurements=drawable()), tmp_path / "out")

@@ -3,40 +3,70 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
+from dllm_convert.console import Reporter, Task
 from dllm_convert.evaluation.effort import Effort
+
+
+class _Counted(CacheHook):  # type: ignore[misc]
+    """What lm-eval tells of every answer, so that its cache can keep it; counts them besides."""
+
+    def __init__(self, inner: CacheHook, task: Task) -> None:
+        super().__init__(None)
+        self._inner, self._task = inner, task
+
+    def add_partial(self, *given: Any) -> None:
+        """Count an answer and pass it on."""
+        self._task.advance()
+        self._inner.add_partial(*given)
 
 
 class AutoregressiveLM(HFLM):  # type: ignore[misc]
     """An autoregressive model: its own likelihood and greedy decoding.
 
     Args:
+        reporter: Progress, instead of lm-eval's own bars.
         **given: Arguments of lm-eval's `hf` model.
     """
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, *, reporter: Reporter, **given: Any) -> None:
         super().__init__(**given)
         self.effort = Effort()
+        self.reporter = reporter
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Score continuations; one forward each, nothing is drawn."""
         started = time.monotonic()
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        with self._counting("score", len(requests)):
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, True)
         self.effort.scoring_seconds += time.monotonic() - started
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Write text, one token per forward and row."""
         started = time.monotonic()
-        texts: list[str] = super().generate_until(requests, disable_tqdm)
+        with self._counting("write", len(requests)):
+            texts: list[str] = super().generate_until(requests, True)
         self.effort.writing_seconds += time.monotonic() - started
         written = sum(len(self.tok_encode(text, add_special_tokens=False)) for text in texts)
         self.effort.new_tokens += written
         self.effort.row_forwards += written
         return texts
+
+    @contextmanager
+    def _counting(self, what: str, answers: int) -> Iterator[None]:
+        inner = self.cache_hook
+        with self.reporter.task(what, total=answers) as task:
+            self.cache_hook = _Counted(inner, task)
+            try:
+                yield
+            finally:
+                self.cache_hook = inner

@@ -181,6 +181,8 @@ def score_round(
         found[numbers] = sums
         if task is not None:
             task.advance(len(group))
+    if task is not None:
+        task.advance(sum(not text.scored for text in texts))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from dllm_convert.console import Reporter, Task
 from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_left
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
@@ -44,6 +45,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         max_batch_size: Taken for lm-eval's sake, not used.
         subject: A checkpoint that is loaded already.
         settings: Where to start from, instead of published ones.
+        reporter: Progress; by default the first of several processes shows it.
         **given: Fields of `Settings`, and settings of decoding such as `confidence_threshold`.
 
     Raises:
@@ -62,6 +64,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         max_batch_size: int | None = None,
         subject: Subject | None = None,
         settings: Settings | None = None,
+        reporter: Reporter | None = None,
         **given: Any,
     ) -> None:
         super().__init__()
@@ -78,6 +81,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self.context = max_length or self.subject.context
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
+        self.reporter = reporter or Reporter(quiet=self._rank != 0)
 
     @property
     def tokenizer_name(self) -> str:
@@ -146,14 +150,16 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     def _score(self, texts: Sequence[Continuation], characters: dict[int, int] | None) -> Scored:
         settings, started = self.settings, time.monotonic()
-        found = score(
-            self.subject.model,
-            texts,
-            self.subject.objective,
-            Estimator(settings.masking, settings.draws, settings.seed, self.batch_size),
-            Budget(settings.rounds, settings.confidence),
-            characters=characters,
-        )
+        with self.reporter.task("score", total=len(texts) * settings.rounds) as task:
+            found = score(
+                self.subject.model,
+                texts,
+                self.subject.objective,
+                Estimator(settings.masking, settings.draws, settings.seed, self.batch_size),
+                Budget(settings.rounds, settings.confidence),
+                characters=characters,
+                task=task,
+            )
         self.effort.draws += int(found.draws.sum())
         self.effort.most_draws += found.most * len(texts)
         self.effort.scoring_seconds += time.monotonic() - started
@@ -167,12 +173,18 @@ class DiffusionLM(LM):  # type: ignore[misc]
             "never": [False] * len(texts),
             "auto": [siblings[text.item] == 1 for text in texts],
         }[self.settings.greedy]
-        return [
-            wants and (not text.scored or self._writes(text))
-            for wants, text in zip(wanted, texts, strict=True)
-        ]
+        if not any(wanted):
+            return wanted
+        with self.reporter.task("decode greedily", total=sum(wanted)) as task:
+            return [
+                wants and self._writes(text, task)
+                for wants, text in zip(wanted, texts, strict=True)
+            ]
 
-    def _writes(self, text: Continuation) -> bool:
+    def _writes(self, text: Continuation, task: Task) -> bool:
+        task.advance()
+        if not text.scored:
+            return True
         written = self.subject.continue_greedily(text.tokens[: text.start], text.scored)
         return written == text.tokens[text.start :]
 
@@ -209,18 +221,27 @@ class DiffusionLM(LM):  # type: ignore[misc]
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
-        for numbers in groups.values():
+        with self.reporter.task("write", total=len(requests)) as task:
+            for batch, prompts in self._batches(requests, groups.values()):
+                asked = requests[batch[0]].args[1]
+                texts = self._write(prompts, asked, [seeds[n] for n in batch])
+                for number, text in zip(batch, texts, strict=True):
+                    found[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                task.advance(len(batch))
+        return [found[number] for number in range(len(requests))]
+
+    def _batches(
+        self, requests: Sequence[Any], groups: Iterable[Sequence[int]]
+    ) -> Iterator[tuple[list[int], list[list[int]]]]:
+        """Yield numbers and prompts of requests with the same settings, the longest first."""
+        for numbers in groups:
             prompts = {n: self.subject.encode(requests[n].args[0]) for n in numbers}
             # Prompts of similar length side by side: padding costs as much as text.
             order = sorted(numbers, key=lambda n: -len(prompts[n]))
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
-                asked = requests[batch[0]].args[1]
-                texts = self._write([prompts[n] for n in batch], asked, [seeds[n] for n in batch])
-                for number, text in zip(batch, texts, strict=True):
-                    found[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
-        return [found[number] for number in range(len(requests))]
+                yield batch, [prompts[n] for n in batch]
 
     def _seeds(self, requests: Sequence[Any]) -> list[int]:
         """Return a seed per request: another one each time the same item is asked again."""

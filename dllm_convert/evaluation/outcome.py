@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.evaluation.paired import Mean, mean_of
 from dllm_convert.evaluation.request import Request
+from dllm_convert.quiet import debugging
 
 Items = Mapping[tuple[str, str], Mapping[int, float]]
 """Score of every item by (task, metric) and the item's number."""
@@ -112,22 +115,46 @@ def _run_group(
     from lm_eval import simple_evaluate
 
     seed = request.settings.seed
-    found: Mapping[str, Any] | None = simple_evaluate(
-        model=model,
-        tasks=names,
-        num_fewshot=shots,
-        limit=request.limit,
-        apply_chat_template=request.chat,
-        fewshot_as_multiturn=request.chat,
-        confirm_run_unsafe_code=request.unsafe_code,
-        task_manager=manager,
-        bootstrap_iters=0,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with _quiet_harness():
+        found: Mapping[str, Any] | None = simple_evaluate(
+            model=model,
+            tasks=names,
+            num_fewshot=shots,
+            limit=request.limit,
+            apply_chat_template=request.chat,
+            fewshot_as_multiturn=request.chat,
+            confirm_run_unsafe_code=request.unsafe_code,
+            task_manager=manager,
+            bootstrap_iters=0,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     return found
+
+
+@contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Keep lm-eval's bars and notes out of ours; `HF_DEBUG=1` leaves them loud.
+
+    The bar over a task's items cannot be turned off from outside: tqdm reads its environment when
+    it is imported.
+    """
+    if debugging():
+        yield
+        return
+    from lm_eval.api import task
+
+    bar, logger = task.tqdm, logging.getLogger("lm_eval")
+    level = logger.level
+    task.tqdm = lambda items, **_: items
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        task.tqdm = bar
+        logger.setLevel(level)
 
 
 def _items(found: Mapping[str, Any]) -> Items:

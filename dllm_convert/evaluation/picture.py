@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ PARALLELISM = Picture(
 )
 
 
+def drawable(sweep: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows that have a place on the curve: those that wrote anything."""
+    return [row for row in sweep if row.get("tokens_per_forward")]
+
+
 def draw_parallelism(sweep: Sequence[Mapping[str, Any]], folder: Path) -> bool:
     """Draw what writing several tokens per forward costs.
 
@@ -32,7 +37,7 @@ def draw_parallelism(sweep: Sequence[Mapping[str, Any]], folder: Path) -> bool:
         Whether there was anything to draw.
     """
     path = folder / PARALLELISM.file
-    figure = score_figure([row for row in sweep if row.get("tokens_per_forward")])
+    figure = score_figure(drawable(sweep))
     if figure is None:
         path.unlink(missing_ok=True)
         return False

@@ -123,7 +123,8 @@ def score(
         budget: When to stop.
         characters: Length of each continuation's text by its number in `texts`: the ranking per
             character has to be settled too, which is what `acc_norm` reads.
-        task: Progress to advance by one per continuation and round.
+        task: Progress to advance by one per continuation and round, rounds that are not needed
+            included.
 
     Returns:
         Nats and what they took.
@@ -148,6 +149,9 @@ def score(
                 for item, choices in open_.items()
                 if len(choices) < 2 or not _settled(drawn, choices, characters, risk)
             }
+        if task is not None:
+            settled = len(numbers) - sum(map(len, open_.values()))
+            task.advance(settled * (budget.rounds - 1 - round_))
         if not open_:
             break
     return _summary(drawn, budget.rounds * estimator.draws)

@@ -11,7 +11,7 @@ from dllm_convert.copying import sha256_file
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.hub_vocabulary import is_model_id
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from dllm_convert.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest, write_manifest
 from dllm_convert.place import Place
 from dllm_convert.redaction import last_part
 
@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 
 def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate a checkpoint; add the result to its dllm_convert.json and draw its picture.
+    """Evaluate a checkpoint and record the result in its folder.
 
     Args:
         request: What is to be evaluated.
@@ -54,7 +54,7 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
 
         found["text"] = measure_text(request, reporter)
     found["seconds"] = round(time.monotonic() - started, 1)
-    _write(request, found)
+    record_evaluation(request.checkpoint, found)
     return found
 
 
@@ -76,10 +76,16 @@ def _public_name(base: str) -> str:
     return base if is_model_id(base) and not Path(base).exists() else last_part(base)
 
 
-def _write(request: Request, found: dict[str, Any]) -> None:
-    from dllm_convert.evaluation.picture import PARALLELISM, draw_parallelism
+def record_evaluation(folder: Path, found: dict[str, Any]) -> None:
+    """Draw an evaluation's picture, add it to the manifest and to a report that is there.
 
-    folder = request.checkpoint
+    Args:
+        folder: The checkpoint; without a manifest, the picture is all that is written.
+        found: The `evaluation` section.
+    """
+    from dllm_convert.evaluation.picture import PARALLELISM, draw_parallelism
+    from dllm_convert.report_page import write_report
+
     drawn = draw_parallelism(found.get("sweep") or (), folder)
     if not (folder / MANIFEST_FILE).is_file():
         return
@@ -92,3 +98,5 @@ def _write(request: Request, found: dict[str, Any]) -> None:
     if drawn:
         files[PARALLELISM.file] = sha256_file(folder / PARALLELISM.file)
     write_manifest(folder, {**manifest, "files": files, "evaluation": found})
+    if (folder / REPORT_FILE).is_file():
+        write_report(folder)

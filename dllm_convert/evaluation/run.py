@@ -35,11 +35,11 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
     require_harness()
     _check_base(request)
     with reporter.task("evaluate the conversion"):
-        after = run_tasks(request, _conversion(request))
+        after = run_tasks(request, _conversion(request, reporter))
     before = None
     if request.base is not None:
         with reporter.task("evaluate the base"):
-            before = run_tasks(request, _base(request))
+            before = run_tasks(request, _base(request, reporter))
     found: dict[str, Any] = {
         "tasks": {name: dict(facts) for name, facts in after.tasks.items()},
         "results": _results(before, after),
@@ -62,21 +62,29 @@ def _check_base(request: Request) -> None:
         )
 
 
-def _conversion(request: Request, **more: Any) -> Any:
+def _conversion(request: Request, reporter: Reporter, **more: Any) -> Any:
     from dllm_convert.evaluation.harness import DiffusionLM
 
     return DiffusionLM(
-        str(request.checkpoint), batch_size=request.batch_size, settings=request.settings, **more
+        str(request.checkpoint),
+        batch_size=request.batch_size,
+        settings=request.settings,
+        reporter=reporter,
+        **more,
     )
 
 
-def _base(request: Request) -> Any:
+def _base(request: Request, reporter: Reporter) -> Any:
     from dllm_convert.evaluation.base import AutoregressiveLM
 
     # As the conversion is loaded.
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     return AutoregressiveLM(
-        pretrained=request.base, device=device, dtype=dtype, batch_size=request.batch_size
+        pretrained=request.base,
+        device=device,
+        dtype=dtype,
+        batch_size=request.batch_size,
+        reporter=reporter,
     )
 
 
@@ -101,7 +109,8 @@ def _sweep(request: Request, after: Outcome, reporter: Reporter) -> list[dict[st
     writing = replace(request, tasks=tuple(names))
     with reporter.task("sweep thresholds", total=len(request.thresholds)) as task:
         for threshold in request.thresholds:
-            outcome = run_tasks(writing, _conversion(writing, confidence_threshold=threshold))
+            model = _conversion(writing, reporter, confidence_threshold=threshold)
+            outcome = run_tasks(writing, model)
             rows += [
                 {
                     "threshold": threshold,

@@ -11,16 +11,19 @@ import pytest
 import yaml
 from card_cases import fill, llama_bd3lm
 from conversion import convert
+from report_cases import evaluated as evaluated_by_hand
 
 from dllm_convert.card import render_card
 from dllm_convert.card_checks import check_card
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.picture import PARALLELISM
-from dllm_convert.evaluation.record import evaluate_checkpoint
+from dllm_convert.evaluation.record import evaluate_checkpoint, record_evaluation
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
-from dllm_convert.manifest import read_manifest, write_manifest
+from dllm_convert.manifest import REPORT_FILE, read_manifest, write_manifest
+from dllm_convert.quiet import quiet_libraries
+from dllm_convert.report_page import write_report
 
 QUIET = Reporter(quiet=True)
 QUICK = Settings(draws=2, rounds=2)
@@ -133,6 +136,64 @@ def test_the_card_shows_it(tmp_path: Path, evaluated: dict[str, Any], checkpoint
     # A table is no table with a line missing or of another width.
     table = [line for line in text.split("## Evaluation")[1].splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table[: 2 + len(evaluated["results"])]}) == 1
+
+
+def test_a_report_that_is_there_shows_it_and_no_other_is_made(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "model", llama_bd3lm())
+    record_evaluation(folder, evaluated_by_hand())
+    assert not (folder / REPORT_FILE).exists()
+    write_report(folder)
+    before = (folder / REPORT_FILE).read_text(encoding="utf-8")
+    again = evaluated_by_hand()
+    again["results"][0]["after"]["value"] = 0.125
+    record_evaluation(folder, {**again, "sweep": []})
+    after = (folder / REPORT_FILE).read_text(encoding="utf-8")
+    assert "0.500 ± 0.125" in before
+    assert "0.125 ± 0.125" in after
+    assert "Score against tokens per forward" in before
+    assert "Score against tokens per forward" not in after
+    assert not (folder / PARALLELISM.file).exists(), "a curve of an earlier evaluation"
+
+
+class Lines(Reporter):
+    """Keeps what it is told to print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_progress_counts_answers_and_says_how_long(
+    checkpoint: Path,
+    source_cache: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from tasks_on_disk import write_tasks
+
+    from dllm_convert import console
+    from dllm_convert.evaluation.run import evaluate_tasks
+
+    monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)
+    reporter = Lines()
+    folder = write_tasks(tmp_path)
+    base = str(source_cache("llama"))
+    request = Request(
+        checkpoint, ("capitals", "writing"), base, (str(folder),), limit=2, settings=QUICK
+    )
+    with quiet_libraries():
+        evaluate_tasks(replace(request, batch_size=1), reporter)
+    spoken = "\n".join(reporter.lines)
+    # The conversion counts a choice and round, decided early or not; the base counts answers.
+    assert "score: 10/10, 0:00:00 left" in spoken
+    assert "score: 5/5, 0:00:00 left" in spoken
+    assert spoken.count("write: 1/2, 0:00:0") == 2
+    assert capfd.readouterr() == ("", ""), "bars of lm-eval"
 
 
 def test_what_cannot_be_evaluated(
