@@ -27,6 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tasks]' || echo "the extra 'tasks' is not installed (pycosat is compiled here): the tests of its tasks are skipped"
 	touch $@
 
 venv: $(INSTALLED) ## make .venv and install the package with its development tools
