@@ -14,6 +14,7 @@ from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
 from dllm_convert.plan_attention import open_attention
 from dllm_convert.plan_checks import (
+    check_generation,
     check_lengths,
     check_noise,
     check_pickle,
@@ -158,6 +159,7 @@ def make_plan(
     context = context_length(source.config, adapter)
     check_lengths(recipe, context)
     check_noise(recipe)
+    check_generation(recipe)
     attention = open_attention(recipe, source, adapter)
     changed = names if mask.write_row or mask.rows_after != mask.rows_before else ()
     dropped = unused_tensors(source.tensors, adapter)

@@ -207,6 +207,35 @@ def check_lengths(recipe: Recipe, context: int | None) -> None:
         )
 
 
+def check_generation(recipe: Recipe) -> None:
+    """Check that the settings of decoding fit together and the objective.
+
+    Raises:
+        IncompatibleError: They do not.
+    """
+    chosen = recipe.generation
+    for name in ("top_k", "top_p", "min_p"):
+        if getattr(chosen, name) is not None and not chosen.temperature:
+            raise IncompatibleError(
+                f"generation.{name} does nothing without a generation.temperature above 0",
+                hint="--set generation.temperature=0.7, for instance",
+            )
+    guided = chosen.guidance_scale not in (None, 1)
+    together = {
+        "block_length is for mdlm": chosen.block_length and recipe.target == "bd3lm",
+        "approximate_cache needs block_length": chosen.approximate_cache
+        and not chosen.block_length,
+        "remasking and block_length do not go together": chosen.remasking and chosen.block_length,
+        "remasking_ratio does nothing without remasking": chosen.remasking_ratio is not None
+        and not chosen.remasking,
+        "guidance_scale hides the prompt behind masks, which the uniform kernel has not": guided
+        and recipe.noise.kernel == "uniform",
+    }
+    for what, wrong in together.items():
+        if wrong:
+            raise IncompatibleError(f"generation.{what}", hint="Leave one out")
+
+
 def check_noise(recipe: Recipe) -> None:
     """Check that the fields about noise and loss fit together.
 

@@ -208,6 +208,34 @@ class Generation(_Section):
         None, gt=0, le=1, description="commit every position at least this sure; empty: fixed steps"
     )
     temperature: NonNegativeFloat = Field(0.0, description="0 takes the likeliest token")
+    entropy_bound: NonNegativeFloat | None = Field(
+        None, description="nats: commit the surest positions whose entropies sum to at most this"
+    )
+    unmasking: Literal["confidence", "margin", "entropy", "random"] | None = Field(
+        None, description="what positions are ranked by; empty: confidence"
+    )
+    remasking: Literal["low_confidence", "random"] | None = Field(
+        None, description="take tokens of earlier steps back; empty: none"
+    )
+    remasking_ratio: float | None = Field(
+        None, ge=0, lt=1, description="share of them per step; empty: 0.1"
+    )
+    top_k: PositiveInt | None = Field(None, description="draw from the k likeliest tokens")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="draw from the fewest tokens that hold this probability"
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="draw from tokens this likely, relative to the likeliest"
+    )
+    guidance_scale: NonNegativeFloat | None = Field(
+        None, description="classifier-free guidance with the prompt masked; empty: none"
+    )
+    block_length: PositiveInt | None = Field(
+        None, description="mdlm: write so many tokens at a time from left to right"
+    )
+    approximate_cache: bool = Field(
+        False, description="mdlm with block_length: keep states outside the block; not exact"
+    )
 
 
 class Recipe(_Section):

@@ -150,13 +150,12 @@ def _write_configs(plan: ConversionPlan, source: Path, out: Path) -> None:
             for role in ("bos", "eos", "pad")
         },
         "mask_token_id": plan.mask.id,
-        "max_new_tokens": chosen.max_new_tokens,
-        "max_denoising_steps": chosen.max_denoising_steps,
-        "confidence_threshold": chosen.confidence_threshold,
         # transformers takes a temperature for a mistake unless sampling is said to be meant.
         "temperature": chosen.temperature or None,
         "do_sample": True if chosen.temperature else None,
         "block_size": plan.recipe.block_size,
+        **chosen.model_dump(exclude={"temperature", "approximate_cache"}),
+        "approximate_cache": chosen.approximate_cache or None,
     }
     known = {key: value for key, value in generation.items() if value is not None}
     _write_json(out / "generation_config.json", known)

@@ -427,6 +427,7 @@ def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) 
         "prompts": ["Once"],
         "shown": (False, None),
         "chat": False,
+        "mark": None,
         "max_new_tokens": 9,
         "max_denoising_steps": 3,
         "confidence_threshold": 0.5,

@@ -11,6 +11,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
+from dllm_convert.commands import decoding
 from dllm_convert.commands.shared import make_reporter
 from dllm_convert.errors import DataError
 from dllm_convert.watch.pieces import printable
@@ -57,25 +58,6 @@ Record = Annotated[
         help="Write how the text was denoised to a .gif or .html file.",
     ),
 ]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to write.")
-]
-DenoisingSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", min=1, metavar="N", help="Forwards per block (bd3lm) or per text (mdlm)."
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold", min=0, max=1, metavar="P", help="Commit every token at least this sure."
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", min=0, metavar="T", help="0 takes the likeliest token."),
-]
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, metavar="N", help="Seed for temperatures above 0.")
 ]
@@ -85,19 +67,47 @@ def sample(
     checkpoint: option.Checkpoint,
     prompt: Prompts = None,
     chat: Chat = False,
-    max_new_tokens: MaxNewTokens = None,
-    steps: DenoisingSteps = None,
-    threshold: Threshold = None,
-    temperature: Temperature = None,
+    max_new_tokens: decoding.MaxNewTokens = None,
+    steps: decoding.DenoisingSteps = None,
+    threshold: decoding.Threshold = None,
+    temperature: decoding.Temperature = None,
     seed: Seed = None,
     watch: Watch = False,
     record: Record = None,
+    entropy_bound: decoding.EntropyBound = None,
+    unmasking: decoding.UnmaskingOrder = None,
+    remasking: decoding.RemaskingKind = None,
+    remasking_ratio: decoding.RemaskingRatio = None,
+    top_k: decoding.TopK = None,
+    top_p: decoding.TopP = None,
+    min_p: decoding.MinP = None,
+    guidance_scale: decoding.Guidance = None,
+    block_length: decoding.BlockLength = None,
+    approximate_cache: decoding.ApproximateCache = False,
+    infill: decoding.Infill = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
+    settings = decoding.given_settings(
+        checkpoint,
+        max_new_tokens=max_new_tokens,
+        max_denoising_steps=steps,
+        confidence_threshold=threshold,
+        temperature=temperature,
+        entropy_bound=entropy_bound,
+        unmasking=unmasking,
+        remasking=remasking,
+        remasking_ratio=remasking_ratio,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        guidance_scale=guidance_scale,
+        block_length=block_length,
+        approximate_cache=approximate_cache,
+    )
     reporter = make_reporter(quiet=quiet or as_json)
     prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
     from dllm_convert.quiet import quiet_libraries
@@ -111,15 +121,18 @@ def sample(
             reporter,
             Shown(watch, record),
             chat=chat,
+            mark=infill,
             seed=seed,
-            max_new_tokens=max_new_tokens,
-            max_denoising_steps=steps,
-            confidence_threshold=threshold,
-            temperature=temperature,
+            **settings,
         )
-    found = [result.as_dict() for result in samples]
+    _print([result.as_dict() for result in samples], reporter, chat=chat, as_json=as_json)
+
+
+def _print(
+    found: Sequence[Mapping[str, Any]], reporter: Reporter, *, chat: bool, as_json: bool
+) -> None:
     if as_json:
-        output.write_json(found if len(found) > 1 else found[0])
+        output.write_json(list(found) if len(found) > 1 else found[0])
         return
     output.write(_as_text(found, chat=chat))
     for result in found:

@@ -35,6 +35,8 @@ class AutoregressiveLM(HFLM):  # type: ignore[misc]
         **given: Arguments of lm-eval's `hf` model.
     """
 
+    cache_hook: Any
+
     def __init__(self, *, reporter: Reporter, **given: Any) -> None:
         super().__init__(**given)
         self.effort = Effort()

@@ -16,6 +16,7 @@ from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.options import Observer
+from dllm_convert.sampling.prompts import encode_prompts
 from dllm_convert.watch.frames import Recorder
 from dllm_convert.watch.pieces import TokenText
 from dllm_convert.watch.record import write_recording
@@ -68,40 +69,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
-    """Return the tokens of a prompt, left open at its end.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        prompt: Text to go on from, or what the user says.
-        chat: Put it into the chat template, as one turn of the user.
-
-    Raises:
-        DataError: The prompt is empty.
-        IncompatibleError: The tokenizer has no chat template.
-    """
-    if chat:
-        if not tokenizer.chat_template:
-            raise IncompatibleError(
-                "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
-            )
-        turns = [{"role": "user", "content": prompt}]
-        # Tokenised apart: the template has already written the tokens that begin a text.
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
-    if len(ids) > 1 and tokenizer.sep_token_id is not None and ids[-1] == tokenizer.sep_token_id:
-        del ids[-1]
-    if not ids:
-        raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
-    return ids
-
-
 def decode_samples(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
     chat: bool = False,
+    mark: str | None = None,
     seed: int | None = None,
     observer: Observer | None = None,
     **options: Any,
@@ -113,15 +87,17 @@ def decode_samples(
         tokenizer: Its tokenizer.
         prompts: Texts to go on from.
         chat: Put each prompt into the chat template.
+        mark: Text in the prompts that stands for a token to be written.
         seed: Seed for temperatures above 0; prompt n draws from `seed + n`.
         observer: Called after the prompts and after every denoising forward.
         **options: Fields of `DecodingOptions`; None keeps the checkpoint's default.
 
     Raises:
-        DataError: A prompt is empty.
-        IncompatibleError: The tokenizer has no chat template.
+        DataError: A prompt is empty, has no mark where one was named, or begins with a mask that
+            nothing stands before.
+        IncompatibleError: The tokenizer has no chat template, or the model knows no mask.
     """
-    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    encoded = encode_prompts(model, tokenizer, prompts, chat=chat, mark=mark)
     width = max(len(ids) for ids in encoded)
     rows = [ids + [0] * (width - len(ids)) for ids in encoded]
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]

@@ -71,7 +71,7 @@ def test_prompts_of_different_lengths_are_written_as_if_alone(
 def test_a_chat_is_put_into_the_template(checkpoint: Callable[[str], Path]) -> None:
     from transformers import AutoTokenizer
 
-    from dllm_convert.sampling.run import encode_prompt
+    from dllm_convert.sampling.prompts import encode_prompt
 
     folder = checkpoint("llama")
     ids = encode_prompt(AutoTokenizer.from_pretrained(folder), "Why?", chat=True)

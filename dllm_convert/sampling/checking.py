@@ -1,0 +1,47 @@
+"""Settings of decoding against a checkpoint's own files, before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.sampling.options import DecodingOptions
+from dllm_convert.sampling.settings import decoding_options
+
+_WARPERS = ("top_k", "top_p", "min_p")
+
+
+def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | None:
+    """Refuse settings that contradict each other, the checkpoint or what it has saved.
+
+    Args:
+        folder: A converted checkpoint; only config.json and generation_config.json are read.
+        given: Fields of `DecodingOptions`.
+
+    Returns:
+        All settings together; None where the folder holds no diffusion checkpoint, of which
+        loading it says more.
+
+    Raises:
+        ValueError: They contradict, or do nothing.
+    """
+    config = _read(folder / "config.json")
+    if not isinstance(config.get("diffusion"), dict):
+        return None
+    saved = {"eos_token_id": None, **_read(folder / "generation_config.json")}
+    options = decoding_options(
+        SimpleNamespace(**config), SimpleNamespace(**saved), 1, None, dict(given)
+    )
+    idle = next((name for name in _WARPERS if name in given), None)
+    if idle and not options.temperature:
+        raise ValueError(f"{idle} does nothing without a temperature above 0")
+    if "remasking_ratio" in given and options.remasking is None:
+        raise ValueError("remasking_ratio does nothing without remasking")
+    return options
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return load_json_object(path) if path.is_file() else {}

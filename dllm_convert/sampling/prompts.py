@@ -1,0 +1,91 @@
+"""Prompts as tokens: text to go on from, chats, and what is to be filled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dllm_convert.errors import DataError, IncompatibleError
+
+
+def with_masks(tokenizer: Any, prompt: str, mark: str) -> str:
+    """Put a mask where a prompt says that something is to be written.
+
+    A space before it goes with it: most vocabularies have words with the space before them.
+
+    Args:
+        tokenizer: A transformers tokenizer with a mask token.
+        prompt: Text with marks.
+        mark: What stands for one token.
+
+    Raises:
+        DataError: The mark is empty or not in the prompt.
+    """
+    if not mark or mark not in prompt:
+        raise DataError(
+            f"the prompt has no {mark!r} to be written", hint="--infill names text that is in it"
+        )
+    return re.sub(rf" ?{re.escape(mark)}", lambda _: str(tokenizer.mask_token), prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Return the tokens of a prompt, left open at its end.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompt: Text to go on from, or what the user says.
+        chat: Put it into the chat template, as one turn of the user.
+
+    Raises:
+        DataError: The prompt is empty.
+        IncompatibleError: The tokenizer has no chat template.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise IncompatibleError(
+                "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
+            )
+        turns = [{"role": "user", "content": prompt}]
+        # Tokenised apart: the template has already written the tokens that begin a text.
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
+    if len(ids) > 1 and tokenizer.sep_token_id is not None and ids[-1] == tokenizer.sep_token_id:
+        del ids[-1]
+    if not ids:
+        raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
+    return ids
+
+
+def encode_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, chat: bool, mark: str | None
+) -> list[list[int]]:
+    """Return the tokens of each prompt, masks where something is to be written.
+
+    Args:
+        model: Diffusion model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to go on from.
+        chat: Put each prompt into the chat template.
+        mark: Text in the prompts that stands for a token to be written; None for none.
+
+    Raises:
+        DataError: A prompt is empty, has no mark where one was named, or begins with a mask that
+            nothing stands before.
+        IncompatibleError: The tokenizer has no chat template, or the model knows no mask.
+    """
+    if mark is not None:
+        if model.config.diffusion.get("noise_kernel") == "uniform":
+            raise IncompatibleError(
+                "this model was trained without a mask, so it cannot tell what is to be written",
+                hint="Leave out --infill",
+            )
+        prompts = [with_masks(tokenizer, prompt, mark) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    mask = model.config.mask_token_id
+    if model.config.diffusion["token_shift"] and any(ids[0] == mask for ids in encoded):
+        raise DataError(
+            "the prompt begins with a mask, and this model predicts a token from the one before",
+            hint="Begin with at least one word",
+        )
+    return encoded
