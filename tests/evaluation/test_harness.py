@@ -263,9 +263,11 @@ def _logged(out: Path) -> dict[tuple[str, int], Any]:
 
 @pytest.mark.slow
 def test_lm_eval_on_two_processes(folders: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
-    """Its own command line, started by a launcher, has the numbers of this one process."""
+    """Its own command line, started by Accelerate's launcher, has this one process's numbers."""
+    from dllm_convert.launch import launcher_arguments
+
     names = ("capitals", "writing")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch = ["-m", "accelerate.commands.launch", *launcher_arguments(2, None)]
     result = subprocess.run(
         [
             *(sys.executable, *launch, "-m", "dllm_convert", "lm-eval", "--model", "dllm-convert"),
