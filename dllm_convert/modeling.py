@@ -27,6 +27,7 @@ from .attention import block_causal_mask
 from .sampling.decoding import decode_blocks, decode_canvas
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
+from .sampling.packing import packed_linears
 from .sampling.settings import decoding_options
 from .sampling.streaming import decode_streamed
 
@@ -240,7 +241,8 @@ class DiffusionMixin:
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
-        decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
+        with packed_linears(self, wanted=options.packed_weights):
+            decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 
