@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +100,7 @@ def evaluate(
     from dllm_convert.quiet import quiet_libraries
 
     settings = merge(find_settings(published), parse_assignments(assignments or ()))
+    _check_decoding(checkpoint, settings.generation)
     request = Request(
         checkpoint=checkpoint,
         tasks=tuple(_names(tasks)),
@@ -117,6 +119,15 @@ def evaluate(
     with quiet_libraries():
         found: dict[str, Any] = evaluate_checkpoint(request, reporter)
     output.show(found, output.evaluation_text, as_json=as_json)
+
+
+def _check_decoding(checkpoint: Path, given: Mapping[str, Any]) -> None:
+    from dllm_convert.sampling.checking import check_decoding
+
+    try:
+        check_decoding(checkpoint, given)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from error
 
 
 def _names(text: str) -> list[str]:

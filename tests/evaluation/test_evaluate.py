@@ -271,6 +271,11 @@ def test_the_command_line_says_what_is_evaluated(
     assert (request.thresholds, request.chat) == ((0.5, 1.0), True)
     assert (request.settings.block_size, request.settings.draws) == (32, 2)
     assert request.settings.generation["temperature"] == 0.5
+    fields = '{"diffusion": {"token_shift": true}, "block_size": 4, "mask_token_id": 3}'
+    (tmp_path / "config.json").write_text(fields[:-1] + ', "vocab_size": 9}')
+    for wrong in ("block_length=4", "unmasking=best", "temperature=hot", "top_p=0.5"):
+        result = CliRunner().invoke(app, [*arguments, "--set", wrong])
+        assert result.exit_code == 2, wrong
     for wrong in ("0", "2", "much"):
         result = CliRunner().invoke(app, [*arguments, "--thresholds", wrong])
         assert result.exit_code == 2

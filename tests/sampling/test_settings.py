@@ -69,8 +69,13 @@ def test_names_are_those_of_decoding() -> None:
     assert set(fields_of("generation")) == settings
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        *(("llama", "drawn"), ("llama", "remasked"), ("llama", "windows"), ("mistral", "drawn")),
+        *(("mistral", "margin"), ("bert", "remasked"), ("bert", "windows"), ("roberta", "margin")),
+    ],
+)
 def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: str) -> None:
     from dllm_convert.sampling.run import decode_sample, load_checkpoint
 
