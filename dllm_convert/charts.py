@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.logged import Curve
 from dllm_convert.observations import (
-    DecodingPoint,
     Influence,
     InfluenceMap,
     Observations,
@@ -192,11 +191,8 @@ def decoding_figure(seen: Observations) -> Figure | None:
     marks: Mapping[str, Any] = {"linestyle": "none", "marker": "X", "markersize": 10}
     axes.plot(speeds[:1], shares[:1], **marks, color=VERMILION, label="one token per forward")
     top = 1.12 * max(speeds)
-    for place, label in _threshold_labels(seen.decoding[1:], top):
-        inward = -1 if place[0] > 0.8 * top else 1
-        side = "right" if inward < 0 else "left"
-        offset: Mapping[str, Any] = {"xytext": (7 * inward, 8), "textcoords": "offset points"}
-        axes.annotate(label, place, color=GREY, ha=side, **offset)
+    points = [(p.tokens_per_forward, p.agreement, p.threshold) for p in seen.decoding[1:]]
+    _label(axes, points, top)
     axes.set_xlim(0, top)
     axes.set_ylim(-0.03, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -215,6 +211,7 @@ def score_figure(sweep: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not sweep:
         return None
     figure, axes = _one_chart()
+    top = 1.12 * max(float(row["tokens_per_forward"]) for row in sweep)
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in sweep:
         lines.setdefault(f"{row['task']}, {row['metric']}", []).append(row)
@@ -231,20 +228,32 @@ def score_figure(sweep: Sequence[Mapping[str, Any]]) -> Figure | None:
             capsize=3,
             label=label,
         )
-        for row, place in zip(rows, zip(speeds, scores, strict=True), strict=True):
-            offset: Mapping[str, Any] = {"xytext": (5, 5), "textcoords": "offset points"}
-            axes.annotate(f"{row['threshold']:g}", place, color=GREY, **offset)
+        points = [(row["tokens_per_forward"], row["value"], row["threshold"]) for row in rows]
+        _label(axes, points, top)
+    axes.set_xlim(0, top)
+    if all(0 <= row["value"] <= 1 for row in sweep):
+        highest = max(row["value"] + (row["half_width"] or 0) for row in sweep)
+        axes.set_ylim(-0.03, 1.12 * max(highest, 0.25))
     _style(axes, "tokens per forward", "score")
     return figure
 
 
+def _label(axes: Axes, points: Iterable[tuple[float, float, float | None]], top: float) -> None:
+    """Write thresholds beside their points, towards the middle where the edge is near."""
+    for place, label in _threshold_labels(points, top):
+        inward = -1 if place[0] > 0.8 * top else 1
+        side = "right" if inward < 0 else "left"
+        offset: Mapping[str, Any] = {"xytext": (7 * inward, 8), "textcoords": "offset points"}
+        axes.annotate(label, place, color=GREY, ha=side, **offset)
+
+
 def _threshold_labels(
-    points: Sequence[DecodingPoint], width: float
+    points: Iterable[tuple[float, float, float | None]], width: float
 ) -> list[tuple[tuple[float, float], str]]:
     """Return where a label stands and what it says; points that nearly coincide share one."""
     labels: list[tuple[tuple[float, float], str]] = []
-    for point in points:
-        place, text = (point.tokens_per_forward, point.agreement), f"{point.threshold:g}"
+    for across, up, threshold in points:
+        place, text = (across, up), f"{threshold:g}"
         if labels:
             (x, y), before = labels[-1]
             if abs(place[0] - x) < 0.06 * width and abs(place[1] - y) < 0.08:
