@@ -172,7 +172,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             plan=plan,
             recipe=_reproducible(recipe, source),
             train=measurements.get("train"),
-            cost=cost_of(config, manifest),
+            cost=cost_of(manifest),
             data=data_of(measurements.get("data"), recipe),
             measures=_measures(measurements),
             evaluation=evaluation_of(folder, manifest.get("evaluation")),
