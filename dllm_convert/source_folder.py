@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_convert.base_card import read_base_card
 from dllm_convert.errors import DataError
+from dllm_convert.nearest import no_folder
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -64,6 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: It is missing, broken, or names no family.
     """
+    if not folder.is_dir():
+        raise no_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(

@@ -10,9 +10,10 @@ from typing import Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.copying import sha256_file
-from dllm_convert.errors import DataError, VerificationError
+from dllm_convert.errors import VerificationError
 from dllm_convert.licences import check_publication, rules_for
 from dllm_convert.manifest import CARD_FILE, file_names, read_manifest
+from dllm_convert.nearest import no_folder
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
@@ -40,7 +41,7 @@ def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> P
         HubError: See `upload`.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder", hint="Give a folder that run wrote")
+        raise no_folder(folder)
     manifest = read_manifest(folder)
     require_verified(manifest, force=options.force_unverified)
     options = preflight(manifest, options, reporter)
