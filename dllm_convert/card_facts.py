@@ -25,6 +25,7 @@ from dllm_convert.licences import conforming_name
 from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
+from dllm_convert.verify.report import files_only
 
 BILLION = 1_000_000_000
 MEASURES = {
@@ -131,6 +132,11 @@ class Facts:
     def skipped(self) -> tuple[Mapping[str, Any], ...]:
         """Probes that did not run."""
         return tuple(probe for probe in self.probes if probe["passed"] is None)
+
+    @property
+    def files_only(self) -> bool:
+        """Whether its files were verified, and the model was never run."""
+        return files_only(self.verification)
 
     @property
     def probes(self) -> tuple[Mapping[str, Any], ...]:

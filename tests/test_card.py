@@ -28,6 +28,7 @@ from dllm_convert.card import render_card, write_card
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import write_manifest
 from dllm_convert.recipe import load_recipe
+from dllm_convert.verify.report import BY_FILES
 
 ALWAYS = ["Use", "The model", "Training", "Limits", "Reproduce", "Licence", "Citation"]
 TRAINED = [
@@ -106,6 +107,18 @@ def test_numbers_are_those_of_the_run(card: Callable[..., str]) -> None:
     assert "2.25 nats per token above the base's" in text
     assert "2 of 3 checks passed, 1 not run" in text
     assert "id 128002" in sections(text)["The model"]
+
+
+@pytest.mark.parametrize("ran", [(), ("portable",)])
+def test_a_model_that_was_never_run(card: Callable[..., str], ran: tuple[str, ...]) -> None:
+    """The four probes of files pass; any other with a verdict needed the model."""
+    manifest = llama_bd3lm()
+    by_files = [probe(name, True, "0", "0") for name in sorted(BY_FILES)]
+    others = [probe(name, name in ran or None, "0", "0") for name in ("portable", "cache")]
+    manifest["verification"] = {"passed": True, "probes": [*by_files, *others], "seconds": 1.0}
+    text = card(manifest)
+    assert ("> **The model was never run.** Only its files were verified" in text) is (not ran)
+    assert ("Measured in float32" in text) is bool(ran)
 
 
 def test_cost(card: Callable[..., str]) -> None:
