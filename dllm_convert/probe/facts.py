@@ -62,6 +62,9 @@ def declare(
     embedding, head, biases = _vocabulary(model)
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
+    kinds = layer_kinds(config)
+    counts = Counter(kinds)
+    order = tuple(sorted(counts).index(kind) for kind in kinds) if len(counts) > 1 else ()
     standard = {key: getattr(config, key, None) for key in _STANDARD}
     return Adapter(
         config.model_type,
@@ -82,8 +85,9 @@ def declare(
         measured=Measured(
             transformers.__version__,
             {k: v for k, v in standard.items() if v is not None and values.get(k) != v},
-            dict(Counter(layer_kinds(config))),
+            dict(counts),
             narrow,
+            order,
         ),
     )
 

@@ -225,6 +225,12 @@ def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str]
         {"diffusion_class": "Diffusion"},
         {"min_transformers": '5.2"; import os; "'},
         {"window": {"size": 3}},
+        {
+            "measured": {
+                **{"transformers": "5.23.0", "config": {}, "layers": {"decoder": 2}},
+                "order": [0, 1],
+            }
+        },
     ],
     ids=str,
 )
