@@ -219,7 +219,8 @@ def _flops(trainer: DiffusionTrainer, plan: ConversionPlan, tokens: int) -> floa
     """Estimate the operations of a whole training; None if the headers told no shapes."""
     if plan.shape is None:
         return None
-    flex = trainer.model.config._attn_implementation == "flex_attention"
+    model: Any = trainer.model
+    flex = model.config._attn_implementation == "flex_attention"
     return tokens * flops_per_token(plan.shape, plan.recipe, flex=flex)
 
 
