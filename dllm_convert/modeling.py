@@ -58,6 +58,7 @@ class DiffusionMixin:
     """
 
     _head = "lm_head"
+    _goes_without_mask = True
 
     @property
     def _first_position(self) -> int:
@@ -110,20 +111,26 @@ class DiffusionMixin:
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask: Any = None
         positions: torch.Tensor
-        if sees_all and position_ids is not None:
+        if sees_all and self._goes_without_mask and position_ids is not None:
             positions = position_ids
         else:
             mask, positions = self._open(tokens, attention_mask, position_ids, cached)
-        outputs = self.base_model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions + self._first_position,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{name: value for name, value in kwargs.items() if name != "return_dict"},
-        )
-        hidden = _pick(outputs.last_hidden_state, logits_to_keep, logits_at)
+        arguments = {name: value for name, value in kwargs.items() if name != "return_dict"} | {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": positions + self._first_position,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        return self._run_model(arguments, logits_to_keep, logits_at)
+
+    def _run_model(
+        self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
+    ) -> CausalLMOutputWithPast:
+        """Run the stock model on what `forward` prepared; logits where `_pick` says."""
+        outputs = self.base_model(**arguments)
+        hidden = _pick(outputs.last_hidden_state, keep, at)
         return CausalLMOutputWithPast(
             logits=getattr(self, self._head)(hidden),
             past_key_values=outputs.past_key_values,
