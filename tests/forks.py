@@ -46,7 +46,12 @@ STRANGER = (
 )  # fmt: skip
 """What somebody has who has never heard of this package."""
 STRANGER_WITH_PEFT = (*STRANGER, "peft")
-CLIENT = ("huggingface_hub:HfApi", "dllm_convert.card", "dllm_convert.publish.run")
+CLIENT = (
+    "huggingface_hub:HfApi", "huggingface_hub:CommitOperationAdd", "huggingface_hub.file_download",
+    "huggingface_hub:snapshot_download", "huggingface_hub.lfs", "markdown_it:MarkdownIt",
+    "tqdm.auto", "encodings.idna", "dllm_convert.adapters.llama", "dllm_convert.card",
+    "dllm_convert.publish.run",
+)  # fmt: skip
 """What publishing needs, without torch."""
 
 READ_AT_IMPORT = ("ACCELERATE_", "HF_", "HUGGING", "OMP_", "TOKENIZERS_", "TRANSFORMERS_")
