@@ -7,7 +7,7 @@ OUT ?= out/smollm2-bd3lm
 # More arguments for the demo's command, e.g. DEMO_ARGS="--steps 10".
 DEMO_ARGS ?=
 # More arguments for pytest, e.g. PYTEST_ARGS="-k recipe".
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -117,8 +117,10 @@ def bury() -> None:
 def main() -> None:
     address, *modules = sys.argv[1:]
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    # The name appears when somebody listens.
+    listener.bind(f"{address}.new")
     listener.listen(64)
+    Path(f"{address}.new").rename(address)
     os.environ[ADDRESS] = address
     for place in modules:
         module, _, name = place.partition(":")

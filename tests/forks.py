@@ -37,6 +37,8 @@ PACKAGE = (
     "dllm_convert.training.run", "dllm_convert.verify", "dllm_convert.card", "dllm_convert.weights",
     "dllm_convert.sampling.run", "dllm_convert.report_page", "dllm_convert.licences",
     "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
+    # What the first flex attention, card and GIF load.
+    "torch._inductor.compile_fx", "markdown_it:MarkdownIt", "PIL.ImageDraw", "PIL.JpegImagePlugin",
 )  # fmt: skip
 """Everything that a command may need."""
 STRANGER = (
