@@ -104,7 +104,14 @@ def mind(connection: socket.socket) -> None:
         pid = forked(json.loads("{" + file.readline()), streams)
         file.write(f"{pid}\n")
         file.flush()
-        file.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+        # Whoever asked may signal it, as a child of its own, until it has read that it ended.
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        exited = ended.si_code == os.CLD_EXITED
+        file.write(f"{ended.si_status if exited else -ended.si_status}\n")
+        file.flush()
+        connection.recv(1)
+        os.waitpid(pid, 0)
 
 
 def bury() -> None:
