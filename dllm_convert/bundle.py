@@ -21,6 +21,7 @@ _PARTS = (
     "sampling/choosing.py",
     "sampling/canvas.py",
     "sampling/cache.py",
+    "sampling/packing.py",
     "sampling/reading.py",
     "sampling/decoding.py",
     "sampling/settings.py",

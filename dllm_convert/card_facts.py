@@ -25,6 +25,7 @@ from dllm_convert.licences import conforming_name
 from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
+from dllm_convert.verify.report import files_only
 
 BILLION = 1_000_000_000
 MEASURES = {
@@ -133,6 +134,11 @@ class Facts:
         return tuple(probe for probe in self.probes if probe["passed"] is None)
 
     @property
+    def files_only(self) -> bool:
+        """Whether its files were verified, and the model was never run."""
+        return files_only(self.verification)
+
+    @property
     def probes(self) -> tuple[Mapping[str, Any], ...]:
         """All probes of the verification."""
         return tuple((self.verification or {}).get("probes") or ())
@@ -172,7 +178,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             plan=plan,
             recipe=_reproducible(recipe, source),
             train=measurements.get("train"),
-            cost=cost_of(config, manifest),
+            cost=cost_of(manifest),
             data=data_of(measurements.get("data"), recipe),
             measures=_measures(measurements),
             evaluation=evaluation_of(folder, manifest.get("evaluation")),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from dllm_convert.errors import HubError
+from dllm_convert.nearest import meant
 
 Doing = Literal["read", "write"]
 
@@ -101,9 +102,11 @@ def _not_found(repo_id: str, doing: Doing) -> HubError:
     if doing == "write":
         return HubError(message, hint=_HOW_TO_WRITE)
     nearest = _nearest_recipe(repo_id)
-    meant = f"Did you mean the recipe {nearest!r}? Otherwise check" if nearest else "Check"
+    guess = meant(repo_id) or (f"Did you mean the recipe {nearest!r}? " if nearest else "")
+    check = "Otherwise check" if guess else "Check"
     return HubError(
-        message, hint=f"{meant} the name; for a private one `hf auth login` or set HF_TOKEN"
+        f"{message}, and is no folder here",
+        hint=f"{guess}{check} the name; for a private one `hf auth login` or set HF_TOKEN",
     )
 
 
@@ -156,7 +159,10 @@ def _unreachable(repo_id: str, error: BaseException, doing: Doing) -> HubError:
             hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; the same command uploads "
             "only what is missing",
         )
+    guess = meant(repo_id)
+    check = "Otherwise check" if guess else "Check"
     return HubError(
-        f"cannot reach the Hub for {repo_id}, and it is not in the local cache ({said})",
-        hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
+        f"cannot reach the Hub for {repo_id}, which is no folder here and not in the local cache "
+        f"({said})",
+        hint=f"{guess}{check} the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.copying import sha256_file, sha256_files
 from dllm_convert.errors import DataError
+from dllm_convert.nearest import no_folder
 from dllm_convert.workspace import WORK, write_json
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.is_dir():
+            raise no_folder(folder) from error
         raise DataError(
             f"{folder} has no {MANIFEST_FILE}, so nothing is known of how it was made",
             hint="Give a folder that dllm-convert run wrote",

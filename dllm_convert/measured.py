@@ -23,6 +23,9 @@ class MeasuredMixin(DiffusionMixin):
     the stock forward runs whole, and what is not wanted is taken away in front of the head.
     """
 
+    # A mask is what was measured to open every layer: `sees_all` saves nothing here.
+    _goes_without_mask = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Load and save under the names of the stock class, which may be known by its name only."""
         from transformers.conversion_mapping import (
@@ -41,45 +44,12 @@ class MeasuredMixin(DiffusionMixin):
         """Say no: a class with code of its own would not get its family's renamed tensors."""
         return False
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Any | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        logits_at: torch.LongTensor | None = None,
-        sees_all: bool = False,
-        **kwargs: Any,
+    def _run_model(
+        self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
     ) -> CausalLMOutputWithPast:
-        """Run the model with the attention its config claims; arguments as in `DiffusionMixin`.
-
-        `sees_all` saves nothing here: a mask is what was measured to open every layer.
-
-        Raises:
-            ValueError: If `labels` is given, or no tokens.
-        """
-        if labels is not None:
-            raise ValueError("this model takes no labels: its loss needs noise (dllm_convert)")
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None:
-            raise ValueError("give input_ids or inputs_embeds")
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        mask, positions = self._open(tokens, attention_mask, position_ids, cached)
-        with self._in_front_of_the_head(logits_to_keep, logits_at):
-            outputs = super(DiffusionMixin, self).forward(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **{name: value for name, value in kwargs.items() if name != "return_dict"},
-                return_dict=True,
-            )
+        """Run the stock forward, head included, on what `DiffusionMixin.forward` prepared."""
+        with self._in_front_of_the_head(keep, at):
+            outputs = super(DiffusionMixin, self).forward(**arguments, return_dict=True)
         return CausalLMOutputWithPast(
             logits=outputs.logits,
             past_key_values=outputs.get("past_key_values"),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.plan_checks import LAYER, is_tied, layer_count
+from dllm_convert.plan_checks import is_tied, layer_count
 from dllm_convert.source_info import SourceInfo, TensorInfo
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NUMBERED = re.compile(r"(.+?)\.(\d+)\..+")
 _QUERIES = frozenset({"q_proj", "query", "q_b_proj"})
 
 
@@ -93,6 +94,29 @@ def _counted(config: Mapping[str, Any], key: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
+def layer_tensors(names: Iterable[str], count: int) -> list[str]:
+    """Return the names that belong to layers, whatever a family calls them.
+
+    Layers are the modules that are numbered from 0 to `count` - 1 where a name is first numbered:
+    `model.layers.0.`, `transformer.h.0.`, `transformer.blocks.0.`, `h.0.`.
+
+    Args:
+        names: Names of tensors.
+        count: Number of layers.
+    """
+    numbered: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        found = _NUMBERED.fullmatch(name)
+        if found:
+            numbered.setdefault(found[1], []).append((int(found[2]), name))
+    return [
+        name
+        for members in numbered.values()
+        if {number for number, _ in members} >= set(range(count))
+        for _, name in members
+    ]
+
+
 def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -> ModelShape | None:
     """Count the sizes of a conversion; None if the headers tell no shapes.
 
@@ -115,7 +139,7 @@ def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -
     head_names = {adapter.head, *adapter.head_biases}
     # Files of BERT name the head's bias twice; the model has it once.
     biases = mask.rows_after if any(name in used for name in adapter.head_biases) else 0
-    layers = {name: tensor for name, tensor in used.items() if LAYER.fullmatch(name)}
+    layers = {name: used[name] for name in layer_tensors(used, layer_count(source.config))}
     vocabulary = mask.rows_after * hidden
     other = set(used) - set(layers) - head_names - {adapter.embedding}
     share = _active_share(source.config)

@@ -27,6 +27,7 @@ from .attention import block_causal_mask
 from .sampling.decoding import decode_blocks, decode_canvas
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
+from .sampling.packing import packed_linears
 from .sampling.settings import decoding_options
 from .sampling.streaming import decode_streamed
 
@@ -57,6 +58,7 @@ class DiffusionMixin:
     """
 
     _head = "lm_head"
+    _goes_without_mask = True
 
     @property
     def _first_position(self) -> int:
@@ -109,20 +111,26 @@ class DiffusionMixin:
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask: Any = None
         positions: torch.Tensor
-        if sees_all and position_ids is not None:
+        if sees_all and self._goes_without_mask and position_ids is not None:
             positions = position_ids
         else:
             mask, positions = self._open(tokens, attention_mask, position_ids, cached)
-        outputs = self.base_model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions + self._first_position,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **{name: value for name, value in kwargs.items() if name != "return_dict"},
-        )
-        hidden = _pick(outputs.last_hidden_state, logits_to_keep, logits_at)
+        arguments = {name: value for name, value in kwargs.items() if name != "return_dict"} | {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": positions + self._first_position,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        return self._run_model(arguments, logits_to_keep, logits_at)
+
+    def _run_model(
+        self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
+    ) -> CausalLMOutputWithPast:
+        """Run the stock model on what `forward` prepared; logits where `_pick` says."""
+        outputs = self.base_model(**arguments)
+        hidden = _pick(outputs.last_hidden_state, keep, at)
         return CausalLMOutputWithPast(
             logits=getattr(self, self._head)(hidden),
             past_key_values=outputs.past_key_values,
@@ -240,7 +248,8 @@ class DiffusionMixin:
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
-        decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
+        with packed_linears(self, wanted=options.packed_weights):
+            decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 

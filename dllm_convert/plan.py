@@ -23,7 +23,13 @@ from dllm_convert.plan_checks import (
     context_length,
     unused_tensors,
 )
-from dllm_convert.plan_fit import check_class, check_shapes, check_transformers
+from dllm_convert.plan_fit import (
+    check_class,
+    check_converted,
+    check_shapes,
+    check_transformers,
+    diffusion_section,
+)
 from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
@@ -107,7 +113,11 @@ def _diffusion_section(recipe: Recipe, mask: MaskTokenDecision, *, shift: bool) 
 
 
 def _config_updates(
-    recipe: Recipe, adapter: Adapter, mask: MaskTokenDecision, opened: Mapping[str, Any]
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    adapter: Adapter,
+    mask: MaskTokenDecision,
+    opened: Mapping[str, Any],
 ) -> dict[str, Any]:
     updates: dict[str, Any] = {
         "architectures": [adapter.diffusion_class],
@@ -121,6 +131,9 @@ def _config_updates(
     }
     if recipe.target == "bd3lm":
         updates["block_size"] = recipe.block_size
+    elif diffusion_section(config) is not None:
+        # Left by a conversion to bd3lm it would keep the attention block-causal.
+        updates["block_size"] = None
     if adapter.measured is not None:
         # Whoever reads the folder later has no file to look the family up in.
         updates["diffusion"][RECORD] = adapter_as_dict(adapter)
@@ -155,6 +168,8 @@ def make_plan(
         if adapter.measured is None:
             check_shapes(source.config, source.tensors, adapter)
     check_quantised(source, names)
+    shift = _keeps_shift(recipe, adapter)
+    converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)
     check_lengths(recipe, context)
     check_noise(recipe)
@@ -167,9 +182,15 @@ def make_plan(
         adapter=adapter,
         mask=mask,
         attention_changes=attention.changes,
-        config_updates=_config_updates(recipe, adapter, mask, attention.config_updates),
+        config_updates=_config_updates(
+            recipe, source.config, adapter, mask, attention.config_updates
+        ),
         tensors_changed=changed,
-        warnings=(*source.warnings, *advise(recipe, source, adapter, context)),
+        warnings=(
+            *source.warnings,
+            *((converted,) if converted else ()),
+            *advise(recipe, source, adapter, context),
+        ),
         notes=attention.notes,
         tensors_dropped=dropped,
         layers=attention.layers,

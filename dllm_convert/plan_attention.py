@@ -10,6 +10,7 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.plan_checks import layer_count
+from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.plan_layers import (
     FULL,
     SLIDING,
@@ -74,12 +75,7 @@ def _measured_types(
     """Return the kinds that were measured; those with a window are full where it is opened."""
     values = adapter.window.overrides if adapter.window else {}
     window = FULL if all(config.get(key) == value for key, value in values.items()) else SLIDING
-    kinds = ((window if kind in measured.narrow else kind) for kind in measured.layers)
-    return tuple(
-        kind
-        for kind, count in zip(kinds, measured.layers.values(), strict=True)
-        for _ in range(count)
-    )
+    return tuple(window if kind in measured.narrow else kind for kind in measured.kinds)
 
 
 def _in_force(config: Mapping[str, Any], window: Window) -> bool:
@@ -126,14 +122,20 @@ def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
         )
 
 
-def _opening(recipe: Recipe, layers: int) -> str:
+def _present(config: Mapping[str, Any]) -> str:
+    """Name the attention of a decoder: causal, unless it was converted before."""
+    section = diffusion_section(config)
+    return "causal" if section is None else str(section.get("attention", "opened"))
+
+
+def _opening(recipe: Recipe, config: Mapping[str, Any], layers: int) -> str:
     opened = (
         "bidirectional"
         if recipe.target == "mdlm"
         else f"block-causal in blocks of {recipe.block_size}: causal across blocks, "
         "bidirectional inside one"
     )
-    return f"causal attention becomes {opened}, on all {layers} layers"
+    return f"{_present(config)} attention becomes {opened}, on all {layers} layers"
 
 
 def measured_attention(
@@ -147,9 +149,9 @@ def measured_attention(
     config = source.config
     changes = []
     updates = dict(adapter.window.overrides) if adapter.window else {}
+    size = config.get(next(iter(updates))) if updates else None
     if updates:
         count = sum(measured.layers.get(kind, 0) for kind in measured.narrow)
-        size = config.get(next(iter(updates)))
         where = f"{count} of {sum(measured.layers.values())} layers ({'; '.join(measured.narrow)})"
         if recipe.sliding_window == "refuse":
             raise IncompatibleError(
@@ -157,14 +159,16 @@ def measured_attention(
                 hint="--set sliding_window=open",
             )
         changes.append(f"window of {size} tokens opened to the whole context on {where}")
-    changes.append(_opening(recipe, sum(measured.layers.values())))
+    changes.append(_opening(recipe, config, sum(measured.layers.values())))
     note = (
         f"the family has no written adapter: it was measured on a small random instance with "
         f"transformers {measured.transformers}"
     )
-    kinds = tuple(kind for kind, count in measured.layers.items() for _ in range(count))
     after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
-    layers = group_layers(kinds, before="causal", after=after)
+    before = _present(config)
+    layers = group_layers(
+        measured.kinds, before=before, after=after, window=size, windowed=measured.narrow
+    )
     return AttentionPlan(tuple(changes), updates, (*kept_features(source), note), layers)
 
 
@@ -193,8 +197,8 @@ def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
     elif adapter.window is not None and _in_force(config, adapter.window):
         # max_window_layers beyond the last layer: no layer has it, and none should get it later.
         updates = adapter.window.overrides
-    changes.append(_opening(recipe, len(kinds)))
+    changes.append(_opening(recipe, config, len(kinds)))
     after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
     window = config.get("sliding_window", adapter.window.default if adapter.window else None)
-    layers = group_layers(kinds, before="causal", after=after, window=window)
+    layers = group_layers(kinds, before=_present(config), after=after, window=window)
     return AttentionPlan(tuple(changes), updates, kept_features(source), layers)

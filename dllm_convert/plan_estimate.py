@@ -29,6 +29,8 @@ class DeviceEstimate:
 
     Attributes:
         device: Its name.
+        gpu: Whether it is a GPU, of which there can be several.
+        room: Bytes of memory of one; None if they are not known.
         memory: Peak bytes of one device that trains alone.
         fits: Whether one is enough; None if its memory is not known.
         devices_needed: Least number that fits, weights and states shared; None if none does.
@@ -39,6 +41,8 @@ class DeviceEstimate:
     """
 
     device: str
+    gpu: bool
+    room: int | None
     memory: int
     fits: bool | None
     devices_needed: int | None
@@ -109,6 +113,8 @@ def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> Device
         needed = 1 if fits else None
     return DeviceEstimate(
         device.name,
+        device.gpu,
+        device.memory or None,
         memory,
         fits,
         needed,

@@ -45,6 +45,48 @@ def check_transformers(needed: str) -> None:
         )
 
 
+def diffusion_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a conversion wrote into config.json, None if the model is no conversion."""
+    section = config.get("diffusion")
+    return section if isinstance(section, Mapping) else None
+
+
+def check_converted(config: Mapping[str, Any], *, mask_id: int, token_shift: bool) -> str | None:
+    """Check that a source that was converted before goes on as it was; return what to know of it.
+
+    Args:
+        config: config.json of the source.
+        mask_id: The mask token of this conversion.
+        token_shift: Whether it reads predictions one position earlier.
+
+    Raises:
+        IncompatibleError: It masks with another token, or reads predictions at another position.
+    """
+    section = diffusion_section(config)
+    if section is None:
+        return None
+    shift, mask = section.get("token_shift"), section.get("mask_token_id")
+    if shift is not None and shift is not token_shift:
+        was, flag = ("with", "keep") if shift else ("without", "drop")
+        raise IncompatibleError(
+            f"the source is a diffusion model that was trained {was} the token shift: read "
+            "otherwise, each of its predictions would be for the wrong position",
+            hint=f"--set token_shift={flag}",
+        )
+    if mask is not None and mask != mask_id:
+        raise IncompatibleError(
+            f"the source is a diffusion model whose mask token is {mask}, and this would mask with "
+            f"{mask_id}, which it never saw",
+            hint=f"--set mask_token.id={mask}",
+        )
+    blocks = f" in blocks of {section['block_size']}" if section.get("block_size") else ""
+    return (
+        f"the source is a diffusion model already ({section.get('objective')}{blocks}): training "
+        "goes on from it, and the autoregressive NLL of the base is that of this model under a "
+        "causal mask"
+    )
+
+
 def check_class(config: Mapping[str, Any], adapter: Adapter) -> None:
     """Check that the checkpoint is of a language model, not of another head on the same body.
 

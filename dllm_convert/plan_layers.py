@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ def group_layers(
     before: str,
     after: str,
     window: int | None = None,
+    windowed: Collection[str] = (SLIDING,),
 ) -> tuple[AttentionLayers, ...]:
     """Group layers by type, in the order in which the types first occur.
 
@@ -51,11 +52,12 @@ def group_layers(
         before: How a layer attends in the source, but for its window.
         after: How it attends in the conversion.
         window: Tokens of the sliding layers' window.
+        windowed: Types of layers that have it.
     """
     groups = []
     for kind in dict.fromkeys(kinds):
         numbers = tuple(number for number, other in enumerate(kinds) if other == kind)
-        size = window if kind == SLIDING else None
+        size = window if kind in windowed else None
         was = before if size is None else f"{before}, window of {size}"
         groups.append(AttentionLayers(kind, numbers, size, was, after))
     return tuple(groups)

@@ -184,17 +184,12 @@ def _memory(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str]:
     rows = []
     for device in devices:
-        needed = device["devices_needed"]
-        fits = {True: "1 is enough", None: "memory unknown"}.get(
-            device["fits"],
-            f"{needed} needed" if needed else "does not fit: a smaller batch or shorter rows",
-        )
         reached = (f"{device['tokens']:,}",) if limited else ()
         rows.append(
             (
                 device["device"],
                 bytes_text(device["memory"]),
-                fits,
+                fits_text(device),
                 _rate(device["tokens_per_second"]),
                 hours_text(device["hours"]),
                 *reached,
@@ -202,6 +197,18 @@ def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str
         )
     more = ("tokens in the time",) if limited else ()
     return _table(("device", "memory", "fits", "tokens/s", "all steps in", *more), rows)
+
+
+def fits_text(device: Mapping[str, Any]) -> str:
+    """Say whether one device is enough, how many are, or what would make it fit."""
+    if device["fits"] is None:
+        return "memory unknown"
+    if device["fits"]:
+        return "1 is enough"
+    if device["devices_needed"]:
+        return f"{device['devices_needed']} needed"
+    more = ": a smaller batch or shorter rows" if device["gpu"] else ""
+    return f"does not fit {bytes_text(device['room'])}{more}"
 
 
 def _more(plan: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dllm_convert import recipe_yaml
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.nearest import nearest_place
 from dllm_convert.recipe_fields import describe_problem, fields_of, sections
 from dllm_convert.schema import Recipe, Target
 
@@ -201,8 +202,10 @@ def _find(source: str) -> Path | None:
             f"{source} is a preset, expected a recipe, a Hub id, a folder or a .gguf file",
             hint=f"Write a recipe file with `source:` and `inherits: {source}`",
         )
+    near = nearest_place(source) if source else None
+    known = recipes if near is None else (str(near), *recipes)
     raise IncompatibleError(
-        f"no recipe, folder or file is called {source!r}{_did_you_mean(source, recipes)}",
+        f"no recipe, folder or file is called {source!r}{_did_you_mean(source, known)}",
         hint="List the recipes with `dllm-convert recipes`; write a Hub id as owner/name",
     )
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from dllm_convert.errors import DataError
+from dllm_convert.nearest import meant
 from dllm_convert.source_folder import inspect_folder
 from dllm_convert.source_gguf import inspect_gguf
 from dllm_convert.source_info import SourceInfo, SourceKind, TensorInfo, TokenizerInfo
@@ -51,7 +52,8 @@ def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
     if looks_local or os.sep * 2 in source or not _HUB_ID.fullmatch(source):
         raise DataError(
             f"{source!r} does not exist, and is not a Hub id",
-            hint="Give a recipe name, a Hub id (owner/name), a folder or a .gguf file",
+            hint=f"{meant(source)}Give a recipe name, a Hub id (owner/name), a folder or a .gguf "
+            "file",
         )
     from dllm_convert.source_hub import inspect_hub
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_convert.base_card import read_base_card
 from dllm_convert.errors import DataError
+from dllm_convert.nearest import no_folder
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -58,17 +59,34 @@ def file_names(folder: Path) -> list[str]:
     return names
 
 
+def _what_else(folder: Path) -> str:
+    """Say what to do with a folder that has no config.json, by what it has instead."""
+    if any(folder.glob("*.gguf")):
+        return "Give one of its .gguf files"
+    if (folder / "adapter_config.json").is_file():
+        return "It holds an adapter: merge it into its base, and give the merged model"
+    if any(folder.glob("consolidated*")):
+        return "It holds weights as their vendor trained them: take the transformers version"
+    inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
+    if inside:
+        more = f", one of {len(inside)}" if len(inside) > 1 else ""
+        return f"Did you mean {inside[0].parent}{more}?"
+    return "Give the folder that holds config.json beside the weights"
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json.
 
     Raises:
         DataError: It is missing, broken, or names no family.
     """
+    if not folder.is_dir():
+        raise no_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(
             f"no config.json in {folder}, expected a folder written by save_pretrained",
-            hint="Give the folder that holds config.json beside the weights",
+            hint=_what_else(folder),
         )
     config = load_json_object(path)
     if not isinstance(config.get("model_type"), str):

@@ -19,7 +19,7 @@ from threading import Event, Lock
 from typing import Any
 
 from dllm_convert.console import Reporter
-from dllm_convert.copying import Way, sha256_files, workers
+from dllm_convert.copying import Way, sha256_files, switching_often, workers
 from dllm_convert.disk import sync, writing
 from dllm_convert.errors import DataError
 from dllm_convert.manifest import hash_files
@@ -105,6 +105,7 @@ class _Weights:
                     task.advance(read)
 
             # A disk that is flushed must not keep the next file waiting.
+            stack.enter_context(switching_often())
             flushing = stack.enter_context(ThreadPoolExecutor(workers()))
             writing = stack.enter_context(ThreadPoolExecutor(workers()))
             flushed: list[Future[None]] = []

@@ -134,6 +134,7 @@ def _manifest(
                 "stopped": "steps",
                 "device": "NVIDIA H100 80GB HBM3",
                 "devices": 2,
+                "flops": 6.5e14,
             },
         },
         "sample": {

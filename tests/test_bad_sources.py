@@ -68,6 +68,21 @@ class TestPlaces:
     def test_an_empty_folder(self, tmp_path: Path) -> None:
         refuse(tmp_path, "no config.json", str(tmp_path))
 
+    @pytest.mark.parametrize(
+        ("inside", "hint"),
+        [
+            ("model.Q4_0.gguf", "one of its .gguf files"),
+            ("adapter_config.json", "merge it into its base"),
+            ("consolidated.00.pth", "take the transformers version"),
+            ("final/config.json", "Did you mean {}/final?"),
+            ("snapshots/0123/config.json", "Did you mean {}/snapshots/0123?"),
+        ],
+    )
+    def test_a_folder_of_something_else(self, tmp_path: Path, inside: str, hint: str) -> None:
+        (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / inside).touch()
+        refuse(tmp_path, "no config.json", hint.format(tmp_path))
+
 
 class TestConfig:
     """config.json."""

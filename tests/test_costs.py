@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from dllm_convert.costs import (
     peak_memory,
     trainable_parameters,
 )
-from dllm_convert.devices import GPUS, cpu, this_cpu
+from dllm_convert.devices import GPUS, Device, cpu, this_cpu
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan import make_plan
 from dllm_convert.plan_estimate import devices_needed, estimate, estimate_device
+from dllm_convert.plan_text import fits_text
 from dllm_convert.schema import Noise, Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.streams import mean_masked_share, streams
@@ -296,6 +298,19 @@ class TestEstimate:
     def test_memory_that_is_not_known_decides_nothing(self) -> None:
         assert estimate_device(SMOLLM2, recipe(), cpu(2, 0, bf16=False)).fits is None
         assert not estimate_device(SMOLLM2, recipe(), cpu(2, 10**9, bf16=False)).fits
+
+    @pytest.mark.parametrize(
+        ("device", "batch", "words"),
+        [
+            (cpu(2, 10**9, bf16=False), 2, "does not fit 1 GB"),
+            (cpu(2, 0, bf16=False), 2, "memory unknown"),
+            (GPUS[0], 2, "1 is enough"),
+            (GPUS[0], 10**6, "does not fit 80 GB: a smaller batch or shorter rows"),
+        ],
+    )
+    def test_is_said_in_words(self, device: Device, batch: int, words: str) -> None:
+        made = recipe(training={"batch_size": batch})
+        assert fits_text(asdict(estimate_device(SMOLLM2, made, device))) == words
 
     def test_of_a_plan(self, source_cache: Sources) -> None:
         source = inspect_source(str(source_cache("llama")))

@@ -40,12 +40,23 @@ class Measured:
             own, under the names all decoders share.
         layers: Kind of layer to how many of them the checkpoint has.
         narrow: Kinds whose window had to be opened.
+        order: Kind of each layer, as its place among the sorted names of `layers`; empty where all
+            layers are of one kind.
     """
 
     transformers: str
     config: Mapping[str, Any]
     layers: Mapping[str, int]
     narrow: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each layer, from the first to the last."""
+        names = sorted(self.layers)
+        if self.order:
+            return tuple(names[place] for place in self.order)
+        return tuple(name for name in names for _ in range(self.layers[name]))
 
 
 @dataclass(frozen=True)

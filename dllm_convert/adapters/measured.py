@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -33,7 +34,12 @@ def adapter_from_dict(record: Mapping[str, Any]) -> Adapter:
             key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
         }
         measured = dict(values["measured"])
-        measured["narrow"] = tuple(measured.get("narrow", ()))
+        for key in ("narrow", "order"):
+            measured[key] = tuple(measured.get(key, ()))
+        counts = [measured["layers"][kind] for kind in sorted(measured["layers"])]
+        places: Counter[int] = Counter(measured["order"])
+        if places and places != Counter(dict(enumerate(counts))):
+            raise ValueError("the order of its layers is not one of its layers")
         values["measured"] = Measured(**measured)
         if values.get("window") is not None:
             values["window"] = Window(**values["window"])

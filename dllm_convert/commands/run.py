@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -96,13 +97,11 @@ def run(
     public: option.Public = None,
     revision: option.PushRevision = None,
     create_pr: option.CreatePr = False,
-    commit_message: option.CommitMessage = None,
+    message: option.CommitMessage = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
     """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
-    from dllm_convert.recipe import load_recipe
-
     flags = {
         "target": to,
         "block_size": block,
@@ -116,22 +115,14 @@ def run(
         "allow_generic": allow_generic or None,
         "allow_pickle": allow_pickle or None,
     }
-    given = {field: value for field, value in flags.items() if value is not None}
     push = push_options(
-        push_to_hub,
-        public=public,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
+        push_to_hub, public=public, revision=revision, create_pr=create_pr, commit_message=message
     )
-    recipe = load_recipe(source, overrides=given | parse_assignments(assignments or ()))
+    recipe = _recipe(source, flags, assignments or ())
     folder, place = out or default_out(recipe), Place.from_environment()
     if dry_run or ctx.info_name == "check":
-        from dllm_convert.plan_text import plan_text
-
         processes = num_processes or place.world
-        document = plan_document(recipe, folder, push, processes, probe=probe)
-        output.show(document, plan_text, as_json=as_json)
+        _show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
         return
     if probe:
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
@@ -139,6 +130,30 @@ def run(
         raise typer.Exit(_launch(num_processes, launch_config))
     how = How(link=link, verify=verify)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
+
+
+def _recipe(source: str, flags: Mapping[str, Any], assignments: Sequence[str]) -> Recipe:
+    """Load the recipe; a flag that is None was not given, and `--set` is stronger than flags."""
+    from dllm_convert.recipe import load_recipe
+
+    given = {field: value for field, value in flags.items() if value is not None}
+    return load_recipe(source, overrides=given | parse_assignments(assignments))
+
+
+def _show_plan(
+    recipe: Recipe,
+    folder: Path,
+    push: PushOptions | None,
+    processes: int,
+    *,
+    probe: bool,
+    as_json: bool,
+) -> None:
+    """Say what a run would do."""
+    from dllm_convert.plan_text import plan_text
+
+    document = plan_document(recipe, folder, push, processes, probe=probe)
+    output.show(document, plan_text, as_json=as_json)
 
 
 def _convert(

@@ -62,6 +62,9 @@ def declare(
     embedding, head, biases = _vocabulary(model)
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
+    kinds = layer_kinds(config)
+    counts = Counter(kinds)
+    order = tuple(sorted(counts).index(kind) for kind in kinds) if len(counts) > 1 else ()
     standard = {key: getattr(config, key, None) for key in _STANDARD}
     return Adapter(
         config.model_type,
@@ -82,8 +85,9 @@ def declare(
         measured=Measured(
             transformers.__version__,
             {k: v for k, v in standard.items() if v is not None and values.get(k) != v},
-            dict(Counter(layer_kinds(config))),
+            dict(counts),
             narrow,
+            order,
         ),
     )
 
@@ -174,12 +178,31 @@ def _loaded(config: PreTrainedConfig, stock: str, present: Collection[str]) -> s
     expected = [set(state), set(revert_weight_conversion(model, state))]
     missing = min((sorted(names - set(present) - shared) for names in expected), key=len)
     if missing:
+        _refuse_bare_names(missing, present, model.base_model_prefix, stock)
         raise UnsupportedError(
             f"the weights lack {len(missing)} tensors of {stock}, the first is {missing[0]}: they "
             "would be random"
         )
     known = set().union(*expected)
     return _expression(set(present) - known, known)
+
+
+def _refuse_bare_names(
+    missing: Sequence[str], present: Collection[str], prefix: str, stock: str
+) -> None:
+    """Refuse a file of the body alone, whose names lack the body's: transformers adds it silently.
+
+    Raises:
+        UnsupportedError: It is one, as that of GPT-2.
+    """
+    if not all(name.removeprefix(f"{prefix}.") in present for name in missing):
+        return
+    # The report keeps a message and no hint.
+    raise UnsupportedError(
+        f"a tensor is called {missing[0].removeprefix(f'{prefix}.')}, expected {missing[0]}: the "
+        f"file holds the body of {stock}. Write it anew, under full names: "
+        f"transformers.{stock}.from_pretrained(SOURCE).save_pretrained(FOLDER)"
+    )
 
 
 def _expression(foreign: Collection[str], known: Collection[str]) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.copying import sha256_file
 from dllm_convert.disk import writing
@@ -18,6 +19,8 @@ from dllm_convert.manifest import (
     read_manifest,
 )
 from dllm_convert.publish.adapter import check_adapter
+from dllm_convert.source_folder import read_config
+from dllm_convert.verify.report import files_only
 
 GROUPS = ("tokens", "portability", "generate")
 """Probes of the short verification: it loads from the Hub, alone, and decodes."""
@@ -96,19 +99,36 @@ def short_verification(
 ) -> tuple[dict[str, Any], ...]:
     """Load a downloaded checkpoint as a stranger would, and decode with it.
 
-    An adapter is put on its base and compared with the merged weights.
+    An adapter is put on its base and compared with the merged weights. Of a checkpoint whose files
+    only were verified, because its model is too large or nobody asked, files only are looked at.
 
     Returns:
         Probes with their results.
     """
-    if read_manifest(folder).get("adapter_only"):
+    manifest = read_manifest(folder)
+    if manifest.get("adapter_only"):
         return (check_adapter(folder, merged, scratch, reporter),)
+    if files_only(manifest.get("verification")):
+        return _files_verification(folder, reporter)
     from dllm_convert.verify import verify_checkpoint
     from dllm_convert.verify.run import GROUPS as ALL
 
     report = verify_checkpoint(folder, groups=GROUPS, reporter=reporter).as_dict()
     not_asked = set(ALL) - set(GROUPS)
     return tuple(probe for probe in report["probes"] if probe["name"] not in not_asked)
+
+
+def _files_verification(folder: Path, reporter: Reporter) -> tuple[dict[str, Any], ...]:
+    """Look at headers, index and mask row of a download whose files were compared already."""
+    from dllm_convert.verify.bytes import verify_bytes
+
+    config = read_config(folder)
+    reason = "the model was not loaded before the push either"
+    with reporter.task("verify the published files"):
+        report = verify_bytes(
+            folder, config, adapter_of(config), against=None, hashes=None, reason=reason
+        ).as_dict()
+    return tuple(probe for probe in report["probes"] if probe["passed"] is not None)
 
 
 def _raise_failed(probes: tuple[dict[str, Any], ...]) -> None:

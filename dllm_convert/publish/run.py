@@ -10,9 +10,10 @@ from typing import Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.copying import sha256_file
-from dllm_convert.errors import DataError, VerificationError
+from dllm_convert.errors import VerificationError
 from dllm_convert.licences import check_publication, rules_for
 from dllm_convert.manifest import CARD_FILE, file_names, read_manifest
+from dllm_convert.nearest import no_folder
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
@@ -22,6 +23,7 @@ from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.redaction import redact_folder
+from dllm_convert.verify.report import files_only
 from dllm_convert.workspace import WORK, locked
 
 
@@ -40,7 +42,7 @@ def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> P
         HubError: See `upload`.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder", hint="Give a folder that run wrote")
+        raise no_folder(folder)
     manifest = read_manifest(folder)
     require_verified(manifest, force=options.force_unverified)
     options = preflight(manifest, options, reporter)
@@ -146,12 +148,20 @@ def _stage(
     else:
         reporter.warn("README.md of the folder was edited and is published as it is")
         check_written_card(out)
-    verified = require_verified(manifest, force=True)
+    verified, verdict = require_verified(manifest, force=True), "verified"
+    if not verified:
+        verdict = "NOT verified"
+    elif files_only(manifest["verification"]):
+        verdict = "only its files verified, the model never run"
+        reporter.warn(
+            "only the files of this checkpoint were verified and its model was never run: card and "
+            "commit say so. A run with --verify full measures it"
+        )
     name = options.repo_id.rpartition("/")[2]
     what = "LoRA adapter" if options.adapter_only else "Diffusion language model"
     description = (
         f"{what} made from {base_name(manifest['source'])} with dllm-convert {__version__}; "
-        f"{len(file_names(out))} files, {'verified' if verified else 'NOT verified'}."
+        f"{len(file_names(out))} files, {verdict}."
     )
     return Staged(out, folder, name, description, verified)
 

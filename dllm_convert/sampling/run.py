@@ -14,6 +14,7 @@ import torch
 from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.nearest import no_folder
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.options import Observer
 from dllm_convert.watch.frames import Recorder
@@ -54,6 +55,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         DataError: If there is no such folder or file.
         IncompatibleError: If it is not a diffusion checkpoint.
     """
+    if not folder.is_dir():
+        raise no_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(

@@ -13,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from dllm_convert.console import Reporter
+from dllm_convert.costs import flops_per_token
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.interruption import Interruption
@@ -51,6 +52,8 @@ class TrainResult:
         stopped: Why it ended: `steps` or `time`.
         device: What computed, such as the name of the GPU.
         devices: How many of them.
+        flops: Floating-point operations, estimated as `costs.flops_per_token` counts them; None if
+            the headers told no shapes.
     """
 
     method: str
@@ -62,6 +65,7 @@ class TrainResult:
     stopped: str
     device: str
     devices: int
+    flops: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for the manifest."""
@@ -146,28 +150,17 @@ def train(
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         trainer = _trainer(model, arguments, text, recipe, work)
-        rules = Rules(
-            rows * recipe.data.sequence_length,
-            training.keep_checkpoints,
-            training.max_minutes,
-            training.learning_rate_field,
-        )
-        watch = Watch(
-            Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments)),
-            resumed,
-            rules,
-            task,
-            interruption,
-            lambda: trainer.unsound,
-            None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter),
-            reporter.warn,
-        )
+        rules = _rules(recipe, rows)
+        metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
+        opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
+        unsound, warn = (lambda: trainer.unsound), reporter.warn
+        watch = Watch(metrics, resumed, rules, task, interruption, unsound, opening, warn)
         trainer.add_callback(watch)
         _run(trainer, resumed)
         seconds = watch.seconds
     if watch.interrupted or interruption.requested:
         raise KeyboardInterrupt
-    result = _result(trainer, watch, training.method, trainable, seconds)
+    result = _result(trainer, watch, plan, trainable, seconds)
     write_result(trainer, untrained, out, plan)
     return result
 
@@ -190,11 +183,26 @@ def _trainer(
     return trainer
 
 
+def _rules(recipe: Recipe, rows: int) -> Rules:
+    """Say what a training is held to whose steps take so many rows."""
+    training = recipe.training
+    return Rules(
+        rows * recipe.data.sequence_length,
+        training.keep_checkpoints,
+        training.max_minutes,
+        training.learning_rate_field,
+    )
+
+
 def _result(
-    trainer: DiffusionTrainer, watch: Watch, method: str, trainable: int, seconds: float
+    trainer: DiffusionTrainer,
+    watch: Watch,
+    plan: ConversionPlan,
+    trainable: int,
+    seconds: float,
 ) -> TrainResult:
     return TrainResult(
-        method,
+        plan.recipe.training.method,
         trainer.state.global_step,
         watch.tokens,
         round(seconds, 3),
@@ -203,7 +211,17 @@ def _result(
         watch.stopped or "steps",
         _device_name(),
         trainer.args.world_size,
+        _flops(trainer, plan, watch.tokens),
     )
+
+
+def _flops(trainer: DiffusionTrainer, plan: ConversionPlan, tokens: int) -> float | None:
+    """Estimate the operations of a whole training; None if the headers told no shapes."""
+    if plan.shape is None:
+        return None
+    model: Any = trainer.model
+    flex = model.config._attn_implementation == "flex_attention"
+    return tokens * flops_per_token(plan.shape, plan.recipe, flex=flex)
 
 
 def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:

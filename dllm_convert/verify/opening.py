@@ -15,6 +15,7 @@ from dllm_convert.adapters import adapter_of, all_adapters
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.nearest import meant
 from dllm_convert.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.sampling.run import read_config
 from dllm_convert.source_folder import SMALL_FILES
@@ -72,7 +73,8 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
     if folder.exists() or not _HUB_ID.fullmatch(repo_id):
         raise DataError(
             f"{checkpoint} is not a folder, and is not a Hub id",
-            hint="Give a folder with config.json beside the weights, or a Hub id (owner/name)",
+            hint=f"{meant(folder)}Give a folder with config.json beside the weights, or a Hub id "
+            "(owner/name)",
         )
     from huggingface_hub import snapshot_download
 

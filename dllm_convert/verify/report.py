@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BY_FILES = frozenset({"weights", "mask-row", "base-tensors", "hashes"})
+"""Probes that a verification without the model runs, see `verify/bytes.py`."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """One question put to a checkpoint.
@@ -39,6 +43,18 @@ class Probe:
 def skipped(name: str, required: str, reason: str) -> Probe:
     """Return a probe that was not run."""
     return Probe(name, None, "not measured", required, reason)
+
+
+def files_only(verification: Mapping[str, Any] | None) -> bool:
+    """Whether a verification passed that never ran the model.
+
+    Args:
+        verification: A report as the manifest holds it, None if there is none.
+    """
+    if not verification or verification.get("passed") is not True:
+        return False
+    probes = verification.get("probes") or ()
+    return not any(p["passed"] is not None and p["name"] not in BY_FILES for p in probes)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,15 @@ from typing import Any
 
 import generic
 import pytest
+from transformers import AutoModelForCausalLM
 
 from dllm_convert.adapters import adapter_of, has_adapter
+from dllm_convert.adapters.base import Measured
+from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
-from dllm_convert.schema import Recipe
+from dllm_convert.probe.instance import decoder_layers
+from dllm_convert.schema import Data, Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
 
@@ -64,6 +68,48 @@ def test_a_measured_family_passes_the_probes_of_a_written_one(
     assert adapter_of(config) == plan.adapter
     opened = any("window" in change for change in plan.attention_changes)
     assert opened == (model_type in WINDOWED)
+
+
+def test_layers_keep_their_places(generic_source: Callable[[str], Path]) -> None:
+    """config.json sorts its keys, so places are counted among sorted names."""
+    adapter = generic.measured(generic_source("gemma2")).require()
+    assert adapter.measured is not None
+    assert adapter.measured.kinds == ("sliding_attention", "full_attention")
+    text = json.dumps(adapter_as_dict(adapter), sort_keys=True)
+    assert adapter_from_dict(json.loads(text)) == adapter
+    mixed = Measured("5.23.0", {}, {"sliding": 2, "full": 2}, order=(1, 0, 1, 0))
+    assert mixed.kinds == ("sliding", "full", "sliding", "full")
+
+    source = inspect_source(str(generic_source("gemma2")))
+    recipe = Recipe(source=source.given, target="mdlm", data=Data(sequence_length=64))
+    layers = make_plan(recipe, source, adapter).layers
+    assert [(group.layers, group.before) for group in layers] == [
+        ((0,), "causal, window of 4"),
+        ((1,), "causal"),
+    ]
+
+
+@pytest.mark.parametrize("model_type", CONVERTIBLE)
+def test_parts_are_those_of_the_model(
+    generic_source: Callable[[str], Path], model_type: str
+) -> None:
+    """Layers are called `h` or `layers`, one file holds experts one by one, some heads are tied."""
+    base = generic_source(model_type)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapter = generic.measured(base).require()
+    recipe = Recipe(source=str(base), target="mdlm", data=Data(sequence_length=64))
+    plan = make_plan(recipe, inspect_source(str(base)), adapter)
+    shape, rows = plan.shape, plan.mask.rows_after - plan.mask.rows_before
+
+    assert shape is not None
+    layers = [p for layer in decoder_layers(model) for p in layer.parameters()]
+    assert shape.layer_parameters == sum(p.numel() for p in layers)
+    assert shape.tied == (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+    grown = rows * (1 if shape.tied else 2) * shape.hidden
+    assert shape.parameters == sum(p.numel() for p in model.parameters()) + grown
+    assert shape.matrices > 0.5 * shape.layer_parameters or model_type == "mixtral"
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_neox"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import generic
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from dllm_convert import families
@@ -184,6 +185,23 @@ def test_weights_that_lack_a_tensor_are_refused(generic_source: Callable[[str], 
     assert "the weights lack" in str(report.reason)
 
 
+def test_a_file_of_the_body_alone_is_refused_with_the_way_out(
+    generic_source: Callable[[str], Path],
+) -> None:
+    """GPT-2's file says `h.0.`, its class `transformer.h.0.`: nothing is missing."""
+    from dllm_convert.probe.facts import _loaded
+
+    source = generic_source("gpt2")
+    config = AutoConfig.from_pretrained(source)
+    names = {n for header in read_checkpoint(source).values() for n in header.entries}
+    assert _loaded(config, "GPT2LMHeadModel", names) is None
+    bare = {name.removeprefix("transformer.") for name in names}
+    with pytest.raises(UnsupportedError, match=r"called h\.0\..*GPT2LMHeadModel\.from_pretrained"):
+        _loaded(config, "GPT2LMHeadModel", bare)
+    with pytest.raises(UnsupportedError, match="the weights lack 1 tensors"):
+        _loaded(config, "GPT2LMHeadModel", names - {"transformer.h.1.ln_1.weight"})
+
+
 def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str], Path]) -> None:
     from dllm_convert.plan_checks import unused_tensors
     from dllm_convert.probe.family import measure_family
@@ -207,6 +225,12 @@ def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str]
         {"diffusion_class": "Diffusion"},
         {"min_transformers": '5.2"; import os; "'},
         {"window": {"size": 3}},
+        {
+            "measured": {
+                **{"transformers": "5.23.0", "config": {}, "layers": {"decoder": 2}},
+                "order": [0, 1],
+            }
+        },
     ],
     ids=str,
 )

@@ -13,7 +13,9 @@ from hub_faults import Fault, FaultPlan
 from hub_server import LoopbackHub, serve
 from pushing import TOKEN, Done, checkpoint, command
 
+from dllm_convert.console import Reporter
 from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
+from dllm_convert.verify.bytes import verify_folder
 
 REPO = "me/tiny"
 
@@ -188,6 +190,22 @@ def test_what_is_not_verified_is_not_published(
     body = head(hub)["README.md"].decode().split("---\n", 2)[2].strip().splitlines()
     assert body[0] == "# tiny"
     assert body[2].startswith("> **Not verified" if verification is None else "> **Verification")
+
+
+def test_what_was_verified_by_its_files_says_so(
+    hub: LoopbackHub, folder: Path, push: Callable[..., Done]
+) -> None:
+    """A model that was never run is not loaded for the proof either: it may fit no memory."""
+    report = verify_folder(folder, None, Reporter(quiet=True)).as_dict()
+    assert report["passed"]
+    change(folder, verification=report)
+    done = push("--json")
+    assert done.code == 0, done.stderr
+    assert "its model was never run" in done.stderr
+    assert "> **The model was never run.**" in head(hub)["README.md"].decode()
+    assert "without loading the model" in head(hub)["README.md"].decode()
+    names = {probe["name"]: probe["passed"] for probe in done.json["confirmed"]["probes"]}
+    assert names == {"weights": True, "mask-row": True}
 
 
 def test_a_persons_card_is_kept_unless_told_otherwise(

@@ -14,6 +14,7 @@ from test_trainer import converted, weights
 from transformers import AutoTokenizer
 
 from dllm_convert.console import Reporter
+from dllm_convert.costs import flops_per_token
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline import run
 from dllm_convert.schema import Recipe
@@ -41,7 +42,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_every_line_says_what_a_person_asks_for(
     tmp_path: Path, source_cache: SourceFactory
 ) -> None:
-    result = trained(source_cache("llama"), tmp_path, gradient_accumulation=2)
+    plan, data = converted(source_cache("llama"), tmp_path / "a", gradient_accumulation=2)
+    result = train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
     found = lines(tmp_path)
     assert set(found[0]) == {
         "step", "seconds", "tokens", "tokens_per_second", "loss", "nelbo", "learning_rate",
@@ -52,6 +54,8 @@ def test_every_line_says_what_a_person_asks_for(
     assert [line["seconds"] for line in found] == sorted(line["seconds"] for line in found)
     assert all(0 < line["memory_gib"] < 64 for line in found)
     assert result.final_loss == found[-1]["loss"]
+    assert plan.shape is not None
+    assert result.flops == result.tokens * flops_per_token(plan.shape, plan.recipe, flex=False)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
