@@ -203,6 +203,8 @@ class Forks:
 
     def __init__(self) -> None:
         self._warm: dict[tuple[object, ...], Warm] = {}
+        # A test may change its own; strangers of all tests come from one process.
+        self._environment = dict(os.environ)
 
     def address(self, modules: Sequence[str], environment: Mapping[str, str]) -> str:
         """Return where programs are forked that have these modules and this environment."""
@@ -219,7 +221,7 @@ class Forks:
         """Return where scripts of `verify.portability` are forked: offline, whoever verifies."""
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         quiet = {"TRANSFORMERS_VERBOSITY": "error"}
-        return self.address(STRANGER, {**os.environ, **offline, **quiet})
+        return self.address(STRANGER, {**self._environment, **offline, **quiet})
 
     def start(
         self,
