@@ -25,8 +25,9 @@ Way = Literal["shared", "linked", "copied", "rewritten"]
 """How a file came about: blocks shared with the source (reflink), hard link, copy, new bytes."""
 
 PIECE = 1 << 18
-"""Bytes that are in flight at once: few enough to stay in a core's cache between their uses, and for
-the system to find room for in one go. With 1 MiB a copy took two to four times the system time."""
+"""Bytes that are in flight at once: few enough to stay in a core's cache between their uses, and
+for the system to find room for in one go. With 1 MiB a copy took twice to four times the system
+time."""
 
 _ZEROS = bytes(PIECE)
 _FICLONE = 0x40049409  # linux/fs.h

@@ -49,7 +49,8 @@ def can_pack(dtype: torch.dtype) -> bool:
     They are the ones torch's own compiler (inductor) uses for frozen weights, and have no public
     name: so they are tried, and without them everything runs as before.
     """
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+    has_kernels = bool(torch._C._has_mkldnn)
+    if dtype not in (torch.float32, torch.bfloat16) or not has_kernels:
         return False
     weight = torch.linspace(-1, 1, 24, dtype=torch.float32).view(3, 8).to(dtype)
     x = torch.linspace(0, 2, 16, dtype=torch.float32).view(2, 8).to(dtype)
