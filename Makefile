@@ -7,7 +7,7 @@ OUT ?= out/smollm2-bd3lm
 # More arguments for the demo's command, e.g. DEMO_ARGS="--steps 10".
 DEMO_ARGS ?=
 # More arguments for pytest, e.g. PYTEST_ARGS="-k recipe".
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -17,7 +17,7 @@ DEMO_GGUF := $(CACHE)/$(DEMO_NAME)
 DEMO_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-oldest test-real demo demo-weights lint format docs clean
+.PHONY: help venv venv-oldest test test-oldest test-real demo demo-weights lint format docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/'
@@ -36,11 +36,16 @@ test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # huggingface_hub 1.x and 2.x speak to the Hub through different code: both have to publish.
-$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
+# The oldest releases lie over the packages of $(VENV); what stays the same is not installed twice.
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(OLDEST)/.installed: $(INSTALLED) constraints-oldest.txt
+	$(BIN)/python -m venv --clear $(OLDEST)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(OLDEST)/bin/python $(PURELIB))/below.pth"
 	grep -vE '^(huggingface_hub|tokenizers|transformers)==' constraints.txt | cat - constraints-oldest.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --requirement constraints-oldest.txt
 	touch $@
+
+venv-oldest: $(OLDEST)/.installed ## make .venv-oldest with the oldest supported releases
 
 test-oldest: $(OLDEST)/.installed ## run the Hub's tests with the oldest supported releases
 	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/publish tests/test_source_hub.py

@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +67,13 @@ def generic_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return get
 
 
-@pytest.fixture(scope="session")
-def strangers() -> Iterator[Any]:
-    """Fork fresh processes from one that has imported torch and transformers."""
-    from strangers import Strangers
-
-    forked = Strangers()
-    yield forked
-    forked.close()
-
-
 @pytest.fixture(autouse=True)
 def _forked_strangers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have fresh processes forked, but where a test is marked to start real ones."""
     marks = {mark.name for mark in request.node.iter_markers()}
     if not marks & {"real", "stranger"}:
+        from forks import Strangers
+
         from dllm_convert.verify import portability
 
-        monkeypatch.setattr(portability, "subprocess", request.getfixturevalue("strangers"))
+        monkeypatch.setattr(portability, "subprocess", Strangers())

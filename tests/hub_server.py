@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import forks
 from hub_faults import FaultPlan
 from hub_handler import Handler
 from hub_store import COMMIT, Repo, Store
@@ -133,7 +134,17 @@ class LoopbackHub:
 
 
 class _Server(ThreadingHTTPServer):
+    """A server on the port of the last one, if that is free: warm processes know that address."""
+
     daemon_threads = True
+    port = 0
+
+    def __init__(self, handler: type[Handler]) -> None:
+        try:
+            super().__init__(("127.0.0.1", _Server.port), handler)
+        except OSError:
+            super().__init__(("127.0.0.1", 0), handler)
+        _Server.port = self.server_address[1]
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is what these tests are about; anything else is a bug here."""
@@ -145,7 +156,7 @@ class _Server(ThreadingHTTPServer):
 def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
     """Run the server while the block runs."""
     handler = type("BoundHandler", (Handler,), {"hub": hub})
-    server = _Server(("127.0.0.1", 0), handler)
+    server = _Server(handler)
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -157,14 +168,21 @@ def serve(hub: LoopbackHub) -> Iterator[LoopbackHub]:
         thread.join()
 
 
-def run_python(code: str, *arguments: str, env: Mapping[str, str]) -> str:
-    """Run code in a fresh process, return its stdout; the Hub's constants are read at import."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=dict(env),
-        timeout=120,
-    )
+def run_python(
+    code: str, *arguments: str, env: Mapping[str, str], modules: Sequence[str] = ()
+) -> str:
+    """Run code in a process of its own, return its stdout; a fresh one if no modules are named.
+
+    Args:
+        code: What runs.
+        arguments: Its arguments.
+        env: The environment, see `LoopbackHub.environment`.
+        modules: What it imports: it is forked from a process that has done so, see `forks.py`.
+    """
+    line = [sys.executable, "-c", code, *arguments]
+    if modules:
+        done = forks.run(line, env=env, modules=modules, timeout=120)
+    else:
+        done = subprocess.run(line, capture_output=True, text=True, env=dict(env), timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from conversion import convert
@@ -34,7 +35,7 @@ def snippets(card: str) -> list[str]:
 
 def run(hub: LoopbackHub, home: Path, code: str, *arguments: str) -> str:
     env = hub.environment(home) | {"OMP_NUM_THREADS": "1"}
-    return run_python(STRANGER + code, *arguments, env=env)
+    return run_python(STRANGER + code, *arguments, env=env, modules=forks.STRANGER_WITH_PEFT)
 
 
 COMPARE = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import SourceFactory
 from factory import FAMILIES
+from forks import Forked
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
@@ -136,9 +137,7 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def wait_for(
-    path: Path, process: subprocess.Popen[str], pattern: str = "checkpoint-*/complete"
-) -> None:
+def wait_for(path: Path, process: Forked, pattern: str = "checkpoint-*/complete") -> None:
     deadline = time.monotonic() + 120
     while not list(path.glob(pattern)):
         assert process.poll() is None, process.communicate()
@@ -152,11 +151,12 @@ def test_killed_in_training_the_same_command_goes_on(
 ) -> None:
     out = tmp_path / "out"
     line = command(source_cache("llama"), out, "--steps", "60")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forks.start(line)
     wait_for(out / ".work/trainer", process)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert [path.name for path in out.iterdir()] == [".work"]
+    # A real interpreter, once.
     done = subprocess.run([*line, "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resuming" not in done.stdout
@@ -174,8 +174,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
     tmp_path: Path, source_cache: SourceFactory
 ) -> None:
     out = tmp_path / "out"
-    line = command(source_cache("llama"), out, "--steps", "2000")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = forks.start(command(source_cache("llama"), out, "--steps", "2000"))
     wait_for(out / ".work/trainer", process)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
@@ -192,11 +191,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 ) -> None:
     out = tmp_path / "out"
     line = command(source_cache("llama"), out, "--steps", "5")
-    # A limit on the size of a file fails writes half-way, as a full disk does.
-    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 40; exec "$@"', "limit", *line]
-    done = subprocess.run(limited, capture_output=True, text=True)
+    done = forks.run(line, before=[("faults:plant", {"file_bytes": 40 << 10})])
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "config.json" not in [path.name for path in out.iterdir()]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = forks.run(line)
     assert done.returncode == 0, done.stderr

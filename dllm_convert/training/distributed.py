@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.interruption import SIGNALS
 from dllm_convert.place import Place
 
 PATIENCE = timedelta(hours=24)
@@ -37,12 +41,32 @@ def meet(place: Place, train: bool = True) -> bool:
     if place.world == 1:
         return train
     cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
-    answer = torch.tensor([int(train)], device=state.device)
-    dist.broadcast(answer, src=0)
-    if not answer.item():
+    with nullcontext() if place.main else _nothing_to_save():
+        state = PartialState(cpu=cpu, timeout=PATIENCE)
+        answer = torch.tensor([int(train)], device=state.device)
+        dist.broadcast(answer, src=0)
+        told = bool(answer.item())
+    if not told:
         part()
-    return bool(answer.item())
+    return told
+
+
+@contextmanager
+def _nothing_to_save() -> Iterator[None]:
+    """End at a signal while waiting for the first process.
+
+    Python's handlers do not run while torch waits: when the first process failed, a launcher gave
+    the others half a minute before it killed them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, signal.SIG_DFL)) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def part() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from conversion import convert
@@ -89,13 +89,12 @@ def test_base_and_adapter_are_the_merged_model(
     manifest = read_manifest(out)
     assert manifest["adapter_only"] is True
     assert manifest["files"] == hash_files(out, exclude=(MANIFEST_FILE,))
-    done = subprocess.run(
+    done = forks.run(
         [
             *(sys.executable, "-c", LOAD, str(out), str(base), str(merged)),
             *(plan.adapter.diffusion_class, str(plan.mask.rows_before)),
         ],
-        capture_output=True,
-        text=True,
+        modules=forks.STRANGER_WITH_PEFT,
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
         timeout=120,
     )

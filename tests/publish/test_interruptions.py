@@ -6,67 +6,50 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 from hub_faults import FaultPlan, random_plan
 from hub_server import LoopbackHub, serve
 from hub_store import Commit
 from pushing import TOKEN, checkpoint
 
-import dllm_convert
 from dllm_convert.manifest import MANIFEST_FILE, git_blob, hash_files
 
 SCHEDULES = 208
 GROUPS = 8
-PACKAGE = Path(dllm_convert.__file__).parents[1]
-ZYGOTE = Path(__file__).with_name("pushing_zygote.py")
+PROGRAM = Path(__file__).with_name("pushing_alone.py")
 
 
 class Client:
     """Forks pushes out of one warm process."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, hub: LoopbackHub, home: Path) -> None:
+        self.environment = hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1"}
+        self.log = home.with_name("client.log")
         self.pid = 0
         self.started = threading.Event()
 
     def push(self, folder: Path, repo_id: str, *, create_pr: bool) -> int:
-        assert self.process.stdin and self.process.stdout
         self.started.clear()
-        order = {"folder": str(folder), "repo_id": repo_id, "create_pr": create_pr}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        self.pid = int(self.process.stdout.readline())
+        process = forks.start(
+            [sys.executable, str(PROGRAM), str(folder), repo_id, str(create_pr)],
+            env=self.environment,
+            modules=forks.CLIENT,
+            before=[("faults:plant", {"hurry": True})],
+            log=self.log,
+        )
+        self.pid = process.pid
         self.started.set()
-        return int(self.process.stdout.readline())
+        return process.wait(60)
 
     def kill(self) -> None:
         assert self.started.wait(30)
         os.kill(self.pid, signal.SIGKILL)
-
-
-@contextmanager
-def client(hub: LoopbackHub, home: Path) -> Iterator[Client]:
-    process = subprocess.Popen(
-        [sys.executable, str(ZYGOTE)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(home.parent / "client.log").open("w"),
-        text=True,
-        env=hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE)},
-    )
-    try:
-        yield Client(process)
-    finally:
-        assert process.stdin
-        process.stdin.close()
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +135,8 @@ def test_random_faults_end_in_a_consistent_repository(
 ) -> None:
     hub = LoopbackHub(tmp_path / "hub", mode=("lfs", "regular")[group % 2])
     struck = 0
-    with serve(hub), client(hub, tmp_path / "home") as pusher:
+    with serve(hub):
+        pusher = Client(hub, tmp_path / "home")
         for seed in range(group, SCHEDULES, GROUPS):
             hub.add_user("me", TOKEN)
             folder = tmp_path / f"checkpoint-{seed}"

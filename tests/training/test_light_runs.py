@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SourceFactory
-from running import Launcher, launcher
+from running import Launcher
 
 from dllm_convert.copying import sha256_files
 from dllm_convert.manifest import file_names
@@ -54,15 +53,15 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     root = tmp_path_factory.mktemp("light")
     source = Path(shutil.copytree(source_cache("llama", tied=False, shards=3), root / "source"))
-    with launcher(root) as run:
-        log = root / "changes"
-        argv = command(source, root / "out")
-        code = run.run(argv, kill_at=0, below=str(root / "out"), count=str(log))
-        assert code == 0, run.said
-        yield Bench(run, source, state(root / "out"), log.read_text().splitlines())
+    run = Launcher(root)
+    log = root / "changes"
+    argv = command(source, root / "out")
+    code = run.run(argv, kill_at=0, below=str(root / "out"), count=str(log))
+    assert code == 0, run.said
+    return Bench(run, source, state(root / "out"), log.read_text().splitlines())
 
 
 def test_what_is_recorded(bench: Bench, tmp_path: Path) -> None:

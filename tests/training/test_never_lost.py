@@ -8,14 +8,13 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SourceFactory
-from running import Launcher, command, launcher
+from running import Launcher, command
 from safetensors.torch import load_file
 
 METHODS = ("--full", "--lora=4")
@@ -85,19 +84,19 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     root = tmp_path_factory.mktemp("reference")
     source = source_cache("llama")
-    with launcher(root) as run:
-        reference, changes = {}, {}
-        for method in METHODS:
-            out, log = root / f"out{method}", root / f"changes{method}"
-            argv = command(source, out, f"--steps={STEPS}", method)
-            code = run.run(argv, kill_at=0, below=str(out), count=str(log), fast=True)
-            assert code == 0, run.said
-            reference[method] = Outcome.of(out)
-            changes[method] = log.read_text().splitlines()
-        yield Bench(run, source, reference, changes)
+    run = Launcher(root)
+    reference, changes = {}, {}
+    for method in METHODS:
+        out, log = root / f"out{method}", root / f"changes{method}"
+        argv = command(source, out, f"--steps={STEPS}", method)
+        code = run.run(argv, kill_at=0, below=str(out), count=str(log), fast=True)
+        assert code == 0, run.said
+        reference[method] = Outcome.of(out)
+        changes[method] = log.read_text().splitlines()
+    return Bench(run, source, reference, changes)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SourceFactory
-from running import Launcher, command, launcher, wait_until
+from running import Launcher, command, wait_until
 from test_never_lost import TOLERANCE, Outcome
 
 from dllm_convert.training.resume import COMPLETE_MARKER, last_whole_checkpoint, whole_checkpoints
@@ -45,13 +45,13 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(source_cache: SourceFactory, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     root = tmp_path_factory.mktemp("reference")
     source = source_cache("llama")
-    with launcher(root) as run:
-        bench = Bench(run, source, root / "out")
-        assert run.run(bench.command(root / "out"), fast=True) == 0, run.said
-        yield bench
+    run = Launcher(root)
+    bench = Bench(run, source, root / "out")
+    assert run.run(bench.command(root / "out"), fast=True) == 0, run.said
+    return bench
 
 
 def steps(out: Path) -> list[int]:
@@ -138,7 +138,7 @@ def test_two_real_runs_on_one_folder(bench: Bench, tmp_path: Path) -> None:
     first = bench.run.start(argv)
     wait_until(out / ".work/trainer", f"checkpoint-*/{COMPLETE_MARKER}")
     before = bench.run.said
-    second = bench.run.start(argv, log=str(tmp_path / "second.log"))
+    second = bench.run.start(argv, log=tmp_path / "second.log")
     assert bench.run.wait(second) == 1
     (line,) = error_lines((tmp_path / "second.log").read_text())
     assert "another run is writing" in line

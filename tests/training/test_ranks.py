@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from conftest import SourceFactory
 
 from dllm_convert.schema import Recipe
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 Rows = list[Any]
 
 
@@ -49,13 +48,11 @@ def run(
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} | address
         for rank in range(world)
     ]
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    program = str(Path(__file__).with_name("rank_rows.py"))
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("rank_rows.py")), *map(str, names)],
-            env={**os.environ, **paths, **(rank if world > 1 else {})},
-            stderr=subprocess.PIPE,
-            text=True,
+        forks.start(
+            [sys.executable, program, *map(str, names)],
+            env={**os.environ, **(rank if world > 1 else {})},
         )
         for rank in ranks
     ]

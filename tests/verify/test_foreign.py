@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from foreign_cases import A2D, NAMES, WEIGHTS, edit_json, make_foreign, own_code
@@ -302,8 +303,9 @@ def test_a_hub_id_is_downloaded_and_probed(source_factory: SourceFactory, tmp_pa
     marker = own_code(folder, "SDAR")
     with serve(LoopbackHub(repos={"someone/sdar": folder})) as hub:
         env = hub.environment(tmp_path / "home")
-        report = json.loads(run_python(COMMAND, "verify", "someone/sdar", "--json", env=env))
-        refused = run_python(REFUSED, env=env).splitlines()
+        arguments = (COMMAND, "verify", "someone/sdar", "--json")
+        report = json.loads(run_python(*arguments, env=env, modules=forks.PACKAGE))
+        refused = run_python(REFUSED, env=env, modules=forks.PACKAGE).splitlines()
 
     assert report["passed"]
     probes = {probe["name"]: probe for probe in report["probes"]}

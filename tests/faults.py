@@ -1,22 +1,17 @@
-"""A process that has imported everything once and forks a real command for every run.
-
-Reads one JSON object a line from stdin. `{"start": {...}}` forks `dllm-convert` with `argv`, its
-output into the file `log`, and prints its pid; `{"wait": pid}` prints that child's exit code,
-negative if a signal ended it. Faults are planted in the child only:
+"""Faults planted in the process of a run, before it begins (a hook of `forks.py`).
 
 - `kill_at`: SIGKILL at the n-th change of a file below `below` (open for writing, rename, removal,
   link), counted by the interpreter's own audit events. With 0 they are counted into `count`.
 - `tear`: SIGKILL inside the n-th write of a `torch.save` or safetensors file, half of it written.
 - `signal_at`: SIGTERM to itself in the n-th optimizer step.
 - `hang_in_save`: the first `torch.save` makes the file `.work/hanging` and goes on for an hour.
-- `fast`: leaves out the one probe that starts a new interpreter.
+- `fast`: leaves out what is measured and drawn of a finished model.
 - `file_bytes`: a limit on the size of a file, as a full disk fails a write half-way.
+- `hurry`: no sleep lasts: backing off is the Hub's client's, waiting for it proves nothing more.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import resource
 import signal
@@ -25,13 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MODULES = (
-    "accelerate", "datasets", "peft", "torch", "transformers", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "dllm_convert.cli", "dllm_convert.pipeline",
-    "dllm_convert.training.run", "dllm_convert.verify", "dllm_convert.card", "dllm_convert.weights",
-    "dllm_convert.sampling.run", "dllm_convert.report_page", "dllm_convert.licences",
-    "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
-)  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.link", "os.mkdir", "os.truncate")
 
@@ -120,69 +108,38 @@ def hang_in_save() -> None:
     torch.save = save
 
 
-def child(order: dict[str, Any]) -> int:
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "kill_at" in order:
-        sys.addaudithook(Counter(order["below"], order["kill_at"], order.get("count")))
-    if "tear" in order:
-        tear(order["tear"])
-    if "signal_at" in order:
-        signal_at(order["signal_at"])
-    if order.get("hang_in_save"):
+def plant(**faults: Any) -> None:
+    """Plant faults in this process."""
+    if "kill_at" in faults:
+        sys.addaudithook(Counter(faults["below"], faults["kill_at"], faults.get("count")))
+    if "tear" in faults:
+        tear(faults["tear"])
+    if "signal_at" in faults:
+        signal_at(faults["signal_at"])
+    if faults.get("hang_in_save"):
         hang_in_save()
-    if "file_bytes" in order:
+    if "file_bytes" in faults:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], resource.RLIM_INFINITY))
-    if order.get("fast"):
-        # What is measured and drawn of a finished model is other tests' business: here it only has
-        # to come out the same after any kill.
-        from dllm_convert import pictures
-        from dllm_convert.verify import run
-
-        left_out = run._Group(lambda subject: [])
-        kept = ("files", "tokens", "generate", "quality")
-        run._GROUPS = {n: g if n in kept else left_out for n, g in run._GROUPS.items()}
-        pictures._figure = lambda picture, seen: None
-    from dllm_convert.cli import app
-
-    try:
-        app(order["argv"])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_bytes"], resource.RLIM_INFINITY))
+    if faults.get("fast"):
+        fast()
+    if faults.get("hurry"):
+        hurry()
 
 
-def start(order: dict[str, Any]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        code = child(order)
-    except BaseException:
-        import traceback
+def fast() -> None:
+    """Leave out what is measured and drawn of a finished model: other tests look at that."""
+    from dllm_convert import pictures
+    from dllm_convert.verify import run
 
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    left_out = run._Group(lambda subject: [])
+    kept = ("files", "tokens", "generate", "quality")
+    run._GROUPS = {n: g if n in kept else left_out for n, g in run._GROUPS.items()}
+    pictures._figure = lambda picture, seen: None
 
 
-def main() -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-    for line in sys.stdin:
-        order = json.loads(line)
-        if "start" in order:
-            answer = start(order["start"])
-        else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
-        sys.stdout.write(f"{answer}\n")
-        sys.stdout.flush()
+def hurry() -> None:
+    import time
 
-
-if __name__ == "__main__":
-    main()
+    real = time.sleep
+    time.sleep = lambda seconds: real(min(seconds, 0.01))
