@@ -36,7 +36,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         nats, size = torch.empty_like(total), _rows_at_once(logits)
-        pieces = (part.split(size) for part in (logits, targets, total, nats))
+        pieces = (torch.split(part, size) for part in (logits, targets, total, nats))
         for rows, target, sums, out in zip(*pieces, strict=True):
             scores = rows.to(torch.float32, copy=True)
             scores[:, mask_token_id] = -torch.inf
@@ -61,7 +61,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """Cross-entropy in nats, shape (n,), of logits (n, vocab) that can never predict the mask."""
-    nats: torch.Tensor = _CrossEntropy.apply(logits, targets, mask_token_id)
+    function: Any = _CrossEntropy
+    nats: torch.Tensor = function.apply(logits, targets, mask_token_id)
     return nats
 
 
