@@ -29,9 +29,8 @@ freed (`training/allocator.py`) cannot move blocks, and glibc's aligned allocati
 larger than its block. Measured with mallinfo2 after the first forward of SmolLM2-135M: 0.42 in full
 training, 0.53 with LoRA."""
 _FLOAT32, _BF16, _MOMENTS = 4, 2, 8
-_LOSS_BYTES = 12
-"""Per logit where the backward pass begins: the log-softmax that was kept, its gradient and the
-logits' gradient, in float32."""
+_LOSS_TENSORS = 2
+"""As large as the logits where the backward pass begins: they and their gradient."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Memory:
         moments: AdamW's two moments.
         activations: What the layers keep for the backward pass, with the weights' copies in
             bfloat16 and the layer that is computed again.
-        logits: Logits, their log-softmax and gradients.
+        logits: Logits and their gradient.
         vocabulary_gradients: Dense gradients of embedding and head while they are added.
         heap: What the C library holds and cannot use; 0 on a GPU.
         total: The peak: not the sum, since activations are gone when gradients are all there.
@@ -215,7 +214,7 @@ def peak_memory(
         # What FSDP gathers is in the compute type already.
         cast=shards == 1 and compute < residual,
     )
-    logits = round(_LOSS_BYTES * run.scored * shape.vocabulary)
+    logits = round(_LOSS_TENSORS * compute * run.scored * shape.vocabulary)
     vocabulary = _vocabulary_gradients(shape, training, compute)
     heap = 0 if gpu else round(HEAP_WASTE * (activations + logits))
     gathered = 0
