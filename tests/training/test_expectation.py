@@ -132,7 +132,8 @@ def test_the_other_token_shift_is_named(
     start = start_of(*trained_the_other_way)
     assert start.nelbo > start.guess
     (problem,) = explain(start)
-    assert problem.startswith("token shift: drop gives")
+    # How far above guessing it is, and so whether the problem has a head, depends on rounding.
+    assert "token shift: drop gives" in problem
     assert "--set token_shift=drop" in problem
 
 
