@@ -199,7 +199,6 @@ def compare(source: Path, pairs: int) -> None:
         "run --no-train --link": lambda: convert(source, out, "--link"),
     }
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    subprocess.run(["cat", *map(str, source.iterdir())], stdout=subprocess.DEVNULL, check=True)
     for number in range(pairs + 1):
         for name, run in ways.items():
             # The same memory lies free before each: a virtual machine may have to ask for it first.

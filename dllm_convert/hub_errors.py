@@ -97,16 +97,20 @@ def hub_errors(repo_id: str, revision: str | None = None, doing: Doing = "read")
         raise _unreachable(repo_id, error, doing) from error
 
 
+def _check(guess: str) -> str:
+    """Return the beginning of a hint: a guess, if there is one, and what to look at besides."""
+    return f"{guess}Otherwise check" if guess else "Check"
+
+
 def _not_found(repo_id: str, doing: Doing) -> HubError:
     message = f"{repo_id} is not on the Hub, or is private"
     if doing == "write":
         return HubError(message, hint=_HOW_TO_WRITE)
     nearest = _nearest_recipe(repo_id)
     guess = meant(repo_id) or (f"Did you mean the recipe {nearest!r}? " if nearest else "")
-    check = "Otherwise check" if guess else "Check"
     return HubError(
         f"{message}, and is no folder here",
-        hint=f"{guess}{check} the name; for a private one `hf auth login` or set HF_TOKEN",
+        hint=f"{_check(guess)} the name; for a private one `hf auth login` or set HF_TOKEN",
     )
 
 
@@ -159,10 +163,9 @@ def _unreachable(repo_id: str, error: BaseException, doing: Doing) -> HubError:
             hint="Check the network, HF_ENDPOINT and HF_HUB_OFFLINE; the same command uploads "
             "only what is missing",
         )
-    guess = meant(repo_id)
-    check = "Otherwise check" if guess else "Check"
     return HubError(
         f"cannot reach the Hub for {repo_id}, which is no folder here and not in the local cache "
         f"({said})",
-        hint=f"{guess}{check} the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a local folder",
+        hint=f"{_check(meant(repo_id))} the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a "
+        "local folder",
     )

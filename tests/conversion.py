@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
+from dllm_convert.cli import app
 from dllm_convert.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
@@ -36,3 +40,31 @@ def convert(
     plan = make_plan(Recipe.model_validate({**recipe, **fields}), inspect_source(str(base)))
     adapt(plan, base, folder, Reporter(quiet=True))
     return plan
+
+
+def converted_once(
+    source: Callable[[str], Path], new_folder: Callable[[str], Path], cases: Mapping[str, str]
+) -> Callable[[str], Path]:
+    """Return a function that converts the tiny checkpoint of a family the first time it is asked.
+
+    Args:
+        source: Where a family's checkpoint is.
+        new_folder: Makes a folder for a family.
+        cases: Family to target.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = new_folder(family) / "out"
+            convert(source(family), made[family], cases[family])
+        return made[family]
+
+    return get
+
+
+def sample(folder: Path, *options: str, code: int = 0) -> Any:
+    """Run `dllm-convert sample` for 12 tokens in this process; it has to end with a code."""
+    result = CliRunner().invoke(app, ["sample", str(folder), "--max-new-tokens", "12", *options])
+    assert result.exit_code == code, result.stderr
+    return result

@@ -109,30 +109,35 @@ def sample(
         approximate_cache=approximate_cache,
     )
     reporter = make_reporter(quiet=quiet or as_json)
+    settings |= {"chat": chat, "mark": infill, "seed": seed}
+    found = _write(checkpoint, given, reporter, watch=watch, record=record, **settings)
+    _print(found, reporter, chat=chat, as_json=as_json)
+
+
+def _write(
+    checkpoint: Path,
+    given: Sequence[str],
+    reporter: Reporter,
+    *,
+    watch: bool,
+    record: Path | None,
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """Read the prompts that stand on stdin, load the checkpoint and decode."""
     prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
     from dllm_convert.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
     from dllm_convert.sampling.run import Shown, run_sample
 
+    shown = Shown(watch, record)
     with quiet_libraries():
-        samples = run_sample(
-            checkpoint,
-            prompts or [DEFAULT_PROMPT],
-            reporter,
-            Shown(watch, record),
-            chat=chat,
-            mark=infill,
-            seed=seed,
-            **settings,
-        )
-    _print([result.as_dict() for result in samples], reporter, chat=chat, as_json=as_json)
+        samples = run_sample(checkpoint, prompts or [DEFAULT_PROMPT], reporter, shown, **how)
+    return [result.as_dict() for result in samples]
 
 
-def _print(
-    found: Sequence[Mapping[str, Any]], reporter: Reporter, *, chat: bool, as_json: bool
-) -> None:
+def _print(found: list[dict[str, Any]], reporter: Reporter, *, chat: bool, as_json: bool) -> None:
     if as_json:
-        output.write_json(list(found) if len(found) > 1 else found[0])
+        output.write_json(found if len(found) > 1 else found[0])
         return
     output.write(_as_text(found, chat=chat))
     for result in found:

@@ -13,7 +13,6 @@ from dllm_convert.copying import sha256_file
 from dllm_convert.errors import VerificationError
 from dllm_convert.licences import check_publication, rules_for
 from dllm_convert.manifest import CARD_FILE, file_names, read_manifest
-from dllm_convert.nearest import no_folder
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
@@ -41,8 +40,6 @@ def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> P
         DataError: The folder is not what was verified, or its card is not sound.
         HubError: See `upload`.
     """
-    if not folder.is_dir():
-        raise no_folder(folder)
     manifest = read_manifest(folder)
     require_verified(manifest, force=options.force_unverified)
     options = preflight(manifest, options, reporter)

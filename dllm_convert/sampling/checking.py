@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.options import DecodingOptions
 from dllm_convert.sampling.settings import decoding_options
@@ -29,7 +30,7 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
         ValueError: They contradict, or do nothing.
     """
     config = _read(folder / "config.json")
-    if not isinstance(config.get("diffusion"), dict):
+    if diffusion_section(config) is None:
         return None
     saved = {"eos_token_id": None, **_read(folder / "generation_config.json")}
     options = decoding_options(

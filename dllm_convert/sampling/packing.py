@@ -11,7 +11,7 @@ This module travels inside the published modelling file, so it imports torch onl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,14 +27,13 @@ _SHARE = 4
 """The second copy of the weights takes at most this part of the memory that is available."""
 
 
-def _multiply(
-    packed: torch.Tensor, bias: torch.Tensor | None, instead: Callable[..., Any], x: torch.Tensor
-) -> torch.Tensor:
-    if not x.numel():
-        product: torch.Tensor = instead(x)
-        return product
-    product = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _multiply(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
+
+
+def _forward(module: nn.Linear, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _multiply(packed, module.bias, x) if x.numel() else nn.Linear.forward(module, x)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -49,14 +48,13 @@ def can_pack(dtype: torch.dtype) -> bool:
     They are the ones torch's own compiler (inductor) uses for frozen weights, and have no public
     name: so they are tried, and without them everything runs as before.
     """
-    has_kernels = bool(torch._C._has_mkldnn)
-    if dtype not in (torch.float32, torch.bfloat16) or not has_kernels:
+    if dtype not in (torch.float32, torch.bfloat16) or not torch._C._has_mkldnn:
         return False
     weight = torch.linspace(-1, 1, 24, dtype=torch.float32).view(3, 8).to(dtype)
     x = torch.linspace(0, 2, 16, dtype=torch.float32).view(2, 8).to(dtype)
     expected = nn.functional.linear(x, weight)
     try:
-        found = _multiply(_pack(weight), None, partial(nn.functional.linear, weight=weight), x)
+        found = _multiply(_pack(weight), None, x)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
@@ -132,13 +130,7 @@ class PackedLinears:
         for module in stale:
             self._packed[module] = _Packed(_pack(module.weight), _identity(module.weight))
         for module in linears:
-            ours = partial(
-                _multiply,
-                self._packed[module].weight,
-                module.bias,
-                partial(nn.Linear.forward, module),
-            )
-            module.forward = ours
+            module.forward = partial(_forward, module, self._packed[module].weight)
             self._replaced.append(module)
 
     def _is_fresh(self, module: nn.Linear) -> bool:

@@ -15,6 +15,7 @@ from dllm_convert.adapters import adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.nearest import no_folder
+from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.options import Observer
 from dllm_convert.sampling.prompts import encode_prompts
@@ -64,7 +65,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote"
         )
     config = load_json_object(path)
-    if not isinstance(config.get("diffusion"), dict):
+    if diffusion_section(config) is None:
         raise IncompatibleError(
             f"{folder} is not a diffusion checkpoint: its config.json has no 'diffusion' section",
             hint=f"Convert it first: dllm-convert run {folder} --to bd3lm --block 32",

@@ -219,9 +219,7 @@ def _flops(trainer: DiffusionTrainer, plan: ConversionPlan, tokens: int) -> floa
     """Estimate the operations of a whole training; None if the headers told no shapes."""
     if plan.shape is None:
         return None
-    model: Any = trainer.model
-    flex = model.config._attn_implementation == "flex_attention"
-    return tokens * flops_per_token(plan.shape, plan.recipe, flex=flex)
+    return tokens * flops_per_token(plan.shape, plan.recipe, flex=trainer.flex)
 
 
 def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:

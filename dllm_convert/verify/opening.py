@@ -16,6 +16,7 @@ from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.nearest import meant
+from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.sampling.run import read_config
 from dllm_convert.source_folder import SMALL_FILES
@@ -101,7 +102,7 @@ def opened(folder: Path, asked: Asked) -> Iterator[Subject]:
     """
     path = folder / "config.json"
     config = load_json_object(path) if path.is_file() else {}
-    layout = None if isinstance(config.get("diffusion"), dict) else find_layout(config)
+    layout = find_layout(config) if diffusion_section(config) is None else None
     if layout is None:
         yield _ours(folder, config, asked)
         return

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion import convert
-from typer.testing import CliRunner
+from conversion import convert, converted_once, sample
 
-from dllm_convert.cli import app
 from dllm_convert.commands import decoding
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe_fields import fields_of
@@ -42,21 +40,7 @@ Get = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def checkpoint(source_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Get:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family) / "out"
-            convert(source_cache(family), made[family], CASES[family])
-        return made[family]
-
-    return get
-
-
-def sample(folder: Path, *options: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["sample", str(folder), "--max-new-tokens", "12", *options])
-    assert result.exit_code == code, result.stderr
-    return result
+    return converted_once(source_cache, tmp_path_factory.mktemp, CASES)
 
 
 def test_names_are_those_of_decoding() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion import convert
+from conversion import converted_once, sample
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,21 +21,7 @@ CASES = {"llama": "bd3lm", "qwen3": "bd3lm", "bert": "mdlm", "roberta": "mdlm"}
 def checkpoint(
     source_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family) / "out"
-            convert(source_cache(family), made[family], CASES[family])
-        return made[family]
-
-    return get
-
-
-def sample(folder: Path, *options: str, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["sample", str(folder), "--max-new-tokens", "12", *options])
-    assert result.exit_code == code, result.stderr
-    return result
+    return converted_once(source_cache, tmp_path_factory.mktemp, CASES)
 
 
 @pytest.mark.parametrize("family", list(CASES))
