@@ -33,7 +33,12 @@ from dllm_convert.training.allocator import keep_freed_memory
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import collate
 from dllm_convert.training.run import _arguments
-from dllm_convert.training.setup import load_model, make_trainable, use_bf16
+from dllm_convert.training.setup import (
+    attention_implementation,
+    load_model,
+    make_trainable,
+    use_bf16,
+)
 from dllm_convert.training.trainer import DiffusionTrainer
 
 Columns = dict[str, torch.Tensor]
@@ -121,7 +126,8 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
             **parse_assignments(options.set),
         },
     )
-    model = load_model(options.converted, adapter)
+    attention = attention_implementation(recipe, adapter) if kind == "ours" else None
+    model = load_model(options.converted, adapter, attention=attention)
     if kind == "ours":
         checkpoint_activations(model, recipe.training.gradient_checkpointing)
     objective = Objective.from_config(model.config)

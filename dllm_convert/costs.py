@@ -84,7 +84,7 @@ def trainable_parameters(shape: ModelShape, training: Training) -> int:
     return trained + shape.vocabulary_matrix * (1 if shape.tied else 2) + biases
 
 
-def flops_per_token(shape: ModelShape, recipe: Recipe, *, flex: bool) -> float:
+def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float:
     """Operations of forward and backward per clean token of text.
 
     For masked diffusion trained in full that is 6 (P + V h / 2) + 12 layers h L: P weights in the
@@ -95,9 +95,9 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, flex: bool) -> float:
     Args:
         shape: The model.
         recipe: The resolved recipe.
-        flex: Whether attention skips pairs that nobody sees.
+        sparse: Whether attention skips pairs that nobody sees.
     """
-    training, run = recipe.training, streams(recipe, flex=flex)
+    training, run = recipe.training, streams(recipe, sparse=sparse)
     lora = training.method == "lora"
     matrices = 2.0 * shape.matrices * run.tokens
     attention = 4.0 * shape.layers * shape.queries * run.pairs
@@ -197,7 +197,7 @@ def peak_memory(
         shards: Devices that share weights, gradients and moments (FSDP2); two layers or the
             vocabulary's matrix are gathered at a time.
     """
-    training, run = recipe.training, streams(recipe, flex=flex)
+    training, run = recipe.training, streams(recipe, sparse=flex)
     trained = trainable_parameters(shape, training)
     frozen = _BF16 if gpu and bf16 else _FLOAT32
     compute = _BF16 if bf16 else _FLOAT32

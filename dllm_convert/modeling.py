@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import block_causal_mask
+from .attention import TILED, block_causal_mask
 from .sampling.decoding import decode_blocks, decode_canvas
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
@@ -185,7 +185,7 @@ class DiffusionMixin:
                 keys,
                 device=str(mask.device),
             )
-        if implementation != "sdpa":
+        if implementation not in ("sdpa", TILED):
             raise ValueError(
                 f"{implementation} takes no arbitrary mask; load this model with "
                 'attn_implementation="sdpa", "eager" or "flex_attention"'

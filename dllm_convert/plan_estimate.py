@@ -58,6 +58,13 @@ def uses_flex(recipe: Recipe, *, gpu: bool) -> bool:
     return gpu and (chosen == "flex" or (chosen == "auto" and recipe.target == "bd3lm"))
 
 
+def skips_shut_pairs(recipe: Recipe, *, gpu: bool) -> bool:
+    """Whether training's attention computes only pairs that somebody sees: flex, or tiles."""
+    return uses_flex(recipe, gpu=gpu) or (
+        not gpu and recipe.training.attention in ("auto", "tiles")
+    )
+
+
 def uses_bf16(recipe: Recipe, device: Device) -> bool:
     """Whether training multiplies in bfloat16 there, as `training/setup.py` chooses."""
     chosen = recipe.training.precision
@@ -100,7 +107,7 @@ def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | N
 
 def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> DeviceEstimate:
     """Estimate the recipe's training on one kind of device."""
-    flops = flops_per_token(shape, recipe, flex=uses_flex(recipe, gpu=device.gpu))
+    flops = flops_per_token(shape, recipe, sparse=skips_shut_pairs(recipe, gpu=device.gpu))
     rate, planned = device.flops / flops, recipe.training_tokens
     minutes = recipe.training.max_minutes
     reached = planned if minutes is None else min(planned, int(rate * minutes * 60))
@@ -175,7 +182,9 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
         "trainable_parameters": trainable_parameters(shape, recipe.training),
         "tokens": recipe.training_tokens,
         "flops_per_token": {
-            kind: round(flops_per_token(shape, recipe, flex=uses_flex(recipe, gpu=kind == "gpu")))
+            kind: round(
+                flops_per_token(shape, recipe, sparse=skips_shut_pairs(recipe, gpu=kind == "gpu"))
+            )
             for kind in ("cpu", "gpu")
         },
         "sequences_per_forward": recipe.training.batch_size,

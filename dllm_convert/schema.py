@@ -165,8 +165,9 @@ class Training(_Section):
         description="activations computed again to save memory: selective all but matrix products "
         "and attention, full whole layers",
     )
-    attention: Literal["auto", "sdpa", "eager", "flex"] = Field(
-        "auto", description="implementation; auto: flex for bd3lm on a CUDA GPU, else sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flex", "tiles"] = Field(
+        "auto",
+        description="implementation; auto: flex for bd3lm on a CUDA GPU, tiles on a CPU, else sdpa",
     )
     compile: bool = Field(False, description="torch.compile; the first steps take minutes")
     save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")

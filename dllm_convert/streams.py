@@ -50,7 +50,7 @@ def mean_masked_share(noise: Noise) -> float:
     return float((b**power - a**power) / (power * (b - a)))
 
 
-def streams(recipe: Recipe, *, flex: bool) -> Streams:
+def streams(recipe: Recipe, *, sparse: bool) -> Streams:
     """Count what one forward runs, for text that fills its rows with whole documents.
 
     Block diffusion runs K noisy views and one clean stream without its last block, which nobody
@@ -58,7 +58,7 @@ def streams(recipe: Recipe, *, flex: bool) -> Streams:
 
     Args:
         recipe: The resolved recipe.
-        flex: Whether attention skips pairs that nobody sees; otherwise it looks at all of a row.
+        sparse: Whether attention skips pairs that nobody sees; otherwise it looks at all of a row.
     """
     noise, length, batch = recipe.noise, recipe.data.sequence_length, recipe.training.batch_size
     views = noise.views * (2 if noise.complementary else 1)
@@ -77,5 +77,5 @@ def streams(recipe: Recipe, *, flex: bool) -> Streams:
     width = (views + 1) * length - (0 if ar_loss else block)
     scored += clean if ar_loss else 0
     # A query sees its block and, on average, half of what is outside of it; so does a clean one.
-    pairs = (views + 1) * length * (length + block) / 2 if flex else width**2
+    pairs = (views + 1) * length * (length + block) / 2 if sparse else width**2
     return Streams(batch, width, clean, scored, batch * pairs)

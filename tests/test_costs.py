@@ -112,14 +112,14 @@ class TestStreams:
             batch, objective, ForwardProcess.from_recipe(made.noise), NoiseKey(0, 0, 0, 4)
         )
         forward = predict(batch, views, objective, ar_loss=ar > 0)
-        run = streams(made, flex=False)
+        run = streams(made, sparse=False)
         assert forward.inputs["input_ids"].shape == (run.rows, run.width)
         logits = forward.inputs["logits_at"].numel()
         # Masks are drawn, so this one is an expectation.
         assert logits == pytest.approx(run.scored, rel=0.05)
         if forward.mask is not None:
             seen = float(forward.mask.dense().sum())
-            assert streams(made, flex=True).pairs == pytest.approx(seen, rel=0.15)
+            assert streams(made, sparse=True).pairs == pytest.approx(seen, rel=0.15)
 
 
 class TestFlops:
@@ -129,18 +129,18 @@ class TestFlops:
         made = recipe(data={"sequence_length": 1024}, noise={"draw": "count"})
         layers = 6 * SMOLLM2.matrices + 12 * 30 * 576 * 1024
         head = 6 * SMOLLM2.vocabulary_matrix / 2
-        assert flops_per_token(SMOLLM2, made, flex=False) == pytest.approx(layers + head)
+        assert flops_per_token(SMOLLM2, made, sparse=False) == pytest.approx(layers + head)
 
     def test_block_diffusion_costs_about_twice(self) -> None:
         length = {"data": {"sequence_length": 1024}}
-        one = flops_per_token(SMOLLM2, recipe("mdlm", **length), flex=False)
-        two = flops_per_token(SMOLLM2, recipe("bd3lm", **length), flex=True)
+        one = flops_per_token(SMOLLM2, recipe("mdlm", **length), sparse=False)
+        two = flops_per_token(SMOLLM2, recipe("bd3lm", **length), sparse=True)
         assert 1.6 < two / one < 2.0
 
     def test_lora_saves_the_frozen_gradients(self) -> None:
         lora = {"method": "lora", "lora": {"rank": 8, "embeddings": "mask_row"}}
         made = recipe(training=lora, noise={"draw": "count"})
-        assert flops_per_token(SMOLLM2, made, flex=False) == pytest.approx(
+        assert flops_per_token(SMOLLM2, made, sparse=False) == pytest.approx(
             4 * SMOLLM2.matrices
             + 12 * 30 * 576 * 256
             + 4 * SMOLLM2.vocabulary_matrix / 2
@@ -150,8 +150,8 @@ class TestFlops:
     def test_full_checkpointing_runs_the_layers_once_more(self) -> None:
         base = recipe(data={"sequence_length": 512})
         again = recipe(data={"sequence_length": 512}, training={"gradient_checkpointing": "full"})
-        more = flops_per_token(SMOLLM2, again, flex=False)
-        more -= flops_per_token(SMOLLM2, base, flex=False)
+        more = flops_per_token(SMOLLM2, again, sparse=False)
+        more -= flops_per_token(SMOLLM2, base, sparse=False)
         assert more == pytest.approx(2 * SMOLLM2.matrices + 4 * 30 * 576 * 512)
 
 
@@ -221,7 +221,7 @@ class TestMemory:
 
     def test_activations_by_hand(self) -> None:
         made = recipe(training={"gradient_checkpointing": "full", "batch_size": 1})
-        run = streams(made, flex=True)
+        run = streams(made, sparse=True)
         found = activation_bytes(
             SMOLLM2, made.training, run, compute=2, residual=4, flex=True, cast=True
         )
@@ -270,7 +270,7 @@ class TestEstimate:
         made = recipe(training={"steps": 1000})
         device = cpu(10, 64 * 10**9, bf16=True)
         found = estimate_device(SMOLLM2, made, device)
-        rate = 1e12 / flops_per_token(SMOLLM2, made, flex=False)
+        rate = 1e12 / flops_per_token(SMOLLM2, made, sparse=False)
         assert found.tokens_per_second == pytest.approx(rate, rel=0.01)
         assert found.hours == pytest.approx(made.training_tokens / rate / 3600, rel=0.01)
         assert found.tokens == made.training_tokens

@@ -21,6 +21,7 @@ _KEPT = frozenset(
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_attention_math",
         "flex_attention",
+        "tiled_attention",
     }
 )
 """Operations whose results cost more to compute than to keep."""

@@ -219,7 +219,7 @@ def _flops(trainer: DiffusionTrainer, plan: ConversionPlan, tokens: int) -> floa
     """Estimate the operations of a whole training; None if the headers told no shapes."""
     if plan.shape is None:
         return None
-    return tokens * flops_per_token(plan.shape, plan.recipe, flex=trainer.flex)
+    return tokens * flops_per_token(plan.shape, plan.recipe, sparse=trainer.sparse)
 
 
 def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:

@@ -14,6 +14,7 @@ from dllm_convert.plan import ConversionPlan
 from dllm_convert.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.reporting import is_installed
+from dllm_convert.training.tiles import register_tiles
 
 
 def load_model(
@@ -51,7 +52,8 @@ def load_model(
 def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
     """Choose how attention is computed in training.
 
-    Flex attention skips the blocks of the two-stream mask that nobody sees; it is made for GPUs.
+    Flex attention skips the blocks of the two-stream mask that nobody sees; it is made for GPUs,
+    tiles for CPUs.
 
     Raises:
         IncompatibleError: The recipe names an implementation that the family does not have.
@@ -59,13 +61,17 @@ def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
     chosen = recipe.training.attention
     if chosen == "auto" and adapter.measured is not None:
         return adapter.implementations[0]
-    if chosen == "sdpa" and chosen not in adapter.implementations:
+    if chosen in ("sdpa", "tiles") and "sdpa" not in adapter.implementations:
         raise IncompatibleError(
             f"training.attention={chosen}, which {adapter.stock_class} does not have",
             hint=f"Use --set training.attention={adapter.implementations[0]}",
         )
-    if chosen == "auto":
+    if chosen == "auto" and not torch.accelerator.is_available():
+        chosen = "tiles"
+    elif chosen == "auto":
         chosen = "flex" if recipe.target == "bd3lm" and torch.cuda.is_available() else "sdpa"
+    if chosen == "tiles":
+        return register_tiles()
     return "flex_attention" if chosen == "flex" else chosen
 
 

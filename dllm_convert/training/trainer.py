@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from dllm_convert.attention import StreamMask
+from dllm_convert.attention import TILED, StreamMask
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
@@ -59,6 +59,7 @@ class DiffusionTrainer(Trainer):
         self._mask_noise = MaskNoise(self.model, recipe.training, objective.mask_token_id)
         inner: Any = self.model
         self.flex = inner.config._attn_implementation == "flex_attention"
+        self.sparse = self.flex or inner.config._attn_implementation == TILED
         self._block_mask: tuple[StreamMask, Any] | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)

@@ -55,7 +55,7 @@ def test_every_line_says_what_a_person_asks_for(
     assert all(0 < line["memory_gib"] < 64 for line in found)
     assert result.final_loss == found[-1]["loss"]
     assert plan.shape is not None
-    assert result.flops == result.tokens * flops_per_token(plan.shape, plan.recipe, flex=False)
+    assert result.flops == result.tokens * flops_per_token(plan.shape, plan.recipe, sparse=True)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
