@@ -52,17 +52,30 @@ class DeviceEstimate:
     source: str
 
 
-def uses_flex(recipe: Recipe, *, gpu: bool) -> bool:
-    """Whether training computes attention with flex attention, as `training/setup.py` chooses."""
+def chosen_attention(recipe: Recipe, *, cuda: bool, cpu: bool) -> str:
+    """How a family written by hand computes attention in training, in the recipe's words.
+
+    Args:
+        recipe: The resolved recipe.
+        cuda: Whether there is a CUDA GPU.
+        cpu: Whether there is no accelerator of any kind.
+    """
     chosen = recipe.training.attention
-    return gpu and (chosen == "flex" or (chosen == "auto" and recipe.target == "bd3lm"))
+    if chosen != "auto":
+        return chosen
+    if cpu:
+        return "tiles"
+    return "flex" if recipe.target == "bd3lm" and cuda else "sdpa"
+
+
+def uses_flex(recipe: Recipe, *, gpu: bool) -> bool:
+    """Whether training computes attention with flex attention."""
+    return gpu and chosen_attention(recipe, cuda=gpu, cpu=not gpu) == "flex"
 
 
 def skips_shut_pairs(recipe: Recipe, *, gpu: bool) -> bool:
     """Whether training's attention computes only pairs that somebody sees: flex, or tiles."""
-    return uses_flex(recipe, gpu=gpu) or (
-        not gpu and recipe.training.attention in ("auto", "tiles")
-    )
+    return chosen_attention(recipe, cuda=gpu, cpu=not gpu) == ("flex" if gpu else "tiles")
 
 
 def uses_bf16(recipe: Recipe, device: Device) -> bool:

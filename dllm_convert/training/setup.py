@@ -11,6 +11,7 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan
+from dllm_convert.plan_estimate import chosen_attention
 from dllm_convert.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.reporting import is_installed
@@ -66,13 +67,11 @@ def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
             f"training.attention={chosen}, which {adapter.stock_class} does not have",
             hint=f"Use --set training.attention={adapter.implementations[0]}",
         )
-    if chosen == "auto" and not torch.accelerator.is_available():
-        chosen = "tiles"
-    elif chosen == "auto":
-        chosen = "flex" if recipe.target == "bd3lm" and torch.cuda.is_available() else "sdpa"
-    if chosen == "tiles":
+    has_any = torch.accelerator.is_available()
+    found = chosen_attention(recipe, cuda=torch.cuda.is_available(), cpu=not has_any)
+    if found == "tiles":
         return register_tiles()
-    return "flex_attention" if chosen == "flex" else chosen
+    return "flex_attention" if found == "flex" else found
 
 
 def is_quantized(training: Training) -> bool:

@@ -55,6 +55,14 @@ class Tile:
             to[:, :, start:end] += part[:, :, first : first + end - start]
             first += end - start
 
+    def put(self, part: torch.Tensor, to: torch.Tensor) -> None:
+        """Write what was computed for the tile's queries, (batch * kv heads, n, width), to `to`.
+
+        That has the shape (batch, queries, heads, width).
+        """
+        batch, _, heads, width = to.shape
+        to[:, self.start : self.end] = part.view(batch, heads, -1, width).transpose(1, 2)
+
 
 def tiles(mask: torch.Tensor | None, queries: int, keys: int, size: int = SIZE) -> list[Tile]:
     """Cut attention into tiles and leave out those that nobody sees into.
@@ -94,9 +102,9 @@ def _ranges(row: list[bool], size: int, keys: int) -> Iterator[tuple[int, int]]:
             start = None
 
 
-def _wide(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _wide(values: torch.Tensor) -> torch.Tensor:
     # float64 stays what it is, for checks of gradients.
-    return tuple(x if x.dtype == torch.float64 else x.float() for x in tensors)
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _grouped(values: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -147,8 +155,8 @@ def tiled_attention(
         of each softmax's sum, shape (batch, kv heads, groups, queries).
     """
     kv_heads = key.shape[1]
-    wide_query, wide_key, wide_value = _wide(query, key, value)
-    grouped = _grouped(wide_query * (scale * _LOG2_E), kv_heads)
+    grouped = _grouped(_wide(query) * (scale * _LOG2_E), kv_heads)
+    wide_key, wide_value = _wide(key), _wide(value)
     sums = grouped.new_empty(grouped.shape[:-1])
     result = value.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     with torch.autocast(query.device.type, enabled=False):
@@ -158,12 +166,9 @@ def tiled_attention(
             highest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
             weights = scores.sub_(highest).exp2_()
             total = weights.sum(-1, keepdim=True)
-            part = torch.bmm(weights, values).div_(total.clamp(min=1e-30))
-            count = tile.end - tile.start
-            shape = (len(query), query.shape[1], count, -1)
-            result[:, tile.start : tile.end] = part.view(shape).transpose(1, 2)
-            logarithm = total.log2_().add_(highest)
-            sums[..., tile.start : tile.end] = logarithm.view(len(query), kv_heads, -1, count)
+            tile.put(torch.bmm(weights, values).div_(total.clamp(min=1e-30)), result)
+            part = sums[..., tile.start : tile.end]
+            part.copy_(total.log2_().add_(highest).view(part.shape))
     return result, sums
 
 
@@ -191,9 +196,9 @@ def tiled_attention_backward(
         scale: As given to it.
     """
     kv_heads = key.shape[1]
-    wide_query, wide_key, wide_value = _wide(query, key, value)
-    grouped = _grouped(wide_query * (scale * _LOG2_E), kv_heads)
-    outward, made = (_wide(x)[0].transpose(1, 2) for x in (gradient, result))
+    grouped = _grouped(_wide(query) * (scale * _LOG2_E), kv_heads)
+    wide_key, wide_value = _wide(key), _wide(value)
+    outward, made = (_wide(x).transpose(1, 2) for x in (gradient, result))
     inner = _grouped((outward * made).sum(-1, keepdim=True), kv_heads)
     outward = _grouped(outward, kv_heads)
     # A query that sees nothing has no softmax: any finite number keeps its weights at zero.
@@ -209,9 +214,7 @@ def tiled_attention_backward(
             tile.add(torch.bmm(weights.transpose(1, 2), out), for_value)
             back = torch.bmm(out, values.transpose(1, 2)).sub_(_flat(inner, tile)).mul_(weights)
             tile.add(torch.bmm(back.transpose(1, 2), queries), for_key)
-            part = torch.bmm(back, keys).mul_(scale)
-            shape = (len(query), query.shape[1], tile.end - tile.start, -1)
-            for_query[:, tile.start : tile.end] = part.view(shape).transpose(1, 2)
+            tile.put(torch.bmm(back, keys).mul_(scale), for_query)
     for_key.div_(_LOG2_E)
     return for_query.transpose(1, 2), for_key.to(key.dtype), for_value.to(value.dtype)
 

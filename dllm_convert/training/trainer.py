@@ -58,8 +58,8 @@ class DiffusionTrainer(Trainer):
         self._process = ForwardProcess.from_recipe(recipe.noise)
         self._mask_noise = MaskNoise(self.model, recipe.training, objective.mask_token_id)
         inner: Any = self.model
-        self.flex = inner.config._attn_implementation == "flex_attention"
-        self.sparse = self.flex or inner.config._attn_implementation == TILED
+        self._flex = inner.config._attn_implementation == "flex_attention"
+        self.sparse = self._flex or inner.config._attn_implementation == TILED
         self._block_mask: tuple[StreamMask, Any] | None = None
         self._sums = torch.zeros(2, dtype=torch.float64)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
@@ -152,7 +152,7 @@ class DiffusionTrainer(Trainer):
     def _in_form(self, forward: Prediction) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""
         mask = forward.mask
-        if mask is None or not self.flex:
+        if mask is None or not self._flex:
             return forward.dense_mask()
         if self._block_mask is None or not self._block_mask[0].equals(mask):
             self._block_mask = (mask, mask.block_mask())

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import SourceFactory
 from factory import FAMILIES
+from test_attention import two_stream_mask
 from test_trainer import converted
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_convert.attention import CLEAN, TILED, StreamMask
+from dllm_convert.attention import TILED
 from dllm_convert.training import tiles as module
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.setup import attention_implementation, load_model
@@ -45,9 +46,8 @@ def random_mask(share: float, *shape: int) -> torch.Tensor:
 
 
 def two_streams(length: int, block: int, rows: int = 1) -> torch.Tensor:
-    at = torch.arange(length).repeat(2).expand(rows, -1)
-    streams = torch.tensor([1, CLEAN]).repeat_interleave(length).expand(rows, -1)
-    return StreamMask(streams, at // block, torch.zeros_like(at), at).dense()
+    at = torch.arange(length).expand(rows, -1)
+    return two_stream_mask(at // block, torch.zeros_like(at))
 
 
 MASKS = {
@@ -216,7 +216,7 @@ class Layer(torch.nn.Module):
 
 
 @pytest.fixture
-def uncounted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def sent_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     used: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -238,12 +238,12 @@ def uncounted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     ],
 )
 def test_what_tiles_do_not_compute_goes_to_sdpa(
-    given: dict[str, Any], expected: list[str], uncounted: list[str]
+    given: dict[str, Any], expected: list[str], sent_on: list[str]
 ) -> None:
     inputs = states(1, 2, 9, 4, kv_heads=2, keys=9)
     settings = {"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool), **given}
     result, weights = module.tiled_attention_forward(Layer(), *inputs, **settings)
-    assert uncounted == expected
+    assert sent_on == expected
     assert weights is None
     assert result.shape == (1, 9, 2, 4)
 
