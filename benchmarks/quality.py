@@ -7,13 +7,14 @@ textbook trains with the defaults of dLLM's examples: rate 1e-4, cosine after 10
 shift, one noise level per sequence; once in full, once as LoRA of rank 32 on all linear layers with
 nothing else trainable. Every run starts from the same weights and sees the same text; time is wall
 time of training alone, and all are measured on the same held-out tokens with the same noise. How
-many steps fit is found with three steps that are thrown away, for both sides alike.
+many steps fit is found with six steps that are thrown away, for both sides alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,16 +26,16 @@ from transformers import AutoTokenizer, get_scheduler
 
 from benchmarks.step import Step, ours, textbooks
 from dllm_convert.adapters import get_adapter
+from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.cli_values import parse_assignments
 from dllm_convert.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
-from dllm_convert.training.allocator import keep_freed_memory
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate, prepare_data
-from dllm_convert.training.setup import load_model, make_trainable
+from dllm_convert.training.setup import attention_implementation, load_model, make_trainable
 
 
 class Contestant:
@@ -66,7 +67,8 @@ class Contestant:
         config = json.loads((options.converted / "config.json").read_text())
         self.adapter = get_adapter(config["model_type"])
         torch.manual_seed(0)
-        base = load_model(options.converted, self.adapter)
+        attention = attention_implementation(self.recipe, self.adapter) if kind == "ours" else None
+        base = load_model(options.converted, self.adapter, attention=attention)
         self.objective = Objective.from_config(base.config)
         if kind == "ours":
             checkpoint_activations(base, self.recipe.training.gradient_checkpointing)
@@ -98,6 +100,12 @@ def batches(data: TextData, size: int) -> Iterator[dict[str, torch.Tensor]]:
         yield collate([rows[number] for number in range(start, start + size)])
 
 
+def _timed(step: Step, columns: dict[str, torch.Tensor]) -> float:
+    started = time.perf_counter()
+    step(columns)
+    return time.perf_counter() - started
+
+
 def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[dict[str, Any]]:
     """Train for the longest budget, measure at each; the clock stands while measuring."""
     if kind == "ours":
@@ -107,20 +115,15 @@ def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[di
     data = prepare_data(trial.recipe, tokenizer, Reporter(quiet=True))
     size = trial.recipe.training.batch_size
     step, text = trial.steps(10), batches(data, size)
-    for number in range(3):
-        if number == 1:
-            started = time.perf_counter()
-        step(next(text))
-    planned = int(budgets[-1] / ((time.perf_counter() - started) / 2))
+    taken = [_timed(step, next(text)) for _ in range(6)]
+    planned = int(budgets[-1] / statistics.median(taken[1:]))
     del trial, step
     contestant = Contestant(options, kind)
     step, text = contestant.steps(planned), batches(data, size)
     used, done, found = 0.0, 0, []
     for budget in budgets:
         while used < budget:
-            started = time.perf_counter()
-            step(next(text))
-            used += time.perf_counter() - started
+            used += _timed(step, next(text))
             done += 1
         contestant.model.eval()
         measured = nelbo(contestant.model, data.held_out, contestant.objective, seed=0)

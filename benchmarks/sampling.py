@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import textbook_sampling
 from dllm_convert.adapters import get_adapter
+from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.sampling.run import read_config
 from dllm_convert.training.setup import load_model
@@ -257,6 +258,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(2)
+    keep_freed_memory()  # as `dllm-convert sample` does
     with quiet_libraries():
         folder = Path(args.converted)
         adapter = get_adapter(str(read_config(folder)["model_type"]))

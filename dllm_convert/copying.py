@@ -25,9 +25,11 @@ Way = Literal["shared", "linked", "copied", "rewritten"]
 """How a file came about: blocks shared with the source (reflink), hard link, copy, new bytes."""
 
 PIECE = 1 << 18
-"""Bytes that are in flight at once: few enough to stay in a core's cache between their uses, and
-for the system to find room for in one go. With 1 MiB a copy took twice to four times the system
-time."""
+"""Bytes that are in flight at once: few enough to stay in a core's cache between their uses."""
+
+_WRITE = 1 << 16
+"""Bytes of a single write: so much memory the system then looks for in one go. With 256 KiB a copy
+took twice the system time (ext4, Linux 6.18), with 32 KiB 1.7 times."""
 
 _ZEROS = bytes(PIECE)
 _FICLONE = 0x40049409  # linux/fs.h
@@ -130,7 +132,7 @@ def write_all(handle: int, data: bytes | memoryview) -> None:
     """Write all bytes at the handle's position."""
     rest = memoryview(data)
     while rest:
-        rest = rest[os.write(handle, rest) :]
+        rest = rest[os.write(handle, rest[:_WRITE]) :]
 
 
 def copy_part(

@@ -25,7 +25,7 @@ GPU_RUNTIME = 1_000_000_000
 """Bytes that CUDA's context and its libraries' workspaces take on a GPU; assumed, not measured."""
 HEAP_WASTE = 0.45
 """Bytes of C heap per byte of activations that nothing can use, on a CPU. A heap that keeps what is
-freed (`training/allocator.py`) cannot move blocks, and glibc's aligned allocation needs a hole
+freed (`allocator.py`) cannot move blocks, and glibc's aligned allocation needs a hole
 larger than its block. Measured with mallinfo2 after the first forward of SmolLM2-135M: 0.42 in full
 training, 0.53 with LoRA."""
 _FLOAT32, _BF16, _MOMENTS = 4, 2, 8

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import get_adapter
+from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.console import Reporter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.outcome import Outcome, require_harness, run_tasks
@@ -34,6 +35,7 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
     """
     require_harness()
     _check_base(request)
+    keep_freed_memory()
     with reporter.task("evaluate the conversion"):
         after = run_tasks(request, _conversion(request, reporter))
     before = None

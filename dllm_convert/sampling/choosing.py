@@ -22,6 +22,9 @@ from .options import DecodingOptions
 
 Generators = list[torch.Generator | None]
 
+_PIECE = 1 << 20
+"""Probabilities that are at hand at once on a CPU."""
+
 
 @dataclass(frozen=True)
 class Ratings:
@@ -30,13 +33,13 @@ class Ratings:
     Attributes:
         confidence: Probability of the token that would be written.
         score: What positions are ranked by, the larger the earlier.
-        entropy: In nats, where `entropy_bound` asks for it.
+        entropy: In nats; empty where no option asks for it.
         token: Token drawn; None for the likeliest, which only committed positions need.
     """
 
     confidence: torch.Tensor
     score: torch.Tensor
-    entropy: torch.Tensor | None = None
+    entropy: torch.Tensor
     token: torch.Tensor | None = None
 
 
@@ -112,6 +115,28 @@ def show_noise(
     return shown
 
 
+def _by_rows(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    # All probabilities of a batch are tens of megabytes, which on a CPU are written to memory, and
+    # often to pages fresh from the system, for one number of each row.
+    rows = len(logits) if logits.is_cuda else _PIECE // logits.shape[-1]
+    return logits.split(max(1, rows))
+
+
+def _describe(
+    probabilities: torch.Tensor, options: DecodingOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # The largest probability of each row, its entropy, and the margin to the second: both are
+    # computed only where an option asks for them, and empty otherwise.
+    largest = probabilities.amax(-1)
+    entropy = margin = largest[:0]
+    if options.entropy_bound is not None or options.unmasking == "entropy":
+        entropy = torch.special.entr(probabilities).sum(-1)
+    if options.unmasking == "margin":
+        two = probabilities.topk(2, -1).values
+        margin = two[:, 0] - two[:, 1]
+    return largest, entropy, margin
+
+
 def rate_tokens(
     logits: torch.Tensor,
     counts: list[int],
@@ -134,22 +159,18 @@ def rate_tokens(
         empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
         probabilities = warpers(empty, logits).softmax(-1)
         token = _draw_tokens(probabilities, counts, generators)
+        _, entropy, margin = _describe(probabilities, options)
         confidence = probabilities.gather(-1, token[:, None]).squeeze(-1)
     else:
-        probabilities = logits.softmax(-1)
-        confidence = probabilities.amax(-1)
-    entropy = None
-    if options.entropy_bound is not None or options.unmasking == "entropy":
-        entropy = torch.special.entr(probabilities).sum(-1)
+        parts = (_describe(part.softmax(-1), options) for part in _by_rows(logits))
+        confidence, entropy, margin = map(torch.cat, zip(*parts, strict=True))
+    score = confidence
     if options.unmasking == "margin":
-        two = probabilities.topk(2, -1).values
-        score = two[:, 0] - two[:, 1]
+        score = margin
     elif options.unmasking == "random":
         score = draw_uniform(counts, generators, logits.device)
-    elif options.unmasking == "entropy" and entropy is not None:
+    elif options.unmasking == "entropy":
         score = -entropy
-    else:
-        score = confidence
     return Ratings(confidence, score, entropy, token)
 
 
@@ -184,7 +205,7 @@ def choose_commits(
     chosen = _ranks(spread(ratings.score, -torch.inf)) < quota[:, None]
     if options.confidence_threshold is not None:
         chosen |= spread(ratings.confidence, 0.0) >= options.confidence_threshold
-    if options.entropy_bound is not None and ratings.entropy is not None:
+    if options.entropy_bound is not None:
         entropy, order = spread(ratings.entropy, torch.inf).sort(dim=-1, stable=True)
         # The sum of all but the largest bounds what joint writing can lose (arXiv 2505.24857).
         within = (entropy.cumsum(-1) - entropy) <= options.entropy_bound

@@ -117,20 +117,18 @@ class BlockReader:
             logits = self._run(columns, self._mask(clean), at)
             self._go_on(clean)
             return logits
-        inside, ending = place > 0, clean.nonzero().squeeze(-1)
-        wanted = torch.cat([at[inside] - 1, (ending + 1) * self.size - 1])
+        begins, ending = place == 0, clean.nonzero().squeeze(-1)
+        # Nothing of this block predicts its first token; that place is kept free.
+        wanted = torch.cat([at - (~begins).long(), (ending + 1) * self.size - 1])
         logits = self._run(columns, self._mask(clean), wanted)
         if self.previous is None:
             self.previous = logits.new_zeros(len(_doubled(clean, self.options)), logits.shape[-1])
         found, following = [], []
         streams = 2 if self.options.guided else 1
         for part, previous in zip(logits.chunk(streams), self.previous.chunk(streams), strict=True):
-            here, after = part[: len(wanted) - len(ending)], part[len(wanted) - len(ending) :]
-            if len(here) < len(at):
-                # A block's first token is predicted from the clean token before it.
-                both = part.new_empty(len(at), part.shape[-1])
-                both[inside], both[~inside] = here, previous[row[~inside]]
-                here = both
+            here, after = part[: len(at)], part[len(at) :]
+            # A block's first token is predicted from the clean token before it.
+            here[begins] = previous[row[begins]]
             found.append(here)
             following.append(previous.index_copy(0, ending, after) if len(ending) else previous)
         self.previous = following[0] if streams == 1 else torch.cat(following)

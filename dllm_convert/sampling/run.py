@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import adapter_of
+from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.nearest import no_folder
@@ -195,6 +196,7 @@ def run_sample(
         IncompatibleError: It is no diffusion checkpoint, or has no chat template.
     """
     config = read_config(folder)
+    keep_freed_memory()
     with reporter.task("load"):
         model, tokenizer = load_checkpoint(folder, str(config["model_type"]))
     recorder = recorder_of(model)

@@ -11,6 +11,7 @@ import torch
 from tiny_decoders import DECODERS, MASK, WORDS, Forwards, prompt, ragged, tiny
 from transformers import GenerationConfig, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
+from dllm_convert.sampling import choosing
 from dllm_convert.sampling.choosing import (
     Ratings,
     choose_commits,
@@ -58,6 +59,18 @@ def test_scores_follow_their_definitions(logits: torch.Tensor) -> None:
     assert len(set(uniform.tolist())) == len(uniform)
 
 
+@pytest.mark.parametrize("unmasking", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("rows", [0, 1, 4, 6])
+def test_ratings_are_the_same_however_many_rows_are_at_hand(
+    logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch, unmasking: str, rows: int
+) -> None:
+    whole = rate(logits, unmasking=unmasking, entropy_bound=0.1)
+    monkeypatch.setattr(choosing, "_PIECE", rows * WORDS)
+    parts = rate(logits, unmasking=unmasking, entropy_bound=0.1)
+    for name in ("confidence", "score", "entropy"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+
+
 def test_the_entropy_bound_is_that_of_the_paper() -> None:
     entropy = torch.tensor([0.5, 0.1, 2.0, 0.2, 0.05])
     ratings = Ratings(torch.zeros(5), -entropy, entropy)
@@ -70,7 +83,7 @@ def test_the_entropy_bound_is_that_of_the_paper() -> None:
 
 def test_a_threshold_commits_at_least_what_the_steps_ask_for() -> None:
     confidence = torch.tensor([0.2, 0.95, 0.5, 0.9])
-    ratings = Ratings(confidence, confidence)
+    ratings = Ratings(confidence, confidence, confidence[:0])
     assert commits(ratings, 1, confidence_threshold=0.9) == [1, 3]
     assert commits(ratings, 1, confidence_threshold=0.99) == [1]
     assert commits(ratings, 3, confidence_threshold=0.99) == [1, 2, 3]

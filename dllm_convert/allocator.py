@@ -1,4 +1,4 @@
-"""How the C library hands memory out, where training on a CPU waits for it."""
+"""How the C library hands memory out, where computing on a CPU waits for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of giving it back to the system.
 
-    Every step allocates the same tensors of many megabytes. By default each is mapped anew, and
-    clearing its pages takes a large part of a step on a CPU. Of the whole process; nothing happens
-    where the tensors are on a GPU or the C library is another one.
+    Every step of training or denoising allocates the same tensors of many megabytes. By default
+    each is mapped anew, and clearing its pages takes a large part of a step on a CPU. Of the whole
+    process; nothing happens where the tensors are on a GPU or the C library is another one.
 
     Returns:
         Whether it was done.
