@@ -47,6 +47,7 @@ class Contestant:
             "data.source": options.data,
             "data.held_out_sequences": 48,
             "block_size": 32,
+            "training.seed": options.seed,
         }
         if kind == "textbook-full":
             fields |= {"training.method": "full"}
@@ -62,6 +63,7 @@ class Contestant:
             fields |= parse_assignments(options.set)
         else:
             fields |= {"training.learning_rate": 1e-4, "training.lr_schedule": "cosine"}
+            fields["training.batch_size"] = options.rows
         self.kind = kind
         self.recipe = load_recipe(folder, overrides=fields)
         config = json.loads((options.converted / "config.json").read_text())
@@ -156,6 +158,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--kinds", default="ours,textbook-full,textbook-lora")
     parser.add_argument("--budgets", default="120,300", help="seconds")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step of the textbook")
+    parser.add_argument("--seed", type=int, default=0, help="order of the text, noise of ours")
     parser.add_argument("--base", action="store_true", help="also measure the untrained model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -115,11 +115,13 @@ def show_noise(
     return shown
 
 
-def _by_rows(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _by_rows(logits: torch.Tensor) -> Iterator[torch.Tensor]:
     # All probabilities of a batch are tens of megabytes, which on a CPU are written to memory, and
     # often to pages fresh from the system, for one number of each row.
-    rows = len(logits) if logits.is_cuda else _PIECE // logits.shape[-1]
-    return logits.split(max(1, rows))
+    rows = len(logits) if logits.device.type != "cpu" else _PIECE // logits.shape[-1]
+    rows = max(1, rows)
+    for first in range(0, max(1, len(logits)), rows):
+        yield logits[first : first + rows]
 
 
 def _describe(
