@@ -190,8 +190,21 @@ def convert(source: Path, out: Path, *more: str) -> dict[str, float]:
     return timed([*command, "--block", "32", "--no-train", "--quiet", "--out", str(out), *more])
 
 
-def compare(source: Path, pairs: int) -> None:
-    """Alternate cp -r, a conversion, and one with links; print what each took."""
+def forget(folder: Path) -> None:
+    """Have the system drop a folder's files from its page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(source: Path, pairs: int, *, cold: bool) -> None:
+    """Alternate cp -r, a conversion, and one with links; print what each took.
+
+    Args:
+        source: The checkpoint.
+        pairs: Rounds after the first, which warms up.
+        cold: Whether each has to read the checkpoint from the disk.
+    """
     out = source.with_name(source.name + "-out")
     ways = {
         "cp -r": lambda: timed(["cp", "-r", str(source), str(out)]),
@@ -206,6 +219,8 @@ def compare(source: Path, pairs: int) -> None:
             shutil.copytree(source, out)
             os.sync()
             shutil.rmtree(out)
+            if cold:
+                forget(source)
             result = run()
             if number:  # the first round warms up
                 taken[name].append(result)
@@ -273,6 +288,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="qwen2.5-1.5b", choices=sorted(MODELS))
     parser.add_argument("--rows", type=int, help="rows of the embedding, to have it grown")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--cold", action="store_true", help="compare: read from the disk")
     parser.add_argument("--once", action="store_true", help="sparse: without --link only")
     parser.add_argument("--scratch", type=Path, default=Path("gguf-scratch"))
     given = parser.parse_args()
@@ -280,7 +296,7 @@ def main() -> None:
         compare_gguf(given.folder, given.scratch, given.pairs)
         return
     if given.what == "compare":
-        compare(given.folder, given.pairs)
+        compare(given.folder, given.pairs, cold=given.cold)
         return
     if not given.folder.exists():
         make(given.folder, given.model, holes=given.what == "sparse", rows=given.rows)
