@@ -53,6 +53,7 @@ class Contestant:
             fields |= {"training.method": "full"}
         if kind == "textbook-lora":
             fields |= {
+                "training.method": "lora",
                 "training.lora.rank": 32,
                 "training.lora.alpha": 32,
                 "training.lora.embeddings": "mask_row",
