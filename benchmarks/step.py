@@ -124,6 +124,7 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
             "training.method": options.method,
             "training.batch_size": options.batch,
             "training.learning_rate": 1e-5,
+            "noise.complementary": False,  # the textbook draws one mask as well
             **parse_assignments(options.set),
         },
     )
