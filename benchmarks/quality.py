@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, get_scheduler
 
-from benchmarks.step import Step, ours, textbooks
+from benchmarks.sampling import seconds
+from benchmarks.step import Step, load, ours, textbooks
 from dllm_convert.adapters import get_adapter
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.cli_values import parse_assignments
@@ -33,9 +33,8 @@ from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
-from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import TextData, collate, prepare_data
-from dllm_convert.training.setup import attention_implementation, load_model, make_trainable
+from dllm_convert.training.setup import load_model, make_trainable
 
 
 class Contestant:
@@ -70,12 +69,9 @@ class Contestant:
         config = json.loads((options.converted / "config.json").read_text())
         self.adapter = get_adapter(config["model_type"])
         torch.manual_seed(0)
-        attention = attention_implementation(self.recipe, self.adapter) if kind == "ours" else None
-        base = load_model(options.converted, self.adapter, attention=attention)
+        base = load(options.converted, self.recipe, self.adapter, is_ours=kind == "ours")
         self.objective = Objective.from_config(base.config)
-        if kind == "ours":
-            checkpoint_activations(base, self.recipe.training.gradient_checkpointing)
-        else:
+        if kind != "ours":
             self.objective = replace(self.objective, token_shift=False)
         self.model = make_trainable(base, self.adapter, self.recipe.training)
         if kind == "textbook-lora":
@@ -103,12 +99,6 @@ def batches(data: TextData, size: int) -> Iterator[dict[str, torch.Tensor]]:
         yield collate([rows[number] for number in range(start, start + size)])
 
 
-def _timed(step: Step, columns: dict[str, torch.Tensor]) -> float:
-    started = time.perf_counter()
-    step(columns)
-    return time.perf_counter() - started
-
-
 def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[dict[str, Any]]:
     """Train for the longest budget, measure at each; the clock stands while measuring."""
     if kind == "ours":
@@ -118,7 +108,7 @@ def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[di
     data = prepare_data(trial.recipe, tokenizer, Reporter(quiet=True))
     size = trial.recipe.training.batch_size
     step, text = trial.steps(10), batches(data, size)
-    taken = [_timed(step, next(text)) for _ in range(6)]
+    taken = [seconds(lambda: step(next(text)))[0] for _ in range(6)]
     planned = int(budgets[-1] / statistics.median(taken[1:]))
     del trial, step
     contestant = Contestant(options, kind)
@@ -126,7 +116,7 @@ def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[di
     used, done, found = 0.0, 0, []
     for budget in budgets:
         while used < budget:
-            used += _timed(step, next(text))
+            used += seconds(lambda: step(next(text)))[0]
             done += 1
         contestant.model.eval()
         measured = nelbo(contestant.model, data.held_out, contestant.objective, seed=0)

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from benchmarks import textbook
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import Adapter, get_adapter
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.cli_values import parse_assignments
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
+from dllm_convert.schema import Recipe
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import collate
 from dllm_convert.training.run import _arguments
@@ -111,6 +112,15 @@ def _update(model: Any, optimizer: Any) -> None:
 KINDS = {"textbook": textbooks, "ours": ours}
 
 
+def load(folder: Path, recipe: Recipe, adapter: Adapter, *, is_ours: bool) -> Any:
+    """Load the model as the package trains it, or as the textbook does."""
+    if not is_ours:
+        return load_model(folder, adapter)
+    model = load_model(folder, adapter, attention=attention_implementation(recipe, adapter))
+    checkpoint_activations(model, recipe.training.gradient_checkpointing)
+    return model
+
+
 def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
     """Load the model and return it with the step of a kind."""
     config = json.loads((options.converted / "config.json").read_text())
@@ -128,10 +138,7 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
             **parse_assignments(options.set),
         },
     )
-    attention = attention_implementation(recipe, adapter) if kind == "ours" else None
-    model = load_model(options.converted, adapter, attention=attention)
-    if kind == "ours":
-        checkpoint_activations(model, recipe.training.gradient_checkpointing)
+    model = load(options.converted, recipe, adapter, is_ours=kind == "ours")
     objective = Objective.from_config(model.config)
     model = make_trainable(model, adapter, recipe.training)
     weights = [weight for weight in model.parameters() if weight.requires_grad]

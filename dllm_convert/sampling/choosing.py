@@ -115,28 +115,25 @@ def show_noise(
     return shown
 
 
-def _by_rows(logits: torch.Tensor) -> Iterator[torch.Tensor]:
+def _rows_at_once(logits: torch.Tensor) -> int:
     # All probabilities of a batch are tens of megabytes, which on a CPU are written to memory, and
     # often to pages fresh from the system, for one number of each row.
     rows = len(logits) if logits.device.type != "cpu" else _PIECE // logits.shape[-1]
-    rows = max(1, rows)
-    for first in range(0, max(1, len(logits)), rows):
-        yield logits[first : first + rows]
+    return max(1, rows)
 
 
 def _describe(
     probabilities: torch.Tensor, options: DecodingOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The largest probability of each row, its entropy, and the margin to the second: both are
-    # computed only where an option asks for them, and empty otherwise.
-    largest = probabilities.amax(-1)
-    entropy = margin = largest[:0]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # The entropy of each row and the margin between its two likeliest tokens: each is computed only
+    # where an option asks for it, and empty otherwise.
+    entropy = margin = probabilities.new_empty(0)
     if options.entropy_bound is not None or options.unmasking == "entropy":
         entropy = torch.special.entr(probabilities).sum(-1)
     if options.unmasking == "margin":
         two = probabilities.topk(2, -1).values
         margin = two[:, 0] - two[:, 1]
-    return largest, entropy, margin
+    return entropy, margin
 
 
 def rate_tokens(
@@ -161,10 +158,11 @@ def rate_tokens(
         empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
         probabilities = warpers(empty, logits).softmax(-1)
         token = _draw_tokens(probabilities, counts, generators)
-        _, entropy, margin = _describe(probabilities, options)
+        entropy, margin = _describe(probabilities, options)
         confidence = probabilities.gather(-1, token[:, None]).squeeze(-1)
     else:
-        parts = (_describe(part.softmax(-1), options) for part in _by_rows(logits))
+        pieces = (part.softmax(-1) for part in torch.split(logits, _rows_at_once(logits)))
+        parts = ((part.amax(-1), *_describe(part, options)) for part in pieces)
         confidence, entropy, margin = map(torch.cat, zip(*parts, strict=True))
     score = confidence
     if options.unmasking == "margin":
