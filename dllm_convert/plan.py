@@ -32,6 +32,7 @@ from dllm_convert.plan_fit import (
     diffusion_section,
 )
 from dllm_convert.plan_layers import AttentionLayers
+from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo
@@ -162,6 +163,7 @@ def make_plan(
     check_class(source.config, adapter)
     check_target(recipe, adapter)
     check_pickle(source, allowed=recipe.allow_pickle)
+    tokenizer = check_tokenizer(source)
     mask = decide_mask_token(recipe, source, adapter)
     names: tuple[str, ...] = ()
     if source.tensors:
@@ -190,6 +192,7 @@ def make_plan(
         tensors_changed=changed,
         warnings=(
             *source.warnings,
+            *tokenizer,
             *((converted,) if converted else ()),
             *advise(recipe, source, adapter, context),
         ),

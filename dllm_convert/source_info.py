@@ -43,7 +43,14 @@ class TokenizerInfo:
         reachable: Ids used by anything else in the tokenizer (template, post-processor, named
             tokens) or by the model's config, the mask token's own entry left out.
         size: Largest id plus one.
+        proper: Rows that the vocabulary without added tokens needs; None for all of them.
         mask_token: The tokenizer's own mask token, if it has one.
+        beside: Texts that side files or the class add to what the vocabulary file has, in the order
+            of their ids.
+        mask_is_word: Whether it is one that ordinary text produces.
+        file: Name of the file that holds the vocabulary; None for a GGUF file.
+        declared_class: `tokenizer_class` that the folder names.
+        code: Class of the folder's own code that `auto_map` names for the tokenizer.
     """
 
     vocab: Mapping[str, int]
@@ -51,6 +58,12 @@ class TokenizerInfo:
     reachable: frozenset[int]
     size: int
     mask_token: str | None = None
+    proper: int | None = None
+    beside: tuple[str, ...] = ()
+    mask_is_word: bool = False
+    file: str | None = None
+    declared_class: str | None = None
+    code: str | None = None
 
 
 @dataclass(frozen=True)

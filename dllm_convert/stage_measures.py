@@ -57,9 +57,9 @@ class Measures:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from dllm_convert.tokenizer_loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.workspace.work / "untrained")
+        return load_tokenizer(self.workspace.work / "untrained")
 
     @cached_property
     def _data(self) -> TextData:

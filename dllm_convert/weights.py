@@ -175,12 +175,10 @@ def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
 
 def _write_others(plan: ConversionPlan, source: Path, out: Path, *, light: bool) -> None:
     from dllm_convert.bundle import write_modeling
-    from dllm_convert.tokenizer_json import write_tokenizer_json
     from dllm_convert.tokenizer_output import write_tokenizer
 
     _write_configs(plan, source, out)
-    if not (light and write_tokenizer_json(plan.mask, source, out)):
-        write_tokenizer(plan.mask, source, out)
+    write_tokenizer(plan.mask, plan.source.tokenizer, source, out, light=light)
     write_modeling(out, plan.adapter)
     for name in matching(file_names(source), LICENCE_FILES):
         shutil.copyfile(source / name, out / name)
@@ -203,7 +201,7 @@ def adapt(
         out: Folder to create; it must not hold anything yet.
         reporter: Progress.
         link: Whether weight files that do not change may be hard links to the source's.
-        light: Whether to leave transformers out: a tokenizer.json is edited as a file.
+        light: Whether to leave transformers out, which proves a tokenizer that was written.
 
     Returns:
         Hashes of all that was read and written.

@@ -17,6 +17,7 @@ from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import Subject
 from dllm_convert.manifest import read_manifest
 from dllm_convert.schema import Recipe
+from dllm_convert.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
 """Text that two vocabularies are unlikely to cut alike."""
@@ -92,9 +93,9 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
 def _base_nll(
     base: str, subject: Subject, batches: Sequence[TextBatch], reporter: Reporter
 ) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    own = AutoTokenizer.from_pretrained(base)(PROBE, add_special_tokens=False)["input_ids"]
+    own = load_tokenizer(base)(PROBE, add_special_tokens=False)["input_ids"]
     if own != subject.encode(PROBE, special=False):
         raise IncompatibleError(
             f"{base} has another vocabulary than {subject.name}, so their nats per token cannot "

@@ -31,7 +31,7 @@ def main(adapter: str, base: str, merged: str, class_name: str) -> None:
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(tokenizer), (1, LENGTH), generator=generator)
     tokens[:, 1::3] = tokenizer.mask_token_id

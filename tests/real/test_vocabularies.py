@@ -195,7 +195,6 @@ def test_saving_changes_nothing_but_the_mask(
 ) -> None:
     import transformers
 
-    from dllm_convert.tokenizer_json import write_tokenizer_json
     from dllm_convert.tokenizer_output import SAMPLES, write_tokenizer
 
     source = Path(shutil.copytree(assets.asset(name) / "package" / "models", tmp_path / "source"))
@@ -204,10 +203,8 @@ def test_saving_changes_nothing_but_the_mask(
     for folder in (source, out):
         (folder / "config.json").write_text(json.dumps({"model_type": family}))
     mask = decide(source, family, rows)
-    if light:
-        assert write_tokenizer_json(mask, source, out)
-    else:
-        write_tokenizer(mask, source, out)
+    info = read_tokenizer(source, {"model_type": family})
+    write_tokenizer(mask, info, source, out, light=light)
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert (loaded.mask_token, loaded.mask_token_id) == (mask.token, mask.id)
     assert len(loaded) == max(mask.used_rows, mask.id + 1)
@@ -231,6 +228,6 @@ def test_saving_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
         (folder / "config.json").write_text('{"model_type": "mistral"}')
     mistral(source, "mistral_instruct_tokenizer_240323.model.v3")
     mask = decide(source, "mistral", MISTRAL_V3_ROWS)
-    write_tokenizer(mask, source, out)
+    write_tokenizer(mask, read_tokenizer(source, {"model_type": "mistral"}), source, out)
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert loaded.mask_token_id == mask.id == 14
