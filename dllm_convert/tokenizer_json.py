@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +69,26 @@ def _new_tokens(
         for text in tokenizer.beside
     ]
     new = {row: f"<|unused_{row}|>" for row in range(tokenizer.size, mask.id)} if mask.new else {}
-    own = [{"id": row, **_token(text)} for row, text in (new | {mask.id: mask.token}).items()]
-    return [*(token for token in beside if token["content"] != mask.token), *own]
+    if mask.token not in tokenizer.beside:
+        new[mask.id] = mask.token
+    return [*beside, *({"id": row, **_token(text)} for row, text in new.items())]
 
 
-def _entries(listed: Iterable[Any], new: Iterable[Mapping[str, Any]]) -> list[Any]:
+def _entries(
+    listed: Iterable[Any], new: Iterable[Mapping[str, Any]], vocab: Container[str]
+) -> list[Any]:
     """Return the added tokens with `new` among them, all others in their order.
 
-    The library counts for itself: the order of new tokens is what gives them their ids.
+    The library counts for itself: the order of new tokens is what gives them their ids. A token
+    that transformers does not load, because the side files leave it out, would take one.
     """
     waiting = {token["content"]: token for token in new}
-    kept = [waiting.pop(token["content"], token) for token in listed]
+    loaded = [token for token in listed if token["content"] in vocab]
+    kept = [waiting.pop(token["content"], token) for token in loaded]
     return [*kept, *waiting.values()]
 
 
-def _with_tokens(text: str, new: Iterable[Mapping[str, Any]]) -> str:
+def _with_tokens(text: str, new: Iterable[Mapping[str, Any]], vocab: Container[str]) -> str:
     """Return a tokenizer.json with `new` among its added tokens; all other text stays.
 
     A vocabulary of megabytes is neither parsed nor written anew for one token, unless the list of
@@ -92,11 +97,11 @@ def _with_tokens(text: str, new: Iterable[Mapping[str, Any]]) -> str:
     places = list(_ADDED.finditer(text))
     if len(places) != 1:
         content = json.loads(text)
-        content["added_tokens"] = _entries(content.get("added_tokens") or (), new)
+        content["added_tokens"] = _entries(content.get("added_tokens") or (), new, vocab)
         return json.dumps(content, indent=2, ensure_ascii=False)
     start = places[0].end() - 1
     listed, end = json.JSONDecoder().raw_decode(text, start)
-    entries = json.dumps(_entries(listed, new), indent=2, ensure_ascii=False)
+    entries = json.dumps(_entries(listed, new, vocab), indent=2, ensure_ascii=False)
     return text[:start] + entries + text[end:]
 
 
@@ -155,10 +160,14 @@ def _finds(path: Path, mask: MaskTokenDecision) -> tuple[int | None, bool]:
 
 
 def _write_tokenizer(
-    mask: MaskTokenDecision, source: Path, out: Path, new: list[dict[str, Any]]
+    mask: MaskTokenDecision,
+    source: Path,
+    out: Path,
+    new: list[dict[str, Any]],
+    vocab: Container[str],
 ) -> None:
     try:
-        text = _with_tokens(source.read_text(encoding="utf-8"), new)
+        text = _with_tokens(source.read_text(encoding="utf-8"), new, vocab)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(
             f"{source.name}: not a tokenizer of the tokenizers library ({error})"
@@ -202,5 +211,6 @@ def write_tokenizer_json(
     if mask.rule == "tokenizer" and _finds(source / TOKENIZER_FILE, mask) == (mask.id, True):
         new = []
     else:
-        _write_tokenizer(mask, source / TOKENIZER_FILE, out / TOKENIZER_FILE, new)
+        places = (source / TOKENIZER_FILE, out / TOKENIZER_FILE)
+        _write_tokenizer(mask, *places, new, tokenizer.vocab)
     _write_side_files(source, out, mask.token, settings, new)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import inspect
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from dllm_convert import plan_tokenizer
+from dllm_convert.adapters import get_adapter
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.mask_token import decide_mask_token
+from dllm_convert.plan_tokenizer import check_tokenizer
+from dllm_convert.schema import Recipe
+from dllm_convert.source import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_classes import (
     _DEFAULTS,
     _FAMILIES,
@@ -20,6 +28,7 @@ from dllm_convert.tokenizer_classes import (
     loading_class,
 )
 from dllm_convert.tokenizer_files import ROLES, read_tokenizer
+from dllm_convert.tokenizer_output import write_tokenizer
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<mask>")
 CLASSES = (
@@ -225,3 +234,157 @@ def test_the_tables_are_the_installed_transformers() -> None:
     assert {*tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS} & families == _MISNAMED
     for name, members in _FAMILIES.items():
         assert all(registered[family] == name for family in members), name
+
+
+def _recipe(**given: Any) -> Recipe:
+    return Recipe.model_validate({"source": "made up", "target": "mdlm", **given})
+
+
+def _source(folder: Path, config: dict[str, Any], rows: int) -> SourceInfo:
+    adapter = get_adapter("llama")
+    return SourceInfo(
+        given="made up",
+        kind="folder",
+        path=folder,
+        repo_id=None,
+        revision=None,
+        config={**config, "vocab_size": rows},
+        tensors={adapter.embedding: TensorInfo("F32", (rows, 8), "model.safetensors")},
+        tokenizer=read_tokenizer(folder, config),
+    )
+
+
+@pytest.mark.parametrize("light", [True, False], ids=["light", "proven"])
+@pytest.mark.parametrize("group", range(2))
+def test_writing_changes_nothing_but_the_mask(tmp_path: Path, group: int, light: bool) -> None:
+    import transformers
+
+    written = 0
+    for seed in range(1000 + group * DRAWS, 1000 + (group + 1) * DRAWS):
+        source, out = tmp_path / str(seed), tmp_path / f"{seed}-out"
+        config = make_folder(source, seed)
+        rows = json.loads((source / "config.json").read_text())["vocab_size"] + 40 * (seed % 2)
+        info = _source(source, config, rows)
+        try:
+            before = transformers.AutoTokenizer.from_pretrained(source)
+            mask = decide_mask_token(_recipe(), info, get_adapter("llama"))
+        except (TypeError, ValueError, IncompatibleError):
+            continue
+        out.mkdir()
+        (out / "config.json").write_text((source / "config.json").read_text())
+        try:
+            write_tokenizer(mask, info.tokenizer, source, out, light=light)
+        except DataError as error:
+            # A vocabulary of words whose unknown token is not among them.
+            assert "UNK" in str(error), seed
+            continue
+        after = transformers.AutoTokenizer.from_pretrained(out)
+        assert (after.mask_token, after.mask_token_id) == (mask.token, mask.id), seed
+        kept = {text: row for text, row in after.get_vocab().items() if text in before.get_vocab()}
+        assert kept == before.get_vocab(), seed
+        text = "a b d"
+        assert after(text)["input_ids"] == before(text)["input_ids"], seed
+        assert after(f"a{mask.token}b")["input_ids"].count(mask.id) == 1, seed
+        written += 1
+    assert written >= DRAWS * 0.8
+
+
+def test_a_file_whose_added_tokens_are_not_listed_is_edited_all_the_same(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    config = {"model_type": "llama", "vocab_size": 270}
+    for folder in (source, out):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+    content = json.loads(byte_level(SPECIAL, 0).to_str())
+    # The name of the list is also the text of a token, and the list itself is not there.
+    del content["added_tokens"]
+    content["model"]["vocab"]["added_tokens"] = len(content["model"]["vocab"])
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "Q"}, "content": "q"}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    info = _source(source, config, 270)
+    mask = decide_mask_token(_recipe(), info, get_adapter("llama"))
+    write_tokenizer(mask, info.tokenizer, source, out, light=True)
+    made = json.loads((out / "tokenizer.json").read_text())
+    assert [token["content"] for token in made.pop("added_tokens")] == ["<|mask|>"]
+    assert made == {key: value for key, value in content.items() if key != "added_tokens"}
+
+
+CODE = {"AutoTokenizer": ["tokenization_our.OurTokenizer", None]}
+
+
+def _with_settings(folder: Path, family: str, **settings: Any) -> SourceInfo:
+    folder.mkdir()
+    byte_level(SPECIAL, 3).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return _source(folder, {"model_type": family}, 320)
+
+
+@pytest.mark.parametrize("auto_map", [CODE, CODE["AutoTokenizer"], {"AutoTokenizer": "a.B"}])
+@pytest.mark.parametrize("declared", ["OurTokenizer", None])
+def test_a_tokenizer_of_the_checkpoints_own_code_is_refused(
+    tmp_path: Path, auto_map: Any, declared: str | None
+) -> None:
+    info = _with_settings(tmp_path / "s", "llama", tokenizer_class=declared, auto_map=auto_map)
+    with pytest.raises(IncompatibleError, match="not run") as caught:
+        check_tokenizer(info)
+    assert "auto_map" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "declared"), [("qwen2", "OurTokenizer"), ("llama", "LlamaTokenizerFast")]
+)
+def test_code_that_transformers_has_a_class_for_is_told_and_left_out(
+    tmp_path: Path, family: str, declared: str
+) -> None:
+    info = _with_settings(tmp_path / "s", family, tokenizer_class=declared, auto_map=CODE)
+    (warning,) = check_tokenizer(info)
+    assert "tokenization_our.OurTokenizer" in warning
+    out = tmp_path / "out"
+    out.mkdir()
+    mask = decide_mask_token(_recipe(), info, get_adapter("llama"))
+    write_tokenizer(mask, info.tokenizer, tmp_path / "s", out, light=True)
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert "auto_map" not in written
+    assert written["tokenizer_class"] in ("LlamaTokenizerFast", "PreTrainedTokenizerFast")
+
+
+def test_settings_that_name_a_place_are_not_copied(tmp_path: Path) -> None:
+    info = _with_settings(
+        tmp_path / "s", "llama", name_or_path="/home/me/x", tokenizer_file="/home/me/t.json"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    mask = decide_mask_token(_recipe(), info, get_adapter("llama"))
+    write_tokenizer(mask, info.tokenizer, tmp_path / "s", out, light=True)
+    assert "/home/me" not in (out / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "extra"),
+    [
+        ("tekken.json", "mistral_common", "mistral"),
+        ("tokenizer.model", "sentencepiece", "sentencep"),
+    ],
+)
+def test_a_vocabulary_whose_reader_is_not_installed_is_refused_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, module: str, extra: str
+) -> None:
+    info = _with_settings(tmp_path / "s", "mistral")
+    info = replace(info, tokenizer=replace(info.tokenizer, file=file))
+    monkeypatch.setattr(plan_tokenizer, "find_spec", lambda name: None)
+    with pytest.raises(IncompatibleError, match=module) as caught:
+        check_tokenizer(info)
+    assert f"dllm-convert[{extra}" in (caught.value.hint or "")
+    monkeypatch.setattr(plan_tokenizer, "find_spec", lambda name: object())
+    assert check_tokenizer(info) == ()
+
+
+def test_a_tekken_file_beside_a_tokenizer_json_is_not_copied(tmp_path: Path) -> None:
+    # With mistral-common installed transformers would read it instead, and it has no mask.
+    info = _with_settings(tmp_path / "s", "mistral")
+    (tmp_path / "s" / "tekken.json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    mask = decide_mask_token(_recipe(), info, get_adapter("llama"))
+    write_tokenizer(mask, info.tokenizer, tmp_path / "s", out)
+    assert not (out / "tekken.json").exists()
