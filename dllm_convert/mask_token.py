@@ -268,3 +268,13 @@ def _by_the_rules(tokenizer: TokenizerInfo, adapter: Adapter, rows: int) -> Mask
         return _decision(reserved, row, "reserved", reason, tokenizer, rows, new=False)
     reason = f"no row is free: the embedding grows from {rows} to {_grown(rows, free)} rows"
     return _decision(_new_text(tokenizer), free, "grow", reason, tokenizer, rows, new=True)
+
+
+def unused_ids(tokenizer: TokenizerInfo, mask: MaskTokenDecision) -> tuple[tuple[int, int], ...]:
+    """Return the rows of the output's embedding that are no token: first, and one past the last.
+
+    Padding of the embedding, gaps, and what fills them: no text has them, so decoding writes none.
+    """
+    taken = sorted({*tokenizer.vocab.values(), mask.id})
+    edges = zip([-1, *taken], [*taken, mask.rows_after], strict=True)
+    return tuple((before + 1, after) for before, after in edges if after - before > 1)

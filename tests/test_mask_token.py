@@ -11,7 +11,7 @@ import pytest
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token
+from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token, unused_ids
 from dllm_convert.schema import Recipe
 from dllm_convert.source import SourceInfo, TensorInfo, TokenizerInfo, inspect_source
 
@@ -233,3 +233,20 @@ def test_rules_on_saved_tokenizers(
     made = decide(info)
     assert made.rule == rule
     assert 0 <= made.id < made.rows_after
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "unused"),
+    [(100, 128, ((101, 128),)), (100, 100, ((101, 128),)), (127, 128, ())],
+    ids=["padded", "grown", "full"],
+)
+def test_rows_that_are_no_token(size: int, rows: int, unused: tuple[tuple[int, int], ...]) -> None:
+    info = source(size, rows)
+    assert unused_ids(info.tokenizer, decide(info)) == unused
+
+
+def test_rows_between_tokens_that_are_no_token() -> None:
+    info = source(100, 128)
+    vocab = {text: row for text, row in info.tokenizer.vocab.items() if row not in (40, 41, 70)}
+    info = replace(info, tokenizer=replace(info.tokenizer, vocab=vocab))
+    assert unused_ids(info.tokenizer, decide(info)) == ((40, 42), (70, 71), (101, 128))
