@@ -19,7 +19,7 @@ from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.stages import Stages
 from dllm_convert.training.reporting import require_installed
-from dllm_convert.workspace import fingerprint, open_workspace, read_workspace
+from dllm_convert.workspace import check_apart, fingerprint, open_workspace, read_workspace
 
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions, PushResult
@@ -102,6 +102,7 @@ def run(
     """
     require_installed(recipe.training.report_to)
     plan = plan_conversion(recipe, out)
+    check_apart(out, plan.source.path)
     if push is not None:
         from dllm_convert.publish.run import preflight
 
