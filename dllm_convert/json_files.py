@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
-MAX_JSON_BYTES = 128 << 20
-"""Four times the largest tokenizer.json known."""
 _MAX_FOUND = 300
 
 
@@ -51,14 +49,8 @@ def load_json(path: Path, *, distinct: bool = False) -> Any:
         DataError: The file cannot be read, is too large or is not JSON.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_JSON_BYTES:
-                raise broken(path.name, f"{size:,} bytes", f"JSON of at most {MAX_JSON_BYTES:,}")
-            raw = file.read()
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
+        raw = read_bytes(path, MAX_VOCABULARY_BYTES).decode("utf-8")
+        return json.loads(raw, object_pairs_hook=unique if distinct else None)
     except DuplicateKeyError as error:
         raise broken(path.name, f"{error} is named twice", "every name once") from error
     except (ValueError, RecursionError) as error:

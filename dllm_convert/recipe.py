@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from dllm_convert import recipe_yaml
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.foreign_files import MAX_TEXT_BYTES, check_file
 from dllm_convert.nearest import nearest_place
 from dllm_convert.recipe_fields import describe_problem, fields_of, sections
 from dllm_convert.schema import Recipe, Target
@@ -232,6 +233,7 @@ def _inherited(value: Any, path: Path) -> tuple[str, ...]:
 
 def _read(path: Path) -> str:
     try:
+        check_file(path, MAX_TEXT_BYTES)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         hint = "List the shipped recipes with `dllm-convert recipes`"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 _NORMAL = 1
 _SPECIAL_TYPES = frozenset({2, 3, 5})  # UNKNOWN, CONTROL, UNUSED: never produced by text
@@ -115,12 +116,10 @@ def read_model(path: Path) -> SentencePieceModel:
         DataError: The file cannot be read or is not a SentencePiece model.
     """
     try:
-        fields = list(_fields(path.read_bytes()))
+        fields = list(_fields(read_bytes(path, MAX_VOCABULARY_BYTES)))
         pieces = [_piece(v) for number, v in fields if number == 1 and isinstance(v, bytes)]
         specs = [v for number, v in fields if number == 2 and isinstance(v, bytes)]
         named = _named(specs[0]) if specs else {}
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
     except (ValueError, IndexError) as error:
         raise DataError(
             f"{path.name}: not a SentencePiece model ({error})",

@@ -9,6 +9,12 @@ from typing import Any
 
 from dllm_convert.base_card import read_base_card
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import (
+    MAX_TEXT_BYTES,
+    MAX_VOCABULARY_BYTES,
+    check_file,
+    check_inside,
+)
 from dllm_convert.nearest import no_folder
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
@@ -121,7 +127,13 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
     else:
         headers = read_checkpoint(folder)
         weights = [*headers, *([INDEX_FILE] if SINGLE_FILE not in headers else [])]
-    files = (*weights, *matching(names, SMALL_FILES))
+    small = matching(names, SMALL_FILES)
+    files = (*weights, *small)
+    check_inside(folder, files)
+    for name in small:
+        check_file(folder / name, MAX_VOCABULARY_BYTES)
+    for name in matching(small, LICENCE_FILES):
+        check_file(folder / name, MAX_TEXT_BYTES)
     stats = {name: (folder / name).stat() for name in files}
     return SourceInfo(
         given=given,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import read_text
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.source_info import TokenizerInfo
 from dllm_convert.tokenizer_classes import GENERIC, default_tokens, loading_class
@@ -200,10 +201,7 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
     files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
     for path in files:
         if path.is_file():
-            try:
-                yield path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path.name}: cannot be read as UTF-8 text ({error})") from error
+            yield read_text(path)
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sentencepiece_model import read_model
 
@@ -129,10 +130,7 @@ def _from_tokenizer_json(path: Path) -> Vocabulary:
 
 
 def _from_lines(path: Path) -> Vocabulary:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: cannot be read as UTF-8 text ({error})") from error
+    lines = read_text(path, MAX_VOCABULARY_BYTES).split("\n")
     if lines and not lines[-1]:
         lines.pop()
     return Vocabulary({line.rstrip(): row for row, line in enumerate(lines)})
