@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from typer.core import TyperGroup
 
 from dllm_convert.cli_output import write_json
 from dllm_convert.disk import DISK_FULL
-from dllm_convert.errors import DllmConvertError
+from dllm_convert.errors import DllmConvertError, OutputError
 from dllm_convert.interruption import INTERRUPTED, Interruption
 from dllm_convert.quiet import debugging
+from dllm_convert.shown_text import printable
 
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
@@ -97,17 +99,24 @@ def _interrupted(ctx: Any) -> Failure:
 
 def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
     if debugging():
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        _tell(redact("".join(traceback.format_exception(error))))
     _say(failure, ctx)
     return typer.Exit(failure.exit_code)
 
 
 def _say(failure: Failure, ctx: Any) -> None:
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
-    sys.stderr.write(redact(f"error: {message}\n"))
+    _tell(printable(redact(f"error: {message}\n")))
     if ctx.meta.get(JSON_KEY):
         hint = redact(failure.hint) if failure.hint is not None else None
         problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
-        write_json({"error": problem, "exit_code": failure.exit_code})
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with suppress(OutputError):
+            write_json({"error": problem, "exit_code": failure.exit_code})
+
+
+def _tell(text: str) -> None:
+    """Write to stderr, if somebody still reads it."""
+    with suppress(OSError):
+        if sys.stderr is not None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
