@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from dllm_convert.card_text import address
 from dllm_convert.hub_vocabulary import (
     COMMIT,
     LICENCE_FILE_NAMES,
@@ -166,7 +167,7 @@ def _link(source: Mapping[str, Any], repo_id: str | None, files: tuple[str, ...]
         return here
     link = source.get("license_link")
     if link is None or link.startswith("https://"):
-        return str(link) if link else None
+        return address(link) if link else None
     if repo_id is None or ".." in link or not re.fullmatch(r"[\w./-]+", link):
         return None
     revision = source.get("revision") or "main"
