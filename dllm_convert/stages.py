@@ -106,14 +106,19 @@ class Stages(Measures):
 
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import WRITTEN_LAST, hash_files, versions
+        from dllm_convert.manifest import (
+            MANIFEST_VERSION,
+            WRITTEN_LAST,
+            hash_files,
+            versions,
+        )
 
         adapted = self.workspace.result("adapt") or {}
         ways = {} if self._trains else adapted.get("ways", {})
         known = {name: adapted["files"][name] for name in ways}
         later = hash_files(self.workspace.staged, exclude=(*WRITTEN_LAST, *known))
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": MANIFEST_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dllm_convert": __version__,
             "versions": versions(),

@@ -19,12 +19,13 @@ from dllm_convert.adapters import Adapter, adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.copying import pieces, workers
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.manifest import MANIFEST_FILE, changed_files, read_manifest
+from dllm_convert.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.mean_row import is_finite
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_checks import unused_tensors
 from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
 from dllm_convert.source_folder import read_config
+from dllm_convert.verify.hashes import REQUIRED, hashes_probe
 from dllm_convert.verify.report import Probe, VerificationReport, first_items, skipped
 
 NEEDS_MODEL = (
@@ -204,7 +205,7 @@ def verify_staged(
         against = BaseBytes(folder, base, plan.adapter, row, known)
         config = read_config(folder)
         return verify_bytes(
-            folder, config, plan.adapter, against=against, hashes=None, reason=reason
+            folder, config, plan.adapter, against=against, hashed=True, reason=reason
         )
 
 
@@ -239,7 +240,7 @@ def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> Verifi
             config,
             adapter,
             against=BaseBytes(folder, base, adapter, row, trained=trained) if base else None,
-            hashes=manifest.get("files") or {},
+            hashed=False,
             reason="not asked for: --files",
         )
 
@@ -250,7 +251,7 @@ def verify_bytes(
     adapter: Adapter,
     *,
     against: BaseBytes | None,
-    hashes: Mapping[str, str] | None,
+    hashed: bool,
     reason: str,
 ) -> VerificationReport:
     """Verify a checkpoint without loading its model.
@@ -260,7 +261,7 @@ def verify_bytes(
         config: Its config.json.
         adapter: Its family.
         against: The comparison with its base, None if there is none to compare with.
-        hashes: What its files should hash to, None if they were hashed as they were written.
+        hashed: Whether its files were hashed as they were written.
         reason: Why the other probes are not run.
     """
     started = time.monotonic()
@@ -271,16 +272,12 @@ def verify_bytes(
             probes.append(skipped("base-tensors", "0", "no base to compare with: --against SOURCE"))
         else:
             probes.append(against.probe())
-    probes.append(_hashes_probe(folder, hashes))
+    probes.append(_hashes_probe(folder, hashed=hashed))
     probes += map(partial(skipped, required="to be measured", reason=reason), NEEDS_MODEL)
     return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
 
 
-def _hashes_probe(folder: Path, hashes: Mapping[str, str] | None) -> Probe:
-    if hashes is None:
-        return skipped("hashes", "0", "they were taken from the bytes as these were written")
-    if not hashes:
-        return skipped("hashes", "0", "the folder has no manifest with hashes")
-    wrong = changed_files(folder, hashes)
-    found = f"{len(wrong)} of {len(hashes)} files differ"
-    return Probe("hashes", not wrong, found, "0", first_items(wrong))
+def _hashes_probe(folder: Path, *, hashed: bool) -> Probe:
+    if hashed:
+        return skipped("hashes", REQUIRED, "they were taken from the bytes as these were written")
+    return hashes_probe(folder)

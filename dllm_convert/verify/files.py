@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import changed_files
 from dllm_convert.plan_attention import layer_types
 from dllm_convert.plan_layers import SLIDING
+from dllm_convert.verify.hashes import hashes_probe
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.reading import read_tensor
 from dllm_convert.verify.report import Probe, first_items, skipped
@@ -145,11 +145,5 @@ def check_finite(subject: Subject) -> Probe:
 
 
 def check_hashes(subject: Subject) -> Probe:
-    """Return the probe `hashes`: the files are those the manifest names."""
-    hashes = subject.manifest.get("files")
-    required = "0"
-    if not isinstance(hashes, Mapping) or not hashes:
-        return skipped("hashes", required, "the folder has no manifest with hashes")
-    wrong = changed_files(subject.folder, hashes)
-    measured = f"{len(wrong)} of {len(hashes)} files differ"
-    return Probe("hashes", not wrong, measured, required, first_items(wrong))
+    """Return the probe `hashes`: the files are those the manifest names, and no others."""
+    return hashes_probe(subject.folder)

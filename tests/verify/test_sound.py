@@ -40,7 +40,7 @@ def test_untrained_conversion_passes_every_probe(
     converted: Callable[..., Any], family: str, target: str
 ) -> None:
     made = converted(family, target)
-    write_manifest(made.folder, {"files": hash_files(made.folder)})
+    write_manifest(made.folder, {"format_version": 1, "files": hash_files(made.folder)})
 
     report = verify_checkpoint(made.folder, against=made.base, untrained=True)
 
