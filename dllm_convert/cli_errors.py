@@ -19,13 +19,13 @@ from dllm_convert.disk import DISK_FULL
 from dllm_convert.errors import DllmConvertError, OutputError
 from dllm_convert.interruption import INTERRUPTED, Interruption
 from dllm_convert.quiet import debugging
+from dllm_convert.secrets_found import TOKEN_VARIABLES
 from dllm_convert.shown_text import printable
 
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def classify(error: Exception) -> Failure | None:
 
 def redact(text: str) -> str:
     """Return the text without access tokens, known ones and whatever looks like one."""
-    for variable in _TOKEN_VARIABLES:
+    for variable in TOKEN_VARIABLES:
         token = os.environ.get(variable)
         if token:
             text = text.replace(token, "hf_***")

@@ -35,6 +35,7 @@ from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
+from dllm_convert.secrets_found import refuse_secrets
 from dllm_convert.source_info import SourceInfo
 
 __all__ = [
@@ -160,6 +161,7 @@ def make_plan(
         UnsupportedError: The family, or this target for it, has no conversion.
         IncompatibleError: The checkpoint or the recipe cannot be converted as asked.
     """
+    refuse_secrets(recipe.model_dump())
     adapter = measured or get_adapter(source.model_type)
     if adapter.measured is not None:
         source = replace(source, config={**source.config, **adapter.measured.config})
