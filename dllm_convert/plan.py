@@ -9,7 +9,7 @@ from typing import Any
 from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
-from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token, unused_ids
+from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
 from dllm_convert.plan_attention import open_attention
@@ -117,15 +117,11 @@ def _diffusion_section(recipe: Recipe, mask: MaskTokenDecision, *, shift: bool) 
 
 def _config_updates(
     recipe: Recipe,
-    source: SourceInfo,
+    config: Mapping[str, Any],
     adapter: Adapter,
     mask: MaskTokenDecision,
     opened: Mapping[str, Any],
 ) -> dict[str, Any]:
-    section = _diffusion_section(recipe, mask, shift=_keeps_shift(recipe, adapter))
-    unused = unused_ids(source.tokenizer, mask)
-    if unused:
-        section["unused_ids"] = [list(ids) for ids in unused]
     updates: dict[str, Any] = {
         "architectures": [adapter.diffusion_class],
         "auto_map": {adapter.auto_class: f"modeling_dllm.{adapter.diffusion_class}"},
@@ -134,11 +130,11 @@ def _config_updates(
         "mask_token_id": mask.id,
         "vocab_size": mask.rows_after,
         **opened,
-        "diffusion": section,
+        "diffusion": _diffusion_section(recipe, mask, shift=_keeps_shift(recipe, adapter)),
     }
     if recipe.target == "bd3lm":
         updates["block_size"] = recipe.block_size
-    elif diffusion_section(source.config) is not None:
+    elif diffusion_section(config) is not None:
         # Left by a conversion to bd3lm it would keep the attention block-causal.
         updates["block_size"] = None
     if adapter.measured is not None:
@@ -192,7 +188,9 @@ def make_plan(
         adapter=adapter,
         mask=mask,
         attention_changes=attention.changes,
-        config_updates=_config_updates(recipe, source, adapter, mask, attention.config_updates),
+        config_updates=_config_updates(
+            recipe, source.config, adapter, mask, attention.config_updates
+        ),
         tensors_changed=changed,
         warnings=(
             *source.warnings,

@@ -41,9 +41,7 @@ def staged(folder: Path, **files: str) -> Path:
 
 
 @pytest.mark.parametrize("secret", SECRETS)
-@pytest.mark.parametrize(
-    "name", ["README__md", "recipe__yaml", "report__html", "chat_template__jinja"]
-)
+@pytest.mark.parametrize("name", ["README__md", "recipe__yaml", "report__html", "chat__jinja"])
 def test_a_credential_is_named_by_file_and_line(tmp_path: Path, name: str, secret: str) -> None:
     folder = staged(tmp_path / "s", **{name: f"one\ntwo\nthree {secret}, and more\n"})
     with pytest.raises(DataError, match=r"line 3: ") as caught:
