@@ -14,6 +14,27 @@ DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete
 _MAX_FOUND = 300
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that git wrote in the place of a large one."""
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what git-LFS left in the place of a large one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def pointer(file: str) -> DataError:
+    """Return the error for a file that git-LFS did not fetch."""
+    return DataError(
+        f"{file} is a git-LFS pointer: the file itself was not downloaded",
+        hint="Run `git lfs pull` in its folder, or download it again with `hf download`",
+    )
+
+
 class DuplicateKeyError(ValueError):
     """An object names a key twice."""
 
@@ -49,8 +70,10 @@ def load_json(path: Path, *, distinct: bool = False) -> Any:
         DataError: The file cannot be read, is too large or is not JSON.
     """
     try:
-        raw = read_bytes(path, MAX_VOCABULARY_BYTES).decode("utf-8")
-        return json.loads(raw, object_pairs_hook=unique if distinct else None)
+        raw = read_bytes(path, MAX_VOCABULARY_BYTES)
+        if raw.startswith(LFS_POINTER):
+            raise pointer(path.name)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
     except DuplicateKeyError as error:
         raise broken(path.name, f"{error} is named twice", "every name once") from error
     except (ValueError, RecursionError) as error:

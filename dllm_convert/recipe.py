@@ -189,6 +189,22 @@ def _shipped(folder: str) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
+def same_name_warning(recipe: Recipe) -> str | None:
+    """Return what to know where a shipped recipe and a folder here have the same name."""
+    recipes, folder = _shipped(""), Path(recipe.source).expanduser()
+    if recipe.name in recipes and Path(recipe.name).is_dir() and recipe.source != recipe.name:
+        return (
+            f"there is a folder {recipe.name} here too, and the recipe of that name was taken: "
+            f"./{recipe.name} means the folder"
+        )
+    if folder.name in recipes and folder.is_dir() and folder.resolve().parent == Path.cwd():
+        return (
+            f"the folder {folder.name} was taken; {folder.name} alone, without a path, means the "
+            "recipe of that name"
+        )
+    return None
+
+
 def _find(source: str) -> Path | None:
     """Return the recipe file that `source` means, or None if it is a checkpoint itself."""
     recipes = _shipped("")

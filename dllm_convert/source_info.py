@@ -82,6 +82,8 @@ class SourceInfo:
         card: Licence, languages and origin, as the base's author states them.
         fingerprint: Identity of the content: commit, or file names with sizes and times.
         files: Names of the files that belong to the checkpoint.
+        beside: Names of all files that lie where the checkpoint does.
+        twins: Tensors that hold once more what another one holds, such as a tied head.
         warnings: What the user should know about the files themselves.
         gated: Whether the Hub's owner grants access one by one: `auto`, `manual` or no; None if
             nobody said.
@@ -98,6 +100,8 @@ class SourceInfo:
     card: BaseCard = field(default_factory=BaseCard)
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    twins: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     gated: Literal["auto", "manual", "no"] | None = None
 
@@ -114,4 +118,4 @@ class SourceInfo:
     @property
     def parameters(self) -> int:
         """Number of weights in the file, tied tensors counted once; 0 if headers do not tell."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        return sum(t.size for name, t in self.tensors.items() if name not in self.twins)

@@ -219,7 +219,7 @@ class TestHeaders:
         path = source_factory("llama")
         pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
         (path / "model.safetensors").write_text(pointer)
-        refuse(path, "model.safetensors", "a header of")
+        refuse(path, "model.safetensors", "git-LFS pointer", "git lfs pull")
 
 
 class TestShards:
