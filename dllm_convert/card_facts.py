@@ -21,6 +21,7 @@ from dllm_convert.card_base import (
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.card_evaluation import Evaluation, evaluation_of
 from dllm_convert.errors import DataError
+from dllm_convert.fit import is_tied
 from dllm_convert.licences import conforming_name
 from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
@@ -168,9 +169,10 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         plan, source, recipe = manifest["plan"], manifest["source"], manifest["recipe"]
         measurements = manifest.get("measurements") or {}
         config = _config(folder)
+        adapter = adapter_of(config | {"model_type": source["model_type"]})
         return Facts(
             base=base_of(folder, manifest),
-            adapter=adapter_of(config | {"model_type": source["model_type"]}),
+            adapter=adapter,
             objective=plan["target"],
             block_size=plan["block_size"],
             token_shift=plan["token_shift"],
@@ -189,7 +191,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
             has_report=(folder / REPORT_FILE).is_file(),
-            tied=bool(config.get("tie_word_embeddings", True)),
+            tied=is_tied(config, adapter),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             manifest=manifest,
         )

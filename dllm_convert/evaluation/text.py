@@ -15,6 +15,7 @@ from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import Subject
+from dllm_convert.loading import load_complete
 from dllm_convert.manifest import read_manifest
 from dllm_convert.schema import Recipe
 from dllm_convert.tokenizer_loading import load_tokenizer
@@ -102,10 +103,13 @@ def _base_nll(
             "be compared",
             hint="Give the model that was converted",
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=subject.model.dtype, attn_implementation="sdpa"
-    )
-    model = model.to(subject.model.device).eval()
+    model = load_complete(
+        AutoModelForCausalLM,
+        base,
+        dtype=subject.model.dtype,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+    ).to(subject.model.device)
     rows = int(model.config.get_text_config().vocab_size)
     with reporter.task("measure the base's NLL", total=len(batches)) as task:
         return dict(autoregressive_nll(Stock(model), batches, rows, task=task).as_dict())

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from dllm_convert.loading import load_base as load_stock
 from dllm_convert.observations import Influence, InfluenceMap
 from dllm_convert.verify.influence import RELATIVE_TOLERANCE, measure_influence
 from dllm_convert.verify.subject import Subject
@@ -65,10 +65,10 @@ def _level(share: float) -> float | None:
 
 
 def load_base(base: Path, subject: Subject) -> Any:
-    """Load the base as stock transformers does, in float32."""
-    cls = getattr(transformers, subject.adapter.stock_class)
-    attention = subject.adapter.implementations[0]
-    return cls.from_pretrained(base, dtype=torch.float32, attn_implementation=attention).eval()
+    """Load the base with its stock class, in float32."""
+    adapter = subject.adapter
+    attention = adapter.implementations[0]
+    return load_stock(base, adapter, dtype=torch.float32, attn_implementation=attention)
 
 
 def observe_influence(subject: Subject, model: Any, base: Any | None) -> Influence:
