@@ -90,6 +90,28 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
     _check_heads(config, declared, causal=adapter is not None and adapter.attention == "causal")
 
 
+def check_padding(config: Mapping[str, Any], rows: int) -> None:
+    """Check that the padding token has a row: without it the class is not even built.
+
+    Args:
+        config: config.json.
+        rows: Rows of the output's embedding.
+
+    Raises:
+        IncompatibleError: It has none.
+    """
+    pad = config.get("pad_token_id")
+    if pad is None:
+        return
+    whole = isinstance(pad, int) and not isinstance(pad, bool)
+    if not whole or not -rows <= pad < rows:
+        raise wrong(
+            "pad_token_id",
+            pad,
+            f"an id below the {rows} rows of the embedding, or null",
+        )
+
+
 def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
     most = tensors or MOST_LAYERS
     for key in _LAYER_KEYS:

@@ -10,7 +10,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.config_code import check_adapter_beside, check_class, code_warnings
-from dllm_convert.config_numbers import check_numbers
+from dllm_convert.config_numbers import check_numbers, check_padding
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
@@ -172,6 +172,7 @@ def make_plan(
     tokenizer = check_tokenizer(source)
     fit, source, files = fit_source(source, adapter)
     mask = decide_mask_token(recipe, source, adapter)
+    check_padding(source.config, mask.rows_after)
     shift = _keeps_shift(recipe, adapter)
     converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)

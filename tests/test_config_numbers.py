@@ -62,6 +62,7 @@ def test_what_is_no_size(source_cache: Sources, adapter: Any, known: bool) -> No
         {"tie_word_embeddings": "false"}, {"tie_word_embeddings": None},
         {"attention_bias": 1}, {"mlp_bias": None}, {"sliding_window": "x"},
         {"sliding_window": 0}, {"num_attention_heads": 3},
+        {"pad_token_id": 10**6}, {"pad_token_id": "x"}, {"pad_token_id": [0]},
     ],
 )  # fmt: skip
 def test_other_numbers_and_flags(source_cache: Sources, values: dict[str, Any]) -> None:
@@ -85,6 +86,8 @@ def test_good_configs_pass(source_cache: Sources, adapter: Any) -> None:
     nothing = dict.fromkeys(("rope_scaling", "attention_dropout", "pretraining_tp", "sliding"))
     check_numbers({**info.config, **nothing}, adapter, len(info.tensors))
     check_numbers({**info.config, "max_position_embeddings": 10_485_760}, adapter, 0)
+    for pad in (None, -1, 0):
+        plan_with(source_cache(adapter.model_type), pad_token_id=pad)
     if adapter.attention == "causal":
         check_numbers({**info.config, "sliding_window": None}, adapter, 0)
 
