@@ -9,7 +9,15 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.tensors import ClassTensors, sizes_of
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.fit import Fit, Same, decide_tie, declared_dtype, is_tied, stock
+from dllm_convert.fit import (
+    Fit,
+    Same,
+    decide_tie,
+    declared_dtype,
+    headless_hint,
+    is_tied,
+    stock,
+)
 from dllm_convert.leftovers import computed_with, is_known_leftover
 from dllm_convert.quantised import FLOATS
 from dllm_convert.source_info import TensorInfo
@@ -17,7 +25,6 @@ from dllm_convert.tensor_names import every_name, loaded_as
 
 _WRAPPERS = ("module.", "_orig_mod.", "pretrained_model.", "base_model.model.", "transformer.")
 _ADAPTERS = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\b.*")
-_EMBEDDERS = frozenset({"modules.json", "config_sentence_transformers.json"})
 _OTHER_CONFIG = "Take the config.json that belongs to these weights"
 
 
@@ -92,11 +99,11 @@ class ClassFit:
                 f"the weights hold an adapter that was not merged ({adapted})",
                 hint="Merge it (merge_and_unload of PEFT), and give the merged model",
             )
-        first = next(iter(self._tensors), "")
         for prefix in _WRAPPERS:
             bare = {name.removeprefix(prefix) for name in self._tensors}
             fits = {loaded_as(name, self._known, self._declared.prefix) for name in bare}
-            inside = first.startswith(prefix) and self._adapter.embedding not in self._files
+            first = next((name for name in self._tensors if name.startswith(prefix)), None)
+            inside = first is not None and self._adapter.embedding not in self._files
             if inside and self._adapter.embedding in fits:
                 raise IncompatibleError(
                     f"the names of the tensors begin with {prefix!r} ({first}), which a wrapper "
@@ -212,7 +219,7 @@ class ClassFit:
             raise IncompatibleError(
                 f"the weights have no {', '.join(missing[:3])}: their language-model head would be "
                 "random",
-                hint=_headless_hint(adapter, self._config, tied=tied, beside=beside),
+                hint=headless_hint(adapter, self._config, tied=tied, beside=beside),
             )
         inside = [name for name in missing if name.startswith(self._declared.layers)]
         known = self._declared.names(
@@ -270,24 +277,6 @@ def _check_types(kept: Mapping[str, TensorInfo]) -> None:
             raise IncompatibleError(
                 f"{name} has dtype {tensor.dtype}, expected one of {', '.join(sorted(FLOATS))}"
             )
-
-
-def _headless_hint(
-    adapter: Adapter, config: Mapping[str, Any], *, tied: bool, beside: Collection[str]
-) -> str:
-    if not _EMBEDDERS.isdisjoint(beside):
-        return (
-            "This is a model of sentence-transformers, a body trained to embed: take "
-            f"{stock(adapter)} that it was made from"
-        )
-    if adapter.attention == "bidirectional":
-        return f"Take {stock(adapter)}, not of a headless encoder"
-    if not tied and "tie_word_embeddings" in config:
-        return (
-            f"Take {stock(adapter)}; if its head is its embedding, correct tie_word_embeddings "
-            "in config.json"
-        )
-    return f"Take {stock(adapter)}, not of a body that was trained to embed or to score"
 
 
 def _left_out(foreign: Iterable[str], adapter: Adapter) -> tuple[str, ...]:

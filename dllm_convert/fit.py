@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from dllm_convert.source_info import TensorInfo
 Same = Callable[[str, str], bool | None]
 """Whether two tensors, by their names in the files, hold the same bytes; None if nobody can say."""
 
+_EMBEDDERS = frozenset({"modules.json", "config_sentence_transformers.json"})
 _STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -96,3 +97,29 @@ def declared_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     most = _STORED.get(sizes.most_common(1)[0][0]) if sizes else None
     keys = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
     return {key: most for key in keys if most is not None and config[key] != most}
+
+
+def headless_hint(
+    adapter: Adapter, config: Mapping[str, Any], *, tied: bool, beside: Collection[str]
+) -> str:
+    """Say what to do about weights without their language-model head.
+
+    Args:
+        adapter: The family.
+        config: config.json.
+        tied: Whether head and embedding are one.
+        beside: Names of the files beside the weights; they tell what a body was trained for.
+    """
+    if not _EMBEDDERS.isdisjoint(beside):
+        return (
+            "This is a model of sentence-transformers, a body trained to embed: take "
+            f"{stock(adapter)} that it was made from"
+        )
+    if adapter.attention == "bidirectional":
+        return f"Take {stock(adapter)}, not of a headless encoder"
+    if not tied and "tie_word_embeddings" in config:
+        return (
+            f"Take {stock(adapter)}; if its head is its embedding, correct tie_word_embeddings "
+            "in config.json"
+        )
+    return f"Take {stock(adapter)}, not of a body that was trained to embed or to score"
