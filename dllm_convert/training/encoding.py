@@ -13,7 +13,7 @@ import numpy as np
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
 from dllm_convert.training.chat import ChatEncoder
-from dllm_convert.training.documents import Row
+from dllm_convert.training.file_rows import Row
 from dllm_convert.training.messages import (
     BESIDE_CHATS,
     CHAT_COLUMNS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from dllm_convert.errors import DataError
@@ -156,6 +157,10 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         # A list of structs as older datasets store it: a struct of lists.
         lists = {key: items for key, items in value.items() if isinstance(items, Sequence)}
         value = [dict(zip(lists, items, strict=False)) for items in zip(*lists.values())]  # noqa: B905
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        # Tables of text hold lists as JSON.
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise DataError(
             f"{where} holds a {type(value).__name__}, expected a text or a list of messages",

@@ -230,6 +230,7 @@ class Preparation:
             "kind": corpus.kind,
             "revision": corpus.revision,
             "streaming": False,
+            "left_out": [Path(name).name for name in corpus.left_out],
         }
 
     def _check(self, documents: int, parts: dict[str, Store]) -> None:

@@ -7,9 +7,8 @@ first in which everything that a conversation says is found in what the template
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -19,48 +18,13 @@ import jinja2
 
 from dllm_convert.errors import DataError
 from dllm_convert.training.bounded import BoundError, bounded
+from dllm_convert.training.forms import Form, function_of, pieces
 from dllm_convert.training.messages import Conversation, Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _CALLED = {"developer": "system", "observation": "tool", "function": "tool", "ipython": "tool"}
 _CALLED |= {"tool_response": "tool", "function_response": "tool"}
 _KNOWN = ("system", "user", "assistant", "tool")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_CLOSES_THOUGHT = "</think>"
-
-
-@dataclass(frozen=True)
-class Form:
-    """How messages are written for a template.
-
-    Attributes:
-        parts: Whether content is a list of parts instead of a text.
-        written: Whether the arguments of a call are JSON instead of an object.
-        blank: Whether a message that only calls has an empty content instead of none.
-    """
-
-    parts: bool = False
-    written: bool = False
-    blank: bool = False
-
-    def of(self, message: Message) -> dict[str, Any]:
-        """Return a message in this form."""
-        found = {key: value for key, value in message.items() if key != "weight"}
-        if "tool_calls" in found:
-            found["tool_calls"] = [self._call(call) for call in found["tool_calls"]]
-            if not (found.get("content") or "").strip():
-                return {**found, "content": "" if self.blank else None}
-        if self.parts:
-            found["content"] = [{"type": "text", "text": found["content"]}]
-        return found
-
-    def _call(self, call: Any) -> Any:
-        function = _function(call)
-        arguments = _arguments(function)
-        if self.written and not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        rest = {**call} if "function" in call else {"type": "function"}
-        return {**rest, "function": {**function, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
@@ -216,7 +180,7 @@ class ChatTemplate:
         """Find the first message that the rendering does not hold, in their order."""
         text = rendered.text
         for tool in rendered.tools:
-            name = str(_function(tool).get("name", ""))
+            name = str(function_of(tool).get("name", ""))
             if name not in text:
                 return DataError(
                     f"the chat template drops the tools of {where}, of them {name!r}",
@@ -271,61 +235,3 @@ class ChatTemplate:
 def _written_out(text: str, word: str) -> bool:
     """Whether a part appears as Python or JSON writes it, instead of by its text."""
     return bool(re.search(rf"""['"]text['"]\s*:\s*['"]{word}""", text))
-
-
-def _function(call: Any) -> Mapping[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return function if isinstance(function, Mapping) else {}
-
-
-def _arguments(function: Mapping[str, Any]) -> Any:
-    """Return the arguments of a call as an object, where they are one or JSON of one."""
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            value = json.loads(arguments)
-        except (json.JSONDecodeError, RecursionError):
-            return arguments
-        return value if isinstance(value, dict) else arguments
-    return arguments
-
-
-def pieces(message: Message, *, answers: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield what has to be found of a message: what it is, and its text.
-
-    A thought of an earlier turn is not: templates of models that think drop it on purpose.
-    """
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content)
-    if message["role"] == "assistant" and _CLOSES_THOUGHT in content:
-        thought, _, content = content.rpartition(_CLOSES_THOUGHT)
-        thought = thought.rpartition("<think>")[2].strip()
-        if answers and thought:
-            yield "the thought", thought
-    if answers and message["role"] == "assistant":
-        for key in _THOUGHTS:
-            if isinstance(message.get(key), str) and message[key].strip():
-                yield f"the {key}", message[key].strip()
-    if content.strip():
-        yield "the content", content.strip()
-    for call in message.get("tool_calls", ()):
-        function = _function(call)
-        yield "the call", str(function.get("name", ""))
-        for leaf in _leaves(_arguments(function)):
-            yield "an argument of the call", leaf
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str):
-        # Inside JSON, quotes and line breaks are written otherwise.
-        yield from re.findall(r"[^\s\"\\/<>&']+", value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield json.dumps(value)

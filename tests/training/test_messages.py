@@ -390,6 +390,10 @@ def test_a_template_that_takes_the_memory_is_stopped(
         learn({"messages": [USER, CAT]}, endless)
 
 
+def test_a_table_may_hold_messages_as_json(learn: Learn) -> None:
+    assert learn({"messages": json.dumps([USER, CAT])}) == learn({"messages": [USER, CAT]})
+
+
 def test_a_conversation_of_parts_among_others(source_cache: SourceFactory) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source_cache("llama"))
     encoder = Encoder(tokenizer, Data(sequence_length=200))
