@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm_convert import strict_json
 from dllm_convert.disk import reporting_full_disk, sync, write_whole
 from dllm_convert.errors import DataError
 
@@ -38,7 +39,7 @@ def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 @dataclass
