@@ -18,6 +18,7 @@ from dllm_convert.foreign_files import MAX_TEXT_BYTES, check_file
 from dllm_convert.nearest import nearest_place
 from dllm_convert.recipe_fields import describe_problem, fields_of, sections
 from dllm_convert.recipe_precedence import NAMES, forgotten
+from dllm_convert.recipe_source import handed_down
 from dllm_convert.schema import Recipe, Target
 
 DEFAULT_PRESET = "small-budget"
@@ -89,10 +90,11 @@ def load_recipe(source: str, *, overrides: Mapping[str, Any], preset: str | None
     elif preset is None:
         layers.add_file(_shipped("presets")[DEFAULT_PRESET], preset=True)
     if preset is not None:
-        layers.add_file(_named_preset(preset), preset=True)
+        layers.add_file(_named_preset(preset), preset=True, typed=True)
     if path is None:
         layers.add({"source": source}, COMMAND_LINE)
     layers.add(overrides, COMMAND_LINE)
+    layers.hand_down()
     recipe = layers.validate()
     if recipe.target == "bd3lm" and recipe.block_size is None:
         return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
@@ -111,18 +113,28 @@ class _Layers:
     Attributes:
         values: Dotted path to value and where it was written, for the messages.
         ranks: Dotted path to the number of the layer that wrote it.
+        typed: Paths that somebody wrote for this conversion: not those of inherited presets.
     """
 
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    typed: set[str] = field(default_factory=set)
     _layers: int = 0
 
-    def add_file(self, path: Path, *, preset: bool = False, chain: tuple[Path, ...] = ()) -> None:
+    def add_file(
+        self,
+        path: Path,
+        *,
+        preset: bool = False,
+        typed: bool = False,
+        chain: tuple[Path, ...] = (),
+    ) -> None:
         """Add a recipe or preset file, what it inherits first.
 
         Args:
             path: The file.
             preset: Whether another recipe inherits it: its name and description stay behind.
+            typed: Whether the user named the preset.
             chain: The files that led here, outermost first.
         """
         path = path.resolve()
@@ -131,15 +143,30 @@ class _Layers:
             raise IncompatibleError(f"{path}: recipes inherit each other: {names}")
         fields = recipe_yaml.parse_mapping(_read(path), str(path))
         for name in _inherited(fields.pop(INHERITS, None), path):
-            self.add_file(_find_preset(name, path), preset=True, chain=(*chain, path))
+            inherited = _find_preset(name, path)
+            self.add_file(inherited, preset=True, typed=typed, chain=(*chain, path))
         if preset:
             fields.pop("name", None)
             fields.pop("description", None)
         else:
             fields.setdefault("name", path.stem)
-        self.add(fields, str(path))
+        self.add(fields, str(path), typed=typed or not preset)
 
-    def add(self, fields: Mapping[str, Any], origin: str) -> None:
+    def hand_down(self) -> None:
+        """Take from a source that is a conversion what nobody asked to be otherwise."""
+        source, _ = self.values.get("source", (None, ""))
+        fields = handed_down(source) if isinstance(source, str) else {}
+        fields = {path: value for path, value in fields.items() if path not in self.typed}
+        target = fields.get("target", self.values.get("target", (None, ""))[0])
+        if target != "bd3lm":
+            fields.pop("block_size", None)
+            if "block_size" not in self.typed:
+                self.values.pop("block_size", None)
+        for path, value in fields.items():
+            self._put(path, value, f"{source}/config.json")
+            self.ranks[path] = 0  # Broader fields that were typed beat it.
+
+    def add(self, fields: Mapping[str, Any], origin: str, *, typed: bool = True) -> None:
         """Add fields, nested or dotted, written at `origin`."""
         flat = dict(_flatten(fields))
         self._layers += 1
@@ -154,6 +181,7 @@ class _Layers:
                 flat["references"] = list(dict.fromkeys([*earlier, *references]))
         for path, value in flat.items():
             self._put(path, value, origin)
+        self.typed |= {*flat} if typed else set()
 
     def _put(self, path: str, value: Any, origin: str) -> None:
         """Set a leaf; what an earlier layer wrote below or above it is thereby replaced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 import transformers
 
+from dllm_convert import modeling
 from dllm_convert.observations import Influence, InfluenceMap
+from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.verify.influence import RELATIVE_TOLERANCE, measure_influence
 from dllm_convert.verify.subject import Subject
 
@@ -65,8 +68,17 @@ def _level(share: float) -> float | None:
 
 
 def load_base(base: Path, subject: Subject) -> Any:
-    """Load the base as stock transformers does, in float32."""
-    cls = getattr(transformers, subject.adapter.stock_class)
+    """Load the base as stock transformers does, in float32; one that is a conversion as what it is.
+
+    The stock class would let a block diffusion model look ahead across its blocks.
+    """
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    adapter = subject.adapter
+    cls = (
+        getattr(modeling, adapter.diffusion_class)
+        if diffusion_section(config) is not None and adapter.measured is None
+        else getattr(transformers, adapter.stock_class)
+    )
     attention = subject.adapter.implementations[0]
     return cls.from_pretrained(base, dtype=torch.float32, attn_implementation=attention).eval()
 
