@@ -19,7 +19,7 @@ from dllm_convert.hub_vocabulary import (
 from dllm_convert.licences import LicenceRules, rules_for
 from dllm_convert.redaction import last_part
 from dllm_convert.source_folder import LICENCE_FILES
-from dllm_convert.training.documents import FILE_SUFFIXES
+from dllm_convert.training.formats import FILE_SUFFIXES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -213,7 +213,7 @@ def data_kind(source: str, recorded: str | None = None) -> Literal["pydoc", "fil
         return "pydoc"
     if recorded in ("files", "hub"):
         return "hub" if recorded == "hub" and is_model_id(source) else "files"
-    looks_like_id = is_model_id(source) and PurePath(source).suffix not in FILE_SUFFIXES
+    looks_like_id = is_model_id(source) and PurePath(source).suffix.lower() not in FILE_SUFFIXES
     return "hub" if looks_like_id and not Path(source).exists() else "files"
 
 

@@ -243,7 +243,8 @@ def _measures(measurements: Mapping[str, Any]) -> tuple[Measure, ...]:
     for key, what in MEASURES.items():
         value = measurements.get(key)
         if value:
-            nats, stderr = float(value["nats_per_token"]), value.get("stderr")
+            nats = math.inf if value["nats_per_token"] is None else float(value["nats_per_token"])
+            stderr = value.get("stderr")
             known = stderr is not None and math.isfinite(stderr)
             perplexity = math.exp(nats) if nats < 700 else None
             tokens = int(value["tokens"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from dllm_convert import strict_json
 from dllm_convert.cli_views import views_of
 from dllm_convert.errors import OutputError
 from dllm_convert.shown_text import json_safe, printable
@@ -25,7 +25,7 @@ _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 
 def write_json(value: Any) -> None:
     """Write the one JSON document of a `--json` command."""
-    document = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    document = strict_json.dumps(value, indent=2, ensure_ascii=False, default=str)
     write(json_safe(document), verbatim=True)
 
 
@@ -213,6 +213,8 @@ def sample_facts(sample: Mapping[str, Any]) -> str:
 
 def _measure(value: Mapping[str, Any]) -> tuple[str, str, Any]:
     nats, stderr = value["nats_per_token"], value.get("stderr")
+    if nats is None:
+        return "no number", "no number", value.get("tokens")
     spread = f" ± {stderr:.3f}" if stderr is not None else ""
     # exp overflows a float above 709 nats; such a model has no perplexity worth a number.
     perplexity = f"{math.exp(nats):.4g}" if nats < 700 else "inf"

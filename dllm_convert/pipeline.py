@@ -117,8 +117,9 @@ def run(
 
         # Hours of training are not to end in "not logged in".
         push = preflight({"source": source_facts(plan)}, push, reporter)
-    run_id = fingerprint(recipe.identity(), plan.source.fingerprint)
-    with open_workspace(out, run_id) as workspace:
+    asked = recipe.identity()
+    run_id = fingerprint(asked, plan.source.fingerprint)
+    with open_workspace(out, run_id, asked) as workspace:
         record_adapter(workspace.work, plan.adapter)
         for warning in plan.warnings:
             reporter.warn(warning)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dllm_convert.disk import link, sync_tree
+from dllm_convert.how import Depth
 from dllm_convert.manifest import source_facts
 from dllm_convert.plan import plan_as_dict
 from dllm_convert.resumed import check_resumed
@@ -140,6 +141,11 @@ class Stages(Measures):
             reason = self.how.reason(self.plan.source.parameters)
             staged, base = self.workspace.staged, self._source.folder
             return verify_staged(staged, base, self.plan, ways, reason, self.reporter).as_dict()
+        if self.how.verify is Depth.FILES:
+            from dllm_convert.verify.bytes import verify_folder
+
+            staged, reason = self.workspace.staged, self.how.reason(self.plan.source.parameters)
+            return verify_folder(staged, self._source.folder, self.reporter, reason).as_dict()
         from dllm_convert.verify import verify_checkpoint
 
         report = verify_checkpoint(

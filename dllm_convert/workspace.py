@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm_convert import strict_json
+from dllm_convert.differences import differences
 from dllm_convert.disk import reporting_full_disk, sync, write_whole
 from dllm_convert.errors import DataError
 
@@ -38,7 +40,7 @@ def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 @dataclass
@@ -48,11 +50,14 @@ class Workspace:
     Attributes:
         out: Where the finished checkpoint appears.
         stages: Name, seconds and result of every finished stage, in order.
+        run: Fingerprint of the run.
+        asked: What it was asked for, to say how another one differs.
     """
 
     out: Path
     stages: list[dict[str, Any]] = field(default_factory=list)
     run: str = ""
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -84,13 +89,19 @@ class Workspace:
         self.stages.append(
             {"name": name, "seconds": round(time.monotonic() - started, 3), "result": result}
         )
-        write_json(self.journal, {"run": self.run, "stages": self.stages})
+        self.record()
         return result
+
+    def record(self) -> None:
+        """Write the journal."""
+        write_json(
+            self.journal, {"run": self.run, "stages": self.stages, "asked": dict(self.asked)}
+        )
 
     def forget(self, *names: str) -> None:
         """Have stages done again: what they left is not what they recorded."""
         self.stages[:] = [stage for stage in self.stages if stage["name"] not in names]
-        write_json(self.journal, {"run": self.run, "stages": self.stages})
+        self.record()
 
     def publish(self) -> dict[str, Any]:
         """Rename the staged files into place, `config.json` last; goes on after a kill."""
@@ -207,28 +218,32 @@ def locked(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_workspace(out: Path, run: str) -> Iterator[Workspace]:
+def open_workspace(
+    out: Path, run: str, asked: Mapping[str, Any] | None = None
+) -> Iterator[Workspace]:
     """Lock `out` for one run and read how far an earlier one got.
 
     Args:
         out: Output folder; created if it does not exist.
         run: Fingerprint of the run.
+        asked: Fields that the fingerprint was taken of.
 
     Raises:
         DataError: If `out` is a file, foreign, not writable, in use, or holds another run.
     """
     _check_folder(out)
-    workspace = Workspace(out, run=run)
+    workspace = Workspace(out, run=run, asked=asked or {})
     with locked(out):
         if workspace.journal.exists():
             workspace = read_workspace(out)
             if workspace.run != run:
                 raise DataError(
-                    f"{out} holds a run with a different recipe or source",
+                    f"{out} holds a run with a different recipe or source"
+                    f"{differences(workspace.asked, asked or {})}",
                     hint="Repeat the command it was started with, or give another --out",
                 )
         else:
-            write_json(workspace.journal, {"run": run, "stages": []})
+            workspace.record()
         yield workspace
 
 
@@ -245,7 +260,7 @@ def read_workspace(out: Path) -> Workspace:
             {"name": str(s["name"]), "seconds": s["seconds"], "result": {**s["result"]}}
             for s in journal["stages"]
         ]
-        return Workspace(out, stages, str(journal["run"]))
+        return Workspace(out, stages, str(journal["run"]), {**(journal.get("asked") or {})})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is damaged, so it is not known how far this run got",

@@ -189,13 +189,16 @@ def verify_staged(
         )
 
 
-def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> VerificationReport:
+def verify_folder(
+    folder: Path, base: Path | None, reporter: Reporter, reason: str = "not asked for: --files"
+) -> VerificationReport:
     """Verify a converted checkpoint without loading its model, from its own manifest.
 
     Args:
         folder: The checkpoint.
         base: Folder with the base's safetensors weights, None to compare with none.
         reporter: Progress.
+        reason: Why the model is not loaded.
 
     Raises:
         DataError: There is no such folder, or no config in it.
@@ -221,7 +224,7 @@ def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> Verifi
             adapter,
             against=BaseBytes(folder, base, adapter, row, trained=trained) if base else None,
             hashed=False,
-            reason="not asked for: --files",
+            reason=reason,
         )
 
 
