@@ -64,6 +64,7 @@ class Canvas:
         self._used = torch.zeros_like(lengths)
         self._budget = torch.zeros_like(lengths)
         self._generators = row_generators(batch, options, prompts.device)
+        self._token_generators = row_generators(batch, options, prompts.device, tokens=True)
         self._warpers = make_warpers(options)
         self._eos = torch.tensor(options.eos_token_ids, device=prompts.device)
 
@@ -125,9 +126,12 @@ class Canvas:
         if options.guided:
             given, hidden = logits.chunk(2)
             logits = hidden + options.guidance_scale * (given - hidden)
-        active = [self._generators[row] for row in self.rows.tolist()]
+        rows = self.rows.tolist()
+        active = [self._generators[row] for row in rows]
+        drawing = [self._token_generators[row] for row in rows]
         remaining = masked.sum(-1)
-        ratings = rate_tokens(logits, remaining.tolist(), options, active, self._warpers)
+        counts = remaining.tolist()
+        ratings = rate_tokens(logits, counts, options, active, self._warpers, drawing)
         left = (self._budget[self.rows] - self._used[self.rows]).clamp(min=1)
         chosen = choose_commits(ratings, masked, (remaining + left - 1) // left, options)
         among = chosen[masked]
