@@ -17,6 +17,8 @@ MODELING_FILE = "modeling_dllm.py"
 _MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
     "attention.py",
+    "sampling/ends.py",
+    "sampling/inputs.py",
     "sampling/options.py",
     "sampling/choosing.py",
     "sampling/canvas.py",

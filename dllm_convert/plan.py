@@ -31,6 +31,7 @@ from dllm_convert.plan_fit import (
     check_transformers,
     diffusion_section,
 )
+from dllm_convert.plan_ids import check_token_ids
 from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.schema import Recipe
@@ -163,6 +164,7 @@ def make_plan(
     check_target(recipe, adapter)
     check_pickle(source, allowed=recipe.allow_pickle)
     mask = decide_mask_token(recipe, source, adapter)
+    check_token_ids(source, mask.rows_after)
     names: tuple[str, ...] = ()
     if source.tensors:
         names = check_tensors(source.config, source.tensors, adapter, rows=mask.rows_before)

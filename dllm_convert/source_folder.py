@@ -97,6 +97,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """Read generation_config.json; empty if there is none.
+
+    Raises:
+        DataError: It is broken.
+    """
+    path = folder / "generation_config.json"
+    return load_json_object(path) if path.is_file() else {}
+
+
 def tensor_infos(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     """Return tensor name to description over all files of a checkpoint."""
     return {
@@ -136,4 +146,5 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
         fingerprint={name: f"{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats.items()},
         files=files,
         warnings=() if headers else (PICKLE_WARNING,),
+        generation=read_generation(folder),
     )

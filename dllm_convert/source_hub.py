@@ -16,6 +16,7 @@ from dllm_convert.source_folder import (
     SMALL_FILES,
     matching,
     read_config,
+    read_generation,
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_files import VOCABULARY_FILES, read_tokenizer
@@ -127,4 +128,5 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         files=(*weights, *small),
         warnings=() if tensors else (PICKLE_WARNING,),
         gated=info.gated or ("no" if info.gated is False else None),
+        generation=read_generation(folder),
     )

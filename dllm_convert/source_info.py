@@ -44,6 +44,7 @@ class TokenizerInfo:
             tokens) or by the model's config, the mask token's own entry left out.
         size: Largest id plus one.
         mask_token: The tokenizer's own mask token, if it has one.
+        named: Role (`bos`, `eos`, ...) to the text of its token.
     """
 
     vocab: Mapping[str, int]
@@ -51,6 +52,7 @@ class TokenizerInfo:
     reachable: frozenset[int]
     size: int
     mask_token: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class SourceInfo:
         warnings: What the user should know about the files themselves.
         gated: Whether the Hub's owner grants access one by one: `auto`, `manual` or no; None if
             nobody said.
+        generation: generation_config.json as a mapping; empty if there is none.
     """
 
     given: str
@@ -87,6 +90,7 @@ class SourceInfo:
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     gated: Literal["auto", "manual", "no"] | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def license(self) -> str | None:

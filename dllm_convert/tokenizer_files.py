@@ -69,6 +69,7 @@ def build_info(
         reachable=frozenset(reachable),
         size=max(vocab.values(), default=-1) + 1,
         mask_token=named.get("mask"),
+        named=dict(named),
     )
 
 

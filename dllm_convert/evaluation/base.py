@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from dllm_convert.console import Reporter, Task
 from dllm_convert.evaluation.effort import Effort
+from dllm_convert.text_bounds import leave_open
 
 
 class _Counted(CacheHook):  # type: ignore[misc]
@@ -39,6 +40,7 @@ class AutoregressiveLM(HFLM):  # type: ignore[misc]
 
     def __init__(self, *, reporter: Reporter, **given: Any) -> None:
         super().__init__(**given)
+        leave_open(self.tokenizer)
         self.effort = Effort()
         self.reporter = reporter
 

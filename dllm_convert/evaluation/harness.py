@@ -81,6 +81,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self.context = max_length or self.subject.context
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
+        # Whether contexts are conversations: their template has written how they begin.
+        self._chats = False
         self.reporter = reporter or Reporter(quiet=self._rank != 0)
 
     @property
@@ -99,10 +101,15 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return a conversation as the prompt of its next turn."""
+        self._chats = True
         return self.subject.chat(chat_history, answer=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template that `apply_chat_template` uses."""
+        """Return the template that `apply_chat_template` uses.
+
+        lm-eval asks for it wherever prompts are conversations, those of its cache included.
+        """
+        self._chats = bool(chat_template)
         return self.subject.tokenizer.chat_template if chat_template else None
 
     def all_gather(self, tensor: Any) -> Any:
@@ -136,7 +143,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
             number = numbers.setdefault((item, context, continuation), len(texts))
             owners.append(number)
             if number == len(texts):
-                given, scored = self.subject.encode_pair(context, continuation)
+                given, scored = self.subject.encode_pair(
+                    context, continuation, special=not self._chats
+                )
                 text = Continuation((*given, *scored), len(given), item)
                 texts.append(cut_left(text, self.context))
                 characters[number] = len(continuation)
@@ -236,7 +245,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yield numbers and prompts of requests with the same settings, the longest first."""
         for numbers in groups:
-            prompts = {n: self.subject.encode(requests[n].args[0]) for n in numbers}
+            begins = not self._chats
+            prompts = {n: self.subject.encode(requests[n].args[0], special=begins) for n in numbers}
             # Prompts of similar length side by side: padding costs as much as text.
             order = sorted(numbers, key=lambda n: -len(prompts[n]))
             for first in range(0, len(order), self.batch_size):

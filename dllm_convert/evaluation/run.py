@@ -87,6 +87,8 @@ def _base(request: Request, reporter: Reporter) -> Any:
         dtype=dtype,
         batch_size=request.batch_size,
         reporter=reporter,
+        # A conversation is tokenised as its template wrote it, as the conversion's is.
+        add_bos_token=False if request.chat else None,
     )
 
 

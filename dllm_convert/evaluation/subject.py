@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.sampling.run import read_config
+from dllm_convert.text_bounds import conversation_ids, end_ids, first_token, open_ids
 
 
 @dataclass(frozen=True)
@@ -93,42 +95,36 @@ class Subject:
             model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)
         )
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """Tokens that the tokenizer puts before every text, such as the beginning-of-text token."""
-        return tuple(self.tokenizer("")["input_ids"][:1])
-
-    @property
+    @cached_property
     def first_token(self) -> int:
         """What stands before a text that has nothing before it.
 
         Raises:
             DataError: The tokenizer names no token that could.
         """
-        named = (*self.prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        found = next((token for token in named if token is not None), None)
+        found = first_token(self.tokenizer)
         if found is None:
             raise DataError(
                 "the tokenizer has neither a beginning- nor an end-of-text token, so a text with "
                 "nothing before it cannot be scored",
                 hint="Give the text a beginning",
             )
-        return int(found)
+        return found
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokenise text, with what the tokenizer puts before it and without what it puts after.
 
-        A text that begins with that token already, as a chat template writes it, gets no second.
+        A text that begins with that token already gets no second.
 
         Args:
             text: Any text.
-            special: Whether it stands at the beginning.
+            special: Whether it stands at the beginning; not if a chat template wrote it.
         """
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prefix = list(self.prefix) if special else []
-        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+        return open_ids(self.tokenizer, text) if special else conversation_ids(self.tokenizer, text)
 
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def encode_pair(
+        self, context: str, continuation: str, *, special: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Tokenise a text and tell its end from its beginning, which is never empty.
 
         Spaces at the end of the context belong to the continuation, as in lm-eval: most
@@ -137,14 +133,15 @@ class Subject:
         Args:
             context: What is given.
             continuation: What is scored.
+            special: Whether the context stands at the beginning; not if a chat template wrote it.
         """
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         if not stripped:
             whole = self.encode(continuation, special=False)
             return [self.first_token], whole
-        given = self.encode(stripped)
-        whole = self.encode(stripped + continuation)
+        given = self.encode(stripped, special=special)
+        whole = self.encode(stripped + continuation, special=special)
         if not given:
             return [self.first_token], whole
         return given, whole[len(given) :]
@@ -221,7 +218,6 @@ class Subject:
         return tuple(output[0, len(prompt) :].tolist())
 
     def _until_end(self, row: list[int]) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends = end_ids(self.model)
         last = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
         return row[: last + 1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.text_bounds import conversation_ids, open_ids
 
 
 def with_masks(tokenizer: Any, prompt: str, mark: str) -> str:
@@ -47,11 +48,10 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[in
                 "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
             )
         turns = [{"role": "user", "content": prompt}]
-        # Tokenised apart: the template has already written the tokens that begin a text.
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
-    if len(ids) > 1 and tokenizer.sep_token_id is not None and ids[-1] == tokenizer.sep_token_id:
-        del ids[-1]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = conversation_ids(tokenizer, text)
+    else:
+        ids = open_ids(tokenizer, prompt)
     if not ids:
         raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
     return ids

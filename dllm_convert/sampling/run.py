@@ -20,6 +20,7 @@ from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.options import Observer
 from dllm_convert.sampling.prompts import encode_prompts
+from dllm_convert.text_bounds import end_ids
 from dllm_convert.watch.frames import Recorder
 from dllm_convert.watch.pieces import TokenText
 from dllm_convert.watch.record import write_recording
@@ -126,14 +127,6 @@ def decode_samples(
         per_forward = round(len(new) / max(output.forwards, 1), 3)
         samples.append(Sample(prompt, text, len(new), output.forwards, per_forward, seconds))
     return tuple(samples)
-
-
-def end_ids(model: Any) -> frozenset[int]:
-    """Return the tokens that end a text, as the checkpoint's generation config names them."""
-    found = model.generation_config.eos_token_id
-    return frozenset(
-        () if found is None else found if isinstance(found, list | tuple) else (found,)
-    )
 
 
 def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
