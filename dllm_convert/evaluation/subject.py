@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
@@ -77,7 +77,7 @@ class Subject:
         from dllm_convert.training.setup import load_model
 
         config = read_config(folder)
-        adapter = get_adapter(str(config["model_type"]))
+        adapter = adapter_of(config)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
         model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)

@@ -102,7 +102,10 @@ def _base_nll(
             hint="Give the model that was converted",
         )
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=subject.model.dtype, attn_implementation="sdpa"
+        base,
+        dtype=subject.model.dtype,
+        # Some families have no sdpa.
+        attn_implementation=subject.model.config._attn_implementation,
     )
     model = model.to(subject.model.device).eval()
     rows = int(model.config.get_text_config().vocab_size)
