@@ -6,7 +6,6 @@ package's decoding. Importing this module registers the model with lm-eval.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_convert.console import Reporter, Task
-from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_left
+from dllm_convert.errors import DataError
+from dllm_convert.evaluation.asked import (
+    asks_for_the_likeliest,
+    cut_at,
+    item_number,
+    item_of,
+    scored_text,
+    whole_text,
+)
+from dllm_convert.evaluation.continuation import Continuation, Estimator
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
@@ -49,7 +57,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         **given: Fields of `Settings`, and settings of decoding such as `confidence_threshold`.
 
     Raises:
-        DataError: There is no such checkpoint.
+        DataError: There is no such checkpoint, or max_length is below 2.
         IncompatibleError: It is no diffusion model.
     """
 
@@ -78,7 +86,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device=str(self._ranks.device),
             dtype=dtype,
         )
-        self.context = max_length or self.subject.context
+        self.context = self.subject.context if max_length is None else int(max_length)
+        if self.context < 2:
+            raise DataError(
+                f"max_length is {max_length}, expected at least 2: a token and what follows it"
+            )
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
         # Whether contexts are conversations: their template has written how they begin.
@@ -143,11 +155,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             number = numbers.setdefault((item, context, continuation), len(texts))
             owners.append(number)
             if number == len(texts):
-                given, scored = self.subject.encode_pair(
-                    context, continuation, special=not self._chats
-                )
-                text = Continuation((*given, *scored), len(given), item)
-                texts.append(cut_left(text, self.context))
+                begins = not self._chats
+                texts.append(scored_text(self.subject, request, self.context, begins=begins))
                 characters[number] = len(continuation)
         nats = self._score(texts, characters).nats.tolist()
         greedy = self._greedy(texts)
@@ -204,7 +213,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         windows: list[Continuation] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            tokens = self.subject.encode(request.args[0], special=False)
+            tokens = whole_text(self.subject, request)
             for place, (given, scored) in enumerate(self._windows(tokens)):
                 # Windows are no choices among which to rank: each is an item, all draws count.
                 item = item_number(f"{place} {request.args[0]}")
@@ -269,6 +278,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
         wanted = normalize_gen_kwargs(dict(asked), self.settings.max_new_tokens)
         options = dict(self.settings.generation)
         options |= {name: wanted[name] for name in _DECODING & set(wanted) if wanted[name]}
+        if asks_for_the_likeliest(asked) and not {"do_sample", "temperature"} & set(
+            self.settings.generation
+        ):
+            # What the checkpoint does by itself may be to draw.
+            options["temperature"] = 0.0
         started = time.monotonic()
         length = self.settings.length or int(wanted["max_gen_toks"])
         written = self.subject.write(prompts, length, seeds, **options)
@@ -277,31 +291,3 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self.effort.forwards += written.forwards
         self.effort.row_forwards += written.forwards * len(prompts)
         return [cut_at(text, wanted["until"]) for text in written.texts]
-
-
-def item_of(request: Any) -> int:
-    """Number the question a request belongs to.
-
-    By its task and place where lm-eval says them: other questions may have the same context, and
-    the choices of one may have different ones. Requests without any context are a question of their
-    own beside those with one (`acc_mutual_info`).
-    """
-    given = request.args[0]
-    if request.doc_id is None:
-        return item_number(given)
-    return item_number(f"{request.task_name} {request.doc_id} {bool(given)}")
-
-
-def item_number(text: str) -> int:
-    """Number a question by what names it.
-
-    Its noise is then the same for every model, whatever else is asked, in which order, in batches
-    of what size and on how many processes.
-    """
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to the first of some strings."""
-    places = [text.find(stop) for stop in stops if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -128,23 +128,38 @@ class Subject:
         """Tokenise a text and tell its end from its beginning, which is never empty.
 
         Spaces at the end of the context belong to the continuation, as in lm-eval: most
-        vocabularies have words with the space before them.
+        vocabularies have words with the space before them. Where the continuation melts into the
+        last token of the context, what is scored begins with the first token that differs.
 
         Args:
             context: What is given.
-            continuation: What is scored.
+            continuation: What is scored; nothing of it only where it is empty.
             special: Whether the context stands at the beginning; not if a chat template wrote it.
+
+        Raises:
+            DataError: A continuation that is not empty has no tokens.
         """
         stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:
-            whole = self.encode(continuation, special=False)
-            return [self.first_token], whole
-        given = self.encode(stripped, special=special)
-        whole = self.encode(stripped + continuation, special=special)
-        if not given:
-            return [self.first_token], whole
-        return given, whole[len(given) :]
+        text = context[len(stripped) :] + continuation
+        given: list[int] = []
+        if stripped:
+            given = self.encode(stripped, special=special)
+            whole = self.encode(stripped + text, special=special)
+        else:
+            whole = self.encode(text, special=False)
+            # A text that is begun already is not begun again.
+            given = whole[:1] if whole[1:] and whole[0] == self.first_token else []
+        start = len(given)
+        if whole[start:] == [] and continuation:
+            pairs = enumerate(zip(given, whole, strict=False))
+            start = next((at for at, (one, other) in pairs if one != other), len(whole))
+        if whole[start:] == [] and continuation:
+            raise DataError(
+                f"the continuation {continuation!r} has no tokens in this model's vocabulary, so "
+                "it has no likelihood",
+                hint="Leave the item out; as nothing it would be likelier than any other",
+            )
+        return whole[:start] or [self.first_token], whole[start:]
 
     def chat(self, messages: Sequence[dict[str, str]], *, answer: bool = True) -> str:
         """Return a conversation as text.
