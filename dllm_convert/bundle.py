@@ -19,6 +19,7 @@ _PARTS = (
     "attention.py",
     "sampling/ends.py",
     "sampling/inputs.py",
+    "sampling/limits.py",
     "sampling/options.py",
     "sampling/choosing.py",
     "sampling/canvas.py",

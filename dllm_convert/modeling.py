@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import TILED, block_causal_mask
 from .sampling.decoding import decode_blocks, decode_canvas
 from .sampling.inputs import given_prompts, left_open
+from .sampling.limits import check_context
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
 from .sampling.packing import packed_linears
@@ -231,11 +232,11 @@ class DiffusionMixin:
                 for this call only.
 
         Returns:
-            The prompts as given followed by `max_new_tokens` new tokens; after a row's first
-            end-of-text token comes padding. Shape (batch, length + max_new_tokens).
+            The prompts as given, then new tokens; after a row's first end-of-text token comes
+            padding. Shape (batch, length + max_new_tokens).
 
         Raises:
-            ValueError: If a setting is unknown or a prompt is empty where one is needed.
+            ValueError: A setting is unknown, a prompt empty, or a text longer than its positions.
         """
         prompts, mask = given_prompts(inputs, input_ids, attention_mask, token_type_ids)
         options = decoding_options(
@@ -251,6 +252,7 @@ class DiffusionMixin:
             return_dict_in_generate = getattr(generation_config, "return_dict_in_generate", None)
         mask = left_open(prompts, mask, getattr(self.generation_config, "closing_token_ids", None))
         lengths = mask.sum(-1)
+        check_context(self, lengths, options.max_new_tokens, options.block_size)
         order = mask.argsort(dim=-1, descending=True, stable=True)
         packed = prompts.gather(1, order)
         if options.token_shift:

@@ -6,13 +6,42 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.continuation import Continuation, cut_left
 from dllm_convert.evaluation.subject import Subject
+from dllm_convert.sampling.limits import context_of, has_position_table
+
+
+def most_tokens(subject: Subject, wanted: int | None, reporter: Reporter) -> int:
+    """Return the most tokens of a text: the checkpoint's context, or what is wanted instead.
+
+    Args:
+        subject: The checkpoint.
+        wanted: lm-eval's `max_length`.
+        reporter: Warned where more is wanted than the model was trained on.
+
+    Raises:
+        DataError: It has no room for a token and what follows it.
+        IncompatibleError: It is more than the model has positions for.
+    """
+    if wanted is None:
+        return subject.context
+    if wanted < 2:
+        raise DataError(f"max_length is {wanted}, expected at least 2: a token and what follows it")
+    known = context_of(subject.model)
+    if known is not None and wanted > known:
+        told = f"max_length is {wanted}, and the context is {known} tokens"
+        if has_position_table(subject.model):
+            raise IncompatibleError(
+                f"{told}: the model has no positions behind it", hint=f"Give at most {known}"
+            )
+        reporter.warn(f"{told}: behind it the model was never trained")
+    return wanted
 
 
 def scored_text(subject: Subject, request: Any, context: int, *, begins: bool) -> Continuation:
-    """Tokenise a request; what is given loses its beginning where it is too long.
+    """Tokenise a request.
 
     Args:
         subject: The checkpoint.
@@ -32,7 +61,25 @@ def scored_text(subject: Subject, request: Any, context: int, *, begins: bool) -
             f"{request.doc_id}) does not fit into a context of {context} behind at least one token",
             hint="Leave the task out for this model",
         )
-    return cut_left(Continuation((*given, *scored), len(given), item_of(request)), context)
+    return Continuation((*given, *scored), len(given), item_of(request))
+
+
+def cut_to(
+    texts: Sequence[Continuation], context: int, reporter: Reporter
+) -> tuple[Continuation, ...]:
+    """Leave out the beginnings of texts longer than the context, and say of how many."""
+    told_of_cuts([len(text.tokens) for text in texts], context, reporter)
+    return tuple(cut_left(text, context) for text in texts)
+
+
+def told_of_cuts(lengths: Sequence[int], room: int, reporter: Reporter) -> None:
+    """Say how many texts lose their beginning, if any do."""
+    longer = sum(length > room for length in lengths)
+    if longer:
+        reporter.warn(
+            f"{longer} of {len(lengths)} texts lose their beginning: they are longer than the "
+            f"{room} tokens there is room for, the longest has {max(lengths)}"
+        )
 
 
 def whole_text(subject: Subject, request: Any) -> list[int]:

@@ -19,13 +19,15 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_convert.console import Reporter, Task
-from dllm_convert.errors import DataError
 from dllm_convert.evaluation.asked import (
     asks_for_the_likeliest,
     cut_at,
+    cut_to,
     item_number,
     item_of,
+    most_tokens,
     scored_text,
+    told_of_cuts,
     whole_text,
 )
 from dllm_convert.evaluation.continuation import Continuation, Estimator
@@ -86,16 +88,13 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device=str(self._ranks.device),
             dtype=dtype,
         )
-        self.context = self.subject.context if max_length is None else int(max_length)
-        if self.context < 2:
-            raise DataError(
-                f"max_length is {max_length}, expected at least 2: a token and what follows it"
-            )
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
         # Whether contexts are conversations: their template has written how they begin.
         self._chats = False
         self.reporter = reporter or Reporter(quiet=self._rank != 0)
+        wanted = None if max_length is None else int(max_length)
+        self.context = most_tokens(self.subject, wanted, self.reporter)
 
     @property
     def tokenizer_name(self) -> str:
@@ -158,8 +157,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 begins = not self._chats
                 texts.append(scored_text(self.subject, request, self.context, begins=begins))
                 characters[number] = len(continuation)
-        nats = self._score(texts, characters).nats.tolist()
-        greedy = self._greedy(texts)
+        cut = cut_to(texts, self.context, self.reporter)
+        nats = self._score(cut, characters).nats.tolist()
+        greedy = self._greedy(cut)
         found = []
         for request, number in zip(requests, owners, strict=True):
             found.append((-nats[number], greedy[number]))
@@ -256,6 +256,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         for numbers in groups:
             begins = not self._chats
             prompts = {n: self.subject.encode(requests[n].args[0], special=begins) for n in numbers}
+            room = self.context - self._length(requests[numbers[0]].args[1])
+            told_of_cuts([len(prompt) for prompt in prompts.values()], room, self.reporter)
             # Prompts of similar length side by side: padding costs as much as text.
             order = sorted(numbers, key=lambda n: -len(prompts[n]))
             for first in range(0, len(order), self.batch_size):
@@ -272,6 +274,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
             asked[item] += 1
         return seeds
 
+    def _length(self, asked: Mapping[str, Any]) -> int:
+        """How many tokens to write."""
+        wanted = normalize_gen_kwargs(dict(asked), self.settings.max_new_tokens)
+        return self.settings.length or int(wanted["max_gen_toks"])
+
     def _write(
         self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[str]:
@@ -284,8 +291,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             # What the checkpoint does by itself may be to draw.
             options["temperature"] = 0.0
         started = time.monotonic()
-        length = self.settings.length or int(wanted["max_gen_toks"])
-        written = self.subject.write(prompts, length, seeds, **options)
+        length = self._length(asked)
+        written = self.subject.write(prompts, length, seeds, self.context, **options)
         self.effort.writing_seconds += time.monotonic() - started
         self.effort.new_tokens += sum(written.new_tokens)
         self.effort.forwards += written.forwards

@@ -185,7 +185,12 @@ class Subject:
         return text
 
     def write(
-        self, prompts: Sequence[Sequence[int]], new: int, seeds: Sequence[int], **options: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        seeds: Sequence[int],
+        context: int | None = None,
+        **options: Any,
     ) -> Written:
         """Write text after each prompt; every prompt as if it were alone.
 
@@ -195,16 +200,18 @@ class Subject:
             prompts: Tokens of each prompt.
             new: Tokens to write.
             seeds: Seed of each row.
+            context: Most tokens of a text; the model's by default.
             **options: Settings of decoding.
 
         Raises:
             IncompatibleError: The context has no room for a prompt beside the new tokens.
         """
-        room = self.context - new
+        context = context or self.context
+        room = context - new
         if room < 1:
             raise IncompatibleError(
-                f"{new} new tokens and a prompt do not fit into {self.context} tokens",
-                hint=f"Write fewer, as in --set max_new_tokens={self.context // 2}",
+                f"{new} new tokens and a prompt do not fit into {context} tokens",
+                hint=f"Write fewer, as in --set max_new_tokens={context // 2}",
             )
         cut = [list(prompt)[-room:] or [self.first_token] for prompt in prompts]
         width = max(map(len, cut))
