@@ -141,7 +141,7 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
     chosen = plan.recipe.generation
     settings = {
         **{f"{role}_token_id": value for role, value in ids.items()},
-        "closing_token_ids": list(closing) or None,
+        "closing_token_ids": list(closing),
         "mask_token_id": plan.mask.id,
         # transformers takes a temperature for a mistake unless sampling is said to be meant.
         "temperature": chosen.temperature or None,
