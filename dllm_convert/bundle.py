@@ -25,6 +25,7 @@ _PARTS = (
     "sampling/canvas.py",
     "sampling/cache.py",
     "sampling/packing.py",
+    "sampling/rope.py",
     "sampling/reading.py",
     "sampling/decoding.py",
     "sampling/settings.py",

@@ -30,6 +30,7 @@ from .sampling.limits import check_context
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
 from .sampling.packing import packed_linears
+from .sampling.rope import own_lengths
 from .sampling.settings import decoding_options
 from .sampling.streaming import decode_streamed
 
@@ -125,7 +126,8 @@ class DiffusionMixin:
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        return self._run_model(arguments, logits_to_keep, logits_at)
+        with own_lengths(self, positions):
+            return self._run_model(arguments, logits_to_keep, logits_at)
 
     def _run_model(
         self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
@@ -239,18 +241,11 @@ class DiffusionMixin:
             ValueError: A setting is unknown, a prompt empty, or a text longer than its positions.
         """
         prompts, mask = given_prompts(inputs, input_ids, attention_mask, token_type_ids)
-        options = decoding_options(
-            self.config,
-            self.generation_config,
-            len(prompts),
-            seed,
-            kwargs,
-            given=generation_config,
-            width=prompts.shape[1],
-        )
+        given, own, (rows, width) = generation_config, self.generation_config, prompts.shape
+        options = decoding_options(self.config, own, rows, seed, kwargs, given=given, width=width)
         if return_dict_in_generate is None:
-            return_dict_in_generate = getattr(generation_config, "return_dict_in_generate", None)
-        mask = left_open(prompts, mask, getattr(self.generation_config, "closing_token_ids", None))
+            return_dict_in_generate = getattr(given, "return_dict_in_generate", None)
+        mask = left_open(prompts, mask, getattr(own, "closing_token_ids", None))
         lengths = mask.sum(-1)
         check_context(self, lengths, options.max_new_tokens, options.block_size)
         order = mask.argsort(dim=-1, descending=True, stable=True)

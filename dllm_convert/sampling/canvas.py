@@ -31,6 +31,7 @@ class Canvas:
         observer: Called by `show`.
 
     Attributes:
+        limits: As given.
         tokens: Shape (batch, width), the mask where nothing is written.
         masked: Where something is to be written, shape (batch, width), bool.
         rows: Rows still being written, shape (rows,).
@@ -46,6 +47,7 @@ class Canvas:
         observer: Observer | None = None,
     ) -> None:
         self.options, self.lengths, self.observer = options, lengths, observer
+        self.limits = limits
         self.prompt_width = prompts.shape[1]
         self.ends = lengths + options.max_new_tokens
         batch, width = len(prompts), int(limits.max())
@@ -98,6 +100,11 @@ class Canvas:
             return tokens
         active = [self._generators[row] for row in self.rows.tolist()]
         return show_noise(tokens, self.masked[rows, columns], self.options, active)
+
+    def final_lengths(self) -> torch.Tensor:
+        """How long the text of each active row will be, as many rows as `read` returns."""
+        limits = self.limits[self.rows]
+        return torch.cat([limits, limits]) if self.options.guided else limits
 
     def begin(self, masked: torch.Tensor, beginning: torch.Tensor | None = None) -> None:
         """Start counting the steps of a block, or of the text.
