@@ -18,6 +18,30 @@ from dllm_convert.sampling.run import read_config
 from dllm_convert.text_bounds import conversation_ids, end_ids, first_token, open_ids
 
 
+def scored_from(given: Sequence[int], whole: Sequence[int], continuation: str) -> int:
+    """Return the first token of a text that belongs to its continuation.
+
+    Args:
+        given: Tokens of the beginning alone.
+        whole: Tokens of the whole text.
+        continuation: Its end; where it is not empty, it has at least one token.
+
+    Raises:
+        DataError: It has none.
+    """
+    start = len(given)
+    if continuation and start >= len(whole):
+        pairs = enumerate(zip(given, whole, strict=False))
+        start = next((at for at, (one, other) in pairs if one != other), len(whole))
+    if continuation and start >= len(whole):
+        raise DataError(
+            f"the continuation {continuation!r} has no tokens in this model's vocabulary, so it "
+            "has no likelihood",
+            hint="Leave the item out; as nothing it would be likelier than any other",
+        )
+    return start
+
+
 @dataclass(frozen=True)
 class Written:
     """A batch of texts that a model wrote.
@@ -149,16 +173,7 @@ class Subject:
             whole = self.encode(text, special=False)
             # A text that is begun already is not begun again.
             given = whole[:1] if whole[1:] and whole[0] == self.first_token else []
-        start = len(given)
-        if whole[start:] == [] and continuation:
-            pairs = enumerate(zip(given, whole, strict=False))
-            start = next((at for at, (one, other) in pairs if one != other), len(whole))
-        if whole[start:] == [] and continuation:
-            raise DataError(
-                f"the continuation {continuation!r} has no tokens in this model's vocabulary, so "
-                "it has no likelihood",
-                hint="Leave the item out; as nothing it would be likelier than any other",
-            )
+        start = scored_from(given, whole, continuation)
         return whole[:start] or [self.first_token], whole[start:]
 
     def chat(self, messages: Sequence[dict[str, str]], *, answer: bool = True) -> str:

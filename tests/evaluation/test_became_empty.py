@@ -69,6 +69,15 @@ def test_a_continuation_that_melts_into_the_context_is_scored(
     assert melted in scored
     assert given + scored == subject.encode("a xyz!")
     assert score(subject, ("a xyz", "!"), ("a xyz", " is a name"))[0] < 0
+    from dllm_convert.console import Reporter
+    from dllm_convert.evaluation.base import AutoregressiveLM
+
+    base = AutoregressiveLM(
+        pretrained=str(source), device="cpu", batch_size=1, reporter=Reporter(quiet=True)
+    )
+    asked = Instance("loglikelihood", {}, ("a xyz", "!"), 0, ("a", 3, 1))
+    assert base._encode_pair("a xyz", "!") == (given, scored)
+    assert base.loglikelihood([asked])[0][0] < 0
     given, scored = subject.encode_pair("xyz", "!")
     assert scored == [melted]
     assert len(given) == 1
