@@ -80,15 +80,19 @@ def _end_token(plan: ConversionPlan, closing: tuple[int, ...]) -> int | None:
     return ids.get("eos", closing[-1] if closing else ids.get("sep"))
 
 
-def choose_padding(plan: ConversionPlan, stated: tuple[int, ...]) -> tuple[str, int] | None:
-    """Choose a padding token for a tokenizer without one; None if it has one, or there is none.
+def choose_padding(
+    plan: ConversionPlan, stated: tuple[int, ...], ends: tuple[int, ...]
+) -> tuple[str, int] | None:
+    """Choose a padding token for a tokenizer without one; None if it names one, or there is none.
 
-    What the base's configs name; a token that is there for it; the unknown token; the end token,
-    which serves as well here, for nothing is left out of a loss by comparing ids.
+    What the base's configs name; a token that is there for it; the unknown token; an end that is
+    not the tokenizer's; the tokenizer's, which serves as well here, for nothing is left out of a
+    loss by comparing ids.
 
     Args:
         plan: The conversion.
         stated: Ids that the base's configs give to padding.
+        ends: Tokens that end a text.
 
     Returns:
         Text and id.
@@ -97,8 +101,9 @@ def choose_padding(plan: ConversionPlan, stated: tuple[int, ...]) -> tuple[str, 
     if "pad" in tokenizer.named:
         return None
     by_id = {row: text for text, row in tokenizer.vocab.items()}
-    roles = (tokenizer.named.get(role) for role in ("unk", "eos", "sep", "bos"))
-    texts = (*(by_id.get(token) for token in stated), *_PAD_TEXTS, *roles)
+    unknown, *roles = (tokenizer.named.get(role) for role in ("unk", "eos", "sep", "bos"))
+    others = [text for text in map(by_id.get, ends) if text not in roles]
+    texts = (*map(by_id.get, stated), *_PAD_TEXTS, unknown, *others, *roles)
     for text in texts:
         if text in tokenizer.special and tokenizer.vocab[text] != plan.mask.id:
             return str(text), tokenizer.vocab[text]
@@ -128,11 +133,15 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
     stated = {role: config_ids(role, config, base) for role in ("bos", "eos", "pad")}
     written = _read(out)
     closing = written.bounds.closing
-    padding = choose_padding(plan, stated["pad"])
-    if padding is not None:
-        name_padding(out, padding[0])
-        stated["pad"] = (padding[1],)
     ends = end_set(stated["eos"], _end_token(plan, closing), _turn_end(plan, out, written), closing)
+    padding = choose_padding(plan, stated["pad"], ends)
+    if padding is not None:
+        text, row = padding
+        # Some classes pad with a token of their own where the files name none.
+        own = load_tokenizer(out).pad_token_id
+        if own is None:
+            name_padding(out, text)
+        stated["pad"] = (row,) if own is None else (own,)
     ids: dict[str, Any] = {
         "bos": stated["bos"][0] if stated["bos"] else None,
         "eos": ends[0] if len(ends) == 1 else list(ends) or None,

@@ -83,9 +83,7 @@ def test_what_is_shown_runs(tmp_path: Path, family: str, kind: str) -> None:
         assert written.strip().startswith(tuple(start)), written
 
 
-@pytest.mark.parametrize(
-    ("family", "expected"), [("llama", 1), ("mistral", 2), ("qwen2", 2), ("roberta", 1)]
-)
+@pytest.mark.parametrize(("family", "expected"), [("llama", 1), ("mistral", 2), ("roberta", 1)])
 def test_a_padding_token_is_named_where_there_is_none(
     tmp_path: Path, family: str, expected: int
 ) -> None:
@@ -103,6 +101,27 @@ def test_a_padding_token_is_named_where_there_is_none(
     assert {text: row for text, row in after.get_vocab().items() if text in known} == known
     report = verify_checkpoint(folder, against=base, untrained=True, groups=("files", "tokens"))
     assert {probe.name for probe in report.failed} <= {"hashes"}
+
+
+def test_another_end_pads_before_the_tokenizers_own(tmp_path: Path) -> None:
+    base = source_of(tmp_path / "base", "llama", "no padding")
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [1, 2]}))
+    folder = checkpoint(base, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(folder).pad_token == "<|start|>"
+
+
+def test_a_class_that_pads_by_itself_is_left_alone(tmp_path: Path) -> None:
+    base = source_of(tmp_path / "base", "qwen2", "no padding")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (base / name).is_file():
+            settings = json.loads((base / name).read_text())
+            settings.pop("pad_token", None)
+            (base / name).write_text(json.dumps(settings))
+    folder = checkpoint(base, tmp_path / "out")
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (base, folder))
+    assert before.pad_token == after.pad_token == "<|endoftext|>"
+    assert after.padding_side == before.padding_side
 
 
 def test_the_padding_that_the_configs_name_comes_first(tmp_path: Path) -> None:
