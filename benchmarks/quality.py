@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, get_scheduler
 
 from benchmarks.sampling import seconds
 from benchmarks.step import Step, load, ours, textbooks
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.cli_values import parse_assignments
 from dllm_convert.console import Reporter
@@ -67,7 +67,7 @@ class Contestant:
         self.kind = kind
         self.recipe = load_recipe(folder, overrides=fields)
         config = json.loads((options.converted / "config.json").read_text())
-        self.adapter = get_adapter(config["model_type"])
+        self.adapter = adapter_of(config)
         torch.manual_seed(0)
         base = load(options.converted, self.recipe, self.adapter, is_ours=kind == "ours")
         self.objective = Objective.from_config(base.config)

@@ -30,7 +30,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import textbook_sampling
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.quiet import quiet_libraries
 from dllm_convert.sampling.run import read_config
@@ -261,7 +261,7 @@ def main() -> None:
     keep_freed_memory()  # as `dllm-convert sample` does
     with quiet_libraries():
         folder = Path(args.converted)
-        adapter = get_adapter(str(read_config(folder)["model_type"]))
+        adapter = adapter_of(read_config(folder))
         model = load_model(folder, adapter, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         figures = MODES[args.mode](model, tokenizer, args)

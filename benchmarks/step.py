@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import textbook
-from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.adapters import Adapter, adapter_of
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.cli_values import parse_assignments
 from dllm_convert.diffusion.objective import Objective
@@ -124,7 +124,7 @@ def load(folder: Path, recipe: Recipe, adapter: Adapter, *, is_ours: bool) -> An
 def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
     """Load the model and return it with the step of a kind."""
     config = json.loads((options.converted / "config.json").read_text())
-    adapter = get_adapter(config["model_type"])
+    adapter = adapter_of(config)
     target = config["diffusion"]["objective"]
     recipe = load_recipe(
         str(options.converted),

@@ -17,11 +17,15 @@ MODELING_FILE = "modeling_dllm.py"
 _MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
     "attention.py",
+    "sampling/ends.py",
+    "sampling/inputs.py",
+    "sampling/limits.py",
     "sampling/options.py",
     "sampling/choosing.py",
     "sampling/canvas.py",
     "sampling/cache.py",
     "sampling/packing.py",
+    "sampling/rope.py",
     "sampling/reading.py",
     "sampling/decoding.py",
     "sampling/settings.py",

@@ -85,6 +85,7 @@ class Facts:
         has_report: Whether report.html lies in the folder.
         tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
+        closing: Tokens that the tokenizer puts behind every text.
         manifest: The manifest.
     """
 
@@ -110,6 +111,7 @@ class Facts:
     has_report: bool
     tied: bool
     has_chat_template: bool
+    closing: int
     manifest: Mapping[str, Any]
 
     @property
@@ -168,7 +170,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
     try:
         plan, source, recipe = manifest["plan"], manifest["source"], manifest["recipe"]
         measurements = manifest.get("measurements") or {}
-        config = _config(folder)
+        config = _read(folder / "config.json")
         adapter = adapter_of(config | {"model_type": source["model_type"]})
         return Facts(
             base=base_of(folder, manifest),
@@ -193,6 +195,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             has_report=(folder / REPORT_FILE).is_file(),
             tied=is_tied(config, adapter),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
+            closing=_closing(folder, adapter),
             manifest=manifest,
         )
     except KeyError as error:
@@ -202,10 +205,16 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         ) from error
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Read config.json; nothing if it is missing or broken, which is verification's business."""
+def _closing(folder: Path, adapter: Adapter) -> int:
+    """How many tokens the tokenizer puts behind every text; an encoder's one, unless recorded."""
+    recorded = _read(folder / "generation_config.json").get("closing_token_ids")
+    return len(recorded) if isinstance(recorded, list) else int(adapter.attention != "causal")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON file; nothing if it is missing or broken, which is verification's business."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -25,9 +25,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import TILED, block_causal_mask
 from .sampling.decoding import decode_blocks, decode_canvas
+from .sampling.inputs import given_prompts, left_open
+from .sampling.limits import check_context
 from .sampling.options import Observer
 from .sampling.output import DiffusionOutput, put_together
 from .sampling.packing import packed_linears
+from .sampling.rope import own_lengths
 from .sampling.settings import decoding_options
 from .sampling.streaming import decode_streamed
 
@@ -123,7 +126,8 @@ class DiffusionMixin:
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        return self._run_model(arguments, logits_to_keep, logits_at)
+        with own_lengths(self, positions):
+            return self._run_model(arguments, logits_to_keep, logits_at)
 
     def _run_model(
         self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
@@ -200,6 +204,7 @@ class DiffusionMixin:
         *,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         seed: int | list[int] | None = None,
         return_dict_in_generate: bool | None = None,
         output_order: bool = False,
@@ -211,10 +216,13 @@ class DiffusionMixin:
 
         Args:
             inputs: Prompts, shape (batch, length), padded on either side as `attention_mask` says;
-                masks in them are written too.
-            generation_config: Settings instead of the checkpoint's generation_config.json.
+                masks in them are written too. What the tokenizer puts behind every text does not
+                count as part of a prompt: it stays where it is, and nothing sees it.
+            generation_config: Settings that come before the checkpoint's generation_config.json;
+                what is not set in it, or None, is left to that file.
             input_ids: The same as `inputs`.
             attention_mask: 1 at tokens, shape (batch, length).
+            token_type_ids: Taken for the sake of tokenizers that give them; 0 at every token.
             seed: Makes drawing reproducible: row r draws from `seed + r`, or from its own in a
                 list.
             return_dict_in_generate: Return a `DiffusionOutput` instead of the sequences.
@@ -222,22 +230,24 @@ class DiffusionMixin:
             observer: Called with a `Progress` after the prompt and after every denoising forward.
             streamer: A streamer of transformers, for one prompt: gets text that is final from left
                 to right, and drafts if it takes them (`TextDiffusionStreamer`).
-            **kwargs: Any field of `DecodingOptions`, for this call only.
+            **kwargs: Any field of `DecodingOptions`, `do_sample`, `eos_token_id` and `max_length`,
+                for this call only.
 
         Returns:
-            The prompts as given followed by `max_new_tokens` new tokens; after a row's first
-            end-of-text token comes padding. Shape (batch, length + max_new_tokens).
+            The prompts as given, then new tokens; after a row's first end-of-text token comes
+            padding. Shape (batch, length + max_new_tokens).
 
         Raises:
-            ValueError: If a setting is unknown or a prompt is empty where one is needed.
+            ValueError: A setting is unknown, a prompt empty, or a text longer than its positions.
         """
-        prompts = input_ids if inputs is None else inputs
-        if prompts is None:
-            raise ValueError("give input_ids: a prompt of at least one token")
-        mask = torch.ones_like(prompts) if attention_mask is None else attention_mask.long()
-        config = generation_config or self.generation_config
-        options = decoding_options(self.config, config, len(prompts), seed, kwargs)
+        prompts, mask = given_prompts(inputs, input_ids, attention_mask, token_type_ids)
+        given, own, (rows, width) = generation_config, self.generation_config, prompts.shape
+        options = decoding_options(self.config, own, rows, seed, kwargs, given=given, width=width)
+        if return_dict_in_generate is None:
+            return_dict_in_generate = getattr(given, "return_dict_in_generate", None)
+        mask = left_open(prompts, mask, getattr(own, "closing_token_ids", None))
         lengths = mask.sum(-1)
+        check_context(self, lengths, options.max_new_tokens, options.block_size)
         order = mask.argsort(dim=-1, descending=True, stable=True)
         packed = prompts.gather(1, order)
         if options.token_shift:

@@ -28,6 +28,7 @@ from dllm_convert.plan_fit import (
     check_transformers,
     diffusion_section,
 )
+from dllm_convert.plan_ids import check_token_ids
 from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
@@ -173,6 +174,7 @@ def make_plan(
     fit, source, files = fit_source(source, adapter)
     mask = decide_mask_token(recipe, source, adapter)
     check_padding(source.config, mask.rows_after)
+    check_token_ids(source, mask.rows_after)
     shift = _keeps_shift(recipe, adapter)
     converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)

@@ -86,7 +86,11 @@ def kept_features(source: SourceInfo) -> tuple[str, ...]:
     for where, scaling in _scalings(source.config):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
-            found.append(f"rotary scaling{where} kept: {kind}, factor {scaling.get('factor')}")
+            own = ""
+            if "dynamic" in str(kind) or kind == "longrope":
+                own = "; it depends on a text's length: of each row, in decoding of its final text"
+            factor = scaling.get("factor")
+            found.append(f"rotary scaling{where} kept: {kind}, factor {factor}{own}")
     for key, what in _SOFT_CAPS.items():
         cap = source.config.get(key)
         if cap:

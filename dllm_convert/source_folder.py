@@ -100,6 +100,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """Read generation_config.json; empty if there is none.
+
+    Raises:
+        DataError: It is broken.
+    """
+    path = folder / "generation_config.json"
+    return load_json_object(path) if path.is_file() else {}
+
+
 def tensor_infos(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     """Return tensor name to description over all files of a checkpoint."""
     return {
@@ -171,4 +181,5 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
         files=files,
         beside=tuple(sorted(names)),
         warnings=() if headers else (PICKLE_WARNING,),
+        generation=read_generation(folder),
     )

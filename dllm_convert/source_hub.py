@@ -15,6 +15,7 @@ from dllm_convert.source_folder import (
     SMALL_FILES,
     matching,
     read_config,
+    read_generation,
     tokenizer_of,
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
@@ -124,4 +125,5 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         beside=tuple(sorted(names)),
         warnings=() if tensors else (PICKLE_WARNING,),
         gated=info.gated or ("no" if info.gated is False else None),
+        generation=read_generation(folder),
     )

@@ -51,6 +51,7 @@ class TokenizerInfo:
         file: Name of the file that holds the vocabulary; None for a GGUF file.
         declared_class: `tokenizer_class` that the folder names.
         code: Class of the folder's own code that `auto_map` names for the tokenizer.
+        named: Role (`bos`, `eos`, ...) to the text of its token.
     """
 
     vocab: Mapping[str, int]
@@ -64,6 +65,7 @@ class TokenizerInfo:
     file: str | None = None
     declared_class: str | None = None
     code: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class SourceInfo:
         warnings: What the user should know about the files themselves.
         gated: Whether the Hub's owner grants access one by one: `auto`, `manual` or no; None if
             nobody said.
+        generation: generation_config.json as a mapping; empty if there is none.
     """
 
     given: str
@@ -104,6 +107,7 @@ class SourceInfo:
     twins: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     gated: Literal["auto", "manual", "no"] | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def license(self) -> str | None:

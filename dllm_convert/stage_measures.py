@@ -140,13 +140,14 @@ class Measures:
     def _sample(self) -> dict[str, Any]:
         from dllm_convert.pictures import DENOISING
         from dllm_convert.sampling import DEFAULT_PROMPT
-        from dllm_convert.sampling.run import decode_sample, record, recorder_of
+        from dllm_convert.sampling.run import decode_sample, fit, record, recorder_of
 
         model, out = self._load(self._weights), self.workspace.work / DENOISING.file
         recorder = recorder_of(model)
         with self.reporter.task("decode a sample"):
+            prompt, new = fit(model, self._tokenizer, DEFAULT_PROMPT, 32)
             sample = decode_sample(
-                model, self._tokenizer, DEFAULT_PROMPT, max_new_tokens=32, observer=recorder
+                model, self._tokenizer, prompt, max_new_tokens=new, observer=recorder
             )
             record(recorder, self._tokenizer, out)
         return sample.as_dict()

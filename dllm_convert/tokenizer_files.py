@@ -87,6 +87,7 @@ def build_info(
         file=file,
         declared_class=declared_class,
         code=code,
+        named=dict(named),
     )
 
 

@@ -159,29 +159,11 @@ class _Weights:
         return made
 
 
-def _write_configs(plan: ConversionPlan, source: Path, out: Path, fit: Fit) -> None:
+def _write_config(plan: ConversionPlan, source: Path, out: Path, fit: Fit) -> None:
     config = read_config(source)
     for key in ("_name_or_path", *QUANTISED_SECTIONS, *code_keys(config)):
         config.pop(key, None)
     _write_json(out / "config.json", {**config, **fit.config, **plan.config_updates})
-    path = source / "generation_config.json"
-    base = load_json_object(path) if path.is_file() else {}
-    chosen = plan.recipe.generation
-    generation = {
-        **{
-            f"{role}_token_id": base.get(f"{role}_token_id", config.get(f"{role}_token_id"))
-            for role in ("bos", "eos", "pad")
-        },
-        "mask_token_id": plan.mask.id,
-        # transformers takes a temperature for a mistake unless sampling is said to be meant.
-        "temperature": chosen.temperature or None,
-        "do_sample": True if chosen.temperature else None,
-        "block_size": plan.recipe.block_size,
-        **chosen.model_dump(exclude={"temperature", "approximate_cache"}),
-        "approximate_cache": chosen.approximate_cache or None,
-    }
-    known = {key: value for key, value in generation.items() if value is not None}
-    _write_json(out / "generation_config.json", known)
 
 
 def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
@@ -197,10 +179,12 @@ def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
 
 def _write_others(plan: ConversionPlan, source: Path, out: Path, fit: Fit, *, light: bool) -> None:
     from dllm_convert.bundle import write_modeling
+    from dllm_convert.generation_output import write_generation
     from dllm_convert.tokenizer_output import write_tokenizer
 
-    _write_configs(plan, source, out, fit)
+    _write_config(plan, source, out, fit)
     write_tokenizer(plan.mask, plan.source.tokenizer, source, out, light=light)
+    write_generation(plan, out)
     write_modeling(out, plan.adapter)
     for name in matching(file_names(source), LICENCE_FILES):
         shutil.copyfile(source / name, out / name)

@@ -16,7 +16,14 @@ from dllm_convert.source import inspect_source
 
 
 def convert(
-    base: Path, folder: Path, target: str, *, block: int = 8, method: str = "none", **fields: Any
+    base: Path,
+    folder: Path,
+    target: str,
+    *,
+    block: int = 8,
+    method: str = "none",
+    light: bool = False,
+    **fields: Any,
 ) -> ConversionPlan:
     """Write an untrained conversion of `base` into `folder` and return its plan.
 
@@ -26,6 +33,7 @@ def convert(
         target: mdlm or bd3lm.
         block: Tokens per block, bd3lm only.
         method: What the recipe says of training; nothing is trained here.
+        light: Whether transformers is left out.
         **fields: Other fields of the recipe.
     """
     from dllm_convert.weights import adapt
@@ -38,7 +46,7 @@ def convert(
         "training": {"method": method},
     }
     plan = make_plan(Recipe.model_validate({**recipe, **fields}), inspect_source(str(base)))
-    adapt(plan, base, folder, Reporter(quiet=True))
+    adapt(plan, base, folder, Reporter(quiet=True), light=light)
     return plan
 
 

@@ -116,7 +116,12 @@ def test_files_and_configs(source_cache: Sources, tmp_path: Path, adapter: Any) 
     assert generation["mask_token_id"] == plan.mask.id
     assert generation.get("block_size") == block
     assert None not in generation.values()
-    for role in ("bos", "eos", "pad"):
+    # An encoder has no end of text of its own; training ends texts with the separator.
+    ends = (
+        base.get("eos_token_id") or transformers.AutoTokenizer.from_pretrained(source).sep_token_id
+    )
+    assert generation["eos_token_id"] == ends
+    for role in ("bos", "pad"):
         assert generation.get(f"{role}_token_id") == base.get(f"{role}_token_id")
     assert (tmp_path / "out" / "LICENSE").read_bytes() == (source / "LICENSE").read_bytes()
     assert adapter.diffusion_class in (tmp_path / "out" / "modeling_dllm.py").read_text()

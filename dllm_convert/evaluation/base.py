@@ -13,7 +13,9 @@ from lm_eval.models.huggingface import HFLM
 
 from dllm_convert.console import Reporter, Task
 from dllm_convert.evaluation.effort import Effort
+from dllm_convert.evaluation.subject import scored_from
 from dllm_convert.loading import load_complete
+from dllm_convert.text_bounds import leave_open
 
 
 class _Counted(CacheHook):  # type: ignore[misc]
@@ -61,6 +63,7 @@ class AutoregressiveLM(HFLM):  # type: ignore[misc]
 
     def __init__(self, *, reporter: Reporter, **given: Any) -> None:
         super().__init__(**given)
+        leave_open(self.tokenizer)
         self.effort = Effort()
         self.reporter = reporter
 
@@ -93,6 +96,15 @@ class AutoregressiveLM(HFLM):  # type: ignore[misc]
         self.effort.new_tokens += written
         self.effort.row_forwards += written
         return texts
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tell continuation from context as for a conversion; lm-eval allows no empty one."""
+        found: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        if found[1]:
+            return found
+        given, whole = found[0], list(self.tok_encode(context + continuation))
+        start = scored_from(given, whole, continuation)
+        return whole[:start] or [self.prefix_token_id], whole[start:]
 
     @contextmanager
     def _counting(self, what: str, answers: int) -> Iterator[None]:

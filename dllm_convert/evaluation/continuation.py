@@ -107,7 +107,9 @@ def _text_batch(texts: Sequence[Continuation]) -> TextBatch:
     starts = torch.tensor([text.start for text in texts])[:, None]
     tokens = torch.tensor([[*text.tokens, *[0] * (width - len(text.tokens))] for text in texts])
     inside = index < lengths
-    return TextBatch(tokens, torch.where(inside, 0, -1), index, inside & (index >= starts))
+    # A row's length is that of its own text, whatever stands beside it.
+    positions = torch.where(inside, index, 0)
+    return TextBatch(tokens, torch.where(inside, 0, -1), positions, inside & (index >= starts))
 
 
 def _widen(corruption: Corruption, width: int) -> dict[str, torch.Tensor]:

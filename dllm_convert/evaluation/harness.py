@@ -6,7 +6,6 @@ package's decoding. Importing this module registers the model with lm-eval.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,18 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from dllm_convert.console import Reporter, Task
-from dllm_convert.evaluation.continuation import Continuation, Estimator, cut_left
+from dllm_convert.evaluation.asked import (
+    asks_for_the_likeliest,
+    cut_at,
+    cut_to,
+    item_number,
+    item_of,
+    most_tokens,
+    scored_text,
+    told_of_cuts,
+    whole_text,
+)
+from dllm_convert.evaluation.continuation import Continuation, Estimator
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
@@ -49,7 +59,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         **given: Fields of `Settings`, and settings of decoding such as `confidence_threshold`.
 
     Raises:
-        DataError: There is no such checkpoint.
+        DataError: There is no such checkpoint, or max_length is below 2.
         IncompatibleError: It is no diffusion model.
     """
 
@@ -78,10 +88,13 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device=str(self._ranks.device),
             dtype=dtype,
         )
-        self.context = max_length or self.subject.context
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
+        # Whether contexts are conversations: their template has written how they begin.
+        self._chats = False
         self.reporter = reporter or Reporter(quiet=self._rank != 0)
+        wanted = None if max_length is None else int(max_length)
+        self.context = most_tokens(self.subject, wanted, self.reporter)
 
     @property
     def tokenizer_name(self) -> str:
@@ -99,10 +112,15 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return a conversation as the prompt of its next turn."""
+        self._chats = True
         return self.subject.chat(chat_history, answer=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the template that `apply_chat_template` uses."""
+        """Return the template that `apply_chat_template` uses.
+
+        lm-eval asks for it wherever prompts are conversations, those of its cache included.
+        """
+        self._chats = bool(chat_template)
         return self.subject.tokenizer.chat_template if chat_template else None
 
     def all_gather(self, tensor: Any) -> Any:
@@ -136,12 +154,12 @@ class DiffusionLM(LM):  # type: ignore[misc]
             number = numbers.setdefault((item, context, continuation), len(texts))
             owners.append(number)
             if number == len(texts):
-                given, scored = self.subject.encode_pair(context, continuation)
-                text = Continuation((*given, *scored), len(given), item)
-                texts.append(cut_left(text, self.context))
+                begins = not self._chats
+                texts.append(scored_text(self.subject, request, self.context, begins=begins))
                 characters[number] = len(continuation)
-        nats = self._score(texts, characters).nats.tolist()
-        greedy = self._greedy(texts)
+        cut = cut_to(texts, self.context, self.reporter)
+        nats = self._score(cut, characters).nats.tolist()
+        greedy = self._greedy(cut)
         found = []
         for request, number in zip(requests, owners, strict=True):
             found.append((-nats[number], greedy[number]))
@@ -195,7 +213,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         windows: list[Continuation] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            tokens = self.subject.encode(request.args[0], special=False)
+            tokens = whole_text(self.subject, request)
             for place, (given, scored) in enumerate(self._windows(tokens)):
                 # Windows are no choices among which to rank: each is an item, all draws count.
                 item = item_number(f"{place} {request.args[0]}")
@@ -236,7 +254,10 @@ class DiffusionLM(LM):  # type: ignore[misc]
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """Yield numbers and prompts of requests with the same settings, the longest first."""
         for numbers in groups:
-            prompts = {n: self.subject.encode(requests[n].args[0]) for n in numbers}
+            begins = not self._chats
+            prompts = {n: self.subject.encode(requests[n].args[0], special=begins) for n in numbers}
+            room = self.context - self._length(requests[numbers[0]].args[1])
+            told_of_cuts([len(prompt) for prompt in prompts.values()], room, self.reporter)
             # Prompts of similar length side by side: padding costs as much as text.
             order = sorted(numbers, key=lambda n: -len(prompts[n]))
             for first in range(0, len(order), self.batch_size):
@@ -253,45 +274,27 @@ class DiffusionLM(LM):  # type: ignore[misc]
             asked[item] += 1
         return seeds
 
+    def _length(self, asked: Mapping[str, Any]) -> int:
+        """How many tokens to write."""
+        wanted = normalize_gen_kwargs(dict(asked), self.settings.max_new_tokens)
+        return self.settings.length or int(wanted["max_gen_toks"])
+
     def _write(
         self, prompts: Sequence[Sequence[int]], asked: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[str]:
         wanted = normalize_gen_kwargs(dict(asked), self.settings.max_new_tokens)
         options = dict(self.settings.generation)
         options |= {name: wanted[name] for name in _DECODING & set(wanted) if wanted[name]}
+        if asks_for_the_likeliest(asked) and not {"do_sample", "temperature"} & set(
+            self.settings.generation
+        ):
+            # What the checkpoint does by itself may be to draw.
+            options["temperature"] = 0.0
         started = time.monotonic()
-        length = self.settings.length or int(wanted["max_gen_toks"])
-        written = self.subject.write(prompts, length, seeds, **options)
+        length = self._length(asked)
+        written = self.subject.write(prompts, length, seeds, self.context, **options)
         self.effort.writing_seconds += time.monotonic() - started
         self.effort.new_tokens += sum(written.new_tokens)
         self.effort.forwards += written.forwards
         self.effort.row_forwards += written.forwards * len(prompts)
         return [cut_at(text, wanted["until"]) for text in written.texts]
-
-
-def item_of(request: Any) -> int:
-    """Number the question a request belongs to.
-
-    By its task and place where lm-eval says them: other questions may have the same context, and
-    the choices of one may have different ones. Requests without any context are a question of their
-    own beside those with one (`acc_mutual_info`).
-    """
-    given = request.args[0]
-    if request.doc_id is None:
-        return item_number(given)
-    return item_number(f"{request.task_name} {request.doc_id} {bool(given)}")
-
-
-def item_number(text: str) -> int:
-    """Number a question by what names it.
-
-    Its noise is then the same for every model, whatever else is asked, in which order, in batches
-    of what size and on how many processes.
-    """
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def cut_at(text: str, stops: Sequence[str]) -> str:
-    """Return a text up to the first of some strings."""
-    places = [text.find(stop) for stop in stops if stop]
-    return text[: min((place for place in places if place >= 0), default=len(text))]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.console import Reporter
 from dllm_convert.errors import IncompatibleError
@@ -55,8 +55,7 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
 def _check_base(request: Request) -> None:
     if request.base is None:
         return
-    model_type = str(read_config(request.checkpoint)["model_type"])
-    if get_adapter(model_type).attention == "bidirectional":
+    if adapter_of(read_config(request.checkpoint)).attention == "bidirectional":
         raise IncompatibleError(
             f"{request.base} is a masked language model, which has no likelihood of its own and "
             "writes nothing",
@@ -87,6 +86,8 @@ def _base(request: Request, reporter: Reporter) -> Any:
         dtype=dtype,
         batch_size=request.batch_size,
         reporter=reporter,
+        # A conversation is tokenised as its template wrote it, as the conversion's is.
+        add_bos_token=False if request.chat else None,
     )
 
 

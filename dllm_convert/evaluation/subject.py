@@ -4,17 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dllm_convert.adapters import get_adapter
+from dllm_convert.adapters import adapter_of
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.sampling.run import read_config
+from dllm_convert.text_bounds import conversation_ids, end_ids, first_token, open_ids
 from dllm_convert.tokenizer_loading import load_tokenizer
+
+
+def scored_from(given: Sequence[int], whole: Sequence[int], continuation: str) -> int:
+    """Return the first token of a text that belongs to its continuation.
+
+    Args:
+        given: Tokens of the beginning alone.
+        whole: Tokens of the whole text.
+        continuation: Its end; where it is not empty, it has at least one token.
+
+    Raises:
+        DataError: It has none.
+    """
+    start = len(given)
+    if continuation and start >= len(whole):
+        pairs = enumerate(zip(given, whole, strict=False))
+        start = next((at for at, (one, other) in pairs if one != other), len(whole))
+    if continuation and start >= len(whole):
+        raise DataError(
+            f"the continuation {continuation!r} has no tokens in this model's vocabulary, so it "
+            "has no likelihood",
+            hint="Leave the item out; as nothing it would be likelier than any other",
+        )
+    return start
 
 
 @dataclass(frozen=True)
@@ -74,7 +100,7 @@ class Subject:
         from dllm_convert.training.setup import load_model
 
         config = read_config(folder)
-        adapter = get_adapter(str(config["model_type"]))
+        adapter = adapter_of(config)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
         model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
@@ -92,61 +118,62 @@ class Subject:
             model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)
         )
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """Tokens that the tokenizer puts before every text, such as the beginning-of-text token."""
-        return tuple(self.tokenizer("")["input_ids"][:1])
-
-    @property
+    @cached_property
     def first_token(self) -> int:
         """What stands before a text that has nothing before it.
 
         Raises:
             DataError: The tokenizer names no token that could.
         """
-        named = (*self.prefix, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        found = next((token for token in named if token is not None), None)
+        found = first_token(self.tokenizer)
         if found is None:
             raise DataError(
                 "the tokenizer has neither a beginning- nor an end-of-text token, so a text with "
                 "nothing before it cannot be scored",
                 hint="Give the text a beginning",
             )
-        return int(found)
+        return found
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Tokenise text, with what the tokenizer puts before it and without what it puts after.
 
-        A text that begins with that token already, as a chat template writes it, gets no second.
+        A text that begins with that token already gets no second.
 
         Args:
             text: Any text.
-            special: Whether it stands at the beginning.
+            special: Whether it stands at the beginning; not if a chat template wrote it.
         """
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prefix = list(self.prefix) if special else []
-        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
+        return open_ids(self.tokenizer, text) if special else conversation_ids(self.tokenizer, text)
 
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def encode_pair(
+        self, context: str, continuation: str, *, special: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Tokenise a text and tell its end from its beginning, which is never empty.
 
         Spaces at the end of the context belong to the continuation, as in lm-eval: most
-        vocabularies have words with the space before them.
+        vocabularies have words with the space before them. Where the continuation melts into the
+        last token of the context, what is scored begins with the first token that differs.
 
         Args:
             context: What is given.
-            continuation: What is scored.
+            continuation: What is scored; nothing of it only where it is empty.
+            special: Whether the context stands at the beginning; not if a chat template wrote it.
+
+        Raises:
+            DataError: A continuation that is not empty has no tokens.
         """
         stripped = context.rstrip()
-        continuation = context[len(stripped) :] + continuation
-        if not stripped:
-            whole = self.encode(continuation, special=False)
-            return [self.first_token], whole
-        given = self.encode(stripped)
-        whole = self.encode(stripped + continuation)
-        if not given:
-            return [self.first_token], whole
-        return given, whole[len(given) :]
+        text = context[len(stripped) :] + continuation
+        given: list[int] = []
+        if stripped:
+            given = self.encode(stripped, special=special)
+            whole = self.encode(stripped + text, special=special)
+        else:
+            whole = self.encode(text, special=False)
+            # A text that is begun already is not begun again.
+            given = whole[:1] if whole[1:] and whole[0] == self.first_token else []
+        start = scored_from(given, whole, continuation)
+        return whole[:start] or [self.first_token], whole[start:]
 
     def chat(self, messages: Sequence[dict[str, str]], *, answer: bool = True) -> str:
         """Return a conversation as text.
@@ -172,7 +199,12 @@ class Subject:
         return text
 
     def write(
-        self, prompts: Sequence[Sequence[int]], new: int, seeds: Sequence[int], **options: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        seeds: Sequence[int],
+        context: int | None = None,
+        **options: Any,
     ) -> Written:
         """Write text after each prompt; every prompt as if it were alone.
 
@@ -182,16 +214,18 @@ class Subject:
             prompts: Tokens of each prompt.
             new: Tokens to write.
             seeds: Seed of each row.
+            context: Most tokens of a text; the model's by default.
             **options: Settings of decoding.
 
         Raises:
             IncompatibleError: The context has no room for a prompt beside the new tokens.
         """
-        room = self.context - new
+        context = context or self.context
+        room = context - new
         if room < 1:
             raise IncompatibleError(
-                f"{new} new tokens and a prompt do not fit into {self.context} tokens",
-                hint=f"Write fewer, as in --set max_new_tokens={self.context // 2}",
+                f"{new} new tokens and a prompt do not fit into {context} tokens",
+                hint=f"Write fewer, as in --set max_new_tokens={context // 2}",
             )
         cut = [list(prompt)[-room:] or [self.first_token] for prompt in prompts]
         width = max(map(len, cut))
@@ -220,7 +254,6 @@ class Subject:
         return tuple(output[0, len(prompt) :].tolist())
 
     def _until_end(self, row: list[int]) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ends = end_ids(self.model)
         last = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
         return row[: last + 1]

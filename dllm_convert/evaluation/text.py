@@ -107,7 +107,8 @@ def _base_nll(
         AutoModelForCausalLM,
         base,
         dtype=subject.model.dtype,
-        attn_implementation="sdpa",
+        # Some families have no sdpa.
+        attn_implementation=subject.model.config._attn_implementation,
         trust_remote_code=False,
     ).to(subject.model.device)
     rows = int(model.config.get_text_config().vocab_size)

@@ -31,6 +31,7 @@ class Canvas:
         observer: Called by `show`.
 
     Attributes:
+        limits: As given.
         tokens: Shape (batch, width), the mask where nothing is written.
         masked: Where something is to be written, shape (batch, width), bool.
         rows: Rows still being written, shape (rows,).
@@ -46,6 +47,7 @@ class Canvas:
         observer: Observer | None = None,
     ) -> None:
         self.options, self.lengths, self.observer = options, lengths, observer
+        self.limits = limits
         self.prompt_width = prompts.shape[1]
         self.ends = lengths + options.max_new_tokens
         batch, width = len(prompts), int(limits.max())
@@ -64,6 +66,7 @@ class Canvas:
         self._used = torch.zeros_like(lengths)
         self._budget = torch.zeros_like(lengths)
         self._generators = row_generators(batch, options, prompts.device)
+        self._token_generators = row_generators(batch, options, prompts.device, tokens=True)
         self._warpers = make_warpers(options)
         self._eos = torch.tensor(options.eos_token_ids, device=prompts.device)
 
@@ -98,6 +101,11 @@ class Canvas:
         active = [self._generators[row] for row in self.rows.tolist()]
         return show_noise(tokens, self.masked[rows, columns], self.options, active)
 
+    def final_lengths(self) -> torch.Tensor:
+        """How long the text of each active row will be, as many rows as `read` returns."""
+        limits = self.limits[self.rows]
+        return torch.cat([limits, limits]) if self.options.guided else limits
+
     def begin(self, masked: torch.Tensor, beginning: torch.Tensor | None = None) -> None:
         """Start counting the steps of a block, or of the text.
 
@@ -125,9 +133,12 @@ class Canvas:
         if options.guided:
             given, hidden = logits.chunk(2)
             logits = hidden + options.guidance_scale * (given - hidden)
-        active = [self._generators[row] for row in self.rows.tolist()]
+        rows = self.rows.tolist()
+        active = [self._generators[row] for row in rows]
+        drawing = [self._token_generators[row] for row in rows]
         remaining = masked.sum(-1)
-        ratings = rate_tokens(logits, remaining.tolist(), options, active, self._warpers)
+        counts = remaining.tolist()
+        ratings = rate_tokens(logits, counts, options, active, self._warpers, drawing)
         left = (self._budget[self.rows] - self._used[self.rows]).clamp(min=1)
         chosen = choose_commits(ratings, masked, (remaining + left - 1) // left, options)
         among = chosen[masked]

@@ -32,10 +32,8 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
     config = _read(folder / "config.json")
     if diffusion_section(config) is None:
         return None
-    saved = {"eos_token_id": None, **_read(folder / "generation_config.json")}
-    options = decoding_options(
-        SimpleNamespace(**config), SimpleNamespace(**saved), 1, None, dict(given)
-    )
+    saved = _read(folder / "generation_config.json")
+    options = decoding_options(SimpleNamespace(**config), saved, 1, None, dict(given))
     idle = next((name for name in _WARPERS if name in given), None)
     if idle and not options.temperature:
         raise ValueError(f"{idle} does nothing without a temperature above 0")

@@ -24,11 +24,19 @@ Generators = list[torch.Generator | None]
 
 _PIECE = 1 << 20
 """Probabilities that are at hand at once on a CPU."""
+_COLDEST = 1e-30
+"""Temperature that logits are divided by at the least: float32 has no number for a smaller one's
+inverse, and at this one a single token is certain already."""
+_TOKENS = 0x5DEECE66D
+"""What sets the generators of tokens apart from the others of the same seed."""
 
 
 @dataclass(frozen=True)
 class Ratings:
     """What the model thinks of n positions, each of shape (n,).
+
+    Everything is measured on the model's own distribution, the mask ruled out: temperature, top-k,
+    top-p and min-p decide what is drawn, not how sure the model is.
 
     Attributes:
         confidence: Probability of the token that would be written.
@@ -43,21 +51,32 @@ class Ratings:
     token: torch.Tensor | None = None
 
 
-def row_generators(rows: int, options: DecodingOptions, device: torch.device) -> Generators:
-    """Return a generator per row, or None per row without seeds."""
+def row_generators(
+    rows: int, options: DecodingOptions, device: torch.device, *, tokens: bool = False
+) -> Generators:
+    """Return a generator per row, or None per row without seeds.
+
+    Args:
+        rows: Rows of the batch.
+        options: Decoding options.
+        device: Where numbers are drawn.
+        tokens: Tokens have generators of their own: what else is drawn, such as a random order, is
+            then the same with and without a temperature.
+    """
     if not options.seeds:
         return [None] * rows
-    return [torch.Generator(device).manual_seed(seed) for seed in options.seeds]
+    seeds = ((seed + _TOKENS * tokens) % (1 << 63) for seed in options.seeds)
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def make_warpers(options: DecodingOptions) -> LogitsProcessorList:
     """The warpers that transformers uses, in its order."""
     warpers = LogitsProcessorList()
     if options.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(options.temperature)))
-    if options.top_k:
+        warpers.append(TemperatureLogitsWarper(max(float(options.temperature), _COLDEST)))
+    if options.top_k is not None:
         warpers.append(TopKLogitsWarper(top_k=options.top_k))
-    if options.top_p is not None and options.top_p < 1:
+    if options.top_p is not None:
         warpers.append(TopPLogitsWarper(top_p=options.top_p))
     if options.min_p is not None:
         warpers.append(MinPLogitsWarper(min_p=options.min_p))
@@ -136,14 +155,39 @@ def _describe(
     return entropy, margin
 
 
+def _rate(
+    logits: torch.Tensor, token: torch.Tensor | None, options: DecodingOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Confidence in the tokens drawn, or in the likeliest; entropy and margin.
+    rows = _rows_at_once(logits)
+    pieces = (part.softmax(-1) for part in torch.split(logits, rows))
+    if token is None:
+        parts = [(part.amax(-1), *_describe(part, options)) for part in pieces]
+    else:
+        drawn = torch.split(token[:, None], rows)
+        parts = [
+            (part.gather(-1, chosen).squeeze(-1), *_describe(part, options))
+            for part, chosen in zip(pieces, drawn, strict=True)
+        ]
+    confidence, entropy, margin = map(torch.cat, zip(*parts, strict=True))
+    return confidence, entropy, margin
+
+
 def rate_tokens(
     logits: torch.Tensor,
     counts: list[int],
     options: DecodingOptions,
     generators: Generators,
     warpers: LogitsProcessorList,
+    token_generators: Generators | None = None,
 ) -> Ratings:
     """Rate the tokens that could be written.
+
+    A token is drawn from the warped distribution; how sure the model is is measured on its own one:
+    confidence is the probability there of the token drawn, as in MaskGIT (arXiv 2202.04200), LLaDA
+    (arXiv 2502.09992) and Fast-dLLM (arXiv 2505.22618), where noise and temperature decide the
+    token only. So a draw that is left a single token is greedy decoding, and an unlikely token that
+    was drawn is not one the model is sure of. Guidance is part of `logits`: it makes another model.
 
     Args:
         logits: Shape (n, vocab), positions row after row; the mask's are overwritten.
@@ -151,19 +195,16 @@ def rate_tokens(
         options: Decoding options.
         generators: One per row.
         warpers: From `make_warpers`.
+        token_generators: One per row, to draw tokens from; by default the same.
     """
     logits[:, options.mask_token_id] = -torch.inf
     token = None
     if options.temperature:
         empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
-        probabilities = warpers(empty, logits).softmax(-1)
-        token = _draw_tokens(probabilities, counts, generators)
-        entropy, margin = _describe(probabilities, options)
-        confidence = probabilities.gather(-1, token[:, None]).squeeze(-1)
-    else:
-        pieces = (part.softmax(-1) for part in torch.split(logits, _rows_at_once(logits)))
-        parts = ((part.amax(-1), *_describe(part, options)) for part in pieces)
-        confidence, entropy, margin = map(torch.cat, zip(*parts, strict=True))
+        # Below the largest: a cold temperature overflows nothing.
+        warped = warpers(empty, logits - logits.amax(-1, keepdim=True))
+        token = _draw_tokens(warped.softmax(-1), counts, token_generators or generators)
+    confidence, entropy, margin = _rate(logits, token, options)
     score = confidence
     if options.unmasking == "margin":
         score = margin
@@ -186,8 +227,8 @@ def choose_commits(
 ) -> torch.Tensor:
     """Choose which masked positions become final.
 
-    Each row commits its `quota` best positions and, with a threshold or a bound on the entropy,
-    every other position that satisfies it.
+    Each row commits its `quota` best positions and, with a threshold, every other position that
+    reaches it; with a bound on the entropy, as many of the best as keep to it.
 
     Args:
         ratings: Of the masked positions, row after row.
@@ -206,9 +247,12 @@ def choose_commits(
     if options.confidence_threshold is not None:
         chosen |= spread(ratings.confidence, 0.0) >= options.confidence_threshold
     if options.entropy_bound is not None:
-        entropy, order = spread(ratings.entropy, torch.inf).sort(dim=-1, stable=True)
-        # The sum of all but the largest bounds what joint writing can lose (arXiv 2505.24857).
-        within = (entropy.cumsum(-1) - entropy) <= options.entropy_bound
+        order = spread(ratings.score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        entropy = spread(ratings.entropy, torch.inf).gather(-1, order)
+        # The sum of all but the largest bounds what joint writing can lose (arXiv 2505.24857);
+        # added up without it, for a difference would lose small ones beside a large one.
+        largest = torch.nn.functional.pad(entropy.cummax(-1).values[:, :-1], (1, 0))
+        within = torch.minimum(entropy, largest).cumsum(-1) <= options.entropy_bound
         chosen |= torch.zeros_like(within).scatter_(-1, order, within)
     return chosen & masked
 

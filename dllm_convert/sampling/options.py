@@ -5,13 +5,30 @@ This module travels inside the published modelling file, so it imports torch onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
 ORDERS = ("confidence", "margin", "entropy", "random")
 REMASKING = ("low_confidence", "random")
+
+_LIMITS = {
+    "confidence_threshold": (0, math.inf),
+    "entropy_bound": (0, math.inf),
+    "remasking_ratio": (0, math.nextafter(1, 0)),
+    "temperature": (0, math.inf),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "guidance_scale": (0, math.inf),
+}
+"""Least and largest value of each setting."""
+_EXPECTED = {(0, math.inf): "at least 0", (0, 1): "0 to 1"}
+_IDLE = {"confidence_threshold": 1, "entropy_bound": 0, "top_k": 0, "top_p": 1, "min_p": 0}
+"""Where a setting does nothing: from there on it is as if it were not given, rounding included."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +42,20 @@ class DecodingOptions:
         token_shift: Whether position i is predicted from the hidden state of i-1.
         max_denoising_steps: Most forwards per block (BD3LM, and MDLM with `block_length`) or per
             text (MDLM); None: one token each.
-        confidence_threshold: Commit every position at least this likely, at least one per forward
-            (Fast-dLLM, arXiv 2505.22618); None: no more than the number of steps asks for.
-        entropy_bound: Commit the surest positions whose summed entropy in nats, the largest left
-            out, is at most this (EB-Sampler, arXiv 2505.24857).
+        confidence_threshold: Commit every position whose token the model holds at least this
+            likely, at least one per forward (Fast-dLLM, arXiv 2505.22618); None, or 1 and above:
+            no more than the number of steps asks for.
+        entropy_bound: Commit as many positions, in the order of `unmasking`, as their summed
+            entropy in nats, the largest left out, is at most this (EB-Sampler, arXiv 2505.24857);
+            None or 0: no more than the number of steps asks for.
         unmasking: What a fixed number of positions is chosen by: `confidence`; `margin`, between
             the two likeliest tokens; `entropy`; or `random`.
         remasking: Take committed tokens back before the last step, those of `low_confidence` or at
             `random` (after ReMDM, arXiv 2503.00307); None: what is committed stays.
         remasking_ratio: Share of the tokens of earlier steps taken back in each step, rounded down.
-        temperature: 0 takes the likeliest token.
-        top_k: Draw from the k likeliest tokens.
+        temperature: 0 takes the likeliest token. Like the next three it decides what is drawn, not
+            how sure the model is: that is measured on the model's own distribution.
+        top_k: Draw from the k likeliest tokens; 0 is none, as in transformers.
         top_p: Draw from the fewest tokens that hold this probability.
         min_p: Draw from tokens at least this likely, relative to the likeliest.
         guidance_scale: Classifier-free guidance, the prompt masked for the second opinion (LLaDA,
@@ -83,20 +103,32 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_denoising_steps", "block_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if value is not None and not (_is_whole(value) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, expected at least 1")
         self._check_choices()
         self._check_combinations()
+        for name, limit in _IDLE.items():
+            value = getattr(self, name)
+            if value is not None and (value <= 0 if limit == 0 else value >= limit):
+                object.__setattr__(self, name, None)
+        if self.remasking_ratio == 0:
+            object.__setattr__(self, "remasking", None)
 
     def _check_choices(self) -> None:
         if self.unmasking not in ORDERS:
             raise ValueError(f"unmasking is {self.unmasking!r}, expected one of {list(ORDERS)}")
         if self.remasking not in (None, *REMASKING):
             raise ValueError(f"remasking is {self.remasking!r}, expected one of {list(REMASKING)}")
-        if not 0 <= self.remasking_ratio < 1:
-            raise ValueError(f"remasking_ratio is {self.remasking_ratio}, expected 0 to below 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, expected at least 0")
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is None and name not in ("remasking_ratio", "temperature", "guidance_scale"):
+                continue
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (number and least <= value <= most and value < math.inf):
+                expected = _EXPECTED.get((least, most), "0 to below 1")
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if self.top_k is not None and not _is_whole(self.top_k):
+            raise ValueError(f"top_k is {self.top_k!r}, expected a whole number")
 
     def _check_combinations(self) -> None:
         if self.block_size and (self.block_length or self.approximate_cache):
@@ -114,6 +146,10 @@ class DecodingOptions:
     def guided(self) -> bool:
         """Whether every forward is run with and without the prompt."""
         return self.guidance_scale != 1
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

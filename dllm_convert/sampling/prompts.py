@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.text_bounds import conversation_ids, open_ids
+
+_BEFORE = ("a", ".", "\n", "1", "\u4e00")
+"""What a text is tokenised behind, to see its tokens in the middle of one: the first of these that
+does not melt into it."""
 
 
 def with_masks(tokenizer: Any, prompt: str, mark: str) -> str:
@@ -29,6 +34,48 @@ def with_masks(tokenizer: Any, prompt: str, mark: str) -> str:
     return re.sub(rf" ?{re.escape(mark)}", lambda _: str(tokenizer.mask_token), prompt)
 
 
+def _around_masks(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+    """Tokenise a text whose masks are one token each, and what stands around them as it is typed.
+
+    A tokenizer takes what follows a special token for the beginning of a text, and some put a space
+    before that.
+    """
+    begun = conversation_ids if chat else open_ids
+    first, *others = text.split(tokenizer.mask_token) if tokenizer.mask_token else [text]
+    if not others:
+        return begun(tokenizer, text)
+    ids = begun(tokenizer, first)
+    for piece in others:
+        ids += [tokenizer.mask_token_id, *_behind_mask(tokenizer, piece)]
+    return ids
+
+
+def _behind_mask(tokenizer: Any, piece: str) -> list[int]:
+    """Tokenise what follows a mask, as the middle of a text."""
+
+    def encode(text: str) -> list[int]:
+        return conversation_ids(tokenizer, text)
+
+    def show(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    special = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
+    cut = re.search(special, piece)
+    head, rest = (piece[: cut.start()], piece[cut.start() :]) if cut else (piece, "")
+    ids = encode(head)
+    mask = show([tokenizer.mask_token_id])
+    shown = show([tokenizer.mask_token_id, *ids])
+    if shown != mask + head:
+        for before in _BEFORE:
+            known, whole = encode(before), encode(before + head)
+            if whole[: len(known)] == known and show(whole).startswith(show(known)):
+                # What a vocabulary cannot say looks as it would in the middle of any text.
+                if shown != mask + show(whole)[len(show(known)) :]:
+                    ids = whole[len(known) :]
+                break
+    return [*ids, *(encode(rest) if rest else ())]
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     """Return the tokens of a prompt, left open at its end.
 
@@ -47,11 +94,8 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[in
                 "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
             )
         turns = [{"role": "user", "content": prompt}]
-        # Tokenised apart: the template has already written the tokens that begin a text.
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
-    if len(ids) > 1 and tokenizer.sep_token_id is not None and ids[-1] == tokenizer.sep_token_id:
-        del ids[-1]
+    ids = _around_masks(tokenizer, prompt, chat=chat)
     if not ids:
         raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
     return ids

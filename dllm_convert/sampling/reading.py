@@ -12,6 +12,7 @@ import torch
 from .cache import BlockCache
 from .canvas import Canvas
 from .options import DecodingOptions
+from .rope import final_lengths
 
 
 class CanvasReader:
@@ -48,13 +49,14 @@ class CanvasReader:
             mask = valid[:, None, None].expand(-1, -1, columns.shape[1], -1)
         if mask is not None:
             mask = _doubled(mask, self.options)
-        output = self.model(
-            canvas.read(columns),
-            attention_mask=mask,
-            position_ids=_doubled(columns, self.options),
-            logits_at=_behind(at, columns.numel(), self.options),
-            **inputs,
-        )
+        with final_lengths(self.model, canvas.final_lengths):
+            output = self.model(
+                canvas.read(columns),
+                attention_mask=mask,
+                position_ids=_doubled(columns, self.options),
+                logits_at=_behind(at, columns.numel(), self.options),
+                **inputs,
+            )
         logits: torch.Tensor = output.logits
         return logits
 
@@ -206,15 +208,16 @@ class BlockReader:
     ) -> torch.Tensor:
         both = _doubled(columns, self.options)
         self.cache.place(both)
-        output = self.model(
-            self.canvas.read(columns, noise=not is_prompt),
-            attention_mask=mask,
-            position_ids=both,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_at=_behind(at, columns.numel(), self.options),
-            sees_all=mask is None and not is_prompt,
-        )
+        with final_lengths(self.model, self.canvas.final_lengths):
+            output = self.model(
+                self.canvas.read(columns, noise=not is_prompt),
+                attention_mask=mask,
+                position_ids=both,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_at=_behind(at, columns.numel(), self.options),
+                sees_all=mask is None and not is_prompt,
+            )
         self.canvas.forwards += 1
         logits: torch.Tensor = output.logits
         return logits

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.nearest import no_folder
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.sampling.limits import ContextError, ContextWarning, context_of
 from dllm_convert.sampling.options import Observer
-from dllm_convert.sampling.prompts import encode_prompts
+from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
+from dllm_convert.text_bounds import end_ids
 from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.watch.frames import Recorder
 from dllm_convert.watch.pieces import TokenText
@@ -99,8 +102,8 @@ def decode_samples(
         **options: Fields of `DecodingOptions`; None keeps the checkpoint's default.
 
     Raises:
-        DataError: A prompt is empty, has no mark where one was named, or begins with a mask that
-            nothing stands before.
+        DataError: A prompt is empty, has no mark where one was named, begins with a mask that
+            nothing stands before, or is longer than the positions the model has.
         IncompatibleError: The tokenizer has no chat template, or the model knows no mask.
     """
     encoded = encode_prompts(model, tokenizer, prompts, chat=chat, mark=mark)
@@ -109,14 +112,18 @@ def decode_samples(
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]
     given = {name: value for name, value in options.items() if value is not None}
     started = time.monotonic()
-    output = model.generate(
-        torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        seed=seed,
-        observer=observer,
-        return_dict_in_generate=True,
-        **given,
-    )
+    try:
+        output = model.generate(
+            torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            seed=seed,
+            observer=observer,
+            return_dict_in_generate=True,
+            **given,
+        )
+    except ContextError as error:
+        what, _, advice = str(error).partition(": ")
+        raise DataError(what, hint=advice.capitalize()) from error
     seconds = round(time.monotonic() - started, 3)
     samples = []
     for prompt, ids, sequence in zip(prompts, encoded, output.sequences.tolist(), strict=True):
@@ -129,12 +136,39 @@ def decode_samples(
     return tuple(samples)
 
 
-def end_ids(model: Any) -> frozenset[int]:
-    """Return the tokens that end a text, as the checkpoint's generation config names them."""
-    found = model.generation_config.eos_token_id
-    return frozenset(
-        () if found is None else found if isinstance(found, list | tuple) else (found,)
-    )
+@contextmanager
+def telling(reporter: Reporter) -> Iterator[None]:
+    """Have the reporter say, once the block ends, that texts were longer than the context."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ContextWarning)
+        yield
+    said = {str(w.message): w for w in caught}
+    for text, warning in said.items():
+        if issubclass(warning.category, ContextWarning):
+            reporter.warn(text)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+def fit(model: Any, tokenizer: Any, prompt: str, new: int) -> tuple[str, int]:
+    """Return as much of a prompt, and of a number of new tokens, as a small context has room for.
+
+    Args:
+        model: Diffusion model.
+        tokenizer: Its tokenizer.
+        prompt: Text to go on from; of which words may be left out from its end.
+        new: Tokens wanted.
+    """
+    context = context_of(model)
+    block = getattr(model.config, "block_size", None) or 1
+    while context is not None:
+        room = context // block * block - len(encode_prompt(tokenizer, prompt))
+        if room >= 1 or " " not in prompt:
+            return prompt, max(min(new, room), 1)
+        prompt = prompt.rpartition(" ")[0]
+    return prompt, new
 
 
 def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
@@ -208,6 +242,7 @@ def run_sample(
             observer = stack.enter_context(Watcher(recorder, text, reporter))
         else:
             stack.enter_context(reporter.task("decode"))
+        stack.enter_context(telling(reporter))
         samples = decode_samples(model, tokenizer, prompts, observer=observer, **options)
     if shown.record:
         with reporter.task(f"write {shown.record}"):

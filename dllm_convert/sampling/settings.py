@@ -1,13 +1,19 @@
 """Decoding options from a checkpoint's files and what a caller says.
 
-This module travels inside the published modelling file, so it imports torch only.
+This module travels inside the published modelling file, so it imports torch and transformers only.
 """
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from transformers import GenerationConfig, GenerationMixin
+
+from .ends import read_ids
 from .options import DecodingOptions
 
 _OWN = {
@@ -19,6 +25,121 @@ _OWN = {
     "noise_tokens",
     "causal_context",
 }
+_SETTINGS = {field.name for field in fields(DecodingOptions)} - _OWN
+_SETTINGS |= {"do_sample", "eos_token_id", "max_length"}
+_FACTS = ("mask_token_id", "block_size")
+"""What a generation config repeats of the model's config."""
+_ASIDE = {*_FACTS, "bos_token_id", "closing_token_ids", "return_dict_in_generate", "use_cache"}
+"""Fields of a generation config that are read elsewhere, or decide nothing that is written."""
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1),
+    **dict.fromkeys(("typical_p", "top_h"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha"), 0),
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+    "assistant_lookbehind": 10,
+    "target_lookbehind": 10,
+}
+"""Values at which settings of transformers do nothing; so do None, False and empty lists."""
+DEFAULT_NEW_TOKENS = 128
+
+
+def _standard_fields() -> frozenset[str]:
+    return frozenset(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
+
+
+def _does_nothing(name: str, value: Any) -> bool:
+    """Whether a setting of transformers' decoding is at the value at which it does nothing."""
+    if name == "use_cache":
+        return True
+    known = name in _NOTHING or name in _standard_fields()
+    if not known and name not in inspect.signature(GenerationMixin.generate).parameters:
+        return False
+    if isinstance(value, list | tuple | dict | str) or hasattr(value, "__len__"):
+        return not len(value)
+    return value is None or value is False or (name in _NOTHING and value == _NOTHING[name])
+
+
+def _refuse(names: set[str]) -> None:
+    if names:
+        known = sorted(_SETTINGS)
+        raise ValueError(f"unknown settings {sorted(names)}; known: {known}")
+
+
+def set_fields(generation: Any) -> dict[str, Any]:
+    """Return the fields of a generation config that are set, by name."""
+    every = generation if isinstance(generation, Mapping) else vars(generation)
+    return {
+        name: value
+        for name, value in every.items()
+        if value is not None and not name.startswith("_") and name != "transformers_version"
+    }
+
+
+def check_given(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse fields of a generation config that decoding would ignore.
+
+    Args:
+        config: The model's config.
+        given: The fields that are set.
+
+    Raises:
+        ValueError: A field is unknown, or says of the model what it is not.
+    """
+    rest = set(given) - _SETTINGS - _ASIDE
+    _refuse({name for name in rest if not _does_nothing(name, given[name])})
+    for name in _FACTS:
+        mine = getattr(config, name, None)
+        if name in given and given[name] != mine:
+            raise ValueError(f"{name} is {given[name]}, this model's is {mine}")
+
+
+def _warn_of_own(own: Mapping[str, Any]) -> None:
+    standard = _standard_fields()
+    rest = {name for name in set(own) - _SETTINGS - _ASIDE if name in standard}
+    idle = sorted(name for name in rest if not _does_nothing(name, own[name]))
+    if idle:
+        warnings.warn(
+            f"the generation config has {idle}, which denoising has no use for", stacklevel=4
+        )
+
+
+def _new_tokens(levels: list[Mapping[str, Any]], width: int) -> int:
+    """How many tokens to write: the first level that says so, `max_new_tokens` first of each.
+
+    Raises:
+        ValueError: `max_length` leaves no room behind the prompt.
+    """
+    for level in levels:
+        if level.get("max_new_tokens") is not None:
+            new: int = level["max_new_tokens"]
+            return new
+        longest = level.get("max_length")
+        if longest is not None:
+            if longest <= width:
+                raise ValueError(
+                    f"max_length is {longest}, and the prompt takes {width} tokens of it: "
+                    "give a larger one, or max_new_tokens"
+                )
+            return int(longest - width)
+    return DEFAULT_NEW_TOKENS
+
+
+def _temperature(levels: list[Mapping[str, Any]]) -> float:
+    """What to draw with: the first level that says whether, or how, decides; 0 is not to draw."""
+    drawn = False
+    for level in levels:
+        if level.get("do_sample") is False and not drawn:
+            return 0.0
+        drawn = drawn or bool(level.get("do_sample"))
+        if level.get("temperature") is not None:
+            temperature: float = level["temperature"]
+            return temperature
+    return 1.0 if drawn else 0.0
 
 
 def decoding_options(
@@ -27,50 +148,56 @@ def decoding_options(
     rows: int,
     seed: int | list[int] | None,
     overrides: dict[str, Any],
+    *,
+    given: Any | None = None,
+    width: int = 0,
 ) -> DecodingOptions:
-    """Put the options together: the call's before generation_config.json's before the defaults.
+    """Put the options together, as transformers does.
+
+    The call's come before those of the generation config it gives, before the checkpoint's, before
+    the defaults; a field that is not set, or None in a generation config, is left to the next.
 
     Args:
         config: The model's config, which says what was trained.
-        generation: A generation config; its fields carry the names of `DecodingOptions`.
+        generation: The checkpoint's generation config; its fields carry the names of
+            `DecodingOptions`.
         rows: Rows of the batch.
         seed: Row r draws from `seed + r`, or from its own in a list.
-        overrides: The call's settings: fields of `DecodingOptions`, `eos_token_id`, `do_sample`.
+        overrides: The call's settings: fields of `DecodingOptions`, `eos_token_id`, `do_sample`,
+            `max_length`.
+        given: A generation config that the call gives.
+        width: Columns of the prompts, which `max_length` counts in.
 
     Raises:
         ValueError: If a setting is unknown or out of its range.
     """
-    known = {field.name for field in fields(DecodingOptions)} - _OWN
-    unknown = set(overrides) - known - {"eos_token_id", "do_sample"}
-    if unknown:
-        names = sorted(known | {"do_sample", "eos_token_id"})
-        raise ValueError(f"unknown settings {sorted(unknown)}; known: {names}")
-    settings: dict[str, Any] = {name: getattr(generation, name, None) for name in known}
-    settings.update(overrides)
-    sample = settings.pop("do_sample", None)
-    if sample is False:
-        settings["temperature"] = 0.0
-    elif sample and not settings["temperature"]:
-        settings["temperature"] = 1.0
-    eos = settings.pop("eos_token_id", generation.eos_token_id)
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
-    if settings["pad_token_id"] is None:
-        settings["pad_token_id"] = eos_ids[0] if eos_ids else 0
-    if settings["max_new_tokens"] is None:
-        settings["max_new_tokens"] = 128
+    unknown = set(overrides) - _SETTINGS
+    _refuse({name for name in unknown if not _does_nothing(name, overrides[name])})
+    own = set_fields(generation)
+    said = {} if given is None else set_fields(given)
+    check_given(config, said)
+    if given is not None or unknown or set(own) - _SETTINGS - _ASIDE:
+        _warn_of_own(own)
+    settings = {**dict.fromkeys(_SETTINGS), **own, **said, **overrides}
+    settings["max_new_tokens"] = _new_tokens([overrides, said, own], width)
+    settings["temperature"] = _temperature([overrides, said, own])
+    ends = read_ids(settings["eos_token_id"])
+    padding = read_ids(settings["pad_token_id"], "pad_token_id")
+    settings["pad_token_id"] = next(iter((*padding, *ends)), 0)
     may_be_none = {"max_denoising_steps", "confidence_threshold"}
     facts = config.diffusion
-    uniform = facts.get("noise_kernel") == "uniform"
     return DecodingOptions(
         **{
-            key: value for key, value in settings.items() if value is not None or key in may_be_none
+            name: settings[name]
+            for name in _SETTINGS - {"do_sample", "eos_token_id", "max_length"}
+            if settings[name] is not None or name in may_be_none
         },
         mask_token_id=config.mask_token_id,
         block_size=getattr(config, "block_size", None),
         token_shift=bool(facts["token_shift"]),
         causal_context=facts.get("context") == "causal",
-        noise_tokens=config.vocab_size if uniform else 0,
-        eos_token_ids=eos_ids,
+        noise_tokens=config.vocab_size if facts.get("noise_kernel") == "uniform" else 0,
+        eos_token_ids=ends,
         seeds=_seeds(seed, rows),
     )
 

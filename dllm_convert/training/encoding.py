@@ -12,6 +12,7 @@ import numpy as np
 
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
+from dllm_convert.text_bounds import end_token
 from dllm_convert.training.chat import ChatEncoder
 from dllm_convert.training.file_rows import Row
 from dllm_convert.training.messages import (
@@ -134,13 +135,6 @@ def _parts(text: str) -> Iterator[str]:
         text = text[end:]
     if text.strip():
         yield text
-
-
-def end_token(tokenizer: Any) -> int | None:
-    """Return the token that ends a document: the end token, or an encoder's separator."""
-    end: int | None = tokenizer.eos_token_id
-    separator: int | None = tokenizer.sep_token_id
-    return separator if end is None else end
 
 
 class Encoder:

@@ -17,8 +17,9 @@ import numpy as np
 from dllm_convert import strict_json
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data, Recipe
+from dllm_convert.text_bounds import end_token
 from dllm_convert.training.documents import Corpus, open_corpus
-from dllm_convert.training.encoding import KEYS, Encoder, end_token
+from dllm_convert.training.encoding import KEYS, Encoder
 from dllm_convert.training.packing import Layout, pack
 from dllm_convert.training.reading import Need, Reader, Split
 from dllm_convert.training.rows import PackedText

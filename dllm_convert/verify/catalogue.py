@@ -52,6 +52,10 @@ CATALOGUE: Mapping[str, Entry] = {
         "a mask that text produces is both noise and data; no text may",
     ),
     "generation-config": Entry("does it denoise this checkpoint, and stop as the base?", _CLAIM),
+    "text-end": Entry(
+        "do training, template and prompts end a text where decoding does?",
+        "a token is exact; nobody may end a text with another one",
+    ),
     "special-tokens": Entry("is every token of the base what it was?", _BYTES),
     "chat-template": Entry("is the chat template the base's?", _BYTES),
     "portable": Entry("alone, with its own code, is it the same model?", _ROUNDING),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dllm_convert.sampling.cache import BlockCache
+from dllm_convert.sampling.rope import final_lengths
 from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
 from dllm_convert.verify.influence import RELATIVE_TOLERANCE, probe_length
 from dllm_convert.verify.layers import attention_modules, record_calls
@@ -145,6 +146,12 @@ def check_cache(subject: Subject) -> list[Probe]:
         reason = "mdlm decodes without a cache"
         return [skipped(name, "no difference", reason) for name in ("cache", "cache-clean")]
     tokens = subject.tokens(1, probe_length(subject))
+    # As a decoding of this length: some rotary frequencies depend on it.
+    with final_lengths(subject.model, lambda: torch.tensor([tokens.shape[1]])):
+        return _check_cache(subject, tokens, size)
+
+
+def _check_cache(subject: Subject, tokens: torch.Tensor, size: int) -> list[Probe]:
     difference, dirt = _decode_with_cache(subject, tokens, size)
     measure = partial(_cached_difference, subject, tokens, size)
     return [

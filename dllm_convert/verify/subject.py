@@ -18,6 +18,8 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.loading import load_complete
 from dllm_convert.plan_checks import context_length
 from dllm_convert.safetensors_header import Header, read_checkpoint
+from dllm_convert.sampling.ends import read_ids
+from dllm_convert.text_bounds import ROLES
 from dllm_convert.tokenizer_loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -204,7 +206,8 @@ class Subject:
         """Ids of tokens that ordinary text has, shape (n,)."""
         rows = self.shapes[self.adapter.embedding][0]
         special = {*self.tokenizer.all_special_ids, self.claim.mask_token_id}
-        special |= {self.config.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        for name in ROLES:
+            special |= {*read_ids(self.config.get(f"{name}_token_id"), f"{name}_token_id")}
         count = min(len(self.tokenizer), rows)
         return torch.tensor([token for token in range(count) if token not in special])
 

@@ -11,6 +11,7 @@ from dllm_convert.verify.generation_config import check_generation_config, read_
 from dllm_convert.verify.reading import read_rows
 from dllm_convert.verify.report import Probe, first_items
 from dllm_convert.verify.subject import Subject
+from dllm_convert.verify.text_end import check_text_end
 from dllm_convert.verify.vocabulary import check_text, check_vocabulary
 
 MASK_ROW_SHARE = 1e-3
@@ -35,6 +36,7 @@ def check_tokens(subject: Subject) -> list[Probe]:
         _tokenizer(subject, tokenizer),
         check_text(subject, tokenizer),
         check_generation_config(subject, tokenizer),
+        check_text_end(subject, tokenizer),
         *check_vocabulary(subject, tokenizer),
     ]
 

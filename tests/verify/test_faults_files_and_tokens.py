@@ -148,7 +148,8 @@ def test_changed_chat_template(llama: Any) -> None:
 
 def test_changed_special_token(llama: Any) -> None:
     edit_json(llama.folder, "tokenizer_config.json", eos_token="<|start|>")
-    assert failed(llama.folder, ["tokens"], against=llama.base) == {"special-tokens"}
+    # With it, training ends texts at which decoding goes on.
+    assert failed(llama.folder, ["tokens"], against=llama.base) == {"special-tokens", "text-end"}
 
 
 def test_stale_tokenizer(llama: Any) -> None:
@@ -173,7 +174,41 @@ def test_stale_tokenizer(llama: Any) -> None:
 )
 def test_generation_config_that_disagrees(llama: Any, change: dict[str, Any]) -> None:
     edit_json(llama.folder, "generation_config.json", **change)
-    assert failed(llama.folder, ["tokens"]) == {"generation-config"}
+    also = {"text-end"} if "eos_token_id" in change else set()
+    assert failed(llama.folder, ["tokens"]) == {"generation-config", *also}
+
+
+# Ends of a text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [None, [], [2], "1", 1.0, [1, "2"]], ids=repr)
+def test_decoding_that_does_not_know_the_end_of_training(llama: Any, ends: Any) -> None:
+    edit_json(llama.folder, "generation_config.json", eos_token_id=ends)
+    assert "text-end" in failed(llama.folder, ["tokens"])
+
+
+def test_an_end_of_the_base_that_was_lost(llama: Any, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base, tmp_path / "base"))
+    edit_json(base, "generation_config.json", eos_token_id=[1, 2])
+    report = failing_report(llama.folder, ["tokens"], against=base)
+    (probe,) = report.failed
+    assert probe.name == "text-end"
+    assert "base's generation config (2)" in probe.detail
+
+
+def test_a_turn_that_ends_otherwise(llama: Any) -> None:
+    path = llama.folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|end|>", "<|begin|>"))
+    assert failed(llama.folder, ["tokens"]) == {"text-end"}
+
+
+def test_a_tokenizer_that_closes_every_text(llama: Any) -> None:
+    content = read(llama.folder, "tokenizer.json")
+    (template,) = (step for step in content["post_processor"]["processors"] if "single" in step)
+    template["single"].append({"SpecialToken": {"id": "<|end|>", "type_id": 0}})
+    template["special_tokens"]["<|end|>"] = {"id": "<|end|>", "ids": [1], "tokens": ["<|end|>"]}
+    (llama.folder / "tokenizer.json").write_text(json.dumps(content))
+    assert failed(llama.folder, ["tokens"]) == {"text-end"}
 
 
 def test_mask_that_ends_a_text(llama: Any) -> None:

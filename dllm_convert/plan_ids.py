@@ -1,0 +1,28 @@
+"""Token ids that a checkpoint's configs name: ids at all, and ids of rows that there are."""
+
+from __future__ import annotations
+
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.source_info import SourceInfo
+from dllm_convert.text_bounds import ROLES, config_ids
+
+
+def check_token_ids(source: SourceInfo, rows: int) -> None:
+    """Check what the configs say of the tokens that begin, end and pad a text.
+
+    Args:
+        source: The checkpoint.
+        rows: Rows of the conversion's embedding.
+
+    Raises:
+        IncompatibleError: An entry is no id, or of a row that does not exist.
+    """
+    for role in ROLES:
+        beyond = [
+            token for token in config_ids(role, source.config, source.generation) if token >= rows
+        ]
+        if beyond:
+            raise IncompatibleError(
+                f"{role}_token_id is {beyond[0]}, and the embedding has {rows} rows",
+                hint="Correct it in generation_config.json or config.json",
+            )

@@ -1,0 +1,169 @@
+"""Texts longer than the context: refused with both numbers, or warned of, wherever they come in."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conversion import convert, sample
+from factory import FAMILIES
+from tiny_decoders import DECODERS, prompt, ragged, tiny
+
+from dllm_convert.console import Reporter
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.sampling.limits import (
+    ContextError,
+    ContextWarning,
+    context_of,
+    has_position_table,
+)
+
+SMALL = {"max_position_embeddings": 24}
+ENCODERS = [family for family in FAMILIES if family not in DECODERS]
+FREE: dict[str, Any] = {"eos_token_id": None}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_table_of_positions_has_an_end(family: str) -> None:
+    model = tiny(family, **SMALL)
+    context = 24 if family == "bert" else 22
+    assert context_of(model) == context
+    fits = model.generate(prompt(context - 6), max_new_tokens=6, **FREE)
+    assert fits.shape == (1, context)
+    said = rf"a prompt of {context - 6} tokens and 7 new ones are {context + 1}, .* for {context}"
+    with pytest.raises(ContextError, match=said):
+        model.generate(prompt(context - 6), max_new_tokens=7, **FREE)
+    # The longest row counts, padding does not.
+    ids, mask = ragged([3, context - 6])
+    wide = torch.nn.functional.pad(ids, (9, 0), value=1), torch.nn.functional.pad(mask, (9, 0))
+    assert model.generate(wide[0], attention_mask=wide[1], max_new_tokens=6, **FREE) is not None
+    with pytest.raises(ValueError, match="shorten the prompt, or write fewer tokens"):
+        model.generate(wide[0], attention_mask=wide[1], max_new_tokens=7, **FREE)
+
+
+@pytest.mark.parametrize("block", [None, 5])
+@pytest.mark.parametrize("family", DECODERS)
+def test_rotary_positions_go_on_with_a_warning(family: str, block: int | None) -> None:
+    model = tiny(family, block=block, **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ContextWarning)
+        model.generate(prompt(18), max_new_tokens=6, **FREE)
+    with pytest.warns(ContextWarning, match="18 tokens and 7 new ones are 25, more than the .* 24"):
+        found = model.generate(prompt(18), max_new_tokens=7, **FREE)
+    assert found.shape == (1, 25)
+
+
+def test_which_models_look_positions_up() -> None:
+    size = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"max_position_embeddings": 24, "intermediate_size": 16}
+    gpt2 = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+    opt = transformers.OPTConfig(**size, ffn_dim=16, word_embed_proj_dim=16)
+    table = [
+        transformers.GPT2LMHeadModel(gpt2),
+        transformers.OPTForCausalLM(opt),
+        *(tiny(family, **SMALL) for family in ENCODERS),
+    ]
+    assert [has_position_table(model) for model in table] == [True] * len(table)
+    # A vocabulary as large as the context is no table of positions.
+    rotary = [tiny(family, max_position_embeddings=60) for family in DECODERS]
+    assert [has_position_table(model) for model in rotary] == [False] * len(rotary)
+    assert [context_of(model) for model in table[:2]] == [24, 24]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    source_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("context")
+
+    def get(family: str) -> Path:
+        if not (root / family).exists():
+            source = source_cache(family, max_position_embeddings=66)
+            target = "bd3lm" if family in DECODERS else "mdlm"
+            convert(source, root / family, target, block=4)
+        return root / family
+
+    return get
+
+
+LONG = "the value of a name " * 30
+
+
+def test_sample_says_it(folders: Callable[[str], Path]) -> None:
+    for family, context in (("bert", 66), ("roberta", 64)):
+        found = sample(folders(family), "--prompt", "A name", "--prompt", LONG, code=1)
+        assert "Traceback" not in found.stderr
+        assert f"positions for {context}" in " ".join(found.stderr.split())
+        assert "12 new ones" in found.stderr
+        sample(folders(family), "--prompt", "A name")
+    found = sample(folders("llama"), "--prompt", LONG, "--json")
+    assert found.stderr.count("warning: a prompt of") == 1
+    assert "more than the context of 66" in " ".join(found.stderr.split())
+    assert json.loads(found.stdout)["new_tokens"] <= 12
+    assert "warning" not in sample(folders("llama"), "--prompt", "A name").stderr
+
+
+def test_a_runs_own_sample_fits(folders: Callable[[str], Path]) -> None:
+    from dllm_convert.sampling import DEFAULT_PROMPT
+    from dllm_convert.sampling.run import decode_sample, fit, load_checkpoint
+
+    model, tokenizer = load_checkpoint(folders("bert"), "bert")
+    assert fit(model, tokenizer, DEFAULT_PROMPT, 32) == (DEFAULT_PROMPT, 32)
+    for context in (40, 20, 12, 5, 2):
+        model.config.max_position_embeddings = context
+        text, new = fit(model, tokenizer, DEFAULT_PROMPT, 32)
+        assert DEFAULT_PROMPT.startswith(text)
+        assert new >= 1
+        if context >= 12:
+            decode_sample(model, tokenizer, text, max_new_tokens=new)
+    with pytest.raises(DataError, match="positions for 2"):
+        decode_sample(model, tokenizer, DEFAULT_PROMPT, max_new_tokens=4)
+
+
+class Told(Reporter):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_evaluation_says_it(folders: Callable[[str], Path]) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    from dllm_convert.evaluation.harness import DiffusionLM
+    from dllm_convert.evaluation.subject import Subject
+
+    for family in ("bert", "llama"):
+        subject, told = Subject.load(folders(family)), Told()
+        if family == "bert":
+            with pytest.raises(IncompatibleError, match="max_length is 500, and the context is 66"):
+                DiffusionLM(subject=subject, max_length=500, reporter=told)
+        else:
+            DiffusionLM(subject=subject, max_length=500, reporter=told)
+            assert told.warnings == [
+                "max_length is 500, and the context is 66 tokens: behind it the model was never "
+                "trained"
+            ]
+            told.warnings.clear()
+        model = DiffusionLM(subject=subject, reporter=told, rounds=1, draws=1)
+        pairs = [("A name", " is"), (LONG, " is"), (LONG, " are")]
+        model.loglikelihood([Instance("loglikelihood", {}, p, 0, ("a", 0, 1)) for p in pairs])
+        (cut,) = told.warnings
+        assert cut.startswith("2 of 3 texts lose their beginning: they are longer than the 66")
+        told.warnings.clear()
+        options = {"until": [], "max_gen_toks": 4}
+        asked = [Instance("generate_until", {}, (t, options), 0, ("a", 0, 1)) for t in ("A", LONG)]
+        assert len(model.generate_until(asked)) == 2
+        (cut,) = told.warnings
+        assert cut.startswith("1 of 2 texts lose their beginning: they are longer than the 62")
