@@ -55,8 +55,8 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
     try:
         check_file(path, limit)
         with path.open("rb") as file:
-            # It may have grown since.
-            return file.read(limit)
+            # It may have grown since; a buffer is as long as what is asked for.
+            return file.read(min(limit, os.fstat(file.fileno()).st_size))
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
 
