@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from dllm_convert.foreign_files import MIB
+from dllm_convert.recipe_yaml import check_structure
+
 _FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_HOSTS = ("huggingface.co", "hf.co")
@@ -47,11 +50,17 @@ def base_card(metadata: Mapping[str, Any]) -> BaseCard:
 
 def read_base_card(readme: Path) -> BaseCard:
     """Read the front matter of a README.md; empty where there is none, or it is not YAML."""
+    if not readme.is_file():
+        return BaseCard()
     try:
-        text = readme.read_text(encoding="utf-8", errors="replace")
+        with readme.open("rb") as file:
+            text = file.read(MIB).decode("utf-8", errors="replace")
         front = _FRONT.match(text.lstrip("\ufeff"))
+        if front is None:
+            return BaseCard()
+        check_structure(front[1])
         # Every value stays a text: in YAML 1.1 the language `no` would be the value false.
-        content = yaml.load(front[1], Loader=yaml.BaseLoader) if front else None  # noqa: S506
+        content = yaml.load(front[1], Loader=yaml.BaseLoader)  # noqa: S506
     except (OSError, yaml.YAMLError):
         return BaseCard()
     return base_card(content) if isinstance(content, dict) else BaseCard()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from dllm_convert.card_text import address
 from dllm_convert.hub_vocabulary import (
     COMMIT,
     LICENCE_FILE_NAMES,
@@ -18,7 +19,7 @@ from dllm_convert.hub_vocabulary import (
 from dllm_convert.licences import LicenceRules, rules_for
 from dllm_convert.redaction import last_part
 from dllm_convert.source_folder import LICENCE_FILES
-from dllm_convert.training.documents import FILE_SUFFIXES
+from dllm_convert.training.formats import FILE_SUFFIXES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -166,7 +167,7 @@ def _link(source: Mapping[str, Any], repo_id: str | None, files: tuple[str, ...]
         return here
     link = source.get("license_link")
     if link is None or link.startswith("https://"):
-        return str(link) if link else None
+        return address(link) if link else None
     if repo_id is None or ".." in link or not re.fullmatch(r"[\w./-]+", link):
         return None
     revision = source.get("revision") or "main"
@@ -212,7 +213,7 @@ def data_kind(source: str, recorded: str | None = None) -> Literal["pydoc", "fil
         return "pydoc"
     if recorded in ("files", "hub"):
         return "hub" if recorded == "hub" and is_model_id(source) else "files"
-    looks_like_id = is_model_id(source) and PurePath(source).suffix not in FILE_SUFFIXES
+    looks_like_id = is_model_id(source) and PurePath(source).suffix.lower() not in FILE_SUFFIXES
     return "hub" if looks_like_id and not Path(source).exists() else "files"
 
 

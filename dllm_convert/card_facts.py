@@ -21,6 +21,7 @@ from dllm_convert.card_base import (
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.card_evaluation import Evaluation, evaluation_of
 from dllm_convert.errors import DataError
+from dllm_convert.fit import is_tied
 from dllm_convert.licences import conforming_name
 from dllm_convert.manifest import REPORT_FILE
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
@@ -192,7 +193,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
             adapter_only=manifest.get("adapter_only") is True,
             custom_code=(folder / MODELING_FILE).is_file(),
             has_report=(folder / REPORT_FILE).is_file(),
-            tied=bool(config.get("tie_word_embeddings", True)),
+            tied=is_tied(config, adapter),
             has_chat_template=(folder / "chat_template.jinja").is_file(),
             closing=_closing(folder, adapter),
             manifest=manifest,
@@ -251,7 +252,8 @@ def _measures(measurements: Mapping[str, Any]) -> tuple[Measure, ...]:
     for key, what in MEASURES.items():
         value = measurements.get(key)
         if value:
-            nats, stderr = float(value["nats_per_token"]), value.get("stderr")
+            nats = math.inf if value["nats_per_token"] is None else float(value["nats_per_token"])
+            stderr = value.get("stderr")
             known = stderr is not None and math.isfinite(stderr)
             perplexity = math.exp(nats) if nats < 700 else None
             tokens = int(value["tokens"])

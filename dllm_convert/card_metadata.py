@@ -10,6 +10,7 @@ import yaml
 
 from dllm_convert.card_base import Data
 from dllm_convert.card_facts import Facts
+from dllm_convert.shown_text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -48,8 +49,17 @@ def front_matter(facts: Facts, title: str) -> dict[str, Any]:
 
 def dump_front_matter(values: Mapping[str, Any]) -> str:
     """Write metadata as YAML between its two lines."""
-    body = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)
+    body = yaml.safe_dump(_shown(values), sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{body}---\n"
+
+
+def _shown(value: Any) -> Any:
+    """Take what acts on a reader out of every text: YAML escapes some of it, not all."""
+    if isinstance(value, Mapping):
+        return {key: _shown(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _tags(facts: Facts) -> list[str]:

@@ -7,8 +7,11 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dllm_convert.shown_text import printable
 
 MISTAKE = re.compile(
     r"(?i:\[?more information needed\]?)|\b(?:TODO|FIXME|TBD|nan|None(?! of\b))\b"
@@ -38,8 +41,10 @@ def render(folder: Path, template: str, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=shown,
     )
     environment.filters |= {
+        "address": address,
         "code": code,
         "count": count,
         "duration": duration,
@@ -52,6 +57,16 @@ def render(folder: Path, template: str, **facts: Any) -> str:
     page = environment.get_template(template).render(**facts)
     # Conditions in the templates leave blank lines; those inside a code block are somebody's text.
     return _GAPS.sub(lambda found: found["block"] or "\n\n", page).rstrip() + "\n"
+
+
+def shown(value: Any) -> Any:
+    """Take what acts on whoever reads a page out of a value: the last thing that is done to it."""
+    return type(value)(printable(value)) if isinstance(value, str) else value
+
+
+def address(value: object) -> str:
+    """Write an address as the target of a link: what could end the link is encoded."""
+    return quote(printable(str(value)).strip(), safe="/:?#@!$&*+,;=%~-._")
 
 
 def text(value: object) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,16 @@ from typer.core import TyperGroup
 
 from dllm_convert.cli_output import write_json
 from dllm_convert.disk import DISK_FULL
-from dllm_convert.errors import DllmConvertError
+from dllm_convert.errors import DllmConvertError, OutputError
 from dllm_convert.interruption import INTERRUPTED, Interruption
 from dllm_convert.quiet import debugging
+from dllm_convert.secrets_found import TOKEN_VARIABLES
+from dllm_convert.shown_text import printable
 
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def classify(error: Exception) -> Failure | None:
 
 def redact(text: str) -> str:
     """Return the text without access tokens, known ones and whatever looks like one."""
-    for variable in _TOKEN_VARIABLES:
+    for variable in TOKEN_VARIABLES:
         token = os.environ.get(variable)
         if token:
             text = text.replace(token, "hf_***")
@@ -97,17 +99,24 @@ def _interrupted(ctx: Any) -> Failure:
 
 def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
     if debugging():
-        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+        _tell(redact("".join(traceback.format_exception(error))))
     _say(failure, ctx)
     return typer.Exit(failure.exit_code)
 
 
 def _say(failure: Failure, ctx: Any) -> None:
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
-    sys.stderr.write(redact(f"error: {message}\n"))
+    _tell(printable(redact(f"error: {message}\n")))
     if ctx.meta.get(JSON_KEY):
         hint = redact(failure.hint) if failure.hint is not None else None
         problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
-        write_json({"error": problem, "exit_code": failure.exit_code})
-    sys.stdout.flush()
-    sys.stderr.flush()
+        with suppress(OutputError):
+            write_json({"error": problem, "exit_code": failure.exit_code})
+
+
+def _tell(text: str) -> None:
+    """Write to stderr, if somebody still reads it."""
+    with suppress(OSError):
+        if sys.stderr is not None:
+            sys.stderr.write(text)
+            sys.stderr.flush()

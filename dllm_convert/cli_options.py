@@ -86,6 +86,35 @@ Data = Annotated[
     ),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        metavar="N",
+        help="Tokens to train on, instead of steps: 5M, 1.5B. Padding counts.",
+    ),
+]
+MaxTime = Annotated[
+    str | None,
+    typer.Option("--max-time", metavar="TIME", help="Stop training after 90m, 2h or 1h30m."),
+]
+GlobalBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--global-batch",
+        min=1,
+        metavar="N",
+        help="Sequences per optimizer step: batch size x accumulation x processes.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Take the settings of this preset; other options and --set win over it.",
+    ),
+]
 LoraRank = Annotated[
     int | None, typer.Option("--lora", min=1, metavar="R", help="Train LoRA of this rank.")
 ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from dllm_convert import strict_json
 from dllm_convert.cli_views import views_of
+from dllm_convert.errors import OutputError
+from dllm_convert.shown_text import json_safe, printable
 
 _MEASURES = {
     "nelbo_before": "NELBO before training",
@@ -21,13 +25,47 @@ _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 
 def write_json(value: Any) -> None:
     """Write the one JSON document of a `--json` command."""
-    write(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    document = strict_json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    write(json_safe(document), verbatim=True)
 
 
-def write(text: str) -> None:
-    """Write text and a line end to stdout."""
-    # A plain write: rich would wrap at 80 columns where stdout is a pipe.
-    sys.stdout.write(text.rstrip("\n") + "\n")
+def write(text: str, *, verbatim: bool = False) -> None:
+    """Write text and a line end to stdout, the one place that does.
+
+    Where nobody reads it, closed or gone as with `| head`, nothing was asked for: what the command
+    did is what counts.
+
+    Args:
+        text: What to show.
+        verbatim: Write it as it is; otherwise nothing in it acts on a terminal.
+
+    Raises:
+        OutputError: It cannot be written for another reason, such as a full disk.
+    """
+    if sys.stdout is None:
+        return
+    shown = text if verbatim else printable(text)
+    try:
+        # A plain write: rich would wrap at 80 columns where stdout is a pipe.
+        sys.stdout.write(shown.rstrip("\n") + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence()
+    except OSError as error:
+        _silence()
+        raise OutputError(
+            f"stdout cannot be written ({error.strerror}): what the command did is done, and only "
+            "its result is not shown",
+            hint="The same command shows it again",
+        ) from error
+
+
+def _silence() -> None:
+    """Let what is left in the buffer go nowhere: Python flushes it once more when it ends."""
+    with suppress(OSError, ValueError):
+        handle = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(handle, sys.stdout.fileno())
+        os.close(handle)
 
 
 def show(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
@@ -175,6 +213,8 @@ def sample_facts(sample: Mapping[str, Any]) -> str:
 
 def _measure(value: Mapping[str, Any]) -> tuple[str, str, Any]:
     nats, stderr = value["nats_per_token"], value.get("stderr")
+    if nats is None:
+        return "no number", "no number", value.get("tokens")
     spread = f" ± {stderr:.3f}" if stderr is not None else ""
     # exp overflows a float above 709 nats; such a model has no perplexity worth a number.
     perplexity = f"{math.exp(nats):.4g}" if nats < 700 else "inf"

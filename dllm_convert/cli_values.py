@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -94,8 +95,16 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def default_out(recipe: Recipe) -> Path:
-    """Return the output folder where none was given."""
+    """Return the output folder where none was given.
+
+    Going on from a conversion counts its names instead of piling them up: x-bd3lm, x-bd3lm-2.
+    """
     name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
+    going_on = re.fullmatch(r"(.+)-(mdlm|bd3lm)(?:-(\d{1,6}))?", name)
+    if recipe.name is None and going_on:
+        base, target, number = going_on.groups()
+        again = f"-{int(number or 1) + 1}" if target == recipe.target else ""
+        return Path(f"{base}-{recipe.target}{again}")
     return Path(f"{name}-{recipe.target}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from rich.console import Console
@@ -17,7 +17,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dllm_convert.shown_text import printable
+
 PLAIN_INTERVAL_S = 5.0
+
+
+class _Console(Console):
+    """A console whose reader may leave, as with `2>&1 | head`: the work goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        """Be quiet from now on, instead of ending the program."""
+        self.quiet = True
 
 
 class Task:
@@ -68,7 +78,7 @@ class Reporter:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet
         self.bar: Progress | None = None
 
@@ -80,11 +90,16 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one plain line."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self._print(text)
 
     def warn(self, text: str) -> None:
         """Print a warning, even when quiet."""
-        self.console.print(f"warning: {text}", markup=False, style="yellow")
+        self._print(f"warning: {text}", style="yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # Hours of work do not end because nobody reads of them any more.
+        with suppress(OSError):
+            self.console.print(printable(text), markup=False, style=style)
 
     @contextmanager
     def task(self, description: str, total: float | None = None) -> Iterator[Task]:

@@ -70,7 +70,9 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a kill or a power cut leaves the old one or the new one, whole."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    # A link with this name would have its target emptied; a leftover of a kill is in the way.
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())

@@ -5,7 +5,8 @@ DllmConvertError (1)
 ├── IncompatibleError (3)   this checkpoint or recipe cannot be converted as asked
 ├── VerificationError (4)   the converted checkpoint failed a probe
 ├── DataError (1)           training text or a file on disk is missing, broken or too short
-└── HubError (1)            the Hub refused, is unreachable, or does not have what was named
+├── HubError (1)            the Hub refused, is unreachable, or does not have what was named
+└── OutputError (1)         the result could not be written to stdout; the work is done
 """
 
 from __future__ import annotations
@@ -57,3 +58,7 @@ class DataError(DllmConvertError):
 
 class HubError(DllmConvertError):
     """The Hub refused, is unreachable, or does not have what was named."""
+
+
+class OutputError(DllmConvertError):
+    """The result could not be written to stdout; what the command did is done."""

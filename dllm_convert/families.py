@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.adapters import Adapter, get_adapter, has_adapter
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
+from dllm_convert.config_numbers import check_numbers
 from dllm_convert.errors import UnsupportedError
+from dllm_convert.quantised import check_quantised
 from dllm_convert.schema import Recipe
 from dllm_convert.source_info import SourceInfo
 from dllm_convert.workspace import WORK, write_json
@@ -26,6 +28,7 @@ def probe_source(source: SourceInfo) -> ProbeReport:
 
     Raises:
         UnsupportedError: The source does not say enough to be measured.
+        IncompatibleError: Its weights are quantised, or a number of its config is none.
     """
     from dllm_convert.probe import probe_family
 
@@ -36,6 +39,8 @@ def probe_source(source: SourceInfo) -> ProbeReport:
             "measure it",
             hint="Take the safetensors of this model",
         )
+    check_quantised(source)
+    check_numbers(source.config, None, len(source.tensors))
     return probe_family(source.config, source.tensors)
 
 

@@ -198,10 +198,14 @@ def dequantise(path: Path, out: Path, model_type: str) -> None:
     adapter = get_adapter(model_type)
     dtype = torch.bfloat16 if is_half(header) else torch.float32
     try:
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = transformers.AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         with torch.device("meta"):
             model = getattr(transformers, adapter.auto_class).from_config(config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
     except (ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
         raise DataError(
             f"{path.name}: transformers cannot read it ({error})", hint=_HINT

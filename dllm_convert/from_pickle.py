@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError
+from dllm_convert.quantised import check_packed
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
     encode_header,
     read_weight_map,
 )
+from dllm_convert.source_info import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ _DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_WHOLE = {"int32": "I32", "int8": "I8", "uint8": "U8", "int16": "I16", "int64": "I64"}
 _PIECE = 4 << 20
 
 
@@ -90,6 +93,7 @@ def _save(state: dict[str, torch.Tensor], out: Path, keep: str) -> list[str]:
     """Write a file of safetensors and return the names of its tensors."""
     import torch
 
+    check_packed(_described(state))
     tensors = dict(_kept(state, keep))
     described = {
         name: (_dtype(out, name, t), tuple(t.shape), t.numel() * t.element_size())
@@ -102,6 +106,17 @@ def _save(state: dict[str, torch.Tensor], out: Path, keep: str) -> list[str]:
             for start in range(0, len(data), _PIECE):
                 file.write(data[start : start + _PIECE].data)
     return list(tensors)
+
+
+def _described(state: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    """Describe all tensors of a pickle; those that are not kept tell how it was packed."""
+    kinds = _DTYPES | _WHOLE
+    return {
+        name: TensorInfo(
+            kinds.get(str(tensor.dtype).removeprefix("torch."), "?"), tuple(tensor.shape), ""
+        )
+        for name, tensor in state.items()
+    }
 
 
 def _dtype(out: Path, name: str, tensor: torch.Tensor) -> str:
@@ -122,6 +137,7 @@ def convert_pickles(folder: Path, names: list[str], out: Path, keep: str) -> Non
 
     Raises:
         DataError: A file is not a state dict, or damaged.
+        IncompatibleError: The weights are quantised.
     """
     weight_map: dict[str, str] = {}
     for number, name in enumerate(names, 1):

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM (Slurm, spot instances): a command ends soon, a training at its next step.
+"""Ctrl-C, SIGTERM (Slurm, spot instances) and SIGHUP (a terminal that is closed).
+
+A command ends soon, a training at its next step.
 
 Nothing here protects work: a run survives SIGKILL at any moment. A signal only says that it has to
 end, and lets a training save what the last checkpoint does not hold.
@@ -17,15 +19,21 @@ from typing import Self
 from dllm_convert.place import Place
 
 INTERRUPTED = 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAME_REQUEST_S = 2.0
 """Launchers pass a signal on that the process group has received as well."""
 ESCAPE_S = 10.0
 """How long a command may take to end after it was told to."""
 
 
+def heard() -> list[signal.Signals]:
+    """Return the signals to listen to: `nohup` has SIGHUP ignored, and means it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in SIGNALS if not (number == signal.SIGHUP and ignored)]
+
+
 class Interruption:
-    """Listens to SIGINT and SIGTERM while a block runs; does nothing outside the main thread.
+    """Listens to `SIGNALS` while a block runs; does nothing outside the main thread.
 
     Args:
         gently: The block looks at `requested` and ends by itself, with its work saved; a second
@@ -52,7 +60,7 @@ class Interruption:
     def __enter__(self) -> Self:
         """Begin to listen."""
         if threading.current_thread() is threading.main_thread():
-            self._before = [(number, signal.signal(number, self._receive)) for number in SIGNALS]
+            self._before = [(n, signal.signal(n, self._receive)) for n in heard()]
         return self
 
     def __exit__(

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
-MAX_JSON_BYTES = 128 << 20
-"""Four times the largest tokenizer.json known."""
 _MAX_FOUND = 300
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that git wrote in the place of a large one."""
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what git-LFS left in the place of a large one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False
+
+
+def pointer(file: str) -> DataError:
+    """Return the error for a file that git-LFS did not fetch."""
+    return DataError(
+        f"{file} is a git-LFS pointer: the file itself was not downloaded",
+        hint="Run `git lfs pull` in its folder, or download it again with `hf download`",
+    )
 
 
 class DuplicateKeyError(ValueError):
@@ -51,14 +70,10 @@ def load_json(path: Path, *, distinct: bool = False) -> Any:
         DataError: The file cannot be read, is too large or is not JSON.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_JSON_BYTES:
-                raise broken(path.name, f"{size:,} bytes", f"JSON of at most {MAX_JSON_BYTES:,}")
-            raw = file.read()
+        raw = read_bytes(path, MAX_VOCABULARY_BYTES)
+        if raw.startswith(LFS_POINTER):
+            raise pointer(path.name)
         return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
     except DuplicateKeyError as error:
         raise broken(path.name, f"{error} is named twice", "every name once") from error
     except (ValueError, RecursionError) as error:

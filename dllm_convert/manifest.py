@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,16 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
 WRITTEN_LAST = (MANIFEST_FILE, CARD_FILE, REPORT_FILE)
 """Files that say what the others are: written after them, not hashed among them."""
+MANIFEST_VERSION = 1
+_LOADED = frozenset(
+    {
+        *(".safetensors", ".json", ".py", ".model", ".txt", ".jinja", ".yaml", ".gguf"),
+        *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack"),
+        *(".so", ".pyc", ".pyd", ".dll", ".dylib", ".sh", ".js", ".exe"),
+    }
+)
+"""Suffixes of what libraries load or run; words and pictures a person may lay beside."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
@@ -142,6 +153,35 @@ def changed_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
     for name, found in sha256_files(present).items():
         if found != hashes[name]:
             wrong[name] = f"has sha256 {found[:12]}…, recorded {str(hashes[name])[:12]}…"
+    return wrong
+
+
+def listing_faults(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a manifest itself lacks: hashes prove nothing of a file that is not listed.
+
+    Args:
+        folder: Checkpoint folder.
+        manifest: Content of its dllm_convert.json.
+
+    Returns:
+        Place to what is wrong with it; empty if every file that is loaded is listed.
+    """
+    version, files = manifest.get("format_version"), manifest.get("files")
+    wrong: dict[str, str] = {}
+    if version != MANIFEST_VERSION or isinstance(version, bool):
+        wrong["format_version"] = f"is {version!r}, expected {MANIFEST_VERSION}"
+    hashes = files if isinstance(files, Mapping) else {}
+    if not hashes:
+        wrong["files"] = "lists no files"
+    wrong |= {
+        f"files: {name}": "has no SHA-256"
+        for name, digest in hashes.items()
+        if not (isinstance(digest, str) and _SHA256.fullmatch(digest))
+    }
+    for name in file_names(folder):
+        listed = name in hashes or name in WRITTEN_LAST
+        if not listed and PurePosixPath(name).suffix.lower() in _LOADED:
+            wrong[name] = "is not listed"
     return wrong
 
 

@@ -9,7 +9,7 @@ is set to the mean of the used ones.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dllm_convert.adapters.base import Adapter
@@ -37,6 +37,7 @@ class MaskTokenDecision:
         new: Whether the tokenizer must learn the token.
         write_row: Whether the row is overwritten with the mean of the used rows.
         used_rows: Rows 0..used_rows-1 enter the mean.
+        tokenizer_size: Ids that the source's tokenizer has; new tokens come after them.
         rows_before: Rows of the embedding in the source.
         rows_after: Rows of the embedding in the output.
     """
@@ -48,6 +49,7 @@ class MaskTokenDecision:
     new: bool
     write_row: bool
     used_rows: int
+    tokenizer_size: int
     rows_before: int
     rows_after: int
 
@@ -99,10 +101,11 @@ def _free_id(tokenizer: TokenizerInfo) -> int:
     return row
 
 
-def _grown(rows: int, mask_id: int) -> int:
-    if mask_id < rows:
+def _grown(rows: int, last: int) -> int:
+    """Return the rows that an embedding needs for ids up to `last`."""
+    if last < rows:
         return rows
-    return -(-(mask_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return -(-(last + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _taken(text: str, row: int, why: str) -> IncompatibleError:
@@ -161,14 +164,28 @@ def _decision(
         rule=rule,
         reason=reason,
         new=new,
-        write_row=rule != "tokenizer",
+        # A mask of the tokenizer's own keeps its row, if the weights have one for it.
+        write_row=rule != "tokenizer" or row >= rows,
         used_rows=min(tokenizer.size, rows),
+        tokenizer_size=tokenizer.size,
         rows_before=rows,
-        rows_after=_grown(rows, row),
+        rows_after=_grown(rows, max(row, tokenizer.size - 1)),
     )
 
 
+def _why_not_own(tokenizer: TokenizerInfo, text: str) -> str | None:
+    """Return why the tokenizer's own mask cannot serve: the rules for a mask hold for it too."""
+    if not text.strip():
+        return "it cannot be seen in a text"
+    if tokenizer.mask_is_word:
+        return "it is an ordinary token that text produces"
+    if tokenizer.vocab[text] in tokenizer.reachable:
+        return "it is something else too: a named token, a template's or a config's"
+    return None
+
+
 def _own(recipe: Recipe, tokenizer: TokenizerInfo, text: str, rows: int) -> MaskTokenDecision:
+    """Take the mask that the model was trained with."""
     row = tokenizer.vocab[text]
     named = recipe.mask_token
     if named.token not in (None, text) or named.id not in (None, row):
@@ -177,8 +194,13 @@ def _own(recipe: Recipe, tokenizer: TokenizerInfo, text: str, rows: int) -> Mask
             "which the model was trained with",
             hint="Leave mask_token out of the recipe",
         )
-    if row in tokenizer.reachable:
-        raise _taken(text, row, "is the tokenizer's mask and something else too")
+    why = _why_not_own(tokenizer, text)
+    if why is not None:
+        raise IncompatibleError(
+            f"the tokenizer's mask {text!r} (id {row}), which the model was trained with, cannot "
+            f"mask: {why}",
+            hint="Name a mask of its own in the tokenizer's files",
+        )
     reason = f"the tokenizer has a mask token of its own, {text!r}"
     return _decision(text, row, "tokenizer", reason, tokenizer, rows, new=False)
 
@@ -193,24 +215,47 @@ def _reserved(tokenizer: TokenizerInfo, pattern: str) -> str | None:
     return min(free, key=lambda text: tokenizer.vocab[text], default=None)
 
 
+def _check_rows(tokenizer: TokenizerInfo, rows: int) -> None:
+    """Check that the embedding has a row for all of the vocabulary proper.
+
+    Added tokens may lie beyond: Gemma 3 has one for pictures, and many fine-tunes a padding token,
+    at the id after the last row. No text asks for them, and the embedding grows over them.
+    """
+    proper = tokenizer.size if tokenizer.proper is None else tokenizer.proper
+    if proper > rows:
+        raise IncompatibleError(
+            f"the tokenizer has ids up to {proper - 1}, the embedding only {rows} rows",
+            hint="Use the tokenizer that belongs to these weights, or the weights whose embedding "
+            "was resized to it",
+        )
+
+
 def decide_mask_token(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> MaskTokenDecision:
     """Choose the mask token by the rules of this module.
 
     Raises:
-        IncompatibleError: The tokenizer is larger than the embedding, or the id that the recipe or
-            the tokenizer names is taken or out of range.
+        IncompatibleError: The vocabulary is larger than the embedding, or the id that the recipe
+            or the tokenizer names is taken or out of range.
     """
     tokenizer = source.tokenizer
     rows = embedding_rows(source, adapter)
-    if tokenizer.size > rows:
-        raise IncompatibleError(
-            f"the tokenizer has ids up to {tokenizer.size - 1}, the embedding only {rows} rows",
-            hint="Use the tokenizer that belongs to these weights",
-        )
-    if tokenizer.mask_token is not None:
-        return _own(recipe, tokenizer, tokenizer.mask_token, rows)
+    _check_rows(tokenizer, rows)
+    own = tokenizer.mask_token
+    why = None if own is None else _why_not_own(tokenizer, own)
+    # An encoder and a diffusion model know their mask; a causal model never saw one.
+    trained = adapter.attention == "bidirectional" or "diffusion" in source.config
+    if own is not None and (why is None or trained):
+        return _own(recipe, tokenizer, own, rows)
     if recipe.mask_token.token is not None or recipe.mask_token.id is not None:
         return _from_recipe(recipe, tokenizer, rows)
+    made = _by_the_rules(tokenizer, adapter, rows)
+    if why is None:
+        return made
+    return replace(made, reason=f"the tokenizer calls {own!r} its mask, but {why}; {made.reason}")
+
+
+def _by_the_rules(tokenizer: TokenizerInfo, adapter: Adapter, rows: int) -> MaskTokenDecision:
+    """Choose a free row, a reserved token or a new row, in this order."""
     free = _free_id(tokenizer)
     if free < rows:
         reason = f"row {free} is the first of the embedding's {rows} that no token uses"
@@ -223,3 +268,13 @@ def decide_mask_token(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> M
         return _decision(reserved, row, "reserved", reason, tokenizer, rows, new=False)
     reason = f"no row is free: the embedding grows from {rows} to {_grown(rows, free)} rows"
     return _decision(_new_text(tokenizer), free, "grow", reason, tokenizer, rows, new=True)
+
+
+def unused_ids(tokenizer: TokenizerInfo, mask: MaskTokenDecision) -> tuple[tuple[int, int], ...]:
+    """Return the rows of the output's embedding that are no token: first, and one past the last.
+
+    Padding of the embedding, gaps, and what fills them: no text has them, so decoding writes none.
+    """
+    taken = sorted({*tokenizer.vocab.values(), mask.id})
+    edges = zip([-1, *taken], [*taken, mask.rows_after], strict=True)
+    return tuple((before + 1, after) for before, after in edges if after - before > 1)

@@ -9,8 +9,9 @@ from math import prod
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.fit import is_tied
 from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.plan_checks import is_tied, layer_count
+from dllm_convert.plan_checks import layer_count
 from dllm_convert.source_info import SourceInfo, TensorInfo
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -130,12 +131,7 @@ def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -
         return None
     hidden = tensors[adapter.embedding].shape[-1]
     tied = is_tied(source.config, adapter)
-    used = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (adapter.unused_tensors and re.fullmatch(adapter.unused_tensors, name))
-        and not (tied and name == adapter.head)
-    }
+    used = {name: tensor for name, tensor in tensors.items() if not (tied and name == adapter.head)}
     head_names = {adapter.head, *adapter.head_biases}
     # Files of BERT name the head's bias twice; the model has it once.
     biases = mask.rows_after if any(name in used for name in adapter.head_biases) else 0

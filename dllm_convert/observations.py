@@ -5,6 +5,7 @@ A manifest may come from elsewhere: whatever in it does not fit is taken for not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -235,6 +236,8 @@ def _points(values: Any, kind: Callable[..., T]) -> tuple[T, ...]:
         drawn = (v for k, v in point.items() if k != "stderr" and (k, v) != ("threshold", None))
         if not all(map(is_number, drawn)):
             raise ValueError("a point that cannot be drawn")
+        if "stderr" in point and point["stderr"] is None:
+            point["stderr"] = math.inf
     return tuple(kind(**{**point, "tokens": int(point["tokens"] or 0)}) for point in points)
 
 

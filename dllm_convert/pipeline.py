@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.console import Reporter
+from dllm_convert.errors import DllmConvertError
 from dllm_convert.families import measured_adapter, record_adapter
 from dllm_convert.how import DEFAULT, How
 from dllm_convert.manifest import read_manifest, source_facts
 from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.quiet import quiet_libraries
+from dllm_convert.recipe import same_name_warning
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.stages import Stages
 from dllm_convert.training.reporting import require_installed
-from dllm_convert.workspace import fingerprint, open_workspace, read_workspace
+from dllm_convert.workspace import check_apart, fingerprint, open_workspace, read_workspace
 
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions, PushResult
@@ -56,8 +58,15 @@ def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
     Raises:
         DllmConvertError: If the source cannot be read or the conversion cannot work.
     """
-    source = inspect_source(recipe.source, revision=recipe.revision)
-    return make_plan(recipe, source, measured_adapter(recipe, source, out))
+    warning = same_name_warning(recipe)
+    try:
+        source = inspect_source(recipe.source, revision=recipe.revision)
+        plan = make_plan(recipe, source, measured_adapter(recipe, source, out))
+    except DllmConvertError as error:
+        if warning:
+            error.hint = f"{error.hint}; {warning}" if error.hint else warning.capitalize()
+        raise
+    return replace(plan, warnings=(warning, *plan.warnings)) if warning else plan
 
 
 def follow(recipe: Recipe, out: Path, place: Place) -> None:
@@ -102,13 +111,15 @@ def run(
     """
     require_installed(recipe.training.report_to)
     plan = plan_conversion(recipe, out)
+    check_apart(out, plan.source.path)
     if push is not None:
         from dllm_convert.publish.run import preflight
 
         # Hours of training are not to end in "not logged in".
         push = preflight({"source": source_facts(plan)}, push, reporter)
-    run_id = fingerprint(recipe.identity(), plan.source.fingerprint)
-    with open_workspace(out, run_id) as workspace:
+    asked = recipe.identity()
+    run_id = fingerprint(asked, plan.source.fingerprint)
+    with open_workspace(out, run_id, asked) as workspace:
         record_adapter(workspace.work, plan.adapter)
         for warning in plan.warnings:
             reporter.warn(warning)

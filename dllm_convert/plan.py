@@ -9,6 +9,8 @@ from typing import Any
 from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
+from dllm_convert.config_code import check_adapter_beside, check_class, code_warnings
+from dllm_convert.config_numbers import check_numbers, check_padding
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
@@ -18,23 +20,22 @@ from dllm_convert.plan_checks import (
     check_lengths,
     check_noise,
     check_pickle,
-    check_quantised,
     check_target,
-    check_tensors,
     context_length,
-    unused_tensors,
 )
 from dllm_convert.plan_fit import (
-    check_class,
     check_converted,
-    check_shapes,
     check_transformers,
     diffusion_section,
 )
 from dllm_convert.plan_ids import check_token_ids
 from dllm_convert.plan_layers import AttentionLayers
+from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
+from dllm_convert.quantised import check_quantised, side_file_warning
 from dllm_convert.schema import Recipe
+from dllm_convert.secrets_found import refuse_secrets
+from dllm_convert.source_fit import fit_source
 from dllm_convert.source_info import SourceInfo
 
 __all__ = [
@@ -120,8 +121,10 @@ def _config_updates(
     adapter: Adapter,
     mask: MaskTokenDecision,
     opened: Mapping[str, Any],
+    stored: Mapping[str, Any],
 ) -> dict[str, Any]:
     updates: dict[str, Any] = {
+        **stored,
         "architectures": [adapter.diffusion_class],
         "auto_map": {adapter.auto_class: f"modeling_dllm.{adapter.diffusion_class}"},
         **(adapter.measured.config if adapter.measured else {}),
@@ -156,21 +159,22 @@ def make_plan(
         UnsupportedError: The family, or this target for it, has no conversion.
         IncompatibleError: The checkpoint or the recipe cannot be converted as asked.
     """
+    refuse_secrets(recipe.model_dump())
     adapter = measured or get_adapter(source.model_type)
+    check_quantised(source)
     if adapter.measured is not None:
         source = replace(source, config={**source.config, **adapter.measured.config})
+    check_numbers(source.config, adapter, len(source.tensors))
     check_transformers(adapter.min_transformers)
     check_class(source.config, adapter)
+    check_adapter_beside(source.beside)
     check_target(recipe, adapter)
     check_pickle(source, allowed=recipe.allow_pickle)
+    tokenizer = check_tokenizer(source)
+    fit, source, files = fit_source(source, adapter)
     mask = decide_mask_token(recipe, source, adapter)
     check_token_ids(source, mask.rows_after)
-    names: tuple[str, ...] = ()
-    if source.tensors:
-        names = check_tensors(source.config, source.tensors, adapter, rows=mask.rows_before)
-        if adapter.measured is None:
-            check_shapes(source.config, source.tensors, adapter)
-    check_quantised(source, names)
+    check_padding(source.config, mask.rows_after)
     shift = _keeps_shift(recipe, adapter)
     converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)
@@ -178,8 +182,8 @@ def make_plan(
     check_noise(recipe)
     check_generation(recipe)
     attention = open_attention(recipe, source, adapter)
-    changed = names if mask.write_row or mask.rows_after != mask.rows_before else ()
-    dropped = unused_tensors(source.tensors, adapter)
+    changed = fit.vocabulary if mask.write_row or mask.rows_after != mask.rows_before else ()
+    known = (converted, side_file_warning(source), *code_warnings(source, adapter), *fit.warnings)
     return ConversionPlan(
         recipe=recipe,
         source=source,
@@ -187,18 +191,19 @@ def make_plan(
         mask=mask,
         attention_changes=attention.changes,
         config_updates=_config_updates(
-            recipe, source.config, adapter, mask, attention.config_updates
+            recipe, source.config, adapter, mask, attention.config_updates, fit.config
         ),
         tensors_changed=changed,
         warnings=(
             *source.warnings,
-            *((converted,) if converted else ()),
+            *tokenizer,
+            *(sentence for sentence in known if sentence),
             *advise(recipe, source, adapter, context),
         ),
-        notes=attention.notes,
-        tensors_dropped=dropped,
+        notes=(*attention.notes, *fit.notes),
+        tensors_dropped=fit.dropped,
         layers=attention.layers,
-        writes=count_writes(source, mask, changed=changed, dropped=dropped)
+        writes=count_writes(source, mask, changed=changed, rewritten=files)
         if source.tensors
         else None,
         shape=model_shape(source, adapter, mask),

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.schema import Recipe
-from dllm_convert.source_info import SourceInfo, TensorInfo
-
-LAYER = re.compile(r"[\w.]*?\blayers?\.(\d+)\.(.+)")
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+from dllm_convert.source_info import SourceInfo
 
 
 def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:
@@ -24,53 +20,6 @@ def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:
         pad = config.get("pad_token_id")
         positions -= (pad if isinstance(pad, int) else 1) + 1
     return positions
-
-
-def is_tied(config: Mapping[str, Any], adapter: Adapter) -> bool:
-    """Whether head and embedding share weights; absent means the default of transformers' config.
-
-    That default is true for the encoders and false for the decoders here.
-    """
-    default = adapter.attention == "bidirectional"
-    if adapter.measured is not None:
-        default = adapter.measured.config.get("tie_word_embeddings", default)
-    return bool(config.get("tie_word_embeddings", default))
-
-
-def check_tensors(
-    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], adapter: Adapter, *, rows: int
-) -> tuple[str, ...]:
-    """Check that the weights are a complete language model; return names of vocabulary tensors.
-
-    Args:
-        config: config.json.
-        tensors: Tensor name to description, of all files.
-        adapter: The family.
-        rows: Expected rows of embedding and head.
-
-    Raises:
-        IncompatibleError: The head or the embedding is missing, or a shape does not fit.
-    """
-    stock = f"a checkpoint of {adapter.stock_class}"
-    if adapter.embedding not in tensors:
-        raise IncompatibleError(f"the weights have no {adapter.embedding}, expected {stock}")
-    missing = [name for name in adapter.head_required if name not in tensors]
-    if adapter.head not in tensors and not is_tied(config, adapter):
-        missing.append(adapter.head)
-    if missing:
-        raise IncompatibleError(
-            f"the weights have no {', '.join(missing)}: their language-model head would be random",
-            hint=f"Take {stock}, not of a headless encoder",
-        )
-    present = [n for n in (adapter.embedding, adapter.head, *adapter.head_biases) if n in tensors]
-    for name in present:
-        if not tensors[name].shape or tensors[name].shape[0] != rows:
-            raise IncompatibleError(
-                f"{name} has shape {tensors[name].shape}, expected {rows} rows as the embedding"
-            )
-    if adapter.measured is None:
-        _check_layers(config, tensors)
-    return tuple(present)
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -85,57 +34,6 @@ def layer_count(config: Mapping[str, Any]) -> int:
             f"config.json: num_hidden_layers is {layers!r}, expected a whole number of at least 1"
         )
     return layers
-
-
-def _check_layers(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Check that every layer has the same tensors: transformers would fill a gap at random."""
-    layers: dict[int, set[str]] = {}
-    for name in tensors:
-        found = LAYER.fullmatch(name)
-        if found:
-            layers.setdefault(int(found[1]), set()).add(found[2])
-    expected = range(layer_count(config))
-    if set(layers) != set(expected):
-        raise IncompatibleError(
-            f"the weights have {len(layers)} layers, config.json says {len(expected)}",
-            hint="Correct num_hidden_layers, or take the complete weights",
-        )
-    complete = set().union(*layers.values())
-    for layer, found_names in sorted(layers.items()):
-        if found_names != complete:
-            missing = ", ".join(sorted(complete - found_names)[:3])
-            raise IncompatibleError(
-                f"layer {layer} has no {missing}, which other layers have: it would be random",
-                hint="Take the complete weights",
-            )
-
-
-def unused_tensors(names: Iterable[str], adapter: Adapter) -> tuple[str, ...]:
-    """Return the tensors that the stock class does not load, such as a pooler."""
-    if adapter.unused_tensors is None:
-        return ()
-    return tuple(name for name in names if re.fullmatch(adapter.unused_tensors, name))
-
-
-def check_quantised(source: SourceInfo, vocabulary_tensors: tuple[str, ...]) -> None:
-    """Check that the vocabulary tensors hold floating-point numbers.
-
-    Raises:
-        IncompatibleError: The weights are quantised.
-    """
-    if "quantization_config" in source.config:
-        raise IncompatibleError(
-            "config.json has a quantization_config: quantised weights cannot be trained on",
-            hint="Take the checkpoint in bfloat16, float16 or float32 that it was made from",
-        )
-    if source.kind == "gguf":
-        return
-    for name in vocabulary_tensors:
-        if source.tensors[name].dtype not in _FLOAT_DTYPES:
-            raise IncompatibleError(
-                f"{name} has dtype {source.tensors[name].dtype}, "
-                f"expected one of {', '.join(sorted(_FLOAT_DTYPES))}"
-            )
 
 
 def check_pickle(source: SourceInfo, *, allowed: bool) -> None:

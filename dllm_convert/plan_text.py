@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dllm_convert.cli_output import table
 
 WIDTH = 100
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _PARTS = ("embedding", "layers", "head", "other")
 
 
@@ -135,7 +138,11 @@ def _writes(plan: Mapping[str, Any]) -> list[str]:
     changed = [
         f"{name} changes ({bytes_text(size)})" for name, size in writes["changed_tensors"].items()
     ]
-    dropped = [f"{name} is left out" for name in plan["tensors_dropped"]]
+    kinds = Counter(_NUMBER.sub("*", name) for name in plan["tensors_dropped"])
+    dropped = [
+        f"{kind} is left out" + (f" ({count} tensors)" if count > 1 else "")
+        for kind, count in kinds.items()
+    ]
     total, unchanged = writes["weights_bytes"], writes["unchanged_bytes"]
     return [
         f"{bytes_text(total)} of weights, {bytes_text(unchanged)} of them equal to the source's"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ def count_writes(
     mask: MaskTokenDecision,
     *,
     changed: Iterable[str],
-    dropped: Iterable[str],
+    rewritten: Collection[str] = (),
 ) -> Writes:
     """Count the bytes of the output's tensors.
 
@@ -57,9 +57,9 @@ def count_writes(
         source: The checkpoint; without headers everything is 0.
         mask: Says how many rows the vocabulary's tensors get.
         changed: Names of tensors whose content differs.
-        dropped: Names of tensors that the output lacks.
+        rewritten: Files whose other tensors are left out or get other names.
     """
-    names, left_out = set(changed), set(dropped)
+    names = set(changed)
     element = _element_bytes(source)
     grown = mask.rows_after != mask.rows_before
 
@@ -71,9 +71,9 @@ def count_writes(
     sizes = {
         name: size(name, tensor) if tensor.shape else DTYPE_BYTES.get(tensor.dtype, 4)
         for name, tensor in source.tensors.items()
-        if name not in left_out
     }
-    touched = {source.tensors[name].file for name in names | left_out if name in source.tensors}
+    touched = {source.tensors[name].file for name in names if name in source.tensors}
+    touched |= set(rewritten)
     files = dict.fromkeys(sorted(touched), 0)
     for name, count in sizes.items():
         file = source.tensors[name].file

@@ -14,8 +14,11 @@ from pydantic import ValidationError
 
 from dllm_convert import recipe_yaml
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.foreign_files import MAX_TEXT_BYTES, check_file
 from dllm_convert.nearest import nearest_place
 from dllm_convert.recipe_fields import describe_problem, fields_of, sections
+from dllm_convert.recipe_precedence import NAMES, forgotten
+from dllm_convert.recipe_source import handed_down
 from dllm_convert.schema import Recipe, Target
 
 DEFAULT_PRESET = "small-budget"
@@ -66,13 +69,15 @@ def list_recipes() -> tuple[RecipeEntry, ...]:
     )
 
 
-def load_recipe(source: str, *, overrides: Mapping[str, Any]) -> Recipe:
+def load_recipe(source: str, *, overrides: Mapping[str, Any], preset: str | None = None) -> Recipe:
     """Resolve what the user typed into a complete recipe.
 
     Args:
         source: Name of a shipped recipe, path of a `.yaml` recipe, or else a Hub id, folder or
             `.gguf` file, for which the preset `small-budget` applies.
         overrides: Dotted field to value; they win over the file, which wins over its presets.
+        preset: Preset that was asked for: it wins over the file, and takes the place of
+            `small-budget`.
 
     Raises:
         IncompatibleError: No such recipe; broken YAML; an unknown field, a wrong type or a value
@@ -82,10 +87,14 @@ def load_recipe(source: str, *, overrides: Mapping[str, Any]) -> Recipe:
     path = _find(source)
     if path is not None:
         layers.add_file(path)
-    else:
+    elif preset is None:
         layers.add_file(_shipped("presets")[DEFAULT_PRESET], preset=True)
+    if preset is not None:
+        layers.add_file(_named_preset(preset), preset=True, typed=True)
+    if path is None:
         layers.add({"source": source}, COMMAND_LINE)
     layers.add(overrides, COMMAND_LINE)
+    layers.hand_down()
     recipe = layers.validate()
     if recipe.target == "bd3lm" and recipe.block_size is None:
         return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
@@ -103,16 +112,29 @@ class _Layers:
 
     Attributes:
         values: Dotted path to value and where it was written, for the messages.
+        ranks: Dotted path to the number of the layer that wrote it.
+        typed: Paths that somebody wrote for this conversion: not those of inherited presets.
     """
 
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    typed: set[str] = field(default_factory=set)
+    _layers: int = 0
 
-    def add_file(self, path: Path, *, preset: bool = False, chain: tuple[Path, ...] = ()) -> None:
+    def add_file(
+        self,
+        path: Path,
+        *,
+        preset: bool = False,
+        typed: bool = False,
+        chain: tuple[Path, ...] = (),
+    ) -> None:
         """Add a recipe or preset file, what it inherits first.
 
         Args:
             path: The file.
             preset: Whether another recipe inherits it: its name and description stay behind.
+            typed: Whether the user named the preset.
             chain: The files that led here, outermost first.
         """
         path = path.resolve()
@@ -121,17 +143,33 @@ class _Layers:
             raise IncompatibleError(f"{path}: recipes inherit each other: {names}")
         fields = recipe_yaml.parse_mapping(_read(path), str(path))
         for name in _inherited(fields.pop(INHERITS, None), path):
-            self.add_file(_find_preset(name, path), preset=True, chain=(*chain, path))
+            inherited = _find_preset(name, path)
+            self.add_file(inherited, preset=True, typed=typed, chain=(*chain, path))
         if preset:
             fields.pop("name", None)
             fields.pop("description", None)
         else:
             fields.setdefault("name", path.stem)
-        self.add(fields, str(path))
+        self.add(fields, str(path), typed=typed or not preset)
 
-    def add(self, fields: Mapping[str, Any], origin: str) -> None:
+    def hand_down(self) -> None:
+        """Take from a source that is a conversion what nobody asked to be otherwise."""
+        source, _ = self.values.get("source", (None, ""))
+        fields = handed_down(source) if isinstance(source, str) else {}
+        fields = {path: value for path, value in fields.items() if path not in self.typed}
+        target = fields.get("target", self.values.get("target", (None, ""))[0])
+        if target != "bd3lm":
+            fields.pop("block_size", None)
+            if "block_size" not in self.typed:
+                self.values.pop("block_size", None)
+        for path, value in fields.items():
+            self._put(path, value, f"{source}/config.json")
+            self.ranks[path] = 0  # Broader fields that were typed beat it.
+
+    def add(self, fields: Mapping[str, Any], origin: str, *, typed: bool = True) -> None:
         """Add fields, nested or dotted, written at `origin`."""
         flat = dict(_flatten(fields))
+        self._layers += 1
         if flat.get("target") == "mdlm" and "block_size" not in flat:
             # The size belonged to the bd3lm that this layer replaces.
             self.values.pop("block_size", None)
@@ -143,16 +181,22 @@ class _Layers:
                 flat["references"] = list(dict.fromkeys([*earlier, *references]))
         for path, value in flat.items():
             self._put(path, value, origin)
+        self.typed |= {*flat} if typed else set()
 
     def _put(self, path: str, value: Any, origin: str) -> None:
         """Set a leaf; what an earlier layer wrote below or above it is thereby replaced."""
         for known in list(self.values):
             if known.startswith(f"{path}.") or path.startswith(f"{known}."):
                 del self.values[known]
+        if path not in NAMES or path not in self.values or self.values[path][0] != value:
+            self.ranks[path] = self._layers
         self.values[path] = (value, origin)
 
     def validate(self) -> Recipe:
         """Check every field against the schema."""
+        said = {path for path, (value, _) in self.values.items() if value is not None}
+        for path in forgotten({path: self.ranks[path] for path in said}):
+            del self.values[path]
         try:
             # Strict JSON: a list is a tuple, but "8" is no number and `true` is not 1.
             return Recipe.model_validate_json(json.dumps(self._nested()), strict=True)
@@ -188,6 +232,22 @@ def _shipped(folder: str) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
+def same_name_warning(recipe: Recipe) -> str | None:
+    """Return what to know where a shipped recipe and a folder here have the same name."""
+    recipes, folder = _shipped(""), Path(recipe.source).expanduser()
+    if recipe.name in recipes and Path(recipe.name).is_dir() and recipe.source != recipe.name:
+        return (
+            f"there is a folder {recipe.name} here too, and the recipe of that name was taken: "
+            f"./{recipe.name} means the folder"
+        )
+    if folder.name in recipes and folder.is_dir() and folder.resolve().parent == Path.cwd():
+        return (
+            f"the folder {folder.name} was taken; {folder.name} alone, without a path, means the "
+            "recipe of that name"
+        )
+    return None
+
+
 def _find(source: str) -> Path | None:
     """Return the recipe file that `source` means, or None if it is a checkpoint itself."""
     recipes = _shipped("")
@@ -200,7 +260,8 @@ def _find(source: str) -> Path | None:
     if source in _shipped("presets"):
         raise IncompatibleError(
             f"{source} is a preset, expected a recipe, a Hub id, a folder or a .gguf file",
-            hint=f"Write a recipe file with `source:` and `inherits: {source}`",
+            hint=f"Give a source with --preset {source}, or write a recipe file with `source:` and "
+            f"`inherits: {source}`",
         )
     near = nearest_place(source) if source else None
     known = recipes if near is None else (str(near), *recipes)
@@ -223,6 +284,16 @@ def _find_preset(name: str, inheriting: Path) -> Path:
     return known[name]
 
 
+def _named_preset(name: str) -> Path:
+    presets = _shipped("presets")
+    if name not in presets:
+        raise IncompatibleError(
+            f"there is no preset {name!r}{_did_you_mean(name, presets)}",
+            hint=f"Presets: {', '.join(sorted(presets))}",
+        )
+    return presets[name]
+
+
 def _inherited(value: Any, path: Path) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -232,6 +303,7 @@ def _inherited(value: Any, path: Path) -> tuple[str, ...]:
 
 def _read(path: Path) -> str:
     try:
+        check_file(path, MAX_TEXT_BYTES)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         hint = "List the shipped recipes with `dllm-convert recipes`"

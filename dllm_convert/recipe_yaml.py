@@ -18,6 +18,9 @@ from dllm_convert.errors import IncompatibleError
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _NUMBER_STARTS = list("-+.0123456789")
+MAX_LEVELS = 20
+"""Recipes have three."""
+_MAX_DIGITS = 100
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _INT_TAG = "tag:yaml.org,2002:int"
 _TEXT_TAG = "tag:yaml.org,2002:str"
@@ -44,6 +47,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Build a decimal number; what overflows to infinity is an error."""
+        if len(node.value) > _MAX_DIGITS:
+            problem = f"a number of {len(node.value):,} characters"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         value = float(node.value) if node.tag == _FLOAT_TAG else int(node.value)
         if not math.isfinite(value):
             problem = f"{node.value} is not a finite number"
@@ -108,8 +114,40 @@ def dump(value: Mapping[str, Any]) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def check_structure(text: str) -> None:
+    """Check what a YAML document is built of, before anything of it is built.
+
+    Nine aliases of aliases are a thousand million values, and a value that holds itself has no end.
+
+    Raises:
+        yaml.MarkedYAMLError: It has aliases, tags or too many levels.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        problem = _problem(event)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_LEVELS:
+            problem = f"more than {MAX_LEVELS} levels"
+        if problem is not None:
+            where: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=where)
+
+
+def _problem(event: Any) -> str | None:
+    """Return what a recipe may not have at this place."""
+    if isinstance(event, yaml.AliasEvent):
+        return f"the alias *{event.anchor}: write the value out where it is meant"
+    if getattr(event, "tag", None) not in (None, "!"):
+        return f"the tag {event.tag}: values are texts, numbers, lists and sections"
+    if isinstance(event, yaml.ScalarEvent) and any("\ud800" <= c <= "\udfff" for c in event.value):
+        return "a text with half a character"
+    return None
+
+
 def _parse(text: str, origin: str) -> Any:
     try:
+        check_structure(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

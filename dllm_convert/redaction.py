@@ -13,10 +13,14 @@ from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
 
 RECIPE_FILE = "recipe.yaml"
 _SEPARATORS = re.compile(r"[/\\]")
-# Spaces count as part of a name: better a word too many is cut than a folder's name is told.
-_NAME = r"[/\\]+[\w.@+ -]*[\w.@+*-]"
+# Spaces and brackets count as part of a name: better a word too many is cut than a folder's name
+# is told. A comma does not where another path begins behind it.
+_SIGN = r"(?:[\w.@+ ()\[\]{}!#%&=;^$-]|,(?!\s*(?:[/~\\]|\.{1,2}[/\\]|[A-Za-z]:)))"
+_NAME = rf"[/\\]+{_SIGN}*[\w.@+*)\]}}!#%&=^$-]"
+_FILE = r"(?:file:(?://[\w.-]*)?)"
 _PATH = re.compile(
-    rf"(?<![\w/\\.:~])(?:(?:~|\.{{1,2}}|[A-Za-z]:)(?:{_NAME})+|(?:{_NAME}){{2,}})[/\\]?"
+    rf"(?:{_FILE}|(?<![\w/\\.:~]))(?:(?:~|\.{{1,2}}|[A-Za-z]:)(?:{_NAME})+|(?:{_NAME}){{2,}})"
+    r"[/\\]?"
 )
 
 

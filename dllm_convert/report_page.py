@@ -14,7 +14,7 @@ from markupsafe import Markup
 from dllm_convert import recipe_yaml, report_evaluation, report_tables
 from dllm_convert.card_evaluation import Evaluation
 from dllm_convert.card_facts import Facts, Measure, collect_facts
-from dllm_convert.card_text import duration, figures
+from dllm_convert.card_text import duration, figures, shown
 from dllm_convert.disk import write_whole
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.evaluation.picture import PARALLELISM
@@ -142,6 +142,7 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=shown,
     )
     environment.filters |= {"figures": figures, "duration": duration}
     return environment.get_template(TEMPLATE).render(page=page)

@@ -14,9 +14,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.json_files import DOWNLOAD_AGAIN, DuplicateKeyError, broken, unique
+from dllm_convert.json_files import (
+    DOWNLOAD_AGAIN,
+    LFS_POINTER,
+    DuplicateKeyError,
+    broken,
+    is_pointer,
+    pointer,
+    unique,
+)
 from dllm_convert.json_files import load_json as load_json
 from dllm_convert.json_files import load_json_object as load_json_object
+from dllm_convert.wrong_source import no_weights
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +34,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
@@ -179,6 +189,8 @@ def read_header(path: Path) -> Header:
             length_bytes = handle.read(8)
             if len(length_bytes) < 8:
                 raise broken(path.name, f"{size} bytes", "at least 8, a safetensors file")
+            if length_bytes == LFS_POINTER[:8] and is_pointer(path):
+                raise pointer(path.name)
             length = int.from_bytes(length_bytes, "little")
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise broken(
@@ -245,10 +257,8 @@ def read_checkpoint(folder: Path) -> dict[str, Header]:
     if single.is_file():
         return {SINGLE_FILE: read_header(single)}
     if not index.is_file():
-        raise DataError(
-            f"no weights in {folder}: found neither {SINGLE_FILE} nor {INDEX_FILE}",
-            hint="Save the model with save_pretrained, which writes one of them",
-        )
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        raise no_weights(str(folder), names)
     weight_map = read_weight_map(index)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]

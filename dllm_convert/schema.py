@@ -68,14 +68,14 @@ class Noise(_Section):
 class Data(_Section):
     """Training text and how it is cut."""
 
-    source: str = Field("pydoc", description="pydoc, files or globs, or a Hub dataset id")
+    source: str = Field("pydoc", description="pydoc; files, folders or globs; or a Hub dataset id")
     subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
-    split: str = Field("train", description="split of a Hub dataset")
+    split: str = Field("train", description="split of a Hub dataset, or of one in a folder")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub dataset")
     text_field: str = Field(
         "text",
         description="column or JSON key of the text or of the messages; where it is missing: "
-        "messages, conversations, or prompt and completion",
+        "messages, conversations, prompt and completion, or instruction, input and output",
     )
     streaming: Literal["auto", "on", "off"] = Field(
         "auto",

@@ -1,16 +1,19 @@
-"""Read the pieces of a SentencePiece `tokenizer.model`: enough protobuf for one list.
+"""Read a SentencePiece `tokenizer.model`: enough protobuf for its pieces and named tokens.
 
-`ModelProto.pieces` is field 1, a message of text (1), score (2, float32) and type (3). The rest of
-the file is skipped, so neither sentencepiece nor protobuf has to be installed for a plan.
+`ModelProto.pieces` is field 1, a message of text (1), score (2, float32) and type (3);
+`ModelProto.trainer_spec` is field 2 and gives the ids and texts of the unknown, first and last
+token. The rest of the file is skipped, so neither sentencepiece nor protobuf has to be installed
+for a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 _NORMAL = 1
 _SPECIAL_TYPES = frozenset({2, 3, 5})  # UNKNOWN, CONTROL, UNUSED: never produced by text
@@ -74,22 +77,55 @@ def _piece(data: bytes) -> Piece:
     return Piece(text, kind in _SPECIAL_TYPES)
 
 
-def read_pieces(path: Path) -> list[Piece]:
-    """Read all pieces of a SentencePiece model, in id order.
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A SentencePiece model.
+
+    Attributes:
+        pieces: Its vocabulary, in id order.
+        named: Role (`bos`, `eos`, `unk`) to text, of the tokens that it uses.
+    """
+
+    pieces: tuple[Piece, ...]
+    named: Mapping[str, str]
+
+
+# Fields of TrainerSpec: id, its default, text, its default.
+_ROLES = {
+    "unk": (40, 0, 45, "<unk>"),
+    "bos": (41, 1, 46, "<s>"),
+    "eos": (42, 2, 47, "</s>"),
+}
+
+
+def _named(spec: bytes) -> dict[str, str]:
+    """Return role to text; an id is stored as a number of 64 bits, -1 for none."""
+    fields = dict(_fields(spec))
+    named = {}
+    for role, (id_field, default_id, text_field, default_text) in _ROLES.items():
+        row, text = fields.get(id_field, default_id), fields.get(text_field)
+        if isinstance(row, int) and row < 1 << 31:
+            named[role] = text.decode("utf-8") if isinstance(text, bytes) else default_text
+    return named
+
+
+def read_model(path: Path) -> SentencePieceModel:
+    """Read a SentencePiece model.
 
     Raises:
         DataError: The file cannot be read or is not a SentencePiece model.
     """
     try:
-        data = path.read_bytes()
-        pieces = [_piece(v) for number, v in _fields(data) if number == 1 and isinstance(v, bytes)]
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
+        fields = list(_fields(read_bytes(path, MAX_VOCABULARY_BYTES)))
+        pieces = [_piece(v) for number, v in fields if number == 1 and isinstance(v, bytes)]
+        specs = [v for number, v in fields if number == 2 and isinstance(v, bytes)]
+        named = _named(specs[0]) if specs else {}
     except (ValueError, IndexError) as error:
         raise DataError(
             f"{path.name}: not a SentencePiece model ({error})",
-            hint="A git-lfs pointer is a common cause: download the file itself",
+            hint="Its tokenizer.json does as well; a git-lfs pointer is a common cause: download "
+            "the file itself",
         ) from error
     if not pieces:
         raise DataError(f"{path.name}: a SentencePiece model without pieces")
-    return pieces
+    return SentencePieceModel(tuple(pieces), named)

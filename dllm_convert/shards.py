@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dllm_convert.copying import Advance, TwinHash, Way, copy_part, pieces, place, write_all
@@ -34,13 +34,15 @@ class Changes:
 
     Attributes:
         mask: The mask-token decision.
-        vocabulary: Names of the tensors that have a row per token.
-        dropped: Names of the tensors that the conversion does not have.
+        vocabulary: Names in the output of the tensors that have a row per token.
+        dropped: Names in the source of the tensors that the conversion does not have.
+        renamed: Names in the source to names in the output, where they differ.
     """
 
     mask: MaskTokenDecision
     vocabulary: tuple[str, ...]
     dropped: frozenset[str]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def appended(self) -> int:
@@ -48,14 +50,18 @@ class Changes:
         return self.mask.rows_after - self.mask.rows_before
 
     def changed(self, header: Header) -> tuple[str, ...]:
-        """Return the tensors of a file whose rows change."""
+        """Return the tensors of a file whose rows change, by their names there."""
         if not (self.mask.write_row or self.appended):
             return ()
-        return tuple(name for name in header.entries if name in self.vocabulary)
+        return tuple(name for name in header.entries if self.name(name) in self.vocabulary)
+
+    def name(self, name: str) -> str:
+        """Return the name of a tensor in the output."""
+        return self.renamed.get(name, name)
 
     def keeps(self, header: Header) -> bool:
         """Whether a file is taken over byte for byte; transformers wants its format named."""
-        left_out = self.dropped & header.entries.keys()
+        left_out = (self.dropped | self.renamed.keys()) & header.entries.keys()
         return not (self.changed(header) or left_out) and "format" in header.metadata
 
     def edits(self, handle: int, header: Header) -> dict[str, RowEdit]:
@@ -88,33 +94,40 @@ class WrittenFile:
 
 
 def _new_header(
-    kept: Mapping[str, Entry], metadata: Mapping[str, str], edits: Mapping[str, RowEdit]
+    kept: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    edits: Mapping[str, RowEdit],
+    changes: Changes,
 ) -> bytes:
-    """Return length and JSON of the header with grown tensors."""
+    """Return length and JSON of the header with grown tensors and the output's names."""
     tensors: dict[str, tuple[str, list[int], int]] = {}
     for name, entry in kept.items():
         edit = edits.get(name)
         added = edit.appended if edit else 0
         shape = [entry.shape[0] + added, *entry.shape[1:]] if edit else list(entry.shape)
         size = entry.end - entry.start + (added * len(edit.row) if edit else 0)
-        tensors[name] = (entry.dtype, shape, size)
+        tensors[changes.name(name)] = (entry.dtype, shape, size)
     return encode_header(tensors, metadata)
 
 
 class _Rewriter:
     """Streams one file into another, hashing both."""
 
-    def __init__(self, source: int, out: int, header: Header, advance: Advance) -> None:
+    def __init__(
+        self, source: int, out: int, header: Header, changes: Changes, advance: Advance
+    ) -> None:
         self._source, self._out, self._header, self._advance = source, out, header, advance
+        self._changes = changes
         self.hashes = TwinHash()
 
     def header(self, kept: Mapping[str, Entry], edits: Mapping[str, RowEdit]) -> None:
         same = len(kept) == len(self._header.entries) and "format" in self._header.metadata
+        same = same and self._changes.renamed.keys().isdisjoint(kept)
         if same and not any(edit.appended for edit in edits.values()):
             self._copy(0, self._header.data_start)
             return
         self._skip(0, self._header.data_start)
-        self._new(_new_header(kept, self._header.metadata, edits))
+        self._new(_new_header(kept, self._header.metadata, edits, self._changes))
 
     def tensor(self, entry: Entry, edit: RowEdit | None) -> None:
         start, end = (self._header.data_start + offset for offset in (entry.start, entry.end))
@@ -165,7 +178,7 @@ def write_shard(
     kept = {name: e for name, e in header.entries.items() if name not in changes.dropped}
     with source.open("rb", buffering=0) as old, out.open("xb", buffering=0) as new:
         edits = changes.edits(old.fileno(), header)
-        rewriter = _Rewriter(old.fileno(), new.fileno(), header, advance)
+        rewriter = _Rewriter(old.fileno(), new.fileno(), header, changes, advance)
         rewriter.header(kept, edits)
         for name, entry in header.entries.items():
             if name in kept:

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 from dllm_convert.errors import DataError
+from dllm_convert.json_files import is_pointer, pointer
 from dllm_convert.nearest import meant
 from dllm_convert.source_folder import inspect_folder
 from dllm_convert.source_gguf import inspect_gguf
 from dllm_convert.source_info import SourceInfo, SourceKind, TensorInfo, TokenizerInfo
+from dllm_convert.wrong_source import wrong_file
 
 __all__ = ["SourceInfo", "SourceKind", "TensorInfo", "TokenizerInfo", "inspect_source"]
 
@@ -22,11 +24,12 @@ def _inspect_local(path: Path, given: str) -> SourceInfo:
     if path.is_dir():
         return inspect_folder(path, given)
     if path.suffix.lower() == ".gguf":
+        if is_pointer(path):
+            raise pointer(path.name)
         return inspect_gguf(path, given)
-    raise DataError(
-        f"{path} is a file, expected a folder with config.json or a .gguf file",
-        hint="Give the folder that holds it" if path.suffix == ".safetensors" else None,
-    )
+    if is_pointer(path):
+        raise pointer(path.name)
+    raise wrong_file(path)
 
 
 def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:

@@ -7,8 +7,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.adapters import has_adapter
 from dllm_convert.base_card import read_base_card
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, UnsupportedError
+from dllm_convert.foreign_files import (
+    MAX_TEXT_BYTES,
+    MAX_VOCABULARY_BYTES,
+    check_file,
+    check_inside,
+)
+from dllm_convert.json_files import is_pointer, pointer
 from dllm_convert.nearest import no_folder
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
@@ -17,8 +25,9 @@ from dllm_convert.safetensors_header import (
     load_json_object,
     read_checkpoint,
 )
-from dllm_convert.source_info import SourceInfo, TensorInfo
+from dllm_convert.source_info import SourceInfo, TensorInfo, TokenizerInfo
 from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES, read_tokenizer
+from dllm_convert.wrong_source import no_config, no_weights
 
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LICENCE_FILES = (
@@ -36,6 +45,9 @@ SMALL_FILES = (
     "README.md",
 )
 """Everything of a checkpoint but the weights, as patterns."""
+
+_POINTER_BYTES = 1024
+"""A pointer of git-LFS is smaller."""
 
 PICKLE_WARNING = (
     "the weights are a pickle (pytorch_model.bin): they are read with weights_only=True and "
@@ -59,19 +71,13 @@ def file_names(folder: Path) -> list[str]:
     return names
 
 
-def _what_else(folder: Path) -> str:
-    """Say what to do with a folder that has no config.json, by what it has instead."""
-    if any(folder.glob("*.gguf")):
-        return "Give one of its .gguf files"
-    if (folder / "adapter_config.json").is_file():
-        return "It holds an adapter: merge it into its base, and give the merged model"
-    if any(folder.glob("consolidated*")):
-        return "It holds weights as their vendor trained them: take the transformers version"
+def _nearby(folder: Path) -> str | None:
+    """Name a folder below that has a config.json, None if there is none."""
     inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
-    if inside:
-        more = f", one of {len(inside)}" if len(inside) > 1 else ""
-        return f"Did you mean {inside[0].parent}{more}?"
-    return "Give the folder that holds config.json beside the weights"
+    if not inside:
+        return None
+    more = f", one of {len(inside)}" if len(inside) > 1 else ""
+    return f"Did you mean {inside[0].parent}{more}?"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,10 +90,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise no_folder(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise DataError(
-            f"no config.json in {folder}, expected a folder written by save_pretrained",
-            hint=_what_else(folder),
-        )
+        raise no_config(str(folder), [path.name for path in folder.iterdir()], _nearby(folder))
     config = load_json_object(path)
     if not isinstance(config.get("model_type"), str):
         raise DataError(
@@ -116,6 +119,26 @@ def tensor_infos(headers: Mapping[str, Header]) -> dict[str, TensorInfo]:
     }
 
 
+def tokenizer_of(folder: Path, config: Mapping[str, Any]) -> TokenizerInfo:
+    """Read the tokenizer of a checkpoint whose family may not be one that is converted.
+
+    Raises:
+        DataError: It cannot be read.
+        UnsupportedError: It cannot be read, and the family has no adapter: that comes first.
+    """
+    try:
+        return read_tokenizer(folder, config)
+    except DataError as error:
+        model_type = str(config["model_type"])
+        if has_adapter(model_type):
+            raise
+        raise UnsupportedError(
+            f"model_type {model_type!r} has no adapter, and without a tokenizer that can be read "
+            f"it cannot be measured either ({error.message})",
+            hint="`dllm-convert architectures` lists the families",
+        ) from error
+
+
 def inspect_folder(folder: Path, given: str) -> SourceInfo:
     """Read what a plan needs from a local checkpoint folder.
 
@@ -124,6 +147,8 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
     """
     config = read_config(folder)
     names = file_names(folder)
+    if not matching(names, (SINGLE_FILE, INDEX_FILE, *PICKLE_FILES)):
+        raise no_weights(str(folder), names)
     headers: dict[str, Header] = {}
     weights: list[str]
     if SINGLE_FILE not in names and INDEX_FILE not in names and matching(names, PICKLE_FILES):
@@ -131,8 +156,17 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
     else:
         headers = read_checkpoint(folder)
         weights = [*headers, *([INDEX_FILE] if SINGLE_FILE not in headers else [])]
-    files = (*weights, *matching(names, SMALL_FILES))
+    small = matching(names, SMALL_FILES)
+    files = (*weights, *small)
+    check_inside(folder, files)
+    for name in small:
+        check_file(folder / name, MAX_VOCABULARY_BYTES)
+    for name in matching(small, LICENCE_FILES):
+        check_file(folder / name, MAX_TEXT_BYTES)
     stats = {name: (folder / name).stat() for name in files}
+    for name, stat in stats.items():
+        if stat.st_size < _POINTER_BYTES and is_pointer(folder / name):
+            raise pointer(name)
     return SourceInfo(
         given=given,
         kind="folder",
@@ -141,10 +175,11 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
         revision=None,
         config=config,
         tensors=tensor_infos(headers),
-        tokenizer=read_tokenizer(folder, config),
+        tokenizer=tokenizer_of(folder, config),
         card=read_base_card(folder / "README.md"),
         fingerprint={name: f"{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats.items()},
         files=files,
+        beside=tuple(sorted(names)),
         warnings=() if headers else (PICKLE_WARNING,),
         generation=read_generation(folder),
     )

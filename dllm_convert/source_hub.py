@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from dllm_convert.base_card import base_card, read_base_card
-from dllm_convert.errors import DataError
 from dllm_convert.hub_errors import hub_errors, transport_error
 from dllm_convert.hub_headers import read_hub_tensors
 from dllm_convert.safetensors_header import INDEX_FILE, SINGLE_FILE
@@ -17,9 +16,11 @@ from dllm_convert.source_folder import (
     matching,
     read_config,
     read_generation,
+    tokenizer_of,
 )
 from dllm_convert.source_info import SourceInfo, TensorInfo
-from dllm_convert.tokenizer_files import VOCABULARY_FILES, read_tokenizer
+from dllm_convert.tokenizer_files import VOCABULARY_FILES
+from dllm_convert.wrong_source import no_config, no_weights
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
@@ -41,12 +42,7 @@ def _weights(
         pickles = matching(names, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
         if matching(names, PICKLE_FILES):
             return {}, pickles
-        raise DataError(
-            f"{repo_id} has no weights this tool reads, expected {SINGLE_FILE} or {INDEX_FILE}",
-            hint="Download a .gguf file yourself and give its path"
-            if matching(names, ("*.gguf",))
-            else None,
-        )
+        raise no_weights(repo_id, names)
     return read_hub_tensors(repo_id, commit, names)
 
 
@@ -103,7 +99,7 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         commit = str(info.sha)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         if "config.json" not in names:
-            raise DataError(f"{repo_id} has no config.json, expected a transformers checkpoint")
+            raise no_config(repo_id, names, None)
         small = matching(names, SMALL_FILES)
         stated = vars(info.card_data) if info.card_data else None
         folder = Path()
@@ -111,7 +107,7 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
             path = Path(hf_hub_download(repo_id, name, revision=commit))
             folder = path.parents[name.count("/")]
         config = read_config(folder)
-        tokenizer = read_tokenizer(folder, config)
+        tokenizer = tokenizer_of(folder, config)
         tensors, weights = _weights(repo_id, commit, names)
     card = base_card(stated) if stated else read_base_card(folder / "README.md")
     return SourceInfo(
@@ -126,6 +122,7 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         card=card,
         fingerprint={"commit": commit},
         files=(*weights, *small),
+        beside=tuple(sorted(names)),
         warnings=() if tensors else (PICKLE_WARNING,),
         gated=info.gated or ("no" if info.gated is False else None),
         generation=read_generation(folder),

@@ -43,7 +43,14 @@ class TokenizerInfo:
         reachable: Ids used by anything else in the tokenizer (template, post-processor, named
             tokens) or by the model's config, the mask token's own entry left out.
         size: Largest id plus one.
+        proper: Rows that the vocabulary without added tokens needs; None for all of them.
         mask_token: The tokenizer's own mask token, if it has one.
+        beside: Texts that side files or the class add to what the vocabulary file has, in the order
+            of their ids.
+        mask_is_word: Whether it is one that ordinary text produces.
+        file: Name of the file that holds the vocabulary; None for a GGUF file.
+        declared_class: `tokenizer_class` that the folder names.
+        code: Class of the folder's own code that `auto_map` names for the tokenizer.
         named: Role (`bos`, `eos`, ...) to the text of its token.
     """
 
@@ -52,6 +59,12 @@ class TokenizerInfo:
     reachable: frozenset[int]
     size: int
     mask_token: str | None = None
+    proper: int | None = None
+    beside: tuple[str, ...] = ()
+    mask_is_word: bool = False
+    file: str | None = None
+    declared_class: str | None = None
+    code: str | None = None
     named: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -71,6 +84,8 @@ class SourceInfo:
         card: Licence, languages and origin, as the base's author states them.
         fingerprint: Identity of the content: commit, or file names with sizes and times.
         files: Names of the files that belong to the checkpoint.
+        beside: Names of all files that lie where the checkpoint does.
+        twins: Tensors that hold once more what another one holds, such as a tied head.
         warnings: What the user should know about the files themselves.
         gated: Whether the Hub's owner grants access one by one: `auto`, `manual` or no; None if
             nobody said.
@@ -88,6 +103,8 @@ class SourceInfo:
     card: BaseCard = field(default_factory=BaseCard)
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    twins: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     gated: Literal["auto", "manual", "no"] | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
@@ -105,4 +122,4 @@ class SourceInfo:
     @property
     def parameters(self) -> int:
         """Number of weights in the file, tied tensors counted once; 0 if headers do not tell."""
-        return sum(tensor.size for tensor in self.tensors.values())
+        return sum(t.size for name, t in self.tensors.items() if name not in self.twins)

@@ -11,6 +11,7 @@ from dllm_convert.console import Reporter
 from dllm_convert.how import DEFAULT, How
 from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan
+from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class Measures:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from dllm_convert.tokenizer_loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.workspace.work / "untrained")
+        return load_tokenizer(self.workspace.work / "untrained")
 
     @cached_property
     def _data(self) -> TextData:
@@ -94,7 +95,9 @@ class Measures:
 
         model = self._load(self.workspace.work / "untrained")
         result: dict[str, Any] = {"data": self._data.facts, "nelbo_before": self._nelbo(model)}
-        if self.plan.adapter.attention == "causal":
+        converted_before = diffusion_section(self.plan.source.config) is not None
+        # A source that is a diffusion model has no autoregressive likelihood of its own.
+        if self.plan.adapter.attention == "causal" and not converted_before:
             batches = self._on_device(model)
             with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
                 rows = self.plan.mask.rows_before

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dllm_convert.disk import link, sync_tree
+from dllm_convert.how import Depth
 from dllm_convert.manifest import source_facts
 from dllm_convert.plan import plan_as_dict
 from dllm_convert.resumed import check_resumed
@@ -106,14 +107,19 @@ class Stages(Measures):
 
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import WRITTEN_LAST, hash_files, versions
+        from dllm_convert.manifest import (
+            MANIFEST_VERSION,
+            WRITTEN_LAST,
+            hash_files,
+            versions,
+        )
 
         adapted = self.workspace.result("adapt") or {}
         ways = {} if self._trains else adapted.get("ways", {})
         known = {name: adapted["files"][name] for name in ways}
         later = hash_files(self.workspace.staged, exclude=(*WRITTEN_LAST, *known))
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": MANIFEST_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "dllm_convert": __version__,
             "versions": versions(),
@@ -135,6 +141,11 @@ class Stages(Measures):
             reason = self.how.reason(self.plan.source.parameters)
             staged, base = self.workspace.staged, self._source.folder
             return verify_staged(staged, base, self.plan, ways, reason, self.reporter).as_dict()
+        if self.how.verify is Depth.FILES:
+            from dllm_convert.verify.bytes import verify_folder
+
+            staged, reason = self.workspace.staged, self.how.reason(self.plan.source.parameters)
+            return verify_folder(staged, self._source.folder, self.reporter, reason).as_dict()
         from dllm_convert.verify import verify_checkpoint
 
         report = verify_checkpoint(

@@ -1,23 +1,27 @@
 """Read from tokenizer files what the mask-token rules need, without transformers.
 
 A loaded tokenizer would answer the same questions, after four seconds of imports; and a plan for a
-checkpoint on the Hub has only these small files.
+checkpoint on the Hub has only these small files. The files are read by the rules of
+`AutoTokenizer`, which a test compares with it: which class is loaded and what it has by itself
+(`tokenizer_classes.py`), which file is believed over which, and which id a token gets.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.safetensors_header import load_json, load_json_object
-from dllm_convert.sentencepiece_model import read_pieces
+from dllm_convert.foreign_files import read_text
+from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.source_info import TokenizerInfo
+from dllm_convert.tokenizer_classes import GENERIC, default_tokens, loading_class
+from dllm_convert.vocabulary_files import VOCABULARY_FILES, AddedText, Vocabulary, read_vocabulary
 
-VOCABULARY_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "tekken.json")
-"""Files that hold a vocabulary, in the order in which they are believed."""
+__all__ = ["SIDE_FILES", "VOCABULARY_FILES", "build_info", "config_ids", "read_tokenizer"]
 
 SIDE_FILES = (
     "tokenizer_config.json",
@@ -28,16 +32,12 @@ SIDE_FILES = (
     "chat_template.json",
 )
 
-_TEKKEN_SPECIAL = (
-    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
-    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
-    *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
-    "[TOOL_CONTENT]",
-)
-"""The first ids of tekken files that do not list their special tokens, as the first ones do not."""
-
-NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Names of tokens, in the order in which transformers adds those that a vocabulary lacks."""
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_SPACES = " ▁Ġ"
+"""How vocabularies write the space before a word."""
+_EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
 def build_info(
@@ -47,6 +47,11 @@ def build_info(
     named: Mapping[str, str],
     templates: Iterable[str],
     used_ids: Iterable[int],
+    proper: int | None = None,
+    beside: Iterable[str] = (),
+    file: str | None = None,
+    declared_class: str | None = None,
+    code: str | None = None,
 ) -> TokenizerInfo:
     """Assemble a TokenizerInfo.
 
@@ -56,10 +61,17 @@ def build_info(
         named: Role (`bos`, ..., `mask`) to text.
         templates: Chat templates.
         used_ids: Ids used by post-processors and configs.
+        proper: Rows that the vocabulary without added tokens needs.
+        beside: Texts that the vocabulary file lacks.
+        file: Name of the vocabulary file.
+        declared_class: `tokenizer_class` of the folder.
+        code: Class of the folder's own code that `auto_map` names.
     """
     for text in named.values():
         vocab.setdefault(text, max(vocab.values(), default=-1) + 1)
-    special_set = (frozenset(special) & vocab.keys()) | frozenset(named.values())
+    special = frozenset(special)
+    mask = named.get("mask")
+    special_set = (special & vocab.keys()) | frozenset(named.values())
     reachable = {vocab[text] for role, text in named.items() if role != "mask"} | set(used_ids)
     for template in templates:
         reachable |= {vocab[text] for text in special_set if text in template}
@@ -68,9 +80,21 @@ def build_info(
         special=special_set,
         reachable=frozenset(reachable),
         size=max(vocab.values(), default=-1) + 1,
-        mask_token=named.get("mask"),
+        mask_token=mask,
+        proper=proper,
+        beside=tuple(beside),
+        mask_is_word=mask is not None and mask not in special and _is_word(mask),
+        file=file,
+        declared_class=declared_class,
+        code=code,
         named=dict(named),
     )
+
+
+def _is_word(text: str) -> bool:
+    """Whether text has a token as it stands: letters and digits, or one character."""
+    plain = text.strip(_SPACES)
+    return len(plain) == 1 or plain.isalnum()
 
 
 def config_ids(*configs: Mapping[str, Any]) -> Iterator[int]:
@@ -91,116 +115,81 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _processor_ids(node: Any) -> Iterator[int]:
-    """Yield the ids that a post-processor inserts, at any depth of `Sequence`."""
-    if not isinstance(node, Mapping):
-        return
-    for inner in node.get("processors") or ():
-        yield from _processor_ids(inner)
-    for entry in (node.get("special_tokens") or {}).values():
-        yield from entry.get("ids", ())
-    for role in ("sep", "cls"):
-        pair = node.get(role)
-        if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], int):
-            yield pair[1]
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
-def _from_tokenizer_json(path: Path) -> tuple[dict[str, int], set[str], set[int], str | None]:
-    content = load_json_object(path)
-    try:
-        model = content["model"]
-        raw = model["vocab"]
-        # Unigram models list [piece, score]; the others map text to id.
-        vocab = (
-            {piece: row for row, (piece, _) in enumerate(raw)}
-            if isinstance(raw, list)
-            else dict(raw)
+@dataclass(frozen=True)
+class _SideFiles:
+    """What stands beside the vocabulary.
+
+    Attributes:
+        settings: tokenizer_config.json.
+        listed: special_tokens_map.json, empty where transformers does not read it.
+        added: Tokens beside the vocabulary.
+        complete: Whether they are all: `added_tokens_decoder` leaves nothing to other files.
+    """
+
+    settings: Mapping[str, Any]
+    listed: Mapping[str, Any]
+    added: tuple[AddedText, ...]
+    complete: bool
+
+    def names(self, defaults: Mapping[str, str]) -> dict[str, str]:
+        """Return role to text: of the files, or where they do not speak of a role, of the class."""
+        named: dict[str, str | None] = dict(defaults)
+        for file in (self.settings, self.listed):
+            for role in ROLES:
+                # A null says that the class's own token is not there.
+                if f"{role}_token" in file:
+                    named[role] = _text(file[f"{role}_token"])
+        return {role: text for role in ROLES if (text := named.get(role)) is not None}
+
+    def extra(self) -> Iterator[str]:
+        """Yield the special tokens that have a role of the model's own, then those without one."""
+        own = (
+            k for k in self.settings if k.endswith("_token") and k[: -len("_token")] not in ROLES
         )
-        special = set()
-        for token in content.get("added_tokens") or ():
-            vocab[token["content"]] = token["id"]
-            if token.get("special"):
-                special.add(token["content"])
-        used = set(_processor_ids(content.get("post_processor")))
-        if content.get("padding"):
-            used.add(content["padding"]["pad_id"])
-        if not all(isinstance(row, int) for row in vocab.values()):
-            raise TypeError("an id is not a number")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"{path.name}: not a tokenizer of the tokenizers library ({error!r})",
-            hint="Save the tokenizer again with save_pretrained",
-        ) from error
-    unknown = model.get("unk_token") if isinstance(model, Mapping) else None
-    return vocab, special, used, unknown
+        yield from (text for key in own if isinstance(text := self.settings[key], str) and text)
+        stated = (file.get(key) for file in (self.settings, self.listed) for key in _EXTRA)
+        value = next((value for value in stated if value), ())
+        entries = value.values() if isinstance(value, Mapping) else value
+        yield from (text for entry in entries if (text := _text(entry)))
 
 
-def _read_lines(path: Path) -> dict[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.name}: cannot be read as UTF-8 text ({error})") from error
-    if lines and not lines[-1]:
-        lines.pop()
-    return {line.rstrip("\r"): row for row, line in enumerate(lines)}
-
-
-def _from_tekken(path: Path) -> tuple[dict[str, int], set[str], set[int]]:
-    """Read Mistral's tekken: special tokens first, then text, `default_vocab_size` in all."""
-    content = load_json_object(path)
-    try:
-        settings = content["config"]
-        first = int(settings["default_num_special_tokens"])
-        listed = content.get("special_tokens")
-        if listed:
-            named = {str(token["token_str"]): int(token["rank"]) for token in listed}
-        else:
-            named = {text: row for row, text in enumerate(_TEKKEN_SPECIAL)}
-        taken = set(named.values())
-        vocab = {f"<SPECIAL_{row}>": row for row in range(first) if row not in taken} | named
-        used = {row for text, row in named.items() if not text.startswith("<SPECIAL_")}
-        special = set(vocab)
-        for token in content["vocab"][: int(settings["default_vocab_size"]) - first]:
-            vocab.setdefault(token["token_bytes"], first + int(token["rank"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path.name}: not a tekken vocabulary ({error!r})") from error
-    return vocab, special, used
-
-
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], set[str], set[int], dict[str, str]]:
-    """Return vocab, special texts, used ids and named tokens of the first vocabulary file."""
-    found = next((name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
-    path = folder / (found or "")
-    if found == "tokenizer.json":
-        vocab, special, used, unknown = _from_tokenizer_json(path)
-        return vocab, special, used, {"unk": unknown} if unknown else {}
-    if found == "vocab.txt":
-        vocab = _read_lines(path)
-        # BertTokenizer's defaults hold where tokenizer_config.json says nothing.
-        defaults = {
-            "unk": "[UNK]",
-            "sep": "[SEP]",
-            "pad": "[PAD]",
-            "cls": "[CLS]",
-            "mask": "[MASK]",
-        }
-        named = {role: text for role, text in defaults.items() if text in vocab}
-        return vocab, set(named.values()), set(), named
-    if found == "vocab.json":
-        vocab = load_json_object(path)
-        defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
-        return vocab, set(), set(), {r: t for r, t in defaults.items() if t in vocab}
-    if found == "tokenizer.model":
-        pieces = read_pieces(path)
-        vocab = {piece.text: row for row, piece in enumerate(pieces)}
-        return vocab, {piece.text for piece in pieces if piece.special}, set(), {}
-    if found == "tekken.json":
-        vocab, special, used = _from_tekken(path)
-        return vocab, special, used, {}
-    raise DataError(
-        f"no tokenizer in {folder}: expected one of {', '.join(VOCABULARY_FILES)}",
-        hint="Put the tokenizer of the base model beside the weights",
+def _read_side_files(folder: Path) -> _SideFiles:
+    settings = _optional(folder / "tokenizer_config.json")
+    decoder = settings.get("added_tokens_decoder")
+    if isinstance(decoder, Mapping):
+        # Written since transformers 4.34; the older files beside it are leftovers.
+        added = tuple(
+            AddedText(int(row), text, bool(_mapping(token).get("special")))
+            for row, token in decoder.items()
+            if str(row).isdecimal() and (text := _text(token)) is not None
+        )
+        return _SideFiles(settings, {}, added, complete=True)
+    side = _SideFiles(settings, _optional(folder / "special_tokens_map.json"), (), complete=False)
+    older = _optional(folder / "added_tokens.json")
+    if not all(isinstance(row, int) for row in older.values()):
+        raise DataError("added_tokens.json: an id is not a whole number")
+    special = {*side.names({}).values(), *side.extra()}
+    return replace(
+        side, added=tuple(AddedText(row, text, text in special) for text, row in older.items())
     )
+
+
+class _Ids:
+    """Gives ids as the tokenizers library does: by order, whatever id a file writes beside."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.ids = dict(vocabulary.ids)
+        self._size, self._last = len(self.ids), -1
+
+    def add(self, text: str) -> None:
+        """Add a token, or remember that one of the vocabulary is an added token too."""
+        if text not in self.ids:
+            self.ids[text] = max(self._last + 1, self._size)
+        self._last = max(self._last, self.ids[text])
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -213,14 +202,33 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Iterator[str]:
     files += sorted((folder / "additional_chat_templates").glob("*.jinja"))
     for path in files:
         if path.is_file():
-            try:
-                yield path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"{path.name}: cannot be read as UTF-8 text ({error})") from error
+            yield read_text(path)
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return load_json_object(path) if path.is_file() else {}
+
+
+def _vocabulary_file(folder: Path, declared: str | None) -> Path:
+    """Return the file that holds the vocabulary: tokenizer.json, or what the class reads."""
+    words = "vocab.txt" if declared and "Bert" in declared else None
+    order = ("tokenizer.json", *([words] if words else []), *VOCABULARY_FILES)
+    found = next((name for name in order if (folder / name).is_file()), None)
+    if found is None:
+        raise DataError(
+            f"no tokenizer in {folder}: expected one of {', '.join(VOCABULARY_FILES)}",
+            hint="Put the tokenizer of the base model beside the weights",
+        )
+    return folder / found
+
+
+def _own_code(settings: Mapping[str, Any]) -> str | None:
+    """Return the class that `auto_map` names, as in `tokenization_x.XTokenizer`."""
+    entry = settings.get("auto_map")
+    if isinstance(entry, Mapping):
+        entry = entry.get("AutoTokenizer")
+    names = entry if isinstance(entry, list) else [entry]
+    return next((name for name in reversed(names) if isinstance(name, str)), None)
 
 
 def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerInfo:
@@ -233,27 +241,42 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerInfo:
     Raises:
         DataError: There is no tokenizer, or one of its files is broken.
     """
-    vocab, special, used, named = _read_vocabulary(folder)
-    added = folder / "added_tokens.json"
-    if added.is_file():
-        extra = load_json(added)
-        vocab.update(extra if isinstance(extra, dict) else {})
-    settings = _optional(folder / "tokenizer_config.json")
-    for row, token in (settings.get("added_tokens_decoder") or {}).items():
-        text = _text(token)
-        if text is not None and str(row).isdecimal():
-            vocab[text] = int(row)
-            special |= {text} if isinstance(token, Mapping) and token.get("special") else set()
-    for source in (_optional(folder / "special_tokens_map.json"), settings):
-        for role in (*NAMED_TOKENS, "mask"):
-            text = _text(source.get(f"{role}_token"))
-            if text is not None:
-                named[role] = text
+    side = _read_side_files(folder)
+    declared = side.settings.get("tokenizer_class") or config.get("tokenizer_class")
+    declared = declared if isinstance(declared, str) else None
+    path = _vocabulary_file(folder, declared)
+    vocabulary = read_vocabulary(path)
+    kind = loading_class(
+        str(config.get("model_type")),
+        declared,
+        byte_level=path.name == "tokenizer.json" and vocabulary.byte_level,
+    )
+    defaults = {**vocabulary.named, **default_tokens(kind)}
+    if kind == GENERIC and path.name in ("vocab.txt", "vocab.json"):
+        defaults |= {"bos": "<s>", "eos": "</s>"}
+    named = side.names(defaults)
+    beside = {token.row: token for token in side.added}
+    if not side.complete:
+        beside |= {token.row: token for token in vocabulary.added}
+    ids = _Ids(vocabulary)
+    # A class of its own builds the tokenizer anew, from the vocabulary proper.
+    whole = vocabulary.added if kind == GENERIC else ()
+    for token in (*whole, *(beside[row] for row in sorted(beside))):
+        ids.add(token.text)
+    extra = list(side.extra())
+    for text in (*named.values(), *extra):
+        ids.add(text)
+    special = {t.text for t in (*vocabulary.added, *beside.values()) if t.special}
     generation = _optional(folder / "generation_config.json")
     return build_info(
-        vocab,
-        special=special,
+        ids.ids,
+        special={*vocabulary.special, *extra, *special},
         named=named,
-        templates=_templates(folder, settings),
-        used_ids={*used, *config_ids(config, generation)},
+        templates=_templates(folder, side.settings),
+        used_ids={*vocabulary.used, *config_ids(config, generation)},
+        proper=max(vocabulary.ids.values(), default=-1) + 1,
+        beside=sorted(ids.ids.keys() - vocabulary.texts, key=ids.ids.__getitem__),
+        file=path.name,
+        declared_class=declared,
+        code=_own_code(side.settings),
     )

@@ -1,7 +1,8 @@
 """Give a tokenizer.json its mask token as a file, without transformers.
 
-Everything else in the file stays what it is, so only the mask needs to be looked at afterwards;
-`tokenizers`, the library that will read it, does that.
+Everything else in the file stays what it is: what transformers writes after reading it is at times
+another tokenizer. So only the mask needs to be looked at afterwards; `tokenizers`, the library that
+will read it, does that.
 """
 
 from __future__ import annotations
@@ -9,114 +10,207 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.errors import IncompatibleError
+from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.source_folder import file_names, matching
+from dllm_convert.source_info import TokenizerInfo
+from dllm_convert.tokenizer_classes import is_known
 from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
 from dllm_convert.tokenizer_loading import TokenizerErrors
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+_REPLACED = "tekken.json"
+"""Where mistral-common is installed, transformers would read this instead, and it has no mask."""
+_CODE = ("auto_map", "custom_pipelines")
+_PLACES = ("name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file")
+"""Keys that name code, or places on the machine of whoever saved the tokenizer."""
+_GENERIC = "PreTrainedTokenizerFast"
 _ADDED = re.compile(r'(?<!\\)"added_tokens"\s*:\s*\[')
 
 
-def _token(content: str) -> dict[str, Any]:
-    """Return how an added token is described, the id left out: special, matched as it is."""
+def _token(content: str, *, special: bool = True) -> dict[str, Any]:
+    """Return how an added token is described, the id left out: matched as it is."""
     return {
         "content": content,
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
-        "normalized": False,
-        "special": True,
+        "normalized": not special,
+        "special": special,
     }
 
 
-def _new_tokens(mask: MaskTokenDecision) -> dict[int, str]:
-    """Return id to text of what has to be in the vocabulary: the mask, and texts for a gap."""
-    if not mask.new:
-        return {mask.id: mask.token}
-    # Ids are given out in order: rows between the last token and the mask need a text as well.
-    filler = {row: f"<|unused_{row}|>" for row in range(mask.used_rows, mask.id)}
-    return filler | {mask.id: mask.token}
+def _new_tokens(
+    mask: MaskTokenDecision, tokenizer: TokenizerInfo, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return what has to be among the added tokens of tokenizer.json, each with its id.
 
-
-def _with_mask(text: str, tokens: dict[int, str]) -> str:
-    """Return a tokenizer.json with `tokens` among its added ones; all other text stays.
-
-    A vocabulary of megabytes is neither parsed nor written anew for one token.
+    Ids are given out in order. So what only side files add comes first, and rows between the last
+    token and the mask need a text as well.
     """
-    place = _ADDED.search(text)
-    if place is None:
-        raise RuntimeError("asked to add to a list that is not there")
-    start = place.end() - 1
+    decoder = settings.get("added_tokens_decoder")
+    described = {
+        token["content"]: {key: value for key, value in token.items() if key != "id"}
+        for token in (decoder.values() if isinstance(decoder, Mapping) else ())
+        if isinstance(token, Mapping) and isinstance(token.get("content"), str)
+    }
+    beside = [
+        {
+            "id": tokenizer.vocab[text],
+            **_token(text, special=text in tokenizer.special),
+            **described.get(text, {}),
+        }
+        for text in tokenizer.beside
+    ]
+    new = {row: f"<|unused_{row}|>" for row in range(tokenizer.size, mask.id)} if mask.new else {}
+    if mask.token not in tokenizer.beside:
+        new[mask.id] = mask.token
+    return [*beside, *({"id": row, **_token(text)} for row, text in new.items())]
+
+
+def _entries(
+    listed: Iterable[Any], new: Iterable[Mapping[str, Any]], vocab: Container[str]
+) -> list[Any]:
+    """Return the added tokens with `new` among them, all others in their order.
+
+    The library counts for itself: the order of new tokens is what gives them their ids. A token
+    that transformers does not load, because the side files leave it out, would take one.
+    """
+    waiting = {token["content"]: token for token in new}
+    loaded = [token for token in listed if token["content"] in vocab]
+    kept = [waiting.pop(token["content"], token) for token in loaded]
+    return [*kept, *waiting.values()]
+
+
+def _with_tokens(text: str, new: Iterable[Mapping[str, Any]], vocab: Container[str]) -> str:
+    """Return a tokenizer.json with `new` among its added tokens; all other text stays.
+
+    A vocabulary of megabytes is neither parsed nor written anew for one token, unless the list of
+    added tokens is not there or its name stands in two places.
+    """
+    places = list(_ADDED.finditer(text))
+    if len(places) != 1:
+        content = json.loads(text)
+        content["added_tokens"] = _entries(content.get("added_tokens") or (), new, vocab)
+        return json.dumps(content, indent=2, ensure_ascii=False)
+    start = places[0].end() - 1
     listed, end = json.JSONDecoder().raw_decode(text, start)
-    kept = [token for token in listed if token["id"] not in tokens]
-    added = [{"id": row, **_token(content)} for row, content in tokens.items()]
-    new = sorted([*kept, *added], key=lambda token: token["id"])
-    return text[:start] + json.dumps(new, indent=2, ensure_ascii=False) + text[end:]
+    entries = json.dumps(_entries(listed, new, vocab), indent=2, ensure_ascii=False)
+    return text[:start] + entries + text[end:]
 
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_side_files(source: Path, out: Path, mask: str, tokens: dict[int, str]) -> None:
-    """Name the mask in the files beside tokenizer.json that list special tokens."""
-    path = source / CONFIG_FILE
-    config = load_json_object(path) if path.is_file() else {}
-    config["mask_token"] = mask
-    if isinstance(config.get("added_tokens_decoder"), dict):
-        config["added_tokens_decoder"] |= {str(row): _token(text) for row, text in tokens.items()}
+def _optional(path: Path) -> dict[str, Any]:
+    return load_json_object(path) if path.is_file() else {}
+
+
+def _write_side_files(
+    source: Path, out: Path, mask: str, settings: Mapping[str, Any], new: list[dict[str, Any]]
+) -> None:
+    """Name the mask in the files beside tokenizer.json, and no code of the checkpoint's.
+
+    Args:
+        source: Folder of the source.
+        out: Folder of the conversion.
+        mask: Text of the mask.
+        settings: tokenizer_config.json of the source.
+        new: Tokens that were added; none for a mask of the tokenizer's own.
+    """
+    config = {key: value for key, value in settings.items() if key not in (*_CODE, *_PLACES)}
+    declared = config.get("tokenizer_class")
+    if declared is not None and not (isinstance(declared, str) and is_known(declared)):
+        config["tokenizer_class"] = _GENERIC
+    if new or not config.get("mask_token"):
+        config["mask_token"] = mask
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in new}
+        config["added_tokens_decoder"] = decoder | entries
     _write(out / CONFIG_FILE, config)
-    if (source / "special_tokens_map.json").is_file():
-        named = load_json_object(source / "special_tokens_map.json")
+    named = _optional(source / "special_tokens_map.json")
+    if named and (new or not named.get("mask_token")):
         _write(out / "special_tokens_map.json", named | {"mask_token": mask})
-    if (source / "added_tokens.json").is_file():
-        listed = load_json_object(source / "added_tokens.json")
-        _write(out / "added_tokens.json", listed | {text: row for row, text in tokens.items()})
+    listed = _optional(source / "added_tokens.json")
+    if listed and new:
+        _write(out / "added_tokens.json", listed | {t["content"]: t["id"] for t in new})
 
 
-def _check(path: Path, mask: MaskTokenDecision) -> None:
+def _finds(path: Path, mask: MaskTokenDecision) -> tuple[int | None, bool]:
+    """Return the id of the mask's text, and whether a text with it has that id once.
+
+    Raises:
+        DataError: The file is broken.
+    """
     from tokenizers import Tokenizer
 
     with TokenizerErrors(f"{path.name}: tokenizers cannot read it"):
         tokenizer = Tokenizer.from_file(str(path))
-    found = tokenizer.token_to_id(mask.token)
-    if found != mask.id:
+    tokenizer.no_truncation()
+    ids = tokenizer.encode(f"a{mask.token}b").ids
+    return tokenizer.token_to_id(mask.token), ids.count(mask.id) == 1
+
+
+def _write_tokenizer(
+    mask: MaskTokenDecision,
+    source: Path,
+    out: Path,
+    new: list[dict[str, Any]],
+    vocab: Container[str],
+) -> None:
+    try:
+        text = _with_tokens(source.read_text(encoding="utf-8"), new, vocab)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{source.name}: not a tokenizer of the tokenizers library ({error})"
+        ) from error
+    out.write_text(text, encoding="utf-8")
+    row, found = _finds(out, mask)
+    if row != mask.id:
         raise IncompatibleError(
-            f"the saved tokenizer gives {mask.token!r} id {found}, the plan chose {mask.id}",
+            f"the saved tokenizer gives {mask.token!r} id {row}, the plan chose {mask.id}",
             hint="Name another mask token in the recipe",
         )
-    if tokenizer.encode(f"a{mask.token}b").ids.count(mask.id) != 1:
-        raise IncompatibleError(f"the saved tokenizer does not find {mask.token!r} in a text")
+    if not found:
+        raise IncompatibleError(
+            f"the saved tokenizer does not find {mask.token!r} in a text",
+            hint="Name another mask token in the recipe",
+        )
 
 
-def write_tokenizer_json(mask: MaskTokenDecision, source: Path, out: Path) -> bool:
+def write_tokenizer_json(
+    mask: MaskTokenDecision, tokenizer: TokenizerInfo, source: Path, out: Path
+) -> None:
     """Copy the source's tokenizer files into `out` with `mask` added to them.
 
-    Returns:
-        False, and nothing is written, if the source has no tokenizer.json that can be edited so.
+    Args:
+        mask: The decision.
+        tokenizer: What the source's files say.
+        source: Folder with a tokenizer.json.
+        out: Folder of the conversion.
 
     Raises:
         DataError: A file is broken.
         IncompatibleError: The mask's id is not what the plan says, or texts do not find it.
     """
-    path = source / TOKENIZER_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if len(_ADDED.findall(text)) != 1:
-        return False
     patterns = (*VOCABULARY_FILES, *SIDE_FILES, "additional_chat_templates/*.jinja")
     for name in matching(file_names(source), patterns):
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, out / name)
-    if mask.rule != "tokenizer":
-        tokens = _new_tokens(mask)
-        (out / TOKENIZER_FILE).write_text(_with_mask(text, tokens), encoding="utf-8")
-        _write_side_files(source, out, mask.token, tokens)
-    _check(out / TOKENIZER_FILE, mask)
-    return True
+        if name != _REPLACED:
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, out / name)
+    settings = _optional(source / CONFIG_FILE)
+    new = _new_tokens(mask, tokenizer, settings)
+    if mask.rule == "tokenizer" and _finds(source / TOKENIZER_FILE, mask) == (mask.id, True):
+        new = []
+    else:
+        places = (source / TOKENIZER_FILE, out / TOKENIZER_FILE)
+        _write_tokenizer(mask, *places, new, tokenizer.vocab)
+    _write_side_files(source, out, mask.token, settings, new)

@@ -9,7 +9,8 @@ from typing import Any
 
 from dllm_convert.errors import DataError
 
-_KNOWN = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
+_KNOWN = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError)
+_TEKKEN, _WHOLE = "tekken.json", "tokenizer.json"
 
 
 class TokenizerErrors(AbstractContextManager[None]):
@@ -21,10 +22,15 @@ class TokenizerErrors(AbstractContextManager[None]):
 
     Args:
         failure: What did not work, as the beginning of the message.
+        hint: What to do about it.
     """
 
-    def __init__(self, failure: str = "transformers cannot load the tokenizer") -> None:
-        self._failure = failure
+    def __init__(
+        self,
+        failure: str = "transformers cannot load the tokenizer",
+        hint: str | None = None,
+    ) -> None:
+        self._failure, self._hint = failure, hint
 
     def __exit__(
         self,
@@ -36,17 +42,42 @@ class TokenizerErrors(AbstractContextManager[None]):
             return
         from_rust = kind is Exception or kind.__name__ == "PanicException"
         if from_rust or issubclass(kind, _KNOWN):
-            reason = str(error).splitlines()[0] if str(error) else kind.__name__
-            raise DataError(f"{self._failure} ({reason})") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[0] if lines else kind.__name__
+            raise DataError(f"{self._failure} ({reason})", hint=self._hint) from error
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(given: Path | str) -> Any:
     """Load a tokenizer as a user would, without any code of the folder.
+
+    Mistral's tekken.json is converted where it is alone. Beside a tokenizer.json it is passed over:
+    with mistral-common installed, transformers would take it for the whole tokenizer, and neither
+    the mask nor the chat template is in it.
+
+    Args:
+        given: Folder or Hub id.
 
     Raises:
         DataError: transformers cannot load it.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
-    with TokenizerErrors():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    folder = Path(given)
+    with TokenizerErrors(
+        f"transformers cannot load the tokenizer in {given}",
+        "Save it as tokenizer.json with save_pretrained",
+    ):
+        if not (folder / _TEKKEN).is_file():
+            return transformers.AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+        if (folder / _WHOLE).is_file():
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        return _convert_tekken(folder)
+
+
+def _convert_tekken(folder: Path) -> Any:
+    from transformers.integrations.mistral import tokenizer as mistral
+
+    made: Any = mistral.convert_tekken_tokenizer(str(folder / _TEKKEN))
+    # Every text that these models were trained on begins with <s>.
+    made.add_bos_token = True
+    return made

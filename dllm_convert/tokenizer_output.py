@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.tokenizer_loading import TokenizerErrors
+from dllm_convert.source_info import TokenizerInfo
+from dllm_convert.tokenizer_json import TOKENIZER_FILE, write_tokenizer_json
+from dllm_convert.tokenizer_loading import TokenizerErrors, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,25 +27,11 @@ SAMPLES = (
 _NAMES = ("bos", "eos", "pad", "unk", "sep", "cls")
 
 
-def _load(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"transformers cannot load the tokenizer in {folder} ({reason})",
-            hint="Save it as tokenizer.json with save_pretrained; a SentencePiece model alone "
-            "needs pip install 'dllm-convert[sentencepiece]'",
-        ) from error
-    return tokenizer
-
-
 def _facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return everything that must be the same before and after."""
     names = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _NAMES}
-    encodings = {f"ids of {text!r}": tokenizer(text)["input_ids"] for text in SAMPLES}
+    with TokenizerErrors("the tokenizer cannot encode a text"):
+        encodings = {f"ids of {text!r}": tokenizer(text)["input_ids"] for text in SAMPLES}
     return {**names, "chat_template": tokenizer.chat_template, **encodings}
 
 
@@ -57,8 +47,20 @@ def _set_mask(tokenizer: PreTrainedTokenizerBase, mask: MaskTokenDecision) -> No
     tokenizer.add_special_tokens({"mask_token": token})
 
 
-def _check(out: Path, mask: MaskTokenDecision, before: dict[str, Any]) -> None:
-    tokenizer = _load(out)
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Say what is another, None if nothing is."""
+    name = next((name for name in before if before[name] != after[name]), None)
+    return None if name is None else f"{name} was {before[name]!r}, is {after[name]!r}"
+
+
+def _check(out: Path, mask: MaskTokenDecision, before: dict[str, Any]) -> str | None:
+    """Load the conversion's tokenizer; return what the mask changed beside itself.
+
+    Raises:
+        DataError: transformers cannot load it.
+        IncompatibleError: The mask is not where the plan says, or texts do not find it.
+    """
+    tokenizer = load_tokenizer(out)
     if tokenizer.mask_token_id != mask.id:
         raise IncompatibleError(
             f"the saved tokenizer gives {mask.token!r} id {tokenizer.mask_token_id}, "
@@ -67,28 +69,74 @@ def _check(out: Path, mask: MaskTokenDecision, before: dict[str, Any]) -> None:
         )
     if tokenizer(f"a{mask.token}b")["input_ids"].count(mask.id) != 1:
         raise IncompatibleError(f"the saved tokenizer does not find {mask.token!r} in a text")
-    after = _facts(tokenizer)
-    changed = [name for name in before if before[name] != after[name]]
-    if changed:
-        raise IncompatibleError(
-            f"adding {mask.token!r} changed the tokenizer: {changed[0]} was "
-            f"{before[changed[0]]!r}, is {after[changed[0]]!r}",
-            hint="Name another mask token in the recipe",
+    return _changed(before, _facts(tokenizer))
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    # On a full disk the Rust library raises an Exception of no class.
+    with TokenizerErrors("the tokenizer cannot be written"):
+        tokenizer.save_pretrained(out)
+
+
+def _blame(source: Path, mask: MaskTokenDecision, before: dict[str, Any], change: str) -> None:
+    """Raise what is the reason of a change: the mask, or saving alone.
+
+    Raises:
+        DataError: Saved without a mask, the tokenizer is another one too.
+        IncompatibleError: It is the mask.
+    """
+    with TemporaryDirectory() as name:
+        control = Path(name)
+        if (source / "config.json").is_file():
+            shutil.copyfile(source / "config.json", control / "config.json")
+        _save(load_tokenizer(source), control)
+        alone = _changed(before, _facts(load_tokenizer(control)))
+    if alone is not None:
+        raise DataError(
+            f"transformers saves another tokenizer than it loads: {alone}",
+            hint="Put a tokenizer.json beside the weights: it is kept as it is",
         )
+    raise IncompatibleError(
+        f"adding {mask.token!r} changed the tokenizer: {change}",
+        hint="Name another mask token in the recipe",
+    )
 
 
-def write_tokenizer(mask: MaskTokenDecision, source: Path, out: Path) -> None:
-    """Save the source's tokenizer with `mask` into `out`, which has its config.json already.
+def write_tokenizer(
+    mask: MaskTokenDecision,
+    tokenizer: TokenizerInfo,
+    source: Path,
+    out: Path,
+    *,
+    light: bool = False,
+) -> None:
+    """Write the source's tokenizer with `mask` into `out`, which has its config.json already.
+
+    A tokenizer.json is edited as a file. Only where there is none transformers makes one, of what
+    it loads: what it writes is not always what it read.
+
+    Args:
+        mask: The decision.
+        tokenizer: What the source's files say.
+        source: Folder of the source.
+        out: Folder of the conversion.
+        light: Whether to leave the proof by transformers out, whose import takes seconds.
 
     Raises:
         DataError: transformers cannot load the source's tokenizer.
         IncompatibleError: After reloading, the mask's id or anything else is not as planned.
     """
-    tokenizer = _load(source)
-    before = _facts(tokenizer)
-    if mask.rule != "tokenizer":
-        _set_mask(tokenizer, mask)
-    # On a full disk the Rust library raises an Exception of no class.
-    with TokenizerErrors("the tokenizer cannot be written"):
-        tokenizer.save_pretrained(out)
-    _check(out, mask, before)
+    edited = (source / TOKENIZER_FILE).is_file()
+    if edited:
+        write_tokenizer_json(mask, tokenizer, source, out)
+        if light:
+            return
+    loaded = load_tokenizer(source)
+    before = _facts(loaded)
+    if not edited:
+        if mask.rule != "tokenizer":
+            _set_mask(loaded, mask)
+        _save(loaded, out)
+    change = _check(out, mask, before)
+    if change is not None:
+        _blame(source, mask, before, change)

@@ -18,13 +18,15 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
+from dllm_convert.config_code import code_keys
 from dllm_convert.console import Reporter
 from dllm_convert.copying import Way, sha256_files, switching_often, workers
 from dllm_convert.disk import sync, writing
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.fit import Fit
 from dllm_convert.manifest import hash_files
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.plan_checks import check_tensors, unused_tensors
+from dllm_convert.quantised import SECTIONS as QUANTISED_SECTIONS
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -34,6 +36,7 @@ from dllm_convert.safetensors_header import (
     read_header,
 )
 from dllm_convert.shards import Changes, WrittenFile, write_shard
+from dllm_convert.source_fit import fit_folder
 from dllm_convert.source_folder import (
     LICENCE_FILES,
     SMALL_FILES,
@@ -42,6 +45,7 @@ from dllm_convert.source_folder import (
     read_config,
     tensor_infos,
 )
+from dllm_convert.source_info import TensorInfo
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's
 
@@ -61,9 +65,7 @@ class Adapted:
     ways: Mapping[str, Way]
 
 
-def _write_index(
-    source: Path, out: Path, headers: Mapping[str, Header], dropped: frozenset[str]
-) -> None:
+def _write_index(source: Path, out: Path, headers: Mapping[str, Header], changes: Changes) -> None:
     """Write the index with its totals counted anew; the tensors stay in their files."""
     index = load_json_object(source / INDEX_FILE)
     written = [read_header(out / file) for file in headers]
@@ -73,12 +75,30 @@ def _write_index(
         "total_parameters": sum(prod(entry.shape) for entry in entries),
         "total_size": sum(entry.end - entry.start for entry in entries),
     }
-    weight_map = {n: file for n, file in index["weight_map"].items() if n not in dropped}
+    weight_map = {
+        changes.name(name): file
+        for name, file in index["weight_map"].items()
+        if name not in changes.dropped
+    }
     _write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_rows(tensors: Mapping[str, TensorInfo], fit: Fit, plan: ConversionPlan) -> None:
+    """Check that the embedding has the rows that the plan was made for.
+
+    Raises:
+        IncompatibleError: It has others.
+    """
+    rows = plan.mask.rows_before
+    for old, new in fit.names.items():
+        if new == plan.adapter.embedding and tensors[old].shape[0] != rows:
+            raise IncompatibleError(
+                f"{old} has shape {tensors[old].shape}, expected {rows} rows as planned"
+            )
 
 
 class _Weights:
@@ -87,10 +107,12 @@ class _Weights:
     def __init__(self, plan: ConversionPlan, source: Path, out: Path, *, link: bool) -> None:
         self._source, self._out, self._link = source, out, link
         self._headers = read_checkpoint(source)
-        tensors = tensor_infos(self._headers)
-        rows = plan.mask.rows_before
-        names = check_tensors(read_config(source), tensors, plan.adapter, rows=rows)
-        self._changes = Changes(plan.mask, names, frozenset(unused_tensors(tensors, plan.adapter)))
+        # The plan may have seen less: no shapes of a pickle, no bytes of what was on the Hub.
+        self.fit = fit_folder(source, plan.adapter)
+        _check_rows(tensor_infos(self._headers), self.fit, plan)
+        self._changes = Changes(
+            plan.mask, self.fit.vocabulary, frozenset(self.fit.dropped), self.fit.renamed
+        )
 
     def write(self, reporter: Reporter, meanwhile: Callable[[], None]) -> list[WrittenFile]:
         """Write every file, and call `meanwhile` on this thread while others read and hash."""
@@ -133,15 +155,15 @@ class _Weights:
                     stopped.set()
                     writing.shutdown(wait=False, cancel_futures=True)
         if SINGLE_FILE not in self._headers:
-            _write_index(self._source, self._out, self._headers, self._changes.dropped)
+            _write_index(self._source, self._out, self._headers, self._changes)
         return made
 
 
-def _write_config(plan: ConversionPlan, source: Path, out: Path) -> None:
+def _write_config(plan: ConversionPlan, source: Path, out: Path, fit: Fit) -> None:
     config = read_config(source)
-    for key in ("_name_or_path", "quantization_config"):
+    for key in ("_name_or_path", *QUANTISED_SECTIONS, *code_keys(config)):
         config.pop(key, None)
-    _write_json(out / "config.json", {**config, **plan.config_updates})
+    _write_json(out / "config.json", {**config, **fit.config, **plan.config_updates})
 
 
 def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
@@ -155,15 +177,13 @@ def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
     return taken + 2 * rows * int(hidden) * 4
 
 
-def _write_others(plan: ConversionPlan, source: Path, out: Path, *, light: bool) -> None:
+def _write_others(plan: ConversionPlan, source: Path, out: Path, fit: Fit, *, light: bool) -> None:
     from dllm_convert.bundle import write_modeling
     from dllm_convert.generation_output import write_generation
-    from dllm_convert.tokenizer_json import write_tokenizer_json
     from dllm_convert.tokenizer_output import write_tokenizer
 
-    _write_config(plan, source, out)
-    if not (light and write_tokenizer_json(plan.mask, source, out)):
-        write_tokenizer(plan.mask, source, out)
+    _write_config(plan, source, out, fit)
+    write_tokenizer(plan.mask, plan.source.tokenizer, source, out, light=light)
     write_generation(plan, out)
     write_modeling(out, plan.adapter)
     for name in matching(file_names(source), LICENCE_FILES):
@@ -187,7 +207,7 @@ def adapt(
         out: Folder to create; it must not hold anything yet.
         reporter: Progress.
         link: Whether weight files that do not change may be hard links to the source's.
-        light: Whether to leave transformers out: a tokenizer.json is edited as a file.
+        light: Whether to leave transformers out, which proves a tokenizer that was written.
 
     Returns:
         Hashes of all that was read and written.
@@ -201,7 +221,9 @@ def adapt(
     with writing(out, _needed_bytes(plan, source_dir, link=link)):
         out.mkdir(parents=True, exist_ok=True)
         weights = _Weights(plan, source_dir, out, link=link)
-        made = weights.write(reporter, lambda: _write_others(plan, source_dir, out, light=light))
+        made = weights.write(
+            reporter, lambda: _write_others(plan, source_dir, out, weights.fit, light=light)
+        )
     names = {file.name for file in made}
     others = [name for name in matching(file_names(source_dir), SMALL_FILES) if name not in names]
     if SINGLE_FILE not in names:

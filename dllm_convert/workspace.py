@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm_convert import strict_json
+from dllm_convert.differences import differences
 from dllm_convert.disk import reporting_full_disk, sync, write_whole
 from dllm_convert.errors import DataError
 
 WORK = ".work"
 LAST = "config.json"
+JOURNAL, LOCK = "journal.json", "lock"
+_PROBE = ".writable"
+_BEGUN = {LOCK, _PROBE, f"{JOURNAL}.partial"}
+"""What a run that was killed before its journal was there may have left."""
 
 
 def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
@@ -33,7 +40,7 @@ def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 @dataclass
@@ -43,11 +50,14 @@ class Workspace:
     Attributes:
         out: Where the finished checkpoint appears.
         stages: Name, seconds and result of every finished stage, in order.
+        run: Fingerprint of the run.
+        asked: What it was asked for, to say how another one differs.
     """
 
     out: Path
     stages: list[dict[str, Any]] = field(default_factory=list)
     run: str = ""
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def work(self) -> Path:
@@ -57,7 +67,7 @@ class Workspace:
     @property
     def journal(self) -> Path:
         """File that remembers finished stages."""
-        return self.work / "journal.json"
+        return self.work / JOURNAL
 
     @property
     def staged(self) -> Path:
@@ -79,13 +89,19 @@ class Workspace:
         self.stages.append(
             {"name": name, "seconds": round(time.monotonic() - started, 3), "result": result}
         )
-        write_json(self.journal, {"run": self.run, "stages": self.stages})
+        self.record()
         return result
+
+    def record(self) -> None:
+        """Write the journal."""
+        write_json(
+            self.journal, {"run": self.run, "stages": self.stages, "asked": dict(self.asked)}
+        )
 
     def forget(self, *names: str) -> None:
         """Have stages done again: what they left is not what they recorded."""
         self.stages[:] = [stage for stage in self.stages if stage["name"] not in names]
-        write_json(self.journal, {"run": self.run, "stages": self.stages})
+        self.record()
 
     def publish(self) -> dict[str, Any]:
         """Rename the staged files into place, `config.json` last; goes on after a kill."""
@@ -93,7 +109,7 @@ class Workspace:
             return {}
         for path in sorted(self.staged.iterdir(), key=lambda path: path.name == LAST):
             target = self.out / path.name
-            if target.is_dir():
+            if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             if path.name == LAST:
                 sync(self.out)
@@ -103,19 +119,70 @@ class Workspace:
         return {}
 
 
+def check_apart(out: Path, source: Path | None) -> None:
+    """Check that the output folder is not the source: files of the source would be replaced.
+
+    Args:
+        out: Output folder, which need not exist.
+        source: Folder or file of the source; None if it is on the Hub.
+
+    Raises:
+        DataError: They are one folder, whatever the two are called.
+    """
+    if source is None or not out.exists():
+        return
+    folder = source if source.is_dir() else source.parent
+    if folder.exists() and out.samefile(folder):
+        raise DataError(
+            f"--out {out} is the source itself, which is only read", hint="Give another --out"
+        )
+
+
+def _work_folder(out: Path) -> Path:
+    """Return the work folder of `out`, made if there is none.
+
+    Raises:
+        DataError: It is a link, or something below it is: writing would land elsewhere.
+    """
+    work = out / WORK
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise DataError(
+            f"{work} is {'a link' if work.is_symlink() else 'a file'}, expected a folder of ours",
+            hint=f"Remove {work}, or give another --out",
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    entries = (Path(parent, n) for parent, *names in os.walk(work) for n in (*names[0], *names[1]))
+    inside = work.resolve()
+    links = (path for path in entries if path.is_symlink())
+    link = next((path for path in links if not path.resolve().is_relative_to(inside)), None)
+    if link is not None:
+        raise DataError(
+            f"{link} is a link that leads out of the folder: writing would land elsewhere",
+            hint=f"Remove {link}, or give another --out",
+        )
+    return work
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a folder carries our journal, or was only begun: a name alone says nothing."""
+    if (out / WORK / JOURNAL).exists():
+        return True
+    begun = {path.name for path in (out / WORK).iterdir()} if (out / WORK).is_dir() else set()
+    return {path.name for path in out.iterdir()} <= {WORK} and begun <= _BEGUN
+
+
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file, expected a folder", hint="Give another --out")
-    foreign = out.is_dir() and not (out / WORK).is_dir() and any(out.iterdir())
-    if foreign:
+    if out.is_dir() and not _is_ours(out):
         raise DataError(
             f"--out {out} is not empty and was not made by dllm-convert",
             hint="Give a new folder with --out",
         )
     try:
-        (out / WORK).mkdir(parents=True, exist_ok=True)
-        probe = out / WORK / ".writable"
-        probe.touch()
+        probe = _work_folder(out) / _PROBE
+        probe.unlink(missing_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         probe.unlink()
     except OSError as error:
         raise DataError(
@@ -128,47 +195,74 @@ def locked(out: Path) -> Iterator[None]:
     """Hold the lock of an output folder; its work folder is made if there is none.
 
     Raises:
-        DataError: If another process holds it.
+        DataError: If another process holds it, or the lock is a link.
     """
-    work = out / WORK
-    work.mkdir(exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    path = _work_folder(out) / LOCK
+    try:
+        # Neither followed nor emptied: it may be anything that somebody put there.
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be opened ({error.strerror})", hint=f"Remove {path}"
+        ) from error
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
                 f"another run is writing to {out}", hint="Wait for it, or give another --out"
             ) from error
         yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
-def open_workspace(out: Path, run: str) -> Iterator[Workspace]:
+def open_workspace(
+    out: Path, run: str, asked: Mapping[str, Any] | None = None
+) -> Iterator[Workspace]:
     """Lock `out` for one run and read how far an earlier one got.
 
     Args:
         out: Output folder; created if it does not exist.
         run: Fingerprint of the run.
+        asked: Fields that the fingerprint was taken of.
 
     Raises:
         DataError: If `out` is a file, foreign, not writable, in use, or holds another run.
     """
     _check_folder(out)
-    workspace = Workspace(out, run=run)
+    workspace = Workspace(out, run=run, asked=asked or {})
     with locked(out):
         if workspace.journal.exists():
             workspace = read_workspace(out)
             if workspace.run != run:
                 raise DataError(
-                    f"{out} holds a run with a different recipe or source",
+                    f"{out} holds a run with a different recipe or source"
+                    f"{differences(workspace.asked, asked or {})}",
                     hint="Repeat the command it was started with, or give another --out",
                 )
         else:
-            write_json(workspace.journal, {"run": run, "stages": []})
+            workspace.record()
         yield workspace
 
 
 def read_workspace(out: Path) -> Workspace:
-    """Read how far a run has got: an earlier one, or that of another process."""
-    journal = json.loads(Workspace(out).journal.read_text(encoding="utf-8"))
-    return Workspace(out, journal["stages"], journal["run"])
+    """Read how far a run has got: an earlier one, or that of another process.
+
+    Raises:
+        DataError: The journal is not one of ours, or damaged.
+    """
+    path = Workspace(out).journal
+    try:
+        journal = json.loads(path.read_text(encoding="utf-8"))
+        stages = [
+            {"name": str(s["name"]), "seconds": s["seconds"], "result": {**s["result"]}}
+            for s in journal["stages"]
+        ]
+        return Workspace(out, stages, str(journal["run"]), {**(journal.get("asked") or {})})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged, so it is not known how far this run got",
+            hint="Give another --out to start anew, or put the journal back from a copy",
+        ) from error

@@ -31,10 +31,17 @@ training:
   steps: 500
 ```
 
-What comes later wins: presets in the order of `inherits`, then the file, then flags, then `--set`
-(`--set training.learning_rate=2e-5`). Only `references` add up. Files are read as YAML 1.2: `no`
-and `on` are texts, `2e-5` is a number. `dllm-convert recipes NAME` shows what a recipe resolves to,
-and every run writes that as `recipe.yaml` beside the weights; it is a recipe itself.
+What comes later wins: presets in the order of `inherits`, then the file, then `--preset NAME`, then
+flags and `--set` (`--set training.learning_rate=2e-5`); two of these that contradict each other are
+refused. Only `references` add up. Where one field says another more narrowly, what comes later wins
+as well: a typed `training.learning_rate` makes an inherited `training.lora.learning_rate` void,
+`--steps` an inherited `max_minutes`, `--data` the subset and split of other data. `--tokens`,
+`--max-time` and `--global-batch` say how long to train in other units; the plan shows what came of
+them. What would change nothing, such as `--keep-adapter` without LoRA, is refused.
+
+Files are read as YAML 1.2: `no` and `on` are texts, `2e-5` is a number. `dllm-convert recipes NAME`
+shows what a recipe resolves to, and every run writes that as `recipe.yaml` beside the weights; it
+is a recipe itself.
 """
 
 CLI_TEXT = """\

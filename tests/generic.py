@@ -94,5 +94,6 @@ def make_generic(folder: Path, model_type: str, **fields: Any) -> Path:
 @cache
 def measured(folder: Path) -> ProbeReport:
     """Measure the family of a tiny checkpoint, once."""
-    headers = read_checkpoint(folder).values()
-    return measure_family(read_config(folder), [name for h in headers for name in h.entries])
+    entries = [e for header in read_checkpoint(folder).values() for e in header.entries.items()]
+    stored = {name: (entry.dtype, entry.shape) for name, entry in entries}
+    return measure_family(read_config(folder), stored)

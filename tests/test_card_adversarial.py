@@ -237,3 +237,34 @@ def test_an_old_manifest_has_less_to_say(tmp_path: Path, make: Callable[[], Mani
     manifest.pop("stages")
     (fill(tmp_path, manifest) / "config.json").write_text("broken")
     assert "## Limits" in write_card(tmp_path).read_text()
+
+
+LINKS = [
+    "https://x.org/a) <img src=x onerror=alert(1)> [b](https://evil.example",
+    "https://x.org/\n\n# Heading\n\n<script>alert(1)</script>",
+    "https://x.org/\u202egpj.exe\x1b[31m",
+    'https://x.org/"onmouseover="alert(1)',
+]
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_licence_link_is_a_target_and_nothing_else(tmp_path: Path, link: str) -> None:
+    stated = {"license": "other", "license_name": "theirs", "license_link": link}
+    folder = fill(tmp_path / "m", changed(llama_bd3lm(), source=stated))
+    (folder / "LICENSE").unlink()
+    page = write_card(folder).read_text(encoding="utf-8")
+    found = yaml.safe_load(page.split("\n---\n", 1)[0])["license_link"]
+    assert re.fullmatch(r"https://x\.org/[!-~]*", found)
+    assert not re.search(r"[<>()\[\]\"]", found)
+    assert not re.search("[\x1b\u202e]", page)
+    tokens = parse(page)
+    assert found in links(tokens)
+    assert not [token for token in flat(tokens) if token.type in ("html_block", "html_inline")]
+    assert not [title for title in outline(tokens) if "Heading" in title]
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+def test_nothing_that_acts_reaches_the_card(tmp_path: Path, place: tuple[str, ...]) -> None:
+    folder = fill(tmp_path / "m", put(llama_bd3lm(), place, "a\x1b[2J\u202eb\u2066"))
+    page = write_card(folder).read_text(encoding="utf-8")
+    assert not re.search("[\x1b\u202e\u2066]", page)

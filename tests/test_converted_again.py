@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conversion import convert
 
+from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.verify import verify_checkpoint
+from dllm_convert.verify.heatmaps import load_base
 
 Sources = Callable[..., Path]
 GROUPS = ["files", "tokens", "attention", "base", "base-logits", "generate"]
@@ -48,6 +52,19 @@ def test_the_plan_says_what_it_is(converted: Path, target: str) -> None:
     warning = next(text for text in plan.warnings if "diffusion model already" in text)
     assert "(bd3lm in blocks of" in warning
     assert plan.tensors_changed == ()
+
+
+def test_the_base_of_the_second_is_seen_as_what_it_is(converted: Path) -> None:
+    """The stock class would let it look ahead across its blocks."""
+    subject: Any = SimpleNamespace(adapter=get_adapter("llama"))
+    model = load_base(converted, subject)
+    first = torch.arange(5, 29)[None]
+    other = first.clone()
+    other[0, 12] = 50
+    with torch.no_grad():
+        moved = (model(first).logits - model(other).logits).abs().amax(-1)[0] > 1e-6
+    assert not moved[:8].any()
+    assert moved[8:16].all()
 
 
 def test_a_base_is_none(source_cache: Sources) -> None:

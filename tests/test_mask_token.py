@@ -11,7 +11,7 @@ import pytest
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token
+from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token, unused_ids
 from dllm_convert.schema import Recipe
 from dllm_convert.source import SourceInfo, TensorInfo, TokenizerInfo, inspect_source
 
@@ -60,10 +60,29 @@ def test_a_recipe_cannot_silently_lose_to_the_tokenizers_own() -> None:
         decide(info, token="[SPARE]")
 
 
-def test_an_own_mask_that_is_also_the_padding_is_taken() -> None:
+def test_a_causal_models_own_mask_that_is_also_its_padding_is_passed_over() -> None:
+    # No causal model was trained with a mask, so the rules choose another and say why.
     info = source(100, 128, special={"[MASK]": 0}, mask="[MASK]")
-    with pytest.raises(IncompatibleError, match="mask id taken"):
-        decide(info)
+    made = decide(info)
+    assert (made.rule, made.id, made.new) == ("padded-row", 100, True)
+    assert "'[MASK]'" in made.reason
+    assert "something else too" in made.reason
+    assert decide(info, token="<m>").token == "<m>"
+
+
+def test_a_causal_models_own_mask_that_text_produces_is_passed_over() -> None:
+    info = source(100, 128, special={"a": 7}, mask="a")
+    info = replace(info, tokenizer=replace(info.tokenizer, mask_is_word=True))
+    made = decide(info)
+    assert (made.rule, made.id) == ("padded-row", 100)
+    assert "ordinary token" in made.reason
+
+
+def test_an_encoder_is_not_given_another_mask_than_its_own() -> None:
+    info = source(100, 128, family="bert", special={"[MASK]": 0}, mask="[MASK]")
+    for named in ({}, {"token": "<m>"}):
+        with pytest.raises(IncompatibleError, match=r"trained with"):
+            decide(info, **named)
 
 
 def test_the_recipe_names_an_existing_special_token() -> None:
@@ -154,6 +173,30 @@ def test_a_tokenizer_larger_than_the_embedding() -> None:
         decide(source(101, 100))
 
 
+def with_added(rows: int, added: dict[str, int], **given: Any) -> SourceInfo:
+    """Return a source whose embedding has rows for the vocabulary without its added tokens."""
+    info = source(max(rows, *(row + 1 for row in added.values())), rows, special=added, **given)
+    return replace(info, tokenizer=replace(info.tokenizer, proper=rows))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+def test_added_tokens_beyond_the_embedding_make_it_grow(family: str) -> None:
+    info = with_added(100, {"<pad>": 100, "<image>": 101}, family=family)
+    made = decide(info)
+    assert (made.rule, made.id, made.rows_after, made.used_rows) == ("grow", 102, 128, 100)
+
+
+def test_a_mask_within_the_embedding_does_not_spare_the_others_their_rows() -> None:
+    made = decide(with_added(100, {"<pad>": 100, "<spare>": 16}), token="<spare>")
+    assert (made.id, made.rows_after, made.write_row) == (16, 128, True)
+
+
+def test_an_own_mask_beyond_the_embedding_gets_a_row() -> None:
+    made = decide(with_added(100, {"<mask>": 100}, mask="<mask>"))
+    assert (made.rule, made.id, made.new, made.write_row) == ("tokenizer", 100, False, True)
+    assert made.rows_after == 128
+
+
 def test_config_and_embedding_that_disagree() -> None:
     info = source(100, 128)
     wrong = replace(info, config={**info.config, "vocab_size": 127})
@@ -190,3 +233,20 @@ def test_rules_on_saved_tokenizers(
     made = decide(info)
     assert made.rule == rule
     assert 0 <= made.id < made.rows_after
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "unused"),
+    [(100, 128, ((101, 128),)), (100, 100, ((101, 128),)), (127, 128, ())],
+    ids=["padded", "grown", "full"],
+)
+def test_rows_that_are_no_token(size: int, rows: int, unused: tuple[tuple[int, int], ...]) -> None:
+    info = source(size, rows)
+    assert unused_ids(info.tokenizer, decide(info)) == unused
+
+
+def test_rows_between_tokens_that_are_no_token() -> None:
+    info = source(100, 128)
+    vocab = {text: row for text, row in info.tokenizer.vocab.items() if row not in (40, 41, 70)}
+    info = replace(info, tokenizer=replace(info.tokenizer, vocab=vocab))
+    assert unused_ids(info.tokenizer, decide(info)) == ((40, 42), (70, 71), (101, 128))

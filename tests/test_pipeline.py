@@ -19,6 +19,7 @@ from forks import Forked
 from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.how import Depth, How
 from dllm_convert.pipeline import RunResult, run
 from dllm_convert.schema import Recipe
 
@@ -103,6 +104,19 @@ def test_the_same_command_again_changes_nothing(
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     with pytest.raises(DataError, match="different recipe"):
         run(recipe(source_cache("llama"), steps=7), tmp_path / "out", QUIET)
+
+
+def test_files_alone_are_verified_after_training_if_that_is_asked(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
+    result = run(
+        recipe(source_cache("llama")), tmp_path / "out", QUIET, how=How(verify=Depth.FILES)
+    )
+    probes = {probe["name"]: probe for probe in result.manifest["verification"]["probes"]}
+    assert result.passed
+    assert probes["hashes"]["passed"] is True
+    assert probes["attention"]["passed"] is None
+    assert "--verify files" in probes["attention"]["detail"]
 
 
 def test_the_source_is_never_touched(tmp_path: Path, source_factory: SourceFactory) -> None:

@@ -128,6 +128,9 @@ def test_the_extreme_blocks_are_allowed(source_cache: Sources, block: int) -> No
 def test_robertas_context_leaves_out_the_positions_before_its_text(source_cache: Sources) -> None:
     info = inspect_source(str(source_cache("roberta")))
     assert plan_as_dict(replan(info))["source"]["context"] == 256
+    name = "roberta.embeddings.position_embeddings.weight"
+    shorter = replace(info.tensors[name], shape=(257, info.tensors[name].shape[1]))
+    info = replace(info, tensors={**info.tensors, name: shorter})
     with pytest.raises(IncompatibleError, match="context of 255"):
         replan(with_config(info, max_position_embeddings=257))
 
@@ -265,9 +268,14 @@ class TestTensors:
 
     def test_a_checkpoint_of_another_class_is_refused(self, source_cache: Sources) -> None:
         info = inspect_source(str(source_cache("llama")))
-        bare = {n.removeprefix("model."): t for n, t in info.tensors.items()}
+        other = {n.replace("model.", "transformer."): t for n, t in info.tensors.items()}
         with pytest.raises(IncompatibleError, match=r"no model\.embed_tokens\.weight"):
-            replan(replace(info, tensors=bare))
+            replan(replace(info, tensors=other))
+
+    def test_the_name_of_the_body_may_be_left_out(self, source_cache: Sources) -> None:
+        info = inspect_source(str(source_cache("llama")))
+        bare = {n.removeprefix("model."): t for n, t in info.tensors.items()}
+        assert replan(replace(info, tensors=bare)).source.tensors.keys() == info.tensors.keys()
 
     def test_a_head_of_another_size(self, source_cache: Sources) -> None:
         info = inspect_source(str(source_cache("llama", tied=False)))

@@ -62,7 +62,9 @@ def test_a_folder_before_it_goes_up(tmp_path: Path) -> None:
     staged.mkdir()
     recipe = {"source": "/home/somebody/base", "target": "mdlm", "data": {"source": "/x/y/a.txt"}}
     (checkpoint / "recipe.yaml").write_text(recipe_yaml.dump(recipe))
-    write_manifest(checkpoint, llama_bd3lm() | {"files": hash_files(checkpoint)})
+    write_manifest(
+        checkpoint, llama_bd3lm() | {"format_version": 1, "files": hash_files(checkpoint)}
+    )
     for name in ("recipe.yaml", "dllm_convert.json"):
         (staged / name).hardlink_to(checkpoint / name)
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}

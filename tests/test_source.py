@@ -109,7 +109,10 @@ def test_a_sentencepiece_model_alone(source_factory: Sources) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).unlink()
     pieces = [("<unk>", 2), ("<s>", 3), ("[control_8]", 3), ("▁a", 1), ("<0x0A>", 6)]
-    model = b"".join(piece(*entry) for entry in pieces) + field(2, 2, b"\x02\x08\x01")
+    # A trainer's settings with eos_id -1: the vocabulary has no token that ends a text.
+    no_end = b"\xd0\x02" + b"\xff" * 9 + b"\x01"
+    model = b"".join(piece(*entry) for entry in pieces)
+    model += field(2, 2, bytes([len(no_end)]) + no_end)
     (path / "tokenizer.model").write_bytes(model)
     info = inspect_source(str(path)).tokenizer
     assert dict(info.vocab) == {text: row for row, (text, _) in enumerate(pieces)}

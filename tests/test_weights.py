@@ -300,7 +300,7 @@ def test_memory_stays_far_below_the_weights(source_cache: Sources, tmp_path: Pat
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_eight_bit_and_half_precision_pass_through(
+def test_mixed_precision_passes_through(
     source_factory: Sources, tmp_path: Path, shards: int
 ) -> None:
     source = source_factory("llama", dtype=torch.bfloat16, tied=False, shards=shards)
@@ -308,7 +308,7 @@ def test_eight_bit_and_half_precision_pass_through(
         content = load_file(source / file)
         for name, tensor in content.items():
             if ".mlp." in name:
-                content[name] = tensor.to(torch.float8_e4m3fn)
+                content[name] = tensor.float()
             elif "_proj" in name:
                 content[name] = tensor.half()
         save_file(content, source / file, metadata={"format": "pt", "quantised_by": "somebody"})

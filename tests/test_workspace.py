@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dllm_convert.errors import DataError
-from dllm_convert.workspace import fingerprint, open_workspace
+from dllm_convert.workspace import check_apart, fingerprint, open_workspace, write_json
 
 
 def test_out_is_a_file(tmp_path: Path) -> None:
@@ -103,3 +103,87 @@ def test_the_fingerprint_sees_recipe_and_source() -> None:
     base = fingerprint({"a": 1}, {"f": "x"})
     assert base == fingerprint({"a": 1}, {"f": "x"})
     assert len({base, fingerprint({"a": 2}, {"f": "x"}), fingerprint({"a": 1}, {"f": "y"})}) == 3
+
+
+@pytest.mark.parametrize("left", [(), ("notes.txt",), ("lock", "mine")])
+def test_a_work_folder_without_a_journal_makes_nothing_ours(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    (tmp_path / ".work").mkdir()
+    for name in left:
+        (tmp_path / ".work" / name).touch()
+    (tmp_path / "README.md").write_text("somebody's")
+    with pytest.raises(DataError, match="not made by dllm-convert"), open_workspace(tmp_path, "a"):
+        pass
+    assert (tmp_path / "README.md").read_text() == "somebody's"
+
+
+def test_a_run_killed_before_its_journal_goes_on(tmp_path: Path) -> None:
+    (tmp_path / ".work").mkdir()
+    (tmp_path / ".work" / "lock").touch()
+    with open_workspace(tmp_path, "a") as workspace:
+        assert workspace.journal.is_file()
+
+
+@pytest.mark.parametrize("name", ["lock", "journal.json.partial", ".writable", "staged"])
+def test_links_in_the_work_folder_are_not_followed(tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    if name == "staged":
+        precious.mkdir()
+        (precious / "config.json").write_text("mine")
+    else:
+        precious.write_text("mine")
+    out = tmp_path / "out"
+    with open_workspace(out, "a"):
+        pass
+    (out / ".work" / name).unlink(missing_ok=True)
+    (out / ".work" / name).symlink_to(precious)
+    with pytest.raises(DataError, match="is a link"), open_workspace(out, "a"):
+        pass
+    kept = precious / "config.json" if name == "staged" else precious
+    assert kept.read_text() == "mine"
+
+
+def test_a_partial_file_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "precious")
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_a_work_folder_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "journal.json").write_text('{"run": "a", "stages": []}')
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".work").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is a link"), open_workspace(out, "a"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"run": 1}', '{"run": "a", "stages": [1]}', "\xff\xfe"]
+)
+def test_a_damaged_journal_is_one_sentence(tmp_path: Path, content: str) -> None:
+    with open_workspace(tmp_path / "out", "a"):
+        pass
+    (tmp_path / "out" / ".work" / "journal.json").write_text(content, encoding="latin-1")
+    with pytest.raises(DataError, match="damaged"), open_workspace(tmp_path / "out", "a"):
+        pass
+
+
+def test_the_source_is_never_the_output(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with open_workspace(source, "a"):
+        pass
+    (tmp_path / "alias").symlink_to(source)
+    (source / "model.gguf").touch()
+    for given in (source, tmp_path / "alias", source / "model.gguf", source / ".." / "source"):
+        with pytest.raises(DataError, match="is the source itself"):
+            check_apart(source, given)
+        with pytest.raises(DataError, match="is the source itself"):
+            check_apart(tmp_path / "alias", given)
+    check_apart(tmp_path / "new", source)
+    check_apart(source / "out", source)
+    check_apart(source, None)

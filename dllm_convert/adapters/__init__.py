@@ -23,7 +23,7 @@ __all__ = [
     "has_adapter",
 ]
 
-_NOT_FAMILIES = ("base", "measured")
+_NOT_FAMILIES = ("base", "measured", "tensors")
 
 
 @cache

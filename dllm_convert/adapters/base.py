@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dllm_convert.adapters.tensors import ClassTensors
 from dllm_convert.schema import Target
 
 Implementation = Literal["sdpa", "eager"]
@@ -80,7 +81,10 @@ class Adapter:
         norm_modules: Module names of normalisation layers, kept trainable beside LoRA.
         embedding_module: Module name of the input embedding.
         head_module: Module name of the output projection.
-        unused_tensors: Regular expression of tensors that `stock_class` does not load; left out.
+        also_of: Other classes of transformers whose checkpoints hold all of `stock_class`.
+        tensors: What `stock_class` holds; None where it was measured instead.
+        unused_tensors: Regular expression of tensors that `stock_class` does not load and a
+            measurement found; left out.
         reserved_tokens: Regular expression of tokens the vendor reserved and never trained.
         window: The family's sliding window, None if it has none.
         positions_after_pad: Whether positions count from `pad_token_id + 1`, as in RoBERTa.
@@ -107,6 +111,8 @@ class Adapter:
     head_module: str = "lm_head"
     head_biases: tuple[str, ...] = ()
     head_required: tuple[str, ...] = ()
+    also_of: tuple[str, ...] = ()
+    tensors: ClassTensors | None = None
     unused_tensors: str | None = None
     reserved_tokens: str | None = None
     window: Window | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.adapters.tensors import ENCODER_DEFAULTS, encoder
 
 ADAPTER = Adapter(
     model_type="bert",
@@ -20,6 +21,19 @@ ADAPTER = Adapter(
     norm_modules=("LayerNorm",),
     embedding_module="word_embeddings",
     head_module="decoder",
-    # The pooler and every pretraining head but the masked one.
-    unused_tensors=r"bert\.pooler\..*|cls\.(?!predictions\.).*|bert\.embeddings\.position_ids",
+    also_of=("BertForPreTraining",),
+    tensors=encoder(
+        "bert",
+        {
+            "cls.predictions.bias": ("vocab_size",),
+            "cls.predictions.transform.dense.weight": ("hidden_size", "hidden_size"),
+            "cls.predictions.transform.dense.bias": ("hidden_size",),
+            "cls.predictions.transform.LayerNorm.weight": ("hidden_size",),
+            "cls.predictions.transform.LayerNorm.bias": ("hidden_size",),
+            "cls.predictions.decoder.weight": ("vocab_size", "hidden_size"),
+            "cls.predictions.decoder.bias": ("vocab_size",),
+        },
+        **ENCODER_DEFAULTS,
+        vocab_size=30522,
+    ),
 )

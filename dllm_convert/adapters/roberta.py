@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.adapters.tensors import ENCODER_DEFAULTS, encoder
 
 ADAPTER = Adapter(
     model_type="roberta",
@@ -20,6 +21,19 @@ ADAPTER = Adapter(
     norm_modules=("LayerNorm", "layer_norm"),
     embedding_module="word_embeddings",
     head_module="decoder",
-    unused_tensors=r"roberta\.pooler\..*|roberta\.embeddings\.position_ids",
+    tensors=encoder(
+        "roberta",
+        {
+            "lm_head.bias": ("vocab_size",),
+            "lm_head.dense.weight": ("hidden_size", "hidden_size"),
+            "lm_head.dense.bias": ("hidden_size",),
+            "lm_head.layer_norm.weight": ("hidden_size",),
+            "lm_head.layer_norm.bias": ("hidden_size",),
+            "lm_head.decoder.weight": ("vocab_size", "hidden_size"),
+            "lm_head.decoder.bias": ("vocab_size",),
+        },
+        **ENCODER_DEFAULTS,
+        vocab_size=50265,
+    ),
     positions_after_pad=True,
 )

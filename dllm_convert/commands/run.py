@@ -11,6 +11,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
+from dllm_convert.cli_budget import Budget, refuse_without_effect
 from dllm_convert.cli_values import (
     default_out,
     method,
@@ -78,6 +79,10 @@ def run(
     out: option.Out = None,
     data: option.Data = None,
     steps: option.Steps = None,
+    tokens: option.Tokens = None,
+    max_time: option.MaxTime = None,
+    global_batch: option.GlobalBatch = None,
+    preset: option.Preset = None,
     lora: option.LoraRank = None,
     full: option.Full = False,
     no_train: option.NoTrain = False,
@@ -118,10 +123,12 @@ def run(
     push = push_options(
         push_to_hub, public=public, revision=revision, create_pr=create_pr, commit_message=message
     )
-    recipe = _recipe(source, flags, assignments or ())
-    folder, place = out or default_out(recipe), Place.from_environment()
+    place = Place.from_environment()
+    processes = num_processes or place.world
+    budget = Budget.parse(tokens, max_time, global_batch)
+    recipe = _recipe(source, flags, assignments or (), preset, budget, processes)
+    folder = out or default_out(recipe)
     if dry_run or ctx.info_name == "check":
-        processes = num_processes or place.world
         _show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
         return
     if probe:
@@ -132,12 +139,35 @@ def run(
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
 
-def _recipe(source: str, flags: Mapping[str, Any], assignments: Sequence[str]) -> Recipe:
-    """Load the recipe; a flag that is None was not given, and `--set` is stronger than flags."""
+def _recipe(
+    source: str,
+    flags: Mapping[str, Any],
+    assignments: Sequence[str],
+    preset: str | None,
+    budget: Budget,
+    processes: int,
+) -> Recipe:
+    """Load the recipe; a flag that is None was not given.
+
+    Raises:
+        typer.BadParameter: Two options contradict each other, or one cannot be obeyed.
+    """
     from dllm_convert.recipe import load_recipe
 
     given = {field: value for field, value in flags.items() if value is not None}
-    return load_recipe(source, overrides=given | parse_assignments(assignments))
+    assigned = parse_assignments(assignments)
+    budget.refuse_beside(flags["training.steps"], assigned)
+    for field in given.keys() & assigned.keys():
+        if given[field] != assigned[field]:
+            raise typer.BadParameter(
+                f"--set {field}={assigned[field]} contradicts another option, which says "
+                f"{given[field]}"
+            )
+    typed = given | budget.fields | assigned
+    recipe = load_recipe(source, overrides=typed, preset=preset)
+    recipe = budget.applied_to(recipe, processes, assigned)
+    refuse_without_effect(recipe, typed)
+    return recipe
 
 
 def _show_plan(

@@ -14,7 +14,7 @@ from dllm_convert import cli_output as output
 from dllm_convert.commands import decoding
 from dllm_convert.commands.shared import make_reporter
 from dllm_convert.errors import DataError
-from dllm_convert.watch.pieces import printable
+from dllm_convert.shown_text import printable
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
@@ -139,7 +139,7 @@ def _print(found: list[dict[str, Any]], reporter: Reporter, *, chat: bool, as_js
     if as_json:
         output.write_json(found if len(found) > 1 else found[0])
         return
-    output.write(_as_text(found, chat=chat))
+    output.write(_as_text(found, chat=chat), verbatim=True)
     for result in found:
         reporter.line(output.sample_facts(result))
 

@@ -10,6 +10,7 @@ import typer
 
 from dllm_convert import cli_output as output
 from dllm_convert.errors import VerificationError
+from dllm_convert.shown_text import printable
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
@@ -33,5 +34,6 @@ def exit_if_failed(verification: Mapping[str, Any]) -> None:
         typer.Exit: A probe failed.
     """
     if not verification["passed"]:
-        typer.echo(f"error: verification failed: {output.failed_probes(verification)}", err=True)
+        failed = output.failed_probes(verification)
+        typer.echo(printable(f"error: verification failed: {failed}"), err=True)
         raise typer.Exit(VerificationError.exit_code)

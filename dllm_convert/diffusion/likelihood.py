@@ -32,9 +32,9 @@ class Likelihood:
     stderr: float
     tokens: int
 
-    def as_dict(self) -> dict[str, float | int]:
-        """Return the fields for the manifest."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Return the fields for the manifest; None for the standard error of one sequence."""
+        return {**asdict(self), "stderr": self.stderr if math.isfinite(self.stderr) else None}
 
 
 def _summary(totals: list[float], counts: list[int]) -> Likelihood:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.model import CacheHook
@@ -13,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from dllm_convert.console import Reporter, Task
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.subject import scored_from
+from dllm_convert.loading import load_complete
 from dllm_convert.text_bounds import leave_open
 
 
@@ -29,6 +31,25 @@ class _Counted(CacheHook):  # type: ignore[misc]
         self._inner.add_partial(*given)
 
 
+@dataclass(frozen=True)
+class _Complete:
+    """A class of models that loads them completely or not at all.
+
+    Attributes:
+        inner: The auto class that lm-eval chose.
+    """
+
+    inner: Any
+
+    def from_pretrained(self, source: str, **settings: Any) -> Any:
+        """Load a model.
+
+        Raises:
+            DataError: It cannot be loaded, or not completely.
+        """
+        return load_complete(self.inner, source, **settings)
+
+
 class AutoregressiveLM(HFLM):  # type: ignore[misc]
     """An autoregressive model: its own likelihood and greedy decoding.
 
@@ -38,12 +59,22 @@ class AutoregressiveLM(HFLM):  # type: ignore[misc]
     """
 
     cache_hook: Any
+    AUTO_MODEL_CLASS: Any
 
     def __init__(self, *, reporter: Reporter, **given: Any) -> None:
         super().__init__(**given)
         leave_open(self.tokenizer)
         self.effort = Effort()
         self.reporter = reporter
+
+    def _create_model(self, *given: Any, **settings: Any) -> None:
+        """Load as lm-eval does, and read what the loader reports."""
+        chosen = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = _Complete(chosen)
+        try:
+            super()._create_model(*given, **settings)
+        finally:
+            self.AUTO_MODEL_CLASS = chosen
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False

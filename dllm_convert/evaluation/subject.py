@@ -16,6 +16,7 @@ from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
 from dllm_convert.sampling.run import read_config
 from dllm_convert.text_bounds import conversation_ids, end_ids, first_token, open_ids
+from dllm_convert.tokenizer_loading import load_tokenizer
 
 
 def scored_from(given: Sequence[int], whole: Sequence[int], continuation: str) -> int:
@@ -96,8 +97,6 @@ class Subject:
             DataError: There is no such checkpoint.
             IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
         """
-        from transformers import AutoTokenizer
-
         from dllm_convert.training.setup import load_model
 
         config = read_config(folder)
@@ -114,7 +113,7 @@ class Subject:
                 )
             objective = replace(objective, block_size=block_size)
             model.config.block_size = block_size
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         return cls(
             model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)
         )

@@ -15,8 +15,10 @@ from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import Subject
+from dllm_convert.loading import load_complete
 from dllm_convert.manifest import read_manifest
 from dllm_convert.schema import Recipe
+from dllm_convert.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
 """Text that two vocabularies are unlikely to cut alike."""
@@ -92,22 +94,23 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
 def _base_nll(
     base: str, subject: Subject, batches: Sequence[TextBatch], reporter: Reporter
 ) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    own = AutoTokenizer.from_pretrained(base)(PROBE, add_special_tokens=False)["input_ids"]
+    own = load_tokenizer(base)(PROBE, add_special_tokens=False)["input_ids"]
     if own != subject.encode(PROBE, special=False):
         raise IncompatibleError(
             f"{base} has another vocabulary than {subject.name}, so their nats per token cannot "
             "be compared",
             hint="Give the model that was converted",
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_complete(
+        AutoModelForCausalLM,
         base,
         dtype=subject.model.dtype,
         # Some families have no sdpa.
         attn_implementation=subject.model.config._attn_implementation,
-    )
-    model = model.to(subject.model.device).eval()
+        trust_remote_code=False,
+    ).to(subject.model.device)
     rows = int(model.config.get_text_config().vocab_size)
     with reporter.task("measure the base's NLL", total=len(batches)) as task:
         return dict(autoregressive_nll(Stock(model), batches, rows, task=task).as_dict())

@@ -9,6 +9,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from dllm_convert import strict_json
 from dllm_convert.probe.family import measure_family
 from dllm_convert.quiet import quiet_libraries
 
@@ -18,7 +19,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     with quiet_libraries():
         report = measure_family(request["config"], request["tensors"])
-    sys.stdout.write(json.dumps(report.as_dict(), default=str) + "\n")
+    sys.stdout.write(strict_json.dumps(report.as_dict(), default=str) + "\n")
 
 
 if __name__ == "__main__":

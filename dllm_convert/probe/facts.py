@@ -20,9 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import UnsupportedError
+from dllm_convert.leftovers import computed_with
 from dllm_convert.probe.instance import Instance, decoder_layers, draft_adapter
 from dllm_convert.probe.shrink import layer_kinds
 from dllm_convert.probe.sizes import VOCABULARY
+from dllm_convert.quantised import FLOATS
+
+Stored = tuple[str, Sequence[int]]
+"""Type of a tensor, by its name in safetensors, and its shape."""
 
 _STANDARD = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
@@ -40,6 +45,7 @@ def declare(
     opened: Mapping[str, Any],
     narrow: tuple[str, ...],
     tensors: Collection[str],
+    stored: Mapping[str, Stored],
 ) -> Adapter:
     """Return the declaration of a measured family.
 
@@ -51,14 +57,15 @@ def declare(
         opened: Config values that open its windows.
         narrow: Kinds of layers that had one.
         tensors: Names of the checkpoint's tensors; empty if they are not known.
+        stored: Their types and shapes, as far as they are known.
 
     Raises:
         UnsupportedError: The vocabulary's tensors are not an embedding, a head and its biases, or
-            the checkpoint lacks tensors.
+            the checkpoint's tensors are not those of the class.
     """
     model = instance.base
     draft = draft_adapter(config.model_type)
-    unused = _loaded(config, draft.stock_class, tensors)
+    unused = _loaded(config, draft.stock_class, tensors, stored)
     embedding, head, biases = _vocabulary(model)
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
@@ -154,19 +161,26 @@ def _norms(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _loaded(config: PreTrainedConfig, stock: str, present: Collection[str]) -> str | None:
+def _loaded(
+    config: PreTrainedConfig,
+    stock: str,
+    present: Collection[str],
+    stored: Mapping[str, Stored] | None = None,
+) -> str | None:
     """Compare a checkpoint's tensors with those its class loads.
 
     Args:
         config: Config of the checkpoint.
         stock: Name of its class.
         present: Names of its tensors; empty if they are not known.
+        stored: Type and shape of each; what is not in it is compared by name only.
 
     Returns:
         What is left out of the output, as one expression.
 
     Raises:
-        UnsupportedError: A tensor is missing that the class would fill at random.
+        UnsupportedError: A tensor is missing that the class would fill at random, has another shape
+            or type, or belongs to a computation that the class does not do.
     """
     if not present:
         return None
@@ -175,16 +189,61 @@ def _loaded(config: PreTrainedConfig, stock: str, present: Collection[str]) -> s
     state = model.state_dict()
     shared = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     # A file holds experts one by one that the class holds together; either is loaded.
-    expected = [set(state), set(revert_weight_conversion(model, state))]
-    missing = min((sorted(names - set(present) - shared) for names in expected), key=len)
+    expected = [state, revert_weight_conversion(model, state)]
+    lacking = [sorted(names.keys() - set(present) - shared) for names in expected]
+    missing = min(lacking, key=len)
     if missing:
         _refuse_bare_names(missing, present, model.base_model_prefix, stock)
         raise UnsupportedError(
             f"the weights lack {len(missing)} tensors of {stock}, the first is {missing[0]}: they "
             "would be random"
         )
+    _refuse_misfits(expected[lacking.index(missing)], stored or {}, stock)
     known = set().union(*expected)
-    return _expression(set(present) - known, known)
+    foreign = set(present) - known
+    _refuse_other_model(foreign, known, model, stock)
+    return _expression(foreign, known)
+
+
+def _refuse_misfits(
+    expected: Mapping[str, torch.Tensor], stored: Mapping[str, Stored], stock: str
+) -> None:
+    """Refuse tensors of another shape, or whole numbers where the class has weights.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    for name, (dtype, shape) in stored.items():
+        tensor = expected.get(name)
+        if tensor is None:
+            continue
+        if tuple(shape) != tuple(tensor.shape):
+            raise UnsupportedError(
+                f"{name} has shape {tuple(shape)}, config.json makes it {tuple(tensor.shape)} in "
+                f"{stock}"
+            )
+        if tensor.is_floating_point() and dtype not in FLOATS:
+            raise UnsupportedError(
+                f"{name} has dtype {dtype}, expected one of {', '.join(sorted(FLOATS))}"
+            )
+
+
+def _refuse_other_model(
+    foreign: Collection[str], known: Collection[str], model: Any, stock: str
+) -> None:
+    """Refuse tensors that body or head would compute with, though the class has them not.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unknown = [n for n in sorted(foreign) if not any(re.search(p, n) for p in ignored)]
+    found = computed_with(unknown, known)
+    if found:
+        raise UnsupportedError(
+            f"the weights have {found[0]} ({len(found)} such tensors), which {stock} does not "
+            "compute with: it would be another model"
+        )
 
 
 def _refuse_bare_names(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.probe import measure
-from dllm_convert.probe.facts import declare
+from dllm_convert.probe.facts import Stored, declare
 from dllm_convert.probe.instance import Instance, full_config, stock_name
 from dllm_convert.probe.report import Finding, ProbeReport
 
@@ -21,13 +21,17 @@ NO_CONTEXT = 1 << 20
 """Size a window is opened to where a config names no longest text."""
 
 
-def measure_family(values: Mapping[str, Any], tensors: Sequence[str]) -> ProbeReport:
+def measure_family(
+    values: Mapping[str, Any], tensors: Collection[str] | Mapping[str, Stored]
+) -> ProbeReport:
     """Measure the family of a checkpoint.
 
     Args:
         values: Its config.json.
-        tensors: Names of its tensors; empty if they are not known.
+        tensors: Names of its tensors, to types and shapes if these are known; empty if the names
+            are not.
     """
+    stored = tensors if isinstance(tensors, Mapping) else {}
     started = time.monotonic()
     model_type = str(values.get("model_type"))
     findings: list[Finding] = []
@@ -41,7 +45,7 @@ def measure_family(values: Mapping[str, Any], tensors: Sequence[str]) -> ProbeRe
         opened, narrow, targets = _measure(instance, config, findings)
         reason = None if targets else reasons(findings)
         if targets:
-            adapter = declare(config, values, instance, targets, opened, narrow, tensors)
+            adapter = declare(config, values, instance, targets, opened, narrow, tensors, stored)
     except UnsupportedError as error:
         reason = error.message
     except measure.BROKEN as error:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dllm_convert import __version__
 from dllm_convert.errors import DllmConvertError, UnsupportedError
 from dllm_convert.materialise import cache_dir
 from dllm_convert.probe.report import ProbeReport
+from dllm_convert.source_info import TensorInfo
 from dllm_convert.workspace import write_json
 
 TIMEOUT_S = 300
@@ -22,7 +23,10 @@ _PACKAGES = ("torch", "transformers")
 
 
 def probe_family(
-    config: Mapping[str, Any], tensors: Iterable[str] = (), *, timeout_s: float = TIMEOUT_S
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo] | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
 ) -> ProbeReport:
     """Measure on a small random instance whether a family can be converted.
 
@@ -30,13 +34,14 @@ def probe_family(
 
     Args:
         config: config.json of a checkpoint.
-        tensors: Names of its tensors; empty if they are not known.
+        tensors: Its tensors by name; None if they are not known.
         timeout_s: Seconds after which the process is ended.
 
     Raises:
         UnsupportedError: It did not come to an end.
     """
-    request = {"config": dict(config), "tensors": sorted(tensors)}
+    stored = {name: [info.dtype, info.shape] for name, info in sorted((tensors or {}).items())}
+    request = {"config": dict(config), "tensors": stored}
     path = cache_dir() / "probes" / f"{_key(request)}.json"
     kept = _read(path)
     if kept is not None:

@@ -23,15 +23,19 @@ LENGTH = 48
 def main(adapter: str, base: str, merged: str, class_name: str) -> None:
     """Load both, compare their logits on the same tokens."""
     model_class: Any = get_class_from_dynamic_module(f"modeling_dllm.{class_name}", adapter)
-    config = AutoConfig.from_pretrained(adapter)
+    config = AutoConfig.from_pretrained(adapter, trust_remote_code=False)
     rows, tied = config.vocab_size, config.tie_word_embeddings
-    config.vocab_size = AutoConfig.from_pretrained(base).vocab_size
-    model = model_class.from_pretrained(base, config=config, dtype=torch.float32)
+    config.vocab_size = AutoConfig.from_pretrained(base, trust_remote_code=False).vocab_size
+    model, info = model_class.from_pretrained(
+        base, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        sys.exit(f"the base would load at random: it has no {min(info['missing_keys'])}")
     model.resize_token_embeddings(rows, mean_resizing=False)
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(len(tokenizer), (1, LENGTH), generator=generator)
     tokens[:, 1::3] = tokenizer.mask_token_id

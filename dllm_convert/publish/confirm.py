@@ -126,7 +126,7 @@ def _files_verification(folder: Path, reporter: Reporter) -> tuple[dict[str, Any
     reason = "the model was not loaded before the push either"
     with reporter.task("verify the published files"):
         report = verify_bytes(
-            folder, config, adapter_of(config), against=None, hashes=None, reason=reason
+            folder, config, adapter_of(config), against=None, hashed=True, reason=reason
         ).as_dict()
     return tuple(probe for probe in report["probes"] if probe["passed"] is not None)
 

@@ -18,6 +18,7 @@ from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
 from dllm_convert.publish.remote import base_name
 from dllm_convert.publish.repository import full_id
+from dllm_convert.publish.scan import check_staged
 from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
 from dllm_convert.quiet import quiet_libraries
@@ -145,6 +146,7 @@ def _stage(
     else:
         reporter.warn("README.md of the folder was edited and is published as it is")
         check_written_card(out)
+    check_staged(out)
     verified, verdict = require_verified(manifest, force=True), "verified"
     if not verified:
         verdict = "NOT verified"

@@ -21,7 +21,7 @@ from dllm_convert.manifest import (
 from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
 
 TRAVELLING = ("*.md", "*.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Files a person may lay beside the checkpoint; anything else unknown is not published."""
+"""Files a person may lay beside the checkpoint, not below it; anything else is not published."""
 
 
 def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
@@ -40,11 +40,7 @@ def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
         folders[:] = [name for name in folders if not _hidden(name)]
         place = Path(root).relative_to(folder)
         found += [(place / name).as_posix() for name in files if not _hidden(name)]
-    strange = [
-        name
-        for name in found
-        if name not in known and not any(fnmatch(name, pattern) for pattern in TRAVELLING)
-    ]
+    strange = [name for name in found if name not in known and not _travels(name)]
     if strange:
         raise DataError(
             f"{folder} holds {min(strange)}, which its manifest does not list"
@@ -52,6 +48,10 @@ def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
             hint="Move it out of the folder: only what was verified is published",
         )
     return sorted(found)
+
+
+def _travels(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in TRAVELLING)
 
 
 def _hidden(name: str) -> bool:

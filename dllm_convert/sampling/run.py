@@ -23,6 +23,7 @@ from dllm_convert.sampling.limits import ContextError, ContextWarning, context_o
 from dllm_convert.sampling.options import Observer
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.text_bounds import end_ids
+from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.watch.frames import Recorder
 from dllm_convert.watch.pieces import TokenText
 from dllm_convert.watch.record import write_recording
@@ -269,11 +270,9 @@ def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
         folder: Converted checkpoint.
         model_type: Its family, as config.json names it.
     """
-    from transformers import AutoTokenizer
-
     from dllm_convert.training.setup import load_model
 
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = load_model(folder, adapter_of(read_config(folder)), dtype=dtype)
-    return model.to("cuda") if on_gpu else model, AutoTokenizer.from_pretrained(folder)
+    return model.to("cuda") if on_gpu else model, load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""Conversations: from a dataset's columns to text, and which of it the assistant wrote.
+"""Conversations: from messages to tokens, and which of them the assistant wrote.
 
 A conversation becomes text through the tokenizer's own chat template. What the assistant wrote is
 what the template marks with `{% generation %}`; a template without such marks is rendered up to
@@ -10,87 +10,30 @@ is refused rather than guessed at.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from dllm_convert.errors import DataError
-
-Message = Mapping[str, Any]
-
-CHAT_COLUMNS: tuple[frozenset[str], ...] = (
-    frozenset({"messages"}),
-    frozenset({"conversations"}),
-    frozenset({"prompt", "completion"}),
+from dllm_convert.training.forms import pieces
+from dllm_convert.training.messages import (
+    CHAT_COLUMNS,
+    Conversation,
+    Message,
+    find_messages,
 )
-"""Columns that hold a conversation where nothing else is named."""
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-_GENERATION = re.compile(r"\{%-?\s*generation\b")
+from dllm_convert.training.plain_text import PlainText
+from dllm_convert.training.rendering import ChatTemplate, Rendered
+
+__all__ = ["CHAT_COLUMNS", "ChatEncoder", "Conversation", "Message", "find_messages"]
+
 _HOW_TO_MARK = (
     "Mark what the assistant writes with {% generation %} ... {% endgeneration %} in the base's "
     "chat_template.jinja, or learn from the last turn only: --set data.scored_turns=last"
 )
-
-
-def find_messages(row: Mapping[str, Any], field: str, where: str) -> tuple[Message, ...] | None:
-    """Return the conversation in a row, None if it has none.
-
-    Args:
-        row: Its columns.
-        field: Column that may hold messages; the usual ones are looked at if it is missing.
-        where: What an error calls the row.
-
-    Raises:
-        DataError: If there is a conversation without roles or content.
-    """
-    for name in (field, "messages", "conversations"):
-        if row.get(name) is not None:
-            return _messages(row[name], where)
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if prompt is None or completion is None:
-        return None
-    return _turn(prompt, "user", where) + _turn(completion, "assistant", where)
-
-
-def _turn(value: Any, role: str, where: str) -> tuple[Message, ...]:
-    if isinstance(value, str):
-        return ({"role": role, "content": value},)
-    return _messages(value, where)
-
-
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
-    if isinstance(value, Mapping):
-        # A list of structs as older datasets store it: a struct of lists.
-        lists = {key: items for key, items in value.items() if isinstance(items, Sequence)}
-        value = [dict(zip(lists, items, strict=False)) for items in zip(*lists.values())]  # noqa: B905
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise DataError(
-            f"{where} holds a {type(value).__name__}, expected a text or a list of messages",
-            hint="Name the right column with --set data.text_field=COLUMN",
-        )
-    return tuple(_message(message, f"{where}, message {i}") for i, message in enumerate(value, 1))
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise DataError(
-            f"{where} is a {type(message).__name__}, expected an object with role and content",
-            hint="Name the right column with --set data.text_field=COLUMN",
-        )
-    given = {key: value for key, value in message.items() if value is not None}
-    role = given.pop("role", None) or given.pop("from", None)
-    content = given.pop("content", None)
-    content = given.pop("value", None) if content is None else content
-    if not isinstance(role, str) or (content is None and "tool_calls" not in given):
-        missing = "role" if not isinstance(role, str) else "content"
-        raise DataError(
-            f"{where} has no {missing}, it has {sorted(message)}",
-            hint='Messages look like {"role": "user", "content": "..."}',
-        )
-    return {**given, "role": _ROLES.get(role, role)} | (
-        {} if content is None else {"content": content}
-    )
+_OPENS = "messagesaid"
+"""Words in the place of an answer, to see what the template writes before it."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +55,15 @@ class ChatEncoder:
     Args:
         tokenizer: A fast tokenizer with a chat template.
         turns: Whether all turns of the assistant are scored, or its last.
+        plain: Knows the tokenizer's control tokens; made of the tokenizer if it is None.
 
     Raises:
         DataError: If the tokenizer has no chat template, no end token, or no character offsets.
     """
 
-    def __init__(self, tokenizer: Any, turns: Literal["all", "last"]) -> None:
+    def __init__(
+        self, tokenizer: Any, turns: Literal["all", "last"], plain: PlainText | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._turns = turns
         if not tokenizer.chat_template:
@@ -132,25 +78,12 @@ class ChatEncoder:
                 f"chats need a tokenizer with {lacks}",
                 hint="Train on a column of plain text: --set data.text_field=COLUMN",
             )
-
-    @cached_property
-    def _marked(self) -> bool:
-        return bool(_GENERATION.search(self._tokenizer.get_chat_template()))
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        added = self._tokenizer.added_tokens_decoder.items()
-        return frozenset(token for token, text in added if text.special)
-
-    @cached_property
-    def _mark(self) -> re.Pattern[str]:
-        added = self._tokenizer.added_tokens_decoder
-        texts = (re.escape(added[token].content) for token in self._special)
-        return re.compile("|".join(sorted(texts, key=len, reverse=True)) or "(?!)")
+        self._plain = plain or PlainText(tokenizer)
+        self._template = ChatTemplate(tokenizer)
 
     @cached_property
     def _end_mark(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*(?:{self._mark.pattern})")
+        return re.compile(rf"\s*(?:{self._plain.pattern.pattern})")
 
     def encode(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
         """Tokenise one conversation, ended by the end token, which is scored.
@@ -158,29 +91,42 @@ class ChatEncoder:
         What follows the assistant's last turn is left out: nothing in it is learnt from.
 
         Args:
-            messages: The conversation.
+            messages: The conversation, as `find_messages` returns it.
             where: What an error calls it.
 
         Returns:
             Token ids and whether each is scored; nothing at all if the assistant says nothing.
 
         Raises:
-            DataError: If the template refuses it, or hides which part the assistant wrote.
+            DataError: If the template refuses it, loses part of it, or hides which part the
+                assistant wrote.
         """
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles:
+        learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _counts(m)]
+        if not learnt:
             return [], []
-        messages = messages[: len(roles) - roles[::-1].index("assistant")]
-        ids, scored = (
-            self._by_marks(messages, where) if self._marked else self._by_prefix(messages, where)
+        last = max(learnt)
+        tools = messages.tools if isinstance(messages, Conversation) else ()
+        said = self._plain.mark([dict(message) for message in messages[: last + 1]])
+        rendered = self._template.fit(Conversation(said, self._plain.mark(tools)), where)
+        turns = learnt if self._turns == "all" else learnt[-1:]
+        chat = (
+            self._by_prefix(rendered, turns, where)
+            if rendered.marked is None
+            else self._by_marks(rendered, turns, where)
         )
-        if not any(scored):
+        if not chat.spans:
             return [], []
-        return self._ended(ids, scored)
+        # A token that begins in the prompt and ends in the answer is the prompt's.
+        tokens = self._plain.encode_marked(chat.text)
+        scored = [
+            any(start <= first < last <= end for start, end in chat.spans)
+            for first, last in tokens.offsets
+        ]
+        return self._ended(tokens.ids, scored) if any(scored) else ([], [])
 
     def _ended(self, ids: list[int], scored: list[bool]) -> tuple[list[int], list[bool]]:
         """End every scored turn with the template's end mark, and the whole with the end token."""
-        special, end = self._special, self._tokenizer.eos_token_id
+        special, end = self._plain.ids, self._tokenizer.eos_token_id
         last = len(ids) - scored[::-1].index(True)
         tail = [token for token in ids[last:] if token in special]
         # The mark that closes the last turn is the one that closes the others.
@@ -193,59 +139,32 @@ class ChatEncoder:
             ids, scored = [*ids, end], [*scored, True]
         return ids, scored
 
-    def _by_marks(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
-        out = self._render(
-            messages,
-            where,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-        ids, scored = list(out["input_ids"]), [bool(value) for value in out["assistant_masks"]]
-        spans = out["offset_mapping"]
-        for i in range(1, len(ids)):
-            # The mask stops at the first of the tokens that make up a turn's last character.
-            first, last = spans[i]
-            scored[i] = scored[i] or (scored[i - 1] and first < last and spans[i] == spans[i - 1])
-        if self._turns == "last" and True in scored:
-            end = len(scored) - scored[::-1].index(True)
-            before = scored[:end][::-1]
-            start = end - (before.index(False) if False in before else end)
-            scored = [start <= i < end for i in range(len(scored))]
-        return ids, scored
-
-    def _by_prefix(self, messages: Sequence[Message], where: str) -> tuple[list[int], list[bool]]:
-        chat = self.find_spans(messages, where)
-        encoded = self._tokenizer(
-            chat.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        # A token that begins in the prompt and ends in the answer is the prompt's.
-        scored = [
-            any(start <= first < last <= end for start, end in chat.spans)
-            for first, last in encoded["offset_mapping"]
-        ]
-        return encoded["input_ids"], scored
-
-    def find_spans(self, messages: Sequence[Message], where: str) -> Chat:
-        """Find what the assistant wrote by rendering what stood before each of its turns.
-
-        Args:
-            messages: A conversation that ends with a turn of the assistant.
-            where: What an error calls it.
-
-        Raises:
-            DataError: If the whole does not begin with what stood before.
-        """
-        text = str(self._render(messages, where, tokenize=False))
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = []
-        for i in turns if self._turns == "all" else turns[-1:]:
-            before = str(
-                self._render(messages[:i], where, tokenize=False, add_generation_prompt=True)
+    def _by_marks(self, rendered: Rendered, turns: Sequence[int], where: str) -> Chat:
+        """Take what stands inside `{% generation %}`."""
+        spans = rendered.marked or ()
+        answers = [i for i, m in enumerate(rendered.messages) if m["role"] == "assistant"]
+        if len(turns) == len(answers):
+            return Chat(rendered.text, spans)
+        if len(spans) != len(answers):
+            if turns == answers[-1:] and spans:
+                return Chat(rendered.text, spans[-1:])
+            raise DataError(
+                f"the chat template marks {len(spans)} turns of {where}, expected "
+                f"{len(answers)}, so that it hides which of them are not to be learnt",
+                hint="Remove that conversation, or its weights",
             )
+        return Chat(
+            rendered.text, tuple(s for s, i in zip(spans, answers, strict=True) if i in turns)
+        )
+
+    def _by_prefix(self, rendered: Rendered, turns: Sequence[int], where: str) -> Chat:
+        """Find what the assistant wrote by rendering what stood before each of its turns."""
+        text, messages, tools = rendered.text, rendered.messages, list(rendered.tools) or None
+        spans = []
+        for i in turns:
+            before = self._before(rendered, i, where)
             start = len(before)
-            end = self._end_of_turn(text, start, messages[: i + 1], where)
+            end = self._end_of_turn(text, start, messages[: i + 1], tools, where)
             if not text.startswith(before) or end is None:
                 raise DataError(
                     f"the chat template renders {where} in a way that hides where the assistant's "
@@ -255,31 +174,63 @@ class ChatEncoder:
             spans.append((start, start + len(text[start:end].rstrip())))
         return Chat(text[: spans[-1][1]], tuple(spans))
 
+    def _before(self, rendered: Rendered, turn: int, where: str) -> str:
+        """Return what the template writes before a turn of the assistant."""
+        messages, tools = rendered.messages, list(rendered.tools) or None
+        if turn:
+            return self._template.render(
+                messages[:turn], where, tools=tools, add_generation_prompt=True
+            )
+        # Nothing stood before the assistant; templates need not take a conversation of nothing.
+        content = messages[0].get("content")
+        other = [{"type": "text", "text": _OPENS}] if isinstance(content, list) else _OPENS
+        opened = self._template.render(
+            [{**messages[0], "content": other}, *messages[1:]], where, tools=tools
+        )
+        return opened.partition(_OPENS)[0]
+
     def _end_of_turn(
-        self, text: str, start: int, messages: Sequence[Message], where: str
+        self, text: str, start: int, messages: Sequence[Message], tools: Any, where: str
     ) -> int | None:
         """Return where the turn that begins at `start` ends, its end mark included."""
-        alone = str(self._render(messages, where, tokenize=False))
+        alone = self._template.render(messages, where, tools=tools)
         # Some templates render a last turn differently (Qwen3 opens it with an empty thought), or
-        # follow it by the beginning of another: then its content and a special token have to do.
+        # follow it by the beginning of another: then its content and the mark that closes a turn
+        # have to do.
         limit = len(alone) if text.startswith(alone) else None
-        content = messages[-1].get("content")
-        content = content.strip() if isinstance(content, str) else ""
-        at = text.find(content, start) if content else -1
-        mark = self._end_mark.match(text, at + len(content)) if at >= 0 else None
-        if mark and not self._mark.search(text, start, at):
-            return min(mark.end(), limit or mark.end())
-        return limit
+        end = self._closed(text, start, messages[-1])
+        return limit if end is None else min(end, limit or end)
 
-    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> Any:
-        import jinja2
+    def _closed(self, text: str, start: int, message: Message) -> int | None:
+        """Return the end of the mark that closes what a message says."""
+        if message.get("tool_calls") or not _spoken(message).strip():
+            said = [text.find(piece, start) + len(piece) for _, piece in pieces(message)]
+            at = text.find(self._closing, max(said, default=start)) if self._closing else -1
+            return at + len(self._closing) if at >= 0 else None
+        content = _spoken(message).strip()
+        at = text.find(content, start)
+        while at >= 0 and not self._plain.pattern.search(text, start, at):
+            if mark := self._end_mark.match(text, at + len(content)):
+                return mark.end()
+            at = text.find(content, at + 1)
+        return None
 
+    @cached_property
+    def _closing(self) -> str:
+        """What the template closes a turn of the assistant with; empty if with no control token."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _OPENS}]
         try:
-            return self._tokenizer.apply_chat_template([dict(m) for m in messages], **options)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(
-                f"the chat template refuses {where} ({reason})",
-                hint="Correct or remove that conversation: the template says which order of roles "
-                "and which kinds of content it takes",
-            ) from error
+            text = self._template.render(turns, "a question and its answer")
+        except DataError:
+            return ""
+        mark = self._end_mark.match(text, text.find(_OPENS) + len(_OPENS))
+        return mark[0].strip() if mark else ""
+
+
+def _counts(message: Message) -> bool:
+    return bool(message.get("weight", 1))
+
+
+def _spoken(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -107,6 +107,9 @@ def prepare_data(
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), reporter.task(f"read {recipe.data.source}") as task:
         text = Preparation(recipe, tokenizer, folder, task.advance).finish()
+    if beside := text.facts.get("left_out"):
+        some = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if beside[5:] else "")
+        reporter.line(f"left out of --data {recipe.data.source}: {some}")
     rows = _measured_rows(text.held_out, text.train.layout, recipe.data.held_out_sequences)
     size = recipe.training.batch_size
     held_out = tuple(

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.interruption import SIGNALS
+from dllm_convert.interruption import heard
 from dllm_convert.place import Place
 
 PATIENCE = timedelta(hours=24)
@@ -61,7 +61,7 @@ def _nothing_to_save() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [(number, signal.signal(number, signal.SIG_DFL)) for number in SIGNALS]
+    before = [(number, signal.signal(number, signal.SIG_DFL)) for number in heard()]
     try:
         yield
     finally:

@@ -8,31 +8,20 @@ interrupted stream takes.
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
+from dllm_convert.training.file_rows import Row, explained, reader_of
+from dllm_convert.training.files import find_files
+from dllm_convert.training.formats import EXPECTED, FILE_SUFFIXES, format_of
 
 Kind = Literal["pydoc", "files", "hub"]
-Row = Mapping[str, Any] | None
-"""Columns of a record; None stands for an empty line."""
-
-TEXT_SUFFIXES = (".txt", ".md")
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-FILE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet", *COMPRESSED_SUFFIXES)
-LARGE_TEXT = 64 << 20
-"""Bytes above which a text file is read in parts instead of as one document."""
-PART_CHARACTERS = 1 << 20
-"""Characters of such a part, to the end of the line."""
 ROWS_AT_ONCE = 64
-EXPECTED = "*.txt, *.md, *.jsonl, *.json or *.parquet files (also .gz), pydoc, or a Hub dataset id"
 
 
 @dataclass(frozen=True)
@@ -60,6 +49,7 @@ class Corpus:
         shards: Its parts, in a fixed order.
         revision: Commit of a Hub dataset.
         size: Bytes of text, if known.
+        left_out: Files beside those that are read, which could be.
     """
 
     name: str
@@ -67,6 +57,7 @@ class Corpus:
     shards: tuple[Shard, ...]
     revision: str | None = None
     size: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 def open_corpus(data: Data) -> Corpus:
@@ -77,32 +68,23 @@ def open_corpus(data: Data) -> Corpus:
             globs separated by commas, or a Hub dataset id.
 
     Raises:
-        DataError: If no such file exists.
+        DataError: If no such file exists, or it is none that can be read.
         HubError: If a Hub dataset cannot be reached or has no such subset or split.
     """
     if data.source == "pydoc":
         return Corpus("pydoc", "pydoc", (Shard("pydoc", "row", _pydoc),))
-    files = _files(data.source)
-    if files:
+    found = find_files(data.source, data.split)
+    if found is not None:
         # An empty file is nothing to read; the library stumbles over those of some formats.
-        files = [file for file in files if file.stat().st_size]
-        groups = groupby(files, _format)
-        shards = [s for builder, group in groups for s in _shards(builder, [*group], data)]
-        return Corpus(
-            data.source, "files", tuple(shards), size=sum(file.stat().st_size for file in files)
-        )
-    if data.source.endswith(FILE_SUFFIXES) or data.source.startswith((".", "/")):
+        files = [file for file in found.files if file.is_dir() or file.stat().st_size]
+        shards = tuple(shard for file in files for shard in _shards(file, data))
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        return Corpus(data.source, "files", shards, size=size, left_out=found.left_out)
+    if data.source.lower().endswith(FILE_SUFFIXES) or data.source.startswith((".", "/", "~")):
         raise DataError(f"no file matches --data {data.source}", hint=f"Give {EXPECTED}")
     from dllm_convert.training.hub_dataset import open_hub_dataset
 
     return open_hub_dataset(data)
-
-
-def kind_of(source: str) -> Kind:
-    """Return what a `data.source` that could be read stands for, by the rules of its reading."""
-    if source == "pydoc":
-        return "pydoc"
-    return "files" if _files(source) else "hub"
 
 
 def dataset_rows(dataset: Any, start: int) -> Iterator[Row]:
@@ -120,149 +102,32 @@ def _pydoc(start: int) -> Iterator[Row]:
         yield {"text": topics[name]}
 
 
-def _bare(file: Path) -> str:
-    """Suffix of a file without that of its compression."""
-    compressed = file.suffix in COMPRESSED_SUFFIXES
-    return Path(file.stem).suffix if compressed else file.suffix
-
-
-def _files(source: str) -> list[Path]:
-    found: list[Path] = []
-    for pattern in source.split(","):
-        matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-        for match in map(Path, matches):
-            inside = sorted(_visible(match)) if match.is_dir() else [match]
-            found += [
-                file
-                for file in inside
-                if file.is_file() and (_bare(file) in FILE_SUFFIXES or file == match)
-            ]
-    return found
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    """Yield what lies below a folder, but for what is hidden, such as .git or a run's .work."""
-    for path in folder.rglob("*"):
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
-
-
-def _format(file: Path) -> str:
-    """Which of `datasets`' builders reads a file, and how."""
-    suffix = _bare(file)
-    if suffix in (".jsonl", ".json", ".parquet"):
-        return suffix[1:]
-    return "lines" if file.stat().st_size > LARGE_TEXT else "text"
-
-
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "text": ("text", {"sample_by": "document"}),
-    "lines": ("text", {"sample_by": "line", "keep_linebreaks": True}),
-    "jsonl": ("text", {"sample_by": "line"}),
-}
-
-
-def _shards(form: str, files: list[Path], data: Data) -> Iterator[Shard]:
-    """Read files of one format, each as a shard."""
-    import datasets
-
-    # The JSON builder wants every line of every file to have the same keys; lines of text do not.
-    builder, options = _BUILDERS.get(form, (form, {}))
-    paths = [glob.escape(str(file.resolve())) for file in files]
-    name = str(files[0]) if len(files) == 1 else f"a file of {data.source}"
-    with explained(name, builder):
-        dataset = datasets.load_dataset(
-            builder, data_files=paths, split="train", streaming=True, **options
-        )
-    convert = {"jsonl": _json_lines, "lines": _parts, "text": _checked}.get(form)
-    for number, file in enumerate(files):
-        part = partial(dataset.shard, num_shards=len(files), index=number)
+def _shards(file: Path, data: Data) -> Iterator[Shard]:
+    """Return what reads a file or a saved dataset."""
+    form = "saved" if file.is_dir() else format_of(file) or "text"
+    if form not in ("saved", "parquet", "arrow"):
         unit = "line" if form == "jsonl" else "row"
-        yield Shard(str(file), unit, partial(_read, part, str(file), builder, convert, data))
+        yield Shard(str(file), unit, reader_of(form, file, data.text_field))
+        return
+    yield Shard(str(file), "row", partial(_table_rows, form, file))
 
 
-def _read(
-    part: Callable[[], Any],
-    name: str,
-    builder: str,
-    convert: Callable[[Iterator[Row], str, int], Iterator[Row]] | None,
-    data: Data,
-    start: int,
-) -> Iterator[Row]:
-    with explained(name, builder):
-        if convert is _parts:
-            parts = _parts(dataset_rows(part(), 0), name, 0)
-            rows: Iterator[Row] = islice(parts, start, None)
-        else:
-            rows = dataset_rows(part(), start)
-            rows = convert(rows, name, start) if convert else rows
-        for row in rows:
-            # The text builder calls its one column `text`, whatever the recipe calls it.
-            whole = builder == "text" and convert is not _json_lines
-            yield {data.text_field: row["text"]} if whole and row else row
-
-
-def _checked(rows: Iterator[Row], name: str, start: int) -> Iterator[Row]:
-    for row in rows:
-        if row and "\0" in row["text"][:65536]:
-            raise DataError(
-                f"{name} holds binary data, not text",
-                hint="Give .txt, .md, .jsonl, .json or .parquet files",
-            )
-        yield row
-
-
-def _parts(rows: Iterator[Row], name: str, start: int) -> Iterator[Row]:
-    """Join the lines of a large file to parts that fit into memory."""
-    lines: list[str] = []
-    characters = 0
-    for row in _checked(rows, name, start):
-        lines.append(row["text"] if row else "")
-        characters += len(lines[-1])
-        if characters >= PART_CHARACTERS:
-            yield {"text": "".join(lines)}
-            lines, characters = [], 0
-    if lines:
-        yield {"text": "".join(lines)}
-
-
-def _json_lines(rows: Iterator[Row], name: str, start: int) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=start + 1):
-        line = row["text"] if row else ""
-        if not line.strip():
-            yield None
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{name} line {number} is not JSON ({error.msg} at column {error.colno})",
-                hint="Every line must be one JSON object",
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{name} line {number} is a JSON {type(record).__name__}, expected an object",
-                hint='Every line must be one JSON object, such as {"text": "..."}',
-            )
-        yield record
-
-
-@contextmanager
-def explained(name: str, form: str) -> Iterator[None]:
-    """Turn what reading a local file raises into a DataError that names it."""
+def _table_rows(form: str, file: Path, start: int) -> Iterator[Row]:
+    import datasets
     import pyarrow as pa
 
     try:
-        yield
-    except UnicodeDecodeError as error:
-        before = error.object[max(0, error.start - 20) : error.start].decode(errors="replace")
+        with explained(str(file), "what save_to_disk writes" if form == "saved" else form):
+            if form == "saved":
+                dataset = datasets.load_from_disk(str(file))
+                yield from dataset_rows(dataset.to_iterable_dataset(), start)
+                return
+            dataset = datasets.load_dataset(
+                form, data_files=glob.escape(str(file.resolve())), split="train", streaming=True
+            )
+            yield from dataset_rows(dataset, start)
+    except pa.ArrowException as error:
         raise DataError(
-            f"{name} is not UTF-8 text (0x{error.object[error.start]:02x} after {before!r})",
-            hint="Convert it to UTF-8 first, for instance with iconv",
-        ) from error
-    except (pa.ArrowException, ValueError, OSError, EOFError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(
-            f"{name} cannot be read as {form} ({reason})",
+            f"{file} cannot be read as {form} ({next(iter(str(error).splitlines()), '')})",
             hint=f"Give {EXPECTED}",
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -13,13 +13,23 @@ import numpy as np
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
 from dllm_convert.text_bounds import end_token
-from dllm_convert.training.chat import CHAT_COLUMNS, ChatEncoder, Message, find_messages
-from dllm_convert.training.documents import Row
+from dllm_convert.training.chat import ChatEncoder
+from dllm_convert.training.file_rows import Row
+from dllm_convert.training.messages import (
+    BESIDE_CHATS,
+    CHAT_COLUMNS,
+    Message,
+    advice,
+    find_messages,
+)
+from dllm_convert.training.plain_text import PlainText
 
 LONGEST = 1 << 20
 """Characters above which a document is cut: tokenizers take memory by the document."""
 KEYS = 1 << 64
 """Keys are whole numbers from 0 up to this."""
+
+_CHAT_COLUMNS = sorted(frozenset().union(*CHAT_COLUMNS, BESIDE_CHATS))
 
 IdArray = np.ndarray[Any, np.dtype[np.int32]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
@@ -57,12 +67,14 @@ class Encoded:
         ids: Token ids, shape (n,), int32.
         scored: Tokens that may be masked and scored, shape (n,), bool; None for all of them.
         truncated: Whether tokens beyond the sequence's length were cut off.
+        spelled: Whether it says the text of a control token, which became letters.
     """
 
     key: int
     ids: IdArray
     scored: BoolArray | None = None
     truncated: bool = False
+    spelled: bool = False
 
 
 def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
@@ -79,6 +91,7 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     if row is None:
         return
     value = row.get(data.text_field)
+    _check_characters(row, data, where)
     if isinstance(value, str):
         for part in _parts(value) if value.strip() else ():
             yield Document(part, where)
@@ -89,8 +102,28 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     elif not any(names <= row.keys() for names in ({data.text_field}, *CHAT_COLUMNS)):
         raise DataError(
             f"{where} has no column {data.text_field!r}, it has {sorted(row)}",
-            hint="Name the column of the text or of the messages with --set data.text_field=COLUMN",
+            hint=advice([*row]),
         )
+
+
+def _check_characters(row: Mapping[str, Any], data: Data, where: str) -> None:
+    """See to it that text can be written as UTF-8: JSON can say half of a character."""
+    chat = () if isinstance(row.get(data.text_field), str) else _CHAT_COLUMNS
+    for name in (data.text_field, *chat):
+        value = row.get(name)
+        if value is None:
+            continue
+        text = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where} holds {text[error.start]!a} in {name}, half of a surrogate pair, which "
+                "is no character",
+                hint="Remove that row, or write the character whole",
+            ) from error
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -116,6 +149,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._data = data
         self._end = end_token(tokenizer)
+        self._plain = PlainText(tokenizer)
         self._chat: ChatEncoder | None = None
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
@@ -131,25 +165,40 @@ class Encoder:
             As many, in their order; those with nothing to learn from have no tokens.
 
         Raises:
-            DataError: If a conversation cannot be encoded.
+            DataError: If a conversation cannot be encoded, or a text becomes the mask.
         """
         texts = [d.content for d in documents if isinstance(d.content, str)]
-        tokens = iter(self._tokenizer(texts, verbose=False)["input_ids"] if texts else ())
-        return [
-            self._text(document, next(tokens))
+        tokens = iter(zip(*self._plain.encode(texts), strict=True))
+        encoded = [
+            self._text(document, *next(tokens))
             if isinstance(document.content, str)
             else self._conversation(document, document.content)
             for document in documents
         ]
+        for document, found in zip(documents, encoded, strict=True):
+            self._check(document, found)
+        return encoded
 
-    def _text(self, document: Document, ids: list[int]) -> Encoded:
+    def _check(self, document: Document, encoded: Encoded) -> None:
+        """See to it that no token of a text is the mask: nothing could be predicted in its place.
+
+        What a tokenizer without a backend of its own makes of a text cannot be kept from it.
+        """
+        mask = self._tokenizer.mask_token_id
+        if mask is not None and (encoded.ids == mask).any():
+            raise DataError(
+                f"{document.where} becomes the mask token {self._tokenizer.mask_token!r} in places",
+                hint="Remove that text, or name another mask with --set mask_token.token=TEXT",
+            )
+
+    def _text(self, document: Document, ids: list[int], spelled: bool) -> Encoded:
         if self._end is not None and (not ids or ids[-1] != self._end):
             ids = [*ids, self._end]
-        return Encoded(document.key, np.array(ids, dtype=np.int32))
+        return Encoded(document.key, np.array(ids, dtype=np.int32), spelled=spelled)
 
     def _conversation(self, document: Document, messages: Sequence[Message]) -> Encoded:
         if self._chat is None:
-            self._chat = ChatEncoder(self._tokenizer, self._data.scored_turns)
+            self._chat = ChatEncoder(self._tokenizer, self._data.scored_turns, self._plain)
         ids, scored = self._chat.encode(messages, document.where)
         length = self._data.sequence_length
         kept = length if any(scored[1:length]) else 0
@@ -158,4 +207,5 @@ class Encoder:
             np.array(ids[:kept], dtype=np.int32),
             np.array(scored[:kept], dtype=np.bool_),
             truncated=len(ids) > length,
+            spelled=self._plain.occurs_in(messages),
         )

@@ -112,7 +112,7 @@ def noise_variance(schedule: Schedule, *, by_count: bool) -> float:
 def survey(
     model: Any,
     batches: Sequence[TextBatch],
-    measured: Mapping[str, Mapping[str, float]],
+    measured: Mapping[str, Mapping[str, Any]],
     text: Text,
     *,
     seed: int,
@@ -136,7 +136,7 @@ def survey(
     row = mask_row_ratio(embeddings, objective.mask_token_id, batches)
     start = Start(
         before["nats_per_token"],
-        before["stderr"],
+        math.inf if before["stderr"] is None else before["stderr"],
         int(before["tokens"]),
         math.log(len(embeddings)),
         base["nats_per_token"] if base else None,

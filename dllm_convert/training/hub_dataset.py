@@ -10,8 +10,9 @@ from typing import Any
 from dllm_convert.errors import DllmConvertError, HubError
 from dllm_convert.hub_errors import hub_errors, transport_error
 from dllm_convert.schema import Data
-from dllm_convert.training.chat import CHAT_COLUMNS
-from dllm_convert.training.documents import Corpus, Row, Shard, dataset_rows
+from dllm_convert.training.documents import Corpus, Shard, dataset_rows
+from dllm_convert.training.file_rows import Row
+from dllm_convert.training.messages import BESIDE_CHATS, CHAT_COLUMNS
 
 
 def open_hub_dataset(data: Data) -> Corpus:
@@ -44,9 +45,9 @@ def open_hub_dataset(data: Data) -> Corpus:
 def _needed(columns: list[str], data: Data) -> list[str]:
     """Columns that are read; all of them if none is known, so that an error can name them."""
     if data.text_field in columns:
-        return [data.text_field]
+        return sorted({data.text_field} | (BESIDE_CHATS & {*columns}))
     needed = frozenset().union(*(names for names in CHAT_COLUMNS if names <= {*columns}))
-    return sorted(needed) or columns
+    return sorted(needed | (BESIDE_CHATS & {*columns})) if needed else columns
 
 
 def _read(dataset: Any, number: int, data: Data, start: int) -> Iterator[Row]:

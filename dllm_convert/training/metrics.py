@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dllm_convert import strict_json
 from dllm_convert.disk import sync, write_whole
 
 GIB = 1 << 30
@@ -35,14 +36,14 @@ class Metrics:
         self.last: Mapping[str, Any] = kept[-1] if kept else {}
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(path, "".join(strict_json.dumps(line) + "\n" for line in kept))
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add the line of a step."""
         self.last = line
         if self._writes:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(strict_json.dumps(line) + "\n")
 
     def sync(self) -> None:
         """Wait until all lines have reached the disk."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dllm_convert import strict_json
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data, Recipe
 from dllm_convert.text_bounds import end_token
@@ -231,6 +232,7 @@ class Preparation:
             "kind": corpus.kind,
             "revision": corpus.revision,
             "streaming": False,
+            "left_out": [Path(name).name for name in corpus.left_out],
         }
 
     def _check(self, documents: int, parts: dict[str, Store]) -> None:
@@ -272,5 +274,5 @@ def divide(store: Store, split: Split, fraction: float) -> tuple[Store, Store]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(strict_json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -61,12 +61,14 @@ class Tally:
         empty: Rows without text.
         silent: Conversations in which the assistant says nothing, or not within the length.
         truncated: Conversations cut at the sequence's length.
+        spelled: Documents that say the text of a control token, which became letters.
     """
 
     read: int = 0
     empty: int = 0
     silent: int = 0
     truncated: int = 0
+    spelled: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts."""
@@ -194,6 +196,7 @@ class Reader:
         encoded = self.encoder.encode(batch)
         self.tally.silent += sum(len(document.ids) == 0 for document in encoded)
         self.tally.truncated += sum(document.truncated for document in encoded)
+        self.tally.spelled += sum(document.spelled for document in encoded)
         return [document for document in encoded if len(document.ids)]
 
     def write(self, folder: Path, need: Need, advance: Callable[[int], None]) -> Store:

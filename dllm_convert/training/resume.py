@@ -8,6 +8,7 @@ before. Whatever has no marker, or does not match it, is no checkpoint.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dllm_convert.disk import sync_tree
 from dllm_convert.errors import DataError
@@ -24,6 +27,12 @@ from dllm_convert.workspace import write_json
 
 COMPLETE_MARKER = "complete"
 _ZIPPED = (".pt", ".pth", ".bin")
+_STATES = ("optimizer.pt", "scheduler.pt")
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, IndexError),
+    *(ValueError, TypeError, AttributeError),
+)
+"""What torch raises for a pickle whose bytes are not what was written."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +188,22 @@ def _has_structure(path: Path) -> bool:
         if path.suffix == ".safetensors":
             read_header(path)
         elif path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return path.name != TRAINER_STATE_NAME or (
+                isinstance(content, dict) and isinstance(content.get("global_step"), int)
+            )
         elif path.suffix in _ZIPPED:
-            return zipfile.is_zipfile(path)
+            return zipfile.is_zipfile(path) and (path.name not in _STATES or _unpickles(path))
     except (DataError, ValueError):
+        return False
+    return True
+
+
+def _unpickles(path: Path) -> bool:
+    """Whether torch can read a state: its structure, not the numbers, which stay on the disk."""
+    try:
+        torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except _UNREADABLE:
         return False
     return True
 

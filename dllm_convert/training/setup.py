@@ -10,6 +10,7 @@ import torch
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.loading import load_complete
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_estimate import chosen_attention
 from dllm_convert.schema import Recipe, Training
@@ -34,6 +35,9 @@ def load_model(
         dtype: Type the weights are held in.
         attention: Implementation, as transformers names it; None is the family's first.
         quantized: Hold linear layers in 4 bits (NF4, arXiv 2305.14314).
+
+    Raises:
+        DataError: It cannot be loaded, or not completely.
     """
     cls = diffusion_class(adapter)
     chosen = attention or adapter.implementations[0]
@@ -47,7 +51,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    return cls.from_pretrained(folder, **settings).eval()
+    return load_complete(cls, folder, **settings)
 
 
 def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:

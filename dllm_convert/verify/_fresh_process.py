@@ -37,6 +37,7 @@ def _load_and_run(
         "class": type(model).__name__,
         "missing": sorted(info["missing_keys"]),
         "mismatched": sorted(str(key) for key in info["mismatched_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
     }
     if remote_code:
         facts |= _refusal(sys.modules[type(model).__module__])

@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 
+from dllm_convert.loading import base_config
 from dllm_convert.verify.report import Probe, first_items
 from dllm_convert.verify.subject import Subject
 
@@ -27,11 +28,13 @@ CHANGED = frozenset(
 def check_base_config(subject: Subject, base: Path) -> Probe:
     """Return the probe `base-config`.
 
-    Both are read as transformers reads them: a field left out counts as its default.
+    Both are read as transformers reads them: a field left out counts as its default. What the
+    base's files contradict counts as the files say.
     """
     adapter = subject.adapter
     cls = getattr(transformers, adapter.stock_class).config_class
-    ours, theirs = (cls.from_pretrained(folder).to_dict() for folder in (subject.folder, base))
+    ours = cls.from_pretrained(subject.folder).to_dict()
+    theirs = base_config(base, adapter).to_dict()
     free = CHANGED | (set(adapter.window.overrides) if adapter.window else set())
     compared = sorted(theirs.keys() - free)
     wrong = {

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from dllm_convert.adapters import Adapter, adapter_of
 from dllm_convert.console import Reporter
 from dllm_convert.copying import pieces, workers
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.manifest import MANIFEST_FILE, changed_files, read_manifest
+from dllm_convert.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.mean_row import is_finite
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.plan_checks import unused_tensors
-from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
+from dllm_convert.source_fit import fit_folder
 from dllm_convert.source_folder import read_config
+from dllm_convert.verify.hashes import REQUIRED, hashes_probe
+from dllm_convert.verify.placed import Placed, first_difference, locate
 from dllm_convert.verify.report import Probe, VerificationReport, first_items, skipped
 
 NEEDS_MODEL = (
@@ -32,46 +32,6 @@ NEEDS_MODEL = (
     *("padding", "batch", "generate", "quality", "likelihood"),
 )
 """Groups of probes for which the model, or transformers, has to be loaded."""
-_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """Where a tensor lies."""
-
-    path: Path
-    start: int
-    entry: Entry
-
-    @property
-    def row_bytes(self) -> int:
-        return prod(self.entry.shape[1:]) * DTYPE_BYTES[self.entry.dtype]
-
-
-def _locate(folder: Path) -> dict[str, _Tensor]:
-    """Return name, as transformers spells it today, to place of every tensor of a folder."""
-    found = {}
-    for file, header in read_checkpoint(folder).items():
-        for name, entry in header.entries.items():
-            for old, new in _LEGACY.items():
-                name = name.replace(old, new)
-            found[name] = _Tensor(folder / file, header.data_start + entry.start, entry)
-    return found
-
-
-def _first_difference(ours: _Tensor, base: _Tensor, start: int, length: int) -> int | None:
-    """Return the first byte of a part of two tensors that differs, None if all are equal."""
-    position = start
-    with ours.path.open("rb", 0) as left, base.path.open("rb", 0) as right:
-        for piece, _ in pieces(left.fileno(), ours.start + start, length):
-            # Holes of two files need not lie alike, so the pieces of the other are put together.
-            parts = pieces(right.fileno(), base.start + position, len(piece))
-            mine, other = bytes(piece), b"".join(bytes(part) for part, _ in parts)
-            if mine != other:  # bytes are compared at once, views one element after the other
-                pairs = enumerate(zip(mine, other, strict=True))
-                return position + next(at for at, (one, two) in pairs if one != two)
-            position += len(piece)
-    return None
 
 
 @dataclass(frozen=True)
@@ -96,10 +56,20 @@ class BaseBytes:
 
     def probe(self) -> Probe:
         """Return the probe `base-tensors`."""
-        ours, base = _locate(self.folder), _locate(self.base)
-        unused = set(unused_tensors(base, self.adapter))
-        kept = [name for name in base if name not in unused]
-        wrong = [f"{name} of the base is missing" for name in kept if name not in ours]
+        required = "0, the mask's and new rows aside"
+        try:
+            fit = fit_folder(self.base, self.adapter)
+        except IncompatibleError as error:
+            return Probe("base-tensors", False, "not the base's tensors", required, str(error))
+        ours = locate(self.folder, self.adapter)
+        base = locate(self.base, self.adapter, fit.names)
+        kept = list(base)
+        # Training may store once what the base stores twice.
+        free = fit.twins if self.trained else frozenset()
+        wrong = [f"{name} of the base is missing" for name in kept if name not in {*ours, *free}]
+        if self.trained and wrong:
+            measured = f"{len(wrong)} of {len(kept)} tensors missing"
+            return Probe("base-tensors", False, measured, required, first_items(wrong))
         pairs = {name: (ours[name], base[name]) for name in kept if name in ours}
         same = [name for name, pair in pairs.items() if self._one_file(*pair)]
         others = pairs.keys() - set(same)
@@ -112,19 +82,18 @@ class BaseBytes:
         if not wrong:
             ways = {"read": read, "in files copied and hashed": copied, "in linked files": same}
             detail = ", ".join(f"{len(names)} {how}" for how, names in ways.items() if names)
-        required = "0, the mask's and new rows aside"
         measured = f"{len(wrong)} of {len(kept)} tensors differ"
         if self.trained:
             return Probe("base-tensors", None, measured, required, "the weights were trained")
         return Probe("base-tensors", not wrong and bool(kept), measured, required, detail)
 
     @staticmethod
-    def _one_file(ours: _Tensor, base: _Tensor) -> bool:
+    def _one_file(ours: Placed, base: Placed) -> bool:
         return (ours.start, ours.entry) == (base.start, base.entry) and os.path.samestat(
             ours.path.stat(), base.path.stat()
         )
 
-    def _difference(self, name: str, ours: _Tensor, base: _Tensor) -> str:
+    def _difference(self, name: str, ours: Placed, base: Placed) -> str:
         mine, other = ours.entry, base.entry
         rows = name in {self.adapter.embedding, self.adapter.head, *self.adapter.head_biases}
         grown = rows and mine.shape[1:] == other.shape[1:] and mine.shape[:1] >= other.shape[:1]
@@ -138,7 +107,7 @@ class BaseBytes:
             after = (self.mask_row + 1) * row
             parts = [(0, self.mask_row * row), (after, size - after)]
         for start, length in parts:
-            at = _first_difference(ours, base, start, length)
+            at = first_difference(ours, base, start, length)
             if at is not None:
                 return f"{name} differs first in row {at // max(1, row)}"
         return ""
@@ -146,7 +115,7 @@ class BaseBytes:
 
 def mask_row_probe(folder: Path, adapter: Adapter, mask_id: int) -> Probe:
     """Return the probe `mask-row`: in the embedding and the head, there, finite and not zero."""
-    tensors = _locate(folder)
+    tensors = locate(folder, adapter)
     wrong, looked = [], 0
     for name in (adapter.embedding, adapter.head):
         if name not in tensors:
@@ -171,13 +140,25 @@ def mask_row_probe(folder: Path, adapter: Adapter, mask_id: int) -> Probe:
     )
 
 
-def _weights_probe(folder: Path) -> Probe:
+def _weights_probe(folder: Path, adapter: Adapter) -> Probe:
+    """Return the probe `weights`: the files hold what the class loads, and nothing else."""
     try:
-        count = len(_locate(folder))
-    except DataError as error:
-        return Probe("weights", False, "not readable", "safetensors", str(error))
-    detail = "names, shapes and index; whether the class needs others is not looked at"
-    return Probe("weights", True, f"{count} tensors described and complete", "all", detail)
+        fit = fit_folder(folder, adapter)
+    except (DataError, IncompatibleError) as error:
+        return Probe("weights", False, "not complete", "what the class loads", str(error))
+    wrong = [f"{name} belongs to no part of the model" for name in fit.dropped]
+    wrong += [
+        f"config.json: {key} should be {value!r}"
+        for key, value in fit.config.items()
+        if key not in ("dtype", "torch_dtype")  # how they are stored is no matter of what they are
+    ]
+    return Probe(
+        "weights",
+        not wrong,
+        f"{len(wrong)} wrong, {len(fit.names)} tensors described and complete",
+        "0, names, shapes and types as the class has them",
+        first_items(wrong),
+    )
 
 
 def verify_staged(
@@ -204,17 +185,20 @@ def verify_staged(
         against = BaseBytes(folder, base, plan.adapter, row, known)
         config = read_config(folder)
         return verify_bytes(
-            folder, config, plan.adapter, against=against, hashes=None, reason=reason
+            folder, config, plan.adapter, against=against, hashed=True, reason=reason
         )
 
 
-def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> VerificationReport:
+def verify_folder(
+    folder: Path, base: Path | None, reporter: Reporter, reason: str = "not asked for: --files"
+) -> VerificationReport:
     """Verify a converted checkpoint without loading its model, from its own manifest.
 
     Args:
         folder: The checkpoint.
         base: Folder with the base's safetensors weights, None to compare with none.
         reporter: Progress.
+        reason: Why the model is not loaded.
 
     Raises:
         DataError: There is no such folder, or no config in it.
@@ -239,8 +223,8 @@ def verify_folder(folder: Path, base: Path | None, reporter: Reporter) -> Verifi
             config,
             adapter,
             against=BaseBytes(folder, base, adapter, row, trained=trained) if base else None,
-            hashes=manifest.get("files") or {},
-            reason="not asked for: --files",
+            hashed=False,
+            reason=reason,
         )
 
 
@@ -250,7 +234,7 @@ def verify_bytes(
     adapter: Adapter,
     *,
     against: BaseBytes | None,
-    hashes: Mapping[str, str] | None,
+    hashed: bool,
     reason: str,
 ) -> VerificationReport:
     """Verify a checkpoint without loading its model.
@@ -260,27 +244,23 @@ def verify_bytes(
         config: Its config.json.
         adapter: Its family.
         against: The comparison with its base, None if there is none to compare with.
-        hashes: What its files should hash to, None if they were hashed as they were written.
+        hashed: Whether its files were hashed as they were written.
         reason: Why the other probes are not run.
     """
     started = time.monotonic()
-    probes = [_weights_probe(folder)]
+    probes = [_weights_probe(folder, adapter)]
     if probes[0].passed:
         probes.append(mask_row_probe(folder, adapter, int(config["diffusion"]["mask_token_id"])))
         if against is None:
             probes.append(skipped("base-tensors", "0", "no base to compare with: --against SOURCE"))
         else:
             probes.append(against.probe())
-    probes.append(_hashes_probe(folder, hashes))
+    probes.append(_hashes_probe(folder, hashed=hashed))
     probes += map(partial(skipped, required="to be measured", reason=reason), NEEDS_MODEL)
     return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
 
 
-def _hashes_probe(folder: Path, hashes: Mapping[str, str] | None) -> Probe:
-    if hashes is None:
-        return skipped("hashes", "0", "they were taken from the bytes as these were written")
-    if not hashes:
-        return skipped("hashes", "0", "the folder has no manifest with hashes")
-    wrong = changed_files(folder, hashes)
-    found = f"{len(wrong)} of {len(hashes)} files differ"
-    return Probe("hashes", not wrong, found, "0", first_items(wrong))
+def _hashes_probe(folder: Path, *, hashed: bool) -> Probe:
+    if hashed:
+        return skipped("hashes", REQUIRED, "they were taken from the bytes as these were written")
+    return hashes_probe(folder)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import changed_files
 from dllm_convert.plan_attention import layer_types
 from dllm_convert.plan_layers import SLIDING
+from dllm_convert.tensor_names import stored_names
+from dllm_convert.verify.hashes import hashes_probe
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.reading import read_tensor
 from dllm_convert.verify.report import Probe, first_items, skipped
 from dllm_convert.verify.storage import check_storage
 from dllm_convert.verify.subject import Subject
-from dllm_convert.verify.tensor_names import modern_name
 
 
 def check_files(subject: Subject) -> list[Probe]:
@@ -82,7 +82,8 @@ def _expected(subject: Subject) -> tuple[dict[str, tuple[int, ...]], Mapping[str
 
 def _weights(subject: Subject) -> Probe:
     expected, ties = _expected(subject)
-    found = {modern_name(name): shape for name, shape in subject.shapes.items()}
+    names = stored_names(subject.shapes, subject.adapter)
+    found = {names[name]: shape for name, shape in subject.shapes.items()}
     shared = {name for name, twin in ties.items() if twin in found}
     shared |= {twin for name, twin in ties.items() if name in found}
     missing = sorted(expected.keys() - found.keys() - shared)
@@ -145,11 +146,5 @@ def check_finite(subject: Subject) -> Probe:
 
 
 def check_hashes(subject: Subject) -> Probe:
-    """Return the probe `hashes`: the files are those the manifest names."""
-    hashes = subject.manifest.get("files")
-    required = "0"
-    if not isinstance(hashes, Mapping) or not hashes:
-        return skipped("hashes", required, "the folder has no manifest with hashes")
-    wrong = changed_files(subject.folder, hashes)
-    measured = f"{len(wrong)} of {len(hashes)} files differ"
-    return Probe("hashes", not wrong, measured, required, first_items(wrong))
+    """Return the probe `hashes`: the files are those the manifest names, and no others."""
+    return hashes_probe(subject.folder)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from dllm_convert.diffusion_class import diffusion_class
+from dllm_convert.loading import load_base as load_stock
+from dllm_convert.loading import load_complete
 from dllm_convert.observations import Influence, InfluenceMap
+from dllm_convert.plan_fit import diffusion_section
+from dllm_convert.source_folder import read_config
 from dllm_convert.verify.influence import RELATIVE_TOLERANCE, measure_influence
 from dllm_convert.verify.subject import Subject
 
@@ -65,10 +69,15 @@ def _level(share: float) -> float | None:
 
 
 def load_base(base: Path, subject: Subject) -> Any:
-    """Load the base as stock transformers does, in float32."""
-    cls = getattr(transformers, subject.adapter.stock_class)
-    attention = subject.adapter.implementations[0]
-    return cls.from_pretrained(base, dtype=torch.float32, attn_implementation=attention).eval()
+    """Load the base as stock transformers does, in float32; one that is a conversion as what it is.
+
+    The stock class would let a block diffusion model look ahead across its blocks.
+    """
+    adapter = subject.adapter
+    settings = {"dtype": torch.float32, "attn_implementation": adapter.implementations[0]}
+    if diffusion_section(read_config(base)) is not None:
+        return load_complete(diffusion_class(adapter), base, **settings)
+    return load_stock(base, adapter, **settings)
 
 
 def observe_influence(subject: Subject, model: Any, base: Any | None) -> Influence:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 
 from dllm_convert.errors import DataError
-from dllm_convert.plan_checks import unused_tensors
+from dllm_convert.fit import is_tied
+from dllm_convert.loading import load_base
 from dllm_convert.safetensors_header import Header, read_checkpoint
+from dllm_convert.source_fit import fit_folder
+from dllm_convert.tensor_names import stored_names
 from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.verify.base_config import check_base_config
 from dllm_convert.verify.divergence import Trace
 from dllm_convert.verify.report import Probe, first_items, largest, skipped
 from dllm_convert.verify.subject import Subject
-from dllm_convert.verify.tensor_names import modern_name
 
 LENGTH = 32
 _ROWS_AT_ONCE = 1 << 13
@@ -55,11 +56,21 @@ class _Located:
     dtype: str
 
 
-def _locate(folder: Path, headers: dict[str, Header]) -> dict[str, _Located]:
+def _locate(
+    folder: Path, headers: Mapping[str, Header], names: Mapping[str, str]
+) -> dict[str, _Located]:
+    """Return the tensors of a folder under the names their class knows them by.
+
+    Args:
+        folder: The folder.
+        headers: Headers of its files.
+        names: Name in the files to name in the class, of the tensors that are wanted.
+    """
     return {
-        modern_name(name): _Located(folder / file, name, entry.shape, entry.dtype)
+        names[name]: _Located(folder / file, name, entry.shape, entry.dtype)
         for file, header in headers.items()
         for name, entry in header.entries.items()
+        if name in names
     }
 
 
@@ -96,16 +107,19 @@ class _Comparison:
     def __init__(self, subject: Subject, base: Path) -> None:
         self._subject = subject
         self._base_folder = base
-        self._ours = _locate(subject.folder, dict(subject.headers))
-        self._base = _locate(base, read_checkpoint(base))
         adapter = subject.adapter
-        self._unused = set(unused_tensors(self._base, adapter))
+        self._ours = _locate(subject.folder, subject.headers, stored_names(subject.shapes, adapter))
         self._vocabulary = {adapter.embedding, adapter.head, *adapter.head_biases}
-        if adapter.embedding not in self._base:
+        base_headers = read_checkpoint(base)
+        stored = {name for header in base_headers.values() for name in header.entries}
+        if adapter.embedding not in stored_names(stored, adapter).values():
             raise DataError(
                 f"{base} has no tensor {adapter.embedding}, so it is not the base of this "
                 f"{adapter.model_type} checkpoint"
             )
+        fit = fit_folder(base, adapter)
+        self._base = _locate(base, base_headers, fit.names)
+        self._twins = fit.twins
         self._base_rows = self._base[adapter.embedding].shape[0]
 
     def _misshapen(self, ours: _Located, base: _Located, name: str) -> bool:
@@ -121,27 +135,36 @@ class _Comparison:
             if self._misshapen(self._ours[name], self._base[name], name)
         ]
 
+    def _wrong_names(self) -> list[str]:
+        """Return what only one of both has; what is tied to another tensor may be stored or not."""
+        free = {*self._twins, *self._subject.adapter.head_biases}
+        if is_tied(self._subject.config, self._subject.adapter):
+            free.add(self._subject.adapter.head)
+        missing = self._base.keys() - self._ours.keys() - free
+        added = self._ours.keys() - self._base.keys() - free
+        return [f"{name} of the base is missing" for name in sorted(missing)] + [
+            f"{name} is no tensor of the base" for name in sorted(added)
+        ]
+
     def shapes(self) -> Probe:
-        """Compare shapes only: all that training leaves alone."""
-        wrong = self._wrong_shapes()
+        """Compare names and shapes only: all that training leaves alone."""
+        wrong = self._wrong_shapes() + self._wrong_names()
         common = len(self._ours.keys() & self._base.keys())
         return Probe(
             "base-tensors",
             not wrong and common > 0,
             f"{len(wrong)} of {common} tensors misshapen",
-            "0, new rows aside",
+            "0 misshapen, missing or added, new rows aside",
             first_items(wrong),
         )
 
     def tensors(self) -> Probe:
         """Compare bytes."""
         wrong = self._wrong_shapes()
-        kept = self._base.keys() - self._unused
+        kept = self._base.keys()
         wrong += [f"{name} of the base is missing" for name in sorted(kept - self._ours.keys())]
         if not wrong:
-            wrong = [
-                text for name in self._base if name in kept and (text := self._difference(name))
-            ]
+            wrong = [text for name in self._base if (text := self._difference(name))]
         return Probe(
             "base-tensors",
             not wrong,
@@ -179,12 +202,12 @@ class _Comparison:
             inputs["attention_mask"] = mask
         if adapter.auto_class == "AutoModelForCausalLM":
             inputs["use_cache"] = False
-        base = getattr(transformers, adapter.stock_class).from_pretrained(
+        base = load_base(
             self._base_folder,
+            adapter,
             dtype=torch.float32,
             attn_implementation=adapter.implementations[0],
         )
-        base.eval()
         trace = Trace(base, inputs, base.get_output_embeddings())
         logits, wrong, first = trace.compare(self._subject.model, inputs)
         kept = torch.arange(self._base_rows)

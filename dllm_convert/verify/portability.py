@@ -116,6 +116,8 @@ def _compare(
         wrong.append(f"loads as {found['class']}")
     if found["missing"] or found["mismatched"]:
         wrong.append(f"loads at random: {[*found['missing'], *found['mismatched']][0]}")
+    if found["unexpected"]:
+        wrong.append(f"holds {found['unexpected'][0]}, which {found['class']} does not know")
     if facts["mask_token_id"] != subject.claim.mask_token_id:
         wrong.append(f"its tokenizer has mask id {facts['mask_token_id']}")
     tolerance = subject.adapter.tolerance

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from dllm_convert.adapters import Adapter
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -17,9 +18,9 @@ from dllm_convert.safetensors_header import (
     read_checkpoint,
 )
 from dllm_convert.source_folder import read_config
+from dllm_convert.tensor_names import stored_names
 from dllm_convert.verify.report import Probe, first_items
 from dllm_convert.verify.subject import Subject
-from dllm_convert.verify.tensor_names import modern_name
 
 _WEIGHTS = re.compile(
     r"(model|pytorch_model).*\.(safetensors|bin|pth?)|tf_model\.h5|flax_model\.msgpack"
@@ -79,10 +80,11 @@ def _numbers(files: list[str]) -> dict[str, str]:
     }
 
 
-def _matrices(headers: Mapping[str, Header]) -> dict[str, Entry]:
+def _matrices(headers: Mapping[str, Header], adapter: Adapter) -> dict[str, Entry]:
     """Return the floating-point matrices by the names that transformers loads them by."""
+    names = stored_names((n for header in headers.values() for n in header.entries), adapter)
     return {
-        modern_name(name): entry
+        names[name]: entry
         for header in headers.values()
         for name, entry in header.entries.items()
         if entry.dtype in _FLOATING and len(entry.shape) > 1
@@ -99,7 +101,7 @@ def _dtypes(subject: Subject) -> Probe:
     Vectors (norms, biases) may be wider: some bases keep them in float32. What the base declares
     and stores in the same way is the base's, and was copied.
     """
-    matrices = _matrices(subject.headers)
+    matrices = _matrices(subject.headers, subject.adapter)
     sizes: Counter[str] = Counter()
     for entry in matrices.values():
         sizes[entry.dtype] += entry.end - entry.start
@@ -108,7 +110,7 @@ def _dtypes(subject: Subject) -> Probe:
     expected = stored if declared is None else _DTYPES.get(str(declared), str(declared))
     kept: Mapping[str, Entry] = {}
     if subject.against is not None and _declared(read_config(subject.against)) == declared:
-        kept = _matrices(read_checkpoint(subject.against))
+        kept = _matrices(read_checkpoint(subject.against), subject.adapter)
     wrong = {
         name: f"is {entry.dtype}"
         for name, entry in matrices.items()

@@ -14,13 +14,13 @@ import torch
 from dllm_convert.adapters import Adapter
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion_class import diffusion_class
-from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.loading import load_complete
 from dllm_convert.plan_checks import context_length
 from dllm_convert.safetensors_header import Header, read_checkpoint
 from dllm_convert.sampling.ends import read_ids
 from dllm_convert.text_bounds import ROLES
 from dllm_convert.tokenizer_loading import load_tokenizer
-from dllm_convert.verify.report import first_items
 
 if TYPE_CHECKING:
     from dllm_convert.verify.foreign.probes import Foreign
@@ -154,17 +154,15 @@ class Subject:
         """The diffusion class in float32, on the CPU, with its family's first implementation.
 
         Raises:
-            DataError: Some weights are missing from the files and would be random.
+            DataError: It does not load, or not completely.
         """
-        model, info = self.diffusion_class.from_pretrained(
+        model = load_complete(
+            self.diffusion_class,
             self.folder,
             dtype=torch.float32,
             attn_implementation=self._attention,
-            output_loading_info=True,
         )
-        if info["missing_keys"]:
-            raise DataError(f"would load at random: {first_items(sorted(info['missing_keys']))}")
-        return model.eval().requires_grad_(False)
+        return model.requires_grad_(False)
 
     @cached_property
     def objective(self) -> Objective:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.cells import cell_len
 
+from dllm_convert import strict_json
 from dllm_convert.watch.cells import Cell, State, caption, cells_of, count_new
 from dllm_convert.watch.frames import Film
 from dllm_convert.watch.pieces import NEWLINE, TokenText
@@ -71,7 +71,7 @@ def _changes(before: tuple[Cell, ...], after: tuple[Cell, ...]) -> list[list[Any
 
 def _for_script(value: Any) -> str:
     """Return JSON that nothing inside can end the script element of."""
-    dumped = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    dumped = strict_json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     escapes = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028"}
     escapes["\u2029"] = "\\u2029"
     return "".join(escapes.get(char, char) for char in dumped)

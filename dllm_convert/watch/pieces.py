@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from dllm_convert.shown_text import BROKEN, glyph
+
 NEWLINE = "\N{RETURN SYMBOL}"
 END = "\N{END OF PROOF}"
-BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-# Joiners build emoji and Indic letters; other format characters can turn a line around or hide it.
-_HARMLESS_FORMAT = "\u200c\u200d"
 
 
 def visible(text: str) -> str:
@@ -23,26 +21,10 @@ def visible(text: str) -> str:
     return "".join(_visible(char) for char in text.replace("\r\n", "\n"))
 
 
-def printable(text: str) -> str:
-    """Return text that a terminal shows and does not obey; lines and tabs stay."""
-    return "".join(char if char in "\n\t" else _glyph(char) for char in text)
-
-
 def _visible(char: str) -> str:
     if char in _LINE_ENDS:
         return f"{NEWLINE}\n"
-    return "    " if char == "\t" else _glyph(char)
-
-
-def _glyph(char: str) -> str:
-    kind = unicodedata.category(char)
-    if kind == "Cc":
-        # U+2400 and on are pictures of the control characters; those above 0x7f have none.
-        code = ord(char)
-        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else BROKEN
-    if kind in ("Cs", "Co", "Cn", "Zl", "Zp") or (kind == "Cf" and char not in _HARMLESS_FORMAT):
-        return BROKEN
-    return " " if kind == "Zs" else char
+    return "    " if char == "\t" else glyph(char)
 
 
 class TokenText:

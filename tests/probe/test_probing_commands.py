@@ -203,8 +203,8 @@ def test_a_file_of_the_body_alone_is_refused_with_the_way_out(
 
 
 def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str], Path]) -> None:
-    from dllm_convert.plan_checks import unused_tensors
     from dllm_convert.probe.family import measure_family
+    from dllm_convert.tensor_names import leftovers
 
     source = generic_source("olmo2")
     config = json.loads((source / "config.json").read_text())
@@ -213,7 +213,7 @@ def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str]
 
     adapter = measure_family(config, [*names, stale.format(0)]).require()
 
-    assert unused_tensors([*names, stale.format(17)], adapter) == (stale.format(17),)
+    assert leftovers([*names, stale.format(17)], adapter) == (stale.format(17),)
 
 
 @pytest.mark.parametrize(

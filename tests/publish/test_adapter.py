@@ -70,7 +70,9 @@ def trained(base: Path, folder: Path, embeddings: str, *, keep: bool = True) -> 
     write_trained(model, folder.with_name("untrained"), folder, plan)
     files = hash_files(folder, exclude=(MANIFEST_FILE,))
     source = {"model_type": plan.source.model_type, "given": str(base)}
-    write_manifest(folder, {"files": files, "plan": plan_as_dict(plan), "source": source})
+    write_manifest(
+        folder, {"format_version": 1, "files": files, "plan": plan_as_dict(plan), "source": source}
+    )
     return plan
 
 

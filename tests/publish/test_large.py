@@ -58,7 +58,7 @@ def test_a_large_folder_goes_through_in_little_memory(
     folder = checkpoint(source_cache("llama"), tmp_path / "large")
     sparse_shards(folder)
     files = hash_files(folder, exclude=(MANIFEST_FILE, "README.md"))
-    write_manifest(folder, read_manifest(folder) | {"files": files})
+    write_manifest(folder, read_manifest(folder) | {"format_version": 1, "files": files})
     hub = LoopbackHub(tmp_path / "hub")
     hub.add_user("me", TOKEN)
     with serve(hub):

@@ -140,6 +140,6 @@ def test_missing_and_changed_files(folder: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(DataError, match=r"lacks model-00002-of-00002\.safetensors"):
         stage(folder, tmp_path / "b", QUIET, max_shard_size=None)
-    write_manifest(folder, read_manifest(folder) | {"files": {}})
+    write_manifest(folder, read_manifest(folder) | {"format_version": 1, "files": {}})
     with pytest.raises(DataError, match="lists no files"):
         stage(folder, tmp_path / "c", QUIET, max_shard_size=None)

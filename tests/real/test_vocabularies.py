@@ -131,17 +131,50 @@ def test_tekken_uses_a_special_filler(tmp_path: Path) -> None:
     assert (made.rule, made.token, made.id) == ("reserved", "<SPECIAL_20>", 20)
 
 
-@pytest.mark.parametrize(
-    ("name", "family"), [("qwen3", "qwen3"), ("llama3", "llama"), ("llama2", "llama")]
-)
-def test_the_reader_agrees_with_transformers(name: str, family: str) -> None:
+def agree(folder: Path, family: str) -> None:
+    """Compare the reader with AutoTokenizer on a folder that gets a config of `family`."""
     import transformers
 
-    folder = assets.asset(name) / "package" / "models"
-    info = read_tokenizer(folder, {"model_type": family})
-    loaded = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    config = {"model_type": family}
+    (folder / "config.json").write_text(json.dumps(config))
+    info = read_tokenizer(folder, config)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
     assert dict(info.vocab) == loaded.get_vocab()
-    assert info.size == len(loaded)
+    assert (info.size, info.mask_token) == (len(loaded), loaded.mask_token)
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls")
+    assert {getattr(loaded, f"{role}_token_id") for role in roles} - {None} <= info.reachable
+    # Pieces that a SentencePiece model takes from the text as they stand are words here.
+    if (folder / "tokenizer.json").is_file():
+        assert {*loaded.all_special_tokens} <= info.special
+
+
+@pytest.mark.parametrize("kept", ["all", "without settings"])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("qwen3", "qwen3"), ("qwen3", "qwen2"), ("llama3", "llama"), ("llama2", "llama")],
+)
+def test_the_reader_agrees_with_transformers(
+    tmp_path: Path, name: str, family: str, kept: str
+) -> None:
+    folder = Path(shutil.copytree(assets.asset(name) / "package" / "models", tmp_path / name))
+    if kept == "without settings":
+        (folder / "tokenizer_config.json").unlink()
+    agree(folder, family)
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "tokenizer.model.v1",
+        "mistral_instruct_tokenizer_240216.model.v2",
+        "mistral_instruct_tokenizer_240323.model.v3",
+        "mistral_instruct_tokenizer_241114.model.v7",
+    ],
+)
+def test_the_reader_agrees_on_sentencepiece(tmp_path: Path, file: str, family: str) -> None:
+    pytest.importorskip("sentencepiece")
+    agree(mistral(tmp_path, file), family)
 
 
 def test_sentencepiece_agrees_with_its_own_reader(tmp_path: Path) -> None:
@@ -195,7 +228,6 @@ def test_saving_changes_nothing_but_the_mask(
 ) -> None:
     import transformers
 
-    from dllm_convert.tokenizer_json import write_tokenizer_json
     from dllm_convert.tokenizer_output import SAMPLES, write_tokenizer
 
     source = Path(shutil.copytree(assets.asset(name) / "package" / "models", tmp_path / "source"))
@@ -204,10 +236,8 @@ def test_saving_changes_nothing_but_the_mask(
     for folder in (source, out):
         (folder / "config.json").write_text(json.dumps({"model_type": family}))
     mask = decide(source, family, rows)
-    if light:
-        assert write_tokenizer_json(mask, source, out)
-    else:
-        write_tokenizer(mask, source, out)
+    info = read_tokenizer(source, {"model_type": family})
+    write_tokenizer(mask, info, source, out, light=light)
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert (loaded.mask_token, loaded.mask_token_id) == (mask.token, mask.id)
     assert len(loaded) == max(mask.used_rows, mask.id + 1)
@@ -231,6 +261,6 @@ def test_saving_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
         (folder / "config.json").write_text('{"model_type": "mistral"}')
     mistral(source, "mistral_instruct_tokenizer_240323.model.v3")
     mask = decide(source, "mistral", MISTRAL_V3_ROWS)
-    write_tokenizer(mask, source, out)
+    write_tokenizer(mask, read_tokenizer(source, {"model_type": "mistral"}), source, out)
     loaded = transformers.AutoTokenizer.from_pretrained(out)
     assert loaded.mask_token_id == mask.id == 14

@@ -86,7 +86,7 @@ def test_tied_head_stored_out_of_date(converted: Callable[..., Any]) -> None:
 
 
 def test_one_flipped_bit(llama: Any) -> None:
-    write_manifest(llama.folder, {"files": hash_files(llama.folder)})
+    write_manifest(llama.folder, {"format_version": 1, "files": hash_files(llama.folder)})
     path = llama.folder / WEIGHTS
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -103,13 +103,13 @@ def test_one_flipped_bit_against_the_base(llama: Any) -> None:
 
 
 def test_file_of_the_manifest_is_gone(llama: Any) -> None:
-    write_manifest(llama.folder, {"files": hash_files(llama.folder)})
+    write_manifest(llama.folder, {"format_version": 1, "files": hash_files(llama.folder)})
     (llama.folder / "LICENSE").unlink()
     assert failed(llama.folder, ["files"]) == {"hashes"}
 
 
 def test_manifest_that_names_a_file_outside(llama: Any) -> None:
-    write_manifest(llama.folder, {"files": {"../outside": "0" * 64}})
+    write_manifest(llama.folder, {"format_version": 1, "files": {"../outside": "0" * 64}})
     assert failed(llama.folder, ["files"]) == {"hashes"}
 
 

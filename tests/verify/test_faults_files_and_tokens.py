@@ -98,7 +98,7 @@ def test_type_that_the_base_declares_wrong_too(llama: Any, tmp_path: Path) -> No
 
 
 def test_one_flipped_bit_in_the_tokenizer(llama: Any) -> None:
-    write_manifest(llama.folder, {"files": hash_files(llama.folder)})
+    write_manifest(llama.folder, {"format_version": 1, "files": hash_files(llama.folder)})
     path = llama.folder / "tokenizer.json"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -40,7 +40,7 @@ def test_untrained_conversion_passes_every_probe(
     converted: Callable[..., Any], family: str, target: str
 ) -> None:
     made = converted(family, target)
-    write_manifest(made.folder, {"files": hash_files(made.folder)})
+    write_manifest(made.folder, {"format_version": 1, "files": hash_files(made.folder)})
 
     report = verify_checkpoint(made.folder, against=made.base, untrained=True)
 
@@ -106,7 +106,8 @@ def test_trained_weights_are_compared_by_shape_and_by_their_bound(
         "nelbo_after": {"nats_per_token": 5.5, "stderr": 0.1},
         "ar_nll": {"nats_per_token": 3.25, "stderr": 0.1},
     }
-    write_manifest(made.folder, {"recipe": {"token_shift": "keep"}})
+    listed = {"format_version": 1, "files": hash_files(made.folder)}
+    write_manifest(made.folder, {**listed, "recipe": {"token_shift": "keep"}})
 
     report = verify_checkpoint(
         made.folder,

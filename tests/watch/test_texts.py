@@ -10,8 +10,9 @@ import pytest
 from factory import FAMILIES, TOKENIZERS
 from rich.cells import cell_len
 
+from dllm_convert.shown_text import BROKEN, printable
 from dllm_convert.watch.layout import wrap
-from dllm_convert.watch.pieces import BROKEN, END, NEWLINE, TokenText, printable, visible
+from dllm_convert.watch.pieces import END, NEWLINE, TokenText, visible
 
 HARD = "Ünïcödé 世界 👩‍👧 e\u0301 \x1b[31m\x07\u202e\u200b\n\n\ttab नमस्ते"
 

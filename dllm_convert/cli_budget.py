@@ -1,0 +1,177 @@
+"""How long to train, as it is typed: tokens, time, sequences per step; what cannot be obeyed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dllm_convert.schema import Recipe
+
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
+_STEPS, _MAX, _BATCH, _ACCUMULATION = (
+    f"training.{name}" for name in ("steps", "max_minutes", "batch_size", "gradient_accumulation")
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was typed about the length of a training.
+
+    Attributes:
+        tokens: Tokens of all steps over all processes, padding included; None if not typed.
+        minutes: Training time after which to stop.
+        global_batch: Sequences of an optimizer step over all processes.
+    """
+
+    tokens: int | None = None
+    minutes: float | None = None
+    global_batch: int | None = None
+
+    @classmethod
+    def parse(cls, tokens: str | None, max_time: str | None, global_batch: int | None) -> Budget:
+        """Read what was typed.
+
+        Raises:
+            typer.BadParameter: It is no number, or no time.
+        """
+        return cls(
+            None if tokens is None else parse_count(tokens),
+            None if max_time is None else parse_minutes(max_time),
+            global_batch,
+        )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of the recipe that are thereby typed; `applied_to` corrects their values."""
+        found: dict[str, Any] = {_MAX: self.minutes, _STEPS: self.tokens and 1}
+        found[_ACCUMULATION] = self.global_batch and 1
+        return {field: value for field, value in found.items() if value is not None}
+
+    def refuse_beside(self, steps: int | None, assigned: Collection[str]) -> None:
+        """Refuse options that say the same twice.
+
+        Raises:
+            typer.BadParameter: There are such.
+        """
+        pairs = (
+            ("--tokens", self.tokens is not None, "--steps", steps is not None),
+            ("--tokens", self.tokens is not None, f"--set {_STEPS}", _STEPS in assigned),
+            ("--max-time", self.minutes is not None, f"--set {_MAX}", _MAX in assigned),
+            (
+                "--global-batch",
+                self.global_batch is not None,
+                f"--set {_ACCUMULATION}",
+                _ACCUMULATION in assigned,
+            ),
+        )
+        for first, one, second, other in pairs:
+            if one and other:
+                raise typer.BadParameter(f"give one of {first} and {second}")
+
+    def applied_to(self, recipe: Recipe, processes: int, assigned: Collection[str]) -> Recipe:
+        """Return a recipe that trains on so many tokens, with so many sequences a step.
+
+        Args:
+            recipe: It was resolved with `fields`.
+            processes: How many train.
+            assigned: Fields that were typed with `--set`.
+
+        Raises:
+            typer.BadParameter: The sequences cannot be shared out.
+        """
+        training = recipe.training
+        if self.global_batch is not None:
+            training = training.model_copy(
+                update=_shared(
+                    self.global_batch, training.batch_size, processes, fixed=_BATCH in assigned
+                )
+            )
+        if self.tokens is not None:
+            per_step = training.sequences_per_step * processes * recipe.data.sequence_length
+            training = training.model_copy(update={"steps": math.ceil(self.tokens / per_step)})
+        return recipe.model_copy(update={"training": training})
+
+
+def _shared(total: int, batch: int, processes: int, *, fixed: bool) -> dict[str, int]:
+    """Share sequences out over processes and forwards, of at most `batch` sequences each."""
+    if total % processes:
+        raise typer.BadParameter(
+            f"{total} sequences cannot be shared by {processes} processes alike; "
+            f"{total - total % processes or processes} can",
+            param_hint="--global-batch",
+        )
+    own = total // processes
+    sizes = [batch] if fixed else range(min(batch, own), 0, -1)
+    size = next((size for size in sizes if own % size == 0), None)
+    if size is None:
+        raise typer.BadParameter(
+            f"{own} sequences per process are no multiple of {_BATCH} {batch}, as --set says",
+            param_hint="--global-batch",
+        )
+    return {"batch_size": size, "gradient_accumulation": own // size}
+
+
+def parse_count(text: str) -> int:
+    """Return a number such as 5M, 1.5B, 200k or 300000.
+
+    Raises:
+        typer.BadParameter: It is none, or less than one.
+    """
+    match = re.fullmatch(r"(\d+(?:[_,]\d{3})*(?:\.\d+)?)\s*([kmbgt]?)", text.strip().lower())
+    value = float(re.sub("[_,]", "", match[1])) * _COUNTS[match[2]] if match else 0
+    if not 1 <= value < 1e18:
+        raise typer.BadParameter(
+            f"{text!r} is no number of tokens, as in 5M or 1.5B", param_hint="--tokens"
+        )
+    return round(value)
+
+
+def parse_minutes(text: str) -> float:
+    """Return the minutes of a time such as 90m, 2h, 1h30m or 45s.
+
+    Raises:
+        typer.BadParameter: It is none, or has no unit.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
+    whole = re.fullmatch(r"(?:\s*\d+(?:\.\d+)?\s*[smhd])+", text.strip().lower())
+    minutes = sum(float(number) * _MINUTES[unit] for number, unit in parts) if whole else 0.0
+    if not 0 < minutes < 1e9:
+        raise typer.BadParameter(
+            f"{text!r} is no time, as in 90m, 2h or 1h30m", param_hint="--max-time"
+        )
+    return minutes
+
+
+def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
+    """Refuse what was typed and would change nothing.
+
+    Args:
+        recipe: What came of it.
+        typed: Fields set by flags and `--set`.
+
+    Raises:
+        typer.BadParameter: There is such a field.
+    """
+    method, schedule = recipe.training.method, recipe.noise.schedule
+    budget = (_STEPS, _MAX, "training.report_to", "training.learning_rate")
+    for field in typed:
+        if typed[field] in (None, False):
+            continue
+        if (field.startswith("training.lora.") or field == "training.keep_adapter") and (
+            method != "lora"
+        ):
+            why = f"the training method is {method}; add --lora {recipe.training.lora.rank}"
+        elif field in budget and method == "none":
+            why = "nothing is trained (--no-train)"
+        elif field == "noise.power" and schedule != "polynomial":
+            why = f"the noise schedule is {schedule}; add --set noise.schedule=polynomial"
+        else:
+            continue
+        raise typer.BadParameter(f"{field} would change nothing: {why}")

@@ -1,0 +1,133 @@
+"""Load models completely or not at all: the loader's own report is read, everywhere.
+
+transformers fills what a file lacks at random and drops what its class does not know, and says so
+in a log. Here both are refused, with the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from safetensors import SafetensorError
+
+from dllm_convert.adapters.base import Adapter
+from dllm_convert.errors import DataError
+from dllm_convert.leftovers import computed_with
+from dllm_convert.source_fit import fit_folder
+
+_BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises of a checkpoint that is not what it seems."""
+
+
+def load_complete(cls: Any, source: Path | str, **settings: Any) -> Any:
+    """Load a checkpoint with a class of transformers, in evaluation mode.
+
+    Args:
+        cls: A model class, or one of the auto classes.
+        source: Folder, or a Hub id.
+        **settings: Other arguments of `from_pretrained`.
+
+    Raises:
+        DataError: It cannot be loaded, or not completely.
+    """
+    try:
+        model, info = cls.from_pretrained(source, output_loading_info=True, **settings)
+    except (torch.OutOfMemoryError, HfHubHTTPError):
+        raise
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else "no message"
+        raise DataError(
+            f"{source} does not load as {cls.__name__} ({type(error).__name__}: {reason[:300]})",
+            hint="HF_DEBUG=1 shows where this comes from",
+        ) from error
+    _refuse_partial(model, info, source)
+    return model.eval()
+
+
+def load_base(folder: Path, adapter: Adapter, **settings: Any) -> Any:
+    """Load a base with its stock class, its config saying what its files say.
+
+    Args:
+        folder: Folder of safetensors.
+        adapter: Its family.
+        **settings: Other arguments of `from_pretrained`.
+
+    Raises:
+        DataError: It cannot be loaded, or not completely.
+        IncompatibleError: Its tensors are not those of the class.
+    """
+    import transformers
+
+    cls = getattr(transformers, adapter.stock_class)
+    return load_complete(cls, folder, config=base_config(folder, adapter), **settings)
+
+
+def base_config(folder: Path, adapter: Adapter) -> Any:
+    """Return the stock config of a base, corrected by what its files say.
+
+    Raises:
+        DataError: A file is broken.
+        IncompatibleError: Its tensors are not those of the class.
+    """
+    import transformers
+
+    config = getattr(transformers, adapter.stock_class).config_class.from_pretrained(folder)
+    for key, value in fit_folder(folder, adapter).config.items():
+        setattr(config, key, value)
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= config.vocab_size:
+        # A row that only the conversion has: the stock class would not even be built.
+        config.pad_token_id = None
+    return config
+
+
+def _refuse_partial(model: Any, info: Mapping[str, Any], source: Path | str) -> None:
+    name = type(model).__name__
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{source} would load at random: it has no {_first(missing)} of {name}",
+            hint="Take the complete weights of this model",
+        )
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in _pairs(info))
+    if mismatched:
+        raise DataError(
+            f"{source} would load at random: {_first(mismatched)} have other shapes in {name}",
+            hint="Take the config.json that belongs to these weights",
+        )
+    foreign = computed_with(sorted(info["unexpected_keys"]), model.state_dict().keys())
+    if foreign:
+        raise DataError(
+            f"{source} holds {_first(foreign)}, which {name} does not compute with: it would be "
+            "another model",
+            hint="Take the config.json that belongs to these weights",
+        )
+
+
+def _pairs(info: Mapping[str, Any]) -> Iterable[Any]:
+    return info["mismatched_keys"] or ()
+
+
+def _first(names: Collection[str]) -> str:
+    """Return the first names and how many more there are."""
+    shown = ", ".join(list(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

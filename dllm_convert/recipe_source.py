@@ -1,0 +1,57 @@
+"""What a conversion that is converted again hands down: target, blocks, noise and shift.
+
+Nothing else of its recipe: how long it was trained says nothing of how long to go on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LARGEST = 16 << 20
+"""Bytes of a config or manifest that is looked into here."""
+_NOISE = {
+    "noise_schedule": "schedule",
+    "noise_power": "power",
+    "noise_kernel": "kernel",
+    "discrete_steps": "discrete_steps",
+}
+
+
+def handed_down(source: str) -> dict[str, Any]:
+    """Return fields of a recipe that a folder's conversion was made with; none for a base.
+
+    Args:
+        source: A recipe's source. What is no folder hands nothing down.
+    """
+    folder = Path(source).expanduser()
+    section = _object(folder / "config.json").get("diffusion")
+    if not isinstance(section, Mapping) or section.get("objective") not in ("mdlm", "bd3lm"):
+        return {}
+    recipe = _object(folder / "dllm_convert.json").get("recipe")
+    noise = recipe.get("noise") if isinstance(recipe, Mapping) else None
+    found: dict[str, Any] = (
+        {f"noise.{name}": value for name, value in noise.items() if value is not None}
+        if isinstance(noise, Mapping)
+        else {}
+    )
+    found |= {f"noise.{to}": section[key] for key, to in _NOISE.items() if section.get(key)}
+    found["target"] = section["objective"]
+    if found["target"] == "bd3lm" and isinstance(section.get("block_size"), int):
+        found["block_size"] = section["block_size"]
+    if isinstance(section.get("token_shift"), bool):
+        found["token_shift"] = "keep" if section["token_shift"] else "drop"
+    return found
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON holds; nothing if there is none, whose reader says why."""
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            return {}
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,45 @@
+"""Text of others on its way to a terminal, a page or a JSON document: shown, never obeyed.
+
+Names of files, templates' errors and cards of base models come from strangers. An escape sequence
+in them would move the cursor, and a bidirectional mark turns the rest of a line around.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+# Joiners build emoji and Indic letters; other format characters can turn a line around or hide it.
+_HARMLESS_FORMAT = "\u200c\u200d"
+_NOT_IN_JSON = re.compile(
+    "[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+
+
+def glyph(char: str) -> str:
+    """Return a character as something that is seen and takes no effect."""
+    kind = unicodedata.category(char)
+    if kind == "Cc":
+        # U+2400 and on are pictures of the control characters; those above 0x7f have none.
+        code = ord(char)
+        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else BROKEN
+    if kind in ("Cs", "Co", "Cn", "Zl", "Zp") or (kind == "Cf" and char not in _HARMLESS_FORMAT):
+        return BROKEN
+    return " " if kind == "Zs" else char
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal or a page shows and does not obey; lines and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if char in "\n\t" else glyph(char) for char in text)
+
+
+def json_safe(document: str) -> str:
+    """Return a JSON document in which such characters are escapes: its values stay what they are.
+
+    What is left alone by `json` is half a character, which no file holds, and marks that act.
+    """
+    return _NOT_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", document)

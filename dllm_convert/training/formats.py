@@ -1,0 +1,80 @@
+"""Which files are text, by the ends of their names; whatever is not recognised is not text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dllm_convert.errors import DataError
+
+PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
+"""Files of which each is a document."""
+CODE = (
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt"),
+    *(".js", ".jsx", ".ts", ".tsx", ".rb", ".php", ".swift", ".scala", ".lua", ".jl", ".r"),
+    *(".sh", ".bash", ".sql", ".hs", ".ml", ".lean", ".f90", ".s", ".asm", ".pl", ".toml"),
+    *(".ini", ".cfg", ".yaml", ".yml", ".css", ".log", ".fasta", ".fa", ".srt", ".vtt"),
+)
+"""The same, where they are named; a folder is not searched for them."""
+ROWS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+"""Files of rows, and what reads them."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+EXPECTED = (
+    "*.txt, *.md, *.rst, *.tex, *.jsonl, *.ndjson, *.json, *.csv, *.tsv, *.parquet or *.arrow "
+    "files (also .gz, .bz2, .xz, .zst), folders of them or of save_to_disk, pydoc, or a Hub "
+    "dataset id"
+)
+_ADVICE = {
+    ".pdf": "Extract its text first, for instance with pdftotext",
+    ".html": "It is markup; extract its text first, for instance with pandoc -t plain",
+    ".htm": "It is markup; extract its text first, for instance with pandoc -t plain",
+    ".xml": "It is markup; extract its text first, for instance with pandoc -t plain",
+    ".docx": "Extract its text first, for instance with pandoc -t plain",
+    ".doc": "Extract its text first, for instance with pandoc -t plain",
+    ".odt": "Extract its text first, for instance with pandoc -t plain",
+    ".rtf": "Extract its text first, for instance with pandoc -t plain",
+    ".epub": "Extract its text first, for instance with pandoc -t plain",
+    ".ipynb": "Write its cells as text first, for instance with jupyter nbconvert --to markdown",
+    ".xlsx": "Save it as .csv first",
+    ".xls": "Save it as .csv first",
+    ".zip": "Unpack it first",
+    ".tar": "Unpack it first",
+    ".tgz": "Unpack it first",
+    ".7z": "Unpack it first",
+    ".rar": "Unpack it first",
+}
+FILE_SUFFIXES = (*PROSE, *CODE, *ROWS, *COMPRESSED, *_ADVICE)
+"""Ends of names that are a file's, not those of a dataset on the Hub."""
+
+
+def bare_suffix(file: Path) -> str:
+    """Suffix of a file in small letters, without that of its compression."""
+    suffix = file.suffix.lower()
+    return Path(file.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def format_of(file: Path) -> str | None:
+    """Return how a file is read: text, or a format of rows; None if it is not recognised."""
+    suffix = bare_suffix(file)
+    return "text" if suffix in (*PROSE, *CODE) else ROWS.get(suffix)
+
+
+def is_prose(file: Path) -> bool:
+    """Whether a folder is searched for such a file, and it is no file of rows."""
+    return bare_suffix(file) in PROSE
+
+
+def unknown(file: Path) -> DataError:
+    """Say that a file is not read, and what can be done about it."""
+    suffix = bare_suffix(file)
+    what = f"{suffix} is not among its formats" if suffix else "its name ends in no format"
+    advice = _ADVICE.get(suffix, f"Rename it if it is text, as to {file.stem}.txt")
+    return DataError(f"{file} is not read as text: {what}", hint=f"{advice}. Give {EXPECTED}")

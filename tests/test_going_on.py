@@ -1,0 +1,120 @@
+"""Going on from a conversion: what it hands down, where it goes, and how another recipe differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllm_convert.cli_values import default_out
+from dllm_convert.errors import DataError
+from dllm_convert.recipe import load_recipe
+from dllm_convert.schema import Recipe
+from dllm_convert.workspace import open_workspace
+
+BLOCKS = {
+    "objective": "bd3lm",
+    "block_size": 8,
+    "mask_token_id": 3,
+    "token_shift": False,
+    "noise_schedule": "polynomial",
+    "noise_power": 3.0,
+}
+WHOLE = {"objective": "mdlm", "block_size": None, "token_shift": True, "noise_schedule": "cosine"}
+
+
+def conversion(folder: Path, section: Any, noise: Any = None) -> str:
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "llama", "diffusion": section}
+    (folder / "config.json").write_text(json.dumps(config))
+    if noise is not None:
+        manifest = {"recipe": {"noise": noise, "training": {"steps": 12345}}}
+        (folder / "dllm_convert.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def test_target_blocks_noise_and_shift_are_handed_down(tmp_path: Path) -> None:
+    source = conversion(
+        tmp_path / "a", BLOCKS, {"draw": "time", "views": 2, "discrete_steps": None}
+    )
+    recipe = load_recipe(source, overrides={})
+    assert (recipe.target, recipe.block_size, recipe.token_shift) == ("bd3lm", 8, "drop")
+    assert (recipe.noise.schedule, recipe.noise.power) == ("polynomial", 3.0)
+    assert (recipe.noise.draw, recipe.noise.views) == ("time", 2)
+    assert recipe.training.steps == load_recipe("some/model", overrides={}).training.steps
+    recipe = load_recipe(conversion(tmp_path / "b", WHOLE), overrides={})
+    assert (recipe.target, recipe.block_size) == ("mdlm", None)
+    assert (recipe.token_shift, recipe.noise.schedule) == ("keep", "cosine")
+
+
+@pytest.mark.parametrize(
+    ("section", "typed", "expected"),
+    [
+        (BLOCKS, {"target": "mdlm"}, {"target": "mdlm", "block_size": None}),
+        (BLOCKS, {"block_size": 16}, {"target": "bd3lm", "block_size": 16}),
+        (BLOCKS, {"token_shift": "keep"}, {"token_shift": "keep", "block_size": 8}),
+        (WHOLE, {"target": "bd3lm"}, {"target": "bd3lm", "block_size": 32}),
+        (WHOLE, {"target": "bd3lm", "block_size": 4}, {"block_size": 4}),
+        (WHOLE, {"block_size": 4}, {"target": "mdlm", "block_size": 4}),  # The plan refuses it.
+    ],
+)
+def test_what_was_typed_beats_it(section: Any, typed: Any, expected: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(conversion(tmp_path, section), overrides=typed)
+    assert {name: getattr(recipe, name) for name in expected} == expected
+
+
+def test_a_typed_schedule_beats_its_power_and_a_typed_power_stays(tmp_path: Path) -> None:
+    source = conversion(tmp_path, BLOCKS)
+    assert load_recipe(source, overrides={"noise.power": 4.0}).noise.power == 4.0
+    noise = load_recipe(source, overrides={"noise.schedule": "cosine"}).noise
+    assert (noise.schedule, noise.power) == ("cosine", 2.0)
+
+
+def test_a_recipe_file_beats_it_and_its_presets_do_not(tmp_path: Path) -> None:
+    source = conversion(tmp_path / "a", BLOCKS)
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"source: {source}\ninherits: sdar\ntoken_shift: keep\n")
+    recipe = load_recipe(str(file), overrides={})
+    assert (recipe.block_size, recipe.token_shift) == (8, "keep")
+    assert recipe.training.steps == 20000
+    assert load_recipe(source, overrides={}, preset="sdar").block_size == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", '{"diffusion": 3}', "\xff"])
+def test_what_is_no_conversion_hands_nothing_down(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    base = load_recipe("some/model", overrides={})
+    recipe = load_recipe(str(tmp_path), overrides={})
+    assert recipe.model_dump(exclude={"source"}) == base.model_dump(exclude={"source"})
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "name"),
+    [
+        ("x-bd3lm", "bd3lm", "x-bd3lm-2"),
+        ("out/x-bd3lm-2", "bd3lm", "x-bd3lm-3"),
+        ("me/x-bd3lm", "mdlm", "x-mdlm"),
+        ("x-mdlm", "mdlm", "x-mdlm-2"),
+        ("x", "mdlm", "x-mdlm"),
+    ],
+)
+def test_names_do_not_pile_up(source: str, target: str, name: str) -> None:
+    block = 8 if target == "bd3lm" else None
+    recipe = Recipe.model_validate({"source": source, "target": target, "block_size": block})
+    assert default_out(recipe) == Path(name)
+
+
+def test_another_recipe_is_told_by_its_fields(tmp_path: Path) -> None:
+    before = {"target": "mdlm", "training": {"steps": 5, "seed": 0}, "data": {"source": "a"}}
+    now = {"target": "mdlm", "training": {"steps": 7, "seed": 0}, "data": {"source": "b"}}
+    with open_workspace(tmp_path / "out", "1", before) as workspace:
+        workspace.stage("adapt", dict)
+    with (
+        pytest.raises(DataError, match=r"recipe or source: training\.steps is 7, it was 5"),
+        open_workspace(tmp_path / "out", "2", now),
+    ):
+        pass
+    with open_workspace(tmp_path / "out", "1", before) as workspace:
+        assert workspace.result("adapt") == {}
