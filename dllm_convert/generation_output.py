@@ -137,11 +137,8 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
     padding = choose_padding(plan, stated["pad"], ends)
     if padding is not None:
         text, row = padding
-        # Some classes pad with a token of their own where the files name none.
-        own = load_tokenizer(out).pad_token_id
-        if own is None:
-            name_padding(out, text)
-        stated["pad"] = (row,) if own is None else (own,)
+        name_padding(out, text)
+        stated["pad"] = (row,)
     ids: dict[str, Any] = {
         "bos": stated["bos"][0] if stated["bos"] else None,
         "eos": ends[0] if len(ends) == 1 else list(ends) or None,
