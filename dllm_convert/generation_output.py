@@ -15,7 +15,7 @@ from typing import Any
 from dllm_convert.chat_turns import read_template, turn_end
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import load_json_object
-from dllm_convert.text_bounds import TextBounds, bounds_of, config_ids, end_set, find_bounds
+from dllm_convert.text_bounds import TextBounds, bounds_of, end_set, find_bounds, stated_ids
 from dllm_convert.tokenizer_loading import TokenizerErrors, load_tokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -130,7 +130,7 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
         IncompatibleError: The base's files name an end that is no id.
     """
     config, base = plan.source.config, plan.source.generation
-    stated = {role: config_ids(role, config, base) for role in ("bos", "eos", "pad")}
+    stated = {role: stated_ids(role, config, base) for role in ("bos", "eos", "pad")}
     written = _read(out)
     closing = written.bounds.closing
     ends = end_set(stated["eos"], _end_token(plan, closing), _turn_end(plan, out, written), closing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.source_info import SourceInfo
-from dllm_convert.text_bounds import ROLES, config_ids
+from dllm_convert.text_bounds import ROLES, stated_ids
 
 
 def check_token_ids(source: SourceInfo, rows: int) -> None:
@@ -19,7 +19,7 @@ def check_token_ids(source: SourceInfo, rows: int) -> None:
     """
     for role in ROLES:
         beyond = [
-            token for token in config_ids(role, source.config, source.generation) if token >= rows
+            token for token in stated_ids(role, source.config, source.generation) if token >= rows
         ]
         if beyond:
             raise IncompatibleError(

@@ -114,7 +114,7 @@ def end_ids(model: Any) -> frozenset[int]:
     return frozenset(read_ids(model.generation_config.eos_token_id))
 
 
-def config_ids(
+def stated_ids(
     role: str, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """Return the ids that a checkpoint's files give a role, by transformers' precedence.

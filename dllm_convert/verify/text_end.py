@@ -6,7 +6,7 @@ from typing import Any
 
 from dllm_convert.chat_turns import read_template, turn_end
 from dllm_convert.sampling.ends import read_ids
-from dllm_convert.text_bounds import bounds_of, config_ids, end_token, open_ids
+from dllm_convert.text_bounds import bounds_of, end_token, open_ids, stated_ids
 from dllm_convert.tokenizer_output import SAMPLES
 from dllm_convert.verify.generation_config import read_generation_config
 from dllm_convert.verify.report import Probe, first_items, skipped
@@ -47,7 +47,7 @@ def _ends(subject: Subject, tokenizer: Any, ends: tuple[int, ...]) -> dict[str, 
     means = {"training": end_token(tokenizer), "the chat template": turn}
     if subject.against is not None:
         base = read_generation_config(subject.against)
-        stated = config_ids("eos", {}, base)
+        stated = stated_ids("eos", {}, base)
         means |= {f"the base's generation config ({token})": token for token in stated}
     return {
         who: f"ends with {token}, at which decoding goes on"
