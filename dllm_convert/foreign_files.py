@@ -59,7 +59,7 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
     try:
         size = check_file(path, limit)
         with path.open("rb") as file:
-            # No more than that, should it have grown; asked for the limit, Python makes room for it.
+            # Asked for the limit, Python would make room for all of it.
             return file.read(size)
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
