@@ -25,10 +25,12 @@ class How:
         link: Whether weight files that do not change may be hard links to the source's.
         verify: full loads the model and runs every probe, files reads files only, auto is full
             after a training and for a model of at most `MODEL_BYTES_AT_HAND`.
+        extend: Whether a finished checkpoint in the output folder is trained on.
     """
 
     link: bool = False
     verify: Depth = Depth.AUTO
+    extend: bool = False
 
     def streams(self, parameters: int) -> bool:
         """Whether only files are verified where nothing was trained.

@@ -21,7 +21,13 @@ from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.stages import Stages
 from dllm_convert.training.reporting import require_installed
-from dllm_convert.workspace import check_apart, fingerprint, open_workspace, read_workspace
+from dllm_convert.workspace import (
+    Workspace,
+    check_apart,
+    fingerprint,
+    open_workspace,
+    read_workspace,
+)
 
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions, PushResult
@@ -82,7 +88,23 @@ def follow(recipe: Recipe, out: Path, place: Place) -> None:
     plan, reporter = plan_conversion(recipe, out), Reporter(quiet=True)
     with quiet_libraries():
         if meet(place):
-            Stages(plan, read_workspace(out), reporter, place).train()
+            workspace = read_workspace(out)
+            Stages(_of_this_run(plan, workspace), workspace, reporter, place).train()
+
+
+def _of_this_run(plan: ConversionPlan, workspace: Workspace) -> ConversionPlan:
+    """Return the plan; of a run that goes on with a finished checkpoint, with another seed."""
+    if workspace.extends is None:
+        return plan
+    from dllm_convert.extension import seeded_anew
+
+    return replace(plan, recipe=seeded_anew(plan.recipe, workspace.extends))
+
+
+def _begin_extension(out: Path) -> Mapping[str, Any]:
+    from dllm_convert.extension import begin
+
+    return begin(out)
 
 
 def run(
@@ -104,7 +126,8 @@ def run(
         reporter: Progress.
         push: Where to publish a checkpoint that passed its verification.
         place: This process, the first of several that train; the others `follow`.
-        how: Links and depth of verification, which an interrupted run may choose anew.
+        how: Links and depth of verification, which an interrupted run may choose anew; and
+            whether a finished checkpoint in `out` is trained on.
 
     Raises:
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
@@ -118,8 +141,10 @@ def run(
         # Hours of training are not to end in "not logged in".
         push = preflight({"source": source_facts(plan)}, push, reporter)
     asked = recipe.identity()
-    run_id = fingerprint(asked, plan.source.fingerprint)
-    with open_workspace(out, run_id, asked) as workspace:
+    run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
+    extend = _begin_extension if how.extend else None
+    with open_workspace(out, run_id, asked, extend=extend) as workspace:
+        plan = _of_this_run(plan, workspace)
         record_adapter(workspace.work, plan.adapter)
         for warning in plan.warnings:
             reporter.warn(warning)

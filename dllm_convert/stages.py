@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from dllm_convert.disk import link, sync_tree
+from dllm_convert.errors import VerificationError
 from dllm_convert.how import Depth
 from dllm_convert.manifest import source_facts
 from dllm_convert.plan import plan_as_dict
@@ -41,7 +43,13 @@ class Stages(Measures):
                 stage("views", self._views)
                 stage("sample", self._sample)
             stage("assemble", self._assemble)
-        stage("verify", self._verify)
+        verified = stage("verify", self._verify)
+        if self.workspace.extends is not None and verified["passed"] is False:
+            raise VerificationError(
+                f"what was trained on failed its verification ({failed_names(verified)}) and does "
+                f"not replace {self.workspace.out}",
+                hint=f"It lies in {self.workspace.staged}; --extend with other options begins anew",
+            )
         stage("document", self._document)
         stage("publish", self.workspace.publish)
         self._clean()
@@ -53,6 +61,13 @@ class Stages(Measures):
         partial = target.with_name("untrained.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
+        if self.workspace.extends is not None:
+            from dllm_convert.extension import take_over
+
+            taken = take_over(self.plan, self.workspace.out, partial)
+            sync_tree(partial)
+            partial.rename(target)
+            return taken
         with self.reporter.task("adapt"):
             how = {"link": self.how.link, "light": self.light}
             made = adapt(self.plan, self._source.folder, partial, self.reporter, **how)
@@ -114,7 +129,7 @@ class Stages(Measures):
             versions,
         )
 
-        adapted = self.workspace.result("adapt") or {}
+        adapted, extends = self.workspace.result("adapt") or {}, self.workspace.extends
         ways = {} if self._trains else adapted.get("ways", {})
         known = {name: adapted["files"][name] for name in ways}
         later = hash_files(self.workspace.staged, exclude=(*WRITTEN_LAST, *known))
@@ -131,6 +146,7 @@ class Stages(Measures):
             "measurements": self._measurements(),
             "sample": self.workspace.result("sample"),
             "files": dict(sorted((known | later).items())),
+            **({"history": extends["history"]} if extends else {}),
         }
 
     def _verify(self) -> dict[str, Any]:
@@ -178,3 +194,8 @@ class Stages(Measures):
         for name in ("untrained", "trained", "trainer", "data"):
             shutil.rmtree(self.workspace.work / name, ignore_errors=True)
         (self.workspace.work / DENOISING.file).unlink(missing_ok=True)
+
+
+def failed_names(verification: Mapping[str, Any]) -> str:
+    """Return the names of the probes that failed."""
+    return ", ".join(p["name"] for p in verification["probes"] if p["passed"] is False)

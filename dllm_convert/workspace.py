@@ -52,12 +52,19 @@ class Workspace:
         stages: Name, seconds and result of every finished stage, in order.
         run: Fingerprint of the run.
         asked: What it was asked for, to say how another one differs.
+        extends: Of a run that goes on with a finished checkpoint, what is remembered of that.
     """
 
     out: Path
     stages: list[dict[str, Any]] = field(default_factory=list)
     run: str = ""
     asked: Mapping[str, Any] = field(default_factory=dict)
+    extends: Mapping[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint stands in its folder."""
+        return self.result("publish") is not None
 
     @property
     def work(self) -> Path:
@@ -94,19 +101,30 @@ class Workspace:
 
     def record(self) -> None:
         """Write the journal."""
-        write_json(
-            self.journal, {"run": self.run, "stages": self.stages, "asked": dict(self.asked)}
-        )
+        content = {"run": self.run, "stages": self.stages, "asked": dict(self.asked)}
+        if self.extends is not None:
+            content["extends"] = dict(self.extends)
+        write_json(self.journal, content)
 
     def forget(self, *names: str) -> None:
         """Have stages done again: what they left is not what they recorded."""
         self.stages[:] = [stage for stage in self.stages if stage["name"] not in names]
         self.record()
 
+    def clear(self) -> None:
+        """Remove what an earlier run left in the work folder, its journal and the lock aside."""
+        for path in self.work.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in (JOURNAL, LOCK):
+                path.unlink()
+
     def publish(self) -> dict[str, Any]:
         """Rename the staged files into place, `config.json` last; goes on after a kill."""
         if not self.staged.is_dir():
             return {}
+        if (self.staged / LAST).is_file():
+            self._make_way()
         for path in sorted(self.staged.iterdir(), key=lambda path: path.name == LAST):
             target = self.out / path.name
             if target.is_dir() and not target.is_symlink():
@@ -117,6 +135,23 @@ class Workspace:
         sync(self.out)
         self.staged.rmdir()
         return {}
+
+    def _make_way(self) -> None:
+        """Take away what an earlier checkpoint of this folder has and the staged one has not.
+
+        Its config goes too: nobody loads a folder that is half the one and half the other.
+        """
+        manifest = self.out / "dllm_convert.json"
+        if not ((self.out / LAST).is_file() and manifest.is_file()):
+            return
+        listed = json.loads(manifest.read_text(encoding="utf-8")).get("files") or {}
+        kept = {path.name for path in self.staged.iterdir()}
+        for name in listed:
+            path = self.out / name
+            if name.split("/")[0] not in kept and path.is_file():
+                path.unlink()
+        # The mark that all this is done: what was renamed since must not count as left over.
+        (self.out / LAST).unlink()
 
 
 def check_apart(out: Path, source: Path | None) -> None:
@@ -219,7 +254,11 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def open_workspace(
-    out: Path, run: str, asked: Mapping[str, Any] | None = None
+    out: Path,
+    run: str,
+    asked: Mapping[str, Any] | None = None,
+    *,
+    extend: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Iterator[Workspace]:
     """Lock `out` for one run and read how far an earlier one got.
 
@@ -227,6 +266,7 @@ def open_workspace(
         out: Output folder; created if it does not exist.
         run: Fingerprint of the run.
         asked: Fields that the fingerprint was taken of.
+        extend: Goes on with a finished checkpoint, and returns what is remembered of it.
 
     Raises:
         DataError: If `out` is a file, foreign, not writable, in use, or holds another run.
@@ -235,14 +275,30 @@ def open_workspace(
     workspace = Workspace(out, run=run, asked=asked or {})
     with locked(out):
         if workspace.journal.exists():
-            workspace = read_workspace(out)
+            found = read_workspace(out)
+            given_up = found.extends is not None and found.run != run and (out / LAST).is_file()
+            if extend is not None and (found.finished or given_up):
+                workspace.extends = extend(out)
+                workspace.clear()
+                workspace.record()
+                yield workspace
+                return
+            workspace = found
             if workspace.run != run:
+                again = "Repeat the command it was started with, or give another --out"
+                if workspace.finished:
+                    again += "; --extend trains a finished checkpoint on"
                 raise DataError(
                     f"{out} holds a run with a different recipe or source"
                     f"{differences(workspace.asked, asked or {})}",
-                    hint="Repeat the command it was started with, or give another --out",
+                    hint=again,
                 )
         else:
+            if extend is not None:
+                raise DataError(
+                    f"--extend goes on with a finished checkpoint, and {out} holds none",
+                    hint="Leave --extend out, or give the --out of a finished run",
+                )
             workspace.record()
         yield workspace
 
@@ -260,7 +316,14 @@ def read_workspace(out: Path) -> Workspace:
             {"name": str(s["name"]), "seconds": s["seconds"], "result": {**s["result"]}}
             for s in journal["stages"]
         ]
-        return Workspace(out, stages, str(journal["run"]), {**(journal.get("asked") or {})})
+        extends = journal.get("extends")
+        return Workspace(
+            out,
+            stages,
+            str(journal["run"]),
+            {**(journal.get("asked") or {})},
+            None if extends is None else {**extends, "history": [*extends["history"]]},
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is damaged, so it is not known how far this run got",

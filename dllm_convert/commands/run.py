@@ -47,6 +47,15 @@ Verify = Annotated[
     ),
 ]
 
+Extend = Annotated[
+    bool,
+    typer.Option(
+        "--extend",
+        help="Train the finished checkpoint in --out on, for the steps of this command; it is "
+        "replaced when the new one is verified.",
+    ),
+]
+
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions
     from dllm_convert.schema import Recipe
@@ -91,6 +100,7 @@ def run(
     allow_pickle: AllowPickle = False,
     link: Link = False,
     verify: Verify = Depth.AUTO,
+    extend: Extend = False,
     report_to: option.ReportTo = None,
     assignments: option.Assignments = None,
     num_processes: option.Processes = None,
@@ -133,9 +143,11 @@ def run(
         return
     if probe:
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
+    if extend and recipe.training.method == "none":
+        raise typer.BadParameter("--extend trains on; leave out --no-train")
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(_launch(num_processes, launch_config))
-    how = How(link=link, verify=verify)
+    how = How(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
 

@@ -1,0 +1,113 @@
+"""Go on with a finished checkpoint: its weights are trained on, and its folder is replaced at last.
+
+The finished checkpoint takes the place of the untrained conversion. All else is a run like any
+other: until its new files are whole the old ones stay, and a kill loses nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.copying import sha256_file
+from dllm_convert.differences import differences
+from dllm_convert.disk import link
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.generation_output import write_generation
+from dllm_convert.manifest import (
+    MANIFEST_FILE,
+    WRITTEN_LAST,
+    changed_files,
+    hash_files,
+    read_manifest,
+)
+from dllm_convert.plan import ConversionPlan
+from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.schema import Recipe
+from dllm_convert.source_folder import LICENCE_FILES, SMALL_FILES, matching
+
+_WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
+_TAKEN = (*_WEIGHTS, *SMALL_FILES, "modeling_dllm.py")
+
+
+def begin(out: Path) -> dict[str, Any]:
+    """Return what the journal remembers of the checkpoint that is trained on.
+
+    Args:
+        out: Folder of a finished run.
+
+    Returns:
+        `manifest`, the SHA-256 of its manifest; `history`, the trainings that it had, oldest first.
+
+    Raises:
+        DataError: The folder holds no checkpoint that training made.
+    """
+    manifest = read_manifest(out)
+    measured = manifest.get("measurements") or {}
+    train = measured.get("train")
+    if not isinstance(train, Mapping):
+        raise DataError(
+            f"{out} was converted without training, so there is no training to go on with",
+            hint="Train it with another --out",
+        )
+    names = ("method", "steps", "tokens", "seconds", "final_loss")
+    entry = {name: train[name] for name in names if name in train}
+    entry |= {name: manifest.get(name) for name in ("created", "dllm_convert")}
+    entry["nelbo_after"] = measured.get("nelbo_after")
+    return {
+        "manifest": sha256_file(out / MANIFEST_FILE),
+        "history": [*(manifest.get("history") or ()), entry],
+    }
+
+
+def seeded_anew(recipe: Recipe, extends: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with another seed: the rows and masks of before are not repeated."""
+    seed = recipe.training.seed + len(extends["history"])
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
+
+
+def take_over(plan: ConversionPlan, out: Path, target: Path) -> dict[str, Any]:
+    """Lay the finished checkpoint where a run has its untrained conversion.
+
+    Args:
+        plan: The conversion, which has to be the one that the checkpoint came from.
+        out: Folder of the finished checkpoint; weights are linked, nothing is written there.
+        target: New folder.
+
+    Returns:
+        What the stage `adapt` records.
+
+    Raises:
+        DataError: A file of the checkpoint is not what its manifest says.
+        IncompatibleError: The checkpoint is another conversion.
+    """
+    manifest = read_manifest(out)
+    files = manifest.get("files") or {}
+    wrong = changed_files(out, files)
+    if wrong:
+        name = min(wrong)
+        raise DataError(
+            f"{out / name} {wrong[name]}: only what was verified is trained on",
+            hint="Put the file back, or give another --out",
+        )
+    config = load_json_object(out / "config.json")
+    known = {key: config.get(key) for key in plan.config_updates}
+    if known != dict(plan.config_updates):
+        raise IncompatibleError(
+            f"{out} holds another conversion{differences(known, plan.config_updates)}",
+            hint="Give the options that it was made with, or another --out",
+        )
+    target.mkdir(parents=True)
+    for name in matching((n for n in files if n not in WRITTEN_LAST), (*_TAKEN, *LICENCE_FILES)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        place = link if matching([name], _WEIGHTS) else shutil.copyfile
+        place(out / name, target / name)
+    write_generation(plan, target)
+    return {
+        "tensors_changed": list(plan.tensors_changed),
+        "source_files": dict((manifest.get("source") or {}).get("files") or {}),
+        "files": hash_files(target),
+        "ways": {},
+    }
