@@ -23,7 +23,7 @@ from dllm_convert.quantised import FLOATS
 from dllm_convert.source_info import TensorInfo
 from dllm_convert.tensor_names import every_name, loaded_as
 
-_WRAPPERS = ("module.", "_orig_mod.", "pretrained_model.", "base_model.model.", "transformer.")
+_WRAPPERS = ("module.", "_orig_mod.", "pretrained_model.", "base_model.model.")
 _ADAPTERS = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\b.*")
 _OTHER_CONFIG = "Take the config.json that belongs to these weights"
 

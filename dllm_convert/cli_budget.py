@@ -164,9 +164,7 @@ def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
     for field in typed:
         if typed[field] in (None, False):
             continue
-        if (field.startswith("training.lora.") or field == "training.keep_adapter") and (
-            method != "lora"
-        ):
+        if field in ("training.lora.rank", "training.keep_adapter") and method != "lora":
             why = f"the training method is {method}; add --lora {recipe.training.lora.rank}"
         elif field in budget and method == "none":
             why = "nothing is trained (--no-train)"

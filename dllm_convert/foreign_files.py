@@ -28,8 +28,11 @@ _KINDS = {
 }
 
 
-def check_file(path: Path, limit: int | None = None) -> None:
+def check_file(path: Path, limit: int | None = None) -> int:
     """Check that a path is an ordinary file of at most `limit` bytes, before it is opened.
+
+    Returns:
+        Its size in bytes.
 
     Raises:
         DataError: It is something else, or larger.
@@ -44,6 +47,7 @@ def check_file(path: Path, limit: int | None = None) -> None:
             f"{path} has {found.st_size:,} bytes, expected at most {limit:,}",
             hint="Check where the file comes from: no file of its kind is that large",
         )
+    return found.st_size
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
@@ -53,10 +57,10 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
         DataError: It is no ordinary file, larger than `limit`, or cannot be read.
     """
     try:
-        check_file(path, limit)
+        size = check_file(path, limit)
         with path.open("rb") as file:
-            # It may have grown since.
-            return file.read(limit)
+            # Asked for the limit, Python would make room for all of it.
+            return file.read(size)
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror})") from error
 

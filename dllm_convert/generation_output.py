@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.chat_turns import read_template, turn_end
+from dllm_convert.mask_token import unused_ids
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.text_bounds import TextBounds, bounds_of, end_set, find_bounds, stated_ids
@@ -118,6 +119,20 @@ def name_padding(folder: Path, text: str) -> None:
         _write(folder / _MAP, {**_optional(folder / _MAP), "pad_token": text})
 
 
+def _suppressed(plan: ConversionPlan) -> list[int]:
+    """Return the ids that decoding never writes: the base's, and those that no token has."""
+    stated = plan.source.generation.get("suppress_tokens")
+    base = stated if isinstance(stated, list) else []
+    rows = range(plan.mask.rows_after)
+    unused = unused_ids(plan.source.tokenizer, plan.mask)
+    ids = {token for token in base if _is_id(token) and token in rows and token != plan.mask.id}
+    return sorted(ids.union(*(range(first, end) for first, end in unused)))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def write_generation(plan: ConversionPlan, out: Path) -> None:
     """Write generation_config.json into a folder that has its tokenizer, and name its padding.
 
@@ -148,6 +163,7 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
     settings = {
         **{f"{role}_token_id": value for role, value in ids.items()},
         "closing_token_ids": list(closing),
+        "suppress_tokens": _suppressed(plan) or None,
         "mask_token_id": plan.mask.id,
         # transformers takes a temperature for a mistake unless sampling is said to be meant.
         "temperature": chosen.temperature or None,

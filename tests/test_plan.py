@@ -268,7 +268,7 @@ class TestTensors:
 
     def test_a_checkpoint_of_another_class_is_refused(self, source_cache: Sources) -> None:
         info = inspect_source(str(source_cache("llama")))
-        other = {n.replace("model.", "transformer."): t for n, t in info.tensors.items()}
+        other = {n.replace("embed_tokens", "wte"): t for n, t in info.tensors.items()}
         with pytest.raises(IncompatibleError, match=r"no model\.embed_tokens\.weight"):
             replan(replace(info, tensors=other))
 

@@ -69,6 +69,7 @@ class Canvas:
         self._token_generators = row_generators(batch, options, prompts.device, tokens=True)
         self._warpers = make_warpers(options)
         self._eos = torch.tensor(options.eos_token_ids, device=prompts.device)
+        self._never = torch.tensor(options.suppress_tokens, dtype=torch.long, device=prompts.device)
 
     def show(self) -> None:
         """Tell the observer, if there is one."""
@@ -133,6 +134,8 @@ class Canvas:
         if options.guided:
             given, hidden = logits.chunk(2)
             logits = hidden + options.guidance_scale * (given - hidden)
+        if options.suppress_tokens:
+            logits.index_fill_(1, self._never, -torch.inf)
         rows = self.rows.tolist()
         active = [self._generators[row] for row in rows]
         drawing = [self._token_generators[row] for row in rows]
