@@ -74,11 +74,11 @@ def _turn_end(plan: ConversionPlan, out: Path, written: _Written) -> int | None:
     return None if text is None else written.special[text]
 
 
-def _end_token(plan: ConversionPlan, closing: tuple[int, ...]) -> int | None:
+def _end_token(plan: ConversionPlan) -> int | None:
     """What training ends a text with, as `text_bounds.end_token` finds it once it is loaded."""
     tokenizer = plan.source.tokenizer
     ids = {role: tokenizer.vocab[text] for role, text in tokenizer.named.items()}
-    return ids.get("eos", closing[-1] if closing else ids.get("sep"))
+    return ids.get("eos", ids.get("sep"))
 
 
 def choose_padding(
@@ -148,7 +148,7 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
     stated = {role: stated_ids(role, config, base) for role in ("bos", "eos", "pad")}
     written = _read(out)
     closing = written.bounds.closing
-    ends = end_set(stated["eos"], _end_token(plan, closing), _turn_end(plan, out, written), closing)
+    ends = end_set(stated["eos"], _end_token(plan), _turn_end(plan, out, written), closing)
     padding = choose_padding(plan, stated["pad"], ends)
     if padding is not None:
         text, row = padding

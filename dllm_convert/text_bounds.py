@@ -101,12 +101,9 @@ def first_token(tokenizer: Any) -> int | None:
 
 
 def end_token(tokenizer: Any) -> int | None:
-    """Return the token that training ends a text with: the end token, or what closes every text."""
-    if tokenizer.eos_token_id is not None:
-        return int(tokenizer.eos_token_id)
-    closing = bounds_of(tokenizer).closing
-    last = closing[-1] if closing else tokenizer.sep_token_id
-    return None if last is None else int(last)
+    """Return the token that training ends a text with: the end token, or an encoder's separator."""
+    named = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return next((int(token) for token in named if token is not None), None)
 
 
 def end_ids(model: Any) -> frozenset[int]:
