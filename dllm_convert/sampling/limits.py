@@ -70,5 +70,5 @@ def check_context(model: Any, lengths: torch.Tensor, new: int, block_size: int |
         warnings.warn(
             f"{told}, more than the context of {context} this model was trained on",
             ContextWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

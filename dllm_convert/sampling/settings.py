@@ -185,9 +185,10 @@ def decoding_options(
     padding = read_ids(settings["pad_token_id"], "pad_token_id")
     settings["pad_token_id"] = next(iter((*padding, *ends)), 0)
     never = read_ids(settings["suppress_tokens"], "suppress_tokens")
-    rows = config.vocab_size
-    if any(token >= rows for token in never):
-        raise ValueError(f"suppress_tokens has {max(never)}, expected ids below {rows}")
+    if any(token >= config.vocab_size for token in never):
+        raise ValueError(
+            f"suppress_tokens has {max(never)}, expected ids below {config.vocab_size}"
+        )
     settings["suppress_tokens"] = never
     may_be_none = {"max_denoising_steps", "confidence_threshold"}
     facts = config.diffusion

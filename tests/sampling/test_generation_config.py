@@ -78,7 +78,6 @@ def test_several_ends() -> None:
         {"no_repeat_ngram_size": 3},
         {"stop_strings": ["."]},
         {"stop_strings": "."},
-        {"suppress_tokens": [7]},
         {"bad_words_ids": [[7]]},
         {"min_new_tokens": 3},
         {"typical_p": 0.5},
