@@ -144,6 +144,8 @@ class BlockReader:
         both = _behind(kept, len(self.starts), self.options)
         self.starts = self.starts[kept]
         self.cache.batch_select_indices(both)
+        # A row that was behind the others may have left: what all that stay have clean is more.
+        self.cache.keep(int(self.starts.min()))
         if self.previous is not None:
             self.previous = self.previous[both]
 
