@@ -200,8 +200,6 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
     )
 
 
-
-
 def _closing(folder: Path, adapter: Adapter) -> int:
     """How many tokens the tokenizer puts behind every text; an encoder's one, unless recorded."""
     recorded = _read(folder / "generation_config.json").get("closing_token_ids")

@@ -22,6 +22,7 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "is_decoder", "add_cross_attention")
 _OPTIONAL = ("sliding_window", "max_window_layers", "head_dim", "num_key_value_heads")
 _OVER_ZERO = ("rope_theta",)
+_CHUNKS = "chunk_size_feed_forward"
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "initializer_range")
 _SHARES = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
 _SHOWN = 40
@@ -87,6 +88,9 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
         if key in config and not isinstance(config[key], bool):
             raise wrong(key, config[key], "true or false")
     _check_reals(config)
+    if config.get(_CHUNKS) not in (None, 0, 1) or isinstance(config.get(_CHUNKS), bool):
+        # Texts whose length is no multiple of it do not run.
+        raise wrong(_CHUNKS, config[_CHUNKS], "0", "Leave it out: it only saves memory")
     _check_heads(config, declared, causal=adapter is not None and adapter.attention == "causal")
 
 

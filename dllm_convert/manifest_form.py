@@ -306,4 +306,6 @@ def check_form(content: Mapping[str, Any], where: Path | str, *, whole: bool = F
                     f"{where}: {path} is {shown(problem['input'])}, expected {expected}", hint=_HINT
                 ) from error
             if whole:
-                raise DataError(f"{where} has no {path}, which every run records", hint=_HINT) from error
+                raise DataError(
+                    f"{where} has no {path}, which every run records", hint=_HINT
+                ) from error
