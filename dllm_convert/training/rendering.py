@@ -138,9 +138,7 @@ class ChatTemplate:
             return Rendered(said, said.tools, text, None)
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts: Any
-        spans: Any
-        texts, spans = self._explained(
+        rendered: Any = self._explained(
             lambda: render_jinja_template(
                 conversations=[[dict(message) for message in said]],
                 tools=tools,
@@ -150,6 +148,7 @@ class ChatTemplate:
             ),
             where,
         )
+        texts, spans = rendered
         return Rendered(said, said.tools, texts[0], tuple((start, end) for start, end in spans[0]))
 
     def _explained(self, call: Callable[[], T], where: str) -> T:

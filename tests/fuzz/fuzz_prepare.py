@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import forks
+from card_cases import llama_bd3lm
 from factory import make_source, prose
 from fuzz_program import FAMILIES
 from hub_server import LoopbackHub
@@ -23,10 +25,32 @@ def prepare(root: Path) -> None:
 
     for family, target in FAMILIES.items():
         make_source(root / family, family)
-        checkpoint(root / family, root / f"{family}-out", target)
+        checkpoint(root / family, root / f"{family}-out", target, **_recorded())
     (root / "text.txt").write_text("\n\n".join(prose(60)))
     (root / "tasks").mkdir()
     write_tasks(root / "tasks")
+
+
+def _recorded() -> dict[str, Any]:
+    """Return what a manifest holds of a run that trained, measured, sampled and was evaluated."""
+    run = llama_bd3lm()
+    mean = {"items": 10, "value": 0.5, "half_width": 0.1}
+    line = {"task": "capitals", "metric": "acc", "after": mean, "before": mean, "difference": mean}
+    swept = {**mean, "task": "writing", "metric": "exact_match", "tokens_per_second": 3.0}
+    return {
+        "measurements": run["measurements"],
+        "sample": run["sample"],
+        "verification": run["verification"],
+        "evaluation": {
+            "format_version": 1,
+            "settings": {"draws": 4, "rounds": 2},
+            "results": [line],
+            "tasks": {"capitals": {"shots": 0}},
+            "sweep": [{**swept, "threshold": t, "tokens_per_forward": 2 - t} for t in (0.5, 0.9)],
+            "effort": {"after": {"tokens_per_forward": 2.0, "tokens_per_second": 9.0}},
+            "text": {"source": "a.txt", "nelbo": {"nats_per_token": 4.0}, "nll": None},
+        },
+    }
 
 
 def fuzz(
