@@ -11,6 +11,8 @@ from dllm_convert.config_numbers import shown
 from dllm_convert.errors import DataError
 
 _KNOWN = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError)
+_BY_NAME = frozenset({"StrictDataclassError"})
+"""What huggingface_hub raises of a config.json that is read on the way; importing it takes long."""
 _TEKKEN, _WHOLE = "tekken.json", "tokenizer.json"
 
 
@@ -42,7 +44,8 @@ class TokenizerErrors(AbstractContextManager[None]):
         if kind is None or error is None:
             return
         from_rust = kind is Exception or kind.__name__ == "PanicException"
-        if from_rust or issubclass(kind, _KNOWN):
+        named = any(ancestor.__name__ in _BY_NAME for ancestor in kind.__mro__)
+        if from_rust or named or issubclass(kind, _KNOWN):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = lines[0] if lines else kind.__name__
             raise DataError(f"{self._failure} ({reason})", hint=self._hint) from error
