@@ -152,7 +152,7 @@ class _Comparison:
         common = len(self._ours.keys() & self._base.keys())
         return Probe(
             "base-tensors",
-            not wrong and common > 0,
+            none_wrong(len(wrong), common),
             f"{len(wrong)} of {common} tensors misshapen",
             "0 misshapen, missing or added, new rows aside",
             first_items(wrong),
