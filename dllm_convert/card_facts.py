@@ -20,10 +20,10 @@ from dllm_convert.card_base import (
 )
 from dllm_convert.card_cost import Cost, cost_of
 from dllm_convert.card_evaluation import Evaluation, evaluation_of
-from dllm_convert.errors import DataError
 from dllm_convert.fit import is_tied
 from dllm_convert.licences import conforming_name
-from dllm_convert.manifest import REPORT_FILE
+from dllm_convert.manifest import MANIFEST_FILE, REPORT_FILE
+from dllm_convert.manifest_form import check_form
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.redaction import last_part, without_paths
 from dllm_convert.verify.report import files_only
@@ -167,42 +167,37 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
     Raises:
         DataError: The manifest lacks something that every run records.
     """
-    try:
-        plan, source, recipe = manifest["plan"], manifest["source"], manifest["recipe"]
-        measurements = manifest.get("measurements") or {}
-        config = _read(folder / "config.json")
-        adapter = adapter_of(config | {"model_type": source["model_type"]})
-        return Facts(
-            base=base_of(folder, manifest),
-            adapter=adapter,
-            objective=plan["target"],
-            block_size=plan["block_size"],
-            token_shift=plan["token_shift"],
-            mask=plan["mask"],
-            plan=plan,
-            recipe=_reproducible(recipe, source),
-            train=measurements.get("train"),
-            cost=cost_of(manifest),
-            data=data_of(measurements.get("data"), recipe),
-            measures=_measures(measurements),
-            evaluation=evaluation_of(folder, manifest.get("evaluation")),
-            sample=manifest.get("sample"),
-            verification=_verification(manifest.get("verification")),
-            pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
-            animation=DENOISING if (folder / DENOISING.file).is_file() else None,
-            adapter_only=manifest.get("adapter_only") is True,
-            custom_code=(folder / MODELING_FILE).is_file(),
-            has_report=(folder / REPORT_FILE).is_file(),
-            tied=is_tied(config, adapter),
-            has_chat_template=(folder / "chat_template.jinja").is_file(),
-            closing=_closing(folder, adapter),
-            manifest=manifest,
-        )
-    except KeyError as error:
-        raise DataError(
-            f"the manifest of {folder} has no {error.args[0]!r}, which every run records",
-            hint="Convert the model again with this version of dllm-convert",
-        ) from error
+    check_form(manifest, folder / MANIFEST_FILE, whole=True)
+    plan, source, recipe = manifest["plan"], manifest["source"], manifest["recipe"]
+    measurements = manifest.get("measurements") or {}
+    config = _read(folder / "config.json")
+    adapter = adapter_of(config | {"model_type": source["model_type"]})
+    return Facts(
+        base=base_of(folder, manifest),
+        adapter=adapter,
+        objective=plan["target"],
+        block_size=plan["block_size"],
+        token_shift=plan["token_shift"],
+        mask=plan["mask"],
+        plan=plan,
+        recipe=_reproducible(recipe, source),
+        train=measurements.get("train"),
+        cost=cost_of(manifest),
+        data=data_of(measurements.get("data"), recipe),
+        measures=_measures(measurements),
+        evaluation=evaluation_of(folder, manifest.get("evaluation")),
+        sample=manifest.get("sample"),
+        verification=_verification(manifest.get("verification")),
+        pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
+        animation=DENOISING if (folder / DENOISING.file).is_file() else None,
+        adapter_only=manifest.get("adapter_only") is True,
+        custom_code=(folder / MODELING_FILE).is_file(),
+        has_report=(folder / REPORT_FILE).is_file(),
+        tied=is_tied(config, adapter),
+        has_chat_template=(folder / "chat_template.jinja").is_file(),
+        closing=_closing(folder, adapter),
+        manifest=manifest,
+    )
 
 
 def _closing(folder: Path, adapter: Adapter) -> int:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dllm_convert.bounded import BoundError, bounded
+from dllm_convert.chat_rendering import REFUSED
+from dllm_convert.foreign_files import read_text
 from dllm_convert.safetensors_header import load_json_object
 
 SAID = "Seven small stones."
@@ -28,8 +32,6 @@ _CONVERSATIONS = (
     ("system", "user", "assistant"),
     ("assistant",),
 )
-_REFUSED = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a template can raise that takes other messages, or is broken."""
 
 
 class _Generation(Extension):
@@ -58,11 +60,19 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def _render(template: str, **facts: Any) -> str:
+    return _environment().from_string(template).render(**facts)
+
+
 def read_template(folder: Path) -> str | None:
-    """Return the chat template of a checkpoint folder as transformers would choose it."""
+    """Return the chat template of a checkpoint folder as transformers would choose it.
+
+    Raises:
+        DataError: The file is not UTF-8, or no file.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     for name in ("chat_template.json", "tokenizer_config.json"):
         content = load_json_object(folder / name) if (folder / name).is_file() else {}
         found = content.get("chat_template")
@@ -98,8 +108,10 @@ def turn_end(template: str, named: Mapping[str, str], special: Collection[str]) 
         ]
         facts: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": False}
         try:
-            text = _environment().from_string(template).render(messages=messages, **facts, **named)
-        except _REFUSED:
+            text = bounded(partial(_render, template, messages=messages, **facts, **named))
+        except BoundError:
+            return None
+        except REFUSED:
             continue
         found = mark.search(text)
         if found is not None:

@@ -25,6 +25,8 @@ from dllm_convert.shown_text import printable
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
 
+_CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says on a CPU, in an ordinary RuntimeError."""
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
 
@@ -60,7 +62,8 @@ def classify(error: Exception) -> Failure | None:
     if isinstance(error, DllmConvertError):
         return Failure(type(error).__name__, error.message, error.hint, error.exit_code)
     # torch.OutOfMemoryError is a RuntimeError; naming it would import torch.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or _CPU_MEMORY in str(error):
         hint = "Lower --set training.batch_size=1 or data.sequence_length, or train with --lora 16"
         return Failure("OutOfMemory", "there is not enough memory", hint)
     if isinstance(error, OSError) and error.errno != errno.EPIPE:

@@ -22,8 +22,10 @@ _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "is_decoder", "add_cross_attention")
 _OPTIONAL = ("sliding_window", "max_window_layers", "head_dim", "num_key_value_heads")
 _OVER_ZERO = ("rope_theta",)
+_CHUNKS = "chunk_size_feed_forward"
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "initializer_range")
 _SHARES = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
 _SHOWN = 40
 
 
@@ -71,6 +73,8 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
         IncompatibleError: One is no such number.
     """
     _check_layers(config, tensors)
+    for key in _IDS:
+        _check_id(key, config.get(key))
     declared = adapter.tensors if adapter is not None else None
     context = config.get("max_position_embeddings")
     if context is not None and not is_size(context):
@@ -87,6 +91,9 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
         if key in config and not isinstance(config[key], bool):
             raise wrong(key, config[key], "true or false")
     _check_reals(config)
+    if config.get(_CHUNKS) not in (None, 0, 1) or isinstance(config.get(_CHUNKS), bool):
+        # Texts whose length is no multiple of it do not run.
+        raise wrong(_CHUNKS, config[_CHUNKS], "0", "Leave it out: it only saves memory")
     _check_heads(config, declared, causal=adapter is not None and adapter.attention == "causal")
 
 
@@ -123,6 +130,13 @@ def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
         if not isinstance(value, int) or value > most:
             held = f"the files hold {tensors} tensors" if tensors else f"at most {MOST_LAYERS:,}"
             raise wrong(key, value, f"as many layers as the weights have ({held})")
+
+
+def _check_id(key: str, value: object) -> None:
+    ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
+    if not all(token is None or (type(token) is int and abs(token) <= LARGEST) for token in ids):
+        several = " or a list of ids" if key == "eos_token_id" else ""
+        raise wrong(key, value, f"an id{several}, or null")
 
 
 def _check_size(key: str, value: object, declared: ClassTensors) -> None:

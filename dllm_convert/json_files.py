@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dllm_convert import strict_json
 from dllm_convert.errors import DataError
 from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
 _MAX_FOUND = 300
-
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What a file begins with that git wrote in the place of a large one."""
@@ -73,7 +75,11 @@ def load_json(path: Path, *, distinct: bool = False) -> Any:
         raw = read_bytes(path, MAX_VOCABULARY_BYTES)
         if raw.startswith(LFS_POINTER):
             raise pointer(path.name)
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique if distinct else None)
+        if _SURROGATE.search(raw):
+            # A pair is one character; half of one cannot be written anywhere again.
+            strict_json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except DuplicateKeyError as error:
         raise broken(path.name, f"{error} is named twice", "every name once") from error
     except (ValueError, RecursionError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -13,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.copying import sha256_file, sha256_files
 from dllm_convert.errors import DataError
+from dllm_convert.json_files import load_json_object
+from dllm_convert.manifest_form import check_form
 from dllm_convert.nearest import no_folder
 from dllm_convert.workspace import WORK, write_json
 
 if TYPE_CHECKING:
     from dllm_convert.plan import ConversionPlan
+    from dllm_convert.schema import Recipe
 
 MANIFEST_FILE = "dllm_convert.json"
 CARD_FILE = "README.md"
@@ -41,25 +43,44 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a converted checkpoint.
 
     Raises:
-        DataError: There is none, or it is not a JSON object.
+        DataError: There is none, it is not a JSON object, or something in it is of another kind.
     """
     path = folder / MANIFEST_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if not folder.is_dir():
-            raise no_folder(folder) from error
+    if not folder.is_dir():
+        raise no_folder(folder)
+    if not path.exists():
         raise DataError(
             f"{folder} has no {MANIFEST_FILE}, so nothing is known of how it was made",
             hint="Give a folder that dllm-convert run wrote",
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+        )
+    content = load_json_object(path)
+    check_form(content, path)
     return content
+
+
+def recorded_recipe(folder: Path) -> Recipe:
+    """Return the recipe that a converted checkpoint was made with, from its manifest.
+
+    Raises:
+        DataError: There is no manifest, or no recipe of this version in it.
+    """
+    from pydantic import ValidationError
+
+    from dllm_convert.recipe_fields import describe_problem
+    from dllm_convert.schema import Recipe
+
+    path = folder / MANIFEST_FILE
+    recipe = read_manifest(folder).get("recipe")
+    if recipe is None:
+        raise DataError(f"{path} has no recipe, which every run records", hint="Convert it again")
+    try:
+        return Recipe.model_validate(recipe)
+    except ValidationError as error:
+        problem = describe_problem(error.errors(include_url=False)[0])
+        raise DataError(
+            f"{path}: the recipe is not one of this version: {problem}",
+            hint="Convert the model again with this version of dllm-convert",
+        ) from error
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:

@@ -133,7 +133,8 @@ class DiffusionMixin:
         self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
     ) -> CausalLMOutputWithPast:
         """Run the stock model on what `forward` prepared; logits where `_pick` says."""
-        outputs = self.base_model(**arguments)
+        # Whatever config.json says of tuples: what follows reads names.
+        outputs = self.base_model(**arguments, return_dict=True)
         hidden = _pick(outputs.last_hidden_state, keep, at)
         return CausalLMOutputWithPast(
             logits=getattr(self, self._head)(hidden),

@@ -177,7 +177,10 @@ class _Layers:
         if isinstance(references, list) and origin != COMMAND_LINE:
             # A recipe rests on its presets' sources as well as its own.
             earlier, _ = self.values.get("references", ([], origin))
-            if isinstance(earlier, list):
+            if all(
+                isinstance(r, list) and all(isinstance(x, str) for x in r)
+                for r in (earlier, references)
+            ):
                 flat["references"] = list(dict.fromkeys([*earlier, *references]))
         for path, value in flat.items():
             self._put(path, value, origin)

@@ -99,8 +99,14 @@ class Measures:
         # A source that is a diffusion model has no autoregressive likelihood of its own.
         if self.plan.adapter.attention == "causal" and not converted_before:
             batches = self._on_device(model)
+            rows = self.plan.mask.rows_before
+            if any(bool((batch.tokens[batch.scorable] >= rows).any()) for batch in batches):
+                self.reporter.warn(
+                    "the held-out text has tokens for which the base has no row, so the base's own "
+                    "likelihood is not measured"
+                )
+                return {**result, "start": self._survey(model, result)}
             with self.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
-                rows = self.plan.mask.rows_before
                 result["ar_nll"] = autoregressive_nll(model, batches, rows, task=task).as_dict()
         return {**result, "start": self._survey(model, result)}
 

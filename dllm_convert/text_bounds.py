@@ -15,6 +15,7 @@ from typing import Any
 
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.sampling.ends import read_ids
+from dllm_convert.tokenizer_loading import TokenizerErrors
 
 ROLES = ("bos", "eos", "pad")
 """Tokens that configs name by id."""
@@ -51,9 +52,12 @@ def find_bounds(encode: Callable[[str, bool], list[int]]) -> TextBounds:
 
 def bounds_of(tokenizer: Any) -> TextBounds:
     """Return what a tokenizer of transformers puts around every text."""
-    return find_bounds(
-        lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    )
+    return find_bounds(lambda text, special: _encode(tokenizer, text, special=special))
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    with TokenizerErrors("the tokenizer cannot encode a text", "Correct its tokenizer.json"):
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
 def open_ids(tokenizer: Any, text: str) -> list[int]:
@@ -65,7 +69,7 @@ def open_ids(tokenizer: Any, text: str) -> list[int]:
         tokenizer: A tokenizer of transformers.
         text: Any text.
     """
-    ids: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = _encode(tokenizer, text, special=False)
     begin = list(bounds_of(tokenizer).begin)
     return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
@@ -88,7 +92,7 @@ def leave_open(tokenizer: Any) -> None:
 
 def conversation_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokenise what a chat template wrote: the template says how it begins."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode(tokenizer, text, special=False)
 
 
 def first_token(tokenizer: Any) -> int | None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dllm_convert.config_numbers import shown
 from dllm_convert.errors import DataError
 
 _KNOWN = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError)
+_BY_NAME = frozenset({"StrictDataclassError"})
+"""What huggingface_hub raises of a config.json that is read on the way; importing it takes long."""
 _TEKKEN, _WHOLE = "tekken.json", "tokenizer.json"
 
 
@@ -41,7 +44,8 @@ class TokenizerErrors(AbstractContextManager[None]):
         if kind is None or error is None:
             return
         from_rust = kind is Exception or kind.__name__ == "PanicException"
-        if from_rust or issubclass(kind, _KNOWN):
+        named = any(ancestor.__name__ in _BY_NAME for ancestor in kind.__mro__)
+        if from_rust or named or issubclass(kind, _KNOWN):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = lines[0] if lines else kind.__name__
             raise DataError(f"{self._failure} ({reason})", hint=self._hint) from error
@@ -58,7 +62,7 @@ def load_tokenizer(given: Path | str) -> Any:
         given: Folder or Hub id.
 
     Raises:
-        DataError: transformers cannot load it.
+        DataError: transformers cannot load it, or a setting of it is of another kind.
     """
     import transformers
 
@@ -68,10 +72,33 @@ def load_tokenizer(given: Path | str) -> Any:
         "Save it as tokenizer.json with save_pretrained",
     ):
         if not (folder / _TEKKEN).is_file():
-            return transformers.AutoTokenizer.from_pretrained(given, trust_remote_code=False)
-        if (folder / _WHOLE).is_file():
-            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        return _convert_tekken(folder)
+            loaded = transformers.AutoTokenizer.from_pretrained(given, trust_remote_code=False)
+        elif (folder / _WHOLE).is_file():
+            loaded = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            loaded = _convert_tekken(folder)
+    _check_settings(loaded, given)
+    return loaded
+
+
+def _check_settings(tokenizer: Any, given: Path | str) -> None:
+    """Check what transformers takes from tokenizer_config.json as it stands, and computes with.
+
+    Raises:
+        DataError: A setting is of another kind.
+    """
+    limit, template = tokenizer.model_max_length, tokenizer.chat_template
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit > 0:
+        raise _wrong(given, "model_max_length", limit, "a number above 0")
+    if template is not None and not isinstance(template, str | dict):
+        raise _wrong(given, "chat_template", template, "a text")
+
+
+def _wrong(given: Path | str, name: str, value: object, expected: str) -> DataError:
+    return DataError(
+        f"tokenizer_config.json of {given}: {name} is {shown(value)}, expected {expected}",
+        hint="Correct it, or save the tokenizer again with save_pretrained",
+    )
 
 
 def _convert_tekken(folder: Path) -> Any:

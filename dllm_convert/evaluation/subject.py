@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dllm_convert.adapters import adapter_of
+from dllm_convert.chat_rendering import chat_text
+from dllm_convert.converted_config import check_converted_config
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import context_length
@@ -100,7 +101,7 @@ class Subject:
         from dllm_convert.training.setup import load_model
 
         config = read_config(folder)
-        adapter = adapter_of(config)
+        adapter = check_converted_config(config, folder)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
         model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
@@ -183,20 +184,21 @@ class Subject:
             answer: Whether the assistant's turn is to follow.
 
         Raises:
-            DataError: The tokenizer has no chat template.
+            DataError: The tokenizer has no chat template, or it refuses them.
         """
         if not self.tokenizer.chat_template:
             raise DataError(
                 f"{self.name} has no chat template",
                 hint="Leave --apply_chat_template out, or evaluate a chat model",
             )
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
+        return chat_text(
+            self.tokenizer,
+            messages,
+            "the messages of a task",
+            "Correct chat_template.jinja, or leave --apply-chat-template out",
             add_generation_prompt=answer,
             continue_final_message=not answer,
         )
-        return text
 
     def write(
         self,

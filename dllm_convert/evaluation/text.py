@@ -16,8 +16,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import Subject
 from dllm_convert.loading import load_complete
-from dllm_convert.manifest import read_manifest
-from dllm_convert.schema import Recipe
+from dllm_convert.manifest import recorded_recipe
 from dllm_convert.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
@@ -69,7 +68,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     """
     from dllm_convert.training.data import prepare_data
 
-    recipe = Recipe.model_validate(read_manifest(request.checkpoint)["recipe"])
+    recipe = recorded_recipe(request.checkpoint)
     data = recipe.data.model_copy(
         update={"source": request.data, "held_out_source": None, "held_out_split": None}
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from dllm_convert.converted_config import check_converted_config
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.options import DecodingOptions
@@ -27,11 +28,13 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
         loading it says more.
 
     Raises:
+        IncompatibleError: config.json contradicts itself, or is of no known family.
         ValueError: They contradict, or do nothing.
     """
     config = _read(folder / "config.json")
     if diffusion_section(config) is None:
         return None
+    check_converted_config(config, folder)
     saved = _read(folder / "generation_config.json")
     options = decoding_options(SimpleNamespace(**config), saved, 1, None, dict(given))
     idle = next((name for name in _WARPERS if name in given), None)

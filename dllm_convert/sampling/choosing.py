@@ -27,6 +27,8 @@ _PIECE = 1 << 20
 _COLDEST = 1e-30
 """Temperature that logits are divided by at the least: float32 has no number for a smaller one's
 inverse, and at this one a single token is certain already."""
+_HOTTEST = 1e30
+"""The same at the most: at this one every token is as likely as any other."""
 _TOKENS = 0x5DEECE66D
 """What sets the generators of tokens apart from the others of the same seed."""
 
@@ -73,7 +75,8 @@ def make_warpers(options: DecodingOptions) -> LogitsProcessorList:
     """The warpers that transformers uses, in its order."""
     warpers = LogitsProcessorList()
     if options.temperature not in (0.0, 1.0):
-        warpers.append(TemperatureLogitsWarper(max(float(options.temperature), _COLDEST)))
+        within = min(max(float(options.temperature), _COLDEST), _HOTTEST)
+        warpers.append(TemperatureLogitsWarper(within))
     if options.top_k is not None:
         warpers.append(TopKLogitsWarper(top_k=options.top_k))
     if options.top_p is not None:

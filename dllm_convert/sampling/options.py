@@ -23,10 +23,10 @@ _LIMITS = {
     "top_k": (0, math.inf),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "guidance_scale": (0, math.inf),
+    "guidance_scale": (0, 1000),
 }
 """Least and largest value of each setting."""
-_EXPECTED = {(0, math.inf): "at least 0", (0, 1): "0 to 1"}
+_EXPECTED = {(0, math.inf): "at least 0", (0, 1): "0 to 1", (0, 1000): "0 to 1000"}
 _IDLE = {"confidence_threshold": 1, "entropy_bound": 0, "top_k": 0, "top_p": 1, "min_p": 0}
 """Where a setting does nothing: from there on it is as if it were not given, rounding included."""
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dllm_convert.chat_rendering import chat_text
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.text_bounds import conversation_ids, open_ids
 
@@ -76,6 +77,22 @@ def _behind_mask(tokenizer: Any, piece: str) -> list[int]:
     return [*ids, *(encode(rest) if rest else ())]
 
 
+def check_text(prompt: str) -> None:
+    """Check that what was typed is text that can be tokenised.
+
+    Raises:
+        DataError: It holds half a character, which is what Python makes of bytes that are no UTF-8.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{prompt[error.start]!a}"
+        raise DataError(
+            f"the prompt is not UTF-8: its character {error.start + 1} is {found}",
+            hint="Type it in a terminal with UTF-8, or give it on stdin with --prompt -",
+        ) from error
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
     """Return the tokens of a prompt, left open at its end.
 
@@ -85,16 +102,18 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[in
         chat: Put it into the chat template, as one turn of the user.
 
     Raises:
-        DataError: The prompt is empty.
+        DataError: The prompt is empty or no text, or the chat template refuses it.
         IncompatibleError: The tokenizer has no chat template.
     """
+    check_text(prompt)
     if chat:
         if not tokenizer.chat_template:
             raise IncompatibleError(
                 "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
             )
         turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        hint = "Correct chat_template.jinja, or leave out --chat to go on from the text"
+        prompt = chat_text(tokenizer, turns, "the prompt", hint, add_generation_prompt=True)
     ids = _around_masks(tokenizer, prompt, chat=chat)
     if not ids:
         raise DataError("the prompt is empty", hint="Give at least one word with --prompt")

@@ -15,6 +15,7 @@ import torch
 from dllm_convert.adapters import adapter_of
 from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.console import Reporter
+from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.nearest import no_folder
 from dllm_convert.plan_fit import diffusion_section
@@ -231,6 +232,7 @@ def run_sample(
         IncompatibleError: It is no diffusion checkpoint, or has no chat template.
     """
     config = read_config(folder)
+    check_converted_config(config, folder)
     keep_freed_memory()
     with reporter.task("load"):
         model, tokenizer = load_checkpoint(folder, str(config["model_type"]))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.errors import DataError
+from dllm_convert.tokenizer_loading import TokenizerErrors
 from dllm_convert.training.rendering import ChatTemplate
 
 BEGIN, END = "\U0001fffe", "\U0001ffff"
@@ -84,10 +85,14 @@ class PlainText:
         """
         if not texts:
             return [], []
-        if not self._tokenizer.is_fast:
-            out = self._tokenizer([*texts], verbose=False, split_special_tokens=True)
+        fast = self._tokenizer.is_fast
+        asked = {"return_special_tokens_mask" if fast else "split_special_tokens": True}
+        with TokenizerErrors(
+            "the tokenizer cannot encode a document", "Correct its tokenizer.json"
+        ):
+            out = self._tokenizer([*texts], verbose=False, **asked)
+        if not fast:
             return out["input_ids"], [False] * len(texts)
-        out = self._tokenizer([*texts], verbose=False, return_special_tokens_mask=True)
         ids: list[list[int]] = out["input_ids"]
         # The unknown token stands for what has no token, more often than for its own text.
         unknown = self._tokenizer.unk_token

@@ -8,16 +8,14 @@ first in which everything that a conversation says is found in what the template
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
-import jinja2
-
+from dllm_convert.chat_rendering import explained
 from dllm_convert.errors import DataError
-from dllm_convert.training.bounded import BoundError, bounded
 from dllm_convert.training.forms import Form, function_of, pieces
 from dllm_convert.training.messages import Conversation, Message
 
@@ -25,6 +23,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _CALLED = {"developer": "system", "observation": "tool", "function": "tool", "ipython": "tool"}
 _CALLED |= {"tool_response": "tool", "function_response": "tool"}
 _KNOWN = ("system", "user", "assistant", "tool")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ChatTemplate:
             return Rendered(said, said.tools, text, None)
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = self._explained(
+        rendered: Any = self._explained(
             lambda: render_jinja_template(
                 conversations=[[dict(message) for message in said]],
                 tools=tools,
@@ -148,31 +148,17 @@ class ChatTemplate:
             ),
             where,
         )
+        texts, spans = rendered
         return Rendered(said, said.tools, texts[0], tuple((start, end) for start, end in spans[0]))
 
-    def _explained(self, call: Any, where: str) -> Any:
-        try:
-            return bounded(call)
-        except BoundError as error:
-            raise DataError(
-                f"the chat template {error} on {where}",
-                hint="Correct the base's chat_template.jinja, or remove that conversation",
-            ) from error
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(
-                f"the chat template refuses {where} ({reason})",
-                hint="Correct or remove that conversation: the template says which order of roles "
-                "and which kinds of content it takes",
-            ) from error
+    def _explained(self, call: Callable[[], T], where: str) -> T:
+        return explained(
+            call,
+            where,
+            "Correct or remove that conversation: the template says which order of roles "
+            "and which kinds of content it takes",
+            endless="Correct the base's chat_template.jinja, or remove that conversation",
+        )
 
     def _lost(
         self, messages: Sequence[Message], rendered: Rendered, where: str

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from dllm_convert.loading import base_config
-from dllm_convert.verify.report import Probe, first_items
+from dllm_convert.verify.report import Probe, first_items, none_wrong
 from dllm_convert.verify.subject import Subject
 
 CHANGED = frozenset(
@@ -44,7 +44,7 @@ def check_base_config(subject: Subject, base: Path) -> Probe:
     }
     return Probe(
         "base-config",
-        not wrong,
+        none_wrong(len(wrong), len(compared)),
         f"{len(wrong)} of {len(compared)} fields differ",
         "0, those of attention, mask and storage aside",
         first_items(wrong),

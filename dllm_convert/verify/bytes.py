@@ -25,7 +25,7 @@ from dllm_convert.source_fit import fit_folder
 from dllm_convert.source_folder import read_config
 from dllm_convert.verify.hashes import REQUIRED, hashes_probe
 from dllm_convert.verify.placed import Placed, first_difference, locate
-from dllm_convert.verify.report import Probe, VerificationReport, first_items, skipped
+from dllm_convert.verify.report import Probe, VerificationReport, first_items, none_wrong, skipped
 
 NEEDS_MODEL = (
     *("tokens", "portability", "attention", "gradient", "training", "base-logits", "cache"),
@@ -85,7 +85,7 @@ class BaseBytes:
         measured = f"{len(wrong)} of {len(kept)} tensors differ"
         if self.trained:
             return Probe("base-tensors", None, measured, required, "the weights were trained")
-        return Probe("base-tensors", not wrong and bool(kept), measured, required, detail)
+        return Probe("base-tensors", none_wrong(len(wrong), len(kept)), measured, required, detail)
 
     @staticmethod
     def _one_file(ours: Placed, base: Placed) -> bool:
@@ -133,7 +133,7 @@ def mask_row_probe(folder: Path, adapter: Adapter, mask_id: int) -> Probe:
             wrong.append(f"row {mask_id} of {name} is zero or not finite")
     return Probe(
         "mask-row",
-        not wrong and looked > 0,
+        none_wrong(len(wrong), looked),
         f"{len(wrong)} of {looked} rows wrong",
         "0",
         first_items(wrong),

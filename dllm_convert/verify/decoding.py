@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verify.subject import SEED, Subject
 
 STEPS = 2
@@ -115,7 +115,13 @@ def _one_by_one(
             detail = f"in float64; rounding included, {differ} in float32"
             differ = _differing(subject, prompts, mask, again)
     count = output[:, prompts.shape[1] :].numel()
-    return Probe("generate-batch", differ == 0, f"{differ} of {count} tokens differ", "0", detail)
+    return Probe(
+        "generate-batch",
+        none_wrong(differ, count),
+        f"{differ} of {count} tokens differ",
+        "0",
+        detail,
+    )
 
 
 def _differing(

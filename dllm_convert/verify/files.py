@@ -17,7 +17,7 @@ from dllm_convert.tensor_names import stored_names
 from dllm_convert.verify.hashes import hashes_probe
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.reading import read_tensor
-from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verify.storage import check_storage
 from dllm_convert.verify.subject import Subject
 
@@ -102,7 +102,7 @@ def _weights(subject: Subject) -> Probe:
     wrong += [f"{name} belongs to no part of the model" for name in foreign]
     return Probe(
         "weights",
-        not wrong,
+        none_wrong(len(wrong), len(expected)),
         f"{len(wrong)} of {len(expected)} tensors wrong",
         "0 missing, misshapen or foreign",
         first_items(wrong),
@@ -138,7 +138,7 @@ def check_finite(subject: Subject) -> Probe:
                 wrong.append(f"{name} has {count} values that are NaN or infinite")
     return Probe(
         "finite",
-        not wrong,
+        none_wrong(len(wrong), tensors),
         f"{len(wrong)} of {tensors} tensors hold NaN or infinity",
         "0",
         first_items(wrong),

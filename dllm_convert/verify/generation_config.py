@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.verify.report import Probe, first_items
+from dllm_convert.verify.report import Probe, first_items, skipped
 from dllm_convert.verify.subject import Subject
 
 _LEAST: Mapping[str, float] = {
@@ -50,6 +50,8 @@ def check_generation_config(subject: Subject, tokenizer: Any) -> Probe:
             wrong[f"{role}_token_id"] = f"is {sorted(ids)}, expected {sorted(known)}"
         elif subject.claim.mask_token_id in ids:
             wrong[f"{role}_token_id"] = "is the mask"
+    if not found:
+        return skipped("generation-config", "0", "generation_config.json is missing or empty")
     return Probe(
         "generation-config",
         not wrong,

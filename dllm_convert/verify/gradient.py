@@ -23,7 +23,7 @@ from dllm_convert.verify.influence import (
     probe_lengths,
 )
 from dllm_convert.verify.layers import AttentionCall, attention_modules, record_calls
-from dllm_convert.verify.report import Probe
+from dllm_convert.verify.report import Probe, none_wrong
 from dllm_convert.verify.subject import SEED, Subject
 
 TOKENS_AT_ONCE = 192
@@ -118,7 +118,7 @@ def _by_layer(subject: Subject) -> Probe:
                     first = first or f"{name}, layer {layer}: {pattern.first_wrong()}"
     return Probe(
         "gradient-layers",
-        wrong == 0 and count > 0,
+        none_wrong(wrong, count),
         f"{wrong} of {count} layers differ, {' and '.join(names)}",
         f"0 of {layer_kinds(subject)} in each",
         first,

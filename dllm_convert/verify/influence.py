@@ -13,7 +13,7 @@ import torch
 
 from dllm_convert.plan_attention import layer_types
 from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
-from dllm_convert.verify.report import Probe, skipped
+from dllm_convert.verify.report import Probe, none_wrong, skipped
 from dllm_convert.verify.subject import Subject
 
 RELATIVE_TOLERANCE = 1e-5
@@ -204,7 +204,7 @@ def pattern_probe(name: str, patterns: Mapping[int, Pattern]) -> Probe:
     firsts = (f"{p.first_wrong()} ({n} tokens)" for n, p in patterns.items() if p.wrong.any())
     return Probe(
         name,
-        wrong == 0,
+        none_wrong(wrong, pairs),
         f"{wrong} of {pairs} pairs wrong at {lengths} tokens: closed {_least(closed)}, "
         f"open {_least(opened)}",
         f"0 pairs: closed up to {limit:.2g}, open above",
@@ -233,7 +233,7 @@ def _by_layer(subject: Subject, model: Any, length: int) -> Probe:
     count = int(subject.config["num_hidden_layers"])
     return Probe(
         "attention-layers",
-        wrong == 0 and len(layers) == count,
+        none_wrong(wrong, len(layers)) and len(layers) == count,
         f"{wrong} of {len(layers)} layers differ",
         f"0 of {layer_kinds(subject)}",
         first,

@@ -19,7 +19,7 @@ from dllm_convert.tensor_names import stored_names
 from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.verify.base_config import check_base_config
 from dllm_convert.verify.divergence import Trace
-from dllm_convert.verify.report import Probe, first_items, largest, skipped
+from dllm_convert.verify.report import Probe, first_items, largest, none_wrong, skipped
 from dllm_convert.verify.subject import Subject
 
 LENGTH = 32
@@ -152,7 +152,7 @@ class _Comparison:
         common = len(self._ours.keys() & self._base.keys())
         return Probe(
             "base-tensors",
-            not wrong and common > 0,
+            none_wrong(len(wrong), common),
             f"{len(wrong)} of {common} tensors misshapen",
             "0 misshapen, missing or added, new rows aside",
             first_items(wrong),
@@ -167,7 +167,7 @@ class _Comparison:
             wrong = [text for name in self._base if (text := self._difference(name))]
         return Probe(
             "base-tensors",
-            not wrong,
+            none_wrong(len(wrong), len(kept)),
             f"{len(wrong)} of {len(kept)} tensors differ",
             "0, the mask's and new rows aside",
             first_items(wrong),

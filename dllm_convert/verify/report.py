@@ -15,6 +15,9 @@ BY_FILES = frozenset({"weights", "mask-row", "base-tensors", "hashes"})
 """Probes that a verification without the model runs, see `verify/bytes.py`."""
 
 
+NOTHING = "nothing was compared"
+
+
 @dataclass(frozen=True)
 class Probe:
     """One question put to a checkpoint.
@@ -73,8 +76,8 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether no probe failed; a skipped probe is no failure, and no success either."""
-        return not self.failed
+        """Whether some probe passed and none failed; a skipped one is neither."""
+        return not self.failed and any(probe.passed for probe in self.probes)
 
     @property
     def failed(self) -> tuple[Probe, ...]:
@@ -92,7 +95,7 @@ class VerificationReport:
 
 
 def at_most(name: str, what: str, measured: float, limit: float, *, detail: str = "") -> Probe:
-    """Return a probe that passes if `measured <= limit`; not-a-number fails.
+    """Return a probe that passes if `measured <= limit`; not-a-number, which is nothing, fails.
 
     Args:
         name: Name of the probe.
@@ -102,13 +105,22 @@ def at_most(name: str, what: str, measured: float, limit: float, *, detail: str 
         detail: Shown with the probe.
     """
     passed = measured <= limit
-    return Probe(name, passed, f"{what} {measured:.3g}", f"at most {limit:.3g}", detail)
+    said = NOTHING if math.isnan(measured) else f"{what} {measured:.3g}"
+    return Probe(name, passed, said, f"at most {limit:.3g}", detail)
 
 
 def largest(differences: Sequence[Tensor]) -> float:
-    """Return the largest absolute value in any of the tensors; not-a-number counts as infinite."""
+    """Return the largest absolute value in any of the tensors; not-a-number counts as infinite.
+
+    Of nothing it is not a number, which is below no limit: what compared nothing did not pass.
+    """
     values = (difference.abs().max() for difference in differences if difference.numel())
-    return max((float(v) if not v.isnan() else math.inf for v in values), default=0.0)
+    return max((float(v) if not v.isnan() else math.inf for v in values), default=math.nan)
+
+
+def none_wrong(wrong: int, of: int) -> bool:
+    """Whether there was something to look at, and none of it was wrong."""
+    return of > 0 and not wrong
 
 
 def first_items(items: Mapping[str, str] | list[str], limit: int = 3) -> str:

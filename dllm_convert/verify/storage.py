@@ -19,7 +19,7 @@ from dllm_convert.safetensors_header import (
 )
 from dllm_convert.source_folder import read_config
 from dllm_convert.tensor_names import stored_names
-from dllm_convert.verify.report import Probe, first_items
+from dllm_convert.verify.report import Probe, first_items, none_wrong
 from dllm_convert.verify.subject import Subject
 
 _WEIGHTS = re.compile(
@@ -118,7 +118,7 @@ def _dtypes(subject: Subject) -> Probe:
     }
     return Probe(
         "dtypes",
-        not wrong,
+        none_wrong(len(wrong), len(matrices)),
         f"{len(wrong)} of {len(matrices)} matrices differ, most are {stored}",
         f"0 from {expected}, {'as config.json declares' if declared else 'as most are'}",
         first_items(wrong),

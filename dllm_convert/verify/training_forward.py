@@ -38,10 +38,13 @@ def check_training(subject: Subject) -> list[Probe]:
     if forward.mask is None:
         return [Probe(names[0], False, "no mask for two documents", "0 pairs wrong")]
     measure = partial(_difference, subject, objective, batch, noise, forward)
+    same = skipped(names[2], "no difference", "the noise that was drawn masks nothing")
+    if noise.scored.any():
+        same = invariant(subject, names[2], measure, measure())
     return [
         _mask(forward, forward.mask, objective),
         _influence(subject, forward, forward.mask, objective),
-        invariant(subject, names[2], measure, measure()),
+        same,
     ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dllm_convert.tokenizer_loading import load_tokenizer
 from dllm_convert.tokenizer_output import SAMPLES
-from dllm_convert.verify.report import Probe, first_items, skipped
+from dllm_convert.verify.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verify.subject import Subject
 
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls")
@@ -70,7 +70,7 @@ def _special_tokens(tokenizer: Any, base: Any) -> Probe:
             wrong[repr(text)] = "is encoded otherwise"
     return Probe(
         "special-tokens",
-        not wrong,
+        none_wrong(len(wrong), len(known)),
         f"{len(wrong)} of {len(known)} tokens, {len(ROLES)} roles and {len(SAMPLES)} texts changed",
         "0",
         first_items(wrong),

@@ -1,0 +1,89 @@
+"""config.json of a conversion that is to be run: whether it says one thing, and says it soundly.
+
+Verification measures what such a file claims; decoding and evaluation believe it, so here it is
+checked before anything is computed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.adapters import Adapter, adapter_of
+from dllm_convert.config_numbers import check_numbers, is_number, is_size, shown, wrong
+
+_ATTENTION = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
+_SCHEDULES = ("linear", "cosine", "polynomial")
+_KERNELS = ("absorbing", "uniform")
+_CONTEXTS = ("block", "causal")
+_HINT = "Put back the config.json that dllm-convert run wrote, or convert the model again"
+
+
+def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:
+    """Check what decoding and evaluation take from config.json, and return the family.
+
+    Args:
+        config: config.json, with its `diffusion` section.
+        folder: Its folder.
+
+    Raises:
+        IncompatibleError: A field is not what it has to be, or two of them contradict each other.
+        UnsupportedError: Its family is not known.
+    """
+    adapter = adapter_of(config)
+    check_numbers(config, adapter, 0)
+    section: Mapping[str, Any] = config["diffusion"]
+    for key, value, fits, expected in _fields(config, section):
+        if not fits:
+            raise wrong(key, value, expected, _HINT)
+    return adapter
+
+
+def _fields(
+    config: Mapping[str, Any], section: Mapping[str, Any]
+) -> list[tuple[str, Any, bool, str]]:
+    """Return each field's name, what it holds, whether that is sound, and what would be."""
+    objective, mask = section.get("objective"), section.get("mask_token_id")
+    size, rows = section.get("block_size"), config.get("vocab_size")
+    blocks = objective == "bd3lm"
+    known = isinstance(objective, str) and objective in _ATTENTION
+    shift, steps = section.get("token_shift"), section.get("discrete_steps")
+    power = section.get("noise_power", 2.0)
+    ids = f"an id below the {rows} rows of the embedding"
+    fields: list[tuple[str, Any, bool, str]] = [
+        ("diffusion.objective", objective, known, "mdlm or bd3lm"),
+        ("diffusion.mask_token_id", mask, _is_id(mask) and _is_row(mask, rows), ids),
+        ("mask_token_id", config.get("mask_token_id"), _same(config.get("mask_token_id"), mask),
+         f"{shown(mask)} as in diffusion"),
+        ("diffusion.block_size", size, is_size(size) if blocks else size is None,
+         "a whole number of at least 1" if blocks else "null: MDLM has no blocks"),
+        ("block_size", config.get("block_size"), _same(config.get("block_size"), size),
+         f"{shown(size)} as in diffusion"),
+        ("diffusion.token_shift", shift, isinstance(shift, bool), "true or false"),
+        ("is_causal", config.get("is_causal"), config.get("is_causal") is False, "false"),
+        ("diffusion.discrete_steps", steps, steps is None or is_size(steps), "a whole number"),
+        ("diffusion.noise_power", power, is_number(power) and power > 0, "a number above 0"),
+    ]  # fmt: skip
+    for key, allowed in (
+        ("attention", (_ATTENTION[str(objective)],) if known else ()),
+        ("noise_schedule", _SCHEDULES),
+        ("noise_kernel", _KERNELS),
+        ("context", _CONTEXTS),
+    ):
+        value = section.get(key)
+        absent = value is None and key in ("noise_kernel", "context") and key not in section
+        fields.append((f"diffusion.{key}", value, absent or value in allowed, " or ".join(allowed)))
+    return fields
+
+
+def _same(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_row(value: Any, rows: Any) -> bool:
+    return not is_size(rows) or value < rows
