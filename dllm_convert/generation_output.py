@@ -17,6 +17,7 @@ from dllm_convert.mask_token import unused_ids
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.text_bounds import TextBounds, bounds_of, end_set, find_bounds, stated_ids
+from dllm_convert.tokenizer_classes import GENERIC, loading_class
 from dllm_convert.tokenizer_loading import TokenizerErrors, load_tokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -38,9 +39,15 @@ class _Written:
     special: Mapping[str, int]
 
 
-def _read(folder: Path) -> _Written:
-    """Ask the written tokenizer; without transformers, whose rules add nothing to such a file."""
-    if not (folder / _TOKENIZER).is_file():
+def _read(folder: Path, model_type: str) -> _Written:
+    """Ask the written tokenizer; without transformers where its rules add nothing to the file.
+
+    A class of its own builds the tokenizer anew, and what is put around a text with it:
+    `RobertaTokenizer` closes every text, whatever tokenizer.json says.
+    """
+    declared = _optional(folder / _SETTINGS).get("tokenizer_class")
+    kind = loading_class(model_type, declared, byte_level=False)
+    if kind != GENERIC or not (folder / _TOKENIZER).is_file():
         loaded = load_tokenizer(folder)
         added = loaded.added_tokens_decoder.items()
         return _Written(bounds_of(loaded), {t.content: i for i, t in added if t.special})
@@ -146,7 +153,7 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
     """
     config, base = plan.source.config, plan.source.generation
     stated = {role: stated_ids(role, config, base) for role in ("bos", "eos", "pad")}
-    written = _read(out)
+    written = _read(out, str(config.get("model_type")))
     closing = written.bounds.closing
     ends = end_set(stated["eos"], _end_token(plan), _turn_end(plan, out, written), closing)
     padding = choose_padding(plan, stated["pad"], ends)

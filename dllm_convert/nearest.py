@@ -55,5 +55,12 @@ def meant(path: Path | str) -> str:
 
 def no_folder(folder: Path) -> DataError:
     """Return the error for a checkpoint's folder that is not there."""
-    what = f"{folder} is not a folder" if folder.exists() else f"there is no folder {folder}"
-    return DataError(what, hint=f"{meant(folder)}Give a folder that dllm-convert run wrote")
+    if folder.exists():
+        return DataError(
+            f"{folder} is not a folder",
+            hint=f"Give the folder that dllm-convert run wrote, such as {folder.parent}",
+        )
+    return DataError(
+        f"there is no folder {folder}",
+        hint=f"{meant(folder)}Give a folder that dllm-convert run wrote",
+    )

@@ -89,3 +89,12 @@ def test_push_and_a_single_word() -> None:
     assert (pushed.exit_code, "Did you mean out/llama-bd3lm?" in pushed.stderr) == (1, True)
     checked = CliRunner().invoke(app, ["check", "modles"])
     assert (checked.exit_code, "nearest: Models" in checked.stderr) == (3, True)
+
+
+@pytest.mark.parametrize("command", ["sample", "card"])
+def test_a_file_is_told_with_its_folder(here: Path, command: str) -> None:
+    (here / "out/llama-bd3lm/config.json").write_text("{}")
+    result = CliRunner().invoke(app, [command, "out/llama-bd3lm/config.json", "--json"])
+    error = json.loads(result.stdout)["error"]
+    assert "is not a folder" in error["message"]
+    assert error["hint"].endswith("such as out/llama-bd3lm")

@@ -22,6 +22,7 @@ from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.source_fit import fit_folder
+from dllm_convert.verify import verify_checkpoint
 from dllm_convert.verify.bytes import verify_folder
 from dllm_convert.weights import adapt
 
@@ -219,6 +220,8 @@ class TestTies:
         with rewriting(folder) as tensors:
             tensors[adapter.head] = tensors.pop(adapter.embedding)
         convert(folder, tmp_path / "out")
+        report = verify_checkpoint(tmp_path / "out", groups=["base"], against=folder)
+        assert report.passed, [probe.detail for probe in report.failed]
 
     def test_one_differing_number_is_a_difference(self, source_factory: Sources) -> None:
         folder = source_factory("llama", tied=True)

@@ -76,6 +76,20 @@ def test_every_part_means_the_same_ends(tmp_path: Path, name: str) -> None:
     assert plan.mask.id not in ends
 
 
+@pytest.mark.parametrize("name", ["as bert", "as roberta"])
+def test_what_the_class_puts_around_a_text_is_written(tmp_path: Path, name: str) -> None:
+    source = wrapped_source(tmp_path / "source", name)
+    _edit(source / "tokenizer.json", {"post_processor": None})
+    kind = "BertTokenizer" if name == "as bert" else "RobertaTokenizer"
+    _edit(source / "tokenizer_config.json", {"tokenizer_class": kind})
+    convert(source, tmp_path / "out", "mdlm")
+    closing = bounds_of(AutoTokenizer.from_pretrained(source)).closing
+    assert closing, "the class closes every text, whatever the file says"
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert tuple(written["closing_token_ids"]) == closing
+    assert closing[0] in ends_of(tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["begin and end", "end only", "two at both ends", "as bert"])
 def test_generate_goes_on_from_what_the_tokenizer_closed(tmp_path: Path, name: str) -> None:
     from dllm_convert.sampling.run import load_checkpoint

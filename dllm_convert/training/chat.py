@@ -101,6 +101,8 @@ class ChatEncoder:
             DataError: If the template refuses it, loses part of it, or hides which part the
                 assistant wrote.
         """
+        for i, message in enumerate(messages, 1):  # Those that are not learnt from, too.
+            self._template.with_role(message, f"{where}, message {i}")
         learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant" and _counts(m)]
         if not learnt:
             return [], []

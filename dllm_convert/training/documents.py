@@ -18,7 +18,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
 from dllm_convert.training.file_rows import Row, explained, reader_of
 from dllm_convert.training.files import find_files
-from dllm_convert.training.formats import EXPECTED, FILE_SUFFIXES, format_of
+from dllm_convert.training.formats import EXPECTED, FILE_SUFFIXES, broken_hint, format_of
 
 Kind = Literal["pydoc", "files", "hub"]
 ROWS_AT_ONCE = 64
@@ -129,5 +129,5 @@ def _table_rows(form: str, file: Path, start: int) -> Iterator[Row]:
     except pa.ArrowException as error:
         raise DataError(
             f"{file} cannot be read as {form} ({next(iter(str(error).splitlines()), '')})",
-            hint=f"Give {EXPECTED}",
+            hint=broken_hint(str(file), form, error),
         ) from error

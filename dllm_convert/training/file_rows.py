@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.training.formats import EXPECTED
+from dllm_convert.training.formats import binary, broken_hint
 
 Row = Mapping[str, Any] | None
 """Columns of a record; None stands for an empty line."""
@@ -96,7 +96,7 @@ def explained(name: str, form: str) -> Iterator[None]:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise DataError(
             f"{name} cannot be read as {form} ({reason})",
-            hint=f"Give {EXPECTED}",
+            hint=broken_hint(name, form, error),
         ) from error
 
 
@@ -108,7 +108,7 @@ def _opened(file: Path, *, newline: str | None = None, errors: str = "strict") -
         start = buffered.peek(4)
         encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8-sig")
         if encoding == "utf-8-sig" and b"\0" in start:
-            raise _binary(file)
+            raise binary(file)
         with io.TextIOWrapper(buffered, encoding=encoding, errors=errors, newline=newline) as text:
             yield text
 
@@ -164,11 +164,7 @@ def _parts(file: Path) -> Iterator[str]:
 
 def _check_text(text: str, file: Path) -> None:
     if "\0" in text[:65536]:
-        raise _binary(file)
-
-
-def _binary(file: Path) -> DataError:
-    return DataError(f"{file} holds binary data, not text", hint=f"Give {EXPECTED}")
+        raise binary(file)
 
 
 def _lines(text: IO[str], file: Path) -> Iterator[str]:
@@ -203,9 +199,12 @@ def _record(line: str, where: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON that can be read ({error})") from error
     if not isinstance(record, dict):
+        whole = (
+            "If the file is one list of rows, name it .json. " if isinstance(record, list) else ""
+        )
         raise DataError(
             f"{where} is a JSON {type(record).__name__}, expected an object",
-            hint='Every line must be one JSON object, such as {"text": "..."}',
+            hint=whole + 'Every line must be one JSON object, such as {"text": "..."}',
         )
     return record
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
 from dllm_convert.errors import DataError
@@ -78,3 +80,46 @@ def unknown(file: Path) -> DataError:
     what = f"{suffix} is not among its formats" if suffix else "its name ends in no format"
     advice = _ADVICE.get(suffix, f"Rename it if it is text, as to {file.stem}.txt")
     return DataError(f"{file} is not read as text: {what}", hint=f"{advice}. Give {EXPECTED}")
+
+
+_MAGIC = (
+    (b"\x1f\x8b", "compressed with gzip", ".gz"),
+    (b"BZh", "compressed with bzip2", ".bz2"),
+    (b"\xfd7zXZ\x00", "compressed with xz", ".xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", ".zst"),
+    (b"PAR1", "a table of Parquet", ".parquet"),
+)
+"""How files begin that are often named as something else."""
+
+
+def binary(file: Path) -> DataError:
+    """Say that a file that should be text is none, and what it is if its beginning tells."""
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    for magic, what, suffix in _MAGIC:
+        if start.startswith(magic) and file.suffix.lower() != suffix:
+            better = file.stem + suffix if suffix == ".parquet" else file.name + suffix
+            return DataError(f"{file} is {what}, not text", hint=f"Rename it to {better}")
+    return DataError(f"{file} holds binary data, not text", hint=f"Give {EXPECTED}")
+
+
+def broken_hint(name: str, form: str, error: Exception) -> str:
+    """Say what to do about a file of a known format that cannot be read as one.
+
+    Args:
+        name: The file.
+        form: Its format.
+        error: What reading it raised.
+    """
+    if isinstance(error, csv.Error):
+        return "Close its quotes, doubling those inside, or write the rows as .jsonl"
+    if isinstance(error, json.JSONDecodeError):
+        return "Correct it there, or write one object per line, to a .jsonl file"
+    suffix = Path(name).suffix.lower()
+    if type(error).__name__ == "BadGzipFile" or "Invalid data stream" in str(error):
+        return f"If it is not compressed, rename it without {suffix}; or else fetch it again"
+    if isinstance(error, PermissionError):
+        return "Make it readable"
+    if form in ("parquet", "arrow") or suffix in COMPRESSED:
+        return "It is damaged or was cut short: fetch it again"
+    return f"Give {EXPECTED}"

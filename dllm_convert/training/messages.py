@@ -18,18 +18,22 @@ CHAT_COLUMNS: tuple[frozenset[str], ...] = (
     frozenset({"instruction", "output"}),
 )
 """Columns that hold a conversation where nothing else is named."""
-BESIDE_CHATS = frozenset({"system", "tools", "functions", "input", "history"})
+_SYSTEM = ("system", "system_prompt", "system_message")
+BESIDE_CHATS = frozenset({*_SYSTEM, "tools", "functions", "input", "history"})
 """Columns that belong to a conversation where there is one."""
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "bot": "assistant",
     "model": "assistant",
 }
 _CALLS = ("function_call", "tool_call")
 _PAIRS = (
     ("question", "answer"),
+    ("question", "response"),
     ("query", "response"),
     ("prompt", "response"),
     ("instruction", "response"),
@@ -37,6 +41,8 @@ _PAIRS = (
     ("query", "answer"),
     ("problem", "solution"),
 )
+_LEARNT = ("weight", "loss", "train", "training")
+"""What trainers call whether an answer is learnt from: OpenAI, ms-swift and axolotl."""
 _LOOKS_LIKE = 'Messages look like {"role": "user", "content": "..."}'
 _ANOTHER_COLUMN = "Name the right column with --set data.text_field=COLUMN"
 
@@ -72,14 +78,16 @@ def find_messages(row: Mapping[str, Any], field: str, where: str) -> Conversatio
     turns = _turns(row, field, where)
     if turns is None:
         return None
-    system = row.get("system")
-    if isinstance(system, str) and system.strip():
+    named = ((name, row.get(name)) for name in _SYSTEM)
+    for name, system in named:
+        if not isinstance(system, str) or not system.strip():
+            continue
         first = turns[0] if turns else {}
         if first.get("role") != "system":
             turns = ({"role": "system", "content": system}, *turns)
         elif first.get("content") != system:
             raise DataError(
-                f"{where} has a column system and another message of that role",
+                f"{where} has a column {name} and another message of the role system",
                 hint="Keep one of them",
             )
     return Conversation(turns, _tools(row, where))
@@ -132,6 +140,11 @@ def _history(value: Any, where: str) -> tuple[Message, ...]:
 def advice(columns: Sequence[str]) -> str:
     """Say what to do about a row in which neither text nor a conversation was found."""
     names = {*columns}
+    if {"instruction", "context", "response"} <= names:
+        return (
+            "Rename instruction, context and response to instruction, input and output to learn "
+            "the answer, or learn one column as plain text: --set data.text_field=response"
+        )
     if {"chosen", "rejected"} <= names:
         return (
             "Preferences are not trained on; learn from the preferred side with "
@@ -161,7 +174,7 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         # Tables of text hold lists as JSON.
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise DataError(
             f"{where} holds a {type(value).__name__}, expected a text or a list of messages",
             hint=_ANOTHER_COLUMN,
@@ -182,7 +195,8 @@ def _message(message: Any, where: str) -> Message:
     calls = _calls(given)
     if not isinstance(role, str) or (content is None and not calls):
         missing = "role" if not isinstance(role, str) else "content"
-        raise DataError(f"{where} has no {missing}, it has {sorted(message)}", hint=_LOOKS_LIKE)
+        there = sorted(key for key, value in message.items() if value is not None)
+        raise DataError(f"{where} has no {missing}, it has {there}", hint=_LOOKS_LIKE)
     lower = role.strip().lower()
     if lower in _CALLS:
         role, content, calls = "assistant", None, [_written_call(content, f"{where} ({role})")]
@@ -220,14 +234,19 @@ def _written_call(content: Any, where: str) -> dict[str, Any]:
 
 
 def _check_weight(given: dict[str, Any], where: str) -> None:
-    """OpenAI's weight: 0 for an answer that is not to be learnt, else 1."""
-    weight = given.pop("weight", 1)
-    if weight not in (0, 1):
-        raise DataError(
-            f"{where} has the weight {weight!r}, expected 0 or 1",
-            hint="A message is learnt from or it is not: 0 leaves it out of the loss",
-        )
-    if not weight:
+    """Take out whether an answer is to be learnt: 1 or true, or else 0 or false."""
+    learnt = True
+    for name in _LEARNT:
+        if not isinstance(given.get(name), int | float):
+            continue
+        weight = given.pop(name)
+        if weight not in (0, 1):
+            raise DataError(
+                f"{where} has the {name} {weight!r}, expected 0 or 1",
+                hint="A message is learnt from or it is not: 0 leaves it out of the loss",
+            )
+        learnt = learnt and bool(weight)
+    if not learnt:
         given["weight"] = 0
 
 
@@ -253,6 +272,8 @@ def _part(part: Any, where: str) -> str:
     if kind in ("text", "input_text", "output_text") and isinstance(given.get("text"), str):
         return str(given["text"])
     what = f"of the type {kind!r}" if given else f"that is a {type(part).__name__}"
+    if given and "text" not in given and kind == "text":
+        what = f"of {sorted(given)}"
     raise DataError(
         f"{where} has a part {what}, expected text",
         hint="Only text is trained on: remove rows with images, audio and the like",

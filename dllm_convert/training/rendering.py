@@ -77,7 +77,7 @@ class ChatTemplate:
             DataError: If the template refuses it, or loses part of it in every form.
         """
         messages = [
-            self._with_role(message, f"{where}, message {i}")
+            self.with_role(message, f"{where}, message {i}")
             for i, message in enumerate(conversation, 1)
         ]
         calls = any("tool_calls" in message for message in messages)
@@ -104,8 +104,12 @@ class ChatTemplate:
         forms = [Form(parts, written, blank) for written, blank, parts in ways]
         return sorted(forms, key=lambda form: form != known)
 
-    def _with_role(self, message: Message, where: str) -> Message:
-        """Give a message the role that the template knows it by."""
+    def with_role(self, message: Message, where: str) -> Message:
+        """Give a message the role that the template knows it by.
+
+        Raises:
+            DataError: If it knows none for it.
+        """
         role = message["role"]
         if role in _KNOWN or self._names(role):
             return message

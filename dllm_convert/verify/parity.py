@@ -112,7 +112,8 @@ class _Comparison:
         self._vocabulary = {adapter.embedding, adapter.head, *adapter.head_biases}
         base_headers = read_checkpoint(base)
         stored = {name for header in base_headers.values() for name in header.entries}
-        if adapter.embedding not in stored_names(stored, adapter).values():
+        # Of a tied pair either may be the one that is stored.
+        if {adapter.embedding, adapter.head}.isdisjoint(stored_names(stored, adapter).values()):
             raise DataError(
                 f"{base} has no tensor {adapter.embedding}, so it is not the base of this "
                 f"{adapter.model_type} checkpoint"

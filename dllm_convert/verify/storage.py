@@ -98,18 +98,21 @@ def _declared(config: Mapping[str, Any]) -> Any:
 def _dtypes(subject: Subject) -> Probe:
     """Compare matrices with the type config.json declares.
 
-    Vectors (norms, biases) may be wider: some bases keep them in float32. What the base declares
-    and stores in the same way is the base's, and was copied.
+    Vectors (norms, biases) may be wider: some bases keep them in float32. What the base stores in
+    the same way is the base's, and was copied, where the config declares what the base's does or
+    what most weights have: the plan corrects a base that declares neither.
     """
     matrices = _matrices(subject.headers, subject.adapter)
     sizes: Counter[str] = Counter()
     for entry in matrices.values():
-        sizes[entry.dtype] += entry.end - entry.start
+        sizes[entry.dtype] += prod(entry.shape)
     stored = sizes.most_common(1)[0][0] if sizes else ""
     declared = _declared(subject.config)
     expected = stored if declared is None else _DTYPES.get(str(declared), str(declared))
     kept: Mapping[str, Entry] = {}
-    if subject.against is not None and _declared(read_config(subject.against)) == declared:
+    if subject.against is not None and (
+        expected == stored or _declared(read_config(subject.against)) == declared
+    ):
         kept = _matrices(read_checkpoint(subject.against), subject.adapter)
     wrong = {
         name: f"is {entry.dtype}"

@@ -315,6 +315,34 @@ def test_what_cannot_be_read_says_why(
         assert len(str(caught.value)) < 700
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.jsonl", gzip.compress(lines(), mtime=0), "Rename it to a.jsonl.gz"),
+        ("a.txt", bz2.compress(b"text"), "Rename it to a.txt.bz2"),
+        ("a.csv", lzma.compress(b"text" * 99), "Rename it to a.csv.xz"),
+        ("a.jsonl", parquet(), "Rename it to a.parquet"),
+        ("a.jsonl.gz", lines(), "rename it without .gz"),
+        ("a.jsonl.bz2", lines(), "rename it without .bz2"),
+        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-9], "damaged or was cut short"),
+        ("a.jsonl.xz", lzma.compress(lines() * 99)[:-9], "damaged or was cut short"),
+        ("a.parquet", parquet()[:-9], "damaged or was cut short"),
+        ("a.csv", b'text\n"a\n', "Close its quotes"),
+        ("a.json", b'[{"text": "a"},', "Correct it there"),
+        ("a.jsonl", b'[{"text": "a"}]', "name it .json"),
+        ("a.txt", b"a\0b", "Give *.txt"),
+    ],
+)
+def test_what_cannot_be_read_says_what_to_do(
+    name: str, content: bytes, hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    assert hint in str(caught.value.hint)
+    assert ("Give *.txt" in str(caught.value.hint)) == (hint == "Give *.txt")
+
+
 def test_lines_and_files_meet_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_rows, "LINE_AT_MOST", 1 << 20)
     monkeypatch.setattr(file_rows, "JSON_AT_MOST", 1 << 20)

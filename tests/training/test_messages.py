@@ -229,7 +229,7 @@ def test_a_sharegpt_call_and_what_was_observed(learn: Learn) -> None:
         (
             {"system": "Rhyme.", "messages": [{"role": "system", "content": "Do not."}, USER, CAT]},
             PLAIN,
-            "line 7 has a column system and another message of that role",
+            "line 7 has a column system and another message of the role system",
         ),
         (
             {"system": "Rhyme.", "messages": [USER, CAT]},
@@ -246,6 +246,42 @@ def test_a_sharegpt_call_and_what_was_observed(learn: Learn) -> None:
             PLAIN,
             r"line 7, message 2 \(assistant\) has the weight 0.5, expected 0 or 1",
         ),
+        (
+            {"messages": [USER, {**CAT, "loss": 0.5}]},
+            PLAIN,
+            r"line 7, message 2 \(assistant\) has the loss 0.5, expected 0 or 1",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "narrator", "value": "x"},
+                ]
+            },
+            PLAIN,
+            "line 7, message 2 has the role 'narrator', which the chat template does not know",
+        ),
+        (
+            {"messages": [USER, CAT, {"role": "narrator", "content": "x"}]},
+            NAMED,
+            "line 7, message 3 has the role 'narrator'",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": {"a": 1}}]},
+            PLAIN,
+            r"line 7, message 2 \(assistant\) has a part of \['a'\], expected text",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            PLAIN,
+            r"line 7, message 2 has no content, it has \['role'\]",
+        ),
+        (
+            {"system_prompt": "Rhyme.", "messages": [{"role": "system", "content": "No."}, CAT]},
+            PLAIN,
+            "line 7 has a column system_prompt and another message of the role system",
+        ),
+        ({"messages": b"bytes"}, PLAIN, "line 7 holds a bytes, expected a text or a list"),
         ({"messages": [USER, CAT], "tools": "not json"}, PLAIN, "column tools that is not JSON"),
         ({"messages": [USER, CAT], "tools": [1]}, PLAIN, "column tools that is no list of objects"),
     ],
@@ -270,6 +306,23 @@ def test_a_weight_of_0_is_not_learnt(turns: str, template: str, learn: Learn) ->
     assert learn({"messages": [USER, wrong]}, template, turns) == ("", [])
 
 
+@pytest.mark.parametrize("name", ["weight", "loss", "train", "training"])
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (False, True), (0.0, None)])
+def test_what_is_not_to_be_learnt_by_any_name(name: str, no: Any, yes: Any, learn: Learn) -> None:
+    wrong = {"from": "gpt", "value": "WRONG", name: no}
+    turns = {"conversations": [USER, wrong, USER, {**CAT, name: yes}]}
+    assert learn(turns, PLAIN)[1] == ["A cat.<|end|>"]
+
+
+def test_a_name_that_says_something_else_is_passed_over(learn: Learn) -> None:
+    assert learn({"messages": [USER, {**CAT, "train": "split"}]}, PLAIN)[1] == ["A cat.<|end|>"]
+
+
+@pytest.mark.parametrize("role", ["gpt", "chatgpt", "bing", "bard", "Model"])
+def test_assistants_by_other_names(role: str, learn: Learn) -> None:
+    assert learn({"messages": [USER, {**CAT, "role": role}]}, PLAIN)[1] == ["A cat.<|end|>"]
+
+
 @pytest.mark.parametrize("template", [PLAIN, NAMED, MARKED, BOTH, PARTS])
 def test_a_column_system_and_developers_speak_as_the_system(template: str, learn: Learn) -> None:
     rhyme = {"role": "system", "content": "Rhyme."}
@@ -278,6 +331,8 @@ def test_a_column_system_and_developers_speak_as_the_system(template: str, learn
     for row in (
         {"system": "Rhyme.", "messages": [USER, CAT]},
         {"system": "Rhyme.", "messages": [rhyme, USER, CAT]},
+        {"system_prompt": "Rhyme.", "messages": [USER, CAT]},
+        {"system_message": "Rhyme.", "prompt": USER["content"], "completion": CAT["content"]},
         {"system": "Rhyme.", "prompt": USER["content"], "completion": CAT["content"]},
         {"messages": [{**rhyme, "role": "developer"}, USER, CAT]},
         {"messages": [{**rhyme, "role": "System"}, {**USER, "role": "Human"}, CAT]},
@@ -344,7 +399,12 @@ def test_alpaca_columns_are_a_conversation(row: Any, asked: str, learn: Learn) -
     [
         (("prompt", "chosen", "rejected"), "--set data.text_field=chosen"),
         (("question", "answer"), "Rename question and answer to prompt and completion"),
-        (("instruction", "context", "response"), "Rename instruction and response"),
+        (("question", "response"), "Rename question and response to prompt and completion"),
+        (("instruction", "response"), "Rename instruction and response to prompt and completion"),
+        (
+            ("instruction", "context", "response"),
+            "Rename instruction, context and response to instruction, input and output",
+        ),
         (("body",), "--set data.text_field=COLUMN"),
     ],
 )

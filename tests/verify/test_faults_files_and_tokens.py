@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,23 @@ def test_type_that_the_base_declares_wrong_too(llama: Any, tmp_path: Path) -> No
     report = verify_checkpoint(llama.folder, groups=["files"], against=base, untrained=True)
     assert report.passed
     assert failed(llama.folder, ["files"], against=llama.base) == {"dtypes"}
+
+
+def test_types_that_the_base_mixes(llama: Any, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base, tmp_path / "base"))
+    for folder in (base, llama.folder):
+        edit_tensors(folder, lambda t: t.update({n: t[n].bfloat16() for n in t if "layers" in n}))
+    edit_json(base, "config.json", dtype="float32")
+    sizes: Counter[str] = Counter()
+    for tensor in load_file(llama.folder / WEIGHTS).values():
+        sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    edit_json(llama.folder, "config.json", dtype=sizes.most_common(1)[0][0])
+    report = verify_checkpoint(llama.folder, groups=["files"], against=base, untrained=True)
+    assert report.passed
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(llama.folder, lambda t: t.update({name: t[name].half()}))
+    report = verify_checkpoint(llama.folder, groups=["files"], against=base, untrained=True)
+    assert "dtypes" in {probe.name for probe in report.failed}
 
 
 def test_one_flipped_bit_in_the_tokenizer(llama: Any) -> None:
