@@ -78,11 +78,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Return the fields of `--set KEY=VALUE` options.
 
     Raises:
-        typer.BadParameter: One is not of that form.
+        typer.BadParameter: One is not of that form, or two contradict each other.
     """
     from dllm_convert.recipe_yaml import parse_value
 
-    values = {}
+    values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -90,7 +90,12 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
                 f"{assignment!r} is not KEY=VALUE, as in training.learning_rate=2e-5",
                 param_hint="--set",
             )
-        values[key.strip()] = parse_value(text, f"--set {assignment}")
+        value = parse_value(text, f"--set {assignment}")
+        if key.strip() in values and values[key.strip()] != value:
+            raise typer.BadParameter(
+                f"{key.strip()} is given twice, and not alike", param_hint="--set"
+            )
+        values[key.strip()] = value
     return values
 
 
