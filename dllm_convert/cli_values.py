@@ -99,6 +99,32 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def output_file(path: Path | None, formats: tuple[str, ...], option: str) -> Path | None:
+    """Check where a page or picture is to be written, and that nothing of a model is lost.
+
+    Args:
+        path: What was typed; None for nothing.
+        formats: Endings it may have.
+        option: The option's name, for the message.
+
+    Raises:
+        typer.BadParameter: Nothing can or may be written there.
+    """
+    if path is None:
+        return None
+    if path.suffix.lower() not in formats:
+        why = f"does not end in {' or '.join(formats)}"
+    elif path.is_dir() or not path.absolute().parent.is_dir():
+        why = "cannot be a file: there is no such folder"
+    elif path.exists() and not path.is_file():
+        why = "is no ordinary file"
+    elif path.exists() and (path.resolve().parent / "config.json").exists():
+        why = "is a file of a checkpoint, and would be replaced; give another name"
+    else:
+        return path
+    raise typer.BadParameter(f"{path} {why}.", param_hint=option)
+
+
 def default_out(recipe: Recipe) -> Path:
     """Return the output folder where none was given.
 
