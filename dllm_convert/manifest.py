@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.copying import sha256_file, sha256_files
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.nearest import no_folder
 from dllm_convert.workspace import WORK, write_json
 
@@ -33,6 +34,18 @@ _LOADED = frozenset(
     }
 )
 """Suffixes of what libraries load or run; words and pictures a person may lay beside."""
+_SECTIONS: dict[str, type] = {
+    **dict.fromkeys(("versions", "source", "recipe", "plan", "seeds", "measurements"), dict),
+    **dict.fromkeys(("sample", "files", "verification", "card", "evaluation"), dict),
+    **{"created": str, "stages": list, "sample.prompt": str, "sample.text": str},
+    **dict.fromkeys(
+        [f"recipe.{n}" for n in ("mask_token", "noise", "data", "training", "generation")], dict
+    ),
+    **{"recipe.training.lora": dict, "plan.mask": dict, "source.given": str},
+}
+"""What the parts of a manifest are, where they are there; a part stands before its own parts."""
+_MAY_BE_NULL = ("sample", "verification", "evaluation")
+_JSON_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
@@ -41,25 +54,42 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a converted checkpoint.
 
     Raises:
-        DataError: There is none, or it is not a JSON object.
+        DataError: There is none, or it is not a JSON object of the parts that a manifest has.
     """
     path = folder / MANIFEST_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not path.exists():
         if not folder.is_dir():
-            raise no_folder(folder) from error
+            raise no_folder(folder)
         raise DataError(
             f"{folder} has no {MANIFEST_FILE}, so nothing is known of how it was made",
             hint="Give a folder that dllm-convert run wrote",
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+        )
+    try:
+        content = json.loads(read_text(path, MAX_VOCABULARY_BYTES))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    _check_sections(path, content)
     return content
+
+
+def _check_sections(path: Path, content: Mapping[str, Any]) -> None:
+    """Check the kinds of what is there: pages and probes read them without looking."""
+    for dotted, expected in _SECTIONS.items():
+        *above, name = dotted.split(".")
+        section: Any = content
+        for step in above:
+            section = section.get(step) or {}
+        value = section.get(name)
+        if isinstance(value, expected) or name not in section:
+            continue
+        if value is not None or dotted not in _MAY_BE_NULL:
+            found = "null" if value is None else type(value).__name__
+            raise DataError(
+                f"{path}: {dotted} is a JSON {found}, expected {_JSON_NAMES[expected]}",
+                hint="Put the file back from a copy, or download the checkpoint again",
+            )
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
