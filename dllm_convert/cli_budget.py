@@ -1,10 +1,10 @@
-"""How long to train, as it is typed: tokens, time, sequences per step; what cannot be obeyed."""
+"""How long to train, as it is typed: tokens, time, sequences per step."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,29 +147,3 @@ def parse_minutes(text: str) -> float:
             f"{text!r} is no time, as in 90m, 2h or 1h30m", param_hint="--max-time"
         )
     return minutes
-
-
-def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
-    """Refuse what was typed and would change nothing.
-
-    Args:
-        recipe: What came of it.
-        typed: Fields set by flags and `--set`.
-
-    Raises:
-        typer.BadParameter: There is such a field.
-    """
-    method, schedule = recipe.training.method, recipe.noise.schedule
-    budget = (_STEPS, _MAX, "training.report_to", "training.learning_rate")
-    for field in typed:
-        if typed[field] in (None, False):
-            continue
-        if field in ("training.lora.rank", "training.keep_adapter") and method != "lora":
-            why = f"the training method is {method}; add --lora {recipe.training.lora.rank}"
-        elif field in budget and method == "none":
-            why = "nothing is trained (--no-train)"
-        elif field == "noise.power" and schedule != "polynomial":
-            why = f"the noise schedule is {schedule}; add --set noise.schedule=polynomial"
-        else:
-            continue
-        raise typer.BadParameter(f"{field} would change nothing: {why}")

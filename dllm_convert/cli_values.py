@@ -78,11 +78,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Return the fields of `--set KEY=VALUE` options.
 
     Raises:
-        typer.BadParameter: One is not of that form.
+        typer.BadParameter: One is not of that form, or two contradict each other.
     """
     from dllm_convert.recipe_yaml import parse_value
 
-    values = {}
+    values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -90,8 +90,39 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
                 f"{assignment!r} is not KEY=VALUE, as in training.learning_rate=2e-5",
                 param_hint="--set",
             )
-        values[key.strip()] = parse_value(text, f"--set {assignment}")
+        value = parse_value(text, f"--set {assignment}")
+        if key.strip() in values and values[key.strip()] != value:
+            raise typer.BadParameter(
+                f"{key.strip()} is given twice, and not alike", param_hint="--set"
+            )
+        values[key.strip()] = value
     return values
+
+
+def output_file(path: Path | None, formats: tuple[str, ...], option: str) -> Path | None:
+    """Check where a page or picture is to be written, and that nothing of a model is lost.
+
+    Args:
+        path: What was typed; None for nothing.
+        formats: Endings it may have.
+        option: The option's name, for the message.
+
+    Raises:
+        typer.BadParameter: Nothing can or may be written there.
+    """
+    if path is None:
+        return None
+    if path.suffix.lower() not in formats:
+        why = f"does not end in {' or '.join(formats)}"
+    elif path.is_dir() or not path.absolute().parent.is_dir():
+        why = "cannot be a file: there is no such folder"
+    elif path.exists() and not path.is_file():
+        why = "is no ordinary file"
+    elif path.exists() and (path.resolve().parent / "config.json").exists():
+        why = "is a file of a checkpoint, and would be replaced; give another name"
+    else:
+        return path
+    raise typer.BadParameter(f"{path} {why}.", param_hint=option)
 
 
 def default_out(recipe: Recipe) -> Path:

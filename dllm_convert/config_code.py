@@ -13,17 +13,23 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.source_info import SourceInfo
+from dllm_convert.tokenizer_classes import is_known
 
 _OTHER_HEADS = re.compile(
     r".*(For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)"
     r"|Reward\w*|ForTextRegression)"
 )
+_TOKENIZER, _WEIGHTS = "tokenizer_class", "transformers_weights"
 _OURS = "modeling_dllm."
 _CODE_KEYS = re.compile(
     r"auto_map|trust_remote_code|use_kernels|kernel\w*|custom_\w+"
     r"|_?(attn|attention|experts)_implementation(_internal)?"
+    r"|transformers_weights|compile_config"
 )
-"""Fields of a config that name code or kernels, or how to run them: none is part of a model."""
+"""Fields of a config that name code, kernels or files, or how to run: none is part of a model.
+
+transformers itself takes `transformers_weights` out when it saves.
+"""
 _IMPLEMENTATIONS = frozenset(
     {
         *("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"),
@@ -35,7 +41,26 @@ ADAPTER_FILE = "adapter_config.json"
 
 def code_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the fields of config.json that name code or kernels; the output has none of them."""
-    return tuple(key for key in config if _CODE_KEYS.fullmatch(key))
+    found = [key for key in config if _CODE_KEYS.fullmatch(key)]
+    declared = config.get(_TOKENIZER)
+    if declared is not None and not (isinstance(declared, str) and is_known(declared)):
+        found.append(_TOKENIZER)
+    return tuple(found)
+
+
+def check_weights_named(config: Mapping[str, Any], files: Collection[str]) -> None:
+    """Check that stock transformers loads the weights whose headers were read.
+
+    Raises:
+        IncompatibleError: config.json names another file.
+    """
+    named = config.get(_WEIGHTS)
+    if named is not None and named not in files:
+        raise IncompatibleError(
+            f"config.json: {_WEIGHTS} names {_said(named)}, and the weights here are "
+            f"{', '.join(sorted(files)[:3])}: stock transformers would load the other file",
+            hint=f"Take {_WEIGHTS} out of config.json, or name the file it means model.safetensors",
+        )
 
 
 def check_adapter_beside(beside: Collection[str]) -> None:
@@ -103,7 +128,7 @@ def _warnings(config: Mapping[str, Any], adapter: Adapter) -> Iterator[str]:
         )
     for key in code_keys(config):
         value = config[key]
-        if key != "auto_map" and value and value not in (True, *_IMPLEMENTATIONS):
+        if key not in ("auto_map", _WEIGHTS) and value and value not in (True, *_IMPLEMENTATIONS):
             yield f"config.json: {key} names {_said(value)}: it is neither loaded nor copied"
     if config.get("is_causal") is False and "diffusion" not in config:
         yield (

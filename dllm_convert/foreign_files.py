@@ -7,6 +7,7 @@ sparse file of 100 GB takes no room until it is read, and a link called LICENSE 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ MAX_TEXT_BYTES = 16 * MIB
 MAX_VOCABULARY_BYTES = 128 * MIB
 """Four times the largest tokenizer.json known."""
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -80,7 +82,8 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
 def check_inside(folder: Path, names: Iterable[str]) -> None:
     """Check that the files of a folder lie in it, whatever links there are.
 
-    The cache of the Hub's client links each file of a snapshot to a blob beside the snapshots.
+    The cache of the Hub's client links each file of a snapshot to a blob beside the snapshots, and
+    its older releases linked the files of a folder (`--local-dir`) there, too.
 
     Raises:
         DataError: A file is a link that leads out of the folder.
@@ -92,8 +95,19 @@ def check_inside(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         path = folder / name
         target = Path(os.path.realpath(path))
-        if not any(target.is_relative_to(root) for root in roots):
+        if not (any(target.is_relative_to(root) for root in roots) or _is_blob(target)):
             raise DataError(
                 f"{path} is a link that leads out of the folder, to {target}",
                 hint="If that file belongs to the checkpoint, put the file itself there",
             )
+
+
+def _is_blob(target: Path) -> bool:
+    """Whether a path is content in a cache of the Hub's client: named by its hash alone."""
+    store = target.parent.parent
+    return (
+        target.parent.name == "blobs"
+        and store.name.startswith("models--")
+        and (store / "snapshots").is_dir()
+        and _HASH.fullmatch(target.name) is not None
+    )

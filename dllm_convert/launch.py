@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.foreign_files import read_text
 from dllm_convert.interruption import INTERRUPTED
+from dllm_convert.recipe_yaml import parse_mapping
 
 _LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -45,10 +47,11 @@ def launch(processes: int | None, config: Path | None, command: Sequence[str]) -
 
     Raises:
         DataError: If there is no such config.
+        IncompatibleError: If it is no YAML mapping.
         DllmConvertError: If there are fewer devices than processes, or the config is wrong.
     """
-    if config is not None and not config.is_file():
-        raise DataError(f"{config}: no such file", hint="Give an Accelerate config, in YAML")
+    if config is not None:
+        check_config(config)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -66,11 +69,24 @@ def launch(processes: int | None, config: Path | None, command: Sequence[str]) -
         return exit_code(error)
     except (SignalException, KeyboardInterrupt):
         return INTERRUPTED
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise DllmConvertError(
             f"accelerate launch refuses: {error}", hint="Look into the file of --launch-config"
         ) from error
     return 0
+
+
+def check_config(config: Path) -> None:
+    """Check a file that Accelerate is to read, where whatever is no section is a traceback.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+        IncompatibleError: It is no YAML mapping.
+    """
+    if not config.exists():
+        raise DataError(f"{config}: no such file", hint="Give an Accelerate config, in YAML")
+    if not parse_mapping(read_text(config), str(config)):
+        raise DataError(f"{config} is empty", hint="Give an Accelerate config, in YAML")
 
 
 def _check_devices(processes: int | None) -> None:

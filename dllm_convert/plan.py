@@ -9,7 +9,12 @@ from typing import Any
 from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
-from dllm_convert.config_code import check_adapter_beside, check_class, code_warnings
+from dllm_convert.config_code import (
+    check_adapter_beside,
+    check_class,
+    check_weights_named,
+    code_warnings,
+)
 from dllm_convert.config_numbers import check_numbers, check_padding
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
@@ -168,6 +173,7 @@ def make_plan(
     check_transformers(adapter.min_transformers)
     check_class(source.config, adapter)
     check_adapter_beside(source.beside)
+    check_weights_named(source.config, source.files)
     check_target(recipe, adapter)
     check_pickle(source, allowed=recipe.allow_pickle)
     tokenizer = check_tokenizer(source)

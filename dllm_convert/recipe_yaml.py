@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.shown_text import acts, json_safe
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
@@ -76,7 +77,12 @@ class _Dumper(yaml.SafeDumper):
         """Indent the items of a list below their key."""
         super().increase_indent(flow, False)
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Write a text; one with characters that act stands in quotes, where escapes are read."""
+        return self.represent_scalar(_TEXT_TAG, text, style='"' if acts(text) else None)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_implicit_resolver(_FLOAT_TAG, re.compile(f"^{_FLOAT.pattern}$"), _NUMBER_STARTS)
 
 
@@ -110,8 +116,9 @@ def parse_value(text: str, origin: str) -> Any:
 
 
 def dump(value: Mapping[str, Any]) -> str:
-    """Write a mapping as YAML, keys in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    """Write a mapping as YAML, keys in their order; what would act on a reader is escaped."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return json_safe(text)
 
 
 def check_structure(text: str) -> None:

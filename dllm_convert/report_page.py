@@ -105,7 +105,7 @@ def write_report(
         DataError: The file cannot be written, or the manifest is missing or broken.
     """
     path = out or folder / REPORT_FILE
-    foreign = out is not None and not (folder / MANIFEST_FILE).is_file()
+    foreign = out is not None and not (folder / MANIFEST_FILE).exists()
     manifest = {} if foreign else read_manifest(folder)
     if verification is not None:
         manifest = {**manifest, "verification": verification}

@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     return "".join(char if char in "\n\t" else glyph(char) for char in text)
 
 
+def acts(text: str) -> bool:
+    """Whether a document that holds this text has to write some of it as escapes."""
+    return _NOT_IN_JSON.search(text) is not None
+
+
 def json_safe(document: str) -> str:
     """Return a JSON document in which such characters are escapes: its values stay what they are.
 

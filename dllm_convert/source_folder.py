@@ -71,6 +71,23 @@ def file_names(folder: Path) -> list[str]:
     return names
 
 
+def check_kinds(folder: Path) -> None:
+    """Check that what is called as a checkpoint's file is one: a link to nothing is no absence.
+
+    Raises:
+        DataError: It is a dangling link, a pipe, a device or a socket.
+    """
+    entries = {path.name: path for path in folder.iterdir() if not path.is_dir()}
+    for name in matching(entries, (*SMALL_FILES, SINGLE_FILE, INDEX_FILE)):
+        path = entries[name]
+        if not path.exists():
+            raise DataError(
+                f"{path} is a link to {path.readlink()}, where nothing is",
+                hint="Download the file again, or remove the link",
+            )
+        check_file(path)
+
+
 def _nearby(folder: Path) -> str | None:
     """Name a folder below that has a config.json, None if there is none."""
     inside = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
@@ -145,6 +162,8 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
     Raises:
         DataError: Something is missing or broken.
     """
+    if folder.is_dir():
+        check_kinds(folder)
     config = read_config(folder)
     names = file_names(folder)
     if not matching(names, (SINGLE_FILE, INDEX_FILE, *PICKLE_FILES)):

@@ -23,6 +23,7 @@ from dllm_convert import strict_json
 from dllm_convert.differences import differences
 from dllm_convert.disk import reporting_full_disk, sync, write_whole
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_text
 
 WORK = ".work"
 LAST = "config.json"
@@ -311,7 +312,7 @@ def read_workspace(out: Path) -> Workspace:
     """
     path = Workspace(out).journal
     try:
-        journal = json.loads(path.read_text(encoding="utf-8"))
+        journal = json.loads(read_text(path, MAX_VOCABULARY_BYTES))
         stages = [
             {"name": str(s["name"]), "seconds": s["seconds"], "result": {**s["result"]}}
             for s in journal["stages"]
@@ -324,7 +325,7 @@ def read_workspace(out: Path) -> Workspace:
             {**(journal.get("asked") or {})},
             None if extends is None else {**extends, "history": [*extends["history"]]},
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged, so it is not known how far this run got",
             hint="Give another --out to start anew, or put the journal back from a copy",

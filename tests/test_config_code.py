@@ -119,3 +119,25 @@ def test_a_conversion_of_ours_is_no_foreign_code(source_factory: Sources, tmp_pa
     adapt(plan(folder), folder, tmp_path / "out", Reporter(quiet=True), light=True)
     again = plan(tmp_path / "out")
     assert not any("code of its own" in warning for warning in again.warnings)
+
+
+def test_weights_that_only_the_config_names(source_factory: Sources) -> None:
+    folder = source_factory("llama")
+    plan(folder, transformers_weights="model.safetensors")
+    for named in ("other.safetensors", "../other.safetensors", 5):
+        with pytest.raises(IncompatibleError, match="would load the other file"):
+            plan(folder, transformers_weights=named)
+
+
+def test_fields_that_name_files_and_classes_are_not_copied(
+    source_factory: Sources, tmp_path: Path
+) -> None:
+    named = {"transformers_weights": "model.safetensors", "compile_config": {"backend": "evil"}}
+    folder = source_factory("llama")
+    made = plan(folder, **named, tokenizer_class="evil.Evil")
+    adapt(made, folder, tmp_path / "out", Reporter(quiet=True))
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert not {*named, "tokenizer_class"} & written.keys()
+    assert any("evil.Evil" in warning for warning in made.warnings)
+    made = plan(source_factory("qwen2"), tokenizer_class="Qwen2Tokenizer")
+    assert not any("tokenizer_class" in warning for warning in made.warnings)

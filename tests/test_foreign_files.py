@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from dllm_convert.cli import app
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.foreign_files import check_file, check_inside, read_text
-from dllm_convert.recipe import load_recipe
+from dllm_convert.launch import check_config, launch
+from dllm_convert.recipe import data_dir, load_recipe
 from dllm_convert.recipe_yaml import parse_mapping, parse_value
 from dllm_convert.source import inspect_source
 
@@ -137,3 +138,75 @@ def test_a_recipe_of_aliases_is_one_line_on_the_command_line(tmp_path: Path) -> 
     assert done.exit_code == 3
     assert "Traceback" not in done.stderr
     assert "alias" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["dangling", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"]
+)
+def test_what_cannot_be_read_is_no_absence(source_factory: Sources, name: str, kind: str) -> None:
+    source = source_factory("llama")
+    (source / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(source / name)
+    else:
+        (source / name).symlink_to(source.parent / "gone")
+    with pytest.raises(DataError, match=r"named pipe|where nothing is") as caught:
+        inspect_source(str(source))
+    assert name in str(caught.value)
+
+
+def test_folders_with_a_files_name_are_left_alone(source_factory: Sources) -> None:
+    source = source_factory("llama")
+    (source / "LICENSES").mkdir()
+    (source / "README.md").mkdir()
+    inspect_source(str(source))
+
+
+@pytest.mark.parametrize(("name", "fine"), [("0" * 64, True), ("key", False)])
+def test_links_of_an_older_client_lead_into_its_cache(
+    source_factory: Sources, tmp_path: Path, name: str, fine: bool
+) -> None:
+    source = source_factory("llama")
+    store = tmp_path / "models--a--b"
+    (store / "snapshots").mkdir(parents=True)
+    (store / "blobs").mkdir()
+    shutil.move(source / "model.safetensors", store / "blobs" / name)
+    (source / "model.safetensors").symlink_to(store / "blobs" / name)
+    if fine:
+        inspect_source(str(source))
+    else:
+        with pytest.raises(DataError, match="leads out"):
+            inspect_source(str(source))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "- 1", "a: [", "a: !!python/object:os.system x", "[" * 5000, "a: &a [*a]", "\0"]
+)
+def test_a_launch_config_is_looked_at_first(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text(content)
+    with pytest.raises(DllmConvertError, match=r"launch\.yaml"):
+        launch(1, path, [])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="named pipe"):
+        launch(1, path, [])
+
+
+def test_the_launch_configs_that_are_shipped_are_fine() -> None:
+    shipped = sorted((data_dir("recipes") / "launch").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        check_config(path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html", "config.json", "sample.gif"])
+def test_a_page_replaces_no_file_of_a_checkpoint(source_factory: Sources, name: str) -> None:
+    source = source_factory("llama")
+    (source / name).write_bytes(before := b"{}")
+    ways = (["verify", str(source), "--report"], ["sample", str(source), "--record"])
+    for way in ways:
+        result = CliRunner().invoke(app, [*way, str(source / name)])
+        assert result.exit_code == 2, result.output
+        assert (source / name).read_bytes() == before

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,3 +84,41 @@ def test_versions_are_text_for_json() -> None:
     found = versions()
     assert {"python", "torch", "transformers", "safetensors"} <= found.keys()
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": 5},
+        {"source": None},
+        {"plan": []},
+        {"stages": {}},
+        {"created": 5},
+        {"versions": None},
+        {"sample": 7},
+        {"sample": {"text": 5}},
+        {"verification": []},
+        {"recipe": {"training": []}},
+        {"recipe": {"training": {"lora": 1}}},
+        {"files": ["a"]},
+    ],
+)
+def test_parts_of_another_kind(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"format_version": 1} | change))
+    with pytest.raises(DataError, match=r"expected (an object|a list|a text)") as caught:
+        read_manifest(tmp_path)
+    assert next(iter(change)) in str(caught.value)
+
+
+def test_a_manifest_without_an_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / MANIFEST_FILE)
+    with pytest.raises(DataError, match="named pipe"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST_FILE).unlink()
+    with (tmp_path / MANIFEST_FILE).open("wb") as file:
+        file.truncate(100 << 30)
+    with pytest.raises(DataError, match="expected at most"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST_FILE).write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is not JSON"):
+        read_manifest(tmp_path)

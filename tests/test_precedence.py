@@ -194,6 +194,18 @@ def test_budgets_are_what_the_plan_shows(source_cache: SourceFactory) -> None:
         (["--keep-adapter"], "add --lora"),
         (["--full", "--set", "training.lora.rank=8"], "add --lora"),
         (["--set", "noise.power=3"], "noise.schedule=polynomial"),
+        (["--full", "--set", "training.lora.learning_rate=1e-3"], "add --lora"),
+        (["--full", "--set", "training={lora: {alpha: 8}}"], "add --lora"),
+        (["--global-batch", "8", "--no-train"], "would change nothing"),
+        (["--no-train", "--set", "training.batch_size=2"], "would change nothing"),
+        (["--set", "training.steps=5", "--set", "training.steps=6"], "given twice"),
+        (["--steps", "5", "--set", "training={steps: 6}"], "contradicts another option"),
+        (["--set", "source=elsewhere"], "contradicts SOURCE"),
+        (["--report-to", "wandb", "--set", "training.report_to=[tensorboard]"], '["wandb"]'),
+        (["--set", "training.mask_noise_std=1"], "add --set training.mask_noise_steps"),
+        (["--set", "training.mask_noise_steps=9"], "add --set training.mask_noise_std"),
+        (["--data", "pydoc", "--set", "data.subset=en"], "is no dataset with subsets"),
+        (["--set", "data.held_out_source=pydoc", "--set", "data.held_out_fraction=.5"], "nothing"),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(
@@ -210,3 +222,16 @@ def test_an_unknown_preset_names_the_nearest(source_cache: SourceFactory) -> Non
     result = CliRunner().invoke(app, ["check", str(source_cache("llama")), "--preset", "sdarr"])
     assert result.exit_code == 3
     assert "nearest: sdar" in result.output + result.stderr
+
+
+def test_a_field_said_twice_alike_is_no_contradiction(source_cache: SourceFactory) -> None:
+    twice = ("--set", "training.steps=5", "--set", "training.steps=5", "--steps", "5")
+    plan = check(source_cache("llama"), "--to", "mdlm", *twice)
+    assert plan["training"]["steps"] == 5
+
+
+def test_a_recipe_may_have_another_source(source_cache: SourceFactory, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("source: nobody/nothing\ntarget: mdlm\n", encoding="utf-8")
+    source = source_cache("llama")
+    assert check(recipe, "--set", f"source={source}")["source"]["given"] == str(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dllm_convert.console import Reporter
+from dllm_convert.recipe_yaml import dump, parse_mapping
 from dllm_convert.shown_text import json_safe, printable
 
 Sources = Callable[..., Path]
@@ -137,3 +139,10 @@ def test_sighup_counts_as_sigterm_unless_it_is_ignored() -> None:
             assert not interruption.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_recipe_says_what_it_says_and_does_nothing() -> None:
+    text = "a\u202eb\x1b[31m\u2028\x9bc: \u200d é 中"
+    dumped = dump({"name": text, "references": [text, "plain"], "n": 2e-5})
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", dumped)
+    assert parse_mapping(dumped, "x") == {"name": text, "references": [text, "plain"], "n": 2e-5}

@@ -11,7 +11,13 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
-from dllm_convert.cli_budget import Budget, refuse_without_effect
+from dllm_convert.cli_budget import Budget
+from dllm_convert.cli_typed import (
+    flat,
+    refuse_contradictions,
+    refuse_other_source,
+    refuse_without_effect,
+)
 from dllm_convert.cli_values import (
     default_out,
     method,
@@ -167,17 +173,13 @@ def _recipe(
     from dllm_convert.recipe import load_recipe
 
     given = {field: value for field, value in flags.items() if value is not None}
-    assigned = parse_assignments(assignments)
+    assigned = flat(parse_assignments(assignments))
     budget.refuse_beside(flags["training.steps"], assigned)
-    for field in given.keys() & assigned.keys():
-        if given[field] != assigned[field]:
-            raise typer.BadParameter(
-                f"--set {field}={assigned[field]} contradicts another option, which says "
-                f"{given[field]}"
-            )
+    refuse_contradictions(given, assigned)
     typed = given | budget.fields | assigned
     recipe = load_recipe(source, overrides=typed, preset=preset)
     recipe = budget.applied_to(recipe, processes, assigned)
+    refuse_other_source(source, recipe, assigned)
     refuse_without_effect(recipe, typed)
     return recipe
 

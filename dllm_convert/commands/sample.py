@@ -11,6 +11,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
+from dllm_convert.cli_values import output_file
 from dllm_convert.commands import decoding
 from dllm_convert.commands.shared import make_reporter
 from dllm_convert.errors import DataError
@@ -25,13 +26,7 @@ FORMATS = (".gif", ".html")
 
 
 def _recordable(path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    if path.suffix.lower() not in FORMATS:
-        raise typer.BadParameter(f"{path} does not end in {' or '.join(FORMATS)}.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{path} cannot be a file: there is no such folder.")
-    return path
+    return output_file(path, FORMATS, "--record")
 
 
 Prompts = Annotated[

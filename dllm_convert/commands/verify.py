@@ -9,7 +9,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
-from dllm_convert.cli_values import base_folder
+from dllm_convert.cli_values import base_folder, output_file
 from dllm_convert.commands.run import AllowPickle
 from dllm_convert.commands.shared import exit_if_failed, make_reporter
 
@@ -79,8 +79,7 @@ def verify(
     quiet: option.Quiet = False,
 ) -> None:
     """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
-    if report is not None and not report.resolve().parent.is_dir():
-        raise typer.BadParameter(f"{report.parent} is no folder", param_hint="--report")
+    output_file(report, (".html",), "--report")
     if report is not None and files:
         raise typer.BadParameter("--report shows what the model does; leave --files out")
     reporter = make_reporter(quiet=quiet or as_json)

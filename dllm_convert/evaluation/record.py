@@ -87,7 +87,7 @@ def record_evaluation(folder: Path, found: dict[str, Any]) -> None:
     from dllm_convert.report_page import write_report
 
     drawn = draw_parallelism(found.get("sweep") or (), folder)
-    if not (folder / MANIFEST_FILE).is_file():
+    if not (folder / MANIFEST_FILE).exists():
         return
     manifest = read_manifest(folder)
     files = {

@@ -16,7 +16,7 @@ def hashes_probe(folder: Path) -> Probe:
     Raises:
         DataError: The manifest is not JSON.
     """
-    if not (folder / MANIFEST_FILE).is_file():
+    if not (folder / MANIFEST_FILE).exists():
         return skipped("hashes", REQUIRED, "the folder has no manifest with hashes")
     manifest = read_manifest(folder)
     wrong = listing_faults(folder, manifest)

@@ -187,7 +187,9 @@ class Case:
         options = mutations.make_prompts(self.dice)
         self.done = "prompts"
         limit = [] if "--max-new-tokens" in options else ["--max-new-tokens", "4"]
-        folder = self.copy("-out") if "--record" in options else self.prepared / f"{self.family}-out"
+        folder = (
+            self.copy("-out") if "--record" in options else self.prepared / f"{self.family}-out"
+        )
         yield ["sample", str(folder), *limit, *options]
 
     def rows_commands(self) -> Iterator[Command]:

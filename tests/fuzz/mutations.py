@@ -324,7 +324,9 @@ def mutate_tokenizer(folder: Path, dice: random.Random) -> str:
         return change_file(folder / "tokenizer_config.json", dice, TOKENIZER_CONFIG)
     if kind == 8:
         name = dice.choice(["special_tokens_map.json", "added_tokens.json", "vocab.json"])
-        write(folder / name, dice.choice([junk(dice), {"a": junk(dice)}, {"mask_token": junk(dice)}]))
+        write(
+            folder / name, dice.choice([junk(dice), {"a": junk(dice)}, {"mask_token": junk(dice)}])
+        )
         return f"{name}: junk"
     if kind == 9:
         present = [p for p in folder.iterdir() if "token" in p.name or p.suffix == ".jinja"]
@@ -340,7 +342,9 @@ def mutate_tokenizer(folder: Path, dice: random.Random) -> str:
     lines = path.read_bytes().splitlines(keepends=True)
     dice.shuffle(lines)
     kept = lines[: dice.randrange(len(lines) + 1)]
-    damaged = dice.choice([mutate_bytes(path.read_bytes(), dice), b"".join(kept), kept and kept[0] * 9])
+    damaged = dice.choice(
+        [mutate_bytes(path.read_bytes(), dice), b"".join(kept), kept and kept[0] * 9]
+    )
     path.write_bytes(damaged or b"")
     return f"slow {path.name}: lines"
 
@@ -361,7 +365,9 @@ def mutate_weights(folder: Path, dice: random.Random) -> str:
         return "weights: truncated"
     if kind == 2:
         index = {"metadata": {}, "weight_map": dict.fromkeys(names, path.name)}
-        index["weight_map"][name] = dice.choice(["gone.safetensors", "", "../x", None, 5, path.name])
+        index["weight_map"][name] = dice.choice(
+            ["gone.safetensors", "", "../x", None, 5, path.name]
+        )
         if dice.randrange(2):
             mutate_json(index, dice)
         write(folder / "model.safetensors.index.json", index)
@@ -377,14 +383,18 @@ def mutate_weights(folder: Path, dice: random.Random) -> str:
         header[name]["shape"] = dice.choice([[0, *shape], [1, *shape], shape[::-1], [], [2**40]])
         done = f"{name} of another shape"
     elif kind == 6:
-        header[dice.choice(["more", "model.x.weight", "\ud800", "", "base_model.x"])] = header.pop(name)
+        header[dice.choice(["more", "model.x.weight", "\ud800", "", "base_model.x"])] = header.pop(
+            name
+        )
         done = f"{name} renamed"
     elif kind == 7:
         end = max(header[n]["data_offsets"][1] for n in names)
         header["extra.weight"] = {"dtype": "F32", "shape": [0, 8], "data_offsets": [end, end]}
         done = "a tensor of size zero"
     else:
-        header["__metadata__"] = dice.choice([{}, {"format": "tf"}, {"format": "np"}, {"a": 5}, None])
+        header["__metadata__"] = dice.choice(
+            [{}, {"format": "tf"}, {"format": "np"}, {"a": 5}, None]
+        )
         done = "metadata"
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
@@ -459,7 +469,9 @@ ASSIGNMENTS = [
 ]  # fmt: skip
 
 
-def mutate_recipe(path: Path, source: Path, target: str, dice: random.Random) -> tuple[str, list[str]]:
+def mutate_recipe(
+    path: Path, source: Path, target: str, dice: random.Random
+) -> tuple[str, list[str]]:
     """Write a damaged recipe; return what was done and `--set` options."""
     import yaml
 
@@ -549,7 +561,9 @@ def _damage_row(row: Any, dice: random.Random) -> Any:
     if kind == 3:
         return junk(dice)
     if kind == 4:
-        row[dice.choice(["system", "tools", "weight", "text", "label", "meta", "messages"])] = junk(dice)
+        row[dice.choice(["system", "tools", "weight", "text", "label", "meta", "messages"])] = junk(
+            dice
+        )
         return row
     if kind == 5:
         return {"messages": [deepcopy(dice.choice(MESSAGES)) for _ in range(dice.randrange(4))]}
@@ -569,8 +583,25 @@ def make_rows(folder: Path, dice: random.Random) -> tuple[Path, str]:
     rows: list[Any] = [make(n) for n in range(good)]
     for number in range(bad):
         rows.insert(dice.randrange(len(rows) + 1), _damage_row(make(1000 + number), dice))
-    suffix = dice.choice(["jsonl", "jsonl", "jsonl", "json", "csv", "tsv", "txt", "md", "jsonl.gz",
-                          "ndjson", "parquet", "JSONL", "txt.gz", "pdf", "xyz"])
+    suffix = dice.choice(
+        [
+            "jsonl",
+            "jsonl",
+            "jsonl",
+            "json",
+            "csv",
+            "tsv",
+            "txt",
+            "md",
+            "jsonl.gz",
+            "ndjson",
+            "parquet",
+            "JSONL",
+            "txt.gz",
+            "pdf",
+            "xyz",
+        ]
+    )
     kind, done = suffix.lower(), f"{good}+{bad} rows of {list(make(0))}"
     if kind.startswith(("jsonl", "ndjson")):
         raw = "\n".join(map(json.dumps, rows)).encode()
@@ -606,5 +637,7 @@ def _parquet(rows: list[Any], dice: random.Random) -> bytes:
         pq.write_table(pa.Table.from_pylist([row for row in rows if isinstance(row, dict)]), stream)
     except (pa.ArrowException, UnicodeError, OverflowError, ValueError, TypeError):
         kinds: list[Any] = [[5, 6], [b"\xff", b"a"], [None, None], [["a"], []], [{"a": 1}, None]]
-        pq.write_table(pa.table({dice.choice(["text", "messages", ""]): dice.choice(kinds)}), stream)
+        pq.write_table(
+            pa.table({dice.choice(["text", "messages", ""]): dice.choice(kinds)}), stream
+        )
     return stream.getvalue()

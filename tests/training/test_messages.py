@@ -10,9 +10,9 @@ import pytest
 from conftest import SourceFactory
 from transformers import AutoTokenizer
 
+from dllm_convert import bounded
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
-from dllm_convert import bounded
 from dllm_convert.training.chat import ChatEncoder, find_messages
 from dllm_convert.training.encoding import Encoder, find_documents
 

@@ -1,0 +1,111 @@
+"""What was typed is obeyed, or refused: options that contradict each other, or change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dllm_convert.schema import Recipe, Training
+
+_SOURCE = "source"
+_OF_A_MODEL = tuple(f"training.{n}" for n in ("method", "seed", "precision", "attention"))
+"""What of a training counts where nothing is trained: how the model runs when it is measured."""
+_OF_DATASETS = ("data.subset", "data.split", "data.revision", "data.held_out_split")
+
+
+def refuse_contradictions(given: Mapping[str, Any], assigned: Mapping[str, Any]) -> None:
+    """Refuse a field that an option and `--set` say differently.
+
+    Args:
+        given: Fields of the options.
+        assigned: Fields of `--set`.
+
+    Raises:
+        typer.BadParameter: There is such a field.
+    """
+    for field in given.keys() & assigned.keys():
+        if given[field] != assigned[field]:
+            raise typer.BadParameter(
+                f"--set {field}={_said(assigned[field])} contradicts another option, which says "
+                f"{_said(given[field])}"
+            )
+
+
+def refuse_other_source(source: str, recipe: Recipe, assigned: Mapping[str, Any]) -> None:
+    """Refuse a second source beside a checkpoint; a recipe's own may be replaced.
+
+    Raises:
+        typer.BadParameter: There is one.
+    """
+    other = assigned.get(_SOURCE, source)
+    if recipe.name is None and other != source:
+        raise typer.BadParameter(
+            f"--set source={_said(other)} contradicts SOURCE, which is {source}"
+        )
+
+
+def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
+    """Refuse what was typed and would change nothing.
+
+    Args:
+        recipe: What came of it.
+        typed: Fields set by flags and `--set`.
+
+    Raises:
+        typer.BadParameter: There is such a field.
+    """
+    for field, value in _flat(typed):
+        if value is None or value is False:
+            continue
+        why = _idle(field, recipe)
+        if why is not None:
+            raise typer.BadParameter(f"{field} would change nothing: {why}")
+
+
+def _idle(field: str, recipe: Recipe) -> str | None:
+    """Return why a field has no effect beside the others, None if it has one."""
+    if field.startswith("training."):
+        return _idle_training(field, recipe.training)
+    noise, data = recipe.noise, recipe.data
+    if field == "noise.power" and noise.schedule != "polynomial":
+        return f"the noise schedule is {noise.schedule}; add --set noise.schedule=polynomial"
+    if field == "data.held_out_fraction" and data.held_out_source is not None:
+        return "data.held_out_source is measured on, and nothing is held out of data.source"
+    if field in _OF_DATASETS and data.source == "pydoc" and data.held_out_source is None:
+        return "data.source is pydoc, which is no dataset with subsets and splits"
+    return None
+
+
+def _idle_training(field: str, training: Training) -> str | None:
+    of_lora = field.startswith("training.lora.") or field == "training.keep_adapter"
+    if of_lora and training.method != "lora":
+        return f"the training method is {training.method}; add --lora {training.lora.rank}"
+    if training.method == "none" and field not in _OF_A_MODEL:
+        return "nothing is trained (--no-train, or training.method none)"
+    if field == "training.mask_noise_std" and not training.mask_noise_steps:
+        return "the noise fades over 0 steps; add --set training.mask_noise_steps=N"
+    if field == "training.mask_noise_steps" and not training.mask_noise_std:
+        return "the noise is 0; add --set training.mask_noise_std=X"
+    return None
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names: `--set` takes a whole section, too."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections as dotted names; an empty section stands for itself."""
+    return dict(_flat(fields))
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
