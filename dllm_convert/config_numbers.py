@@ -136,7 +136,7 @@ def _check_id(key: str, value: object) -> None:
     ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
     if not all(token is None or (type(token) is int and abs(token) <= LARGEST) for token in ids):
         several = " or a list of ids" if key == "eos_token_id" else ""
-        raise wrong(key, value, f"an id{several}, or null")
+        raise wrong(key, value, f"the id of a token{several}, or null")
 
 
 def _check_size(key: str, value: object, declared: ClassTensors) -> None:

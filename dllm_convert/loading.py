@@ -19,7 +19,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.leftovers import computed_with
 from dllm_convert.source_fit import fit_folder
 
-_BROKEN = (
+BROKEN = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -50,7 +50,7 @@ def load_complete(cls: Any, source: Path | str, **settings: Any) -> Any:
         model, info = cls.from_pretrained(source, output_loading_info=True, **settings)
     except (torch.OutOfMemoryError, HfHubHTTPError):
         raise
-    except _BROKEN as error:
+    except BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

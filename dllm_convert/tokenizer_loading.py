@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,7 +52,7 @@ class TokenizerErrors(AbstractContextManager[None]):
             raise DataError(f"{self._failure} ({reason})", hint=self._hint) from error
 
 
-def load_tokenizer(given: Path | str) -> Any:
+def load_tokenizer(given: Path | str, rows: int | None = None) -> Any:
     """Load a tokenizer as a user would, without any code of the folder.
 
     Mistral's tekken.json is converted where it is alone. Beside a tokenizer.json it is passed over:
@@ -60,9 +61,11 @@ def load_tokenizer(given: Path | str) -> Any:
 
     Args:
         given: Folder or Hub id.
+        rows: Rows of the embedding that it is used with, if it has to fit one.
 
     Raises:
-        DataError: transformers cannot load it, or a setting of it is of another kind.
+        DataError: transformers cannot load it, a setting of it is of another kind, or it has tokens
+            without a row.
     """
     import transformers
 
@@ -78,6 +81,13 @@ def load_tokenizer(given: Path | str) -> Any:
         else:
             loaded = _convert_tekken(folder)
     _check_settings(loaded, given)
+    highest = max(loaded.get_vocab().items(), key=itemgetter(1), default=None) if rows else None
+    if rows and highest is not None and highest[1] >= rows:
+        raise DataError(
+            f"the tokenizer in {given} has the token {shown(highest[0])} with id {highest[1]}, and "
+            f"the embedding has {rows} rows",
+            hint="Put back the tokenizer files that dllm-convert run wrote",
+        )
     return loaded
 
 

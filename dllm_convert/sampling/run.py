@@ -277,4 +277,5 @@ def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = load_model(folder, adapter_of(read_config(folder)), dtype=dtype)
-    return model.to("cuda") if on_gpu else model, load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
+    return model.to("cuda") if on_gpu else model, tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.loading import BROKEN
 from dllm_convert.verify.catalogue import with_origin
 from dllm_convert.verify.decoding import check_generate
 from dllm_convert.verify.files import check_files
@@ -27,18 +28,7 @@ from dllm_convert.verify.subject import Subject
 from dllm_convert.verify.tokens import check_tokens
 from dllm_convert.verify.training_forward import check_training
 
-# What a checkpoint that is not what it seems can raise inside transformers and torch.
-_BROKEN = (
-    ArithmeticError,
-    AttributeError,
-    DllmConvertError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_BROKEN = (*BROKEN, DllmConvertError)
 
 
 @dataclass(frozen=True)
