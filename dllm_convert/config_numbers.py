@@ -19,7 +19,10 @@ LARGEST = 2**31 - 1
 MOST_LAYERS = 10_000
 """Most layers that are believed where no header says how many there are."""
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_FLAGS = ("tie_word_embeddings", "use_sliding_window", "is_decoder", "add_cross_attention")
+_FLAGS = (
+    *("tie_word_embeddings", "use_sliding_window", "is_decoder", "add_cross_attention"),
+    *("is_encoder_decoder", "output_attentions", "output_hidden_states", "use_cache"),
+)
 _OPTIONAL = ("sliding_window", "max_window_layers", "head_dim", "num_key_value_heads")
 _OVER_ZERO = ("rope_theta",)
 _CHUNKS = "chunk_size_feed_forward"

@@ -19,6 +19,7 @@ from dllm_convert.foreign_files import read_text
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.source_info import TokenizerInfo
 from dllm_convert.tokenizer_classes import GENERIC, default_tokens, loading_class
+from dllm_convert.tokenizer_settings import check_settings
 from dllm_convert.vocabulary_files import VOCABULARY_FILES, AddedText, Vocabulary, read_vocabulary
 
 __all__ = ["SIDE_FILES", "VOCABULARY_FILES", "build_info", "config_ids", "read_tokenizer"]
@@ -159,6 +160,7 @@ class _SideFiles:
 
 def _read_side_files(folder: Path) -> _SideFiles:
     settings = _optional(folder / "tokenizer_config.json")
+    check_settings(settings, "tokenizer_config.json", ROLES)
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, Mapping):
         # Written since transformers 4.34; the older files beside it are leftovers.
@@ -168,7 +170,9 @@ def _read_side_files(folder: Path) -> _SideFiles:
             if str(row).isdecimal() and (text := _text(token)) is not None
         )
         return _SideFiles(settings, {}, added, complete=True)
-    side = _SideFiles(settings, _optional(folder / "special_tokens_map.json"), (), complete=False)
+    listed = _optional(folder / "special_tokens_map.json")
+    check_settings(listed, "special_tokens_map.json", ROLES)
+    side = _SideFiles(settings, listed, (), complete=False)
     older = _optional(folder / "added_tokens.json")
     if not all(isinstance(row, int) for row in older.values()):
         raise DataError("added_tokens.json: an id is not a whole number")
