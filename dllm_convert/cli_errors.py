@@ -102,14 +102,14 @@ def _interrupted(ctx: Any) -> Failure:
 
 def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
     if debugging():
-        _tell(redact("".join(traceback.format_exception(error))))
+        tell(redact("".join(traceback.format_exception(error))))
     _say(failure, ctx)
     return typer.Exit(failure.exit_code)
 
 
 def _say(failure: Failure, ctx: Any) -> None:
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
-    _tell(printable(redact(f"error: {message}\n")))
+    tell(printable(redact(f"error: {message}\n")))
     if ctx.meta.get(JSON_KEY):
         hint = redact(failure.hint) if failure.hint is not None else None
         problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
@@ -117,7 +117,7 @@ def _say(failure: Failure, ctx: Any) -> None:
             write_json({"error": problem, "exit_code": failure.exit_code})
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Write to stderr, if somebody still reads it."""
     with suppress(OSError):
         if sys.stderr is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.copying import sha256_files
@@ -14,6 +14,8 @@ from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
     from dllm_convert.materialise import Materialised
+
+_LOADED = (".safetensors", ".json", ".py", ".jinja")
 
 
 def check_resumed(
@@ -30,10 +32,13 @@ def check_resumed(
         trains: Whether the staged weights come out of a training.
 
     Raises:
-        DataError: The source changed, or trained weights did.
+        DataError: The source changed, or trained weights did; of a finished run, files are gone.
     """
     adapted = workspace.result("adapt")
-    if adapted is None or "files" not in adapted or workspace.result("publish") is not None:
+    if adapted is None or "files" not in adapted:
+        return
+    if workspace.result("publish") is not None:
+        _check_finished(workspace.out)
         return
     _check_source(adapted["source_files"], source(), plan)
     untrained = workspace.work / "untrained"
@@ -44,6 +49,18 @@ def check_resumed(
             workspace.forget("assemble", "verify", "document")
     if workspace.result("assemble") is not None:
         _check_staged(workspace, trains=trains)
+
+
+def _check_finished(out: Path) -> None:
+    """Check that what is loaded is still there; pictures and pages a person may take away."""
+    listed: Any = read_manifest(out).get("files") or {}
+    loaded = [name for name in listed if PurePosixPath(name).suffix in _LOADED and "/" not in name]
+    gone = sorted(name for name in loaded if not (out / name).is_file())
+    if gone:
+        raise DataError(
+            f"the run in {out} is finished, and {', '.join(gone[:3])} is no longer there",
+            hint="Put it back from a copy, or convert again with another --out",
+        )
 
 
 def _check_source(recorded: Mapping[str, str], source: Materialised, plan: ConversionPlan) -> None:

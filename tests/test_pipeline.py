@@ -104,6 +104,11 @@ def test_the_same_command_again_changes_nothing(
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     with pytest.raises(DataError, match="different recipe"):
         run(recipe(source_cache("llama"), steps=7), tmp_path / "out", QUIET)
+    (tmp_path / "out/report.html").unlink()
+    assert run(asked, tmp_path / "out", QUIET).passed
+    (tmp_path / "out/config.json").unlink()
+    with pytest.raises(DataError, match=r"is finished, and config\.json is no longer there"):
+        run(asked, tmp_path / "out", QUIET)
 
 
 def test_files_alone_are_verified_after_training_if_that_is_asked(

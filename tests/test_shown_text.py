@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
+from dllm_convert.commands.shared import exit_if_failed
 from dllm_convert.console import Reporter
 from dllm_convert.recipe_yaml import dump, parse_mapping
 from dllm_convert.shown_text import json_safe, printable
@@ -146,3 +148,16 @@ def test_a_recipe_says_what_it_says_and_does_nothing() -> None:
     dumped = dump({"name": text, "references": [text, "plain"], "n": 2e-5})
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", dumped)
     assert parse_mapping(dumped, "x") == {"name": text, "references": [text, "plain"], "n": 2e-5}
+
+
+def test_a_failed_verification_keeps_its_code_when_nobody_reads_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    with pytest.raises(typer.Exit) as left:
+        exit_if_failed({"passed": False, "probes": []})
+    assert left.value.exit_code == 4

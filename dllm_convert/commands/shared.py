@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dllm_convert import cli_output as output
+from dllm_convert.cli_errors import tell
 from dllm_convert.errors import VerificationError
 from dllm_convert.shown_text import printable
 
@@ -35,5 +36,5 @@ def exit_if_failed(verification: Mapping[str, Any]) -> None:
     """
     if not verification["passed"]:
         failed = output.failed_probes(verification)
-        typer.echo(printable(f"error: verification failed: {failed}"), err=True)
+        tell(printable(f"error: verification failed: {failed}\n"))
         raise typer.Exit(VerificationError.exit_code)
