@@ -271,8 +271,14 @@ def test_the_command_line_says_what_is_evaluated(
     assert (request.thresholds, request.chat) == ((0.5, 1.0), True)
     assert (request.settings.block_size, request.settings.draws) == (32, 2)
     assert request.settings.generation["temperature"] == 0.5
-    fields = '{"diffusion": {"token_shift": true}, "block_size": 4, "mask_token_id": 3}'
-    (tmp_path / "config.json").write_text(fields[:-1] + ', "vocab_size": 9}')
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    both = {"block_size": 4, "mask_token_id": 3}
+    section = {"objective": "bd3lm", "attention": "block-causal", "noise_schedule": "linear"}
+    config = {
+        **{"model_type": "llama", "vocab_size": 9, "is_causal": False, **sizes, **both},
+        "diffusion": {"token_shift": True, **section, **both},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for wrong in ("block_length=4", "unmasking=best", "temperature=hot", "top_p=0.5"):
         result = CliRunner().invoke(app, [*arguments, "--set", wrong])
         assert result.exit_code == 2, wrong
