@@ -57,7 +57,9 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
     section = config.get("diffusion")
     recorded = section.get(RECORD) if isinstance(section, Mapping) else None
     return (
-        get_adapter(str(config.get("model_type"))) if recorded is None else adapter_from_dict(recorded)
+        get_adapter(str(config.get("model_type")))
+        if recorded is None
+        else adapter_from_dict(recorded)
     )
 
 
