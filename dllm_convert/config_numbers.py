@@ -12,6 +12,7 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.tensors import ClassTensors
+from dllm_convert.config_parts import check_parts
 from dllm_convert.errors import IncompatibleError
 
 LARGEST = 2**31 - 1
@@ -97,7 +98,9 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
     if config.get(_CHUNKS) not in (None, 0, 1) or isinstance(config.get(_CHUNKS), bool):
         # Texts whose length is no multiple of it do not run.
         raise wrong(_CHUNKS, config[_CHUNKS], "0", "Leave it out: it only saves memory")
-    _check_heads(config, declared, causal=adapter is not None and adapter.attention == "causal")
+    causal = adapter is not None and adapter.attention == "causal"
+    _check_heads(config, declared, causal=causal)
+    check_parts(config, rotary=_head_width(config, declared) // 2 if causal else None)
 
 
 def check_padding(config: Mapping[str, Any], rows: int) -> None:
@@ -176,19 +179,33 @@ def _check_reals(config: Mapping[str, Any]) -> None:
                 raise wrong(f"{key}.{name}", number, "a number above 0")
 
 
-def _check_heads(config: Mapping[str, Any], declared: ClassTensors, *, causal: bool) -> None:
-    def size(key: str) -> int:
-        value = config.get(key)
-        return int(value if value is not None else declared.defaults.get(key) or 0)
+def _size(config: Mapping[str, Any], declared: ClassTensors, key: str) -> int:
+    value = config.get(key)
+    return int(value if value is not None else declared.defaults.get(key) or 0)
 
-    heads, groups, hidden = map(size, ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+
+def _head_width(config: Mapping[str, Any], declared: ClassTensors) -> int:
+    given = _size(config, declared, "head_dim")
+    heads, hidden = (_size(config, declared, k) for k in ("num_attention_heads", "hidden_size"))
+    return given or hidden // heads
+
+
+def _check_heads(config: Mapping[str, Any], declared: ClassTensors, *, causal: bool) -> None:
+    heads, groups, hidden = (
+        _size(config, declared, key)
+        for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    )
     if declared.heads_divide and hidden % heads:
         raise wrong("num_attention_heads", heads, f"a divisor of hidden_size {hidden}")
     if not causal:
         return
     if config.get("num_key_value_heads", 0) is not None and groups and heads % groups:
         raise wrong("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
-    width = size("head_dim") or hidden // heads
+    width = _head_width(config, declared)
     if width < 1 or width % 2:
-        named = "head_dim" if size("head_dim") else "hidden_size / num_attention_heads"
+        named = (
+            "head_dim"
+            if _size(config, declared, "head_dim")
+            else "hidden_size / num_attention_heads"
+        )
         raise wrong(named, width, "an even number: rotary positions turn pairs")

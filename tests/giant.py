@@ -20,7 +20,13 @@ LLAMA_70B: Mapping[str, Any] = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 SHARDS = 30
 

@@ -117,7 +117,8 @@ class Preparation:
         train = store
         if held_out is None:
             train, held_out = divide(store, split, data.held_out_fraction)
-        self._check(len(store) + len(held_out), {"training": train, "held-out": held_out})
+        parts = {"training": train, "held-out": held_out}
+        self._check(len(store) + len(held_out), parts, facts["silent"])
         layout = layout_of(self.recipe, self.tokenizer)
         packing = pack(train.lengths, train.chats, layout)
         facts |= {
@@ -133,10 +134,12 @@ class Preparation:
 
     def _stream(self, split: Split, held_out: Store | None) -> Text:
         data, corpus = self.recipe.data, self._opened
+        silent = 0
         if held_out is None:
             need = Need(split, 0, self._choice)
-            held_out, _ = self._read("held_out", data, need, lambda: corpus)
-        self._check(len(held_out), {"held-out": held_out})
+            held_out, found = self._read("held_out", data, need, lambda: corpus)
+            silent = found["silent"]
+        self._check(len(held_out), {"held-out": held_out}, silent)
         facts = {
             **self._facts(corpus),
             "streaming": True,
@@ -235,8 +238,16 @@ class Preparation:
             "left_out": [Path(name).name for name in corpus.left_out],
         }
 
-    def _check(self, documents: int, parts: dict[str, Store]) -> None:
-        source = self.recipe.data.source
+    def _check(self, documents: int, parts: dict[str, Store], silent: int) -> None:
+        data = self.recipe.data
+        source = data.source
+        if not documents and silent:
+            raise DataError(
+                f"--data {source} holds nothing to learn from: in {silent} conversations the "
+                "assistant says nothing, its answers are left out by their weight, or it speaks "
+                f"beyond the {data.sequence_length} tokens of data.sequence_length",
+                hint="Look at the roles and weights of the messages, or raise data.sequence_length",
+            )
         if not documents:
             raise DataError(
                 f"--data {source} holds no text", hint="Give files with at least one paragraph"

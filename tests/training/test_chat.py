@@ -252,6 +252,25 @@ def prepare(folder: Path, tokenizer: Any, target: str = "bd3lm", **data: Any) ->
     return prepare_data(recipe, tokenizer, Reporter(quiet=True))
 
 
+@pytest.mark.parametrize("streaming", ["off", "on"])
+@pytest.mark.parametrize("weight", [0, 1])
+def test_conversations_without_anything_to_learn_are_told_as_such(
+    tmp_path: Path, tokenizer: Any, weight: int, streaming: str
+) -> None:
+    made = tokenizer(PLAIN)
+    made.add_special_tokens({"mask_token": "<|mask|>"})
+    asked = {**USER, "content": USER["content"] * (1 if weight == 0 else 99)}
+    answer = {"role": "assistant", "content": "A cat.", "weight": weight}
+    rows = [json.dumps({"messages": [asked, answer]})] * 30
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    source = str(tmp_path / "chats.jsonl")
+    data = {"source": source, "sequence_length": 64, "streaming": streaming}
+    recipe = Recipe.model_validate({"source": "x", "target": "mdlm", "data": data})
+    with pytest.raises(DataError, match="holds nothing to learn from: in 30 conv") as caught:
+        prepare_data(recipe, made, Reporter(quiet=True))
+    assert caught.value.hint and "data.sequence_length" in caught.value.hint
+
+
 def test_rows_of_chats(tmp_path: Path, tokenizer: Any) -> None:
     made = tokenizer(PLAIN)
     made.add_special_tokens({"mask_token": "<|mask|>"})
