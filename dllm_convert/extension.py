@@ -32,17 +32,21 @@ _WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
 _TAKEN = (*_WEIGHTS, *SMALL_FILES, "modeling_dllm.py")
 
 
-def begin(out: Path) -> dict[str, Any]:
+def begin(plan: ConversionPlan, out: Path) -> dict[str, Any]:
     """Return what the journal remembers of the checkpoint that is trained on.
 
+    Whatever speaks against it is said here: after this the journal is that of the new run.
+
     Args:
+        plan: The conversion, which has to be the one that the checkpoint came from.
         out: Folder of a finished run.
 
     Returns:
         `manifest`, the SHA-256 of its manifest; `history`, the trainings that it had, oldest first.
 
     Raises:
-        DataError: The folder holds no checkpoint that training made.
+        DataError: The folder holds no checkpoint that training made, or one that changed.
+        IncompatibleError: The checkpoint is another conversion, or of another source.
     """
     manifest = read_manifest(out)
     measured = manifest.get("measurements") or {}
@@ -52,6 +56,8 @@ def begin(out: Path) -> dict[str, Any]:
             f"{out} was converted without training, so there is no training to go on with",
             hint="Train it with another --out",
         )
+    _check_same(plan, out, manifest)
+    _check_source(plan, out, manifest.get("source") or {})
     names = ("method", "steps", "tokens", "seconds", "final_loss")
     entry = {name: train[name] for name in names if name in train}
     entry |= {name: manifest.get(name) for name in ("created", "dllm_convert")}
@@ -60,6 +66,45 @@ def begin(out: Path) -> dict[str, Any]:
         "manifest": sha256_file(out / MANIFEST_FILE),
         "history": [*(manifest.get("history") or ()), entry],
     }
+
+
+def _check_same(plan: ConversionPlan, out: Path, manifest: Mapping[str, Any]) -> None:
+    files = manifest.get("files") or {}
+    wrong = changed_files(out, files)
+    if wrong:
+        name = min(wrong)
+        raise DataError(
+            f"{out / name} {wrong[name]}: only what was verified is trained on",
+            hint="Put the file back, or give another --out",
+        )
+    config = load_json_object(out / "config.json")
+    known = {key: config.get(key) for key in plan.config_updates}
+    if known != dict(plan.config_updates):
+        raise IncompatibleError(
+            f"{out} holds another conversion{differences(known, plan.config_updates)}",
+            hint="Give the options that it was made with, or another --out",
+        )
+
+
+def _check_source(plan: ConversionPlan, out: Path, recorded: Mapping[str, Any]) -> None:
+    """Check that the source is the one that was converted: the manifest goes on naming it."""
+    source, path = plan.source, plan.source.path
+    if dict(recorded.get("fingerprint") or {}) == dict(source.fingerprint):
+        return
+    if path is not None and path.is_dir():
+        files = {
+            name: digest
+            for name, digest in (recorded.get("files") or {}).items()
+            if name.endswith((".safetensors", ".json"))
+        }
+        other = bool(changed_files(path, files))
+    else:
+        other = recorded.get("repo_id") != source.repo_id
+    if other:
+        raise IncompatibleError(
+            f"{out} was converted from {recorded.get('given')}, and {source.given} is not that",
+            hint="Give the source that it was made from, or another --out",
+        )
 
 
 def seeded_anew(recipe: Recipe, extends: Mapping[str, Any]) -> Recipe:
@@ -84,21 +129,8 @@ def take_over(plan: ConversionPlan, out: Path, target: Path) -> dict[str, Any]:
         IncompatibleError: The checkpoint is another conversion.
     """
     manifest = read_manifest(out)
+    _check_same(plan, out, manifest)
     files = manifest.get("files") or {}
-    wrong = changed_files(out, files)
-    if wrong:
-        name = min(wrong)
-        raise DataError(
-            f"{out / name} {wrong[name]}: only what was verified is trained on",
-            hint="Put the file back, or give another --out",
-        )
-    config = load_json_object(out / "config.json")
-    known = {key: config.get(key) for key in plan.config_updates}
-    if known != dict(plan.config_updates):
-        raise IncompatibleError(
-            f"{out} holds another conversion{differences(known, plan.config_updates)}",
-            hint="Give the options that it was made with, or another --out",
-        )
     target.mkdir(parents=True)
     for name in matching((n for n in files if n not in WRITTEN_LAST), (*_TAKEN, *LICENCE_FILES)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +102,10 @@ def _of_this_run(plan: ConversionPlan, workspace: Workspace) -> ConversionPlan:
     return replace(plan, recipe=seeded_anew(plan.recipe, workspace.extends))
 
 
-def _begin_extension(out: Path) -> Mapping[str, Any]:
+def _begin_extension(plan: ConversionPlan, out: Path) -> Mapping[str, Any]:
     from dllm_convert.extension import begin
 
-    return begin(out)
+    return begin(plan, out)
 
 
 def run(
@@ -142,7 +143,7 @@ def run(
         push = preflight({"source": source_facts(plan)}, push, reporter)
     asked = recipe.identity()
     run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
-    extend = _begin_extension if how.extend else None
+    extend = partial(_begin_extension, plan) if how.extend else None
     with open_workspace(out, run_id, asked, extend=extend) as workspace:
         plan = _of_this_run(plan, workspace)
         record_adapter(workspace.work, plan.adapter)

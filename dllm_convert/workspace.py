@@ -289,9 +289,11 @@ def open_workspace(
                 again = "Repeat the command it was started with, or give another --out"
                 if workspace.finished:
                     again += "; --extend trains a finished checkpoint on"
+                what = differences(workspace.asked, asked or {})
+                if not what and workspace.extends is not None:
+                    what = ": it was trained on since, with --extend"
                 raise DataError(
-                    f"{out} holds a run with a different recipe or source"
-                    f"{differences(workspace.asked, asked or {})}",
+                    f"{out} holds a run with a different recipe or source{what}",
                     hint=again,
                 )
         else:

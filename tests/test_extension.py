@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dllm_convert import stages
@@ -164,13 +165,31 @@ def test_what_cannot_be_extended_is_told(made: tuple[Path, Path], tmp_path: Path
     source, out = made
     with pytest.raises(DataError, match="holds none"):
         run(recipe(source), tmp_path / "new", QUIET, how=EXTEND)
+    before = Workspace(out).journal.read_bytes()
     with pytest.raises(IncompatibleError, match=r"block_size is 16, it was 8"):
         run(recipe(source, block_size=16), out, QUIET, how=EXTEND)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    (other / "README.md").write_text("The same weights: a copy.\n", encoding="utf-8")
+    tuned = load_file(other / "model.safetensors")
+    save_file({n: t + 1 for n, t in tuned.items()}, other / "model.safetensors")
+    with pytest.raises(IncompatibleError, match="was converted from"):
+        run(recipe(other), out, QUIET, how=EXTEND)
     with (out / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     with pytest.raises(DataError, match="only what was verified is trained on"):
         run(recipe(source), out, QUIET, how=EXTEND)
+    assert Workspace(out).journal.read_bytes() == before, "it is still the run that it was"
+
+
+def test_a_copy_of_the_source_is_the_source(made: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = made
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    for path in other.iterdir():
+        os.utime(path, (1, 1))
+    assert run(recipe(other), out, QUIET, how=EXTEND).passed
+    with pytest.raises(DataError, match="trained on since, with --extend"):
+        run(recipe(other), out, QUIET)
 
 
 def test_a_conversion_without_training_is_not_extended(
