@@ -48,6 +48,7 @@ def test_only_formats_of_others_are_written_otherwise() -> None:
         *("weights.py", "tokenizer_files.py", "tokenizer_json.py", "from_gguf.py"),
         *("from_pickle.py", "reshard.py", "safetensors_header.py", "plain_text.py", "forms.py"),
         *("encoding.py", "card_text.py", "recipe.py", "recipe_fields.py", "items.py", "run.py"),
+        *("generation_output.py", "chat_turns.py", "cli_typed.py"),
         *("streaming.py", "view.py", "_own_code.py", "_fresh_process.py", "workspace.py"),
         "strict_json.py",
     }
