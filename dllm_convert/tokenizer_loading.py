@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from dllm_convert.config_numbers import shown
 from dllm_convert.errors import DataError
@@ -29,6 +29,8 @@ class TokenizerErrors(AbstractContextManager[None]):
         hint: What to do about it.
     """
 
+    known: ClassVar[tuple[type[BaseException], ...]] = _KNOWN
+
     def __init__(
         self,
         failure: str = "transformers cannot load the tokenizer",
@@ -46,10 +48,16 @@ class TokenizerErrors(AbstractContextManager[None]):
             return
         from_rust = kind is Exception or kind.__name__ == "PanicException"
         named = any(ancestor.__name__ in _BY_NAME for ancestor in kind.__mro__)
-        if from_rust or named or issubclass(kind, _KNOWN):
+        if from_rust or named or issubclass(kind, self.known):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = lines[0] if lines else kind.__name__
             raise DataError(f"{self._failure} ({reason})", hint=self._hint) from error
+
+
+class RustErrors(TokenizerErrors):
+    """The same of what the Rust library alone raises: around code that raises errors of its own."""
+
+    known = ()
 
 
 def load_tokenizer(given: Path | str, rows: int | None = None) -> Any:

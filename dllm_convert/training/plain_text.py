@@ -21,6 +21,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.tokenizer_loading import TokenizerErrors
 from dllm_convert.training.rendering import ChatTemplate
 
+_FAILURE = ("the tokenizer cannot encode a document", "Correct its tokenizer.json")
 BEGIN, END = "\U0001fffe", "\U0001ffff"
 """Non-characters of Unicode, which no text has: they stand around a token's name."""
 MARKED = re.compile(f"{BEGIN}([^{BEGIN}{END}]*){END}|[{BEGIN}{END}]")
@@ -87,9 +88,7 @@ class PlainText:
             return [], []
         fast = self._tokenizer.is_fast
         asked = {"return_special_tokens_mask" if fast else "split_special_tokens": True}
-        with TokenizerErrors(
-            "the tokenizer cannot encode a document", "Correct its tokenizer.json"
-        ):
+        with TokenizerErrors(*_FAILURE):
             out = self._tokenizer([*texts], verbose=False, **asked)
         if not fast:
             return out["input_ids"], [False] * len(texts)
@@ -132,12 +131,14 @@ class PlainText:
             Its tokens; marks belong to no token.
         """
         if BEGIN not in text and END not in text:
-            out = self._tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
+            with TokenizerErrors(*_FAILURE):
+                out = self._tokenizer(
+                    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
             return Tokens(out["input_ids"], out["offset_mapping"])
         swapped, origin = self._swap(text)
-        out = self._renamed.encode(swapped, add_special_tokens=False)
+        with TokenizerErrors(*_FAILURE):
+            out = self._renamed.encode(swapped, add_special_tokens=False)
         return Tokens(out.ids, [(origin[a], origin[b - 1] + 1 if b else 0) for a, b in out.offsets])
 
     def _swap(self, text: str) -> tuple[str, list[int]]:

@@ -11,6 +11,7 @@ from typing import Any
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.loading import BROKEN
+from dllm_convert.tokenizer_loading import RustErrors
 from dllm_convert.verify.catalogue import with_origin
 from dllm_convert.verify.decoding import check_generate
 from dllm_convert.verify.files import check_files
@@ -131,7 +132,8 @@ def _run(name: str, group: _Group, subject: Subject, before: list[Probe]) -> lis
         return [skipped(name, required, refusal)]
     run = subject.foreign.group(name, group.run) if subject.foreign else group.run
     try:
-        return run(subject)
+        with RustErrors("the tokenizer fails"):
+            return run(subject)
     except _BROKEN as error:
         reason = str(error).splitlines()[0] if str(error) else "no message"
         detail = f"{type(error).__name__}: {reason}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dllm_convert.shown_text import BROKEN, glyph
+from dllm_convert.text_bounds import conversation_ids
 
 NEWLINE = "\N{RETURN SYMBOL}"
 END = "\N{END OF PROOF}"
@@ -39,7 +40,7 @@ class TokenText:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
         self._ends = end_ids
-        letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+        letter = conversation_ids(tokenizer, "a")
         # A word in front shows whether a token brings a space; alone, many lose theirs.
         self._before: list[int] = letter[-1:]
         self._before_text = self._decode(self._before)

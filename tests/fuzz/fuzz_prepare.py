@@ -13,6 +13,7 @@ from factory import make_source, prose
 from fuzz_program import FAMILIES
 from hub_server import LoopbackHub
 from pushing import TOKEN, checkpoint
+from tasks_on_disk import write_tasks
 
 MODULES = (*forks.PACKAGE, "lm_eval:simple_evaluate", "yaml", "typer.testing", "pyarrow.parquet")
 PROGRAM = Path(__file__).with_name("fuzz_program.py")
@@ -20,8 +21,6 @@ PROGRAM = Path(__file__).with_name("fuzz_program.py")
 
 def prepare(root: Path) -> None:
     """Write for each family a source and its conversion, and what they are evaluated on."""
-    from tasks_on_disk import write_tasks
-
     for family, target in FAMILIES.items():
         make_source(root / family, family)
         checkpoint(root / family, root / f"{family}-out", target, **_recorded())
