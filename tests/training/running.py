@@ -17,7 +17,6 @@ SETTINGS: dict[str, object] = {
     "training.batch_size": 2,
     "training.precision": "fp32",
     "training.learning_rate": "5e-3",
-    "training.lora.learning_rate": "5e-3",
     "training.save_steps": 4,
     "generation.max_new_tokens": 8,
 }
