@@ -78,11 +78,21 @@ def check_adapter_beside(beside: Collection[str]) -> None:
         )
 
 
+_CLASS = re.compile(r"\w*(?:For[A-Z]\w*|Model|Head\w*)")
+"""What classes of transformers, and those written after them, are called."""
+
+
+def _is_class(name: str) -> bool:
+    """Whether a name is that of a class, or none that anybody would give a model."""
+    return _CLASS.fullmatch(name) is not None or not name.isidentifier()
+
+
 def check_class(config: Mapping[str, Any], adapter: Adapter) -> None:
     """Check that the checkpoint is of the family's language model.
 
     Nothing named is no contradiction. A measured family's class may have had other names before, so
-    there another name is only told by `code_warnings`.
+    there another name is only told by `code_warnings`; so is a name that says nothing of a class,
+    such as AntiBERTy: whether the weights are the family's, their names and shapes decide.
 
     Raises:
         IncompatibleError: It is another head on the same body, or a class of its own.
@@ -97,8 +107,8 @@ def check_class(config: Mapping[str, Any], adapter: Adapter) -> None:
                 "that was trained for another task does not write text",
                 hint="Take the language model it was made from",
             )
-    if adapter.measured is None:
-        own = _own_code(config)
+    own = _own_code(config)
+    if adapter.measured is None and (own or any(_is_class(name) for name in names)):
         code = f", whose code lies beside the weights (auto_map: {own})" if own else ""
         raise IncompatibleError(
             f"config.json: architectures names {_said(names[0])}{code}, expected "
@@ -121,7 +131,7 @@ def _warnings(config: Mapping[str, Any], adapter: Adapter) -> Iterator[str]:
             f"config.json names code of its own (auto_map: {own}): it is neither run nor copied, "
             f"and the weights are taken as {adapter.stock_class} reads them"
         )
-    if adapter.measured is not None and names and not _is_stock(names, config, adapter):
+    if names and not _is_stock(names, config, adapter):
         yield (
             f"config.json: architectures names {_said(names[0])}, and the weights are taken as "
             f"{adapter.stock_class} reads them"
