@@ -26,6 +26,8 @@ _FLAGS = (
 )
 _OPTIONAL = ("sliding_window", "max_window_layers", "head_dim", "num_key_value_heads")
 _OVER_ZERO = ("rope_theta",)
+_LABELS, _MOST_LABELS = "num_labels", 1_000_000
+"""transformers makes a name for each label, used or not: gigabytes from one number."""
 _CHUNKS = "chunk_size_feed_forward"
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "initializer_range")
 _SHARES = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -161,6 +163,9 @@ def _check_size(key: str, value: object, declared: ClassTensors) -> None:
 
 
 def _check_reals(config: Mapping[str, Any]) -> None:
+    labels = config.get(_LABELS)
+    if labels is not None and labels != 0 and not (is_size(labels) and labels <= _MOST_LABELS):
+        raise wrong(_LABELS, labels, f"a whole number up to {_MOST_LABELS}")
     for key in (*_OVER_ZERO, *_NOT_NEGATIVE, *_SHARES):
         value = config.get(key)
         if value is None:

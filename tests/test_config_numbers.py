@@ -62,6 +62,7 @@ def test_what_is_no_size(source_cache: Sources, adapter: Any, known: bool) -> No
         {"tie_word_embeddings": "false"}, {"tie_word_embeddings": None},
         {"attention_bias": 1}, {"mlp_bias": None}, {"sliding_window": "x"},
         {"sliding_window": 0}, {"num_attention_heads": 3},
+        {"num_labels": 10**9}, {"num_labels": "2"},
         {"pad_token_id": 10**6}, {"pad_token_id": "x"}, {"pad_token_id": [0]},
     ],
 )  # fmt: skip
