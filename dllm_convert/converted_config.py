@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
-from dllm_convert.config_numbers import check_numbers, is_number, is_size, shown, wrong
+from dllm_convert.config_numbers import LARGEST, check_numbers, is_number, is_size, shown, wrong
 
 _ATTENTION = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 _SCHEDULES = ("linear", "cosine", "polynomial")
@@ -46,7 +46,8 @@ def _fields(
     """Return each field's name, what it holds, whether that is sound, and what would be."""
     objective, mask = section.get("objective"), section.get("mask_token_id")
     size, rows = section.get("block_size"), config.get("vocab_size")
-    blocks = objective == "bd3lm"
+    blocks, given = objective == "bd3lm", config.get("max_position_embeddings")
+    context = given if isinstance(given, int) and is_size(given) else LARGEST
     known = isinstance(objective, str) and objective in _ATTENTION
     shift, steps = section.get("token_shift"), section.get("discrete_steps")
     power = section.get("noise_power", 2.0)
@@ -56,8 +57,9 @@ def _fields(
         ("diffusion.mask_token_id", mask, _is_id(mask) and _is_row(mask, rows), ids),
         ("mask_token_id", config.get("mask_token_id"), _same(config.get("mask_token_id"), mask),
          f"{shown(mask)} as in diffusion"),
-        ("diffusion.block_size", size, is_size(size) if blocks else size is None,
-         "a whole number of at least 1" if blocks else "null: MDLM has no blocks"),
+        ("diffusion.block_size", size, _is_block(size, context) if blocks else size is None,
+         f"a whole number from 1 to the context of {context}" if blocks
+         else "null: MDLM has no blocks"),
         ("block_size", config.get("block_size"), _same(config.get("block_size"), size),
          f"{shown(size)} as in diffusion"),
         ("diffusion.token_shift", shift, isinstance(shift, bool), "true or false"),
@@ -79,6 +81,11 @@ def _fields(
 
 def _same(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
+
+
+def _is_block(value: object, context: int) -> bool:
+    """Whether a block of so many tokens fits: decoding makes room for a whole one at once."""
+    return isinstance(value, int) and is_size(value) and value <= context
 
 
 def _is_id(value: object) -> bool:

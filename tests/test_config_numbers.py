@@ -14,6 +14,7 @@ import pytest
 
 from dllm_convert.adapters import all_adapters
 from dllm_convert.config_numbers import check_numbers
+from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.plan import make_plan
 from dllm_convert.schema import Recipe
@@ -107,3 +108,19 @@ def test_random_configs_end_in_known_errors(source_factory: Sources) -> None:
                 plan_with(folder)
             except DllmConvertError as error:
                 assert "\n" not in str(error)
+
+
+def test_a_block_longer_than_the_context_takes_no_memory(source_cache: Sources) -> None:
+    source = source_cache("llama")
+    mask = {"objective": "bd3lm", "mask_token_id": 3, "token_shift": True}
+    said = {"attention": "block-causal", "noise_schedule": "linear"}
+
+    def config(size: int) -> dict[str, Any]:
+        section = {**mask, **said, "block_size": size}
+        ours = {"is_causal": False, "mask_token_id": 3, "block_size": size, "diffusion": section}
+        return {**inspect_source(str(source)).config, **ours}
+
+    check_converted_config(config(256), source)
+    for size in (257, 10**9, 0):
+        with pytest.raises(IncompatibleError, match="from 1 to the context of 256"):
+            check_converted_config(config(size), source)
