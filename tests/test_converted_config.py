@@ -165,6 +165,7 @@ def test_a_template_that_fails_is_told_as_such(source_cache: SourceFactory, temp
         ("model_max_length", 0),
         ("split_special_tokens", "x"),
         ("tokenizer_class", 2.0),
+        ("additional_special_tokens", 5),
     ],
 )
 def test_settings_of_a_tokenizer_are_refused_by_the_plan(
