@@ -11,6 +11,7 @@ from dllm_convert.card_checks import check_card, check_metadata
 from dllm_convert.card_facts import BILLION, MODELING_FILE, collect_facts
 from dllm_convert.card_metadata import dump_front_matter, front_matter
 from dllm_convert.errors import DataError
+from dllm_convert.foreign_files import read_text
 from dllm_convert.manifest import CARD_FILE, read_manifest, record_card
 from dllm_convert.recipe import data_dir
 from dllm_convert.sampling import DEFAULT_PROMPT
@@ -55,7 +56,7 @@ def check_written_card(folder: Path) -> None:
     Raises:
         DataError: The Hub would refuse it.
     """
-    check_metadata((folder / CARD_FILE).read_text(encoding="utf-8"), folder)
+    check_metadata(read_text(folder / CARD_FILE), folder)
 
 
 def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | None = None) -> str:

@@ -53,6 +53,7 @@ def _fields(
     power = section.get("noise_power", 2.0)
     ids = f"an id below the {rows} rows of the embedding"
     fields: list[tuple[str, Any, bool, str]] = [
+        ("vocab_size", rows, is_size(rows), "a whole number of at least 1"),
         ("diffusion.objective", objective, known, "mdlm or bd3lm"),
         ("diffusion.mask_token_id", mask, _is_id(mask) and _is_row(mask, rows), ids),
         ("mask_token_id", config.get("mask_token_id"), _same(config.get("mask_token_id"), mask),

@@ -9,6 +9,7 @@ from typing import Any
 
 from dllm_convert import recipe_yaml
 from dllm_convert.copying import sha256_file
+from dllm_convert.foreign_files import read_text
 from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
 
 RECIPE_FILE = "recipe.yaml"
@@ -57,7 +58,7 @@ def redact_folder(folder: Path) -> None:
     manifest = public(read_manifest(folder))
     recipe = folder / RECIPE_FILE
     if recipe.is_file() and RECIPE_FILE in (manifest.get("files") or {}):
-        text = recipe.read_text(encoding="utf-8")
+        text = read_text(recipe)
         recipe.unlink()
         shown = public(recipe_yaml.parse_mapping(text, RECIPE_FILE))
         recipe.write_text(recipe_yaml.dump(shown), encoding="utf-8")

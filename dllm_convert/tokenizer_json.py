@@ -154,8 +154,8 @@ def _finds(path: Path, mask: MaskTokenDecision) -> tuple[int | None, bool]:
 
     with TokenizerErrors(f"{path.name}: tokenizers cannot read it"):
         tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    ids = tokenizer.encode(f"a{mask.token}b").ids
+        tokenizer.no_truncation()
+        ids = tokenizer.encode(f"a{mask.token}b").ids
     return tokenizer.token_to_id(mask.token), ids.count(mask.id) == 1
 
 

@@ -11,7 +11,10 @@ from typing import Any, ClassVar
 from dllm_convert.config_numbers import shown
 from dllm_convert.errors import DataError
 
-_KNOWN = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError)
+_KNOWN = (
+    *(OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError),
+    RecursionError,
+)
 _BY_NAME = frozenset({"StrictDataclassError"})
 """What huggingface_hub raises of a config.json that is read on the way; importing it takes long."""
 _TEKKEN, _WHOLE = "tekken.json", "tokenizer.json"
@@ -88,6 +91,7 @@ def load_tokenizer(given: Path | str, rows: int | None = None) -> Any:
             loaded = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         else:
             loaded = _convert_tekken(folder)
+        loaded.all_special_ids  # noqa: B018 - a class that lacks one of its tokens fails only here
     _check_settings(loaded, given)
     highest = max(loaded.get_vocab().items(), key=itemgetter(1), default=None) if rows else None
     if rows and highest is not None and highest[1] >= rows:

@@ -12,6 +12,7 @@ from dllm_convert.config_numbers import shown
 from dllm_convert.errors import DataError
 
 _FLAGS = ("split_special_tokens",)
+_LISTS = ("extra_special_tokens", "additional_special_tokens")
 
 
 def check_settings(settings: Mapping[str, Any], file: str, roles: Collection[str]) -> None:
@@ -35,6 +36,9 @@ def check_settings(settings: Mapping[str, Any], file: str, roles: Collection[str
     limit = settings.get("model_max_length")
     if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise _wrong(file, "model_max_length", limit, "a number above 0")
+    for name in _LISTS:
+        if settings.get(name) is not None and not isinstance(settings[name], list | Mapping):
+            raise _wrong(file, name, settings[name], "a list of tokens, or null")
     for name in _FLAGS:
         if name in settings and not isinstance(settings[name], bool):
             raise _wrong(file, name, settings[name], "true or false")

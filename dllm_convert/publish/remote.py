@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.copying import sha256_file
-from dllm_convert.errors import HubError
-from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, file_names, git_blob
+from dllm_convert.errors import DataError, HubError
+from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, file_names, git_blob, read_manifest
 from dllm_convert.redaction import last_part
 
 OWN_FILES = (".gitattributes", ".gitignore", CARD_FILE)
@@ -108,8 +107,8 @@ def read_remote(repo_id: str, revision: str, scratch: Path) -> RemoteState:
     if MANIFEST_FILE in files:
         path = api.hf_hub_download(repo_id, MANIFEST_FILE, revision=commit, cache_dir=scratch)
         try:
-            manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:
+            manifest = read_manifest(Path(path).parent)
+        except DataError:
             manifest = {}
     return RemoteState(repo_id, commit, bool(info.private), files, manifest)
 

@@ -10,9 +10,11 @@ from typing import Any
 from dllm_convert.converted_config import check_converted_config
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.sampling.ends import read_ids
 from dllm_convert.sampling.options import DecodingOptions
 from dllm_convert.sampling.settings import decoding_options
 
+_CLOSING = "closing_token_ids"
 _WARPERS = ("top_k", "top_p", "min_p")
 
 
@@ -36,6 +38,7 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
         return None
     check_converted_config(config, folder)
     saved = _read(folder / "generation_config.json")
+    read_ids(saved.get(_CLOSING), _CLOSING)
     options = decoding_options(SimpleNamespace(**config), saved, 1, None, dict(given))
     idle = next((name for name in _WARPERS if name in given), None)
     if idle and not options.temperature:

@@ -59,4 +59,5 @@ def fuzz(
     hub.add_user("me", TOKEN)
     line = [sys.executable, str(PROGRAM), str(prepared), kind, str(first), str(count), str(log)]
     environment = hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1"}
-    return forks.run(line, env=environment, modules=MODULES, timeout=900)
+    strangers = ("forks:fork_strangers", {"address": forks.FORKS.strangers()})
+    return forks.run(line, env=environment, modules=MODULES, before=[strangers], timeout=900)

@@ -123,7 +123,8 @@ class Case:
         yield ["verify", str(folder), "--files"]
         if self.dice.random() < full:
             yield ["verify", str(folder)]
-        yield ["card", str(folder)]
+        if self.dice.randrange(2):
+            yield ["card", str(folder)]
         name = f"me/{self.kind}-{self.seed}"
         if self.dice.random() < 0.12:
             yield ["push", str(folder), name, *self.dice.choice([[], ["--force-unverified"]])]
@@ -181,7 +182,7 @@ class Case:
         training, data = plan["training"], plan["data"]
         work = training["steps"] * training["batch_size"] * data["sequence_length"]
         light = work * data["held_out_sequences"] <= 1024 and not training["compile"]
-        if training["method"] == "none" or light:
+        if (training["method"] == "none" or light) and self.dice.randrange(5) < 3:
             yield self.run(path, *given, "--verify", "files")
 
     def prompt_commands(self) -> Iterator[Command]:
@@ -202,8 +203,9 @@ class Case:
         source, to = self.prepared / self.family, ["--to", self.target]
         if self.dice.randrange(3) == 0:
             yield ["check", str(source), *to, "--data", data]
-        yield self.run(source, *to, method, "--data", data, "--verify", "files", *TRAIN, *more)
-        if self.dice.randrange(3) == 0:
+        if self.dice.randrange(2):
+            yield self.run(source, *to, method, "--data", data, "--verify", "files", *TRAIN, *more)
+        else:
             yield ["evaluate", str(self.copy("-out")), "--data", data]
 
 

@@ -20,7 +20,7 @@ from dllm_convert.verify.catalogue import CATALOGUE
 from dllm_convert.verify.divergence import Trace
 from dllm_convert.verify.gradient import measure_gradient
 from dllm_convert.verify.influence import Pattern, measure_influence, probe_columns, probe_length
-from dllm_convert.verify.report import at_most, first_items, largest, skipped
+from dllm_convert.verify.report import at_most, first_items, largest, none_wrong, skipped
 from dllm_convert.verify.subject import Claim
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,22 @@ def test_not_a_number_fails_a_limit() -> None:
     assert at_most("x", "differ by", math.nan, 1.0).passed is False
     assert largest([torch.tensor([0.0, math.nan])]) == math.inf
     assert largest([torch.tensor([-3.0, 2.0]), torch.zeros(0)]) == 3.0
+
+
+@pytest.mark.parametrize("nothing", [[], [torch.zeros(0)], [torch.zeros(0), torch.zeros(3, 0)]])
+def test_what_compared_nothing_does_not_pass(nothing: list[torch.Tensor]) -> None:
+    assert math.isnan(largest(nothing))
+    probe = at_most("x", "differ by", largest(nothing), 1.0)
+    assert (probe.passed, probe.measured) == (False, "nothing was compared")
+
+
+def test_of_nothing_none_is_wrong_and_that_is_not_enough() -> None:
+    assert [none_wrong(*pair) for pair in ((0, 3), (1, 3), (0, 0))] == [True, False, False]
+
+
+@pytest.mark.parametrize("probes", [(), (skipped("a", "1", "no base"),)])
+def test_a_report_of_nothing_has_not_passed(probes: tuple[Probe, ...]) -> None:
+    assert not VerificationReport(probes, 1.0).passed
 
 
 def test_report_passes_only_without_a_failure() -> None:
