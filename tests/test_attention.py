@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import torch
+from masks import two_stream_mask
 
-from dllm_convert.attention import StreamMask, block_causal_mask, causal_mask, document_mask
+from dllm_convert.attention import block_causal_mask, causal_mask, document_mask
 
 
 def picture(mask: torch.Tensor, row: int = 0) -> list[str]:
     """Draw a boolean mask, one string per query."""
     return ["".join("#" if seen else "." for seen in line) for line in mask[row, 0].tolist()]
-
-
-def two_stream_mask(blocks: torch.Tensor, segments: torch.Tensor, views: int = 1) -> torch.Tensor:
-    """The dense mask of `[noisy, ..., clean]`, with nothing left out."""
-    count = views + 1
-    stream = torch.arange(1, count + 1) % count
-    places = torch.arange(blocks.shape[1]).expand_as(blocks)
-    return StreamMask(
-        stream.repeat_interleave(blocks.shape[1]).expand(len(blocks), -1),
-        *(columns.repeat(1, count) for columns in (blocks, segments, places)),
-    ).dense()
 
 
 def test_block_causal_counts_blocks_from_position_zero() -> None:

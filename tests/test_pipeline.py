@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +13,16 @@ import forks
 import pytest
 from conftest import SourceFactory
 from factory import FAMILIES
-from forks import Forked
+from tiny_runs import recipe, wait_for
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.how import Depth, How
 from dllm_convert.pipeline import RunResult, run
-from dllm_convert.schema import Recipe
 
 QUIET = Reporter(quiet=True)
 PAIRS = [(family, target) for family in FAMILIES for target in get_adapter(family).targets]
-
-
-def recipe(source: Path, target: str = "bd3lm", **training: Any) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "source": str(source),
-            "target": target,
-            "block_size": 8 if target == "bd3lm" else None,
-            "data": {"sequence_length": 32, "max_documents": 40, "held_out_sequences": 8},
-            "training": {
-                "steps": 24,
-                "batch_size": 2,
-                "learning_rate": 1e-2,
-                "precision": "fp32",
-                "lora": {"rank": 4},
-                **training,
-            },
-            "generation": {"max_new_tokens": 16},
-        }
-    )
 
 
 def failed(result: RunResult) -> list[dict[str, Any]]:
@@ -154,14 +132,6 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
         sys.executable, "-m", "dllm_convert", "run", str(source), "--to", "bd3lm", "--block", "8",
         "--out", str(out), "--data", "pydoc", *flags, *more,
     ]  # fmt: skip
-
-
-def wait_for(path: Path, process: Forked, pattern: str = "checkpoint-*/complete") -> None:
-    deadline = time.monotonic() + 120
-    while not list(path.glob(pattern)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

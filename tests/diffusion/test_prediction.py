@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import two_stream_mask
+from masks import two_stream_mask
 from toys import MASK, packed, single, tiny_model
 
 from dllm_convert.attention import document_mask

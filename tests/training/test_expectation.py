@@ -185,7 +185,7 @@ def test_text_that_is_not_text_is_named() -> None:
 def test_one_repeated_token_is_named_in_a_run(
     word: str, tmp_path: Path, source_cache: SourceFactory
 ) -> None:
-    from test_pipeline import recipe
+    from tiny_runs import recipe
 
     from dllm_convert.pipeline import run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_attention import two_stream_mask
+from masks import two_stream_mask
 
 from dllm_convert.attention import document_mask
 from dllm_convert.diffusion.objective import TextBatch

@@ -19,7 +19,7 @@ from conftest import SourceFactory
 from forks import Forked
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_pipeline import wait_for
+from tiny_runs import wait_for
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SourceFactory
 from factory import FAMILIES
-from test_attention import two_stream_mask
+from masks import two_stream_mask
 from test_trainer import converted
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
