@@ -177,7 +177,7 @@ def _recipe(
     budget.refuse_beside(flags["training.steps"], assigned)
     refuse_contradictions(given, assigned)
     typed = given | budget.fields | assigned
-    recipe = load_recipe(source, overrides=typed, preset=preset)
+    recipe = load_recipe(source, overrides=typed, preset=preset, ask_hub=True)
     recipe = budget.applied_to(recipe, processes, assigned)
     refuse_other_source(source, recipe, assigned)
     refuse_without_effect(recipe, typed)
