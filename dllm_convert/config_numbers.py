@@ -13,9 +13,10 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.tensors import ClassTensors
 from dllm_convert.config_parts import check_parts
+from dllm_convert.counts import LARGEST_COUNT
 from dllm_convert.errors import IncompatibleError
 
-LARGEST = 2**31 - 1
+LARGEST = LARGEST_COUNT
 """Largest size of a tensor, and longest context, that is believed."""
 MOST_LAYERS = 10_000
 """Most layers that are believed where no header says how many there are."""

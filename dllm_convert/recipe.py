@@ -103,7 +103,9 @@ def load_recipe(
     if path is None:
         layers.add({"source": source}, COMMAND_LINE)
     layers.add(overrides, COMMAND_LINE)
-    layers.hand_down(ask_hub=ask_hub)
+    # Two sources that contradict each other are refused by whoever let them be typed.
+    one = path is not None or overrides.get("source", source) == source
+    layers.hand_down(ask_hub=ask_hub and one)
     recipe = layers.validate()
     if recipe.target == "bd3lm" and recipe.block_size is None:
         return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
