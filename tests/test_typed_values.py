@@ -107,3 +107,28 @@ def test_tokens_that_take_too_many_steps_are_refused(tmp_path: Path) -> None:
     result = invoke("check", str(tmp_path), "--tokens", "900000T")
     assert result.exit_code == 2
     assert "steps" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("out", [".", "out", "../linked/out", ".."])
+def test_an_output_in_the_source_is_refused_before_anything_is_written(
+    command: str, out: str, source_factory: Any, tmp_path: Path
+) -> None:
+    source = source_factory("llama")
+    (tmp_path / "linked").symlink_to(source)
+    before = sorted(path.name for path in source.rglob("*"))
+    result = invoke(command, str(source), "--no-train", "--out", str(source / out))
+    assert result.exit_code == 2
+    assert "--out" in result.stderr
+    assert sorted(path.name for path in source.rglob("*")) == before
+
+
+def test_the_default_output_of_the_folder_one_stands_in_is_refused_with_another_place(
+    source_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_factory("llama")
+    monkeypatch.chdir(source)
+    result = invoke("run", ".", "--no-train")
+    assert result.exit_code == 2
+    assert "beside it" in " ".join(result.stderr.replace("│", " ").split())
+    assert not (source / f"{source.name}-bd3lm").exists()
