@@ -153,7 +153,10 @@ def test_a_recipe_that_writes_more_than_the_context_is_refused(
     assert "Write at most 255" in result.stderr
     small = str(source_cache("llama", max_position_embeddings=66))
     lengths = ["--set", "data.sequence_length=64"]
-    assert CliRunner().invoke(app, ["check", small, *lengths]).exit_code == 0
+    # The default that nobody typed is only warned of.
+    result = CliRunner().invoke(app, ["check", small, *lengths])
+    assert result.exit_code == 0
+    assert "larger than the context of 66" in " ".join(result.stdout.split())
 
 
 def test_a_runs_own_sample_fits(folders: Callable[[str], Path]) -> None:
