@@ -21,7 +21,11 @@ REFUSED = (
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    # A template is compiled to Python: `{% break %}` outside of a loop is no error of jinja2's.
+    SyntaxError,
+    NameError,
+    AssertionError,
+    RuntimeError,
 )
 """What a template can raise that takes other messages, or is broken."""
 T = TypeVar("T")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dllm_convert.counts import LARGEST_COUNT, LONGEST_MINUTES
+
 if TYPE_CHECKING:
-    from dllm_convert.schema import Recipe
+    from dllm_convert.schema import Recipe, Training
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
@@ -96,7 +98,22 @@ class Budget:
         if self.tokens is not None:
             per_step = training.sequences_per_step * processes * recipe.data.sequence_length
             training = training.model_copy(update={"steps": math.ceil(self.tokens / per_step)})
+        _refuse_beyond(training)
         return recipe.model_copy(update={"training": training})
+
+
+def _refuse_beyond(training: Training) -> None:
+    """Refuse what comes of sharing out and is more than a recipe takes.
+
+    Raises:
+        typer.BadParameter: It is.
+    """
+    if training.steps > LARGEST_COUNT:
+        raise typer.BadParameter(
+            f"it takes {training.steps:,} steps, expected at most {LARGEST_COUNT:,}: give fewer "
+            "tokens, or larger batches",
+            param_hint="--tokens",
+        )
 
 
 def _shared(total: int, batch: int, processes: int, *, fixed: bool) -> dict[str, int]:
@@ -142,7 +159,7 @@ def parse_minutes(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
     whole = re.fullmatch(r"(?:\s*\d+(?:\.\d+)?\s*[smhd])+", text.strip().lower())
     minutes = sum(float(number) * _MINUTES[unit] for number, unit in parts) if whole else 0.0
-    if not 0 < minutes < 1e9:
+    if not 0 < minutes <= LONGEST_MINUTES:
         raise typer.BadParameter(
             f"{text!r} is no time, as in 90m, 2h or 1h30m", param_hint="--max-time"
         )

@@ -11,6 +11,7 @@ import typer
 from dllm_convert import __version__
 from dllm_convert.cli_errors import JSON_KEY
 from dllm_convert.cli_output import write
+from dllm_convert.cli_types import count, named, path_of
 
 
 class TargetName(StrEnum):
@@ -57,12 +58,16 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
+        parser=named,
         help="Recipe name or .yaml file, Hub id, folder or .gguf file, tried in that order.",
         show_default=False,
     ),
 ]
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Folder that `run` wrote.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", parser=path_of, help="Folder that `run` wrote.", show_default=False
+    ),
 ]
 RecipeName = Annotated[
     str | None, typer.Argument(metavar="[NAME]", help="Show this one, with every field.")
@@ -74,18 +79,26 @@ To = Annotated[
 ]
 Block = Annotated[
     int | None,
-    typer.Option("--block", min=1, metavar="N", help="Tokens per block, for bd3lm only."),
+    typer.Option("--block", parser=count, metavar="N", help="Tokens per block, for bd3lm only."),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Output folder; default ./NAME-TARGET.")
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", parser=path_of, help="Output folder; default ./NAME-TARGET."
+    ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", metavar="SPEC", help="Training text: pydoc, files or globs, or a Hub dataset id."
+        "--data",
+        metavar="SPEC",
+        parser=named,
+        help="Training text: pydoc, files or globs, or a Hub dataset id.",
     ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, metavar="N", help="Optimizer steps.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", parser=count, metavar="N", help="Optimizer steps.")
+]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -102,7 +115,7 @@ GlobalBatch = Annotated[
     int | None,
     typer.Option(
         "--global-batch",
-        min=1,
+        parser=count,
         metavar="N",
         help="Sequences per optimizer step: batch size x accumulation x processes.",
     ),
@@ -116,7 +129,7 @@ Preset = Annotated[
     ),
 ]
 LoraRank = Annotated[
-    int | None, typer.Option("--lora", min=1, metavar="R", help="Train LoRA of this rank.")
+    int | None, typer.Option("--lora", parser=count, metavar="R", help="Train LoRA of this rank.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Train all weights.")]
 NoTrain = Annotated[bool, typer.Option("--no-train", help="Convert without training.")]
@@ -133,7 +146,12 @@ KeepAdapter = Annotated[
 ]
 SourceRevision = Annotated[
     str | None,
-    typer.Option("--source-revision", metavar="REV", help="Branch, tag or commit of a Hub SOURCE."),
+    typer.Option(
+        "--source-revision",
+        metavar="REV",
+        parser=named,
+        help="Branch, tag or commit of a Hub SOURCE.",
+    ),
 ]
 ReportTo = Annotated[
     list[Integration] | None,
@@ -150,7 +168,7 @@ Processes = Annotated[
     int | None,
     typer.Option(
         "--num-processes",
-        min=1,
+        parser=count,
         metavar="N",
         rich_help_panel=_LAUNCH,
         help="Train with N processes on this machine, one per GPU, through Accelerate's launcher.",
@@ -161,6 +179,7 @@ LaunchConfig = Annotated[
     typer.Option(
         "--launch-config",
         metavar="FILE",
+        parser=path_of,
         rich_help_panel=_LAUNCH,
         help="Accelerate config, such as recipes/launch/fsdp2.yaml.",
     ),
@@ -170,7 +189,10 @@ _HUB = "Publishing"
 RepoId = Annotated[
     str,
     typer.Argument(
-        metavar="REPO_ID", help="namespace/name, or a name in your own.", show_default=False
+        metavar="REPO_ID",
+        parser=named,
+        help="namespace/name, or a name in your own.",
+        show_default=False,
     ),
 ]
 PushToHub = Annotated[
@@ -178,6 +200,7 @@ PushToHub = Annotated[
     typer.Option(
         "--push-to-hub",
         metavar="REPO_ID",
+        parser=named,
         rich_help_panel=_HUB,
         help="Publish the finished checkpoint there.",
     ),
@@ -196,6 +219,7 @@ PushRevision = Annotated[
     typer.Option(
         "--revision",
         metavar="BRANCH",
+        parser=named,
         rich_help_panel=_HUB,
         help="Branch to push to, made if it does not exist.",
     ),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import typer
 
+from dllm_convert.errors import DataError
+
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
     from dllm_convert.publish import PushOptions
@@ -137,6 +139,20 @@ def default_out(recipe: Recipe) -> Path:
         again = f"-{int(number or 1) + 1}" if target == recipe.target else ""
         return Path(f"{base}-{recipe.target}{again}")
     return Path(f"{name}-{recipe.target}")
+
+
+def refuse_in_source(out: Path, source: str) -> None:
+    """Refuse an output folder in the source, or around it.
+
+    Raises:
+        typer.BadParameter: It is.
+    """
+    from dllm_convert.workspace import check_apart
+
+    try:
+        check_apart(out, Path(source).expanduser())
+    except DataError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
 
 
 def plan_document(

@@ -13,9 +13,10 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.tensors import ClassTensors
 from dllm_convert.config_parts import check_parts
+from dllm_convert.counts import LARGEST_COUNT
 from dllm_convert.errors import IncompatibleError
 
-LARGEST = 2**31 - 1
+LARGEST = LARGEST_COUNT
 """Largest size of a tensor, and longest context, that is believed."""
 MOST_LAYERS = 10_000
 """Most layers that are believed where no header says how many there are."""
@@ -31,7 +32,9 @@ _LABELS, _MOST_LABELS = "num_labels", 1_000_000
 _CHUNKS = "chunk_size_feed_forward"
 _NOT_NEGATIVE = ("rms_norm_eps", "layer_norm_eps", "initializer_range")
 _SHARES = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id")
+_ID_ENDS = ("_token_id", "_token_ids")
+_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_SINGLE_IDS = ("bos_token_id", "pad_token_id", "sep_token_id")
 _SHOWN = 40
 
 
@@ -44,11 +47,18 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def wrong(key: str, value: object, expected: str, hint: str | None = None) -> IncompatibleError:
+def wrong(
+    key: str,
+    value: object,
+    expected: str,
+    hint: str | None = None,
+    *,
+    file: str = "config.json",
+) -> IncompatibleError:
     """Return the error for a field of config.json that is not what it has to be."""
     return IncompatibleError(
-        f"config.json: {key} is {shown(value)}, expected {expected}",
-        hint=hint or "Correct it, or take the config.json that belongs to these weights",
+        f"{file}: {key} is {shown(value)}, expected {expected}",
+        hint=hint or f"Correct it, or take the {file} that belongs to these weights",
     )
 
 
@@ -79,8 +89,7 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
         IncompatibleError: One is no such number.
     """
     _check_layers(config, tensors)
-    for key in _IDS:
-        _check_id(key, config.get(key))
+    check_ids(config)
     declared = adapter.tensors if adapter is not None else None
     context = config.get("max_position_embeddings")
     if context is not None and not is_size(context):
@@ -103,6 +112,29 @@ def check_numbers(config: Mapping[str, Any], adapter: Adapter | None, tensors: i
     causal = adapter is not None and adapter.attention == "causal"
     _check_heads(config, declared, causal=causal)
     check_parts(config, rotary=_head_width(config, declared) // 2 if causal else None)
+
+
+def check_ids(content: Mapping[str, Any], file: str = "config.json") -> None:
+    """Check that every field that names tokens by their ids does so; below 0 stands for none.
+
+    Args:
+        content: config.json or generation_config.json.
+        file: Its name.
+
+    Raises:
+        IncompatibleError: A field holds something else.
+    """
+    for key, value in content.items():
+        if not (key.endswith(_ID_ENDS) or key in _ID_LISTS):
+            continue
+        # Classes take one id of these alone.
+        single = file == "config.json" and key in _SINGLE_IDS
+        ids = value if isinstance(value, list) and not single else [value]
+        if not all(
+            token is None or (type(token) is int and abs(token) <= LARGEST) for token in ids
+        ):
+            several = "" if single else " or a list of ids"
+            raise wrong(key, value, f"the id of a token{several}, or null", file=file)
 
 
 def check_padding(config: Mapping[str, Any], rows: int) -> None:
@@ -138,13 +170,6 @@ def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
         if not isinstance(value, int) or value > most:
             held = f"the files hold {tensors} tensors" if tensors else f"at most {MOST_LAYERS:,}"
             raise wrong(key, value, f"as many layers as the weights have ({held})")
-
-
-def _check_id(key: str, value: object) -> None:
-    ids = value if key == "eos_token_id" and isinstance(value, list) else [value]
-    if not all(token is None or (type(token) is int and abs(token) <= LARGEST) for token in ids):
-        several = " or a list of ids" if key == "eos_token_id" else ""
-        raise wrong(key, value, f"the id of a token{several}, or null")
 
 
 def _check_size(key: str, value: object, declared: ClassTensors) -> None:

@@ -5,6 +5,7 @@ DllmConvertError (1)
 ├── IncompatibleError (3)   this checkpoint or recipe cannot be converted as asked
 ├── VerificationError (4)   the converted checkpoint failed a probe
 ├── DataError (1)           training text or a file on disk is missing, broken or too short
+│   └── UnknownTaskError (2)   no task of an evaluation has the name that was typed
 ├── HubError (1)            the Hub refused, is unreachable, or does not have what was named
 └── OutputError (1)         the result could not be written to stdout; the work is done
 """
@@ -54,6 +55,12 @@ class VerificationError(DllmConvertError):
 
 class DataError(DllmConvertError):
     """Text or files that are missing, broken, foreign or too short."""
+
+
+class UnknownTaskError(DataError):
+    """No task of an evaluation has the name that was typed."""
+
+    exit_code = 2
 
 
 class HubError(DllmConvertError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.copying import sha256_file
+from dllm_convert.counts import LARGEST_SEED
 from dllm_convert.differences import differences
 from dllm_convert.disk import link
 from dllm_convert.errors import DataError, IncompatibleError
@@ -109,7 +110,7 @@ def _check_source(plan: ConversionPlan, out: Path, recorded: Mapping[str, Any]) 
 
 def seeded_anew(recipe: Recipe, extends: Mapping[str, Any]) -> Recipe:
     """Return the recipe with another seed: the rows and masks of before are not repeated."""
-    seed = recipe.training.seed + len(extends["history"])
+    seed = (recipe.training.seed + len(extends["history"])) % (LARGEST_SEED + 1)
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
 

@@ -186,7 +186,7 @@ def make_plan(
     context = context_length(source.config, adapter)
     check_lengths(recipe, context)
     check_noise(recipe)
-    check_generation(recipe)
+    check_generation(recipe, context, source.config)
     attention = open_attention(recipe, source, adapter)
     changed = fit.vocabulary if mask.write_row or mask.rows_after != mask.rows_before else ()
     known = (converted, side_file_warning(source), *code_warnings(source, adapter), *fit.warnings)

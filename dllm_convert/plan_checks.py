@@ -7,7 +7,7 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
-from dllm_convert.schema import Recipe
+from dllm_convert.schema import Generation, Recipe
 from dllm_convert.source_info import SourceInfo
 
 
@@ -20,6 +20,27 @@ def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:
         pad = config.get("pad_token_id")
         positions -= (pad if isinstance(pad, int) else 1) + 1
     return positions
+
+
+def too_many_new(new: int, context: int | None, config: Mapping[str, Any]) -> str | None:
+    """Say that no text of this model can have so many new tokens, None if one could.
+
+    A prompt that leaves less room than there is may still be written on from, with a warning; but
+    what is longer than any text of the context by itself is a mistake, and takes for ever. Where
+    the config asks for positions that stretch with the text (dynamic NTK), there is no such end.
+
+    Args:
+        new: Tokens to write.
+        context: Longest text of the model in tokens, None if it names none.
+        config: config.json.
+    """
+    rotary = config.get("rope_parameters") or config.get("rope_scaling")
+    if context is None or new < context or "dynamic" in str(rotary):
+        return None
+    return (
+        f"max_new_tokens is {new:,}, and the context of this model is {context:,} tokens, those of "
+        f"the prompt among them: write at most {max(context - 1, 1):,}"
+    )
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -105,13 +126,22 @@ def check_lengths(recipe: Recipe, context: int | None) -> None:
         )
 
 
-def check_generation(recipe: Recipe) -> None:
-    """Check that the settings of decoding fit together and the objective.
+def check_generation(recipe: Recipe, context: int | None, config: Mapping[str, Any]) -> None:
+    """Check that the settings of decoding fit together, the objective and the context.
+
+    Args:
+        recipe: The resolved recipe.
+        context: Longest text of the model in tokens, None if it names none.
+        config: config.json.
 
     Raises:
         IncompatibleError: They do not.
     """
     chosen = recipe.generation
+    long = too_many_new(chosen.max_new_tokens, context, config)
+    if long and chosen.max_new_tokens != Generation().max_new_tokens:
+        what, _, advice = long.partition(": ")
+        raise IncompatibleError(f"generation.{what}", hint=advice.capitalize())
     for name in ("top_k", "top_p", "min_p"):
         if getattr(chosen, name) is not None and not chosen.temperature:
             raise IncompatibleError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dllm_convert.config_numbers import check_ids
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.source_info import SourceInfo
 from dllm_convert.text_bounds import ROLES, stated_ids
@@ -17,6 +18,7 @@ def check_token_ids(source: SourceInfo, rows: int) -> None:
     Raises:
         IncompatibleError: An entry is no id, or of a row that does not exist.
     """
+    check_ids(source.generation, "generation_config.json")
     for role in ROLES:
         beyond = [
             token for token in stated_ids(role, source.config, source.generation) if token >= rows

@@ -69,7 +69,13 @@ def list_recipes() -> tuple[RecipeEntry, ...]:
     )
 
 
-def load_recipe(source: str, *, overrides: Mapping[str, Any], preset: str | None = None) -> Recipe:
+def load_recipe(
+    source: str,
+    *,
+    overrides: Mapping[str, Any],
+    preset: str | None = None,
+    ask_hub: bool = False,
+) -> Recipe:
     """Resolve what the user typed into a complete recipe.
 
     Args:
@@ -78,10 +84,13 @@ def load_recipe(source: str, *, overrides: Mapping[str, Any], preset: str | None
         overrides: Dotted field to value; they win over the file, which wins over its presets.
         preset: Preset that was asked for: it wins over the file, and takes the place of
             `small-budget`.
+        ask_hub: Whether a source on the Hub is asked if it is a conversion, which hands down what
+            nobody typed. A folder is looked into anyway.
 
     Raises:
         IncompatibleError: No such recipe; broken YAML; an unknown field, a wrong type or a value
             out of range; presets that inherit each other.
+        HubError: The source was to be asked for, and cannot be.
     """
     layers = _Layers()
     path = _find(source)
@@ -94,7 +103,9 @@ def load_recipe(source: str, *, overrides: Mapping[str, Any], preset: str | None
     if path is None:
         layers.add({"source": source}, COMMAND_LINE)
     layers.add(overrides, COMMAND_LINE)
-    layers.hand_down()
+    # Two sources that contradict each other are refused by whoever let them be typed.
+    one = path is not None or overrides.get("source", source) == source
+    layers.hand_down(ask_hub=ask_hub and one)
     recipe = layers.validate()
     if recipe.target == "bd3lm" and recipe.block_size is None:
         return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
@@ -152,10 +163,16 @@ class _Layers:
             fields.setdefault("name", path.stem)
         self.add(fields, str(path), typed=typed or not preset)
 
-    def hand_down(self) -> None:
+    def hand_down(self, *, ask_hub: bool) -> None:
         """Take from a source that is a conversion what nobody asked to be otherwise."""
-        source, _ = self.values.get("source", (None, ""))
-        fields = handed_down(source) if isinstance(source, str) else {}
+        void = self._void()
+        source, revision = (
+            None if name in void else self.values.get(name, (None, ""))[0]
+            for name in ("source", "revision")
+        )
+        if not isinstance(source, str) or not isinstance(revision, str | None):
+            return  # The schema says so.
+        fields = handed_down(source, revision, ask_hub=ask_hub)
         fields = {path: value for path, value in fields.items() if path not in self.typed}
         target = fields.get("target", self.values.get("target", (None, ""))[0])
         if target != "bd3lm":
@@ -195,10 +212,14 @@ class _Layers:
             self.ranks[path] = self._layers
         self.values[path] = (value, origin)
 
+    def _void(self) -> set[str]:
+        """Return the fields that a broader one of a later layer makes void."""
+        said = {path for path, (value, _) in self.values.items() if value is not None}
+        return forgotten({path: self.ranks[path] for path in said})
+
     def validate(self) -> Recipe:
         """Check every field against the schema."""
-        said = {path for path, (value, _) in self.values.items() if value is not None}
-        for path in forgotten({path: self.ranks[path] for path in said}):
+        for path in self._void():
             del self.values[path]
         try:
             # Strict JSON: a list is a tuple, but "8" is no number and `true` is not 1.

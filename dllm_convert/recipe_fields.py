@@ -11,10 +11,14 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from dllm_convert.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 from dllm_convert.schema import Recipe
 
 _WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+_BEYOND_REASON = (LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES)
+"""Bounds that are said to those who meet them only."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ def describe_problem(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"the field {path} is missing, expected {expected}"
     found = json.dumps(error["input"], ensure_ascii=False, default=str)
+    most = error.get("ctx", {}).get("le")
+    if most in _BEYOND_REASON:
+        expected += f", at most {most:,}"
     return f"{path} is {found}, expected {expected}"
 
 
@@ -113,5 +120,11 @@ def _allowed(entry: Mapping[str, Any]) -> str:
         return f"{', '.join(first)} or {last}" if first else str(last)
     if entry["type"] == "array":
         return "list of texts"
-    bounds = [f"{sign} {entry[key]:g}" for key, sign in _BOUNDS.items() if key in entry]
+    if "pattern" in entry:
+        return "text that is not empty"
+    bounds = [
+        f"{sign} {entry[key]:g}"
+        for key, sign in _BOUNDS.items()
+        if key in entry and entry[key] not in _BEYOND_REASON
+    ]
     return " ".join([_WORDS[entry["type"]], " and ".join(bounds)]).strip()

@@ -1,6 +1,7 @@
 """What a conversion that is converted again hands down: target, blocks, noise and shift.
 
-Nothing else of its recipe: how long it was trained says nothing of how long to go on.
+Nothing else of its recipe: how long it was trained says nothing of how long to go on. A conversion
+on the Hub hands down what a folder does: two small files of it are fetched.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.hub_ids import is_hub_id
+
+CONFIG, MANIFEST = _READ = ("config.json", "dllm_convert.json")
 LARGEST = 16 << 20
 """Bytes of a config or manifest that is looked into here."""
 _NOISE = {
@@ -20,17 +24,30 @@ _NOISE = {
 }
 
 
-def handed_down(source: str) -> dict[str, Any]:
-    """Return fields of a recipe that a folder's conversion was made with; none for a base.
+def handed_down(
+    source: str, revision: str | None = None, *, ask_hub: bool = False
+) -> dict[str, Any]:
+    """Return fields of a recipe that a conversion was made with; none for a base.
 
     Args:
-        source: A recipe's source. What is no folder hands nothing down.
+        source: A recipe's source.
+        revision: Branch, tag or commit of a Hub id.
+        ask_hub: Whether a Hub id is looked up; otherwise it hands nothing down.
+
+    Raises:
+        HubError: The Hub does not have it, refuses it or cannot be reached.
     """
-    folder = Path(source).expanduser()
-    section = _object(folder / "config.json").get("diffusion")
+    folder: Path | None = Path(source).expanduser()
+    if ask_hub and is_hub_id(source):
+        from dllm_convert.source_hub import fetch_small
+
+        folder = fetch_small(source, revision, _READ)
+    if folder is None:
+        return {}
+    section = _object(folder / CONFIG).get("diffusion")
     if not isinstance(section, Mapping) or section.get("objective") not in ("mdlm", "bd3lm"):
         return {}
-    recipe = _object(folder / "dllm_convert.json").get("recipe")
+    recipe = _object(folder / MANIFEST).get("recipe")
     noise = recipe.get("noise") if isinstance(recipe, Mapping) else None
     found: dict[str, Any] = (
         {f"noise.{name}": value for name, value in noise.items() if value is not None}

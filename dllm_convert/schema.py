@@ -6,19 +6,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dllm_convert.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
+
 Target = Literal["mdlm", "bd3lm"]
 Method = Literal["full", "lora", "none"]
 Kernel = Literal["absorbing", "uniform"]
 Context = Literal["block", "causal"]
 Checkpointing = Literal["off", "selective", "full"]
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
+Name = Annotated[str, Field(pattern=r"\S")]
+"""A text that names something: a path, an id, a branch."""
 INCIDENTAL = ("save_steps", "keep_checkpoints", "log_steps", "report_to")
 """Fields of `training` that say what a run keeps and shows, not what it makes."""
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class MaskToken(_Section):
@@ -27,7 +31,9 @@ class MaskToken(_Section):
     token: str | None = Field(
         None, description="text of an existing or new token to use as the mask"
     )
-    id: int | None = Field(None, ge=0, description="id of the embedding row to use as the mask")
+    id: int | None = Field(
+        None, ge=0, le=LARGEST_COUNT, description="id of the embedding row to use as the mask"
+    )
 
 
 class Noise(_Section):
@@ -68,10 +74,10 @@ class Noise(_Section):
 class Data(_Section):
     """Training text and how it is cut."""
 
-    source: str = Field("pydoc", description="pydoc; files, folders or globs; or a Hub dataset id")
-    subset: str | None = Field(None, description="subset (configuration) of a Hub dataset")
-    split: str = Field("train", description="split of a Hub dataset, or of one in a folder")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub dataset")
+    source: Name = Field("pydoc", description="pydoc; files, folders or globs; or a Hub dataset id")
+    subset: Name | None = Field(None, description="subset (configuration) of a Hub dataset")
+    split: Name = Field("train", description="split of a Hub dataset, or of one in a folder")
+    revision: Name | None = Field(None, description="branch, tag or commit of a Hub dataset")
     text_field: str = Field(
         "text",
         description="column or JSON key of the text or of the messages; where it is missing: "
@@ -87,10 +93,10 @@ class Data(_Section):
         0.1, gt=0, lt=1, description="share of documents never trained on, chosen by their content"
     )
     held_out_sequences: PositiveInt = Field(16, description="held-out sequences that are measured")
-    held_out_source: str | None = Field(
+    held_out_source: Name | None = Field(
         None, description="measure on these files or this Hub dataset, hold nothing out of source"
     )
-    held_out_split: str | None = Field(
+    held_out_split: Name | None = Field(
         None, description="split of held_out_source, or of source, to measure on"
     )
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
@@ -133,7 +139,9 @@ class Training(_Section):
 
     method: Method = Field("full", description="full, lora or none")
     steps: PositiveInt = Field(1000, description="optimizer steps")
-    max_minutes: float | None = Field(None, gt=0, description="stop after this much training time")
+    max_minutes: float | None = Field(
+        None, gt=0, le=LONGEST_MINUTES, description="stop after this much training time"
+    )
     batch_size: PositiveInt = Field(4, description="sequences per device and forward")
     gradient_accumulation: PositiveInt = Field(1, description="forwards per optimizer step")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
@@ -153,12 +161,17 @@ class Training(_Section):
         "causal (bd3lm; Nemotron-Labs-Diffusion)",
     )
     attention_annealing_steps: int = Field(
-        0, ge=0, description="open the causal attention over this many steps (DiffuLLaMA)"
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="open the causal attention over this many steps (DiffuLLaMA)",
     )
     mask_noise_std: NonNegativeFloat = Field(
         0.0, description="noise on the mask's embedding, times its standard deviation (LLaDA2)"
     )
-    mask_noise_steps: int = Field(0, ge=0, description="steps over which that noise fades")
+    mask_noise_steps: int = Field(
+        0, ge=0, le=LARGEST_COUNT, description="steps over which that noise fades"
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast dtype")
     gradient_checkpointing: Checkpointing = Field(
         "selective",
@@ -176,7 +189,9 @@ class Training(_Section):
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
         (), description="where else to log: tensorboard, wandb, trackio"
     )
-    seed: int = Field(0, ge=0, description="seed of data order, noise and initialisation")
+    seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="seed of data order, noise and initialisation"
+    )
     lora: Lora = Lora()
     keep_adapter: bool = Field(False, description="also write the LoRA adapter to adapter/")
 
@@ -245,8 +260,8 @@ class Recipe(_Section):
     name: str | None = Field(None, description="name of the recipe file")
     description: str | None = Field(None, description="one line for `dllm-convert recipes`")
     references: tuple[str, ...] = Field((), description="where the settings come from")
-    source: str = Field(description="Hub id, folder or .gguf file")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub source")
+    source: Name = Field(description="Hub id, folder or .gguf file")
+    revision: Name | None = Field(None, description="branch, tag or commit of a Hub source")
     allow_pickle: bool = Field(False, description="read weights that are pickles (.bin)")
     license: str | None = Field(None, description="licence id of the base, if known")
     target: Target = Field(description="mdlm or bd3lm")

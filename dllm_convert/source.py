@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 
 from dllm_convert.errors import DataError
+from dllm_convert.hub_ids import is_hub_id
 from dllm_convert.json_files import is_pointer, pointer
 from dllm_convert.nearest import meant
 from dllm_convert.source_folder import inspect_folder
@@ -15,9 +14,6 @@ from dllm_convert.source_info import SourceInfo, SourceKind, TensorInfo, Tokeniz
 from dllm_convert.wrong_source import wrong_file
 
 __all__ = ["SourceInfo", "SourceKind", "TensorInfo", "TokenizerInfo", "inspect_source"]
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PATH_STARTS = ("/", "./", "../", "~", ".\\", "..\\")
 
 
 def _inspect_local(path: Path, given: str) -> SourceInfo:
@@ -51,8 +47,7 @@ def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
                 hint="Leave the revision out, or give a Hub id",
             )
         return _inspect_local(path.resolve(), source)
-    looks_local = source.startswith(_PATH_STARTS) or source.endswith(".gguf")
-    if looks_local or os.sep * 2 in source or not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise DataError(
             f"{source!r} does not exist, and is not a Hub id",
             hint=f"{meant(source)}Give a recipe name, a Hub id (owner/name), a folder or a .gguf "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dllm_convert.base_card import base_card, read_base_card
 from dllm_convert.hub_errors import hub_errors, transport_error
@@ -22,6 +23,9 @@ from dllm_convert.source_info import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_files import VOCABULARY_FILES
 from dllm_convert.wrong_source import no_config, no_weights
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
     """Return the snapshot folder of an earlier download, None if there is none."""
@@ -32,6 +36,43 @@ def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
     except errors.LocalEntryNotFoundError:
         return None
     return Path(config).parent
+
+
+def _ask(repo_id: str, revision: str | None) -> ModelInfo | Path:
+    """Return what the Hub says of a repository; where it cannot be reached, the cached snapshot."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().model_info(repo_id, revision=revision)
+    except (errors.OfflineModeIsEnabled, transport_error()) as error:
+        cached = None if getattr(error, "response", None) else _cached_snapshot(repo_id, revision)
+        if cached is None:
+            raise
+        return cached
+
+
+def _names(info: ModelInfo) -> list[str]:
+    return [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def fetch_small(repo_id: str, revision: str | None, wanted: tuple[str, ...]) -> Path | None:
+    """Return a folder with those of a few small files that a repository has at one commit.
+
+    None if it has none of them.
+
+    Raises:
+        HubError: The Hub does not have it, refuses it or cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(repo_id, revision):
+        info = _ask(repo_id, revision)
+        if isinstance(info, Path):
+            return info
+        folder = None
+        for name in sorted({*wanted}.intersection(_names(info))):
+            folder = Path(hf_hub_download(repo_id, name, revision=str(info.sha))).parent
+    return folder
 
 
 def _weights(
@@ -84,20 +125,13 @@ def inspect_hub(repo_id: str, revision: str | None) -> SourceInfo:
         HubError: The Hub does not have it, refuses it or cannot be reached.
         DataError: The repository is not a checkpoint.
     """
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     with hub_errors(repo_id, revision):
-        try:
-            info = HfApi().model_info(repo_id, revision=revision)
-        except (errors.OfflineModeIsEnabled, transport_error()) as error:
-            cached = (
-                None if getattr(error, "response", None) else _cached_snapshot(repo_id, revision)
-            )
-            if cached is None:
-                raise
-            return _inspect_cached(repo_id, cached)
-        commit = str(info.sha)
-        names = [sibling.rfilename for sibling in info.siblings or ()]
+        info = _ask(repo_id, revision)
+        if isinstance(info, Path):
+            return _inspect_cached(repo_id, info)
+        commit, names = str(info.sha), _names(info)
         if "config.json" not in names:
             raise no_config(repo_id, names, None)
         small = matching(names, SMALL_FILES)

@@ -13,7 +13,8 @@ from dllm_convert.errors import DataError
 
 _KNOWN = (
     *(OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError),
-    RecursionError,
+    # A number that Rust has no room for; a slow class that is asked what only fast ones know.
+    *(RecursionError, OverflowError, NotImplementedError),
 )
 _BY_NAME = frozenset({"StrictDataclassError"})
 """What huggingface_hub raises of a config.json that is read on the way; importing it takes long."""

@@ -156,22 +156,43 @@ class Workspace:
 
 
 def check_apart(out: Path, source: Path | None) -> None:
-    """Check that the output folder is not the source: files of the source would be replaced.
+    """Check that neither of output folder and source lies in the other, whatever they are called.
+
+    Files of the source would be replaced, or it would change by what is written into it. Beside a
+    single file, such as a GGUF, there is room.
 
     Args:
         out: Output folder, which need not exist.
         source: Folder or file of the source; None if it is on the Hub.
 
     Raises:
-        DataError: They are one folder, whatever the two are called.
+        DataError: One lies in the other, or they are one folder.
     """
-    if source is None or not out.exists():
+    if source is None or not source.exists():
         return
     folder = source if source.is_dir() else source.parent
-    if folder.exists() and out.samefile(folder):
+    if out.exists() and out.samefile(folder):
         raise DataError(
             f"--out {out} is the source itself, which is only read", hint="Give another --out"
         )
+    if source.is_dir() and _is_in(out, folder):
+        beside = folder.resolve().parent / (out.resolve().name)
+        raise DataError(
+            f"--out {out} lies in the source {source}, which is only read",
+            hint=f"Give a folder beside it, such as --out {beside}",
+        )
+    if _is_in(source, out):
+        raise DataError(
+            f"the source {source} lies in --out {out}, whose files are replaced",
+            hint="Give another --out",
+        )
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path that need not exist is a folder or lies below it, links followed."""
+    resolved = path.resolve()
+    above = (place for place in (resolved, *resolved.parents) if place.exists())
+    return folder.exists() and any(place.samefile(folder) for place in above)
 
 
 def _work_folder(out: Path) -> Path:

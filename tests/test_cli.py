@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-from dllm_convert import pipeline
+from dllm_convert import pipeline, source_hub
 from dllm_convert.cli import app
 from dllm_convert.cli_errors import redact
 from dllm_convert.cli_options import TargetName
@@ -47,6 +47,12 @@ FAILED = {"passed": False, "probes": [PROBE | {"passed": False}, SKIPPED]}
 
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a Hub id hand nothing down, as a base does."""
+    monkeypatch.setattr(source_hub, "fetch_small", lambda *_: None)
 
 
 @pytest.fixture

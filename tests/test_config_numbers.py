@@ -16,7 +16,7 @@ from dllm_convert.adapters import all_adapters
 from dllm_convert.config_numbers import check_numbers
 from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DllmConvertError, IncompatibleError
-from dllm_convert.plan import make_plan
+from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 
@@ -124,3 +124,28 @@ def test_a_block_longer_than_the_context_takes_no_memory(source_cache: Sources) 
     for size in (257, 10**9, 0):
         with pytest.raises(IncompatibleError, match="from 1 to the context of 256"):
             check_converted_config(config(size), source)
+
+
+ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id",
+             "mask_token_id", "unk_token_id", "decoder_start_token_id", "image_token_id",
+             "stop_token_ids", "suppress_tokens", "begin_suppress_tokens")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("field", ID_FIELDS)
+def test_a_field_of_token_ids_holds_ids(
+    file: str, field: str, source_factory: Callable[..., Path]
+) -> None:
+    source = source_factory("llama")
+    content = json.loads((source / file).read_text())
+
+    def planned(value: Any) -> ConversionPlan:
+        (source / file).write_text(json.dumps(content | {field: value}))
+        recipe = Recipe(source=str(source), target="mdlm")
+        return make_plan(recipe, inspect_source(str(source)))
+
+    for value in (1.5, True, "1", 2**31, -(2**40), {"a": 1}, [1.5], ["1"], [True], [[1]]):
+        with pytest.raises(IncompatibleError, match=f"{field} is .*expected the id of a token"):
+            planned(value)
+    for value in (None, -1, 0):
+        planned(value)

@@ -146,7 +146,9 @@ def test_guidance_that_no_number_holds_is_refused(converted: Callable[[str], Pat
 @pytest.mark.parametrize(
     "template",
     ["{{ 1/0 }}", "{{ messages.x.y }}", "{% for", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-     "{% for i in range(10**9) %}x{% endfor %}", "{{ raise_exception('no') }}"],
+     "{% for i in range(10**9) %}x{% endfor %}", "{{ raise_exception('no') }}",
+     "{% break %}", "{% continue %}", "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+     "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{% include 'x' %}"],
 )  # fmt: skip
 def test_a_template_that_fails_is_told_as_such(source_cache: SourceFactory, template: str) -> None:
     tokenizer = load_tokenizer(source_cache("llama"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import COMMIT, LoopbackHub, serve
+from pushing import Done, checkpoint, command
 
 from dllm_convert.cli_values import default_out
 from dllm_convert.errors import DataError
@@ -88,6 +91,70 @@ def test_what_is_no_conversion_hands_nothing_down(content: str, tmp_path: Path) 
     base = load_recipe("some/model", overrides={})
     recipe = load_recipe(str(tmp_path), overrides={})
     assert recipe.model_dump(exclude={"source"}) == base.model_dump(exclude={"source"})
+
+
+@pytest.fixture(scope="module")
+def hub(
+    source_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LoopbackHub]:
+    base, root = source_cache("llama"), tmp_path_factory.mktemp("hub")
+    made = checkpoint(base, root / "made")
+    (root / "empty").mkdir()
+    (root / "empty" / "README.md").write_text("nothing")
+    repos = {"me/made": made, "me/base": base, "me/empty": root / "empty", "me/gated": made}
+    with serve(LoopbackHub(repos=repos, gated={"me/gated"})) as running:
+        yield running
+
+
+def check(hub: LoopbackHub, home: Path, *arguments: str, **env: str) -> Done:
+    return command(hub, home, "check", *arguments, "--json", **env)
+
+
+def test_a_conversion_on_the_hub_hands_down_what_a_folder_does(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    local = check(hub, tmp_path / "home", str(hub.repos["me/made"])).json
+    config = json.loads((hub.repos["me/made"] / "config.json").read_text())
+    assert (local["target"], local["block_size"]) == ("bd3lm", config["block_size"])
+    plan = check(hub, tmp_path / "home", "me/made").json
+    same = ("target", "block_size", "token_shift", "config_updates")
+    assert {name: plan[name] for name in same} == {name: local[name] for name in same}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("source: me/made\nblock_size: 2\n")
+    assert check(hub, tmp_path / "home", str(recipe)).json["block_size"] == 2
+    typed = check(hub, tmp_path / "home", "me/made", "--to", "mdlm").json
+    assert (typed["target"], typed["block_size"]) == ("mdlm", None)
+    assert check(hub, tmp_path / "home", "me/base").json["block_size"] == 32 != config["block_size"]
+
+
+def test_a_conversion_in_the_cache_hands_it_down_without_a_network(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    first = command(hub, tmp_path / "home", "run", "me/made", "--no-train", "--verify", "files",
+                    "--out", str(tmp_path / "again"))  # fmt: skip
+    assert first.code == 0, first.stderr
+    pinned = ("me/made", "--source-revision", COMMIT)
+    found = check(hub, tmp_path / "home", *pinned, HF_HUB_OFFLINE="1")
+    assert found.code == 0, found.stderr
+    assert found.json["target"] == "bd3lm"
+
+
+@pytest.mark.parametrize(
+    ("source", "env", "said"),
+    [
+        ("me/made", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot reach the Hub for me/made"),
+        ("me/made", {"HF_HUB_OFFLINE": "1"}, "cannot reach the Hub for me/made"),
+        ("me/gated", {}, "me/gated is gated"),
+        ("me/nothing", {}, "me/nothing is not on the Hub"),
+        ("me/empty", {}, "config.json"),
+    ],
+)
+def test_a_hub_that_cannot_be_asked_is_the_ordinary_error_of_the_source(
+    source: str, env: dict[str, str], said: str, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    found = check(hub, tmp_path / "home", source, **env)
+    assert (found.code, found.stderr.count("\n")) == (1, 1)
+    assert said in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_token_shift_dropped(source_cache: Sources) -> None:
         ({"target": "bd3lm", "block_size": 48}, "whole number of blocks"),
         ({"data": {"sequence_length": 512}}, "larger than the model's context of 256"),
         ({"noise": {"min_time": 0.9, "max_time": 0.5}}, "not below"),
+        ({"generation": {"max_new_tokens": 1000}}, "context of this model is 256"),
     ],
 )
 def test_lengths_that_do_not_fit(
@@ -328,7 +329,6 @@ def test_unsupported_family_lists_what_is_supported(source_cache: Sources) -> No
         ({"training": {"method": "lora", "lora": {"rank": 16}}}, "rank 16"),
         ({"training": {"method": "lora", "lora": {"norms": False}}}, "must stay trainable"),
         ({"target": "mdlm"}, "19.3"),
-        ({"generation": {"max_new_tokens": 1000}}, "context of 256"),
     ],
 )
 def test_warnings_name_their_source(

@@ -185,5 +185,32 @@ def test_the_source_is_never_the_output(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="is the source itself"):
             check_apart(tmp_path / "alias", given)
     check_apart(tmp_path / "new", source)
-    check_apart(source / "out", source)
     check_apart(source, None)
+
+
+@pytest.mark.parametrize("out", ["out", "a/b/c", "../alias/out", "../source/out", "a/../out"])
+def test_no_output_lies_in_the_source(out: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "alias").symlink_to(source)
+    (tmp_path / "deep").symlink_to(source / "below")
+    for given in (source, tmp_path / "alias"):
+        with pytest.raises(DataError, match=f"lies in the source .*{tmp_path / 'out'}|/c$"):
+            check_apart(source / out, given)
+    (source / "below").mkdir()
+    with pytest.raises(DataError, match="lies in the source"):
+        check_apart(tmp_path / "deep" / "out", source)
+    check_apart(tmp_path / "source-mdlm", source)
+    (source / "model.gguf").touch()
+    check_apart(source / out, source / "model.gguf")  # Beside a single file there is room.
+
+
+def test_no_source_lies_in_the_output(tmp_path: Path) -> None:
+    source = tmp_path / "out" / "base"
+    source.mkdir(parents=True)
+    (source / "model.gguf").touch()
+    (tmp_path / "alias").symlink_to(tmp_path / "out")
+    for out in (tmp_path / "out", tmp_path / "alias", tmp_path):
+        for given in (source, tmp_path / "alias" / "base", source / "model.gguf"):
+            with pytest.raises(DataError, match="whose files are replaced"):
+                check_apart(out, given)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dllm_convert.cli_types import count
+
 _PANEL = "Decoding"
 
 
@@ -29,12 +31,12 @@ class Remasking(StrEnum):
 
 
 MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Tokens to write.")
+    int | None, typer.Option("--max-new-tokens", parser=count, metavar="N", help="Tokens to write.")
 ]
 DenoisingSteps = Annotated[
     int | None,
     typer.Option(
-        "--steps", min=1, metavar="N", help="Forwards per block (bd3lm) or per text (mdlm)."
+        "--steps", parser=count, metavar="N", help="Forwards per block (bd3lm) or per text (mdlm)."
     ),
 ]
 Threshold = Annotated[
@@ -89,7 +91,7 @@ TopK = Annotated[
     int | None,
     typer.Option(
         "--top-k",
-        min=1,
+        parser=count,
         metavar="K",
         rich_help_panel=_PANEL,
         help="Draw from the K likeliest tokens.",
@@ -131,7 +133,7 @@ BlockLength = Annotated[
     int | None,
     typer.Option(
         "--block-length",
-        min=1,
+        parser=count,
         metavar="N",
         rich_help_panel=_PANEL,
         help="mdlm only: write N tokens at a time from left to right.",

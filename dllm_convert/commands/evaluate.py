@@ -10,6 +10,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
+from dllm_convert.cli_types import count, count_from_zero, named, path_of
 from dllm_convert.cli_values import parse_assignments
 from dllm_convert.commands.shared import make_reporter
 
@@ -17,6 +18,7 @@ Against = Annotated[
     str | None,
     typer.Option(
         "--against",
+        parser=named,
         metavar="BASE",
         help="Evaluate this too, a folder or Hub id, on the same items.",
     ),
@@ -29,6 +31,7 @@ Text = Annotated[
     str | None,
     typer.Option(
         "--data",
+        parser=named,
         metavar="SPEC",
         help="Measure NELBO, and the base's NLL, on the held-out documents of pydoc, files or a "
         "Hub dataset.",
@@ -36,17 +39,22 @@ Text = Annotated[
 ]
 Include = Annotated[
     list[Path] | None,
-    typer.Option("--include-path", metavar="DIR", help="Folder with more tasks. Repeatable."),
+    typer.Option(
+        "--include-path", metavar="DIR", parser=path_of, help="Folder with more tasks. Repeatable."
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, metavar="N", help="Most items per task.")
+    int | None, typer.Option("--limit", parser=count, metavar="N", help="Most items per task.")
 ]
 Shots = Annotated[
     int | None,
-    typer.Option("--num-fewshot", min=0, metavar="N", help="Examples before each question."),
+    typer.Option(
+        "--num-fewshot", parser=count_from_zero, metavar="N", help="Examples before each question."
+    ),
 ]
 Batch = Annotated[
-    int, typer.Option("--batch-size", min=1, metavar="N", help="Changes speed, and no score.")
+    int,
+    typer.Option("--batch-size", parser=count, metavar="N", help="Changes speed, and no score."),
 ]
 Thresholds = Annotated[
     str | None,

@@ -31,6 +31,8 @@ def lm_eval(arguments: Arguments = None) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     import dllm_convert.evaluation.harness  # noqa: F401 - registers the model
+    from dllm_convert.evaluation.names import own_tasks
 
     sys.argv = ["lm-eval", *(arguments or ())]
-    cli_evaluate()
+    with own_tasks():
+        cli_evaluate()

@@ -24,6 +24,7 @@ from dllm_convert.cli_values import (
     parse_assignments,
     plan_document,
     push_options,
+    refuse_in_source,
 )
 from dllm_convert.commands.shared import exit_if_failed, make_reporter
 from dllm_convert.how import Depth, How
@@ -144,6 +145,7 @@ def run(
     budget = Budget.parse(tokens, max_time, global_batch)
     recipe = _recipe(source, flags, assignments or (), preset, budget, processes)
     folder = out or default_out(recipe)
+    refuse_in_source(folder, recipe.source)
     if dry_run or ctx.info_name == "check":
         _show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
         return
@@ -177,7 +179,7 @@ def _recipe(
     budget.refuse_beside(flags["training.steps"], assigned)
     refuse_contradictions(given, assigned)
     typed = given | budget.fields | assigned
-    recipe = load_recipe(source, overrides=typed, preset=preset)
+    recipe = load_recipe(source, overrides=typed, preset=preset, ask_hub=True)
     recipe = budget.applied_to(recipe, processes, assigned)
     refuse_other_source(source, recipe, assigned)
     refuse_without_effect(recipe, typed)

@@ -11,6 +11,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
+from dllm_convert.cli_types import path_of, seed_of
 from dllm_convert.cli_values import output_file
 from dllm_convert.commands import decoding
 from dllm_convert.commands.shared import make_reporter
@@ -49,12 +50,14 @@ Record = Annotated[
     typer.Option(
         "--record",
         metavar="FILE",
+        parser=path_of,
         callback=_recordable,
         help="Write how the text was denoised to a .gif or .html file.",
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, metavar="N", help="Seed for temperatures above 0.")
+    int | None,
+    typer.Option("--seed", parser=seed_of, metavar="N", help="Seed for temperatures above 0."),
 ]
 
 

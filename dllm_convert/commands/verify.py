@@ -9,6 +9,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
+from dllm_convert.cli_types import count, named, path_of
 from dllm_convert.cli_values import base_folder, output_file
 from dllm_convert.commands.run import AllowPickle
 from dllm_convert.commands.shared import exit_if_failed, make_reporter
@@ -21,13 +22,16 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
+        parser=path_of,
         help="Folder or Hub id of a diffusion checkpoint, ours or of a known layout.",
         show_default=False,
     ),
 ]
 Against = Annotated[
     str | None,
-    typer.Option("--against", metavar="SOURCE", help="The base to compare the weights with."),
+    typer.Option(
+        "--against", metavar="SOURCE", parser=named, help="The base to compare the weights with."
+    ),
 ]
 Files = Annotated[
     bool,
@@ -40,19 +44,22 @@ Report = Annotated[
     typer.Option(
         "--report",
         metavar="FILE.html",
-        dir_okay=False,
+        parser=path_of,
         help="Also write what was found as one HTML page, with pictures.",
     ),
 ]
 Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")
+    str | None,
+    typer.Option(
+        "--revision", metavar="REV", parser=named, help="Branch, tag or commit of a Hub id."
+    ),
 ]
 Block = Annotated[
     int | None,
     typer.Option(
         "--block",
         metavar="N",
-        min=1,
+        parser=count,
         help="Tokens per block of a third-party checkpoint that does not record them.",
     ),
 ]

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.errors import DllmConvertError
+from dllm_convert.evaluation.names import unknown_tasks
 from dllm_convert.evaluation.paired import Mean, mean_of
 from dllm_convert.evaluation.request import Request
 from dllm_convert.quiet import debugging
@@ -67,7 +68,7 @@ def run_tasks(request: Request, model: Any) -> Outcome:
         model: As lm-eval sees it, with its `effort`.
 
     Raises:
-        DataError: There is no task of a name.
+        UnknownTaskError: There is no task of a name.
     """
     started = time.monotonic()
     manager = _task_manager(request)
@@ -90,23 +91,21 @@ def _task_manager(request: Request) -> Any:
     """Find the tasks, without lm-eval's own thousands where they are not needed.
 
     Raises:
-        DataError: There is no task of a name.
+        UnknownTaskError: There is no task of a name.
     """
     from lm_eval.tasks import TaskManager
 
     from dllm_convert.evaluation.tasks import FOLDER
 
     folders = [str(FOLDER), *request.include]
-    unknown: list[str] = []
-    for defaults in (False, True):
-        manager = TaskManager(include_path=folders, include_defaults=defaults)
-        unknown = [name for name in request.tasks if not manager.match_tasks([name])]
-        if not unknown:
-            return manager
-    raise DataError(
-        f"there is no task {', '.join(unknown)}",
-        hint="dllm-convert lm-eval ls tasks lists them; --include-path adds a folder of your own",
-    )
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if all(manager.match_tasks([name]) for name in request.tasks):
+        return manager
+    manager = TaskManager(include_path=folders, include_defaults=True)
+    unknown = [name for name in request.tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise unknown_tasks(unknown, manager.all_tasks)
+    return manager
 
 
 def _run_group(

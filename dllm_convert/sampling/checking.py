@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dllm_convert.converted_config import check_converted_config
+from dllm_convert.plan_checks import context_length, too_many_new
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.ends import read_ids
@@ -36,10 +37,15 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
     config = _read(folder / "config.json")
     if diffusion_section(config) is None:
         return None
-    check_converted_config(config, folder)
+    adapter = check_converted_config(config, folder)
     saved = _read(folder / "generation_config.json")
     read_ids(saved.get(_CLOSING), _CLOSING)
     options = decoding_options(SimpleNamespace(**config), saved, 1, None, dict(given))
+    if isinstance(given.get("max_new_tokens"), int):
+        context = context_length(config, adapter)
+        long = too_many_new(options.max_new_tokens, context, config)
+        if long:
+            raise ValueError(long)
     idle = next((name for name in _WARPERS if name in given), None)
     if idle and not options.temperature:
         raise ValueError(f"{idle} does nothing without a temperature above 0")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.training.formats import binary, broken_hint
+from dllm_convert.training.formats import binary, broken_hint, check_prose
 
 Row = Mapping[str, Any] | None
 """Columns of a record; None stands for an empty line."""
@@ -144,6 +144,7 @@ def _parts(file: Path) -> Iterator[str]:
         rest = text.read(min(LARGE_TEXT, 1 << 16))
         _check_text(rest, file)
         rest += text.read(LARGE_TEXT + 1 - len(rest))
+        check_prose(file, rest)
         if len(rest) <= LARGE_TEXT:
             if rest:
                 yield rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 from dllm_convert.errors import DataError
 
@@ -82,6 +83,7 @@ def unknown(file: Path) -> DataError:
     return DataError(f"{file} is not read as text: {what}", hint=f"{advice}. Give {EXPECTED}")
 
 
+_LINES_LOOKED_AT = 100
 _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip", ".gz"),
     (b"BZh", "compressed with bzip2", ".bz2"),
@@ -101,6 +103,44 @@ def binary(file: Path) -> DataError:
             better = file.stem + suffix if suffix == ".parquet" else file.name + suffix
             return DataError(f"{file} is {what}, not text", hint=f"Rename it to {better}")
     return DataError(f"{file} holds binary data, not text", hint=f"Give {EXPECTED}")
+
+
+def check_prose(file: Path, text: str) -> None:
+    """See to it that a file of prose is none of rows, whose braces and keys would be learnt.
+
+    Args:
+        file: The file.
+        text: Its beginning, or all of it.
+
+    Raises:
+        DataError: It is JSON.
+    """
+    if not is_prose(file) or not text.lstrip().startswith(("{", "[")):
+        return
+    first = text.split("\n", _LINES_LOOKED_AT)[:_LINES_LOOKED_AT]
+    lines = [line for line in first if line.strip()]
+    if all(isinstance(_parsed(line), dict) for line in lines):
+        what, suffix = "rows of JSON, one a line", ".jsonl"
+    else:
+        whole = _parsed(text)
+        records = isinstance(whole, list) and all(isinstance(row, dict) for row in whole)
+        if not whole or not (records or isinstance(whole, dict)):
+            return
+        what, suffix = "JSON", ".json"
+    packed = file.suffix if file.suffix.lower() in COMPRESSED else ""
+    stem = Path(file.stem).stem if packed else file.stem
+    raise DataError(
+        f"{file} holds {what}, and its name says prose: its braces and keys would be learnt",
+        hint=f"Rename it to {stem}{suffix}{packed}; if they are what is to be learnt, to "
+        f"{stem}.log{packed}",
+    )
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def broken_hint(name: str, form: str, error: Exception) -> str:

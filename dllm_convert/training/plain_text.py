@@ -101,8 +101,9 @@ class PlainText:
             or (unknown in self.control and unknown in text)
             for own, around, text in zip(ids, out["special_tokens_mask"], texts, strict=True)
         ]
-        for i in (i for i, one in enumerate(spelled) if one):
-            ids[i] = self._renamed.encode(texts[i]).ids
+        with TokenizerErrors(*_FAILURE):
+            for i in (i for i, one in enumerate(spelled) if one):
+                ids[i] = self._renamed.encode(texts[i]).ids
         return ids, spelled
 
     def mark(self, value: Any) -> Any:

@@ -16,6 +16,8 @@ from pushing import TOKEN, checkpoint
 from tasks_on_disk import write_tasks
 
 MODULES = (*forks.PACKAGE, "lm_eval:simple_evaluate", "yaml", "typer.testing", "pyarrow.parquet")
+GIVEN_UP = 4 * 3600
+"""Seconds after which the process is ended; each command has limits of its own."""
 PROGRAM = Path(__file__).with_name("fuzz_program.py")
 
 
@@ -60,4 +62,4 @@ def fuzz(
     line = [sys.executable, str(PROGRAM), str(prepared), kind, str(first), str(count), str(log)]
     environment = hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1"}
     strangers = ("forks:fork_strangers", {"address": forks.FORKS.strangers()})
-    return forks.run(line, env=environment, modules=MODULES, before=[strangers], timeout=900)
+    return forks.run(line, env=environment, modules=MODULES, before=[strangers], timeout=GIVEN_UP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ import transformers
 from conversion import convert, sample
 from factory import FAMILIES
 from tiny_decoders import DECODERS, prompt, ragged, tiny
+from typer.testing import CliRunner
 
+from dllm_convert.cli import app
 from dllm_convert.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.plan_checks import too_many_new
 from dllm_convert.sampling.limits import (
     ContextError,
     ContextWarning,
@@ -107,6 +111,52 @@ def test_sample_says_it(folders: Callable[[str], Path]) -> None:
     assert "more than the context of 66" in " ".join(found.stderr.split())
     assert json.loads(found.stdout)["new_tokens"] <= 12
     assert "warning" not in sample(folders("llama"), "--prompt", "A name").stderr
+
+
+@pytest.mark.parametrize(("family", "context"), [("bert", 66), ("roberta", 64), ("llama", 66)])
+def test_more_new_tokens_than_a_context_has_are_refused_before_weights_are_read(
+    family: str, context: int, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders(family), tmp_path / family))
+    (folder / "model.safetensors").unlink()
+    for new in (context, 100_000, 2**31 - 1):
+        found = sample(folder, "--prompt", "A name", "--max-new-tokens", str(new), code=2)
+        said = " ".join(found.stderr.replace("│", " ").split())
+        assert f"--max-new-tokens is {new:,}, and the context of this model is {context}" in said
+        assert f"write at most {context - 1}" in said
+    # What a prompt has to leave room for is not known before it is tokenised.
+    found = sample(folder, "--prompt", "A name", "--max-new-tokens", str(context - 1), code=1)
+    assert "model.safetensors" in found.stderr
+
+
+def test_positions_that_stretch_have_no_such_end() -> None:
+    for rotary, refused in (
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "yarn", "factor": 4.0}, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, False),
+        ({"type": "dynamic", "factor": 2.0}, False),
+    ):
+        for key in ("rope_parameters", "rope_scaling"):
+            assert (too_many_new(300, 256, {key: rotary}) is not None) == refused
+    assert too_many_new(10**9, None, {}) is None
+    assert too_many_new(255, 256, {}) is None
+
+
+@pytest.mark.parametrize("new", [256, 100_000])
+def test_a_recipe_that_writes_more_than_the_context_is_refused(
+    new: int, source_cache: Callable[..., Path]
+) -> None:
+    source = str(source_cache("llama"))
+    result = CliRunner().invoke(app, ["check", source, "--set", f"generation.max_new_tokens={new}"])
+    assert result.exit_code == 3
+    assert f"generation.max_new_tokens is {new:,}" in result.stderr
+    assert "Write at most 255" in result.stderr
+    small = str(source_cache("llama", max_position_embeddings=66))
+    lengths = ["--set", "data.sequence_length=64"]
+    # The default that nobody typed is only warned of.
+    result = CliRunner().invoke(app, ["check", small, *lengths])
+    assert result.exit_code == 0
+    assert "larger than the context of 66" in " ".join(result.stdout.split())
 
 
 def test_a_runs_own_sample_fits(folders: Callable[[str], Path]) -> None:

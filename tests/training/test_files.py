@@ -422,3 +422,55 @@ def test_what_was_left_out_is_said(
     assert data.facts["left_out"] == ["README.md", "test.jsonl"]
     assert data.facts["documents"] + data.facts["held_out_documents"] == 40
     assert "left out of --data" in capsys.readouterr().err
+
+
+PRETTY = json.dumps([{"text": text} for text in TEXTS], indent=2).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "better"),
+    [
+        ("a.txt", lines(), "a.jsonl"),
+        ("a.md", b"\n" + lines() + b"\n\n", "a.jsonl"),
+        ("a.b.txt", lines(["one"]).rstrip(), r"a\.b\.jsonl"),
+        ("A.TXT", b"\xef\xbb\xbf" + lines(["caf\u00e9"] * 1000), "A.jsonl"),
+        ("a.txt.gz", gzip.compress(lines()), r"a\.jsonl\.gz"),
+        ("a.txt", rows(), r"a\.json;"),
+        ("a.text", PRETTY, r"a\.json;"),
+        ("a.txt", b'{\n "text": ["x"]\n}', r"a\.json;"),
+        ("a.txt", lines(["x" * 100_000] * 2), "a.jsonl"),
+    ],
+)
+def test_rows_in_a_file_of_prose_are_told(
+    name: str, content: bytes, better: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=f"JSON, .*Rename it to {better}"):
+            read(source)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"text": "one"}\nand prose about it',
+        "[a link](https://example.org) and prose",
+        "{\\bf bold} text",
+        "[1, 2, 3]",
+        "[]",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "{not json}\n{not json}",
+        '"a text"\n"another"',
+        "12\n13",
+        "Prose.\n" + '{"text": "one"}\n' * 5,
+    ],
+)
+def test_prose_with_braces_stays_prose(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path / "a.txt") == [text]
+
+
+def test_json_is_learnt_where_the_name_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_bytes(lines())
+    assert read(tmp_path / "a.log") == [lines().decode()]

@@ -267,3 +267,25 @@ def test_a_mask_that_cannot_be_kept_out_names_the_row() -> None:
 
     with pytest.raises(DataError, match=r"row 2 becomes the mask token '#'"):
         encode(Slow(), "ACA", "A#C")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Exception("rust"), OverflowError("too big"), NotImplementedError("slow"), KeyError("a")],
+    ids=repr,
+)
+def test_what_a_tokenizer_raises_is_told_wherever_it_encodes(
+    error: Exception, source_cache: SourceFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: PlainText) -> Any:
+        raise error
+
+    monkeypatch.setattr(PlainText, "_renamed", property(broken))
+    plain = PlainText(AutoTokenizer.from_pretrained(source_cache("llama")))
+    spelled = next(iter(plain.control))
+    for encode in (
+        lambda: plain.encode([f"a {spelled}"]),
+        lambda: plain.encode_marked(plain.mark(spelled)),
+    ):
+        with pytest.raises(DataError, match="tokenizer"):
+            encode()

@@ -1,0 +1,68 @@
+"""What an option takes: a path that names something, and numbers that can be meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from dllm_convert.counts import LARGEST_COUNT, LARGEST_SEED
+
+
+def named(text: str) -> str:
+    """Return a name, a path or an id, as it was typed.
+
+    Raises:
+        typer.BadParameter: It is empty, as what an unset variable of a shell leaves.
+    """
+    if not text.strip():
+        raise typer.BadParameter(f"{text!r} names nothing; give a name, or leave the option out.")
+    return text
+
+
+def path_of(text: str) -> Path:
+    """Return a path; an empty one would be the folder one stands in.
+
+    Raises:
+        typer.BadParameter: It is empty.
+    """
+    return Path(named(str(text)))
+
+
+def count(text: str | int) -> int:
+    """Return a whole number of at least 1.
+
+    Raises:
+        typer.BadParameter: It is none, or larger than can be meant.
+    """
+    return _whole(text, 1, LARGEST_COUNT)
+
+
+def count_from_zero(text: str | int) -> int:
+    """Return a whole number of at least 0.
+
+    Raises:
+        typer.BadParameter: It is none, or larger than can be meant.
+    """
+    return _whole(text, 0, LARGEST_COUNT)
+
+
+def seed_of(text: str | int) -> int:
+    """Return a seed.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    return _whole(text, 0, LARGEST_SEED)
+
+
+def _whole(text: str | int, lowest: int, largest: int) -> int:
+    try:
+        # Python reads no number of thousands of digits; a shorter one is compared.
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if not lowest <= value <= largest:
+        shown = text if len(str(text)) <= 40 else f"{str(text)[:40]}…"
+        raise typer.BadParameter(f"{shown!r} is no whole number from {lowest} to {largest:,}.")
+    return value
