@@ -6,6 +6,7 @@ import typer
 
 from dllm_convert import cli_options as option
 from dllm_convert.cli_errors import CommandGroup
+from dllm_convert.cli_streams import prepare
 from dllm_convert.commands.evaluate import evaluate
 from dllm_convert.commands.lists import architectures, recipes
 from dllm_convert.commands.lm_eval import PASS_ON, lm_eval
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    prepare()
     app()
 
 

@@ -20,7 +20,7 @@ from dllm_convert.errors import DllmConvertError, OutputError
 from dllm_convert.interruption import INTERRUPTED, Interruption
 from dllm_convert.quiet import debugging
 from dllm_convert.secrets_found import TOKEN_VARIABLES
-from dllm_convert.shown_text import printable
+from dllm_convert.shown_text import one_line
 
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
@@ -50,11 +50,23 @@ class CommandGroup(TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _exit(_interrupted(ctx), error, ctx) from error
+        except typer.BadParameter as error:
+            # Shown in a box: what is quoted in it must not draw over that.
+            error.message = one_line(error.message)
+            raise
         except (DllmConvertError, MemoryError, OSError, RuntimeError) as error:
             known = classify(error)
             if known is None:
                 raise
             raise _exit(known, error, ctx) from error
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse the command line; `--help` and `--version` are answered here."""
+        try:
+            return super().make_context(*args, **options)
+        except OutputError as error:
+            tell_line("error", str(error))
+            raise typer.Exit(error.exit_code) from error
 
 
 def classify(error: Exception) -> Failure | None:
@@ -109,12 +121,22 @@ def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
 
 def _say(failure: Failure, ctx: Any) -> None:
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
-    tell(printable(redact(f"error: {message}\n")))
+    tell_line("error", message)
     if ctx.meta.get(JSON_KEY):
         hint = redact(failure.hint) if failure.hint is not None else None
         problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
         with suppress(OutputError):
             write_json({"error": problem, "exit_code": failure.exit_code})
+
+
+def tell_line(kind: str, text: str) -> None:
+    """Write what is to be known to stderr, as one line whatever names and values it holds.
+
+    Args:
+        kind: What stands in front, `error` or `warning`.
+        text: Message and hint.
+    """
+    tell(f"{kind}: {one_line(redact(text))}\n")
 
 
 def tell(text: str) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from dllm_convert import strict_json
+from dllm_convert.cli_streams import lost, silence
 from dllm_convert.cli_views import views_of
-from dllm_convert.errors import OutputError
-from dllm_convert.shown_text import json_safe, printable
+from dllm_convert.shown_text import json_safe, one_line, printable
 
 _MEASURES = {
     "nelbo_before": "NELBO before training",
@@ -50,22 +48,10 @@ def write(text: str, *, verbatim: bool = False) -> None:
         sys.stdout.write(shown.rstrip("\n") + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence()
+        silence(sys.stdout)
     except OSError as error:
-        _silence()
-        raise OutputError(
-            f"stdout cannot be written ({error.strerror}): what the command did is done, and only "
-            "its result is not shown",
-            hint="The same command shows it again",
-        ) from error
-
-
-def _silence() -> None:
-    """Let what is left in the buffer go nowhere: Python flushes it once more when it ends."""
-    with suppress(OSError, ValueError):
-        handle = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(handle, sys.stdout.fileno())
-        os.close(handle)
+        silence(sys.stdout)
+        raise lost(error) from error
 
 
 def show(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
@@ -121,7 +107,7 @@ def verification_table(verification: Mapping[str, Any]) -> str:
         shown.append(line)
         if probe["passed"] is False:
             notes = (probe.get("detail"), probe.get("origin"))
-            shown += [f"{'':9}{note}" for note in notes if note]
+            shown += [f"{'':9}{one_line(note)}" for note in notes if note]
     return "\n".join([*shown, "", _tally(verification)])
 
 
@@ -164,7 +150,7 @@ def run_summary(path: str, manifest: Mapping[str, Any]) -> str:
     sample = manifest.get("sample")
     if sample:
         parts += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]
-    return "\n".join([*parts, "", f"Checkpoint: {path}"])
+    return "\n".join([*parts, "", f"Checkpoint: {one_line(path)}"])
 
 
 def run_document(
@@ -224,7 +210,8 @@ def _measure(value: Mapping[str, Any]) -> tuple[str, str, Any]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    # A name with a line end must not begin a row of its own.
+    return f"{value:.4g}" if isinstance(value, float) else one_line(str(value))
 
 
 def evaluation_text(evaluation: Mapping[str, Any]) -> str:

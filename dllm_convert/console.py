@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dllm_convert.shown_text import printable
+from dllm_convert.shown_text import one_line
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -99,7 +99,7 @@ class Reporter:
     def _print(self, text: str, style: str | None = None) -> None:
         # Hours of work do not end because nobody reads of them any more.
         with suppress(OSError):
-            self.console.print(printable(text), markup=False, style=style)
+            self.console.print(one_line(text), markup=False, style=style)
 
     @contextmanager
     def task(self, description: str, total: float | None = None) -> Iterator[Task]:

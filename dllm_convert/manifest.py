@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.copying import sha256_file, sha256_files
 from dllm_convert.errors import DataError
 from dllm_convert.json_files import load_json_object
-from dllm_convert.manifest_form import check_form
+from dllm_convert.manifest_form import (
+    MANIFEST_VERSION,
+    check_form,
+    check_version,
+    is_this_version,
+)
 from dllm_convert.nearest import no_folder
 from dllm_convert.workspace import WORK, write_json
 
@@ -26,7 +31,6 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
 WRITTEN_LAST = (MANIFEST_FILE, CARD_FILE, REPORT_FILE)
 """Files that say what the others are: written after them, not hashed among them."""
-MANIFEST_VERSION = 1
 _LOADED = frozenset(
     {
         *(".safetensors", ".json", ".py", ".model", ".txt", ".jinja", ".yaml", ".gguf"),
@@ -39,11 +43,17 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, any_version: bool = False) -> dict[str, Any]:
     """Read the manifest of a converted checkpoint.
 
+    Args:
+        folder: The checkpoint.
+        any_version: Whether one of another version is read too: a verification has a probe that
+            says so, beside everything else it finds.
+
     Raises:
-        DataError: There is none, it is not a JSON object, or something in it is of another kind.
+        DataError: There is none, it is not a JSON object or of another version, or something in it
+            is of another kind.
     """
     path = folder / MANIFEST_FILE
     if not folder.is_dir():
@@ -54,8 +64,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             hint="Give a folder that dllm-convert run wrote",
         )
     content = load_json_object(path)
+    if not any_version:
+        check_version(content, path)
     check_form(content, path)
     return content
+
+
+def refuse_other_version(folder: Path) -> None:
+    """Refuse a checkpoint whose manifest is of another version, before any work is done on it.
+
+    Raises:
+        DataError: It is, or it cannot be read. A folder without a manifest passes.
+    """
+    if (folder / MANIFEST_FILE).exists():
+        read_manifest(folder)
 
 
 def recorded_recipe(folder: Path) -> Recipe:
@@ -189,7 +211,7 @@ def listing_faults(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     """
     version, files = manifest.get("format_version"), manifest.get("files")
     wrong: dict[str, str] = {}
-    if version != MANIFEST_VERSION or isinstance(version, bool):
+    if not is_this_version(version):
         wrong["format_version"] = f"is {version!r}, expected {MANIFEST_VERSION}"
     hashes = files if isinstance(files, Mapping) else {}
     if not hashes:

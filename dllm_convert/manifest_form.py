@@ -26,6 +26,8 @@ _EXPECTED = {
     "model_type": "an object",
     "string_type": "a text",
 }
+MANIFEST_VERSION = 1
+"""Version of the whole manifest; its sections have their own."""
 Object = dict[str, Any]
 
 
@@ -269,6 +271,7 @@ class _Card(_Section):
 class Manifest(_Section):
     """Content of dllm_convert.json, as far as anything reads it."""
 
+    format_version: Any
     created: str
     dllm_convert: str
     versions: dict[str, str]
@@ -282,6 +285,31 @@ class Manifest(_Section):
     evaluation: _Evaluation | None = None
     card: _Card | None = None
     adapter_only: bool = False
+
+
+def is_this_version(version: object) -> bool:
+    """Whether a `format_version` is the one that this version writes; True is no number."""
+    return version == MANIFEST_VERSION and not isinstance(version, bool)
+
+
+def check_version(content: Mapping[str, Any], where: Path | str) -> None:
+    """Check that a manifest is of the version that is read here; what it says could mean another.
+
+    One that names no version is told by `check_form`, where everything has to be there.
+
+    Args:
+        content: Content of dllm_convert.json.
+        where: Its path, for the message.
+
+    Raises:
+        DataError: It is of another version.
+    """
+    version = content.get("format_version", MANIFEST_VERSION)
+    if not is_this_version(version):
+        raise DataError(
+            f"{where}: format_version is {shown(version)}, expected {MANIFEST_VERSION}",
+            hint="Use the version of dllm-convert that wrote it, or convert the model again",
+        )
 
 
 def check_form(content: Mapping[str, Any], where: Path | str, *, whole: bool = False) -> None:

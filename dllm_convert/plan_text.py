@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dllm_convert.cli_output import table
+from dllm_convert.shown_text import one_line
 
 WIDTH = 100
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -50,7 +51,7 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 
 def _section(title: str, lines: Iterable[str]) -> list[str]:
-    body = [f"  {line}" if line else "" for line in lines]
+    body = [f"  {one_line(line)}" if line else "" for line in lines]
     return ["", title, *body] if body else []
 
 

@@ -37,6 +37,17 @@ def printable(text: str) -> str:
     return "".join(char if char in "\n\t" else glyph(char) for char in text)
 
 
+def one_line(text: str) -> str:
+    """Return text as one line that a terminal shows and does not obey.
+
+    Errors and warnings go through this where they leave the program: whatever is quoted in them, a
+    name with a line end makes no second one.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(glyph, text))
+
+
 def acts(text: str) -> bool:
     """Whether a document that holds this text has to write some of it as escapes."""
     return _NOT_IN_JSON.search(text) is not None

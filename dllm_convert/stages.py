@@ -122,12 +122,8 @@ class Stages(Measures):
 
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import (
-            MANIFEST_VERSION,
-            WRITTEN_LAST,
-            hash_files,
-            versions,
-        )
+        from dllm_convert.manifest import WRITTEN_LAST, hash_files, versions
+        from dllm_convert.manifest_form import MANIFEST_VERSION
 
         adapted, extends = self.workspace.result("adapt") or {}, self.workspace.extends
         ways = {} if self._trains else adapted.get("ways", {})

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from dllm_convert.commands.shared import exit_if_failed
+from dllm_convert.cli_errors import tell_line
+from dllm_convert.cli_output import verification_table
+from dllm_convert.commands.shared import exit_if_failed, show_done
 from dllm_convert.console import Reporter
 from dllm_convert.recipe_yaml import dump, parse_mapping
 from dllm_convert.shown_text import json_safe, printable
@@ -94,6 +96,52 @@ def test_a_full_stdout_is_told_as_what_it_is() -> None:
     assert err.startswith("error: stdout cannot be written (No space left on device)")
     assert "Traceback" not in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.stranger
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("check", "--help")])
+def test_help_on_a_full_stdout_is_told_as_one_line(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(*arguments, out=full)
+        _, err = done.communicate(timeout=120)
+    assert done.returncode == 1
+    assert err.startswith("error: stdout cannot be written")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.stranger
+@pytest.mark.parametrize("where", [">/dev/full", ">&-", "2>/dev/full", ">&- 2>&- <&-"])
+def test_the_exit_code_of_the_work_stays(tmp_path: Path, where: str) -> None:
+    shell = f"exec {sys.executable} -m dllm_convert check {tmp_path}/nosuch {where}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "stdout" not in done.stderr
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_failed_verification_ends_with_4_wherever_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    probe = {"name": "hashes", "passed": False, "measured": "1", "required": "0"}
+    found = {"passed": False, "probes": [probe]}
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        show_done(found, verification_table, as_json=as_json)
+        with pytest.raises(typer.Exit) as caught:
+            exit_if_failed(found)
+    assert caught.value.exit_code == 4
+    warned, failed = capsys.readouterr().err.splitlines()
+    assert warned.startswith("warning: stdout cannot be written")
+    assert failed.startswith("error: verification failed: hashes")
+
+
+def test_a_name_with_a_line_end_makes_no_second_line(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\nerror: forged\r\tb\u2028c"
+    tell_line("error", name)
+    Reporter().warn(name)
+    row = {"name": "hashes", "passed": False, "measured": name, "required": "0", "detail": name}
+    assert len(verification_table({"probes": [row]}).split("\n")) == 5
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.stranger

@@ -12,7 +12,7 @@ from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.cli_types import count, count_from_zero, named, path_of
 from dllm_convert.cli_values import parse_assignments
-from dllm_convert.commands.shared import make_reporter
+from dllm_convert.commands.shared import make_reporter, show_done
 
 Against = Annotated[
     str | None,
@@ -126,7 +126,7 @@ def evaluate(
     )
     with quiet_libraries():
         found: dict[str, Any] = evaluate_checkpoint(request, reporter)
-    output.show(found, output.evaluation_text, as_json=as_json)
+    show_done(found, output.evaluation_text, as_json=as_json)
 
 
 def _check_decoding(checkpoint: Path, given: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from operator import itemgetter
 from dllm_convert import cli_options as option
 from dllm_convert import cli_output as output
 from dllm_convert.cli_values import push_options
-from dllm_convert.commands.shared import make_reporter
+from dllm_convert.commands.shared import make_reporter, show_done
 
 
 def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
@@ -18,7 +18,7 @@ def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
     # The card links to the report where there is one.
     report = write_report(checkpoint)
     written = {"path": str(write_card(checkpoint)), "report": str(report)}
-    output.show(written, itemgetter("path"), as_json=as_json)
+    show_done(written, itemgetter("path"), as_json=as_json)
 
 
 def push(
@@ -51,4 +51,4 @@ def push(
     from dllm_convert.publish import push_checkpoint
 
     result = push_checkpoint(checkpoint, options, reporter)
-    output.show(result.as_dict(), output.push_summary, as_json=as_json)
+    show_done(result.as_dict(), output.push_summary, as_json=as_json)

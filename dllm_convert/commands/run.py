@@ -26,7 +26,7 @@ from dllm_convert.cli_values import (
     push_options,
     refuse_in_source,
 )
-from dllm_convert.commands.shared import exit_if_failed, make_reporter
+from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
 from dllm_convert.how import Depth, How
 from dllm_convert.place import Place
 
@@ -222,7 +222,7 @@ def _convert(
     result = pipeline.run(recipe, folder, reporter, push=push, place=place, how=how)
     published = result.pushed.as_dict() if result.pushed else None
     document = output.run_document(str(result.path), result.passed, result.manifest, published)
-    output.show(document, output.run_text, as_json=as_json)
+    show_done(document, output.run_text, as_json=as_json)
     exit_if_failed(result.manifest["verification"])
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dllm_convert import cli_output as output
-from dllm_convert.cli_errors import tell
-from dllm_convert.errors import VerificationError
-from dllm_convert.shown_text import printable
+from dllm_convert.cli_errors import tell_line
+from dllm_convert.errors import OutputError, VerificationError
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
@@ -28,6 +27,18 @@ def make_reporter(*, quiet: bool) -> Reporter:
     return reporter
 
 
+def show_done(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
+    """Show the result of a command whose work lies elsewhere: in a folder, or in its exit code.
+
+    Where stdout cannot be written the work is done all the same: that is told, and the exit code
+    stays the work's own. A command whose work is what it prints ends with 1 instead.
+    """
+    try:
+        output.show(document, as_text, as_json=as_json)
+    except OutputError as error:
+        tell_line("warning", str(error))
+
+
 def exit_if_failed(verification: Mapping[str, Any]) -> None:
     """Leave with the exit code of a failed verification.
 
@@ -36,5 +47,5 @@ def exit_if_failed(verification: Mapping[str, Any]) -> None:
     """
     if not verification["passed"]:
         failed = output.failed_probes(verification)
-        tell(printable(f"error: verification failed: {failed}\n"))
+        tell_line("error", f"verification failed: {failed}")
         raise typer.Exit(VerificationError.exit_code)

@@ -12,7 +12,7 @@ from dllm_convert import cli_output as output
 from dllm_convert.cli_types import count, named, path_of
 from dllm_convert.cli_values import base_folder, output_file
 from dllm_convert.commands.run import AllowPickle
-from dllm_convert.commands.shared import exit_if_failed, make_reporter
+from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
 
 if TYPE_CHECKING:
     from dllm_convert.console import Reporter
@@ -95,7 +95,7 @@ def verify(
 
         base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
         found = verify_folder(checkpoint, base, reporter).as_dict()
-        output.show(found, output.verification_table, as_json=as_json)
+        show_done(found, output.verification_table, as_json=as_json)
         exit_if_failed(found)
         return
     from dllm_convert.quiet import quiet_libraries
@@ -117,7 +117,7 @@ def verify(
             folder = local_checkpoint(checkpoint, revision, reporter)
             asked = Asked(base, trust_remote_code=trust_remote_code, block_size=block)
             document = document | _write(report, folder, asked, document, reporter)
-    output.show(document, output.verify_text, as_json=as_json)
+    show_done(document, output.verify_text, as_json=as_json)
     exit_if_failed(document)
 
 

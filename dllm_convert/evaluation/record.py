@@ -11,7 +11,13 @@ from dllm_convert.copying import sha256_file
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.hub_vocabulary import is_model_id
-from dllm_convert.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest, write_manifest
+from dllm_convert.manifest import (
+    MANIFEST_FILE,
+    REPORT_FILE,
+    read_manifest,
+    refuse_other_version,
+    write_manifest,
+)
 from dllm_convert.place import Place
 from dllm_convert.redaction import last_part
 
@@ -43,6 +49,8 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
             "evaluate runs in one process",
             hint="accelerate launch -m dllm_convert lm-eval takes several",
         )
+    # Its result is written into the manifest: what cannot be is told before hours of work.
+    refuse_other_version(request.checkpoint)
     started = time.monotonic()
     found: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": _settings(request)}
     if request.tasks:

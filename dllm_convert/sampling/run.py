@@ -17,6 +17,7 @@ from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.console import Reporter
 from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.manifest import refuse_other_version
 from dllm_convert.nearest import no_folder
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
@@ -233,6 +234,7 @@ def run_sample(
     """
     config = read_config(folder)
     check_converted_config(config, folder)
+    refuse_other_version(folder)
     keep_freed_memory()
     with reporter.task("load"):
         model, tokenizer = load_checkpoint(folder, str(config["model_type"]))

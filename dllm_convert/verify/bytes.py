@@ -213,7 +213,7 @@ def verify_folder(
             hint="Give a folder that dllm-convert run wrote",
         )
     adapter = adapter_of(config)
-    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).exists() else {}
+    manifest = read_manifest(folder, any_version=True) if (folder / MANIFEST_FILE).exists() else {}
     mask = ((manifest.get("plan") or {}).get("mask") or {}).get("write_row", True)
     trained = ((manifest.get("recipe") or {}).get("training") or {}).get("method") != "none"
     row = section["mask_token_id"] if mask else None

@@ -130,7 +130,7 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
             f"--block {asked.block_size} was given, and config.json says itself what it is",
             hint="Leave --block out",
         )
-    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).exists() else {}
+    manifest = read_manifest(folder, any_version=True) if (folder / MANIFEST_FILE).exists() else {}
     untrained = asked.untrained
     if untrained is None:
         method = ((manifest.get("recipe") or {}).get("training") or {}).get("method")
