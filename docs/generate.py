@@ -37,9 +37,9 @@ refused. Only `references` add up. Where one field says another more narrowly, w
 as well: a typed `training.learning_rate` makes an inherited `training.lora.learning_rate` void,
 `--steps` an inherited `max_minutes`, `--data` the subset and split of other data. `--tokens`,
 `--max-time` and `--global-batch` say how long to train in other units; the plan shows what came of
-them. What would change nothing, such as `--keep-adapter` without LoRA, is refused. A source that is a
-conversion itself, in a folder or on the Hub, hands down its target, block size, noise and token shift:
-they win over presets, and what is written in the file or typed wins over them.
+them. What would change nothing, such as `--keep-adapter` without LoRA, is refused. A source that
+is a conversion itself, in a folder or on the Hub, hands down its target, block size, noise and
+token shift: they win over presets, and what is written in the file or typed wins over them.
 
 Files are read as YAML 1.2: `no` and `on` are texts, `2e-5` is a number. `dllm-convert recipes NAME`
 shows what a recipe resolves to, and every run writes that as `recipe.yaml` beside the weights; it
