@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 
 from dllm_convert.cli_output import table, write
+from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.costs import peak_memory
 from dllm_convert.devices import this_cpu
 from dllm_convert.pipeline import plan_conversion
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_estimate import uses_bf16
-from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
 
 
@@ -55,7 +55,7 @@ def serve(options: argparse.Namespace) -> None:
     """Train once and print the high-water mark of resident memory, in bytes."""
     from transformers import AutoTokenizer
 
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
     from dllm_convert.training.data import prepare_data
     from dllm_convert.training.run import train
 

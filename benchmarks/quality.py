@@ -26,12 +26,12 @@ from transformers import AutoTokenizer, get_scheduler
 from benchmarks.sampling import seconds
 from benchmarks.step import Step, load, ours, textbooks
 from dllm_convert.adapters import adapter_of
-from dllm_convert.allocator import keep_freed_memory
 from dllm_convert.cli_values import parse_assignments
-from dllm_convert.console import Reporter
+from dllm_convert.common.allocator import keep_freed_memory
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import load_recipe
 from dllm_convert.training.data import TextData, collate, prepare_data
 from dllm_convert.training.setup import load_model, make_trainable

@@ -31,8 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import textbook_sampling
 from dllm_convert.adapters import adapter_of
-from dllm_convert.allocator import keep_freed_memory
-from dllm_convert.quiet import quiet_libraries
+from dllm_convert.common.allocator import keep_freed_memory
+from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.sampling.run import read_config
 from dllm_convert.training.setup import load_model
 

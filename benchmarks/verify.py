@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     started = time.monotonic()
-    from dllm_convert.quiet import quiet_libraries
+    from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.verify import verify_checkpoint
 
     print(f"{'imports':<14}{time.monotonic() - started:7.1f} s")

@@ -254,7 +254,7 @@ transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).sav
 
 def compare_gguf(path: Path, scratch: Path, pairs: int) -> None:
     """Alternate this project's dequantisation and transformers' load and save; compare results."""
-    from dllm_convert.copying import sha256_file
+    from dllm_convert.common.copying import sha256_file
     from dllm_convert.safetensors_header import SINGLE_FILE, read_header
 
     for _ in range(pairs):

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from dllm_convert.foreign_files import MIB
+from dllm_convert.common.foreign_files import MIB
 from dllm_convert.recipe_yaml import check_structure
 
 _FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)

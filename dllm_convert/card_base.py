@@ -9,15 +9,15 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from dllm_convert.card_text import address
-from dllm_convert.hub_vocabulary import (
+from dllm_convert.common.hub_names import (
     COMMIT,
     LICENCE_FILE_NAMES,
     LICENCES,
     is_model_id,
     language_codes,
 )
+from dllm_convert.common.redaction import last_part
 from dllm_convert.licences import LicenceRules, rules_for
-from dllm_convert.redaction import last_part
 from dllm_convert.source_folder import LICENCE_FILES
 from dllm_convert.training.formats import FILE_SUFFIXES
 

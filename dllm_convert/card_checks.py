@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from dllm_convert.card_markdown import markdown_problems
-from dllm_convert.errors import DataError
-from dllm_convert.hub_vocabulary import (
+from dllm_convert.common.hub_names import (
     LANGUAGE,
     LICENCE_FILE_NAMES,
     LICENCES,
@@ -25,6 +24,7 @@ from dllm_convert.hub_vocabulary import (
     RELATIONS,
     is_model_id,
 )
+from dllm_convert.errors import DataError
 
 _FRONT = re.compile(r"---[ \t]*\n(.*?\n)---[ \t]*(?:\n|$)", re.DOTALL)
 

@@ -10,7 +10,7 @@ import yaml
 
 from dllm_convert.card_base import Data
 from dllm_convert.card_facts import Facts
-from dllm_convert.shown_text import printable
+from dllm_convert.common.shown_text import printable
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

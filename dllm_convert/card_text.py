@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dllm_convert.shown_text import printable
+from dllm_convert.common.shown_text import printable
 
 MISTAKE = re.compile(
     r"(?i:\[?more information needed\]?)|\b(?:TODO|FIXME|TBD|nan|None(?! of\b))\b"

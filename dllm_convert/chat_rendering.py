@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from dllm_convert.bounded import BoundError, bounded
+from dllm_convert.common.bounded import BoundError, bounded
 from dllm_convert.errors import DataError
 
 REFUSED = (

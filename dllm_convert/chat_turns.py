@@ -19,9 +19,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dllm_convert.bounded import BoundError, bounded
 from dllm_convert.chat_rendering import REFUSED
-from dllm_convert.foreign_files import read_text
+from dllm_convert.common.bounded import BoundError, bounded
+from dllm_convert.common.foreign_files import read_text
 from dllm_convert.safetensors_header import load_json_object
 
 SAID = "Seven small stones."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dllm_convert.counts import LARGEST_COUNT, LONGEST_MINUTES
+from dllm_convert.common.counts import LARGEST_COUNT, LONGEST_MINUTES
 
 if TYPE_CHECKING:
     from dllm_convert.schema import Recipe, Training

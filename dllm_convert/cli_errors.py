@@ -15,12 +15,12 @@ import typer
 from typer.core import TyperGroup
 
 from dllm_convert.cli_output import write_json
-from dllm_convert.disk import DISK_FULL
+from dllm_convert.common.disk import DISK_FULL
+from dllm_convert.common.interruption import INTERRUPTED, Interruption
+from dllm_convert.common.quiet import debugging
+from dllm_convert.common.secrets_found import TOKEN_VARIABLES
+from dllm_convert.common.shown_text import one_line
 from dllm_convert.errors import DllmConvertError, OutputError
-from dllm_convert.interruption import INTERRUPTED, Interruption
-from dllm_convert.quiet import debugging
-from dllm_convert.secrets_found import TOKEN_VARIABLES
-from dllm_convert.shown_text import one_line
 
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""

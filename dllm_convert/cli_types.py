@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from dllm_convert.counts import LARGEST_COUNT, LARGEST_SEED
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED
 
 
 def named(text: str) -> str:

@@ -12,7 +12,7 @@ import typer
 from dllm_convert.errors import DataError
 
 if TYPE_CHECKING:
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
     from dllm_convert.publish import PushOptions
     from dllm_convert.schema import Recipe
 
@@ -170,8 +170,8 @@ def plan_document(
     Raises:
         DllmConvertError: The conversion cannot work, or may not be published as asked.
     """
+    from dllm_convert.common.manifest import source_facts
     from dllm_convert.devices import this_cpu
-    from dllm_convert.manifest import source_facts
     from dllm_convert.pipeline import plan_conversion
     from dllm_convert.plan import plan_as_dict
     from dllm_convert.plan_estimate import estimate

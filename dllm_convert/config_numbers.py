@@ -12,8 +12,8 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.tensors import ClassTensors
+from dllm_convert.common.counts import LARGEST_COUNT
 from dllm_convert.config_parts import check_parts
-from dllm_convert.counts import LARGEST_COUNT
 from dllm_convert.errors import IncompatibleError
 
 LARGEST = LARGEST_COUNT

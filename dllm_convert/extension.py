@@ -11,19 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.copying import sha256_file
-from dllm_convert.counts import LARGEST_SEED
-from dllm_convert.differences import differences
-from dllm_convert.disk import link
-from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.generation_output import write_generation
-from dllm_convert.manifest import (
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.counts import LARGEST_SEED
+from dllm_convert.common.differences import differences
+from dllm_convert.common.disk import link
+from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     WRITTEN_LAST,
     changed_files,
     hash_files,
     read_manifest,
 )
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.generation_output import write_generation
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.schema import Recipe

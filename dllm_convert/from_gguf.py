@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.copying import workers, write_all
+from dllm_convert.common.copying import workers, write_all
 from dllm_convert.errors import DataError
 from dllm_convert.gguf_header import GGML_TYPES, GgufHeader, GgufTensor, read_gguf_header
 from dllm_convert.safetensors_header import SINGLE_FILE, encode_header

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from dllm_convert.common.nearest import meant
 from dllm_convert.errors import HubError
-from dllm_convert.nearest import meant
 
 Doing = Literal["read", "write"]
 

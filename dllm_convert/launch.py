@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.foreign_files import read_text
+from dllm_convert.common.interruption import INTERRUPTED
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.foreign_files import read_text
-from dllm_convert.interruption import INTERRUPTED
 from dllm_convert.recipe_yaml import parse_mapping
 
 _LOGGERS = (

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.licence_table import (
     AGREEMENT,
@@ -20,7 +21,6 @@ from dllm_convert.licence_table import (
     USE_POLICY,
     LicenceRules,
 )
-from dllm_convert.redaction import last_part
 
 __all__ = [
     "NOTICE_FILE",

@@ -17,9 +17,9 @@ from math import prod
 from pathlib import Path
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.console import Reporter
-from dllm_convert.copying import sha256_files
-from dllm_convert.disk import writing
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import sha256_files
+from dllm_convert.common.disk import writing
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.from_gguf import is_half
 from dllm_convert.from_pickle import convert_pickles, copy_others, pickle_files

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.copying import pieces
+from dllm_convert.common.copying import pieces
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, Header
 

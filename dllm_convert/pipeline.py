@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import read_manifest, source_facts
+from dllm_convert.common.quiet import quiet_libraries
+from dllm_convert.common.ranks import Place
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.families import measured_adapter, record_adapter
 from dllm_convert.how import DEFAULT, How
-from dllm_convert.manifest import read_manifest, source_facts
-from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.quiet import quiet_libraries
 from dllm_convert.recipe import same_name_warning
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source

@@ -9,6 +9,7 @@ from typing import Any
 from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
+from dllm_convert.common.secrets_found import refuse_secrets
 from dllm_convert.config_code import (
     check_adapter_beside,
     check_class,
@@ -39,7 +40,6 @@ from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.quantised import check_quantised, side_file_warning
 from dllm_convert.schema import Recipe
-from dllm_convert.secrets_found import refuse_secrets
 from dllm_convert.source_fit import fit_source
 from dllm_convert.source_info import SourceInfo
 

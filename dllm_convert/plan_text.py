@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dllm_convert.cli_output import table
-from dllm_convert.shown_text import one_line
+from dllm_convert.common.shown_text import one_line
 
 WIDTH = 100
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

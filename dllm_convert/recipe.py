@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from dllm_convert import recipe_yaml
+from dllm_convert.common.foreign_files import MAX_TEXT_BYTES, check_file
+from dllm_convert.common.nearest import nearest_place
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.foreign_files import MAX_TEXT_BYTES, check_file
-from dllm_convert.nearest import nearest_place
 from dllm_convert.recipe_fields import describe_problem, fields_of, sections
 from dllm_convert.recipe_precedence import NAMES, forgotten
 from dllm_convert.recipe_source import handed_down

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.hub_ids import is_hub_id
+from dllm_convert.common.hub_ids import is_hub_id
 
 CONFIG, MANIFEST = _READ = ("config.json", "dllm_convert.json")
 LARGEST = 16 << 20

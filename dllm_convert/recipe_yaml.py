@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from dllm_convert.common.shown_text import acts, json_safe
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.shown_text import acts, json_safe
 
 _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")

@@ -15,14 +15,14 @@ from dllm_convert import recipe_yaml, report_evaluation, report_tables
 from dllm_convert.card_evaluation import Evaluation
 from dllm_convert.card_facts import Facts, Measure, collect_facts
 from dllm_convert.card_text import duration, figures, shown
-from dllm_convert.disk import write_whole
+from dllm_convert.common.disk import write_whole
+from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
+from dllm_convert.common.redaction import last_part, without_paths
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.evaluation.picture import PARALLELISM
-from dllm_convert.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
 from dllm_convert.observations import Observations
 from dllm_convert.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
 from dllm_convert.recipe import data_dir
-from dllm_convert.redaction import last_part, without_paths
 from dllm_convert.report_tables import Table
 
 TEMPLATE = "report.html.jinja"

@@ -13,8 +13,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dllm_convert.errors import DataError
-from dllm_convert.json_files import (
+from dllm_convert.common.json_files import (
     DOWNLOAD_AGAIN,
     LFS_POINTER,
     DuplicateKeyError,
@@ -23,8 +22,9 @@ from dllm_convert.json_files import (
     pointer,
     unique,
 )
-from dllm_convert.json_files import load_json as load_json
-from dllm_convert.json_files import load_json_object as load_json_object
+from dllm_convert.common.json_files import load_json as load_json
+from dllm_convert.common.json_files import load_json_object as load_json_object
+from dllm_convert.errors import DataError
 from dllm_convert.wrong_source import no_weights
 
 SINGLE_FILE = "model.safetensors"

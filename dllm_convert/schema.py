@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dllm_convert.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 
 Target = Literal["mdlm", "bd3lm"]
 Method = Literal["full", "lora", "none"]

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 from dllm_convert.errors import DataError
-from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 _NORMAL = 1
 _SPECIAL_TYPES = frozenset({2, 3, 5})  # UNKNOWN, CONTROL, UNUSED: never produced by text

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dllm_convert.common.hub_ids import is_hub_id
+from dllm_convert.common.json_files import is_pointer, pointer
+from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError
-from dllm_convert.hub_ids import is_hub_id
-from dllm_convert.json_files import is_pointer, pointer
-from dllm_convert.nearest import meant
 from dllm_convert.source_folder import inspect_folder
 from dllm_convert.source_gguf import inspect_gguf
 from dllm_convert.source_info import SourceInfo, SourceKind, TensorInfo, TokenizerInfo

@@ -9,15 +9,15 @@ from typing import Any
 
 from dllm_convert.adapters import has_adapter
 from dllm_convert.base_card import read_base_card
-from dllm_convert.errors import DataError, UnsupportedError
-from dllm_convert.foreign_files import (
+from dllm_convert.common.foreign_files import (
     MAX_TEXT_BYTES,
     MAX_VOCABULARY_BYTES,
     check_file,
     check_inside,
 )
-from dllm_convert.json_files import is_pointer, pointer
-from dllm_convert.nearest import no_folder
+from dllm_convert.common.json_files import is_pointer, pointer
+from dllm_convert.common.nearest import no_folder
+from dllm_convert.errors import DataError, UnsupportedError
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,

@@ -7,9 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.ranks import Place
 from dllm_convert.how import DEFAULT, How
-from dllm_convert.place import Place
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.workspace import Workspace

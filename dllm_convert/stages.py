@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from dllm_convert.disk import link, sync_tree
+from dllm_convert.common.disk import link, sync_tree
+from dllm_convert.common.manifest import source_facts
 from dllm_convert.errors import VerificationError
 from dllm_convert.how import Depth
-from dllm_convert.manifest import source_facts
 from dllm_convert.plan import plan_as_dict
 from dllm_convert.resumed import check_resumed
 from dllm_convert.stage_measures import Measures
@@ -101,8 +101,8 @@ class Stages(Measures):
         return train(self.plan, self._data, *folders, self.reporter, start).as_dict()
 
     def _assemble(self) -> dict[str, Any]:
+        from dllm_convert.common.manifest import write_manifest
         from dllm_convert.licences import write_notice
-        from dllm_convert.manifest import write_manifest
         from dllm_convert.pictures import DENOISING, draw_all
         from dllm_convert.recipe import dump_recipe
 
@@ -122,8 +122,8 @@ class Stages(Measures):
 
     def _manifest(self) -> dict[str, Any]:
         from dllm_convert import __version__
-        from dllm_convert.manifest import WRITTEN_LAST, hash_files, versions
-        from dllm_convert.manifest_form import MANIFEST_VERSION
+        from dllm_convert.common.manifest import WRITTEN_LAST, hash_files, versions
+        from dllm_convert.common.manifest_form import MANIFEST_VERSION
 
         adapted, extends = self.workspace.result("adapt") or {}, self.workspace.extends
         ways = {} if self._trains else adapted.get("ways", {})
@@ -171,7 +171,7 @@ class Stages(Measures):
 
     def _document(self) -> dict[str, Any]:
         from dllm_convert.card import write_card
-        from dllm_convert.manifest import read_manifest, write_manifest
+        from dllm_convert.common.manifest import read_manifest, write_manifest
         from dllm_convert.report_page import write_report
 
         staged, workspace = self.workspace.staged, self.workspace

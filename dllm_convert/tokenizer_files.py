@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.foreign_files import read_text
 from dllm_convert.errors import DataError
-from dllm_convert.foreign_files import read_text
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.source_info import TokenizerInfo
 from dllm_convert.tokenizer_classes import GENERIC, default_tokens, loading_class

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.errors import DataError
-from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sentencepiece_model import read_model
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import Way, sha256_files, switching_often, workers
+from dllm_convert.common.disk import sync, writing
+from dllm_convert.common.manifest import hash_files
 from dllm_convert.config_code import code_keys
-from dllm_convert.console import Reporter
-from dllm_convert.copying import Way, sha256_files, switching_often, workers
-from dllm_convert.disk import sync, writing
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.fit import Fit
-from dllm_convert.manifest import hash_files
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.quantised import SECTIONS as QUANTISED_SECTIONS
 from dllm_convert.safetensors_header import (

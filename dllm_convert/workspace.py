@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm_convert import strict_json
-from dllm_convert.differences import differences
-from dllm_convert.disk import reporting_full_disk, sync, write_whole
+from dllm_convert.common import strict_json
+from dllm_convert.common.differences import differences
+from dllm_convert.common.disk import reporting_full_disk, sync, write_whole
+from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.errors import DataError
-from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_text
 
 WORK = ".work"
 LAST = "config.json"

@@ -9,7 +9,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from dllm_convert.cli import app
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source

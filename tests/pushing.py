@@ -14,7 +14,13 @@ from conversion import convert
 from hub_server import LoopbackHub
 
 from dllm_convert.card import write_card
-from dllm_convert.manifest import MANIFEST_FILE, hash_files, source_facts, versions, write_manifest
+from dllm_convert.common.manifest import (
+    MANIFEST_FILE,
+    hash_files,
+    source_facts,
+    versions,
+    write_manifest,
+)
 from dllm_convert.plan import plan_as_dict
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"

@@ -25,8 +25,8 @@ from conversion import convert
 from huggingface_hub import ModelCard
 
 from dllm_convert.card import render_card, write_card
+from dllm_convert.common.manifest import write_manifest
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import write_manifest
 from dllm_convert.recipe import load_recipe
 from dllm_convert.verify.report import BY_FILES
 

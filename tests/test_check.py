@@ -84,7 +84,7 @@ class TestWrites:
     def test_bytes_of_the_untrained_conversion(
         self, source_factory: Sources, tmp_path: Path, family: str, shards: int
     ) -> None:
-        from dllm_convert.console import Reporter
+        from dllm_convert.common.console import Reporter
         from dllm_convert.safetensors_header import read_checkpoint
         from dllm_convert.weights import adapt
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe

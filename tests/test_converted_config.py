@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from dllm_convert.chat_rendering import chat_text
 from dllm_convert.cli import app
+from dllm_convert.common.json_files import load_json
 from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.json_files import load_json
 from dllm_convert.source import inspect_source
 from dllm_convert.tokenizer_loading import load_tokenizer
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from dllm_convert import stages
 from dllm_convert.cli import app
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import changed_files, listing_faults, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError, VerificationError
 from dllm_convert.how import Depth, How
-from dllm_convert.manifest import changed_files, listing_faults, read_manifest
 from dllm_convert.pipeline import run
 from dllm_convert.schema import Recipe
 from dllm_convert.workspace import Workspace

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.loading import load_base, load_complete
 from dllm_convert.plan import make_plan

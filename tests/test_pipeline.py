@@ -16,7 +16,7 @@ from factory import FAMILIES
 from tiny_runs import recipe, wait_for
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.how import Depth, How
 from dllm_convert.pipeline import RunResult, run

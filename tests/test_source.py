@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.materialise import materialise
 from dllm_convert.plan import make_plan

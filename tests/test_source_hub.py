@@ -28,7 +28,7 @@ else:
         "files": info.files, "vocab": info.tokenizer.size, "warnings": info.warnings,
     }))
     if len(sys.argv) > 3:
-        from dllm_convert.console import Reporter
+        from dllm_convert.common.console import Reporter
         from dllm_convert.materialise import materialise
         print(materialise(info, Reporter(quiet=True)).folder)
 """

@@ -11,7 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dllm_convert.cli import app
-from dllm_convert.counts import LARGEST_COUNT, LARGEST_SEED
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe import load_recipe
 from dllm_convert.recipe_fields import all_fields

@@ -15,12 +15,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dllm_convert import disk
 from dllm_convert.adapters import all_adapters
-from dllm_convert.console import Reporter
-from dllm_convert.copying import sha256_file
+from dllm_convert.common import disk
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.manifest import hash_files
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.manifest import hash_files
 from dllm_convert.mean_row import mean_row
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.safetensors_header import read_checkpoint, read_header

@@ -102,10 +102,10 @@ def evaluate(
 ) -> None:
     """Evaluate a converted checkpoint, and its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
+    from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.evaluation.record import evaluate_checkpoint
     from dllm_convert.evaluation.request import Request
     from dllm_convert.evaluation.settings import find_published, find_settings, merge
-    from dllm_convert.quiet import quiet_libraries
 
     settings = merge(find_settings(published), parse_assignments(assignments or ()))
     _check_decoding(checkpoint, settings.generation)

@@ -27,8 +27,8 @@ from dllm_convert.cli_values import (
     refuse_in_source,
 )
 from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
+from dllm_convert.common.ranks import Place
 from dllm_convert.how import Depth, How
-from dllm_convert.place import Place
 
 Link = Annotated[
     bool,

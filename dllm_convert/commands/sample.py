@@ -15,11 +15,11 @@ from dllm_convert.cli_types import path_of, seed_of
 from dllm_convert.cli_values import output_file
 from dllm_convert.commands import decoding
 from dllm_convert.commands.shared import make_reporter
+from dllm_convert.common.shown_text import printable
 from dllm_convert.errors import DataError
-from dllm_convert.shown_text import printable
 
 if TYPE_CHECKING:
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
 
 STDIN = "-"
 FORMATS = (".gif", ".html")
@@ -123,7 +123,7 @@ def _write(
 ) -> list[dict[str, Any]]:
     """Read the prompts that stand on stdin, load the checkpoint and decode."""
     prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
-    from dllm_convert.quiet import quiet_libraries
+    from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
     from dllm_convert.sampling.run import Shown, run_sample
 

@@ -13,12 +13,12 @@ from dllm_convert.cli_errors import tell_line
 from dllm_convert.errors import OutputError, VerificationError
 
 if TYPE_CHECKING:
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
     """Return where progress goes; bars of the Hub client only on terminals."""
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
 
     reporter = Reporter(quiet=quiet)
     if not reporter.live:

@@ -15,7 +15,7 @@ from dllm_convert.commands.run import AllowPickle
 from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
 
 if TYPE_CHECKING:
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
     from dllm_convert.verify.opening import Asked
 
 Checkpoint = Annotated[
@@ -98,7 +98,7 @@ def verify(
         show_done(found, output.verification_table, as_json=as_json)
         exit_if_failed(found)
         return
-    from dllm_convert.quiet import quiet_libraries
+    from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.verify import verify_checkpoint
 
     with quiet_libraries():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm_convert.attention import causal_mask
-from dllm_convert.console import Task
+from dllm_convert.common.console import Task
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict

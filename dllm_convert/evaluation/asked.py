@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.continuation import Continuation, cut_left
 from dllm_convert.evaluation.subject import Subject

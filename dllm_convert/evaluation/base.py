@@ -11,7 +11,7 @@ from typing import Any
 from lm_eval.api.model import CacheHook
 from lm_eval.models.huggingface import HFLM
 
-from dllm_convert.console import Reporter, Task
+from dllm_convert.common.console import Reporter, Task
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.subject import scored_from
 from dllm_convert.loading import load_complete

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from dllm_convert.console import Task
+from dllm_convert.common.console import Task
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import next_token_nats
 from dllm_convert.diffusion.objective import Objective, TextBatch

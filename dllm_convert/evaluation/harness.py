@@ -18,7 +18,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from dllm_convert.console import Reporter, Task
+from dllm_convert.common.console import Reporter, Task
 from dllm_convert.evaluation.asked import (
     asks_for_the_likeliest,
     cut_at,

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_convert.common.quiet import debugging
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.evaluation.names import unknown_tasks
 from dllm_convert.evaluation.paired import Mean, mean_of
 from dllm_convert.evaluation.request import Request
-from dllm_convert.quiet import debugging
 
 Items = Mapping[tuple[str, str], Mapping[int, float]]
 """Score of every item by (task, metric) and the item's number."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.console import Task
+from dllm_convert.common.console import Task
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.evaluation.continuation import Continuation, Estimator, score_round
 

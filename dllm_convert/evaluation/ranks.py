@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.place import Place
+from dllm_convert.common.ranks import Place
 
 
 @dataclass(frozen=True)

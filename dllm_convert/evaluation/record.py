@@ -6,20 +6,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.console import Reporter
-from dllm_convert.copying import sha256_file
-from dllm_convert.errors import DllmConvertError, IncompatibleError
-from dllm_convert.evaluation.request import Request
-from dllm_convert.hub_vocabulary import is_model_id
-from dllm_convert.manifest import (
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.hub_names import is_model_id
+from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
     read_manifest,
     refuse_other_version,
     write_manifest,
 )
-from dllm_convert.place import Place
-from dllm_convert.redaction import last_part
+from dllm_convert.common.ranks import Place
+from dllm_convert.common.redaction import last_part
+from dllm_convert.errors import DllmConvertError, IncompatibleError
+from dllm_convert.evaluation.request import Request
 
 FORMAT_VERSION = 1
 """Version of the `evaluation` section of the manifest."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.allocator import keep_freed_memory
-from dllm_convert.console import Reporter
+from dllm_convert.common.allocator import keep_freed_memory
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.outcome import Outcome, require_harness, run_tasks
 from dllm_convert.evaluation.paired import paired_difference

@@ -9,9 +9,9 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from dllm_convert import strict_json
+from dllm_convert.common import strict_json
+from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.probe.family import measure_family
-from dllm_convert.quiet import quiet_libraries
 
 
 def main() -> None:

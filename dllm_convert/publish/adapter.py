@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.console import Reporter
-from dllm_convert.disk import link
-from dllm_convert.errors import DataError
-from dllm_convert.manifest import (
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.disk import link
+from dllm_convert.common.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
     REPORT_FILE,
@@ -20,6 +19,7 @@ from dllm_convert.manifest import (
     read_manifest,
     write_manifest,
 )
+from dllm_convert.errors import DataError
 from dllm_convert.pictures import DENOISING
 from dllm_convert.publish.staging import check_recorded, is_weight, published_names
 from dllm_convert.sampling.run import read_config

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import CARD_FILE
 from dllm_convert.errors import DataError, HubError
 from dllm_convert.hub_errors import (
     PRECONDITION_FAILED,
@@ -16,7 +17,6 @@ from dllm_convert.hub_errors import (
     status_of,
     transport_error,
 )
-from dllm_convert.manifest import CARD_FILE
 from dllm_convert.publish.confirm import confirm
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.remote import (

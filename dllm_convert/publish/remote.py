@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.copying import sha256_file
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.manifest import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    file_names,
+    git_blob,
+    read_manifest,
+)
+from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import DataError, HubError
-from dllm_convert.manifest import CARD_FILE, MANIFEST_FILE, file_names, git_blob, read_manifest
-from dllm_convert.redaction import last_part
 
 OWN_FILES = (".gitattributes", ".gitignore", CARD_FILE)
 """Files a repository may hold before anything was published: the Hub or its owner made them."""

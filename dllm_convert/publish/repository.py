@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import HubError
 from dllm_convert.hub_errors import hub_errors
 from dllm_convert.publish.options import PushOptions

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from dllm_convert.disk import read_chunks, writing
+from dllm_convert.common.disk import read_chunks, writing
 from dllm_convert.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.console import Reporter
-from dllm_convert.copying import sha256_file
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.manifest import CARD_FILE, file_names, read_manifest
+from dllm_convert.common.quiet import quiet_libraries
+from dllm_convert.common.redaction import redact_folder
 from dllm_convert.errors import VerificationError
 from dllm_convert.licences import check_publication, rules_for
-from dllm_convert.manifest import CARD_FILE, file_names, read_manifest
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
@@ -21,8 +23,6 @@ from dllm_convert.publish.repository import full_id
 from dllm_convert.publish.scan import check_staged
 from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
-from dllm_convert.quiet import quiet_libraries
-from dllm_convert.redaction import redact_folder
 from dllm_convert.verify.report import files_only
 from dllm_convert.workspace import WORK, locked
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from dllm_convert.common.foreign_files import MAX_TEXT_BYTES
+from dllm_convert.common.manifest import file_names, read_manifest
+from dllm_convert.common.secrets_found import Finding, find_homes, find_secrets
 from dllm_convert.errors import DataError
-from dllm_convert.foreign_files import MAX_TEXT_BYTES
-from dllm_convert.manifest import file_names, read_manifest
-from dllm_convert.secrets_found import Finding, find_homes, find_secrets
 
 _UNREAD = ("*.safetensors", "*.png", "*.gif", "tokenizer.json", "vocab.*", "merges.txt", "*.model")
 """Weights, pictures and vocabularies, whose millions of pieces spell anything."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.manifest import CARD_FILE, read_manifest
+from dllm_convert.common.manifest import CARD_FILE, read_manifest
 
 
 @dataclass

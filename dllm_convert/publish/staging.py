@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-from dllm_convert.console import Reporter
-from dllm_convert.copying import sha256_file
-from dllm_convert.disk import link
-from dllm_convert.errors import DataError
-from dllm_convert.manifest import (
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.disk import link
+from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     WRITTEN_LAST,
     file_names,
     read_manifest,
     write_manifest,
 )
+from dllm_convert.errors import DataError
 from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
 
 TRAVELLING = ("*.md", "*.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")

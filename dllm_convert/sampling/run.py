@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.allocator import keep_freed_memory
-from dllm_convert.console import Reporter
+from dllm_convert.common.allocator import keep_freed_memory
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import refuse_other_version
+from dllm_convert.common.nearest import no_folder
 from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.manifest import refuse_other_version
-from dllm_convert.nearest import no_folder
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import load_json_object
 from dllm_convert.sampling.limits import ContextError, ContextWarning, context_of

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dllm_convert.console import Task
+from dllm_convert.common.console import Task
+from dllm_convert.common.interruption import Interruption
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.interruption import Interruption
 from dllm_convert.training.consensus import Consensus, barrier
 from dllm_convert.training.expectation import Opening
 from dllm_convert.training.metrics import GIB, Metrics, peak_memory

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.schema import Recipe
 from dllm_convert.training.packing import Layout, pack

@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from dllm_convert.common.interruption import heard
+from dllm_convert.common.ranks import Place
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.interruption import heard
-from dllm_convert.place import Place
 
 PATIENCE = timedelta(hours=24)
 """The others wait while the first process downloads, adapts and measures."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from dllm_convert import strict_json
-from dllm_convert.disk import sync, write_whole
+from dllm_convert.common import strict_json
+from dllm_convert.common.disk import sync, write_whole
 
 GIB = 1 << 30
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_convert import strict_json
+from dllm_convert.common import strict_json
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data, Recipe
 from dllm_convert.text_bounds import end_token

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 
-from dllm_convert.disk import sync_tree
+from dllm_convert.common.disk import sync_tree
 from dllm_convert.errors import DataError
 from dllm_convert.safetensors_header import read_header
 from dllm_convert.workspace import write_json

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.disk import sync_tree
+from dllm_convert.common.disk import sync_tree
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.safetensors_header import read_checkpoint

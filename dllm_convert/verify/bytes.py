@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
-from dllm_convert.console import Reporter
-from dllm_convert.copying import pieces, workers
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import pieces, workers
+from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.mean_row import is_finite
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.source_fit import fit_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dllm_convert.manifest import MANIFEST_FILE, changed_files, listing_faults, read_manifest
+from dllm_convert.common.manifest import MANIFEST_FILE, changed_files, listing_faults, read_manifest
 from dllm_convert.verify.report import Probe, first_items, skipped
 
 REQUIRED = "0, and every file that is loaded is listed"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import adapter_of, all_adapters
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest
-from dllm_convert.nearest import meant
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.sampling.run import read_config

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from dllm_convert.adapters import Adapter
-from dllm_convert.copying import pieces
+from dllm_convert.common.copying import pieces
 from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
 from dllm_convert.tensor_names import stored_names
 

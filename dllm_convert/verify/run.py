@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.loading import BROKEN
 from dllm_convert.tokenizer_loading import RustErrors

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.cells import cell_len
 
-from dllm_convert import strict_json
+from dllm_convert.common import strict_json
 from dllm_convert.watch.cells import Cell, State, caption, cells_of, count_new
 from dllm_convert.watch.frames import Film
 from dllm_convert.watch.pieces import NEWLINE, TokenText

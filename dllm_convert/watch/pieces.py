@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_convert.shown_text import BROKEN, glyph
+from dllm_convert.common.shown_text import BROKEN, glyph
 from dllm_convert.text_bounds import conversation_ids
 
 NEWLINE = "\N{RETURN SYMBOL}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dllm_convert.disk import write_whole
+from dllm_convert.common.disk import write_whole
 from dllm_convert.watch.frames import Film
 from dllm_convert.watch.pieces import TokenText
 

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_convert.charts import BLUE, GREY, VERMILION
-from dllm_convert.console import PLAIN_INTERVAL_S, Reporter
+from dllm_convert.common.console import PLAIN_INTERVAL_S, Reporter
 from dllm_convert.watch.cells import Cell, State, caption, cells_of, plain
 from dllm_convert.watch.frames import Film, Recorder
 from dllm_convert.watch.layout import Line, wrap

@@ -69,7 +69,7 @@ def test_a_continuation_that_melts_into_the_context_is_scored(
     assert melted in scored
     assert given + scored == subject.encode("a xyz!")
     assert score(subject, ("a xyz", "!"), ("a xyz", " is a name"))[0] < 0
-    from dllm_convert.console import Reporter
+    from dllm_convert.common.console import Reporter
     from dllm_convert.evaluation.base import AutoregressiveLM
 
     base = AutoregressiveLM(

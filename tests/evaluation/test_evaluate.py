@@ -15,14 +15,14 @@ from report_cases import evaluated as evaluated_by_hand
 
 from dllm_convert.card import render_card
 from dllm_convert.card_checks import check_card
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import REPORT_FILE, read_manifest, write_manifest
+from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.picture import PARALLELISM
 from dllm_convert.evaluation.record import evaluate_checkpoint, record_evaluation
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
-from dllm_convert.manifest import REPORT_FILE, read_manifest, write_manifest
-from dllm_convert.quiet import quiet_libraries
 from dllm_convert.report_page import write_report
 
 QUIET = Reporter(quiet=True)
@@ -176,7 +176,7 @@ def test_progress_counts_answers_and_says_how_long(
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from tasks_on_disk import write_tasks
 
-    from dllm_convert import console
+    from dllm_convert.common import console
     from dllm_convert.evaluation.run import evaluate_tasks
 
     monkeypatch.setattr(console, "PLAIN_INTERVAL_S", 0.0)

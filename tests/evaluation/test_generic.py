@@ -13,12 +13,12 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install dll
 from tasks_on_disk import write_tasks
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import write_manifest
 from dllm_convert.evaluation.harness import DiffusionLM
 from dllm_convert.evaluation.record import evaluate_checkpoint
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import Settings
-from dllm_convert.manifest import write_manifest
 from dllm_convert.plan import make_plan
 from dllm_convert.sampling.run import load_checkpoint, read_config
 from dllm_convert.schema import Recipe

@@ -142,7 +142,7 @@ class Case:
     @staticmethod
     def hash_anew(folder: Path) -> None:
         """Have the manifest list what is there, as somebody's tool would."""
-        from dllm_convert.manifest import WRITTEN_LAST, hash_files
+        from dllm_convert.common.manifest import WRITTEN_LAST, hash_files
 
         path = folder / "dllm_convert.json"
         try:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dllm_convert.adapters import adapter_of, has_adapter
 from dllm_convert.adapters.base import Measured
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.probe.instance import decoder_layers
 from dllm_convert.schema import Data, Recipe

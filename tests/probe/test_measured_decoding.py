@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.how import Depth, How
 from dllm_convert.pipeline import run
 from dllm_convert.sampling.run import load_checkpoint

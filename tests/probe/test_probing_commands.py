@@ -16,7 +16,7 @@ from dllm_convert import families
 from dllm_convert.adapters import adapter_of
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.cli import app
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import run
 from dllm_convert.probe import run as probing

@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.publish import PushOptions, confirm, push_checkpoint
 from dllm_convert.publish import run as publish_run

@@ -18,7 +18,7 @@ from hub_server import LoopbackHub, serve
 from hub_store import Commit
 from pushing import TOKEN, checkpoint
 
-from dllm_convert.manifest import MANIFEST_FILE, git_blob, hash_files
+from dllm_convert.common.manifest import MANIFEST_FILE, git_blob, hash_files
 
 SCHEDULES = 208
 GROUPS = 8

@@ -13,7 +13,7 @@ from hub_server import LoopbackHub, serve
 from pushing import TOKEN, checkpoint
 
 import dllm_convert
-from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
+from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
 from dllm_convert.safetensors_header import INDEX_FILE, encode_header
 
 SHARD_BYTES = 1_550_000_000
@@ -24,7 +24,7 @@ CLIENT = """
 import resource, sys
 from contextlib import nullcontext
 from pathlib import Path
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.publish import PushOptions, confirm, push_checkpoint, run
 confirm.short_verification = lambda *_: ()
 run.quiet_libraries = nullcontext

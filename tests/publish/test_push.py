@@ -13,8 +13,8 @@ from hub_faults import Fault, FaultPlan
 from hub_server import LoopbackHub, serve
 from pushing import TOKEN, Done, checkpoint, command
 
-from dllm_convert.console import Reporter
-from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
 from dllm_convert.verify.bytes import verify_folder
 
 REPO = "me/tiny"

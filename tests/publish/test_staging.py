@@ -13,9 +13,9 @@ from pushing import checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import MANIFEST_FILE, changed_files, read_manifest, write_manifest
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import MANIFEST_FILE, changed_files, read_manifest, write_manifest
 from dllm_convert.publish.reshard import needs_reshard, parse_size, reshard
 from dllm_convert.publish.staging import stage
 from dllm_convert.safetensors_header import INDEX_FILE, read_checkpoint

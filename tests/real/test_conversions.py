@@ -13,7 +13,7 @@ import torch
 from real import assets
 from safetensors.torch import load_file, save_file
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.materialise import materialise
 from dllm_convert.pipeline import run
 from dllm_convert.schema import Recipe

@@ -8,7 +8,7 @@ from typing import Any
 import assets
 import pytest
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.materialise import materialise
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe

@@ -18,7 +18,7 @@ from tiny_decoders import DECODERS, prompt, ragged, tiny
 from typer.testing import CliRunner
 
 from dllm_convert.cli import app
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.plan_checks import too_many_new
 from dllm_convert.sampling.limits import (

@@ -13,7 +13,7 @@ from conftest import SourceFactory
 from test_trainer import converted, weights
 from transformers import AutoTokenizer
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.costs import flops_per_token
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline import run
@@ -131,7 +131,7 @@ def test_metrics_survive_a_kill_and_half_a_line(tmp_path: Path) -> None:
 def test_progress_in_plain_lines(
     tmp_path: Path, source_cache: SourceFactory, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("dllm_convert.console.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("dllm_convert.common.console.PLAIN_INTERVAL_S", 0.0)
     plan, data = converted(source_cache("llama"), tmp_path / "a")
     train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", Reporter())
     said = capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ import pytest
 from conftest import SourceFactory
 from transformers import AutoTokenizer
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data, Recipe
 from dllm_convert.training.chat import ChatEncoder, find_messages

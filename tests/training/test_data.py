@@ -13,7 +13,7 @@ import torch
 from conftest import SourceFactory
 from transformers import AutoTokenizer
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Recipe
 from dllm_convert.training.data import TextData, prepare_data

@@ -14,7 +14,7 @@ from conftest import SourceFactory
 from factory import FAMILIES
 from test_trainer import converted
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective, TextBatch

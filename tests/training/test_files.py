@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SourceFactory
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data, Recipe
 from dllm_convert.training import file_rows

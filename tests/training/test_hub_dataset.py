@@ -41,7 +41,7 @@ import json, sys
 from pathlib import Path
 from itertools import islice
 from transformers import AutoTokenizer
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.schema import Recipe
 from dllm_convert.training.data import prepare_data
 recipe = Recipe.model_validate_json(sys.argv[1])

@@ -16,8 +16,8 @@ import pytest
 from conftest import SourceFactory
 from running import Launcher
 
-from dllm_convert.copying import sha256_files
-from dllm_convert.manifest import file_names
+from dllm_convert.common.copying import sha256_files
+from dllm_convert.common.manifest import file_names
 
 CHANGES_BY_TIME = ("dllm_convert.json", "README.md", "report.html")
 """Files that say when they were made, or how long that took."""

@@ -10,7 +10,7 @@ import pytest
 from conftest import SourceFactory
 from transformers import AutoTokenizer
 
-from dllm_convert import bounded
+from dllm_convert.common import bounded
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data
 from dllm_convert.training.chat import ChatEncoder, find_messages

@@ -11,7 +11,7 @@ from conftest import SourceFactory
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.schema import Data, Recipe
 from dllm_convert.training.chat import ChatEncoder, find_messages

@@ -11,7 +11,7 @@ import pytest
 from conftest import SourceFactory
 from transformers import AutoTokenizer
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source

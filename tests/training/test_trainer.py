@@ -14,7 +14,7 @@ from factory import FAMILIES
 from transformers import AutoTokenizer
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DllmConvertError

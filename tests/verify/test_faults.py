@@ -12,7 +12,7 @@ import pytest
 import torch
 from planting import EMBEDDING, WEIGHTS, edit_json, edit_tensors, failed, failing_report
 
-from dllm_convert.manifest import hash_files, write_manifest
+from dllm_convert.common.manifest import hash_files, write_manifest
 from dllm_convert.verify import verify_checkpoint
 
 ATTENTION = {

@@ -14,7 +14,7 @@ import torch
 from planting import EMBEDDING, WEIGHTS, edit_json, edit_tensors, failed, failing_report
 from safetensors.torch import load_file, save_file
 
-from dllm_convert.manifest import hash_files, write_manifest
+from dllm_convert.common.manifest import hash_files, write_manifest
 from dllm_convert.verify import verify_checkpoint
 
 INDEX = "model.safetensors.index.json"

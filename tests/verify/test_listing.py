@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from planting import edit_tensors
 
-from dllm_convert.console import Reporter
-from dllm_convert.manifest import hash_files, listing_faults
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import hash_files, listing_faults
 from dllm_convert.verify import verify_checkpoint
 from dllm_convert.verify.bytes import verify_folder
 

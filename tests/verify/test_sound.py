@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_convert.manifest import hash_files, write_manifest
+from dllm_convert.common.manifest import hash_files, write_manifest
 from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
 from dllm_convert.verify.catalogue import CATALOGUE
 

@@ -26,7 +26,7 @@ from films import MASK, film_of
 from rich.cells import cell_len
 from rich.console import Console
 
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
 from dllm_convert.watch import terminal
 from dllm_convert.watch.cells import Cell, State
 from dllm_convert.watch.frames import UNWRITTEN, Film, Recorder

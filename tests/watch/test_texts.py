@@ -10,7 +10,7 @@ import pytest
 from factory import FAMILIES, TOKENIZERS
 from rich.cells import cell_len
 
-from dllm_convert.shown_text import BROKEN, printable
+from dllm_convert.common.shown_text import BROKEN, printable
 from dllm_convert.watch.layout import wrap
 from dllm_convert.watch.pieces import END, NEWLINE, TokenText, visible
 

@@ -17,9 +17,9 @@ import typer
 from dllm_convert.cli_errors import tell_line
 from dllm_convert.cli_output import verification_table
 from dllm_convert.commands.shared import exit_if_failed, show_done
-from dllm_convert.console import Reporter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.shown_text import json_safe, printable
 from dllm_convert.recipe_yaml import dump, parse_mapping
-from dllm_convert.shown_text import json_safe, printable
 
 Sources = Callable[..., Path]
 ACTING = "\x1b[31m\x07\x9b2J\u202eabc\u2066\u200f\ufeff\ud800"
@@ -174,7 +174,7 @@ def test_work_goes_on_when_nobody_reads_of_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sighup_counts_as_sigterm_unless_it_is_ignored() -> None:
-    from dllm_convert.interruption import Interruption, heard
+    from dllm_convert.common.interruption import Interruption, heard
 
     assert signal.SIGHUP in heard()
     with Interruption(gently=True) as interruption:

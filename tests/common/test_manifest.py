@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.errors import DataError
-from dllm_convert.manifest import (
+from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     changed_files,
     hash_files,
@@ -20,6 +19,7 @@ from dllm_convert.manifest import (
     versions,
     write_manifest,
 )
+from dllm_convert.errors import DataError
 
 
 def test_round_trip_leaves_one_file(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dllm_convert import strict_json
+from dllm_convert.common import strict_json
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

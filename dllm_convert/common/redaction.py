@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert import recipe_yaml
-from dllm_convert.copying import sha256_file
-from dllm_convert.foreign_files import read_text
-from dllm_convert.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.foreign_files import read_text
+from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest, write_manifest
 
 RECIPE_FILE = "recipe.yaml"
 _SEPARATORS = re.compile(r"[/\\]")

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dllm_convert.cli import app
-from dllm_convert.nearest import nearest_place
+from dllm_convert.common.nearest import nearest_place
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pushing import checkpoint
 from typer.testing import CliRunner
 
 from dllm_convert.cli import app
+from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest
 from dllm_convert.errors import DataError
-from dllm_convert.manifest import MANIFEST_FILE, hash_files, read_manifest
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "card": ("card",),

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dllm_convert.shown_text import one_line
+from dllm_convert.common.shown_text import one_line
 
 PLAIN_INTERVAL_S = 5.0
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_convert import copying
-from dllm_convert.copying import PIECE, TwinHash, place, sha256_file, sha256_files, spans
+from dllm_convert.common import copying
+from dllm_convert.common.copying import PIECE, TwinHash, place, sha256_file, sha256_files, spans
 from dllm_convert.errors import DataError
 
 

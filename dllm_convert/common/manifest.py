@@ -10,16 +10,16 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.copying import sha256_file, sha256_files
-from dllm_convert.errors import DataError
-from dllm_convert.json_files import load_json_object
-from dllm_convert.manifest_form import (
+from dllm_convert.common.copying import sha256_file, sha256_files
+from dllm_convert.common.json_files import load_json_object
+from dllm_convert.common.manifest_form import (
     MANIFEST_VERSION,
     check_form,
     check_version,
     is_this_version,
 )
-from dllm_convert.nearest import no_folder
+from dllm_convert.common.nearest import no_folder
+from dllm_convert.errors import DataError
 from dllm_convert.workspace import WORK, write_json
 
 if TYPE_CHECKING:

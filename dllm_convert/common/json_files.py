@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dllm_convert import strict_json
+from dllm_convert.common import strict_json
+from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 from dllm_convert.errors import DataError
-from dllm_convert.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 
 DOWNLOAD_AGAIN = "Download the file again, or ask whoever made it for a complete copy"
 _MAX_FOUND = 300
