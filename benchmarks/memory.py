@@ -25,7 +25,7 @@ from dllm_convert.devices import this_cpu
 from dllm_convert.pipeline import plan_conversion
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_estimate import uses_bf16
-from dllm_convert.recipe import load_recipe
+from dllm_convert.recipe.loading import load_recipe
 
 
 def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionPlan:

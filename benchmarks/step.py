@@ -30,8 +30,8 @@ from dllm_convert.cli_values import parse_assignments
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.recipe import load_recipe
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.loading import load_recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data import collate
 from dllm_convert.training.run import _arguments

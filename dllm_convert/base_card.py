@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from dllm_convert.common.foreign_files import MIB
-from dllm_convert.recipe_yaml import check_structure
+from dllm_convert.recipe.yaml_text import check_structure
 
 _FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -13,7 +13,7 @@ import typer
 from dllm_convert.common.counts import LARGEST_COUNT, LONGEST_MINUTES
 
 if TYPE_CHECKING:
-    from dllm_convert.schema import Recipe, Training
+    from dllm_convert.recipe.schema import Recipe, Training
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from dllm_convert.schema import Recipe, Training
+    from dllm_convert.recipe.schema import Recipe, Training
 
 _SOURCE = "source"
 _OF_A_MODEL = tuple(f"training.{n}" for n in ("method", "seed", "precision", "attention"))

@@ -14,7 +14,7 @@ from dllm_convert.errors import DataError
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
     from dllm_convert.publish import PushOptions
-    from dllm_convert.schema import Recipe
+    from dllm_convert.recipe.schema import Recipe
 
 
 @overload
@@ -82,7 +82,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     Raises:
         typer.BadParameter: One is not of that form, or two contradict each other.
     """
-    from dllm_convert.recipe_yaml import parse_value
+    from dllm_convert.recipe.yaml_text import parse_value
 
     values: dict[str, Any] = {}
     for assignment in assignments:
@@ -220,7 +220,7 @@ def base_folder(source: str, reporter: Reporter, *, allow_pickle: bool = False) 
     """Return the folder of a base's weights, fetched if need be."""
     from dllm_convert.materialise import materialise
     from dllm_convert.plan_checks import check_pickle
-    from dllm_convert.recipe import load_recipe
+    from dllm_convert.recipe.loading import load_recipe
     from dllm_convert.source import inspect_source
 
     recipe = load_recipe(source, overrides={})

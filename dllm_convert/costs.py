@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from dllm_convert.model_shape import ModelShape
-from dllm_convert.schema import Checkpointing, Recipe, Training
+from dllm_convert.recipe.schema import Checkpointing, Recipe, Training
 from dllm_convert.streams import Streams, streams
 
 CPU_RUNTIME = 557_000_000

@@ -117,7 +117,7 @@ def _not_found(repo_id: str, doing: Doing) -> HubError:
 def _nearest_recipe(repo_id: str) -> str | None:
     import difflib
 
-    from dllm_convert.recipe import list_recipes
+    from dllm_convert.recipe.loading import list_recipes
 
     names = [entry.name for entry in list_recipes()]
     nearest = difflib.get_close_matches(repo_id.rpartition("/")[2].lower(), names, n=1)

@@ -11,7 +11,7 @@ from typing import Any
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.interruption import INTERRUPTED
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.recipe_yaml import parse_mapping
+from dllm_convert.recipe.yaml_text import parse_mapping
 
 _LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",

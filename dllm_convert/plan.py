@@ -39,7 +39,7 @@ from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
 from dllm_convert.quantised import check_quantised, side_file_warning
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source_fit import fit_source
 from dllm_convert.source_info import SourceInfo
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dllm_convert.adapters.base import Adapter
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source_info import SourceInfo
 
 LARGE_BUDGET = 1_000_000_000

@@ -18,7 +18,7 @@ from dllm_convert.plan_layers import (
     group_layers,
     kept_features,
 )
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source_info import SourceInfo
 
 

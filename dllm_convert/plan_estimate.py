@@ -10,7 +10,7 @@ from dllm_convert.costs import flops_per_token, peak_memory, trainable_parameter
 from dllm_convert.devices import GPUS, USABLE_MEMORY, Device
 from dllm_convert.model_shape import ModelShape
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 
 MOST_GPUS = 1024
 """Where the search for a number of GPUs ends."""

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dllm_convert import recipe_yaml, report_evaluation, report_tables
+from dllm_convert import report_evaluation, report_tables
 from dllm_convert.card_evaluation import Evaluation
 from dllm_convert.card_facts import Facts, Measure, collect_facts
 from dllm_convert.card_text import duration, figures, shown
@@ -22,7 +22,8 @@ from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.evaluation.picture import PARALLELISM
 from dllm_convert.observations import Observations
 from dllm_convert.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
-from dllm_convert.recipe import data_dir
+from dllm_convert.recipe import yaml_text as recipe_yaml
+from dllm_convert.recipe.loading import data_dir
 from dllm_convert.report_tables import Table
 
 TEMPLATE = "report.html.jinja"

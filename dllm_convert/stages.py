@@ -104,7 +104,7 @@ class Stages(Measures):
         from dllm_convert.common.manifest import write_manifest
         from dllm_convert.licences import write_notice
         from dllm_convert.pictures import DENOISING, draw_all
-        from dllm_convert.recipe import dump_recipe
+        from dllm_convert.recipe.loading import dump_recipe
 
         staged = self.workspace.staged
         shutil.rmtree(staged, ignore_errors=True)

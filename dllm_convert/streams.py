@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dllm_convert.schema import Noise, Recipe
+from dllm_convert.recipe.schema import Noise, Recipe
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 
 from dllm_convert.cli import EXIT_CODES, app
-from dllm_convert.recipe import data_dir, list_recipes
-from dllm_convert.recipe_fields import all_fields
-from dllm_convert.recipe_yaml import parse_mapping
+from dllm_convert.recipe.fields import all_fields
+from dllm_convert.recipe.loading import data_dir, list_recipes
+from dllm_convert.recipe.yaml_text import parse_mapping
 
 HERE = Path(__file__).parent
 NOTICE = "<!-- Written by docs/generate.py (make docs); do not edit. -->\n"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import inspect_source
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from dllm_convert.errors import DataError, DllmConvertError, UnsupportedError
 from dllm_convert.plan import make_plan
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.safetensors_header import read_header
-from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 
 Sources = Callable[..., Path]

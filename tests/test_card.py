@@ -27,7 +27,7 @@ from huggingface_hub import ModelCard
 from dllm_convert.card import render_card, write_card
 from dllm_convert.common.manifest import write_manifest
 from dllm_convert.errors import DataError
-from dllm_convert.recipe import load_recipe
+from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.verify.report import BY_FILES
 
 ALWAYS = ["Use", "The model", "Training", "Limits", "Reproduce", "Licence", "Citation"]

@@ -18,7 +18,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.plan_layers import kept_features
 from dllm_convert.plan_text import bytes_text, hours_text, plan_text, ranges_text
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import SourceInfo, TensorInfo, inspect_source
 
 Sources = Callable[..., Path]

@@ -27,7 +27,7 @@ from dllm_convert.errors import (
     UnsupportedError,
     VerificationError,
 )
-from dllm_convert.schema import Recipe, Target
+from dllm_convert.recipe.schema import Recipe, Target
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub")
 PROBE = {"name": "influence", "passed": True, "measured": 0.25, "required": "== 0", "detail": "ok"}

@@ -17,7 +17,7 @@ from dllm_convert.config_numbers import check_numbers
 from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import inspect_source
 
 Sources = Callable[..., Path]

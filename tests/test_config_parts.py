@@ -14,7 +14,7 @@ from dllm_convert.adapters import all_adapters
 from dllm_convert.config_parts import ACTIVATIONS, SCALINGS
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import inspect_source
 
 Sources = Callable[..., Path]

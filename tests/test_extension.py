@@ -21,7 +21,7 @@ from dllm_convert.common.manifest import changed_files, listing_faults, read_man
 from dllm_convert.errors import DataError, IncompatibleError, VerificationError
 from dllm_convert.how import Depth, How
 from dllm_convert.pipeline import run
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.workspace import Workspace
 
 QUIET = Reporter(quiet=True)

@@ -13,8 +13,8 @@ from pushing import Done, checkpoint, command
 
 from dllm_convert.cli_values import default_out
 from dllm_convert.errors import DataError
-from dllm_convert.recipe import load_recipe
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.loading import load_recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.workspace import open_workspace
 
 BLOCKS = {

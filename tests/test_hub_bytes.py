@@ -14,8 +14,8 @@ from hub_server import COMMIT, LoopbackHub, run_python, serve
 from hub_store import MAIN, Blob, Commit, Repo
 
 from dllm_convert.plan import make_plan, plan_as_dict
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.safetensors_header import INDEX_FILE
-from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 
 REPO = "someone/llama-70b"

@@ -89,7 +89,7 @@ def test_installed_package_finds_its_recipes(installed: Path, tmp_path: Path) ->
 
 
 def test_installed_package_finds_its_cards(installed: Path, tmp_path: Path) -> None:
-    code = "import dllm_convert.recipe as r; print(*sorted(r.data_dir('cards').iterdir()))"
+    code = "import dllm_convert.recipe.loading as r; print(*sorted(r.data_dir('cards').iterdir()))"
     found = _run("-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
     assert {Path(name).name for name in found} == {Path(name).name for name in _sources("cards")}
     assert all(name.startswith(str(installed)) for name in found)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from card_cases import llama_bd3lm
 
-from dllm_convert import recipe_yaml
 from dllm_convert.common.manifest import changed_files, hash_files, read_manifest, write_manifest
 from dllm_convert.common.redaction import last_part, public, redact_folder, without_paths
-from dllm_convert.recipe import load_recipe
+from dllm_convert.recipe import yaml_text as recipe_yaml
+from dllm_convert.recipe.loading import load_recipe
 
 
 @pytest.mark.parametrize(

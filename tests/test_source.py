@@ -19,8 +19,8 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.materialise import materialise
 from dllm_convert.plan import make_plan
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.safetensors_header import read_checkpoint
-from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 
 Sources = Callable[..., Path]

@@ -19,7 +19,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.loading import load_base
 from dllm_convert.plan import ConversionPlan, make_plan
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.source_fit import fit_folder
 from dllm_convert.verify import verify_checkpoint

@@ -17,7 +17,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import decide_mask_token
 from dllm_convert.plan_tokenizer import check_tokenizer
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import SourceInfo, TensorInfo
 from dllm_convert.tokenizer_classes import (
     _DEFAULTS,

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from dllm_convert.cli import app
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.recipe import load_recipe
-from dllm_convert.recipe_fields import all_fields
+from dllm_convert.recipe.fields import all_fields
+from dllm_convert.recipe.loading import load_recipe
 
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
 PLACES = {"SOURCE", "CHECKPOINT", "DIR", "FILE", "FILE.html", "SPEC", "REPO_ID", "BASE", "REV",

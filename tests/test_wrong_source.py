@@ -11,8 +11,8 @@ import pytest
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import plan_conversion
 from dllm_convert.plan import make_plan
-from dllm_convert.recipe import load_recipe
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.loading import load_recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.wrong_source import no_config, no_weights
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from forks import Forked
 
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 
 
 def recipe(source: Path, target: str = "bd3lm", **training: Any) -> Recipe:

@@ -10,7 +10,7 @@ from dllm_convert import cli_output as output
 
 def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> None:
     """List the recipes, or show one with every field it resolves to."""
-    from dllm_convert.recipe import dump_recipe, list_recipes, load_recipe
+    from dllm_convert.recipe.loading import dump_recipe, list_recipes, load_recipe
 
     if name is not None:
         recipe = load_recipe(name, overrides={})

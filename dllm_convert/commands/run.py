@@ -65,7 +65,7 @@ Extend = Annotated[
 
 if TYPE_CHECKING:
     from dllm_convert.publish import PushOptions
-    from dllm_convert.schema import Recipe
+    from dllm_convert.recipe.schema import Recipe
 
 
 _GENERIC = "Families without an adapter"
@@ -172,7 +172,7 @@ def _recipe(
     Raises:
         typer.BadParameter: Two options contradict each other, or one cannot be obeyed.
     """
-    from dllm_convert.recipe import load_recipe
+    from dllm_convert.recipe.loading import load_recipe
 
     given = {field: value for field, value in flags.items() if value is not None}
     assigned = flat(parse_assignments(assignments))

@@ -24,7 +24,7 @@ from dllm_convert.workspace import WORK, write_json
 
 if TYPE_CHECKING:
     from dllm_convert.plan import ConversionPlan
-    from dllm_convert.schema import Recipe
+    from dllm_convert.recipe.schema import Recipe
 
 MANIFEST_FILE = "dllm_convert.json"
 CARD_FILE = "README.md"
@@ -88,8 +88,8 @@ def recorded_recipe(folder: Path) -> Recipe:
     """
     from pydantic import ValidationError
 
-    from dllm_convert.recipe_fields import describe_problem
-    from dllm_convert.schema import Recipe
+    from dllm_convert.recipe.fields import describe_problem
+    from dllm_convert.recipe.schema import Recipe
 
     path = folder / MANIFEST_FILE
     recipe = read_manifest(folder).get("recipe")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert import recipe_yaml
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from dllm_convert.recipe import yaml_text as recipe_yaml
 
 RECIPE_FILE = "recipe.yaml"
 _SEPARATORS = re.compile(r"[/\\]")

@@ -15,7 +15,7 @@ import torch
 
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.schema import Noise
+from dllm_convert.recipe.schema import Noise
 
 
 @dataclass(frozen=True)

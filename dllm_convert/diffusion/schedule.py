@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_convert.schema import Noise
+from dllm_convert.recipe.schema import Noise
 
 
 @dataclass(frozen=True)

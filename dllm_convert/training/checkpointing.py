@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from dllm_convert.schema import Checkpointing
+from dllm_convert.recipe.schema import Checkpointing
 
 _KEPT = frozenset(
     {

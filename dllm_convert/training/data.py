@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.packing import Layout, pack
 from dllm_convert.training.preparation import Preparation
 from dllm_convert.training.reading import permutation

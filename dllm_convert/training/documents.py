@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dllm_convert.errors import DataError
-from dllm_convert.schema import Data
+from dllm_convert.recipe.schema import Data
 from dllm_convert.training.file_rows import Row, explained, reader_of
 from dllm_convert.training.files import find_files
 from dllm_convert.training.formats import EXPECTED, FILE_SUFFIXES, broken_hint, format_of

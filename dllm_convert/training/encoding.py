@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.errors import DataError
-from dllm_convert.schema import Data
+from dllm_convert.recipe.schema import Data
 from dllm_convert.text_bounds import end_token
 from dllm_convert.training.chat import ChatEncoder
 from dllm_convert.training.file_rows import Row

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dllm_convert.diffusion.corruption import NoiseKey
-from dllm_convert.schema import Training
+from dllm_convert.recipe.schema import Training
 
 
 class MaskNoise:

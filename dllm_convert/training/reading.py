@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_convert.schema import Data
+from dllm_convert.recipe.schema import Data
 from dllm_convert.training.documents import Corpus
 from dllm_convert.training.encoding import KEYS, Document, Encoded, Encoder, find_documents
 from dllm_convert.training.store import Store, StoreWriter

@@ -19,7 +19,7 @@ from dllm_convert.costs import flops_per_token
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.data import TextData, collate
 from dllm_convert.training.distributed import check_strategy

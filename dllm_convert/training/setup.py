@@ -13,7 +13,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.loading import load_complete
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_estimate import chosen_attention
-from dllm_convert.schema import Recipe, Training
+from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.reporting import is_installed
 from dllm_convert.training.tiles import register_tiles

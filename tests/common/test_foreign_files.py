@@ -14,8 +14,8 @@ from dllm_convert.cli import app
 from dllm_convert.common.foreign_files import check_file, check_inside, read_text
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.launch import check_config, launch
-from dllm_convert.recipe import data_dir, load_recipe
-from dllm_convert.recipe_yaml import parse_mapping, parse_value
+from dllm_convert.recipe.loading import data_dir, load_recipe
+from dllm_convert.recipe.yaml_text import parse_mapping, parse_value
 from dllm_convert.source import inspect_source
 
 Sources = Callable[..., Path]

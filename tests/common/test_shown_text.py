@@ -19,7 +19,7 @@ from dllm_convert.cli_output import verification_table
 from dllm_convert.commands.shared import exit_if_failed, show_done
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.shown_text import json_safe, printable
-from dllm_convert.recipe_yaml import dump, parse_mapping
+from dllm_convert.recipe.yaml_text import dump, parse_mapping
 
 Sources = Callable[..., Path]
 ACTING = "\x1b[31m\x07\x9b2J\u202eabc\u2066\u200f\ufeff\ud800"

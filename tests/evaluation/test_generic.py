@@ -20,8 +20,8 @@ from dllm_convert.evaluation.record import evaluate_checkpoint
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import Settings
 from dllm_convert.plan import make_plan
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint, read_config
-from dllm_convert.schema import Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.weights import adapt
 

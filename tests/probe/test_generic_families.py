@@ -17,7 +17,7 @@ from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.probe.instance import decoder_layers
-from dllm_convert.schema import Data, Recipe
+from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.source import inspect_source
 from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
 

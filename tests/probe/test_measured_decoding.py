@@ -11,8 +11,8 @@ import torch
 from dllm_convert.common.console import Reporter
 from dllm_convert.how import Depth, How
 from dllm_convert.pipeline import run
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint
-from dllm_convert.schema import Recipe
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])

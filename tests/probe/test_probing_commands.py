@@ -20,8 +20,8 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import run
 from dllm_convert.probe import run as probing
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.safetensors_header import read_checkpoint
-from dllm_convert.schema import Recipe
 
 QUIET = Reporter(quiet=True)
 

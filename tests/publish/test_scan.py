@@ -14,7 +14,7 @@ from dllm_convert.common.secrets_found import find_homes, find_secrets, refuse_s
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.publish.scan import check_staged
 from dllm_convert.publish.staging import published_names
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 
 # Put together here, so that no scanner of repositories takes them for real ones.
 SECRETS = [

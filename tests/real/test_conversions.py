@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dllm_convert.common.console import Reporter
 from dllm_convert.materialise import materialise
 from dllm_convert.pipeline import run
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import inspect_source
 
 pytestmark = pytest.mark.real

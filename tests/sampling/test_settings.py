@@ -13,7 +13,7 @@ from conversion import convert, converted_once, sample
 
 from dllm_convert.commands import decoding
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.recipe_fields import fields_of
+from dllm_convert.recipe.fields import fields_of
 from dllm_convert.sampling.checking import check_decoding
 from dllm_convert.sampling.options import ORDERS, REMASKING, DecodingOptions
 

@@ -14,7 +14,7 @@ from accelerate import skip_first_batches
 from transformers import AutoTokenizer, Trainer
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data import collate, prepare_data
 from dllm_convert.training.run import _arguments
 

@@ -17,7 +17,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.costs import flops_per_token
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline import run
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training import reporting
 from dllm_convert.training.data import prepare_data
 from dllm_convert.training.metrics import Metrics

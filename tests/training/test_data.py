@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data import TextData, prepare_data
 from dllm_convert.training.encoding import Document, Encoder
 from dllm_convert.training.reading import Split

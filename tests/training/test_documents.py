@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dllm_convert.errors import DataError, HubError
-from dllm_convert.schema import Data
+from dllm_convert.recipe.schema import Data
 from dllm_convert.training import file_rows as module
 from dllm_convert.training.documents import open_corpus
 from dllm_convert.training.encoding import LONGEST, find_documents

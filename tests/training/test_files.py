@@ -18,7 +18,7 @@ from conftest import SourceFactory
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
-from dllm_convert.schema import Data, Recipe
+from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.training import file_rows
 from dllm_convert.training.documents import open_corpus
 from dllm_convert.training.encoding import find_documents

@@ -18,7 +18,7 @@ from hub_server import COMMIT, LoopbackHub, run_python, serve
 READ = """
 import json, sys
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.schema import Data
+from dllm_convert.recipe.schema import Data
 from dllm_convert.training.documents import open_corpus
 from dllm_convert.training.encoding import find_documents
 data = Data(**json.loads(sys.argv[1]))
@@ -42,7 +42,7 @@ from pathlib import Path
 from itertools import islice
 from transformers import AutoTokenizer
 from dllm_convert.common.console import Reporter
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data import prepare_data
 recipe = Recipe.model_validate_json(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])

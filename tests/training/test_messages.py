@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dllm_convert.common import bounded
 from dllm_convert.errors import DataError
-from dllm_convert.schema import Data
+from dllm_convert.recipe.schema import Data
 from dllm_convert.training.chat import ChatEncoder, find_messages
 from dllm_convert.training.encoding import Encoder, find_documents
 

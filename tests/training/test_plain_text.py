@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
-from dllm_convert.schema import Data, Recipe
+from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.training.chat import ChatEncoder, find_messages
 from dllm_convert.training.data import prepare_data
 from dllm_convert.training.encoding import Document, Encoder

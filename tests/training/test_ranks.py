@@ -13,7 +13,7 @@ import forks
 import pytest
 from conftest import SourceFactory
 
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 
 pytestmark = pytest.mark.slow
 Rows = list[Any]

@@ -200,7 +200,7 @@ def test_configs_are_what_accelerate_reads(name: str) -> None:
 
 
 def test_launch_files_are_no_recipes() -> None:
-    from dllm_convert.recipe import list_recipes
+    from dllm_convert.recipe.loading import list_recipes
 
     assert not {"ddp", "fsdp2", "zero2", "zero3", "multi-node"} & {r.name for r in list_recipes()}
 

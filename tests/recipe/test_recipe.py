@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from dllm_convert import recipe_yaml
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.recipe import (
+from dllm_convert.recipe import yaml_text as recipe_yaml
+from dllm_convert.recipe.fields import all_fields
+from dllm_convert.recipe.loading import (
     DEFAULT_BLOCK_SIZE,
     data_dir,
     dump_recipe,
     list_recipes,
     load_recipe,
 )
-from dllm_convert.recipe_fields import all_fields
 
 NAMES = [entry.name for entry in list_recipes()]
 PRESETS = sorted(path.stem for path in (data_dir("recipes") / "presets").glob("*.yaml"))
@@ -257,7 +257,7 @@ def test_dumped_yaml_reads_the_same_under_yaml_1_1() -> None:
 
 
 def test_lora_may_have_a_rate_of_its_own() -> None:
-    from dllm_convert.schema import Training
+    from dllm_convert.recipe.schema import Training
 
     fields = {"learning_rate": 3e-4, "lora": {"learning_rate": 1e-3}}
     full, lora = (Training.model_validate({**fields, "method": m}) for m in ("full", "lora"))

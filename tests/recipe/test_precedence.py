@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from dllm_convert.cli import app
 from dllm_convert.cli_budget import parse_count, parse_minutes
-from dllm_convert.recipe import data_dir, load_recipe
-from dllm_convert.recipe_fields import all_fields
-from dllm_convert.recipe_precedence import FORGOTTEN
+from dllm_convert.recipe.fields import all_fields
+from dllm_convert.recipe.loading import data_dir, load_recipe
+from dllm_convert.recipe.precedence import FORGOTTEN
 
 PRESETS = sorted(path.stem for path in (data_dir("recipes") / "presets").glob("*.yaml"))
 

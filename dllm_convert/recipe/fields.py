@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
-from dllm_convert.schema import Recipe
+from dllm_convert.recipe.schema import Recipe
 
 _WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

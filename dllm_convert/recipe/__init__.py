@@ -1,0 +1,1 @@
+"""What to do: recipes, presets and flags as one validated, frozen value."""
