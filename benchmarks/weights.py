@@ -25,7 +25,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.safetensors_header import encode_header
+from dllm_convert.source.safetensors_header import encode_header
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2.5-1.5b": {
@@ -237,7 +237,7 @@ def compare(source: Path, pairs: int, *, cold: bool) -> None:
 
 OURS = """
 import sys, pathlib
-from dllm_convert.from_gguf import dequantise
+from dllm_convert.source.from_gguf import dequantise
 dequantise(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), "llama")
 """
 THEIRS = """
@@ -255,7 +255,7 @@ transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).sav
 def compare_gguf(path: Path, scratch: Path, pairs: int) -> None:
     """Alternate this project's dequantisation and transformers' load and save; compare results."""
     from dllm_convert.common.copying import sha256_file
-    from dllm_convert.safetensors_header import SINGLE_FILE, read_header
+    from dllm_convert.source.safetensors_header import SINGLE_FILE, read_header
 
     for _ in range(pairs):
         folders = {}

@@ -23,9 +23,9 @@ from dllm_convert.card_evaluation import Evaluation, evaluation_of
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
-from dllm_convert.fit import is_tied
 from dllm_convert.licences import conforming_name
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
+from dllm_convert.source.fit import is_tied
 from dllm_convert.verify.report import files_only
 
 BILLION = 1_000_000_000

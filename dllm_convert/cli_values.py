@@ -206,7 +206,7 @@ def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     """Measure a recipe's source; return the recipe that allows it, and what was measured."""
     from dllm_convert.adapters import has_adapter
     from dllm_convert.families import probe_source
-    from dllm_convert.source import inspect_source
+    from dllm_convert.source.inspect import inspect_source
 
     source = inspect_source(recipe.source, revision=recipe.revision)
     report = probe_source(source)
@@ -218,10 +218,10 @@ def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
 
 def base_folder(source: str, reporter: Reporter, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a base's weights, fetched if need be."""
-    from dllm_convert.materialise import materialise
     from dllm_convert.plan_checks import check_pickle
     from dllm_convert.recipe.loading import load_recipe
-    from dllm_convert.source import inspect_source
+    from dllm_convert.source.inspect import inspect_source
+    from dllm_convert.source.materialise import materialise
 
     recipe = load_recipe(source, overrides={})
     info = inspect_source(recipe.source, revision=recipe.revision)

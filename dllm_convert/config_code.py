@@ -12,8 +12,8 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.source_info import SourceInfo
-from dllm_convert.tokenizer_classes import is_known
+from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.tokenizer_classes import is_known
 
 _OTHER_HEADS = re.compile(
     r".*(For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)"

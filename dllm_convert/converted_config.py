@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
-from dllm_convert.config_numbers import LARGEST, check_numbers, is_number, is_size, shown, wrong
+from dllm_convert.source.config_numbers import (
+    LARGEST,
+    check_numbers,
+    is_number,
+    is_size,
+    shown,
+    wrong,
+)
 
 _ATTENTION = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 _SCHEDULES = ("linear", "cosine", "polynomial")

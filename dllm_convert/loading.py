@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import DataError
-from dllm_convert.leftovers import computed_with
-from dllm_convert.source_fit import fit_folder
+from dllm_convert.source.leftovers import computed_with
+from dllm_convert.source.source_fit import fit_folder
 
 BROKEN = (
     ArithmeticError,

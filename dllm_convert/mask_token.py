@@ -15,7 +15,7 @@ from typing import Literal
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source_info import SourceInfo, TokenizerInfo
+from dllm_convert.source.info import SourceInfo, TokenizerInfo
 
 MaskRule = Literal["tokenizer", "recipe", "padded-row", "reserved", "grow"]
 

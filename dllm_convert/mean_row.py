@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.copying import pieces
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, Header
+from dllm_convert.source.safetensors_header import DTYPE_BYTES, Entry, Header
 
 if TYPE_CHECKING:
     import numpy as np

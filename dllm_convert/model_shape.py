@@ -9,10 +9,10 @@ from math import prod
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
-from dllm_convert.fit import is_tied
 from dllm_convert.mask_token import MaskTokenDecision
 from dllm_convert.plan_checks import layer_count
-from dllm_convert.source_info import SourceInfo, TensorInfo
+from dllm_convert.source.fit import is_tied
+from dllm_convert.source.info import SourceInfo, TensorInfo
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NUMBERED = re.compile(r"(.+?)\.(\d+)\..+")

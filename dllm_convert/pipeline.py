@@ -19,7 +19,7 @@ from dllm_convert.how import DEFAULT, How
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.loading import same_name_warning
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.stages import Stages
 from dllm_convert.training.reporting import require_installed
 from dllm_convert.workspace import (

@@ -16,7 +16,6 @@ from dllm_convert.config_code import (
     check_weights_named,
     code_warnings,
 )
-from dllm_convert.config_numbers import check_numbers, check_padding
 from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.model_shape import ModelShape, model_shape
 from dllm_convert.plan_advice import advise
@@ -38,10 +37,11 @@ from dllm_convert.plan_ids import check_token_ids
 from dllm_convert.plan_layers import AttentionLayers
 from dllm_convert.plan_tokenizer import check_tokenizer
 from dllm_convert.plan_writes import Writes, count_writes
-from dllm_convert.quantised import check_quantised, side_file_warning
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source_fit import fit_source
-from dllm_convert.source_info import SourceInfo
+from dllm_convert.source.config_numbers import check_numbers, check_padding
+from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.quantised import check_quantised, side_file_warning
+from dllm_convert.source.source_fit import fit_source
 
 __all__ = [
     "FORMAT_VERSION",

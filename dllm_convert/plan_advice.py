@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source_info import SourceInfo
+from dllm_convert.source.info import SourceInfo
 
 LARGE_BUDGET = 1_000_000_000
 """Training tokens from which the learning rates of long published runs apply."""

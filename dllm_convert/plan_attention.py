@@ -19,7 +19,7 @@ from dllm_convert.plan_layers import (
     kept_features,
 )
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source_info import SourceInfo
+from dllm_convert.source.info import SourceInfo
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.recipe.schema import Generation, Recipe
-from dllm_convert.source_info import SourceInfo
+from dllm_convert.source.info import SourceInfo
 
 
 def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dllm_convert.config_numbers import check_ids
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.source_info import SourceInfo
+from dllm_convert.source.config_numbers import check_ids
+from dllm_convert.source.info import SourceInfo
 from dllm_convert.text_bounds import ROLES, stated_ids
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.source_info import SourceInfo
+from dllm_convert.source.info import SourceInfo
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.source_info import SourceInfo
-from dllm_convert.tokenizer_classes import has_class
+from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.tokenizer_classes import has_class
 
 _NEEDED = {
     "tekken.json": (("mistral_common",), "mistral"),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.safetensors_header import DTYPE_BYTES
-from dllm_convert.source_info import SourceInfo, TensorInfo
+from dllm_convert.source.info import SourceInfo, TensorInfo
+from dllm_convert.source.safetensors_header import DTYPE_BYTES
 
 
 @dataclass(frozen=True)

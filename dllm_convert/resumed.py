@@ -13,7 +13,7 @@ from dllm_convert.plan import ConversionPlan
 from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
-    from dllm_convert.materialise import Materialised
+    from dllm_convert.source.materialise import Materialised
 
 _LOADED = (".safetensors", ".json", ".py", ".jinja")
 

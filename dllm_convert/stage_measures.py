@@ -15,7 +15,7 @@ from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
-    from dllm_convert.materialise import Materialised
+    from dllm_convert.source.materialise import Materialised
     from dllm_convert.training.data import TextData
 
 
@@ -52,13 +52,13 @@ class Measures:
 
     @cached_property
     def _source(self) -> Materialised:
-        from dllm_convert.materialise import materialise
+        from dllm_convert.source.materialise import materialise
 
         return materialise(self.plan.source, self.reporter)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from dllm_convert.tokenizer_loading import load_tokenizer
+        from dllm_convert.source.tokenizer_loading import load_tokenizer
 
         return load_tokenizer(self.workspace.work / "untrained")
 

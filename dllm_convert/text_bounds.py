@@ -15,7 +15,7 @@ from typing import Any
 
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.sampling.ends import read_ids
-from dllm_convert.tokenizer_loading import TokenizerErrors
+from dllm_convert.source.tokenizer_loading import TokenizerErrors
 
 ROLES = ("bos", "eos", "pad")
 """Tokens that configs name by id."""

@@ -16,12 +16,12 @@ from typing import Any
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.safetensors_header import load_json_object
-from dllm_convert.source_folder import file_names, matching
-from dllm_convert.source_info import TokenizerInfo
-from dllm_convert.tokenizer_classes import is_known
-from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
-from dllm_convert.tokenizer_loading import TokenizerErrors
+from dllm_convert.source.folder import file_names, matching
+from dllm_convert.source.info import TokenizerInfo
+from dllm_convert.source.safetensors_header import load_json_object
+from dllm_convert.source.tokenizer_classes import is_known
+from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
+from dllm_convert.source.tokenizer_loading import TokenizerErrors
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"

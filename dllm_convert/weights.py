@@ -24,20 +24,10 @@ from dllm_convert.common.disk import sync, writing
 from dllm_convert.common.manifest import hash_files
 from dllm_convert.config_code import code_keys
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.fit import Fit
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.quantised import SECTIONS as QUANTISED_SECTIONS
-from dllm_convert.safetensors_header import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Header,
-    load_json_object,
-    read_checkpoint,
-    read_header,
-)
 from dllm_convert.shards import Changes, WrittenFile, write_shard
-from dllm_convert.source_fit import fit_folder
-from dllm_convert.source_folder import (
+from dllm_convert.source.fit import Fit
+from dllm_convert.source.folder import (
     LICENCE_FILES,
     SMALL_FILES,
     file_names,
@@ -45,7 +35,17 @@ from dllm_convert.source_folder import (
     read_config,
     tensor_infos,
 )
-from dllm_convert.source_info import TensorInfo
+from dllm_convert.source.info import TensorInfo
+from dllm_convert.source.quantised import SECTIONS as QUANTISED_SECTIONS
+from dllm_convert.source.safetensors_header import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Header,
+    load_json_object,
+    read_checkpoint,
+    read_header,
+)
+from dllm_convert.source.source_fit import fit_folder
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's
 

@@ -12,7 +12,7 @@ from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 
 
 def convert(

@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dllm_convert.probe.family import measure_family
 from dllm_convert.probe.report import ProbeReport
-from dllm_convert.safetensors_header import read_checkpoint
-from dllm_convert.source_folder import read_config
+from dllm_convert.source.folder import read_config
+from dllm_convert.source.safetensors_header import read_checkpoint
 
 _DECODER: dict[str, Any] = {
     "hidden_size": 32,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.safetensors_header import DTYPE_BYTES, INDEX_FILE, encode_header
+from dllm_convert.source.safetensors_header import DTYPE_BYTES, INDEX_FILE, encode_header
 
 LLAMA_70B: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,7 +19,7 @@ from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.plan_layers import kept_features
 from dllm_convert.plan_text import bytes_text, hours_text, plan_text, ranges_text
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import SourceInfo, TensorInfo, inspect_source
+from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 
 Sources = Callable[..., Path]
 MODULES = 480
@@ -85,7 +85,7 @@ class TestWrites:
         self, source_factory: Sources, tmp_path: Path, family: str, shards: int
     ) -> None:
         from dllm_convert.common.console import Reporter
-        from dllm_convert.safetensors_header import read_checkpoint
+        from dllm_convert.source.safetensors_header import read_checkpoint
         from dllm_convert.weights import adapt
 
         source = source_factory(family, shards=shards)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-from dllm_convert import pipeline, source_hub
+from dllm_convert import pipeline
 from dllm_convert.cli import app
 from dllm_convert.cli_errors import redact
 from dllm_convert.cli_options import TargetName
@@ -28,6 +28,7 @@ from dllm_convert.errors import (
     VerificationError,
 )
 from dllm_convert.recipe.schema import Recipe, Target
+from dllm_convert.source import hub as source_hub
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub")
 PROBE = {"name": "influence", "passed": True, "measured": 0.25, "required": "== 0", "detail": "ok"}
@@ -389,10 +390,12 @@ def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     fake_module(monkeypatch, "dllm_convert.verify", verify_checkpoint=verify_checkpoint)
     info = SimpleNamespace(files=(), path=tmp_path)
-    fake_module(monkeypatch, "dllm_convert.source", inspect_source=lambda source, revision: info)
+    fake_module(
+        monkeypatch, "dllm_convert.source.inspect", inspect_source=lambda source, revision: info
+    )
     folder = SimpleNamespace(folder=tmp_path)
     materialised = {"materialise": lambda info, reporter: folder}
-    fake_module(monkeypatch, "dllm_convert.materialise", **materialised)
+    fake_module(monkeypatch, "dllm_convert.source.materialise", **materialised)
     result = invoke("verify", "there", "--against", str(tmp_path))
     assert result.exit_code == 0
     assert "influence" in result.stdout

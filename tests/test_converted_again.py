@@ -16,7 +16,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.verify import verify_checkpoint
 from dllm_convert.verify.heatmaps import load_base
 

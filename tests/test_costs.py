@@ -24,7 +24,7 @@ from dllm_convert.plan import make_plan
 from dllm_convert.plan_estimate import devices_needed, estimate, estimate_device
 from dllm_convert.plan_text import fits_text
 from dllm_convert.recipe.schema import Noise, Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.streams import mean_masked_share, streams
 
 Sources = Callable[..., Path]

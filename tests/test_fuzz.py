@@ -16,10 +16,10 @@ import gguf
 import numpy as np
 import pytest
 
-from dllm_convert import gguf_header
 from dllm_convert.errors import DataError
-from dllm_convert.gguf_header import read_gguf_header
-from dllm_convert.safetensors_header import (
+from dllm_convert.source import gguf_header
+from dllm_convert.source.gguf_header import read_gguf_header
+from dllm_convert.source.safetensors_header import (
     DTYPE_BYTES,
     encode_header,
     parse_header,

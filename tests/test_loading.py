@@ -18,7 +18,7 @@ from dllm_convert.loading import load_base, load_complete
 from dllm_convert.plan import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.weights import adapt
 
 Sources = Callable[..., Path]

@@ -13,7 +13,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token, unused_ids
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import SourceInfo, TensorInfo, TokenizerInfo, inspect_source
+from dllm_convert.source.inspect import SourceInfo, TensorInfo, TokenizerInfo, inspect_source
 
 
 def source(

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.base_card import BaseCard
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import SourceInfo, TensorInfo, inspect_source
+from dllm_convert.source.base_card import BaseCard
+from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral")
 ENCODERS = ("bert", "roberta")

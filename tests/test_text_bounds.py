@@ -15,14 +15,14 @@ from factory import TOKENIZERS
 from transformers import AutoTokenizer
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.chat_turns import read_template, turn_end
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.subject import Subject
 from dllm_convert.plan import make_plan
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.sampling.ends import read_ids
 from dllm_convert.sampling.prompts import encode_prompt
-from dllm_convert.source import inspect_source
+from dllm_convert.source.chat_turns import read_template, turn_end
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.text_bounds import bounds_of, end_token, leave_open, open_ids
 from dllm_convert.training.encoding import Document, Encoder
 

@@ -24,8 +24,8 @@ from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.mean_row import mean_row
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.safetensors_header import read_checkpoint, read_header
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
+from dllm_convert.source.safetensors_header import read_checkpoint, read_header
 from dllm_convert.weights import adapt
 
 ALL = all_adapters()

@@ -20,11 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import UnsupportedError
-from dllm_convert.leftovers import computed_with
 from dllm_convert.probe.instance import Instance, decoder_layers, draft_adapter
 from dllm_convert.probe.shrink import layer_kinds
 from dllm_convert.probe.sizes import VOCABULARY
-from dllm_convert.quantised import FLOATS
+from dllm_convert.source.leftovers import computed_with
+from dllm_convert.source.quantised import FLOATS
 
 Stored = tuple[str, Sequence[int]]
 """Type of a tensor, by its name in safetensors, and its shape."""

@@ -77,8 +77,8 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
     Returns:
         A probe: name, passed (None if the base is not here any more), measured, required, detail.
     """
-    from dllm_convert.materialise import materialise
-    from dllm_convert.source import inspect_source
+    from dllm_convert.source.inspect import inspect_source
+    from dllm_convert.source.materialise import materialise
     from dllm_convert.verify.portability import run_isolated
 
     manifest = read_manifest(merged)

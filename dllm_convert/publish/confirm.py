@@ -13,9 +13,9 @@ from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.disk import writing
 from dllm_convert.common.manifest import WRITTEN_LAST, changed_files, read_manifest
 from dllm_convert.errors import HubError, VerificationError
-from dllm_convert.hub_errors import hub_errors
 from dllm_convert.publish.adapter import check_adapter
-from dllm_convert.source_folder import read_config
+from dllm_convert.source.folder import read_config
+from dllm_convert.source.hub_errors import hub_errors
 from dllm_convert.verify.report import files_only
 
 GROUPS = ("tokens", "portability", "generate")

@@ -9,14 +9,6 @@ from typing import Any
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import CARD_FILE
 from dllm_convert.errors import DataError, HubError
-from dllm_convert.hub_errors import (
-    PRECONDITION_FAILED,
-    first_line,
-    hub_errors,
-    is_passing,
-    status_of,
-    transport_error,
-)
 from dllm_convert.publish.confirm import confirm
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.remote import (
@@ -35,6 +27,14 @@ from dllm_convert.publish.repository import (
     open_pull_request,
 )
 from dllm_convert.publish.staged import Staged
+from dllm_convert.source.hub_errors import (
+    PRECONDITION_FAILED,
+    first_line,
+    hub_errors,
+    is_passing,
+    status_of,
+    transport_error,
+)
 
 ATTEMPTS = 4
 """Times an upload is tried when the server or the connection fails; the client retries too."""

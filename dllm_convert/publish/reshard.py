@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 from dllm_convert.common.disk import read_chunks, writing
-from dllm_convert.safetensors_header import (
+from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
     Entry,

@@ -39,7 +39,7 @@ def handed_down(
     """
     folder: Path | None = Path(source).expanduser()
     if ask_hub and is_hub_id(source):
-        from dllm_convert.source_hub import fetch_small
+        from dllm_convert.source.hub import fetch_small
 
         folder = fetch_small(source, revision, _READ)
     if folder is None:

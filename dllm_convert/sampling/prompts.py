@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dllm_convert.chat_rendering import chat_text
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.source.chat_rendering import chat_text
 from dllm_convert.text_bounds import conversation_ids, open_ids
 
 _BEFORE = ("a", ".", "\n", "1", "\u4e00")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.plan import ConversionPlan
-from dllm_convert.safetensors_header import load_json_object
+from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.workspace import write_json
 
 ADAPTER = "adapter"

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from dllm_convert.errors import DllmConvertError, HubError
-from dllm_convert.hub_errors import hub_errors, transport_error
 from dllm_convert.recipe.schema import Data
+from dllm_convert.source.hub_errors import hub_errors, transport_error
 from dllm_convert.training.documents import Corpus, Shard, dataset_rows
 from dllm_convert.training.file_rows import Row
 from dllm_convert.training.messages import BESIDE_CHATS, CHAT_COLUMNS

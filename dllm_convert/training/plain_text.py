@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.errors import DataError
-from dllm_convert.tokenizer_loading import TokenizerErrors
+from dllm_convert.source.tokenizer_loading import TokenizerErrors
 from dllm_convert.training.rendering import ChatTemplate
 
 _FAILURE = ("the tokenizer cannot encode a document", "Correct its tokenizer.json")

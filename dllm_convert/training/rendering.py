@@ -14,8 +14,8 @@ from functools import cached_property
 from itertools import product
 from typing import Any, TypeVar
 
-from dllm_convert.chat_rendering import explained
 from dllm_convert.errors import DataError
+from dllm_convert.source.chat_rendering import explained
 from dllm_convert.training.forms import Form, function_of, pieces
 from dllm_convert.training.messages import Conversation, Message
 

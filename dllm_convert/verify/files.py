@@ -13,7 +13,7 @@ import torch
 from dllm_convert.errors import DataError
 from dllm_convert.plan_attention import layer_types
 from dllm_convert.plan_layers import SLIDING
-from dllm_convert.tensor_names import stored_names
+from dllm_convert.source.tensor_names import stored_names
 from dllm_convert.verify.hashes import hashes_probe
 from dllm_convert.verify.memory import tensor_refusal
 from dllm_convert.verify.reading import read_tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm_convert.errors import DataError
-from dllm_convert.safetensors_header import Header
+from dllm_convert.source.safetensors_header import Header
 from dllm_convert.verify.influence import TOKENS_AT_ONCE
 
 if TYPE_CHECKING:

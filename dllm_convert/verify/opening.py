@@ -17,9 +17,9 @@ from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.plan_fit import diffusion_section
-from dllm_convert.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.sampling.run import read_config
-from dllm_convert.source_folder import SMALL_FILES
+from dllm_convert.source.folder import SMALL_FILES
+from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.verify.foreign import Layout, all_layouts, find_layout
 from dllm_convert.verify.foreign.claim import read_claim
 from dllm_convert.verify.foreign.probes import Foreign
@@ -79,7 +79,7 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
         )
     from huggingface_hub import snapshot_download
 
-    from dllm_convert.hub_errors import hub_errors
+    from dllm_convert.source.hub_errors import hub_errors
 
     reporter.line(f"download {repo_id}" + (f" at {revision}" if revision else ""))
     # Code comes along to be compared with ours; downloading it runs nothing.

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 
 from dllm_convert.errors import DataError
-from dllm_convert.fit import is_tied
 from dllm_convert.loading import load_base
-from dllm_convert.safetensors_header import Header, read_checkpoint
-from dllm_convert.source_fit import fit_folder
-from dllm_convert.tensor_names import stored_names
-from dllm_convert.tokenizer_loading import load_tokenizer
+from dllm_convert.source.fit import is_tied
+from dllm_convert.source.safetensors_header import Header, read_checkpoint
+from dllm_convert.source.source_fit import fit_folder
+from dllm_convert.source.tensor_names import stored_names
+from dllm_convert.source.tokenizer_loading import load_tokenizer
 from dllm_convert.verify.base_config import check_base_config
 from dllm_convert.verify.divergence import Trace
 from dllm_convert.verify.report import Probe, first_items, largest, none_wrong, skipped

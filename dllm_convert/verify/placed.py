@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dllm_convert.adapters import Adapter
 from dllm_convert.common.copying import pieces
-from dllm_convert.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
-from dllm_convert.tensor_names import stored_names
+from dllm_convert.source.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
+from dllm_convert.source.tensor_names import stored_names
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dllm_convert.errors import DataError
-from dllm_convert.safetensors_header import Header
+from dllm_convert.source.safetensors_header import Header
 
 _TYPES = {
     "BOOL": torch.bool,

@@ -9,7 +9,8 @@ from math import prod
 from typing import Any
 
 from dllm_convert.adapters import Adapter
-from dllm_convert.safetensors_header import (
+from dllm_convert.source.folder import read_config
+from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
     Entry,
@@ -17,8 +18,7 @@ from dllm_convert.safetensors_header import (
     load_json_object,
     read_checkpoint,
 )
-from dllm_convert.source_folder import read_config
-from dllm_convert.tensor_names import stored_names
+from dllm_convert.source.tensor_names import stored_names
 from dllm_convert.verify.report import Probe, first_items, none_wrong
 from dllm_convert.verify.subject import Subject
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dllm_convert.tokenizer_loading import load_tokenizer
+from dllm_convert.source.tokenizer_loading import load_tokenizer
 from dllm_convert.tokenizer_output import SAMPLES
 from dllm_convert.verify.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verify.subject import Subject

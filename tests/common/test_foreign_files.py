@@ -16,7 +16,7 @@ from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.launch import check_config, launch
 from dllm_convert.recipe.loading import data_dir, load_recipe
 from dllm_convert.recipe.yaml_text import parse_mapping, parse_value
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 
 Sources = Callable[..., Path]
 SPARSE = 100 << 30

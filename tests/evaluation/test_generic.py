@@ -22,7 +22,7 @@ from dllm_convert.evaluation.settings import Settings
 from dllm_convert.plan import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint, read_config
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.weights import adapt
 
 QUIET = Reporter(quiet=True)

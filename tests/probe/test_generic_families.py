@@ -18,7 +18,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.probe.instance import decoder_layers
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
 
 CONVERTIBLE = [name for name in generic.CONFIGS if name != "mamba"]

@@ -21,7 +21,7 @@ from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import run
 from dllm_convert.probe import run as probing
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.safetensors_header import read_checkpoint
+from dllm_convert.source.safetensors_header import read_checkpoint
 
 QUIET = Reporter(quiet=True)
 
@@ -164,7 +164,7 @@ def test_what_it_was_not_measured_for_is_refused(
     from dataclasses import replace
 
     from dllm_convert.plan import make_plan
-    from dllm_convert.source import inspect_source
+    from dllm_convert.source.inspect import inspect_source
 
     source = generic_source("olmo2")
     adapter = replace(generic.measured(source).require(), targets=("bd3lm",))
@@ -204,7 +204,7 @@ def test_a_file_of_the_body_alone_is_refused_with_the_way_out(
 
 def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str], Path]) -> None:
     from dllm_convert.probe.family import measure_family
-    from dllm_convert.tensor_names import leftovers
+    from dllm_convert.source.tensor_names import leftovers
 
     source = generic_source("olmo2")
     config = json.loads((source / "config.json").read_text())

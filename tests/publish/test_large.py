@@ -14,7 +14,7 @@ from pushing import TOKEN, checkpoint
 
 import dllm_convert
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
-from dllm_convert.safetensors_header import INDEX_FILE, encode_header
+from dllm_convert.source.safetensors_header import INDEX_FILE, encode_header
 
 SHARD_BYTES = 1_550_000_000
 MEMORY_BYTES = 300 << 20

@@ -18,7 +18,7 @@ from dllm_convert.common.manifest import MANIFEST_FILE, changed_files, read_mani
 from dllm_convert.errors import DataError
 from dllm_convert.publish.reshard import needs_reshard, parse_size, reshard
 from dllm_convert.publish.staging import stage
-from dllm_convert.safetensors_header import INDEX_FILE, read_checkpoint
+from dllm_convert.source.safetensors_header import INDEX_FILE, read_checkpoint
 
 QUIET = Reporter(quiet=True)
 

@@ -9,10 +9,10 @@ import assets
 import pytest
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.materialise import materialise
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
+from dllm_convert.source.materialise import materialise
 from dllm_convert.weights import adapt
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

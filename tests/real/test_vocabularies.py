@@ -16,8 +16,8 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token
 from dllm_convert.plan import make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import SourceInfo, TensorInfo, inspect_source
-from dllm_convert.tokenizer_files import read_tokenizer
+from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
+from dllm_convert.source.tokenizer_files import read_tokenizer
 
 pytestmark = pytest.mark.real
 

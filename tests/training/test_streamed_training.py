@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from dllm_convert.common.console import Reporter
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import TextData, prepare_data
 from dllm_convert.training.resume import checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.run import train

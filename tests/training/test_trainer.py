@@ -20,7 +20,7 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.plan import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source import inspect_source
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import TextData, prepare_data
 from dllm_convert.training.resume import COMPLETE_MARKER, last_whole_checkpoint
 from dllm_convert.training.run import train

@@ -12,7 +12,7 @@ from foreign_cases import edit_json
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import DataError
-from dllm_convert.tokenizer_loading import TokenizerErrors, load_tokenizer
+from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
 from dllm_convert.verify import verify_checkpoint
 from dllm_convert.verify.gate import strange_code
 

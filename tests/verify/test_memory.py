@@ -12,7 +12,7 @@ import torch
 from foreign_cases import WEIGHTS, edit_json, make_foreign
 from safetensors.torch import load, save_file
 
-from dllm_convert.safetensors_header import encode_header, read_header
+from dllm_convert.source.safetensors_header import encode_header, read_header
 from dllm_convert.verify import GROUPS, Probe, memory, verify_checkpoint
 from dllm_convert.verify.memory import WITHOUT_MODEL, cgroup_available, in_words
 from dllm_convert.verify.reading import read_rows, read_tensor

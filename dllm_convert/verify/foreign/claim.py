@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.safetensors_header import load_json_object
-from dllm_convert.source_info import TokenizerInfo
-from dllm_convert.tokenizer_files import read_tokenizer
+from dllm_convert.source.info import TokenizerInfo
+from dllm_convert.source.safetensors_header import load_json_object
+from dllm_convert.source.tokenizer_files import read_tokenizer
 from dllm_convert.verify.foreign.layout import Layout
 from dllm_convert.verify.subject import Claim, is_count
 

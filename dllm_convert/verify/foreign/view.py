@@ -16,7 +16,8 @@ from typing import Any
 
 from dllm_convert.adapters import Adapter, get_adapter
 from dllm_convert.errors import DataError
-from dllm_convert.safetensors_header import (
+from dllm_convert.source.folder import file_names, matching
+from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
     Header,
@@ -24,8 +25,7 @@ from dllm_convert.safetensors_header import (
     load_json_object,
     read_checkpoint,
 )
-from dllm_convert.source_folder import file_names, matching
-from dllm_convert.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
+from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
 from dllm_convert.verify.foreign.claim import Stated
 from dllm_convert.verify.foreign.layout import Layout
 
