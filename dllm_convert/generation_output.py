@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.mask_token import unused_ids
+from dllm_convert.modeling.text_bounds import (
+    TextBounds,
+    bounds_of,
+    end_set,
+    find_bounds,
+    stated_ids,
+)
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.source.chat_turns import read_template, turn_end
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_classes import GENERIC, loading_class
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
-from dllm_convert.text_bounds import TextBounds, bounds_of, end_set, find_bounds, stated_ids
 
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER, _SETTINGS, _MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

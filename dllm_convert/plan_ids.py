@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.text_bounds import ROLES, stated_ids
 from dllm_convert.source.config_numbers import check_ids
 from dllm_convert.source.info import SourceInfo
-from dllm_convert.text_bounds import ROLES, stated_ids
 
 
 def check_token_ids(source: SourceInfo, rows: int) -> None:

@@ -178,8 +178,8 @@ def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
 
 
 def _write_others(plan: ConversionPlan, source: Path, out: Path, fit: Fit, *, light: bool) -> None:
-    from dllm_convert.bundle import write_modeling
     from dllm_convert.generation_output import write_generation
+    from dllm_convert.modeling.bundle import write_modeling
     from dllm_convert.tokenizer_output import write_tokenizer
 
     _write_config(plan, source, out, fit)

@@ -237,7 +237,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bert", "roberta")
 def test_parts_and_trainable_parameters_are_those_of_the_model(
     source_cache: Sources, family: str
 ) -> None:
-    from dllm_convert import modeling
+    from dllm_convert.modeling.published import modeling
     from dllm_convert.training.setup import count_trainable, make_trainable
 
     source = inspect_source(str(source_cache(family)))

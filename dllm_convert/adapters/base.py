@@ -69,7 +69,7 @@ class Adapter:
     Attributes:
         model_type: `model_type` of the stock config; the registry's key.
         stock_class: Class in transformers that holds the base weights.
-        diffusion_class: Class in `dllm_convert.modeling` that replaces it.
+        diffusion_class: Class in `dllm_convert.modeling.published.modeling` that replaces it.
         auto_class: Auto class under which both are found.
         attention: Attention of the base: `causal` or `bidirectional`.
         targets: Objectives this family converts to exactly.

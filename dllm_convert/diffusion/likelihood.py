@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dllm_convert.attention import causal_mask
 from dllm_convert.common.console import Task
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.modeling.published.attention import causal_mask
 
 
 @dataclass(frozen=True)

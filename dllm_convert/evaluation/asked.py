@@ -10,7 +10,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.continuation import Continuation, cut_left
 from dllm_convert.evaluation.subject import Subject
-from dllm_convert.sampling.limits import context_of, has_position_table
+from dllm_convert.modeling.published.limits import context_of, has_position_table
 
 
 def most_tokens(subject: Subject, wanted: int | None, reporter: Reporter) -> int:

@@ -14,8 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from dllm_convert.common.console import Reporter, Task
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.subject import scored_from
-from dllm_convert.loading import load_complete
-from dllm_convert.text_bounds import leave_open
+from dllm_convert.modeling.loading import load_complete
+from dllm_convert.modeling.text_bounds import leave_open
 
 
 class _Counted(CacheHook):  # type: ignore[misc]

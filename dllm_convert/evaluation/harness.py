@@ -36,7 +36,7 @@ from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
 from dllm_convert.evaluation.settings import Settings, find_settings, merge
 from dllm_convert.evaluation.subject import Subject
-from dllm_convert.sampling.options import DecodingOptions
+from dllm_convert.modeling.published.options import DecodingOptions
 
 _DECODING = {field.name for field in fields(DecodingOptions)}
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from dllm_convert.errors import DataError
-from dllm_convert.sampling.options import DecodingOptions
+from dllm_convert.modeling.published.options import DecodingOptions
 
 Greedy = Literal["auto", "always", "never"]
 

@@ -16,7 +16,7 @@ from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import Subject
-from dllm_convert.loading import load_complete
+from dllm_convert.modeling.loading import load_complete
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"

@@ -15,8 +15,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dllm_convert.adapters.base import Adapter, Implementation, Measured
-from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import UnsupportedError
+from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.probe.shrink import shrink
 from dllm_convert.probe.sizes import VOCABULARY
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.text_bounds import conversation_ids, open_ids
 from dllm_convert.source.chat_rendering import chat_text
-from dllm_convert.text_bounds import conversation_ids, open_ids
 
 _BEFORE = ("a", ".", "\n", "1", "\u4e00")
 """What a text is tokenised behind, to see its tokens in the middle of one: the first of these that

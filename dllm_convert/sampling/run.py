@@ -17,15 +17,15 @@ from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import refuse_other_version
 from dllm_convert.common.nearest import no_folder
-from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.converted_config import check_converted_config
+from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
+from dllm_convert.modeling.published.options import Observer
+from dllm_convert.modeling.text_bounds import end_ids
 from dllm_convert.plan_fit import diffusion_section
-from dllm_convert.sampling.limits import ContextError, ContextWarning, context_of
-from dllm_convert.sampling.options import Observer
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_loading import load_tokenizer
-from dllm_convert.text_bounds import end_ids
 from dllm_convert.watch.frames import Recorder
 from dllm_convert.watch.pieces import TokenText
 from dllm_convert.watch.record import write_recording

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data
-from dllm_convert.text_bounds import end_token
 from dllm_convert.training.chat import ChatEncoder
 from dllm_convert.training.file_rows import Row
 from dllm_convert.training.messages import (

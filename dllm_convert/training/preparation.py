@@ -16,8 +16,8 @@ import numpy as np
 
 from dllm_convert.common import strict_json
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.text_bounds import end_token
 from dllm_convert.training.documents import Corpus, open_corpus
 from dllm_convert.training.encoding import KEYS, Encoder
 from dllm_convert.training.packing import Layout, pack

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters.base import Adapter
-from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.loading import load_complete
+from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import load_complete
 from dllm_convert.plan import ConversionPlan
 from dllm_convert.plan_estimate import chosen_attention
 from dllm_convert.recipe.schema import Recipe, Training

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.text_bounds import end_token
+from dllm_convert.modeling.text_bounds import end_token
 
 ONE_TOKEN, UNKNOWN, PADDING = 0.3, 0.1, 0.6
 """Shares of one token, of the unknown token and of padding from which text is not text."""

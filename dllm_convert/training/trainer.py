@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from dllm_convert.attention import TILED, StreamMask
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
+from dllm_convert.modeling.published.attention import TILED, StreamMask
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data import text_batch
 from dllm_convert.training.mask_noise import MaskNoise

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from dllm_convert.loading import base_config
+from dllm_convert.modeling.loading import base_config
 from dllm_convert.verify.report import Probe, first_items, none_wrong
 from dllm_convert.verify.subject import Subject
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter
-from dllm_convert.bundle import MODELING_FILE, modeling_source
+from dllm_convert.modeling.bundle import MODELING_FILE, modeling_source
 
 FLAG = "--trust-remote-code"
 _PROGRAMS = ("custom_generate", "adapter_config.json")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from dllm_convert.diffusion_class import diffusion_class
-from dllm_convert.loading import load_base as load_stock
-from dllm_convert.loading import load_complete
+from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import load_base as load_stock
+from dllm_convert.modeling.loading import load_complete
 from dllm_convert.observations import Influence, InfluenceMap
 from dllm_convert.plan_fit import diffusion_section
 from dllm_convert.source.folder import read_config

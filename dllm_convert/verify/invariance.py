@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dllm_convert.sampling.cache import BlockCache
-from dllm_convert.sampling.rope import final_lengths
+from dllm_convert.modeling.published.cache import BlockCache
+from dllm_convert.modeling.published.rope import final_lengths
 from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
 from dllm_convert.verify.influence import RELATIVE_TOLERANCE, probe_length
 from dllm_convert.verify.layers import attention_modules, record_calls

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from dllm_convert.errors import DataError
-from dllm_convert.loading import load_base
+from dllm_convert.modeling.loading import load_base
 from dllm_convert.source.fit import is_tied
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.source_fit import fit_folder

@@ -10,7 +10,7 @@ from typing import Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.loading import BROKEN
+from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.source.tokenizer_loading import RustErrors
 from dllm_convert.verify.catalogue import with_origin
 from dllm_convert.verify.decoding import check_generate

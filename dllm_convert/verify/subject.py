@@ -13,14 +13,14 @@ import torch
 
 from dllm_convert.adapters import Adapter
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.diffusion_class import diffusion_class
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.loading import load_complete
+from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import load_complete
+from dllm_convert.modeling.published.ends import read_ids
+from dllm_convert.modeling.text_bounds import ROLES
 from dllm_convert.plan_checks import context_length
-from dllm_convert.sampling.ends import read_ids
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.tokenizer_loading import load_tokenizer
-from dllm_convert.text_bounds import ROLES
 
 if TYPE_CHECKING:
     from dllm_convert.verify.foreign.probes import Foreign

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dllm_convert.sampling.options import Progress
+    from dllm_convert.modeling.published.options import Progress
 
 GIVEN = 0
 UNWRITTEN = -1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dllm_convert.common.shown_text import BROKEN, glyph
-from dllm_convert.text_bounds import conversation_ids
+from dllm_convert.modeling.text_bounds import conversation_ids
 
 NEWLINE = "\N{RETURN SYMBOL}"
 END = "\N{END OF PROOF}"

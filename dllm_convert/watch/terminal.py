@@ -21,7 +21,7 @@ from dllm_convert.watch.layout import Line, wrap
 from dllm_convert.watch.pieces import TokenText
 
 if TYPE_CHECKING:
-    from dllm_convert.sampling.options import Progress
+    from dllm_convert.modeling.published.options import Progress
 
 REFRESH_PER_SECOND = 12
 _MARGIN = 1

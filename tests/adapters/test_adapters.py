@@ -66,7 +66,7 @@ def test_every_norm_is_declared(adapter: Adapter) -> None:
 
 @pytest.mark.parametrize("adapter", ALL, ids=lambda a: a.model_type)
 def test_the_diffusion_class_exists(adapter: Adapter) -> None:
-    import dllm_convert.modeling as modeling
+    import dllm_convert.modeling.published.modeling as modeling
 
     diffusion_class = getattr(modeling, adapter.diffusion_class)
     assert issubclass(diffusion_class, getattr(transformers, adapter.stock_class))

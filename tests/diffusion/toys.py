@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.modeling import DiffusionLlamaForCausalLM
+from dllm_convert.modeling.published.modeling import DiffusionLlamaForCausalLM
 
 MASK = 5
 

@@ -247,7 +247,7 @@ def test_a_broken_record_is_refused(
 def test_a_record_names_decoders_only(generic_source: Callable[[str], Path]) -> None:
     from dataclasses import replace
 
-    from dllm_convert.diffusion_class import diffusion_class
+    from dllm_convert.modeling.classes import diffusion_class
 
     adapter = generic.measured(generic_source("olmo2")).require()
 

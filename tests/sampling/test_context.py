@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.plan_checks import too_many_new
-from dllm_convert.sampling.limits import (
+from dllm_convert.modeling.published.limits import (
     ContextError,
     ContextWarning,
     context_of,
     has_position_table,
 )
+from dllm_convert.plan_checks import too_many_new
 
 SMALL = {"max_position_embeddings": 24}
 ENCODERS = [family for family in FAMILIES if family not in DECODERS]

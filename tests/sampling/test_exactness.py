@@ -10,8 +10,8 @@ import torch
 from tiny_decoders import DECODERS, MASK, Forwards, prompt, ragged, tiny
 from transformers import PreTrainedModel
 
-from dllm_convert.sampling.cache import BlockCache
-from dllm_convert.sampling.canvas import Canvas
+from dllm_convert.modeling.published.cache import BlockCache
+from dllm_convert.modeling.published.canvas import Canvas
 
 LENGTHS = {
     1: [1, 2, 3, 50, 99, 100],

@@ -10,8 +10,8 @@ from factory import TOKENIZERS, prose
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from dllm_convert.modeling.text_bounds import bounds_of
 from dllm_convert.sampling.prompts import encode_prompt, with_masks
-from dllm_convert.text_bounds import bounds_of
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 SPACED = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_decoders import MASK, WORDS, prompt, ragged, tiny
 
-from dllm_convert.sampling.choosing import Ratings, make_warpers, rate_tokens
-from dllm_convert.sampling.options import DecodingOptions
+from dllm_convert.modeling.published.choosing import Ratings, make_warpers, rate_tokens
+from dllm_convert.modeling.published.options import DecodingOptions
 
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -142,7 +142,7 @@ def test_how_sure_the_model_is_does_not_depend_on_what_is_drawn(
 
 
 def test_greedy_decoding_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_convert.sampling import choosing
+    from dllm_convert.modeling.published import choosing
 
     calls: list[int] = []
     softmax = torch.Tensor.softmax

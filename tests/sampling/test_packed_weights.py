@@ -15,8 +15,8 @@ from factory import FAMILIES
 from tiny_decoders import DECODERS, prompt, tiny
 from torch import nn
 
-from dllm_convert.sampling import packing
-from dllm_convert.sampling.packing import available_bytes, can_pack, packed_linears
+from dllm_convert.modeling.published import packing
+from dllm_convert.modeling.published.packing import available_bytes, can_pack, packed_linears
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
 

@@ -12,8 +12,8 @@ from tiny_decoders import DECODERS, MASK, prompt, ragged, tiny
 
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.evaluation.continuation import Continuation, Estimator, score_round
-from dllm_convert.sampling.canvas import Canvas
-from dllm_convert.sampling.rope import depends_on_length, final_lengths
+from dllm_convert.modeling.published.canvas import Canvas
+from dllm_convert.modeling.published.rope import depends_on_length, final_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:a prompt of")
 

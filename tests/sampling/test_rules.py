@@ -11,14 +11,14 @@ import torch
 from tiny_decoders import DECODERS, MASK, WORDS, Forwards, prompt, ragged, tiny
 from transformers import GenerationConfig, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from dllm_convert.sampling import choosing
-from dllm_convert.sampling.choosing import (
+from dllm_convert.modeling.published import choosing
+from dllm_convert.modeling.published.choosing import (
     Ratings,
     choose_commits,
     make_warpers,
     rate_tokens,
 )
-from dllm_convert.sampling.options import DecodingOptions
+from dllm_convert.modeling.published.options import DecodingOptions
 
 FREE: dict[str, Any] = {"eos_token_id": None}
 

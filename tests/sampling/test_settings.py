@@ -13,9 +13,9 @@ from conversion import convert, converted_once, sample
 
 from dllm_convert.commands import decoding
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.published.options import ORDERS, REMASKING, DecodingOptions
 from dllm_convert.recipe.fields import fields_of
 from dllm_convert.sampling.checking import check_decoding
-from dllm_convert.sampling.options import ORDERS, REMASKING, DecodingOptions
 
 CASES = {"llama": "bd3lm", "mistral": "mdlm", "bert": "mdlm", "roberta": "mdlm"}
 DRAWN = ("--temperature", "1", "--top-k", "20", "--top-p", "0.9", "--min-p", "0.01", "--seed", "3")

@@ -9,8 +9,8 @@ import torch
 from factory import FAMILIES
 from transformers import PreTrainedModel
 
-from dllm_convert import modeling
 from dllm_convert.adapters import get_adapter
+from dllm_convert.modeling.published import modeling
 
 MASK, WORDS = 5, 60
 DECODERS = [family for family in FAMILIES if "bd3lm" in get_adapter(family).targets]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from masks import two_stream_mask
 
-from dllm_convert.attention import document_mask
 from dllm_convert.diffusion.objective import TextBatch
+from dllm_convert.modeling.published.attention import document_mask
 from dllm_convert.training.encoding import Encoded
 from dllm_convert.training.packing import Layout, best_fit, cut, pack
 from dllm_convert.training.rows import collate

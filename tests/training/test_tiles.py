@@ -15,7 +15,7 @@ from test_trainer import converted
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm_convert.attention import TILED
+from dllm_convert.modeling.published.attention import TILED
 from dllm_convert.training import tiles as module
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.setup import attention_implementation, load_model

@@ -184,7 +184,7 @@ def test_blocks_of_another_size_than_claimed(llama: Any) -> None:
 
 
 def test_blocks_off_by_one(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_convert import modeling
+    from dllm_convert.modeling.published import modeling
 
     real = modeling.block_causal_mask
     monkeypatch.setattr(
@@ -298,14 +298,14 @@ def test_base_of_another_family(llama: Any, source_cache: Callable[..., Path]) -
 def test_cache_polluted_by_denoising(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import DynamicCache
 
-    from dllm_convert.sampling.cache import BlockCache
+    from dllm_convert.modeling.published.cache import BlockCache
 
     monkeypatch.setattr(BlockCache, "update", DynamicCache.update)
     assert "cache-clean" in failed(llama.folder, ["cache"])
 
 
 def test_cache_that_loses_a_block(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_convert.sampling.cache import BlockCache
+    from dllm_convert.modeling.published.cache import BlockCache
 
     real = BlockCache.update
 
@@ -320,7 +320,7 @@ def test_cache_that_loses_a_block(llama: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_padding_attended(
     converted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    from dllm_convert.modeling import DiffusionMixin
+    from dllm_convert.modeling.published.modeling import DiffusionMixin
 
     real = DiffusionMixin._open
 
@@ -333,7 +333,7 @@ def test_padding_attended(
 
 
 def test_mask_left_in_the_output(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_convert import modeling
+    from dllm_convert.modeling.published import modeling
 
     real = modeling.decode_blocks
 

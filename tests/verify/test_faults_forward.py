@@ -14,9 +14,9 @@ from factory import FAMILIES
 from planting import edit_json, edit_tensors, failed, failing_report
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.attention import CLEAN, UNUSED, StreamMask
 from dllm_convert.common.manifest import write_manifest
-from dllm_convert.modeling import DiffusionMixin
+from dllm_convert.modeling.published.attention import CLEAN, UNUSED, StreamMask
+from dllm_convert.modeling.published.modeling import DiffusionMixin
 
 # Every family --------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def test_faults_in_the_weights_of_every_family(converted: Callable[..., Any], fa
 
 
 def test_flex_attention_left_causal(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_convert import modeling
+    from dllm_convert.modeling.published import modeling
 
     real = modeling.create_block_mask
 
@@ -273,7 +273,7 @@ def test_modelling_code_that_lets_an_older_transformers_through(llama: Any) -> N
 
 def decoding_with(monkeypatch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, Any]]) -> None:
     """Decode with what `change` makes of the prompts' lengths and the options."""
-    from dllm_convert import modeling
+    from dllm_convert.modeling.published import modeling
 
     for name in ("decode_blocks", "decode_canvas"):
         real = getattr(modeling, name)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_convert.attention import block_causal_mask
 from dllm_convert.cli_output import verification_table
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
+from dllm_convert.modeling.published.attention import block_causal_mask
 from dllm_convert.verify import Probe, VerificationReport, verify_checkpoint
 from dllm_convert.verify.catalogue import CATALOGUE
 from dllm_convert.verify.divergence import Trace

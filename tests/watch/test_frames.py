@@ -22,7 +22,7 @@ MASK, WORDS, END = 5, 60, 2
 def tiny(family: str, block: int | None) -> Any:
     import transformers
 
-    from dllm_convert import modeling
+    from dllm_convert.modeling.published import modeling
 
     config_class, _, base = FAMILIES[family]
     sizes = {**base, "vocab_size": WORDS, "num_hidden_layers": 1, "max_position_embeddings": 130}

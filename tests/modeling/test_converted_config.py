@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from dllm_convert.cli import app
 from dllm_convert.common.json_files import load_json
-from dllm_convert.converted_config import check_converted_config
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.converted_config import check_converted_config
 from dllm_convert.source.chat_rendering import chat_text
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.tokenizer_loading import load_tokenizer

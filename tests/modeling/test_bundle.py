@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dllm_convert import modeling
 from dllm_convert.adapters import all_adapters
-from dllm_convert.bundle import modeling_source, write_modeling
+from dllm_convert.modeling.bundle import modeling_source, write_modeling
+from dllm_convert.modeling.published import modeling
 
 
 def test_it_imports_nothing_but_torch_and_transformers() -> None:

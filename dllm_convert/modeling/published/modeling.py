@@ -24,15 +24,15 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import TILED, block_causal_mask
-from .sampling.decoding import decode_blocks, decode_canvas
-from .sampling.inputs import given_prompts, left_open
-from .sampling.limits import check_context
-from .sampling.options import Observer
-from .sampling.output import DiffusionOutput, put_together
-from .sampling.packing import packed_linears
-from .sampling.rope import own_lengths
-from .sampling.settings import decoding_options
-from .sampling.streaming import decode_streamed
+from .decoding import decode_blocks, decode_canvas
+from .inputs import given_prompts, left_open
+from .limits import check_context
+from .options import Observer
+from .output import DiffusionOutput, put_together
+from .packing import packed_linears
+from .rope import own_lengths
+from .settings import decoding_options
+from .streaming import decode_streamed
 
 MIN_TRANSFORMERS = "5.2.0"
 

@@ -17,20 +17,20 @@ MODELING_FILE = "modeling_dllm.py"
 _MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
     "attention.py",
-    "sampling/ends.py",
-    "sampling/inputs.py",
-    "sampling/limits.py",
-    "sampling/options.py",
-    "sampling/choosing.py",
-    "sampling/canvas.py",
-    "sampling/cache.py",
-    "sampling/packing.py",
-    "sampling/rope.py",
-    "sampling/reading.py",
-    "sampling/decoding.py",
-    "sampling/settings.py",
-    "sampling/streaming.py",
-    "sampling/output.py",
+    "ends.py",
+    "inputs.py",
+    "limits.py",
+    "options.py",
+    "choosing.py",
+    "canvas.py",
+    "cache.py",
+    "packing.py",
+    "rope.py",
+    "reading.py",
+    "decoding.py",
+    "settings.py",
+    "streaming.py",
+    "output.py",
     "modeling.py",
 )
 _HEADER = '''"""Diffusion language model classes, written by dllm-convert {version}.
@@ -87,7 +87,7 @@ def modeling_source(adapter: Adapter | None = None) -> str:
     """
     from dllm_convert import __version__
 
-    root = resources.files("dllm_convert")
+    root = resources.files("dllm_convert.modeling.published")
     measured = None if adapter is None else adapter.measured
     parts = _PARTS if measured is None else (*_PARTS, _MEASURED_PART)
     sources = [root.joinpath(part).read_text(encoding="utf-8") for part in parts]

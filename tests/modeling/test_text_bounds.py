@@ -17,13 +17,13 @@ from transformers import AutoTokenizer
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.subject import Subject
+from dllm_convert.modeling.published.ends import read_ids
+from dllm_convert.modeling.text_bounds import bounds_of, end_token, leave_open, open_ids
 from dllm_convert.plan import make_plan
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.sampling.ends import read_ids
 from dllm_convert.sampling.prompts import encode_prompt
 from dllm_convert.source.chat_turns import read_template, turn_end
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.text_bounds import bounds_of, end_token, leave_open, open_ids
 from dllm_convert.training.encoding import Document, Encoder
 
 TEXT = "The value of a name"
@@ -113,7 +113,7 @@ def test_generate_goes_on_from_what_the_tokenizer_closed(tmp_path: Path, name: s
 
 
 def test_only_one_closing_is_left_out_and_never_a_whole_prompt() -> None:
-    from dllm_convert.sampling.inputs import left_open
+    from dllm_convert.modeling.published.inputs import left_open
 
     ids = torch.tensor([[7, 8, 2, 2], [0, 0, 0, 2], [2, 7, 8, 9]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])

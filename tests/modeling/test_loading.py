@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.loading import load_base, load_complete
+from dllm_convert.modeling.loading import load_base, load_complete
 from dllm_convert.plan import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint

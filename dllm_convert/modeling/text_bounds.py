@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.sampling.ends import read_ids
+from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.source.tokenizer_loading import TokenizerErrors
 
 ROLES = ("bos", "eos", "pad")

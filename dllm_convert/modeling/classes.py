@@ -8,9 +8,9 @@ from typing import Any
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dllm_convert import measured, modeling
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import UnsupportedError
+from dllm_convert.modeling.published import measured, modeling
 
 
 def diffusion_class(adapter: Adapter) -> Any:

@@ -1,0 +1,1 @@
+"""All that travels with a converted model: needs torch and transformers, nothing of ours."""
