@@ -20,11 +20,11 @@ from pathlib import Path
 
 from dllm_convert.cli_output import table, write
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.costs import peak_memory
-from dllm_convert.devices import this_cpu
 from dllm_convert.pipeline import plan_conversion
-from dllm_convert.plan import ConversionPlan
-from dllm_convert.plan_estimate import uses_bf16
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.costs import peak_memory
+from dllm_convert.planning.devices import this_cpu
+from dllm_convert.planning.estimate import uses_bf16
 from dllm_convert.recipe.loading import load_recipe
 
 

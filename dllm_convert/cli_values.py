@@ -171,10 +171,10 @@ def plan_document(
         DllmConvertError: The conversion cannot work, or may not be published as asked.
     """
     from dllm_convert.common.manifest import source_facts
-    from dllm_convert.devices import this_cpu
     from dllm_convert.pipeline import plan_conversion
-    from dllm_convert.plan import plan_as_dict
-    from dllm_convert.plan_estimate import estimate
+    from dllm_convert.planning.conversion import plan_as_dict
+    from dllm_convert.planning.devices import this_cpu
+    from dllm_convert.planning.estimate import estimate
 
     measured: dict[str, Any] = {}
     if probe:
@@ -218,7 +218,7 @@ def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
 
 def base_folder(source: str, reporter: Reporter, *, allow_pickle: bool = False) -> Path:
     """Return the folder of a base's weights, fetched if need be."""
-    from dllm_convert.plan_checks import check_pickle
+    from dllm_convert.planning.checks import check_pickle
     from dllm_convert.recipe.loading import load_recipe
     from dllm_convert.source.inspect import inspect_source
     from dllm_convert.source.materialise import materialise

@@ -24,7 +24,7 @@ from dllm_convert.common.manifest import (
 )
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.generation_output import write_generation
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.folder import LICENCE_FILES, SMALL_FILES, matching
 from dllm_convert.source.safetensors_header import load_json_object

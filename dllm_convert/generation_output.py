@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.mask_token import unused_ids
 from dllm_convert.modeling.text_bounds import (
     TextBounds,
     bounds_of,
@@ -20,7 +19,8 @@ from dllm_convert.modeling.text_bounds import (
     find_bounds,
     stated_ids,
 )
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.mask_token import unused_ids
 from dllm_convert.source.chat_turns import read_template, turn_end
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_classes import GENERIC, loading_class

@@ -16,7 +16,7 @@ from dllm_convert.common.ranks import Place
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.families import measured_adapter, record_adapter
 from dllm_convert.how import DEFAULT, How
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.loading import same_name_warning
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source

@@ -11,7 +11,7 @@ from dllm_convert.common.disk import link, sync_tree
 from dllm_convert.common.manifest import source_facts
 from dllm_convert.errors import VerificationError
 from dllm_convert.how import Depth
-from dllm_convert.plan import plan_as_dict
+from dllm_convert.planning.conversion import plan_as_dict
 from dllm_convert.resumed import check_resumed
 from dllm_convert.stage_measures import Measures
 

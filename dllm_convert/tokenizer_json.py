@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.mask_token import MaskTokenDecision
+from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.folder import file_names, matching
 from dllm_convert.source.info import TokenizerInfo
 from dllm_convert.source.safetensors_header import load_json_object

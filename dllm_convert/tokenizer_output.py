@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.mask_token import MaskTokenDecision
+from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.info import TokenizerInfo
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
 from dllm_convert.tokenizer_json import TOKENIZER_FILE, write_tokenizer_json

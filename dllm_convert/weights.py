@@ -22,9 +22,9 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import Way, sha256_files, switching_often, workers
 from dllm_convert.common.disk import sync, writing
 from dllm_convert.common.manifest import hash_files
-from dllm_convert.config_code import code_keys
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.config_code import code_keys
+from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.shards import Changes, WrittenFile, write_shard
 from dllm_convert.source.fit import Fit
 from dllm_convert.source.folder import (

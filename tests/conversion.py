@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 

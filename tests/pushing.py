@@ -21,7 +21,7 @@ from dllm_convert.common.manifest import (
     versions,
     write_manifest,
 )
-from dllm_convert.plan import plan_as_dict
+from dllm_convert.planning.conversion import plan_as_dict
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 

@@ -14,7 +14,7 @@ from conversion import convert
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.verify import verify_checkpoint

@@ -23,7 +23,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.workspace import WORK, write_json
 
 if TYPE_CHECKING:
-    from dllm_convert.plan import ConversionPlan
+    from dllm_convert.planning.conversion import ConversionPlan
     from dllm_convert.recipe.schema import Recipe
 
 MANIFEST_FILE = "dllm_convert.json"

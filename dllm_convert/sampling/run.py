@@ -22,7 +22,7 @@ from dllm_convert.modeling.converted_config import check_converted_config
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids
-from dllm_convert.plan_fit import diffusion_section
+from dllm_convert.planning.environment import diffusion_section
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_loading import load_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.workspace import write_json
 

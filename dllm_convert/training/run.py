@@ -15,10 +15,10 @@ from transformers.trainer_callback import PrinterCallback
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import Interruption
-from dllm_convert.costs import flops_per_token
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.callbacks import Rules, Watch
 from dllm_convert.training.data import TextData, collate

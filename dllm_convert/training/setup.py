@@ -11,8 +11,8 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import load_complete
-from dllm_convert.plan import ConversionPlan
-from dllm_convert.plan_estimate import chosen_attention
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.estimate import chosen_attention
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.reporting import is_installed

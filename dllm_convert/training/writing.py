@@ -11,7 +11,7 @@ import torch
 
 from dllm_convert.common.disk import sync_tree
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import read_checkpoint
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
 from dllm_convert.training.distributed import gathered_weights, is_sharded, part

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dllm_convert.errors import DataError
-from dllm_convert.plan_attention import layer_types
-from dllm_convert.plan_layers import SLIDING
+from dllm_convert.planning.attention import layer_types
+from dllm_convert.planning.layers import SLIDING
 from dllm_convert.source.tensor_names import stored_names
 from dllm_convert.verify.hashes import hashes_probe
 from dllm_convert.verify.memory import tensor_refusal

@@ -12,7 +12,7 @@ from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import load_base as load_stock
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.observations import Influence, InfluenceMap
-from dllm_convert.plan_fit import diffusion_section
+from dllm_convert.planning.environment import diffusion_section
 from dllm_convert.source.folder import read_config
 from dllm_convert.verify.influence import RELATIVE_TOLERANCE, measure_influence
 from dllm_convert.verify.subject import Subject

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.plan_attention import layer_types
+from dllm_convert.planning.attention import layer_types
 from dllm_convert.verify.implementations import IMPLEMENTATIONS, missing, running
 from dllm_convert.verify.report import Probe, none_wrong, skipped
 from dllm_convert.verify.subject import Subject

@@ -94,7 +94,8 @@ def test_family_names_are_not_matched_by_prefix() -> None:
 def test_planning_imports_no_heavy_library() -> None:
     heavy = ("torch", "transformers", "peft", "datasets", "huggingface_hub", "matplotlib", "gguf")
     code = (
-        "import sys, dllm_convert.source.inspect, dllm_convert.plan, dllm_convert.mask_token\n"
+        "import sys, dllm_convert.source.inspect, dllm_convert.planning.conversion\n"
+        "import dllm_convert.planning.mask_token\n"
         "from dllm_convert.adapters import all_adapters; all_adapters()\n"
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )

@@ -19,7 +19,7 @@ from dllm_convert.evaluation.harness import DiffusionLM
 from dllm_convert.evaluation.record import evaluate_checkpoint
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import Settings
-from dllm_convert.plan import make_plan
+from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint, read_config
 from dllm_convert.source.inspect import inspect_source

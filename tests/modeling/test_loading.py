@@ -15,7 +15,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.modeling.loading import load_base, load_complete
-from dllm_convert.plan import make_plan
+from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint
 from dllm_convert.source.inspect import inspect_source

@@ -19,7 +19,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.subject import Subject
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import bounds_of, end_token, leave_open, open_ids
-from dllm_convert.plan import make_plan
+from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.sampling.prompts import encode_prompt
 from dllm_convert.source.chat_turns import read_template, turn_end

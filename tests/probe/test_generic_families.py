@@ -15,7 +15,7 @@ from dllm_convert.adapters import adapter_of, has_adapter
 from dllm_convert.adapters.base import Measured
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.common.console import Reporter
-from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
+from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.probe.instance import decoder_layers
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.source.inspect import inspect_source

@@ -163,7 +163,7 @@ def test_what_it_was_not_measured_for_is_refused(
 ) -> None:
     from dataclasses import replace
 
-    from dllm_convert.plan import make_plan
+    from dllm_convert.planning.conversion import make_plan
     from dllm_convert.source.inspect import inspect_source
 
     source = generic_source("olmo2")

@@ -13,8 +13,8 @@ import pytest
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token
-from dllm_convert.plan import make_plan
+from dllm_convert.planning.conversion import make_plan
+from dllm_convert.planning.mask_token import MaskTokenDecision, decide_mask_token
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 from dllm_convert.source.tokenizer_files import read_tokenizer

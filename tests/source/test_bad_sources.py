@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dllm_convert.errors import DataError, DllmConvertError, UnsupportedError
-from dllm_convert.plan import make_plan
+from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.safetensors_header import read_header

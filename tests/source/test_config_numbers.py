@@ -15,7 +15,7 @@ import pytest
 from dllm_convert.adapters import all_adapters
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.modeling.converted_config import check_converted_config
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_numbers import check_numbers
 from dllm_convert.source.inspect import inspect_source

@@ -12,7 +12,7 @@ import pytest
 
 from dllm_convert.adapters import all_adapters
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_parts import ACTIVATIONS, SCALINGS
 from dllm_convert.source.inspect import inspect_source

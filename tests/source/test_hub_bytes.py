@@ -13,7 +13,7 @@ from giant import LLAMA_70B, SHARDS, write_giant
 from hub_server import COMMIT, LoopbackHub, run_python, serve
 from hub_store import MAIN, Blob, Commit, Repo
 
-from dllm_convert.plan import make_plan, plan_as_dict
+from dllm_convert.planning.conversion import make_plan, plan_as_dict
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.safetensors_header import INDEX_FILE

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.info import SourceInfo, TensorInfo
 from dllm_convert.source.inspect import inspect_source

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.plan import make_plan
+from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
@@ -137,7 +137,7 @@ def test_the_fingerprint_follows_the_files(source_factory: Sources) -> None:
 
 
 def test_a_plan_of_a_folder_takes_no_time(source_cache: Sources) -> None:
-    from dllm_convert.plan import make_plan
+    from dllm_convert.planning.conversion import make_plan
 
     path = source_cache("llama", shards=2)
     started = time.perf_counter()

@@ -18,7 +18,7 @@ from dllm_convert.adapters import all_adapters, get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.modeling.loading import load_base
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.source_fit import fit_folder

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dllm_convert import plan_tokenizer
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.mask_token import decide_mask_token
-from dllm_convert.plan_tokenizer import check_tokenizer
+from dllm_convert.planning import tokenizer as plan_tokenizer
+from dllm_convert.planning.mask_token import decide_mask_token
+from dllm_convert.planning.tokenizer import check_tokenizer
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo
 from dllm_convert.source.tokenizer_classes import (

@@ -12,7 +12,7 @@ from conftest import SourceFactory
 from transformers import AutoTokenizer
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import TextData, prepare_data

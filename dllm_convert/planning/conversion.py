@@ -10,17 +10,9 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.common.secrets_found import refuse_secrets
-from dllm_convert.config_code import (
-    check_adapter_beside,
-    check_class,
-    check_weights_named,
-    code_warnings,
-)
-from dllm_convert.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
-from dllm_convert.model_shape import ModelShape, model_shape
-from dllm_convert.plan_advice import advise
-from dllm_convert.plan_attention import open_attention
-from dllm_convert.plan_checks import (
+from dllm_convert.planning.advice import advise
+from dllm_convert.planning.attention import open_attention
+from dllm_convert.planning.checks import (
     check_generation,
     check_lengths,
     check_noise,
@@ -28,15 +20,19 @@ from dllm_convert.plan_checks import (
     check_target,
     context_length,
 )
-from dllm_convert.plan_fit import (
-    check_converted,
-    check_transformers,
-    diffusion_section,
+from dllm_convert.planning.config_code import (
+    check_adapter_beside,
+    check_class,
+    check_weights_named,
+    code_warnings,
 )
-from dllm_convert.plan_ids import check_token_ids
-from dllm_convert.plan_layers import AttentionLayers
-from dllm_convert.plan_tokenizer import check_tokenizer
-from dllm_convert.plan_writes import Writes, count_writes
+from dllm_convert.planning.environment import check_converted, check_transformers, diffusion_section
+from dllm_convert.planning.ids import check_token_ids
+from dllm_convert.planning.layers import AttentionLayers
+from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
+from dllm_convert.planning.model_shape import ModelShape, model_shape
+from dllm_convert.planning.tokenizer import check_tokenizer
+from dllm_convert.planning.writes import Writes, count_writes
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_numbers import check_numbers, check_padding
 from dllm_convert.source.info import SourceInfo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dllm_convert.model_shape import layer_tensors
+from dllm_convert.planning.model_shape import layer_tensors
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dllm_convert.errors import IncompatibleError, UnsupportedError
-from dllm_convert.plan import ConversionPlan, make_plan, plan_as_dict
+from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.base_card import BaseCard
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.costs import (
+from dllm_convert.plan_text import fits_text
+from dllm_convert.planning.conversion import make_plan
+from dllm_convert.planning.costs import (
     CPU_RUNTIME,
     activation_bytes,
     flops_per_token,
@@ -18,14 +20,12 @@ from dllm_convert.costs import (
     peak_memory,
     trainable_parameters,
 )
-from dllm_convert.devices import GPUS, Device, cpu, this_cpu
-from dllm_convert.model_shape import ModelShape, model_shape
-from dllm_convert.plan import make_plan
-from dllm_convert.plan_estimate import devices_needed, estimate, estimate_device
-from dllm_convert.plan_text import fits_text
+from dllm_convert.planning.devices import GPUS, Device, cpu, this_cpu
+from dllm_convert.planning.estimate import devices_needed, estimate, estimate_device
+from dllm_convert.planning.model_shape import ModelShape, model_shape
+from dllm_convert.planning.streams import mean_masked_share, streams
 from dllm_convert.recipe.schema import Noise, Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.streams import mean_masked_share, streams
 
 Sources = Callable[..., Path]
 

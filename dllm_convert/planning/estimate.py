@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllm_convert.costs import flops_per_token, peak_memory, trainable_parameters
-from dllm_convert.devices import GPUS, USABLE_MEMORY, Device
-from dllm_convert.model_shape import ModelShape
-from dllm_convert.plan import ConversionPlan
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.costs import flops_per_token, peak_memory, trainable_parameters
+from dllm_convert.planning.devices import GPUS, USABLE_MEMORY, Device
+from dllm_convert.planning.model_shape import ModelShape
 from dllm_convert.recipe.schema import Recipe
 
 MOST_GPUS = 1024

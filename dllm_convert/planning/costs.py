@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from dllm_convert.model_shape import ModelShape
+from dllm_convert.planning.model_shape import ModelShape
+from dllm_convert.planning.streams import Streams, streams
 from dllm_convert.recipe.schema import Checkpointing, Recipe, Training
-from dllm_convert.streams import Streams, streams
 
 CPU_RUNTIME = 557_000_000
 """Bytes of a process that has imported what trains and holds no model: measured, Python 3.11 with

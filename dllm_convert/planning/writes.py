@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.mask_token import MaskTokenDecision
+from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.info import SourceInfo, TensorInfo
 from dllm_convert.source.safetensors_header import DTYPE_BYTES
 

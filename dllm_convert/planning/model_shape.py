@@ -9,8 +9,8 @@ from math import prod
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
-from dllm_convert.mask_token import MaskTokenDecision
-from dllm_convert.plan_checks import layer_count
+from dllm_convert.planning.checks import layer_count
+from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.fit import is_tied
 from dllm_convert.source.info import SourceInfo, TensorInfo
 

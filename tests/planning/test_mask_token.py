@@ -11,7 +11,7 @@ import pytest
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.mask_token import MaskTokenDecision, decide_mask_token, unused_ids
+from dllm_convert.planning.mask_token import MaskTokenDecision, decide_mask_token, unused_ids
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, TokenizerInfo, inspect_source
 

@@ -11,7 +11,7 @@ import pytest
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.plan import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.weights import adapt
