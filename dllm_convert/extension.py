@@ -23,11 +23,11 @@ from dllm_convert.common.manifest import (
     read_manifest,
 )
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.generation_output import write_generation
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.folder import LICENCE_FILES, SMALL_FILES, matching
 from dllm_convert.source.safetensors_header import load_json_object
+from dllm_convert.weights.generation import write_generation
 
 _WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
 _TAKEN = (*_WEIGHTS, *SMALL_FILES, "modeling_dllm.py")

@@ -55,7 +55,7 @@ class Stages(Measures):
         self._clean()
 
     def _adapt(self) -> dict[str, Any]:
-        from dllm_convert.weights import adapt
+        from dllm_convert.weights.run import adapt
 
         target = self.workspace.work / "untrained"
         partial = target.with_name("untrained.partial")

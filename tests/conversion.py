@@ -36,7 +36,7 @@ def convert(
         light: Whether transformers is left out.
         **fields: Other fields of the recipe.
     """
-    from dllm_convert.weights import adapt
+    from dllm_convert.weights.run import adapt
 
     recipe = {
         "source": str(base),

@@ -34,7 +34,8 @@ Hook = tuple[str, dict[str, Any]]
 PACKAGE = (
     "accelerate", "datasets", "peft", "torch", "transformers", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "dllm_convert.cli", "dllm_convert.pipeline",
-    "dllm_convert.training.run", "dllm_convert.verify", "dllm_convert.card", "dllm_convert.weights",
+    "dllm_convert.training.run", "dllm_convert.verify", "dllm_convert.card",
+    "dllm_convert.weights.run",
     "dllm_convert.sampling.run", "dllm_convert.report_page", "dllm_convert.licences",
     "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
     # What the first flex attention, card and GIF load.

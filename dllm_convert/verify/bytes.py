@@ -19,13 +19,13 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import pieces, workers
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.mean_row import is_finite
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.source_fit import fit_folder
 from dllm_convert.verify.hashes import REQUIRED, hashes_probe
 from dllm_convert.verify.placed import Placed, first_difference, locate
 from dllm_convert.verify.report import Probe, VerificationReport, first_items, none_wrong, skipped
+from dllm_convert.weights.mean_row import is_finite
 
 NEEDS_MODEL = (
     *("tokens", "portability", "attention", "gradient", "training", "base-logits", "cache"),

@@ -14,10 +14,10 @@ import torch
 
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.tokenizer_output import SAMPLES
 from dllm_convert.verify.outcome import NORMAL_95
 from dllm_convert.verify.report import Probe, skipped
 from dllm_convert.verify.subject import SEED, Subject
+from dllm_convert.weights.tokenizer import SAMPLES
 
 AR_TOLERANCE = 1e-5
 """Nats per token: float32 resolves about 1e-6 of a mean of some nats."""

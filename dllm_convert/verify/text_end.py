@@ -7,10 +7,10 @@ from typing import Any
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import bounds_of, end_token, open_ids, stated_ids
 from dllm_convert.source.chat_turns import read_template, turn_end
-from dllm_convert.tokenizer_output import SAMPLES
 from dllm_convert.verify.generation_config import read_generation_config
 from dllm_convert.verify.report import Probe, first_items, skipped
 from dllm_convert.verify.subject import Subject
+from dllm_convert.weights.tokenizer import SAMPLES
 
 NAME, REQUIRED = "text-end", "0"
 

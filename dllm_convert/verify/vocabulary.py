@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dllm_convert.source.tokenizer_loading import load_tokenizer
-from dllm_convert.tokenizer_output import SAMPLES
 from dllm_convert.verify.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verify.subject import Subject
+from dllm_convert.weights.tokenizer import SAMPLES
 
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls")
 

@@ -23,7 +23,7 @@ from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint, read_config
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 QUIET = Reporter(quiet=True)
 

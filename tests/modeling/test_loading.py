@@ -19,7 +19,7 @@ from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 Sources = Callable[..., Path]
 SINGLE = "model.safetensors"

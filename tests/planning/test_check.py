@@ -86,7 +86,7 @@ class TestWrites:
     ) -> None:
         from dllm_convert.common.console import Reporter
         from dllm_convert.source.safetensors_header import read_checkpoint
-        from dllm_convert.weights import adapt
+        from dllm_convert.weights.run import adapt
 
         source = source_factory(family, shards=shards)
         plan = replan(inspect_source(str(source)), "mdlm")

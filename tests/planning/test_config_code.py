@@ -14,7 +14,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 Sources = Callable[..., Path]
 

@@ -27,7 +27,7 @@ IN_PROCESS = [group for group in GROUPS if group != "portability"]
 
 
 def convert(base: Path, folder: Path, target: str) -> ConversionPlan:
-    from dllm_convert.weights import adapt
+    from dllm_convert.weights.run import adapt
 
     recipe = {
         "source": str(base),

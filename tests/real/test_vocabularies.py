@@ -228,7 +228,7 @@ def test_saving_changes_nothing_but_the_mask(
 ) -> None:
     import transformers
 
-    from dllm_convert.tokenizer_output import SAMPLES, write_tokenizer
+    from dllm_convert.weights.tokenizer import SAMPLES, write_tokenizer
 
     source = Path(shutil.copytree(assets.asset(name) / "package" / "models", tmp_path / "source"))
     out = tmp_path / "out"
@@ -252,7 +252,7 @@ def test_saving_changes_nothing_but_the_mask(
 def test_saving_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     import transformers
 
-    from dllm_convert.tokenizer_output import write_tokenizer
+    from dllm_convert.weights.tokenizer import write_tokenizer
 
     pytest.importorskip("sentencepiece")
     source, out = tmp_path / "source", tmp_path / "out"

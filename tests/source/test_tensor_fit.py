@@ -24,7 +24,7 @@ from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.source_fit import fit_folder
 from dllm_convert.verify import verify_checkpoint
 from dllm_convert.verify.bytes import verify_folder
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 Sources = Callable[..., Path]
 FAMILIES = [adapter.model_type for adapter in all_adapters()]

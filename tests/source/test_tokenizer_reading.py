@@ -28,7 +28,7 @@ from dllm_convert.source.tokenizer_classes import (
     loading_class,
 )
 from dllm_convert.source.tokenizer_files import ROLES, read_tokenizer
-from dllm_convert.tokenizer_output import write_tokenizer
+from dllm_convert.weights.tokenizer import write_tokenizer
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<mask>")
 CLASSES = (

@@ -30,7 +30,7 @@ from dllm_convert.training.setup import (
     require_devices,
     transplant,
 )
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 FIELDS: dict[str, dict[str, Any]] = {
     "cosine": {"noise.schedule": "cosine"},

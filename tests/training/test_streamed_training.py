@@ -20,7 +20,7 @@ from dllm_convert.training.resume import checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.run import train
 from dllm_convert.training.setup import load_model
 from dllm_convert.training.streaming import TextStream
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 QUIET = Reporter(quiet=True)
 

@@ -25,7 +25,7 @@ from dllm_convert.training.data import TextData, prepare_data
 from dllm_convert.training.resume import COMPLETE_MARKER, last_whole_checkpoint
 from dllm_convert.training.run import train
 from dllm_convert.training.setup import load_model, make_trainable
-from dllm_convert.weights import adapt
+from dllm_convert.weights.run import adapt
 
 QUIET = Reporter(quiet=True)
 

@@ -25,7 +25,6 @@ from dllm_convert.common.manifest import hash_files
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.config_code import code_keys
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.shards import Changes, WrittenFile, write_shard
 from dllm_convert.source.fit import Fit
 from dllm_convert.source.folder import (
     LICENCE_FILES,
@@ -46,6 +45,7 @@ from dllm_convert.source.safetensors_header import (
     read_header,
 )
 from dllm_convert.source.source_fit import fit_folder
+from dllm_convert.weights.shards import Changes, WrittenFile, write_shard
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's
 
@@ -178,9 +178,9 @@ def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
 
 
 def _write_others(plan: ConversionPlan, source: Path, out: Path, fit: Fit, *, light: bool) -> None:
-    from dllm_convert.generation_output import write_generation
     from dllm_convert.modeling.bundle import write_modeling
-    from dllm_convert.tokenizer_output import write_tokenizer
+    from dllm_convert.weights.generation import write_generation
+    from dllm_convert.weights.tokenizer import write_tokenizer
 
     _write_config(plan, source, out, fit)
     write_tokenizer(plan.mask, plan.source.tokenizer, source, out, light=light)

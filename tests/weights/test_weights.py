@@ -21,12 +21,12 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.manifest import hash_files
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.mean_row import mean_row
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.safetensors_header import read_checkpoint, read_header
-from dllm_convert.weights import adapt
+from dllm_convert.weights.mean_row import mean_row
+from dllm_convert.weights.run import adapt
 
 ALL = all_adapters()
 Sources = Callable[..., Path]

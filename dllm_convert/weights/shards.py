@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dllm_convert.common.copying import Advance, TwinHash, Way, copy_part, pieces, place, write_all
-from dllm_convert.mean_row import mean_row
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.safetensors_header import Entry, Header, encode_header
+from dllm_convert.weights.mean_row import mean_row
 
 
 @dataclass(frozen=True)

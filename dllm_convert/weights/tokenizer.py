@@ -11,7 +11,7 @@ from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.info import TokenizerInfo
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
-from dllm_convert.tokenizer_json import TOKENIZER_FILE, write_tokenizer_json
+from dllm_convert.weights.tokenizer_json import TOKENIZER_FILE, write_tokenizer_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
