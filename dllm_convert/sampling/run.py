@@ -24,12 +24,12 @@ from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids
 from dllm_convert.planning.environment import diffusion_section
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
+from dllm_convert.sampling.watch.frames import Recorder
+from dllm_convert.sampling.watch.pieces import TokenText
+from dllm_convert.sampling.watch.record import write_recording
+from dllm_convert.sampling.watch.terminal import Watcher
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_loading import load_tokenizer
-from dllm_convert.watch.frames import Recorder
-from dllm_convert.watch.pieces import TokenText
-from dllm_convert.watch.record import write_recording
-from dllm_convert.watch.terminal import Watcher
 
 
 @dataclass(frozen=True)

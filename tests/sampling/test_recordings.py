@@ -17,12 +17,12 @@ from factory import TOKENIZERS
 from films import denoised, film_of
 from PIL import Image, ImageColor
 
-from dllm_convert.watch import gif
-from dllm_convert.watch.cells import cells_of
-from dllm_convert.watch.frames import Film
-from dllm_convert.watch.page import render_page
-from dllm_convert.watch.pieces import TokenText
-from dllm_convert.watch.record import write_recording
+from dllm_convert.sampling.watch import gif
+from dllm_convert.sampling.watch.cells import cells_of
+from dllm_convert.sampling.watch.frames import Film
+from dllm_convert.sampling.watch.page import render_page
+from dllm_convert.sampling.watch.pieces import TokenText
+from dllm_convert.sampling.watch.record import write_recording
 
 NASTY = ' </script><script>alert(1)</script> <!-- <img src="https://x.org/a.png"> &amp; "\' \u2028'
 BROWSER = next(

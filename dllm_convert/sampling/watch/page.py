@@ -7,9 +7,9 @@ from typing import Any
 from rich.cells import cell_len
 
 from dllm_convert.common import strict_json
-from dllm_convert.watch.cells import Cell, State, caption, cells_of, count_new
-from dllm_convert.watch.frames import Film
-from dllm_convert.watch.pieces import NEWLINE, TokenText
+from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, count_new
+from dllm_convert.sampling.watch.frames import Film
+from dllm_convert.sampling.watch.pieces import NEWLINE, TokenText
 
 TEMPLATE = "page.html.jinja"
 _MASK = "_"
@@ -38,7 +38,7 @@ def render_page(film: Film, text: TokenText, *, title: str) -> str:
         ],
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    source = files("dllm_convert.watch").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    source = files("dllm_convert.sampling.watch").joinpath(TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         title=title,
         frames=len(frames),

@@ -13,8 +13,8 @@ from factory import FAMILIES
 from films import denoised
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.watch.cells import State, caption, cells_of, count_new
-from dllm_convert.watch.frames import UNWRITTEN, Film, Frame, Recorder
+from dllm_convert.sampling.watch.cells import State, caption, cells_of, count_new
+from dllm_convert.sampling.watch.frames import UNWRITTEN, Film, Frame, Recorder
 
 MASK, WORDS, END = 5, 60, 2
 

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from dllm_convert.charts import BLUE, GREY, VERMILION
 from dllm_convert.common.console import PLAIN_INTERVAL_S, Reporter
-from dllm_convert.watch.cells import Cell, State, caption, cells_of, plain
-from dllm_convert.watch.frames import Film, Recorder
-from dllm_convert.watch.layout import Line, wrap
-from dllm_convert.watch.pieces import TokenText
+from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, plain
+from dllm_convert.sampling.watch.frames import Film, Recorder
+from dllm_convert.sampling.watch.layout import Line, wrap
+from dllm_convert.sampling.watch.pieces import TokenText
 
 if TYPE_CHECKING:
     from dllm_convert.modeling.published.options import Progress

@@ -11,8 +11,8 @@ from factory import FAMILIES, TOKENIZERS
 from rich.cells import cell_len
 
 from dllm_convert.common.shown_text import BROKEN, printable
-from dllm_convert.watch.layout import wrap
-from dllm_convert.watch.pieces import END, NEWLINE, TokenText, visible
+from dllm_convert.sampling.watch.layout import wrap
+from dllm_convert.sampling.watch.pieces import END, NEWLINE, TokenText, visible
 
 HARD = "Ünïcödé 世界 👩‍👧 e\u0301 \x1b[31m\x07\u202e\u200b\n\n\ttab नमस्ते"
 

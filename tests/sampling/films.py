@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from dllm_convert.watch.frames import UNWRITTEN, Film, Frame
+from dllm_convert.sampling.watch.frames import UNWRITTEN, Film, Frame
 
 MASK = 1 << 20
 

@@ -27,12 +27,12 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.watch import terminal
-from dllm_convert.watch.cells import Cell, State
-from dllm_convert.watch.frames import UNWRITTEN, Film, Recorder
-from dllm_convert.watch.layout import wrap
-from dllm_convert.watch.pieces import TokenText
-from dllm_convert.watch.terminal import Scene, Watcher, style_of, window
+from dllm_convert.sampling.watch import terminal
+from dllm_convert.sampling.watch.cells import Cell, State
+from dllm_convert.sampling.watch.frames import UNWRITTEN, Film, Recorder
+from dllm_convert.sampling.watch.layout import wrap
+from dllm_convert.sampling.watch.pieces import TokenText
+from dllm_convert.sampling.watch.terminal import Scene, Watcher, style_of, window
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

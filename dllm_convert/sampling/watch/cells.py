@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dllm_convert.watch.frames import UNWRITTEN, Film, Frame
-from dllm_convert.watch.pieces import TokenText
+from dllm_convert.sampling.watch.frames import UNWRITTEN, Film, Frame
+from dllm_convert.sampling.watch.pieces import TokenText
 
 FRESH = 3
 """Frames for which a new token stands out."""

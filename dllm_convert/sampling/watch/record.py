@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dllm_convert.common.disk import write_whole
-from dllm_convert.watch.frames import Film
-from dllm_convert.watch.pieces import TokenText
+from dllm_convert.sampling.watch.frames import Film
+from dllm_convert.sampling.watch.pieces import TokenText
 
 FORMATS = (".gif", ".html")
 
@@ -24,11 +24,11 @@ def write_recording(path: Path, film: Film, text: TokenText, *, title: str) -> N
         ValueError: The suffix is another one.
     """
     if path.suffix.lower() == ".gif":
-        from dllm_convert.watch.gif import render_gif
+        from dllm_convert.sampling.watch.gif import render_gif
 
         write_whole(path, render_gif(film, text))
     elif path.suffix.lower() == ".html":
-        from dllm_convert.watch.page import render_page
+        from dllm_convert.sampling.watch.page import render_page
 
         write_whole(path, render_page(film, text, title=title))
     else:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from dllm_convert.charts import BLUE, GREY, VERMILION
-from dllm_convert.watch.cells import Cell, State, caption, cells_of, count_new
-from dllm_convert.watch.frames import Film
-from dllm_convert.watch.layout import Line, Segment, wrap
-from dllm_convert.watch.pieces import TokenText
+from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, count_new
+from dllm_convert.sampling.watch.frames import Film
+from dllm_convert.sampling.watch.layout import Line, Segment, wrap
+from dllm_convert.sampling.watch.pieces import TokenText
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len
 
-from dllm_convert.watch.pieces import NEWLINE
+from dllm_convert.sampling.watch.pieces import NEWLINE
 
 
 @dataclass(frozen=True)
