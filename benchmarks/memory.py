@@ -56,7 +56,7 @@ def serve(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from dllm_convert.common.console import Reporter
-    from dllm_convert.training.data import prepare_data
+    from dllm_convert.training.data.text import prepare_data
     from dllm_convert.training.run import train
 
     plan = plan_of(options, options.serve, options.batches[0])

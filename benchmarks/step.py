@@ -33,7 +33,7 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.checkpointing import checkpoint_activations
-from dllm_convert.training.data import collate
+from dllm_convert.training.data.text import collate
 from dllm_convert.training.run import _arguments
 from dllm_convert.training.setup import (
     attention_implementation,

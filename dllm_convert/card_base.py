@@ -19,7 +19,7 @@ from dllm_convert.common.hub_names import (
 from dllm_convert.common.redaction import last_part
 from dllm_convert.licences import LicenceRules, rules_for
 from dllm_convert.source.folder import LICENCE_FILES
-from dllm_convert.training.formats import FILE_SUFFIXES
+from dllm_convert.training.data.formats import FILE_SUFFIXES
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -16,7 +16,7 @@ from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
     from dllm_convert.source.materialise import Materialised
-    from dllm_convert.training.data import TextData
+    from dllm_convert.training.data.text import TextData
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Measures:
 
     @cached_property
     def _data(self) -> TextData:
-        from dllm_convert.training.data import prepare_data
+        from dllm_convert.training.data.text import prepare_data
 
         folder = self.workspace.work / "data"
         return prepare_data(self.plan.recipe, self._tokenizer, self.reporter, folder)
@@ -111,8 +111,8 @@ class Measures:
         return {**result, "start": self._survey(model, result)}
 
     def _survey(self, model: Any, measured: dict[str, Any]) -> dict[str, Any]:
+        from dllm_convert.training.data.text_facts import look_at
         from dllm_convert.training.expectation import explain, survey
-        from dllm_convert.training.text_facts import look_at
 
         recipe, batches = self.plan.recipe, self._on_device(model)
         text = look_at(batches, self._tokenizer, filled=recipe.data.supervise_padding)

@@ -66,7 +66,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         DataError: There is no such text, or no manifest that says how sequences were cut.
         IncompatibleError: The base has another vocabulary.
     """
-    from dllm_convert.training.data import prepare_data
+    from dllm_convert.training.data.text import prepare_data
 
     recipe = recorded_recipe(request.checkpoint)
     data = recipe.data.model_copy(

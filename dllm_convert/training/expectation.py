@@ -18,7 +18,7 @@ import torch
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.training.text_facts import Text
+from dllm_convert.training.data.text_facts import Text
 
 WORSE_THAN_GUESSING = 2.0
 """Nats above ln(vocabulary) from which a conversion is taken for a broken one."""

@@ -21,7 +21,7 @@ from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.callbacks import Rules, Watch
-from dllm_convert.training.data import TextData, collate
+from dllm_convert.training.data.text import TextData, collate
 from dllm_convert.training.distributed import check_strategy
 from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics

@@ -15,8 +15,8 @@ from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.estimate import chosen_attention
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
+from dllm_convert.training.cpu_attention import register_tiles
 from dllm_convert.training.reporting import is_installed
-from dllm_convert.training.tiles import register_tiles
 
 
 def load_model(

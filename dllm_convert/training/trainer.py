@@ -14,8 +14,8 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
 from dllm_convert.modeling.published.attention import TILED, StreamMask
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.data import text_batch
-from dllm_convert.training.mask_noise import MaskNoise
+from dllm_convert.training.data.mask_noise import MaskNoise
+from dllm_convert.training.data.text import text_batch
 
 
 @dataclass(frozen=True)

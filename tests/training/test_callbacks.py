@@ -19,7 +19,7 @@ from dllm_convert.pipeline import run
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training import reporting
-from dllm_convert.training.data import prepare_data
+from dllm_convert.training.data.text import prepare_data
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.resume import whole_checkpoints
 from dllm_convert.training.run import TrainResult, train

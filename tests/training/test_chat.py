@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.training.chat import ChatEncoder, find_messages
-from dllm_convert.training.data import prepare_data
-from dllm_convert.training.encoding import Document, Encoder
+from dllm_convert.training.data.chat import ChatEncoder, find_messages
+from dllm_convert.training.data.encoding import Document, Encoder
+from dllm_convert.training.data.text import prepare_data
 
 USER = {"role": "user", "content": "What is it?"}
 SHORT = {"role": "assistant", "content": "A cat."}

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.data import TextData, prepare_data
-from dllm_convert.training.encoding import Document, Encoder
-from dllm_convert.training.reading import Split
-from dllm_convert.training.streaming import StreamedRows, TextStream
+from dllm_convert.training.data.encoding import Document, Encoder
+from dllm_convert.training.data.reading import Split
+from dllm_convert.training.data.streaming import StreamedRows, TextStream
+from dllm_convert.training.data.text import TextData, prepare_data
 
 QUIET = Reporter(quiet=True)
 
@@ -156,7 +156,7 @@ def small_windows(data: TextData, tokens: int = 300) -> TextData:
 def test_a_stream_goes_on_at_any_row(
     bookmarks: str, texts: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dllm_convert.training.reading.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("dllm_convert.training.data.reading.BATCH_DOCUMENTS", 3)
 
     def rows(folder: str, start: int, count: int) -> list[tuple[int, ...]]:
         fields = {"streaming": "on", "held_out_fraction": 0.2}
@@ -179,7 +179,7 @@ def test_a_stream_goes_on_at_any_row(
 def test_a_stream_does_not_read_again_what_a_bookmark_spares_it(
     texts: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dllm_convert.training.reading.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("dllm_convert.training.data.reading.BATCH_DOCUMENTS", 3)
     data = small_windows(
         prepare_data(recipe(texts, streaming="on"), tokenizer, QUIET, tmp_path / "w")
     )
@@ -195,7 +195,7 @@ def test_a_stream_does_not_read_again_what_a_bookmark_spares_it(
 def test_an_epoch_of_a_stream_has_every_document_once(
     texts: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dllm_convert.training.reading.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("dllm_convert.training.data.reading.BATCH_DOCUMENTS", 3)
     streamed = small_windows(prepare_data(recipe(texts, streaming="on"), tokenizer, QUIET))
     prepared = prepare_data(recipe(texts, streaming="off"), tokenizer, QUIET)
 
@@ -280,7 +280,7 @@ def test_an_endless_search_for_text_ends(tmp_path: Path, tokenizer: Any) -> None
 def test_only_the_first_documents(
     texts: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dllm_convert.training.reading.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("dllm_convert.training.data.reading.BATCH_DOCUMENTS", 3)
     for streaming in ("off", "on"):
         fields = {"max_documents": 12, "streaming": streaming, "held_out_fraction": 0.3}
         data = prepare_data(recipe(texts, **fields), tokenizer, QUIET)
@@ -301,7 +301,7 @@ def test_a_short_training_reads_a_part(texts: Path, tokenizer: Any) -> None:
 
 
 def test_rows_of_both_kinds_make_batches(texts: Path, tokenizer: Any) -> None:
-    from dllm_convert.training.data import collate, text_batch
+    from dllm_convert.training.data.text import collate, text_batch
 
     for streaming in ("off", "on"):
         data = prepare_data(recipe(texts, streaming=streaming), tokenizer, QUIET)

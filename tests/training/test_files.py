@@ -19,9 +19,9 @@ from conftest import SourceFactory
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.training import file_rows
-from dllm_convert.training.documents import open_corpus
-from dllm_convert.training.encoding import find_documents
+from dllm_convert.training.data import file_rows
+from dllm_convert.training.data.documents import open_corpus
+from dllm_convert.training.data.encoding import find_documents
 
 TEXTS = ["The first.", 'He said "no";\tthen, é猫', "Two\nlines"]
 
@@ -402,7 +402,7 @@ def test_what_was_left_out_is_said(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from dllm_convert.training.data import prepare_data
+    from dllm_convert.training.data.text import prepare_data
 
     folder = tmp_path / "clone"
     folder.mkdir()

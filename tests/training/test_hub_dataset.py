@@ -19,8 +19,8 @@ READ = """
 import json, sys
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.recipe.schema import Data
-from dllm_convert.training.documents import open_corpus
-from dllm_convert.training.encoding import find_documents
+from dllm_convert.training.data.documents import open_corpus
+from dllm_convert.training.data.encoding import find_documents
 data = Data(**json.loads(sys.argv[1]))
 start = int(sys.argv[2])
 try:
@@ -43,7 +43,7 @@ from itertools import islice
 from transformers import AutoTokenizer
 from dllm_convert.common.console import Reporter
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.data import prepare_data
+from dllm_convert.training.data.text import prepare_data
 recipe = Recipe.model_validate_json(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 data = prepare_data(recipe, tokenizer, Reporter(quiet=True), Path(sys.argv[3]))

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from dllm_convert.common import bounded
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data
-from dllm_convert.training.chat import ChatEncoder, find_messages
-from dllm_convert.training.encoding import Encoder, find_documents
+from dllm_convert.training.data.chat import ChatEncoder, find_messages
+from dllm_convert.training.data.encoding import Encoder, find_documents
 
 TURN = "<|start|>{{ m['role'] }}\n"
 CLOSE = "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

@@ -21,8 +21,8 @@ from dllm_convert.pipeline import run
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.data import TextData, prepare_data
-from dllm_convert.training.mask_noise import MaskNoise
+from dllm_convert.training.data.mask_noise import MaskNoise
+from dllm_convert.training.data.text import TextData, prepare_data
 from dllm_convert.training.run import train
 from dllm_convert.training.setup import (
     load_model,

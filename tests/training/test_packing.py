@@ -11,10 +11,10 @@ from masks import two_stream_mask
 
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.modeling.published.attention import document_mask
-from dllm_convert.training.encoding import Encoded
-from dllm_convert.training.packing import Layout, best_fit, cut, pack
-from dllm_convert.training.rows import collate
-from dllm_convert.training.store import Store, StoreWriter, build_row
+from dllm_convert.training.data.encoding import Encoded
+from dllm_convert.training.data.packing import Layout, best_fit, cut, pack
+from dllm_convert.training.data.rows import collate
+from dllm_convert.training.data.store import Store, StoreWriter, build_row
 
 PLAIN = Layout(8, pad=0, fill=99)
 

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.training.chat import ChatEncoder, find_messages
-from dllm_convert.training.data import prepare_data
-from dllm_convert.training.encoding import Document, Encoder
-from dllm_convert.training.plain_text import BEGIN, END, PlainText
+from dllm_convert.training.data.chat import ChatEncoder, find_messages
+from dllm_convert.training.data.encoding import Document, Encoder
+from dllm_convert.training.data.plain_text import BEGIN, END, PlainText
+from dllm_convert.training.data.text import prepare_data
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bert", "roberta")
 

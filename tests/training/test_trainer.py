@@ -21,7 +21,7 @@ from dllm_convert.errors import DllmConvertError
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.data import TextData, prepare_data
+from dllm_convert.training.data.text import TextData, prepare_data
 from dllm_convert.training.resume import COMPLETE_MARKER, last_whole_checkpoint
 from dllm_convert.training.run import train
 from dllm_convert.training.setup import load_model, make_trainable

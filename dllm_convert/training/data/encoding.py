@@ -13,16 +13,16 @@ import numpy as np
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data
-from dllm_convert.training.chat import ChatEncoder
-from dllm_convert.training.file_rows import Row
-from dllm_convert.training.messages import (
+from dllm_convert.training.data.chat import ChatEncoder
+from dllm_convert.training.data.file_rows import Row
+from dllm_convert.training.data.messages import (
     BESIDE_CHATS,
     CHAT_COLUMNS,
     Message,
     advice,
     find_messages,
 )
-from dllm_convert.training.plain_text import PlainText
+from dllm_convert.training.data.plain_text import PlainText
 
 LONGEST = 1 << 20
 """Characters above which a document is cut: tokenizers take memory by the document."""

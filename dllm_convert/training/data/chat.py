@@ -16,15 +16,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dllm_convert.errors import DataError
-from dllm_convert.training.forms import pieces
-from dllm_convert.training.messages import (
-    CHAT_COLUMNS,
-    Conversation,
-    Message,
-    find_messages,
-)
-from dllm_convert.training.plain_text import PlainText
-from dllm_convert.training.rendering import ChatTemplate, Rendered
+from dllm_convert.training.data.forms import pieces
+from dllm_convert.training.data.messages import CHAT_COLUMNS, Conversation, Message, find_messages
+from dllm_convert.training.data.plain_text import PlainText
+from dllm_convert.training.data.rendering import ChatTemplate, Rendered
 
 __all__ = ["CHAT_COLUMNS", "ChatEncoder", "Conversation", "Message", "find_messages"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.training.formats import binary, broken_hint, check_prose
+from dllm_convert.training.data.formats import binary, broken_hint, check_prose
 
 Row = Mapping[str, Any] | None
 """Columns of a record; None stands for an empty line."""

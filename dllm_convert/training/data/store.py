@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dllm_convert.training.encoding import Encoded
-from dllm_convert.training.packing import IntArray, Layout, Packing
+from dllm_convert.training.data.encoding import Encoded
+from dllm_convert.training.data.packing import IntArray, Layout, Packing
 
 TOKENS, INDEX = "tokens.bin", "documents.npz"
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data
-from dllm_convert.training.file_rows import Row, explained, reader_of
-from dllm_convert.training.files import find_files
-from dllm_convert.training.formats import EXPECTED, FILE_SUFFIXES, broken_hint, format_of
+from dllm_convert.training.data.file_rows import Row, explained, reader_of
+from dllm_convert.training.data.files import find_files
+from dllm_convert.training.data.formats import EXPECTED, FILE_SUFFIXES, broken_hint, format_of
 
 Kind = Literal["pydoc", "files", "hub"]
 ROWS_AT_ONCE = 64
@@ -82,7 +82,7 @@ def open_corpus(data: Data) -> Corpus:
         return Corpus(data.source, "files", shards, size=size, left_out=found.left_out)
     if data.source.lower().endswith(FILE_SUFFIXES) or data.source.startswith((".", "/", "~")):
         raise DataError(f"no file matches --data {data.source}", hint=f"Give {EXPECTED}")
-    from dllm_convert.training.hub_dataset import open_hub_dataset
+    from dllm_convert.training.data.hub_dataset import open_hub_dataset
 
     return open_hub_dataset(data)
 

@@ -10,9 +10,9 @@ from typing import Any
 from dllm_convert.errors import DllmConvertError, HubError
 from dllm_convert.recipe.schema import Data
 from dllm_convert.source.hub_errors import hub_errors, transport_error
-from dllm_convert.training.documents import Corpus, Shard, dataset_rows
-from dllm_convert.training.file_rows import Row
-from dllm_convert.training.messages import BESIDE_CHATS, CHAT_COLUMNS
+from dllm_convert.training.data.documents import Corpus, Shard, dataset_rows
+from dllm_convert.training.data.file_rows import Row
+from dllm_convert.training.data.messages import BESIDE_CHATS, CHAT_COLUMNS
 
 
 def open_hub_dataset(data: Data) -> Corpus:

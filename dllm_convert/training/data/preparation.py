@@ -18,13 +18,13 @@ from dllm_convert.common import strict_json
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.training.documents import Corpus, open_corpus
-from dllm_convert.training.encoding import KEYS, Encoder
-from dllm_convert.training.packing import Layout, pack
-from dllm_convert.training.reading import Need, Reader, Split
-from dllm_convert.training.rows import PackedText
-from dllm_convert.training.store import Store
-from dllm_convert.training.streaming import TextStream
+from dllm_convert.training.data.documents import Corpus, open_corpus
+from dllm_convert.training.data.encoding import KEYS, Encoder
+from dllm_convert.training.data.packing import Layout, pack
+from dllm_convert.training.data.reading import Need, Reader, Split
+from dllm_convert.training.data.rows import PackedText
+from dllm_convert.training.data.store import Store
+from dllm_convert.training.data.streaming import TextStream
 
 PREPARED_AT_MOST = 1 << 26
 """Tokens of a training up to which a Hub dataset is tokenised before it: a minute or two."""

@@ -20,10 +20,10 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dllm_convert.errors import DataError
-from dllm_convert.training.encoding import Encoded
-from dllm_convert.training.packing import Layout, Packing, pack
-from dllm_convert.training.reading import START, Position, Reader, Split, permutation
-from dllm_convert.training.store import Store, build_row
+from dllm_convert.training.data.encoding import Encoded
+from dllm_convert.training.data.packing import Layout, Packing, pack
+from dllm_convert.training.data.reading import START, Position, Reader, Split, permutation
+from dllm_convert.training.data.store import Store, build_row
 
 WINDOW_TOKENS = 1 << 21
 """Tokens of a window: memory, and how far apart in the corpus two rows can be to trade places."""

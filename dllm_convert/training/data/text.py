@@ -21,12 +21,12 @@ from torch.utils.data import Dataset
 from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.packing import Layout, pack
-from dllm_convert.training.preparation import Preparation
-from dllm_convert.training.reading import permutation
-from dllm_convert.training.rows import NumberedRows, PackedText, collate
-from dllm_convert.training.store import Store, build_row
-from dllm_convert.training.streaming import StreamedRows, TextStream
+from dllm_convert.training.data.packing import Layout, pack
+from dllm_convert.training.data.preparation import Preparation
+from dllm_convert.training.data.reading import permutation
+from dllm_convert.training.data.rows import NumberedRows, PackedText, collate
+from dllm_convert.training.data.store import Store, build_row
+from dllm_convert.training.data.streaming import StreamedRows, TextStream
 
 __all__ = ["TextData", "collate", "prepare_data", "text_batch"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.recipe.schema import Data
-from dllm_convert.training.documents import Corpus
-from dllm_convert.training.encoding import KEYS, Document, Encoded, Encoder, find_documents
-from dllm_convert.training.store import Store, StoreWriter
+from dllm_convert.training.data.documents import Corpus
+from dllm_convert.training.data.encoding import KEYS, Document, Encoded, Encoder, find_documents
+from dllm_convert.training.data.store import Store, StoreWriter
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20

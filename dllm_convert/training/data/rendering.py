@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from dllm_convert.errors import DataError
 from dllm_convert.source.chat_rendering import explained
-from dllm_convert.training.forms import Form, function_of, pieces
-from dllm_convert.training.messages import Conversation, Message
+from dllm_convert.training.data.forms import Form, function_of, pieces
+from dllm_convert.training.data.messages import Conversation, Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _CALLED = {"developer": "system", "observation": "tool", "function": "tool", "ipython": "tool"}

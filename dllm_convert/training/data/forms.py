@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.training.messages import Message
+from dllm_convert.training.data.messages import Message
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _CLOSES_THOUGHT = "</think>"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dllm_convert.errors import DataError
-from dllm_convert.training.formats import EXPECTED, format_of, is_prose, unknown
+from dllm_convert.training.data.formats import EXPECTED, format_of, is_prose, unknown
 
 SAVED = ("state.json", "dataset_info.json")
 """What `save_to_disk` writes beside a dataset's arrow files."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from dllm_convert.errors import DataError
 from dllm_convert.source.tokenizer_loading import TokenizerErrors
-from dllm_convert.training.rendering import ChatTemplate
+from dllm_convert.training.data.rendering import ChatTemplate
 
 _FAILURE = ("the tokenizer cannot encode a document", "Correct its tokenizer.json")
 BEGIN, END = "\U0001fffe", "\U0001ffff"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from dllm_convert.training.packing import Layout, Packing
-from dllm_convert.training.reading import permutation
-from dllm_convert.training.store import Store, build_row
+from dllm_convert.training.data.packing import Layout, Packing
+from dllm_convert.training.data.reading import permutation
+from dllm_convert.training.data.store import Store, build_row
 
 
 @dataclass(frozen=True)
