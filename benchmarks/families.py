@@ -40,8 +40,8 @@ def measure(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     from dllm_convert.adapters import has_adapter
-    from dllm_convert.probe.family import measure_family
-    from dllm_convert.probe.measure import BROKEN
+    from dllm_convert.probing.family import measure_family
+    from dllm_convert.probing.measure import BROKEN
 
     try:
         config = CONFIG_MAPPING[model_type](**FIELDS.get(model_type, {}))
@@ -80,7 +80,7 @@ def measure_all(out: Path, seconds: float) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     # Imported before the forks, so that each begins where the others did.
-    import dllm_convert.probe.family  # noqa: F401
+    import dllm_convert.probing.family  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

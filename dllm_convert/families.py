@@ -17,20 +17,20 @@ from dllm_convert.source.quantised import check_quantised
 from dllm_convert.workspace import WORK, write_json
 
 if TYPE_CHECKING:
-    from dllm_convert.probe import ProbeReport
+    from dllm_convert.probing import ProbeReport
 
 RECORD_FILE = "adapter.json"
 """File of the work folder that remembers a measured adapter: a resumed run measures no more."""
 
 
 def probe_source(source: SourceInfo) -> ProbeReport:
-    """Measure the family of a source; see `dllm_convert.probe`.
+    """Measure the family of a source; see `dllm_convert.probing`.
 
     Raises:
         UnsupportedError: The source does not say enough to be measured.
         IncompatibleError: Its weights are quantised, or a number of its config is none.
     """
-    from dllm_convert.probe import probe_family
+    from dllm_convert.probing import probe_family
 
     if source.kind == "gguf" or not source.tensors:
         what = "a GGUF file" if source.kind == "gguf" else "a pickle"

@@ -12,8 +12,8 @@ from factory import CONTEXT, TOKENIZERS
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dllm_convert.probe.family import measure_family
-from dllm_convert.probe.report import ProbeReport
+from dllm_convert.probing.family import measure_family
+from dllm_convert.probing.report import ProbeReport
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.safetensors_header import read_checkpoint
 

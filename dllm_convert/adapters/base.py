@@ -33,7 +33,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Measured:
-    """Where a declaration comes from that nobody wrote: see `dllm_convert.probe`.
+    """Where a declaration comes from that nobody wrote: see `dllm_convert.probing`.
 
     Attributes:
         transformers: Version the family was measured with.

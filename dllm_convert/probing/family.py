@@ -11,10 +11,10 @@ import transformers
 from transformers import PreTrainedConfig
 
 from dllm_convert.errors import UnsupportedError
-from dllm_convert.probe import measure
-from dllm_convert.probe.facts import Stored, declare
-from dllm_convert.probe.instance import Instance, full_config, stock_name
-from dllm_convert.probe.report import Finding, ProbeReport
+from dllm_convert.probing import measure
+from dllm_convert.probing.facts import Stored, declare
+from dllm_convert.probing.instance import Instance, full_config, stock_name
+from dllm_convert.probing.report import Finding, ProbeReport
 
 WINDOW_KEYS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 NO_CONTEXT = 1 << 20

@@ -19,7 +19,7 @@ from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import run
-from dllm_convert.probe import run as probing
+from dllm_convert.probing import run as probing
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.safetensors_header import read_checkpoint
 
@@ -111,7 +111,7 @@ def _measure_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
 
     def measure(request: dict[str, Any], _: float) -> dict[str, Any]:
-        from dllm_convert.probe.family import measure_family
+        from dllm_convert.probing.family import measure_family
 
         calls.append(request["config"]["model_type"])
         report = measure_family(request["config"], request["tensors"])
@@ -175,7 +175,7 @@ def test_what_it_was_not_measured_for_is_refused(
 
 
 def test_weights_that_lack_a_tensor_are_refused(generic_source: Callable[[str], Path]) -> None:
-    from dllm_convert.probe.family import measure_family
+    from dllm_convert.probing.family import measure_family
 
     source = generic_source("olmo2")
     config = json.loads((source / "config.json").read_text())
@@ -189,7 +189,7 @@ def test_a_file_of_the_body_alone_is_refused_with_the_way_out(
     generic_source: Callable[[str], Path],
 ) -> None:
     """GPT-2's file says `h.0.`, its class `transformer.h.0.`: nothing is missing."""
-    from dllm_convert.probe.facts import _loaded
+    from dllm_convert.probing.facts import _loaded
 
     source = generic_source("gpt2")
     config = AutoConfig.from_pretrained(source)
@@ -203,7 +203,7 @@ def test_a_file_of_the_body_alone_is_refused_with_the_way_out(
 
 
 def test_tensors_that_no_class_loads_are_left_out(generic_source: Callable[[str], Path]) -> None:
-    from dllm_convert.probe.family import measure_family
+    from dllm_convert.probing.family import measure_family
     from dllm_convert.source.tensor_names import leftovers
 
     source = generic_source("olmo2")

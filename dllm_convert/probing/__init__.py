@@ -6,7 +6,7 @@ transformers; everything else runs in a process of its own.
 
 from __future__ import annotations
 
-from dllm_convert.probe.report import ProbeReport
-from dllm_convert.probe.run import probe_family
+from dllm_convert.probing.report import ProbeReport
+from dllm_convert.probing.run import probe_family
 
 __all__ = ["ProbeReport", "probe_family"]

@@ -16,7 +16,7 @@ from dllm_convert.adapters.base import Measured
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.common.console import Reporter
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
-from dllm_convert.probe.instance import decoder_layers
+from dllm_convert.probing.instance import decoder_layers
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
@@ -135,7 +135,7 @@ def test_a_state_space_model_is_refused_with_what_was_measured(
 
 
 def test_a_report_survives_its_way_through_json(generic_source: Callable[[str], Path]) -> None:
-    from dllm_convert.probe import ProbeReport
+    from dllm_convert.probing import ProbeReport
 
     report = generic.measured(generic_source("gemma2"))
     again: Any = json.loads(json.dumps(report.as_dict()))

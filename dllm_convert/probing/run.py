@@ -13,7 +13,7 @@ from typing import Any
 
 from dllm_convert import __version__
 from dllm_convert.errors import DllmConvertError, UnsupportedError
-from dllm_convert.probe.report import ProbeReport
+from dllm_convert.probing.report import ProbeReport
 from dllm_convert.source.info import TensorInfo
 from dllm_convert.source.materialise import cache_dir
 from dllm_convert.workspace import write_json
@@ -67,7 +67,7 @@ def _read(path: Path) -> ProbeReport | None:
 
 
 def _measure(request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dllm_convert.probe"]
+    command = [sys.executable, "-m", "dllm_convert.probing"]
     model_type = request["config"].get("model_type")
     try:
         done = subprocess.run(

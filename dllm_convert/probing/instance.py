@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dllm_convert.adapters.base import Adapter, Implementation, Measured
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.modeling.classes import diffusion_class
-from dllm_convert.probe.shrink import shrink
-from dllm_convert.probe.sizes import VOCABULARY
+from dllm_convert.probing.shrink import shrink
+from dllm_convert.probing.sizes import VOCABULARY
 
 SEED = 20240607
 SPREAD = 0.1

@@ -16,9 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.published.attention import StreamMask, document_mask
 from dllm_convert.modeling.published.cache import BlockCache
-from dllm_convert.probe.influence import by_layer, whole
-from dllm_convert.probe.instance import Instance, attention, text
-from dllm_convert.probe.report import Finding
+from dllm_convert.probing.influence import by_layer, whole
+from dllm_convert.probing.instance import Instance, attention, text
+from dllm_convert.probing.report import Finding
 
 LENGTH, BLOCK = 23, 5
 """Four blocks and a part of one; no divisor in common with a window."""

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dllm_convert.adapters.base import Adapter, Measured, Window
 from dllm_convert.errors import UnsupportedError
-from dllm_convert.probe.instance import Instance, decoder_layers, draft_adapter
-from dllm_convert.probe.shrink import layer_kinds
-from dllm_convert.probe.sizes import VOCABULARY
+from dllm_convert.probing.instance import Instance, decoder_layers, draft_adapter
+from dllm_convert.probing.shrink import layer_kinds
+from dllm_convert.probing.sizes import VOCABULARY
 from dllm_convert.source.leftovers import computed_with
 from dllm_convert.source.quantised import FLOATS
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dllm_convert.probe.instance import decoder_layers, other, text
+from dllm_convert.probing.instance import decoder_layers, other, text
 
 STILL = 1e-5
 """Share of the largest value below which float32 counts as still: about 80 roundings."""

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dllm_convert.common import strict_json
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.probe.family import measure_family
+from dllm_convert.probing.family import measure_family
 
 
 def main() -> None:

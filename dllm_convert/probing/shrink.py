@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from dllm_convert.probe.sizes import HEAD_DIM, PERIODS, VOCABULARY, Sizes, small_number
+from dllm_convert.probing.sizes import HEAD_DIM, PERIODS, VOCABULARY, Sizes, small_number
 
 MAX_PERIOD = 12
 """Longest period of a layer pattern that is built whole."""
