@@ -25,7 +25,7 @@ def main() -> None:
 
     started = time.monotonic()
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.verify import verify_checkpoint
+    from dllm_convert.verification import verify_checkpoint
 
     print(f"{'imports':<14}{time.monotonic() - started:7.1f} s")
     totals: list[float] = []

@@ -26,7 +26,7 @@ from dllm_convert.common.redaction import last_part, without_paths
 from dllm_convert.licences import conforming_name
 from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.source.fit import is_tied
-from dllm_convert.verify.report import files_only
+from dllm_convert.verification.report import files_only
 
 BILLION = 1_000_000_000
 MEASURES = {

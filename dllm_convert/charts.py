@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.logged import Curve
-from dllm_convert.observations import (
+from dllm_convert.verification.observe.logged import Curve
+from dllm_convert.verification.observe.observations import (
     Influence,
     InfluenceMap,
     Observations,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_convert.observations import Observations
 from dllm_convert.report_tables import (
     Table,
     attention_table,
@@ -13,6 +12,7 @@ from dllm_convert.report_tables import (
     rates_table,
     sketch,
 )
+from dllm_convert.verification.observe.observations import Observations
 
 
 def views_text(seen: Observations) -> list[str]:

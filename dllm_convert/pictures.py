@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.observations import Observations
+from dllm_convert.verification.observe.observations import Observations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

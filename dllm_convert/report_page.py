@@ -20,11 +20,11 @@ from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE, read_manife
 from dllm_convert.common.redaction import last_part, without_paths
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.evaluation.picture import PARALLELISM
-from dllm_convert.observations import Observations
 from dllm_convert.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.loading import data_dir
 from dllm_convert.report_tables import Table
+from dllm_convert.verification.observe.observations import Observations
 
 TEMPLATE = "report.html.jinja"
 _TABLES = {

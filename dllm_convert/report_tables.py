@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from dllm_convert.observations import InfluenceMap, Observations, RatePoint
+from dllm_convert.verification.observe.observations import InfluenceMap, Observations, RatePoint
 
 SKETCH = 16
 """Most rows of an influence map on a terminal."""

@@ -126,8 +126,8 @@ class Measures:
 
     def _views(self) -> dict[str, Any]:
         """Measure what the pictures show."""
-        from dllm_convert.logged import read_curves
-        from dllm_convert.verify.views import observe_run
+        from dllm_convert.verification.observe.logged import read_curves
+        from dllm_convert.verification.observe.views import observe_run
 
         work, trains = self.workspace.work, self._trains
         with self.reporter.task("measure what the pictures show"):

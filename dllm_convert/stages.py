@@ -147,18 +147,18 @@ class Stages(Measures):
 
     def _verify(self) -> dict[str, Any]:
         if self.light:
-            from dllm_convert.verify.bytes import verify_staged
+            from dllm_convert.verification.bytes import verify_staged
 
             ways = (self.workspace.result("adapt") or {})["ways"]
             reason = self.how.reason(self.plan.source.parameters)
             staged, base = self.workspace.staged, self._source.folder
             return verify_staged(staged, base, self.plan, ways, reason, self.reporter).as_dict()
         if self.how.verify is Depth.FILES:
-            from dllm_convert.verify.bytes import verify_folder
+            from dllm_convert.verification.bytes import verify_folder
 
             staged, reason = self.workspace.staged, self.how.reason(self.plan.source.parameters)
             return verify_folder(staged, self._source.folder, self.reporter, reason).as_dict()
-        from dllm_convert.verify import verify_checkpoint
+        from dllm_convert.verification import verify_checkpoint
 
         report = verify_checkpoint(
             self.workspace.staged,

@@ -74,6 +74,6 @@ def _forked_strangers(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     if not marks & {"real", "stranger"}:
         from forks import Strangers
 
-        from dllm_convert.verify import portability
+        from dllm_convert.verification.probes import portability
 
         monkeypatch.setattr(portability, "subprocess", Strangers())

@@ -34,7 +34,7 @@ Hook = tuple[str, dict[str, Any]]
 PACKAGE = (
     "accelerate", "datasets", "peft", "torch", "transformers", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "dllm_convert.cli", "dllm_convert.pipeline",
-    "dllm_convert.training.run", "dllm_convert.verify", "dllm_convert.card",
+    "dllm_convert.training.run", "dllm_convert.verification", "dllm_convert.card",
     "dllm_convert.weights.run",
     "dllm_convert.sampling.run", "dllm_convert.report_page", "dllm_convert.licences",
     "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
@@ -285,7 +285,7 @@ class Strangers:
 
 def fork_strangers(address: str) -> None:
     """Have the checks of this process fork their fresh processes out of a warm one."""
-    from dllm_convert.verify import portability
+    from dllm_convert.verification.probes import portability
 
     portability.subprocess = Strangers(address)  # type: ignore[assignment]
 
@@ -294,7 +294,7 @@ def fork_ranks(pids: str) -> None:
     """Have torch's launcher fork its processes too, and write their process ids into a file."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    from dllm_convert.verify import portability
+    from dllm_convert.verification.probes import portability
 
     strangers: Any = portability.subprocess
     before = [("forks:fork_strangers", {"address": strangers.address})]

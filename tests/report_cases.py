@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
-from dllm_convert.logged import Curve
-from dllm_convert.observations import (
+from dllm_convert.verification.observe.logged import Curve
+from dllm_convert.verification.observe.observations import (
     DecodingPoint,
     Influence,
     InfluenceMap,

@@ -28,7 +28,7 @@ from dllm_convert.card import render_card, write_card
 from dllm_convert.common.manifest import write_manifest
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.loading import load_recipe
-from dllm_convert.verify.report import BY_FILES
+from dllm_convert.verification.report import BY_FILES
 
 ALWAYS = ["Use", "The model", "Training", "Limits", "Reproduce", "Licence", "Citation"]
 TRAINED = [

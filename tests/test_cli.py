@@ -388,7 +388,7 @@ def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         seen.update(options, folder=folder)
         return SimpleNamespace(passed=True, as_dict=lambda: MANIFEST["verification"])
 
-    fake_module(monkeypatch, "dllm_convert.verify", verify_checkpoint=verify_checkpoint)
+    fake_module(monkeypatch, "dllm_convert.verification", verify_checkpoint=verify_checkpoint)
     info = SimpleNamespace(files=(), path=tmp_path)
     fake_module(
         monkeypatch, "dllm_convert.source.inspect", inspect_source=lambda source, revision: info
@@ -410,7 +410,7 @@ def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_failed_verify_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
     report = SimpleNamespace(passed=False, as_dict=lambda: FAILED)
-    fake_module(monkeypatch, "dllm_convert.verify", verify_checkpoint=lambda *_, **__: report)
+    fake_module(monkeypatch, "dllm_convert.verification", verify_checkpoint=lambda *_, **__: report)
     result = invoke("verify", "there")
     assert result.exit_code == 4
     assert "influence: measured 0.25" in result.stderr

@@ -17,8 +17,8 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.verify import verify_checkpoint
-from dllm_convert.verify.heatmaps import load_base
+from dllm_convert.verification import verify_checkpoint
+from dllm_convert.verification.observe.heatmaps import load_base
 
 Sources = Callable[..., Path]
 GROUPS = ["files", "tokens", "attention", "base", "base-logits", "generate"]

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from dllm_convert.adapters import get_adapter
 from dllm_convert.card import write_card
 from dllm_convert.sampling import DEFAULT_PROMPT
-from dllm_convert.verify import verify_checkpoint
+from dllm_convert.verification import verify_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

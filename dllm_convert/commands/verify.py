@@ -16,7 +16,7 @@ from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_don
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
-    from dllm_convert.verify.opening import Asked
+    from dllm_convert.verification.opening import Asked
 
 Checkpoint = Annotated[
     Path,
@@ -91,7 +91,7 @@ def verify(
         raise typer.BadParameter("--report shows what the model does; leave --files out")
     reporter = make_reporter(quiet=quiet or as_json)
     if files:
-        from dllm_convert.verify.bytes import verify_folder
+        from dllm_convert.verification.bytes import verify_folder
 
         base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
         found = verify_folder(checkpoint, base, reporter).as_dict()
@@ -99,7 +99,7 @@ def verify(
         exit_if_failed(found)
         return
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.verify import verify_checkpoint
+    from dllm_convert.verification import verify_checkpoint
 
     with quiet_libraries():
         base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
@@ -112,7 +112,7 @@ def verify(
             reporter=reporter,
         ).as_dict()
         if report is not None:
-            from dllm_convert.verify.opening import Asked, local_checkpoint
+            from dllm_convert.verification.opening import Asked, local_checkpoint
 
             folder = local_checkpoint(checkpoint, revision, reporter)
             asked = Asked(base, trust_remote_code=trust_remote_code, block_size=block)
@@ -126,7 +126,7 @@ def _write(
 ) -> dict[str, Any]:
     """Measure what the report's pictures show, and write it."""
     from dllm_convert.report_page import write_report
-    from dllm_convert.verify.views import observe_checkpoint
+    from dllm_convert.verification.observe.views import observe_checkpoint
 
     with reporter.task("measure what the pictures show"):
         seen = observe_checkpoint(folder, asked, verification)

@@ -79,7 +79,7 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
     """
     from dllm_convert.source.inspect import inspect_source
     from dllm_convert.source.materialise import materialise
-    from dllm_convert.verify.portability import run_isolated
+    from dllm_convert.verification.probes.portability import run_isolated
 
     manifest = read_manifest(merged)
     source, family = manifest["source"], adapter_of(read_config(merged))

@@ -16,7 +16,7 @@ from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.publish.adapter import check_adapter
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.hub_errors import hub_errors
-from dllm_convert.verify.report import files_only
+from dllm_convert.verification.report import files_only
 
 GROUPS = ("tokens", "portability", "generate")
 """Probes of the short verification: it loads from the Hub, alone, and decodes."""
@@ -106,8 +106,8 @@ def short_verification(
         return (check_adapter(folder, merged, scratch, reporter),)
     if files_only(manifest.get("verification")):
         return _files_verification(folder, reporter)
-    from dllm_convert.verify import verify_checkpoint
-    from dllm_convert.verify.run import GROUPS as ALL
+    from dllm_convert.verification import verify_checkpoint
+    from dllm_convert.verification.run import GROUPS as ALL
 
     report = verify_checkpoint(folder, groups=GROUPS, reporter=reporter).as_dict()
     not_asked = set(ALL) - set(GROUPS)
@@ -116,7 +116,7 @@ def short_verification(
 
 def _files_verification(folder: Path, reporter: Reporter) -> tuple[dict[str, Any], ...]:
     """Look at headers, index and mask row of a download whose files were compared already."""
-    from dllm_convert.verify.bytes import verify_bytes
+    from dllm_convert.verification.bytes import verify_bytes
 
     config = read_config(folder)
     reason = "the model was not loaded before the push either"

@@ -23,7 +23,7 @@ from dllm_convert.publish.repository import full_id
 from dllm_convert.publish.scan import check_staged
 from dllm_convert.publish.staged import Staged
 from dllm_convert.publish.staging import stage
-from dllm_convert.verify.report import files_only
+from dllm_convert.verification.report import files_only
 from dllm_convert.workspace import WORK, locked
 
 

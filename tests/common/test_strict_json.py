@@ -13,9 +13,9 @@ import pytest
 from dllm_convert.common import strict_json
 from dllm_convert.common.manifest import read_manifest, write_manifest
 from dllm_convert.diffusion.likelihood import Likelihood
-from dllm_convert.observations import Observations
 from dllm_convert.training.metrics import Metrics
-from dllm_convert.verify.outcome import check_quality
+from dllm_convert.verification.observe.observations import Observations
+from dllm_convert.verification.probes.outcome import check_quality
 
 SOURCES = Path(strict_json.__file__).parents[1]
 

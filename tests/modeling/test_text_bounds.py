@@ -230,7 +230,7 @@ def test_ids_as_configs_give_them() -> None:
 
 def test_families_with_several_ends_verify(source_factory: Any, tmp_path: Path) -> None:
     """Every Llama 3.x Instruct has a list in both files."""
-    from dllm_convert.verify import verify_checkpoint
+    from dllm_convert.verification import verify_checkpoint
 
     source = source_factory("llama")
     for file in ("config.json", "generation_config.json"):

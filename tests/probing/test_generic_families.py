@@ -19,7 +19,7 @@ from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_
 from dllm_convert.probing.instance import decoder_layers
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.verify import GROUPS, VerificationReport, verify_checkpoint
+from dllm_convert.verification import GROUPS, VerificationReport, verify_checkpoint
 
 CONVERTIBLE = [name for name in generic.CONFIGS if name != "mamba"]
 WINDOWED = ("gemma2", "gemma3_text", "cohere2")

@@ -15,7 +15,7 @@ from pushing import TOKEN, Done, checkpoint, command
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
-from dllm_convert.verify.bytes import verify_folder
+from dllm_convert.verification.bytes import verify_folder
 
 REPO = "me/tiny"
 

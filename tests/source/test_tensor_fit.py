@@ -22,8 +22,8 @@ from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.source_fit import fit_folder
-from dllm_convert.verify import verify_checkpoint
-from dllm_convert.verify.bytes import verify_folder
+from dllm_convert.verification import verify_checkpoint
+from dllm_convert.verification.bytes import verify_folder
 from dllm_convert.weights.run import adapt
 
 Sources = Callable[..., Path]

@@ -79,8 +79,8 @@ def test_what_is_recorded(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_every_group_that_is_left_out_is_named() -> None:
-    from dllm_convert.verify import GROUPS
-    from dllm_convert.verify.bytes import NEEDS_MODEL
+    from dllm_convert.verification import GROUPS
+    from dllm_convert.verification.bytes import NEEDS_MODEL
 
     assert set(GROUPS) - {"files", "base"} == set(NEEDS_MODEL) - {"base-logits"}
 

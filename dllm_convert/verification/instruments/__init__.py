@@ -1,0 +1,1 @@
+"""What probes measure with: implementations of attention, comparisons, tensors by name."""

@@ -1,0 +1,1 @@
+"""What pictures are drawn from: attention, curves, a recorded decoding, as plain values."""

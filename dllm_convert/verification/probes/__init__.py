@@ -1,0 +1,1 @@
+"""The probes: each measures one thing that a converted checkpoint claims."""

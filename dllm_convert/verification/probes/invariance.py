@@ -1,0 +1,212 @@
+"""Invariance: padding, neighbours in the batch and the KV cache change nothing but rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from dllm_convert.modeling.published.cache import BlockCache
+from dllm_convert.modeling.published.rope import final_lengths
+from dllm_convert.verification.instruments.attention import IMPLEMENTATIONS, missing, running
+from dllm_convert.verification.instruments.layers import attention_modules, record_calls
+from dllm_convert.verification.probes.influence import RELATIVE_TOLERANCE, probe_length
+from dllm_convert.verification.report import Probe, at_most, largest, skipped
+from dllm_convert.verification.subject import Subject
+
+
+def invariant(
+    subject: Subject, name: str, measure: Callable[[], float], first: float | None = None
+) -> Probe:
+    """Judge a difference that should be zero but for rounding.
+
+    Some models hold activations in the tens of thousands, where float32 rounding alone exceeds any
+    useful tolerance. So a difference that is too large is measured again in float64: rounding
+    vanishes there, a fault does not.
+
+    Args:
+        subject: The checkpoint.
+        name: Name of the probe.
+        measure: Measures again, in the model's present precision.
+        first: The difference in float32, if it is measured already.
+    """
+    first = measure() if first is None else first
+    difference, detail = first, ""
+    if not first <= subject.adapter.tolerance:
+        with subject.float64():
+            difference = measure()
+        detail = f"in float64; rounding included, float32 gives {first:.3g}"
+    return at_most(
+        name,
+        "logits differ by",
+        difference,
+        subject.adapter.tolerance,
+        detail=detail,
+    )
+
+
+@torch.no_grad()
+def check_padding(subject: Subject) -> list[Probe]:
+    """Return the probes `padding-left` and `padding-right`: a mixed batch against one by one."""
+    longest = min(probe_length(subject), 48)
+    lengths = sorted({longest, max(longest // 2, 1)})
+    texts = [subject.tokens(1, length, draw=length) for length in lengths]
+    probes = []
+    for side in ("left", "right"):
+        measure = partial(_padded, subject, side, texts)
+        probes.append(invariant(subject, f"padding-{side}", measure))
+    return probes
+
+
+@torch.no_grad()
+def check_batch(subject: Subject) -> list[Probe]:
+    """Return the probes `batch` and `implementations`."""
+    return [
+        invariant(subject, "batch", partial(_with_neighbours, subject)),
+        _across_implementations(subject),
+    ]
+
+
+def _with_neighbours(subject: Subject) -> float:
+    """Return the largest difference that neighbours in the batch, or their order, make."""
+    texts = subject.tokens(3, min(probe_length(subject), 48))
+    together = subject.model(texts, use_cache=False).logits
+    turned = subject.model(texts.flip(0), use_cache=False).logits.flip(0)
+    alone = [subject.model(text[None], use_cache=False).logits[0] for text in texts]
+    return largest([together - turned, *(a - b for a, b in zip(together, alone, strict=True))])
+
+
+def _across_implementations(subject: Subject) -> Probe:
+    """Give every attention module the same input in each implementation, left padding included.
+
+    Layer by layer, because deep models magnify the rounding of the first layers beyond any useful
+    tolerance, and eager attention rounds to float32 even in float64.
+    """
+    length = min(probe_length(subject), 48)
+    texts, mask = subject.tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[1, : length // 2] = 0
+    count = int(subject.config["num_hidden_layers"])
+    known: list[tuple[torch.Tensor, torch.Tensor]] = []
+    worst: dict[str, tuple[float, int]] = {}
+    for name in IMPLEMENTATIONS:
+        if missing(subject, name):
+            continue
+        with running(subject, name) as model:
+            modules = attention_modules(model, count)
+            calls = record_calls(model, modules, input_ids=texts, attention_mask=mask)
+            if not known:
+                known = [(call.hidden, call.run(call.hidden)[mask.bool()]) for call in calls]
+                continue
+            apart = [
+                largest([call.run(hidden)[mask.bool()] - output]) / float(output.abs().max())
+                for call, (hidden, output) in zip(calls, known, strict=True)
+            ]
+        worst[name] = max((value, layer) for layer, value in enumerate(apart))
+    required = f"at most {RELATIVE_TOLERANCE:g} of the largest output, in each of {count} layers"
+    if not worst:
+        return skipped("implementations", required, "one implementation runs here: none to compare")
+    return Probe(
+        "implementations",
+        all(value <= RELATIVE_TOLERANCE for value, _ in worst.values()),
+        ", ".join(f"{name} differs from sdpa by {v:.2g}" for name, (v, _) in worst.items()),
+        required,
+        ", ".join(
+            f"{name} most in layer {layer}"
+            for name, (value, layer) in worst.items()
+            if not value <= RELATIVE_TOLERANCE
+        ),
+    )
+
+
+def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
+    """Return the largest difference that padding on one side makes to the logits of any text."""
+    width = max(text.shape[1] for text in texts)
+    # The filler is an ordinary token, so that any attention to it shows.
+    rows = subject.tokens(len(texts), width, draw=1)
+    mask = torch.zeros_like(rows)
+    for row, text in enumerate(texts):
+        length = text.shape[1]
+        span = slice(width - length, width) if side == "left" else slice(0, length)
+        rows[row, span] = text[0]
+        mask[row, span] = 1
+    logits = subject.model(rows, attention_mask=mask, use_cache=False).logits
+    return largest(
+        [
+            logits[row][mask[row].bool()] - subject.model(text, use_cache=False).logits[0]
+            for row, text in enumerate(texts)
+        ]
+    )
+
+
+@torch.no_grad()
+def check_cache(subject: Subject) -> list[Probe]:
+    """Return the probes `cache` and `cache-clean`: block by block against all at once."""
+    size = subject.claim.block_size
+    if size is None:
+        reason = "mdlm decodes without a cache"
+        return [skipped(name, "no difference", reason) for name in ("cache", "cache-clean")]
+    tokens = subject.tokens(1, probe_length(subject))
+    # As a decoding of this length: some rotary frequencies depend on it.
+    with final_lengths(subject.model, lambda: torch.tensor([tokens.shape[1]])):
+        return _check_cache(subject, tokens, size)
+
+
+def _check_cache(subject: Subject, tokens: torch.Tensor, size: int) -> list[Probe]:
+    difference, dirt = _decode_with_cache(subject, tokens, size)
+    measure = partial(_cached_difference, subject, tokens, size)
+    clean = Probe("cache-clean", dirt == 0, f"{dirt} states changed by denoising", "0")
+    if tokens.shape[1] <= size:
+        clean = skipped("cache-clean", "0", f"a context of {subject.context} tokens is one block")
+    return [invariant(subject, "cache", measure, difference), clean]
+
+
+def _cached_difference(subject: Subject, tokens: torch.Tensor, size: int) -> float:
+    return _decode_with_cache(subject, tokens, size)[0]
+
+
+def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tuple[float, int]:
+    """Walk over the blocks as decoding does: denoise against a frozen cache, then extend it.
+
+    Returns:
+        Largest difference from the logits of the whole text at once, and how many of the cache's
+        tensors the denoising forwards changed.
+    """
+    whole = subject.model(tokens, use_cache=False).logits
+    cache = BlockCache()
+    differences: list[torch.Tensor] = []
+    dirt = 0
+    for first in range(0, tokens.shape[1], size):
+        block = tokens[:, first : first + size]
+        noisy = block.clone()
+        noisy[:, ::2] = subject.claim.mask_token_id
+        positions = torch.arange(first, first + block.shape[1]).expand_as(block)
+        before = [state.clone() for state in _states(cache)]
+        cache.frozen = True
+        denoised = _forward(subject, noisy, positions, cache)
+        after = _states(cache)
+        pairs = zip(before, after, strict=False)
+        dirt += sum(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+        dirt += abs(len(after) - len(before))
+        cache.frozen = False
+        logits = _forward(subject, block, positions, cache)
+        differences.append(logits - whole[:, first : first + size])
+    # The last block once more, noisy, behind the clean ones: what denoising must have seen.
+    text = torch.cat([tokens[:, :first], noisy], dim=1)
+    differences.append(denoised - subject.model(text, use_cache=False).logits[:, first:])
+    return largest(differences), dirt
+
+
+def _forward(
+    subject: Subject, tokens: torch.Tensor, positions: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    output = subject.model(tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def _states(cache: Any) -> list[torch.Tensor]:
+    """Return keys and values of the filled layers, each (batch, heads, cached, head_dim)."""
+    filled = [layer for layer in cache.layers if layer.get_seq_length()]
+    return [state for layer in filled for state in (layer.keys, layer.values)]

@@ -1,0 +1,224 @@
+"""The checkpoint under verification: what it claims, and its parts, each loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dllm_convert.adapters import Adapter
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import load_complete
+from dllm_convert.modeling.published.ends import read_ids
+from dllm_convert.modeling.text_bounds import ROLES
+from dllm_convert.planning.checks import context_length
+from dllm_convert.source.safetensors_header import Header, read_checkpoint
+from dllm_convert.source.tokenizer_loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from dllm_convert.verification.foreign.probes import Foreign
+
+SEED = 20240607
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the `diffusion` section of config.json says the model is.
+
+    Attributes:
+        objective: mdlm or bd3lm.
+        block_size: Tokens per block; None for mdlm.
+        mask_token_id: Id of the mask.
+        attention: bidirectional or block-causal.
+        token_shift: Whether position i is predicted from the hidden state of i-1.
+    """
+
+    objective: str
+    block_size: int | None
+    mask_token_id: int
+    attention: str
+    token_shift: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Claim:
+        """Read the claim.
+
+        Raises:
+            IncompatibleError: The section is incomplete or contradicts itself.
+        """
+        section = config["diffusion"]
+        missing = [key for key in cls.__dataclass_fields__ if key not in section]
+        if missing:
+            raise IncompatibleError(
+                f"the diffusion section of config.json has no {', '.join(missing)}",
+                hint="Convert the model again with this version of dllm-convert",
+            )
+        claim = cls(**{key: section[key] for key in cls.__dataclass_fields__})
+        attention = {"mdlm": "bidirectional", "bd3lm": "block-causal"}.get(claim.objective)
+        if attention is None or claim.attention != attention:
+            raise IncompatibleError(
+                f"the diffusion section of config.json claims {claim.objective!r} with "
+                f"{claim.attention!r} attention, expected mdlm with bidirectional or bd3lm with "
+                "block-causal"
+            )
+        if not is_count(claim.mask_token_id):
+            raise IncompatibleError(
+                f"diffusion.mask_token_id is {claim.mask_token_id!r}, expected an id"
+            )
+        blocks_fit = claim.block_size is None if claim.objective == "mdlm" else claim.block_size
+        if not blocks_fit or not (claim.block_size is None or is_count(claim.block_size)):
+            raise IncompatibleError(
+                f"diffusion.block_size is {claim.block_size!r} for {claim.objective}, expected "
+                "null for mdlm and a whole number of at least 1 for bd3lm"
+            )
+        return claim
+
+    def mask(self, length: int) -> torch.Tensor:
+        """Return which token may reach which position, shape (positions, tokens), bool.
+
+        Written out here a second time on purpose: verification must not trust `attention.py`.
+        """
+        position = torch.arange(length)
+        if self.block_size is None:
+            return torch.ones(length, length, dtype=torch.bool)
+        return position[:, None] >= position[None, :] // self.block_size * self.block_size
+
+
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a whole number of at least 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass
+class Subject:
+    """A checkpoint folder and what it is compared with.
+
+    Attributes:
+        folder: The checkpoint.
+        config: Its config.json.
+        adapter: Its family.
+        claim: What it says it is.
+        manifest: Its dllm_convert.json; empty if there is none.
+        against: Folder of the base's safetensors weights.
+        quality: Held-out measurements.
+        untrained: Whether the weights are the base's; None if that is not known.
+        trust_remote_code: Whether code of the folder that is not ours may run.
+        foreign: What is known of a third-party checkpoint; None for one of ours.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    adapter: Adapter
+    claim: Claim
+    manifest: Mapping[str, Any]
+    against: Path | None
+    quality: Mapping[str, Any]
+    untrained: bool | None
+    trust_remote_code: bool = False
+    foreign: Foreign | None = None
+
+    @cached_property
+    def headers(self) -> Mapping[str, Header]:
+        """Headers of the weights, file name to header."""
+        return read_checkpoint(self.folder)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor in the files."""
+        entries = (header.entries.items() for header in self.headers.values())
+        return {name: entry.shape for items in entries for name, entry in items}
+
+    @property
+    def diffusion_class(self) -> Any:
+        """This package's diffusion class of the family."""
+        return diffusion_class(self.adapter)
+
+    @property
+    def _attention(self) -> str:
+        return self.adapter.implementations[0]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as transformers loads it."""
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def model(self) -> Any:
+        """The diffusion class in float32, on the CPU, with its family's first implementation.
+
+        Raises:
+            DataError: It does not load, or not completely.
+        """
+        model = load_complete(
+            self.diffusion_class,
+            self.folder,
+            dtype=torch.float32,
+            attn_implementation=self._attention,
+        )
+        return model.requires_grad_(False)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What the checkpoint is trained and measured on, as it claims."""
+        section, claim = self.config["diffusion"], self.claim
+        return Objective(
+            "bd3lm" if claim.block_size else "mdlm",
+            claim.mask_token_id,
+            claim.token_shift,
+            claim.block_size,
+            section.get("noise_kernel", "absorbing"),
+            self.shapes[self.adapter.embedding][0],
+            section.get("context", "block"),
+        )
+
+    @contextmanager
+    def attention(self, implementation: str) -> Iterator[Any]:
+        """Lend the model with another attention implementation."""
+        self.model.set_attn_implementation(implementation)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(self._attention)
+
+    @contextmanager
+    def float64(self) -> Iterator[Any]:
+        """Lend the model in double precision; back in float32 its weights are what they were."""
+        self.model.to(torch.float64)
+        try:
+            yield self.model
+        finally:
+            self.model.to(torch.float32)
+
+    @cached_property
+    def context(self) -> int:
+        """Longest text in tokens."""
+        return context_length(self.config, self.adapter) or 2048
+
+    @cached_property
+    def _ordinary_ids(self) -> torch.Tensor:
+        """Ids of tokens that ordinary text has, shape (n,)."""
+        rows = self.shapes[self.adapter.embedding][0]
+        special = {*self.tokenizer.all_special_ids, self.claim.mask_token_id}
+        for name in ROLES:
+            special |= {*read_ids(self.config.get(f"{name}_token_id"), f"{name}_token_id")}
+        count = min(len(self.tokenizer), rows)
+        return torch.tensor([token for token in range(count) if token not in special])
+
+    def tokens(self, rows: int, length: int, *, draw: int = 0) -> torch.Tensor:
+        """Return random ordinary tokens, shape (rows, length); the same for the same arguments."""
+        generator = torch.Generator().manual_seed(SEED + draw)
+        ids = self._ordinary_ids
+        return ids[torch.randint(len(ids), (rows, length), generator=generator)]
+
+    def other_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens that differ from `tokens` everywhere, same shape."""
+        index = torch.searchsorted(self._ordinary_ids, tokens)
+        step = 1 + len(self._ordinary_ids) // 3
+        return self._ordinary_ids[(index + step) % len(self._ordinary_ids)]
