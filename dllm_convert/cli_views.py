@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_convert.report_tables import (
-    Table,
-    attention_table,
-    decoding_table,
-    rates_table,
-    sketch,
-)
+from dllm_convert.card.tables import Table, attention_table, decoding_table, rates_table, sketch
 from dllm_convert.verification.observe.observations import Observations
 
 

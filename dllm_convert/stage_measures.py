@@ -144,7 +144,7 @@ class Measures:
         return replace(seen, curves=thinned).as_dict()
 
     def _sample(self) -> dict[str, Any]:
-        from dllm_convert.pictures import DENOISING
+        from dllm_convert.card.pictures import DENOISING
         from dllm_convert.sampling import DEFAULT_PROMPT
         from dllm_convert.sampling.run import decode_sample, fit, record, recorder_of
 

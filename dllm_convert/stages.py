@@ -101,9 +101,9 @@ class Stages(Measures):
         return train(self.plan, self._data, *folders, self.reporter, start).as_dict()
 
     def _assemble(self) -> dict[str, Any]:
+        from dllm_convert.card.licences import write_notice
+        from dllm_convert.card.pictures import DENOISING, draw_all
         from dllm_convert.common.manifest import write_manifest
-        from dllm_convert.licences import write_notice
-        from dllm_convert.pictures import DENOISING, draw_all
         from dllm_convert.recipe.loading import dump_recipe
 
         staged = self.workspace.staged
@@ -170,9 +170,9 @@ class Stages(Measures):
         return dict(report.as_dict())
 
     def _document(self) -> dict[str, Any]:
-        from dllm_convert.card import write_card
+        from dllm_convert.card.readme import write_card
+        from dllm_convert.card.report import write_report
         from dllm_convert.common.manifest import read_manifest, write_manifest
-        from dllm_convert.report_page import write_report
 
         staged, workspace = self.workspace.staged, self.workspace
         # The files were hashed when they were put together; hashing them again reads every weight.
@@ -185,7 +185,7 @@ class Stages(Measures):
 
     def _clean(self) -> None:
         """Drop what the finished checkpoint makes superfluous; keep the journal and the metrics."""
-        from dllm_convert.pictures import DENOISING
+        from dllm_convert.card.pictures import DENOISING
 
         for name in ("untrained", "trained", "trainer", "data"):
             shutil.rmtree(self.workspace.work / name, ignore_errors=True)

@@ -129,7 +129,7 @@ def plant(**faults: Any) -> None:
 
 def fast() -> None:
     """Leave out what is measured and drawn of a finished model: other tests look at that."""
-    from dllm_convert import pictures
+    from dllm_convert.card import pictures
     from dllm_convert.verification import run
 
     left_out = run._Group(lambda subject: [])

@@ -34,9 +34,9 @@ Hook = tuple[str, dict[str, Any]]
 PACKAGE = (
     "accelerate", "datasets", "peft", "torch", "transformers", "matplotlib.figure",
     "matplotlib.backends.backend_agg", "dllm_convert.cli", "dllm_convert.pipeline",
-    "dllm_convert.training.run", "dllm_convert.verification", "dllm_convert.card",
+    "dllm_convert.training.run", "dllm_convert.verification", "dllm_convert.card.readme",
     "dllm_convert.weights.run",
-    "dllm_convert.sampling.run", "dllm_convert.report_page", "dllm_convert.licences",
+    "dllm_convert.sampling.run", "dllm_convert.card.report", "dllm_convert.card.licences",
     "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
     # What the first flex attention, card and GIF load.
     "torch._inductor.compile_fx", "markdown_it:MarkdownIt", "PIL.ImageDraw", "PIL.JpegImagePlugin",
@@ -52,7 +52,7 @@ STRANGER_WITH_PEFT = (*STRANGER, "peft")
 CLIENT = (
     "huggingface_hub:HfApi", "huggingface_hub:CommitOperationAdd", "huggingface_hub.file_download",
     "huggingface_hub:snapshot_download", "huggingface_hub.lfs", "markdown_it:MarkdownIt",
-    "tqdm.auto", "encodings.idna", "dllm_convert.adapters.llama", "dllm_convert.card",
+    "tqdm.auto", "encodings.idna", "dllm_convert.adapters.llama", "dllm_convert.card.readme",
     "dllm_convert.publish.run",
 )  # fmt: skip
 """What publishing needs, without torch."""

@@ -13,7 +13,7 @@ import forks
 from conversion import convert
 from hub_server import LoopbackHub
 
-from dllm_convert.card import write_card
+from dllm_convert.card.readme import write_card
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     hash_files,

@@ -496,8 +496,8 @@ def test_card_prints_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def writes(name: str) -> Callable[[Path], Path]:
         return lambda folder: (order.append(name), folder / name)[1]
 
-    fake_module(monkeypatch, "dllm_convert.card", write_card=writes("README.md"))
-    fake_module(monkeypatch, "dllm_convert.report_page", write_report=writes("report.html"))
+    fake_module(monkeypatch, "dllm_convert.card.readme", write_card=writes("README.md"))
+    fake_module(monkeypatch, "dllm_convert.card.report", write_report=writes("report.html"))
     assert invoke("card", "there").stdout == "there/README.md\n"
     assert order == ["report.html", "README.md"], "the card links to the report"
     assert json.loads(invoke("card", "there", "--json").stdout) == {

@@ -15,7 +15,7 @@ from pushing import checkpoint
 from transformers import AutoTokenizer
 
 from dllm_convert.adapters import get_adapter
-from dllm_convert.card import write_card
+from dllm_convert.card.readme import write_card
 from dllm_convert.sampling import DEFAULT_PROMPT
 from dllm_convert.verification import verify_checkpoint
 

@@ -12,8 +12,8 @@ from dllm_convert.commands.shared import make_reporter, show_done
 
 def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
     """Write README.md, the model card, and report.html of a converted checkpoint anew."""
-    from dllm_convert.card import write_card
-    from dllm_convert.report_page import write_report
+    from dllm_convert.card.readme import write_card
+    from dllm_convert.card.report import write_report
 
     # The card links to the report where there is one.
     report = write_report(checkpoint)

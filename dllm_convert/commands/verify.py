@@ -125,7 +125,7 @@ def _write(
     path: Path, folder: Path, asked: Asked, verification: dict[str, Any], reporter: Reporter
 ) -> dict[str, Any]:
     """Measure what the report's pictures show, and write it."""
-    from dllm_convert.report_page import write_report
+    from dllm_convert.card.report import write_report
     from dllm_convert.verification.observe.views import observe_checkpoint
 
     with reporter.task("measure what the pictures show"):

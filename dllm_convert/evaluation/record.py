@@ -91,8 +91,8 @@ def record_evaluation(folder: Path, found: dict[str, Any]) -> None:
         folder: The checkpoint; without a manifest, the picture is all that is written.
         found: The `evaluation` section.
     """
-    from dllm_convert.evaluation.picture import PARALLELISM, draw_parallelism
-    from dllm_convert.report_page import write_report
+    from dllm_convert.card.evaluation_curve import PARALLELISM, draw_parallelism
+    from dllm_convert.card.report import write_report
 
     drawn = draw_parallelism(found.get("sweep") or (), folder)
     if not (folder / MANIFEST_FILE).exists():

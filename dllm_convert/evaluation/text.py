@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.card_base import data_kind, data_names
+from dllm_convert.card.base import data_kind, data_names
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import recorded_recipe
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo

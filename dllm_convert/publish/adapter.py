@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import adapter_of
+from dllm_convert.card.pictures import DENOISING
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.disk import link
 from dllm_convert.common.manifest import (
@@ -20,7 +21,6 @@ from dllm_convert.common.manifest import (
     write_manifest,
 )
 from dllm_convert.errors import DataError
-from dllm_convert.pictures import DENOISING
 from dllm_convert.publish.staging import check_recorded, is_weight, published_names
 from dllm_convert.sampling.run import read_config
 from dllm_convert.training.adapter_files import ADAPTER

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.card.licences import check_publication, rules_for
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.manifest import CARD_FILE, file_names, read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.redaction import redact_folder
 from dllm_convert.errors import VerificationError
-from dllm_convert.licences import check_publication, rules_for
 from dllm_convert.publish.adapter import adapter_checkpoint
 from dllm_convert.publish.options import PushOptions, PushResult
 from dllm_convert.publish.push import upload
@@ -132,7 +132,7 @@ def _stage(
     reporter: Reporter,
 ) -> Staged:
     from dllm_convert import __version__
-    from dllm_convert.card import check_written_card, write_card
+    from dllm_convert.card.readme import check_written_card, write_card
 
     out = scratch / "files"
     if options.adapter_only:

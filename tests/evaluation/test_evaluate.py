@@ -13,17 +13,17 @@ from card_cases import fill, llama_bd3lm
 from conversion import convert
 from report_cases import evaluated as evaluated_by_hand
 
-from dllm_convert.card import render_card
-from dllm_convert.card_checks import check_card
+from dllm_convert.card.checks import check_card
+from dllm_convert.card.evaluation_curve import PARALLELISM
+from dllm_convert.card.readme import render_card
+from dllm_convert.card.report import write_report
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import REPORT_FILE, read_manifest, write_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
-from dllm_convert.evaluation.picture import PARALLELISM
 from dllm_convert.evaluation.record import evaluate_checkpoint, record_evaluation
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
-from dllm_convert.report_page import write_report
 
 QUIET = Reporter(quiet=True)
 QUICK = Settings(draws=2, rounds=2)

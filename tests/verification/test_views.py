@@ -16,13 +16,13 @@ from diffusion.toys import MASK, packed, single, tiny_model
 from typer.testing import CliRunner
 
 from dllm_convert.adapters import get_adapter
+from dllm_convert.card.tables import attention_summary, sketch
 from dllm_convert.cli import app
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import nats_at_rate
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.report_tables import attention_summary, sketch
 from dllm_convert.verification import Probe, VerificationReport
 from dllm_convert.verification.observe.curves import (
     NEW_TOKENS,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.evaluation.picture import PARALLELISM
-from dllm_convert.pictures import Picture
+from dllm_convert.card.evaluation_curve import PARALLELISM
+from dllm_convert.card.pictures import Picture
 
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match"}
 """Metrics of lm-eval by the names the Hub has for them."""

@@ -24,7 +24,7 @@ from card_cases import (
 from conversion import convert
 from huggingface_hub import ModelCard
 
-from dllm_convert.card import render_card, write_card
+from dllm_convert.card.readme import render_card, write_card
 from dllm_convert.common.manifest import write_manifest
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.loading import load_recipe

@@ -21,10 +21,10 @@ from card_cases import changed, fill, llama_bd3lm
 from matplotlib.image import imread
 from report_cases import drawable
 
-from dllm_convert.charts import BLUE, SHUT
-from dllm_convert.report_page import write_report
+from dllm_convert.card.charts import BLUE, SHUT
+from dllm_convert.card.report import write_report
 
-ARTIFACTS = Path(__file__).parent.parent / "artifacts"
+ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 OWN = re.compile(

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dllm_convert.card_markdown import markdown_problems
+from dllm_convert.card.markdown import markdown_problems
 from dllm_convert.common.hub_names import (
     LANGUAGE,
     LICENCE_FILE_NAMES,

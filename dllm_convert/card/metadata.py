@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dllm_convert.card_base import Data
-from dllm_convert.card_facts import Facts
+from dllm_convert.card.base import Data
+from dllm_convert.card.facts import Facts
 from dllm_convert.common.shown_text import printable
 
 if TYPE_CHECKING:

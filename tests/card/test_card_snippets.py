@@ -13,7 +13,7 @@ from conversion import convert
 from hub_server import COMMIT, LoopbackHub, run_python, serve
 from pushing import checkpoint
 
-from dllm_convert.card import write_card
+from dllm_convert.card.readme import write_card
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
 from dllm_convert.publish.adapter import adapter_checkpoint

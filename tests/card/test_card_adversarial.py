@@ -13,8 +13,8 @@ from card_cases import CASES, Manifest, adapter, bert_mdlm, changed, fill, llama
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from dllm_convert import card_text
-from dllm_convert.card import write_card
+from dllm_convert.card import text as card_text
+from dllm_convert.card.readme import write_card
 
 EVIL = [
     "a|b||c",

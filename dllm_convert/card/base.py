@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from dllm_convert.card_text import address
+from dllm_convert.card.licences import LicenceRules, rules_for
+from dllm_convert.card.text import address
 from dllm_convert.common.hub_names import (
     COMMIT,
     LICENCE_FILE_NAMES,
@@ -17,7 +18,6 @@ from dllm_convert.common.hub_names import (
     language_codes,
 )
 from dllm_convert.common.redaction import last_part
-from dllm_convert.licences import LicenceRules, rules_for
 from dllm_convert.source.folder import LICENCE_FILES
 from dllm_convert.training.data.formats import FILE_SUFFIXES
 

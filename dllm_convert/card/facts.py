@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
-from dllm_convert.card_base import (
-    Base,
-    Data,
-    base_of,
-    data_kind,
-    data_names,
-    data_of,
-)
-from dllm_convert.card_cost import Cost, cost_of
-from dllm_convert.card_evaluation import Evaluation, evaluation_of
+from dllm_convert.card.base import Base, Data, base_of, data_kind, data_names, data_of
+from dllm_convert.card.cost import Cost, cost_of
+from dllm_convert.card.evaluation import Evaluation, evaluation_of
+from dllm_convert.card.licences import conforming_name
+from dllm_convert.card.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
-from dllm_convert.licences import conforming_name
-from dllm_convert.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.source.fit import is_tied
 from dllm_convert.verification.report import files_only
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from dllm_convert.card_text import MISTAKE
+from dllm_convert.card.text import MISTAKE
 
 if TYPE_CHECKING:
     from markdown_it.token import Token

@@ -8,9 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.common.redaction import last_part
-from dllm_convert.errors import IncompatibleError
-from dllm_convert.licence_table import (
+from dllm_convert.card.licence_table import (
     AGREEMENT,
     NON_COMMERCIAL,
     NOTICE,
@@ -21,6 +19,8 @@ from dllm_convert.licence_table import (
     USE_POLICY,
     LicenceRules,
 )
+from dllm_convert.common.redaction import last_part
+from dllm_convert.errors import IncompatibleError
 
 __all__ = [
     "NOTICE_FILE",

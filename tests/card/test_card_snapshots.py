@@ -2,7 +2,7 @@
 
 After a wanted change, write them anew and read the difference before committing it:
 
-    UPDATE_CARDS=1 python -m pytest tests/test_card_snapshots.py
+    UPDATE_CARDS=1 python -m pytest tests/card/test_card_snapshots.py
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from card_cases import CASES, Manifest, fill
 
-from dllm_convert.card import render_card
-from dllm_convert.card_checks import check_card
+from dllm_convert.card.checks import check_card
+from dllm_convert.card.readme import render_card
 
-EXPECTED = Path(__file__).parent / "cards"
+EXPECTED = Path(__file__).parents[1] / "cards"
 REPOSITORIES = {
     "mdlm-bert": None,
     "bd3lm-llama": "me/Llama-3.2-1B-bd3lm-32",

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm_convert.errors import IncompatibleError
-from dllm_convert.licence_table import TABLE, LicenceRules
-from dllm_convert.licences import (
+from dllm_convert.card.licence_table import TABLE, LicenceRules
+from dllm_convert.card.licences import (
     UNKNOWN,
     check_publication,
     conforming_name,
@@ -19,6 +18,7 @@ from dllm_convert.licences import (
     rules_for,
     write_notice,
 )
+from dllm_convert.errors import IncompatibleError
 
 WHOLE = ("model.safetensors", "LICENSE.txt", "USE_POLICY.md", "NOTICE")
 LLAMAS = ("llama3", "llama3.1", "llama3.2", "llama3.3", "llama4")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dllm_convert.card_evaluation import Evaluation, with_interval
-from dllm_convert.card_text import figures
-from dllm_convert.charts import score_figure
-from dllm_convert.evaluation.picture import PARALLELISM, drawable
-from dllm_convert.pictures import as_svg
-from dllm_convert.report_tables import Table
+from dllm_convert.card.charts import score_figure
+from dllm_convert.card.evaluation import Evaluation, with_interval
+from dllm_convert.card.evaluation_curve import PARALLELISM, drawable
+from dllm_convert.card.pictures import as_svg
+from dllm_convert.card.tables import Table
+from dllm_convert.card.text import figures
 
 
 def scores_table(evaluation: Evaluation) -> Table | None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert import card_text
-from dllm_convert.card_checks import check_card, check_metadata
-from dllm_convert.card_facts import BILLION, MODELING_FILE, collect_facts
-from dllm_convert.card_metadata import dump_front_matter, front_matter
+from dllm_convert.card import text as card_text
+from dllm_convert.card.checks import check_card, check_metadata
+from dllm_convert.card.facts import BILLION, MODELING_FILE, collect_facts
+from dllm_convert.card.metadata import dump_front_matter, front_matter
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.manifest import CARD_FILE, read_manifest, record_card
 from dllm_convert.errors import DataError

@@ -11,19 +11,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dllm_convert import report_evaluation, report_tables
-from dllm_convert.card_evaluation import Evaluation
-from dllm_convert.card_facts import Facts, Measure, collect_facts
-from dllm_convert.card_text import duration, figures, shown
+from dllm_convert.card import report_evaluation
+from dllm_convert.card import tables as report_tables
+from dllm_convert.card.evaluation import Evaluation
+from dllm_convert.card.evaluation_curve import PARALLELISM
+from dllm_convert.card.facts import Facts, Measure, collect_facts
+from dllm_convert.card.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
+from dllm_convert.card.tables import Table
+from dllm_convert.card.text import duration, figures, shown
 from dllm_convert.common.disk import write_whole
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
 from dllm_convert.common.redaction import last_part, without_paths
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.evaluation.picture import PARALLELISM
-from dllm_convert.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.loading import data_dir
-from dllm_convert.report_tables import Table
 from dllm_convert.verification.observe.observations import Observations
 
 TEMPLATE = "report.html.jinja"

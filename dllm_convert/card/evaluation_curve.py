@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.charts import score_figure
-from dllm_convert.pictures import Picture
+from dllm_convert.card.charts import score_figure
+from dllm_convert.card.pictures import Picture
 
 PARALLELISM = Picture(
     "parallelism.png",

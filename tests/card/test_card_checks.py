@@ -10,8 +10,8 @@ import pytest
 import yaml
 from card_cases import CASES, Manifest, fill, llama_bd3lm
 
-from dllm_convert.card import render_card
-from dllm_convert.card_checks import check_card, check_metadata
+from dllm_convert.card.checks import check_card, check_metadata
+from dllm_convert.card.readme import render_card
 from dllm_convert.errors import DataError
 
 BODY = "# Title\n\nText.\n"

@@ -11,9 +11,9 @@ import pytest
 from card_cases import CASES, Manifest, bert_mdlm, changed, fill, llama_bd3lm, probe
 from report_cases import drawable, evaluated
 
-from dllm_convert.card import render_card
+from dllm_convert.card.readme import render_card
+from dllm_convert.card.report import render_report, write_report
 from dllm_convert.errors import DataError
-from dllm_convert.report_page import render_report, write_report
 
 SCRIPT = "<script>alert(1)</script>"
 EVIL = f'"><img src=https://evil.example/x.png onerror=alert(1)>{SCRIPT}{{{{ 7*7 }}}}&amp;'

@@ -139,7 +139,7 @@ def as_svg(figure: Figure, picture: Picture) -> str:
     """
     import matplotlib
 
-    from dllm_convert.charts import GREY
+    from dllm_convert.card.charts import GREY
 
     sheet = io.StringIO()
     # The salt keeps the ids of several pictures on one page apart, and the same for the same run.
@@ -164,7 +164,7 @@ def _own_ids(element: str, name: str) -> str:
 
 
 def _figure(picture: Picture, seen: Observations) -> Figure | None:
-    from dllm_convert import charts
+    from dllm_convert.card import charts
 
     figure: Figure | None = getattr(charts, picture.chart)(seen)
     return figure

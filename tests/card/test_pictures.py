@@ -15,8 +15,16 @@ import pytest
 from matplotlib.image import imread
 from report_cases import drawable
 
-from dllm_convert.charts import BLUE, FAINTEST_LEVEL, GREY, SHUT, VERMILION, running_median
-from dllm_convert.pictures import ATTENTION, DENOISING, LOSS, PICTURES, draw, draw_all, draw_svg
+from dllm_convert.card.charts import BLUE, FAINTEST_LEVEL, GREY, SHUT, VERMILION, running_median
+from dllm_convert.card.pictures import (
+    ATTENTION,
+    DENOISING,
+    LOSS,
+    PICTURES,
+    draw,
+    draw_all,
+    draw_svg,
+)
 from dllm_convert.verification.observe.logged import Curve, read_curves
 from dllm_convert.verification.observe.observations import Observations
 

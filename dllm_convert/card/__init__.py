@@ -1,0 +1,1 @@
+"""What people read of a conversion: its model card, its report, their pictures and tables."""
