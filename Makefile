@@ -48,7 +48,7 @@ $(OLDEST)/.installed: $(INSTALLED) constraints-oldest.txt
 venv-oldest: $(OLDEST)/.installed ## make .venv-oldest with the oldest supported releases
 
 test-oldest: $(OLDEST)/.installed ## run the Hub's tests with the oldest supported releases
-	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/publish tests/source/test_source_hub.py
+	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/publishing tests/source/test_source_hub.py
 
 test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)

@@ -13,7 +13,7 @@ from dllm_convert.errors import DataError
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
-    from dllm_convert.publish import PushOptions
+    from dllm_convert.publishing import PushOptions
     from dllm_convert.recipe.schema import Recipe
 
 
@@ -38,8 +38,8 @@ def push_options(repo_id: str | None, **given: Any) -> PushOptions | None:
     if repo_id is None:
         _refuse_alone(given)
         return None
-    from dllm_convert.publish import PushOptions
-    from dllm_convert.publish.reshard import parse_size
+    from dllm_convert.publishing import PushOptions
+    from dllm_convert.publishing.reshard import parse_size
 
     if given.get("create_pr") and given.get("revision"):
         raise typer.BadParameter("give --create-pr or --revision, a pull request has its own")
@@ -191,7 +191,7 @@ def plan_document(
         document["launch"] = {"processes": processes, "sequences_per_step": sequences}
     if push is None:
         return document
-    from dllm_convert.publish.run import licence_warnings
+    from dllm_convert.publishing.run import licence_warnings
 
     publication = {
         "repository": push.repo_id,

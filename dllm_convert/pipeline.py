@@ -31,7 +31,7 @@ from dllm_convert.workspace import (
 )
 
 if TYPE_CHECKING:
-    from dllm_convert.publish import PushOptions, PushResult
+    from dllm_convert.publishing import PushOptions, PushResult
 
 ALONE = Place()
 
@@ -137,7 +137,7 @@ def run(
     plan = plan_conversion(recipe, out)
     check_apart(out, plan.source.path)
     if push is not None:
-        from dllm_convert.publish.run import preflight
+        from dllm_convert.publishing.run import preflight
 
         # Hours of training are not to end in "not logged in".
         push = preflight({"source": source_facts(plan)}, push, reporter)
@@ -157,6 +157,6 @@ def run(
         result = RunResult(out, manifest, manifest["verification"]["passed"])
         if push is None or not result.passed:
             return result
-        from dllm_convert.publish.run import push_locked
+        from dllm_convert.publishing.run import push_locked
 
         return replace(result, pushed=push_locked(out, push, reporter))

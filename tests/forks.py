@@ -53,7 +53,7 @@ CLIENT = (
     "huggingface_hub:HfApi", "huggingface_hub:CommitOperationAdd", "huggingface_hub.file_download",
     "huggingface_hub:snapshot_download", "huggingface_hub.lfs", "markdown_it:MarkdownIt",
     "tqdm.auto", "encodings.idna", "dllm_convert.adapters.llama", "dllm_convert.card.readme",
-    "dllm_convert.publish.run",
+    "dllm_convert.publishing.run",
 )  # fmt: skip
 """What publishing needs, without torch."""
 

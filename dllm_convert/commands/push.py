@@ -48,7 +48,7 @@ def push(
         adapter_only=adapter_only,
         force_unverified=force_unverified,
     )
-    from dllm_convert.publish import push_checkpoint
+    from dllm_convert.publishing import push_checkpoint
 
     result = push_checkpoint(checkpoint, options, reporter)
     show_done(result.as_dict(), output.push_summary, as_json=as_json)

@@ -64,7 +64,7 @@ Extend = Annotated[
 ]
 
 if TYPE_CHECKING:
-    from dllm_convert.publish import PushOptions
+    from dllm_convert.publishing import PushOptions
     from dllm_convert.recipe.schema import Recipe
 
 

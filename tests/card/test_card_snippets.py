@@ -16,7 +16,7 @@ from pushing import checkpoint
 from dllm_convert.card.readme import write_card
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
-from dllm_convert.publish.adapter import adapter_checkpoint
+from dllm_convert.publishing.adapter import adapter_checkpoint
 from dllm_convert.sampling import DEFAULT_PROMPT
 
 STRANGER = "import sys; sys.modules['dllm_convert'] = None\n"

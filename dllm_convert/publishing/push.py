@@ -9,9 +9,9 @@ from typing import Any
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import CARD_FILE
 from dllm_convert.errors import DataError, HubError
-from dllm_convert.publish.confirm import confirm
-from dllm_convert.publish.options import PushOptions, PushResult
-from dllm_convert.publish.remote import (
+from dllm_convert.publishing.confirm import confirm
+from dllm_convert.publishing.options import PushOptions, PushResult
+from dllm_convert.publishing.remote import (
     Changes,
     RemoteState,
     compare,
@@ -19,14 +19,14 @@ from dllm_convert.publish.remote import (
     read_remote,
     refuse_foreign,
 )
-from dllm_convert.publish.repository import (
+from dllm_convert.publishing.repository import (
     Target,
     create,
     find_target,
     message,
     open_pull_request,
 )
-from dllm_convert.publish.staged import Staged
+from dllm_convert.publishing.staged import Staged
 from dllm_convert.source.hub_errors import (
     PRECONDITION_FAILED,
     first_line,

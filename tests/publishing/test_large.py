@@ -25,7 +25,7 @@ import resource, sys
 from contextlib import nullcontext
 from pathlib import Path
 from dllm_convert.common.console import Reporter
-from dllm_convert.publish import PushOptions, confirm, push_checkpoint, run
+from dllm_convert.publishing import PushOptions, confirm, push_checkpoint, run
 confirm.short_verification = lambda *_: ()
 run.quiet_libraries = nullcontext
 import dllm_convert.card.readme, dllm_convert.card.checks, huggingface_hub.hf_api, markdown_it, yaml

@@ -12,8 +12,8 @@ from dllm_convert.common.manifest import hash_files, write_manifest
 from dllm_convert.common.redaction import without_paths
 from dllm_convert.common.secrets_found import find_homes, find_secrets, refuse_secrets
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.publish.scan import check_staged
-from dllm_convert.publish.staging import published_names
+from dllm_convert.publishing.scan import check_staged
+from dllm_convert.publishing.staging import published_names
 from dllm_convert.recipe.schema import Recipe
 
 # Put together here, so that no scanner of repositories takes them for real ones.

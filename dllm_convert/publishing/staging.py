@@ -18,7 +18,7 @@ from dllm_convert.common.manifest import (
     write_manifest,
 )
 from dllm_convert.errors import DataError
-from dllm_convert.publish.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
+from dllm_convert.publishing.reshard import WEIGHT_PATTERNS, needs_reshard, reshard
 
 TRAVELLING = ("*.md", "*.png", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Files a person may lay beside the checkpoint, not below it; anything else is not published."""

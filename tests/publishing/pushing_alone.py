@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.publish import PushOptions, confirm, push_checkpoint
-from dllm_convert.publish import run as publish_run
+from dllm_convert.publishing import PushOptions, confirm, push_checkpoint
+from dllm_convert.publishing import run as publish_run
 
 
 def main() -> int:

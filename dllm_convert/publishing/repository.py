@@ -7,8 +7,8 @@ from typing import Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import HubError
-from dllm_convert.publish.options import PushOptions
-from dllm_convert.publish.staged import Staged
+from dllm_convert.publishing.options import PushOptions
+from dllm_convert.publishing.staged import Staged
 from dllm_convert.source.hub_errors import hub_errors
 
 DEFAULT_REVISION = "main"

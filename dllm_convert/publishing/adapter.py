@@ -21,7 +21,7 @@ from dllm_convert.common.manifest import (
     write_manifest,
 )
 from dllm_convert.errors import DataError
-from dllm_convert.publish.staging import check_recorded, is_weight, published_names
+from dllm_convert.publishing.staging import check_recorded, is_weight, published_names
 from dllm_convert.sampling.run import read_config
 from dllm_convert.training.adapter_files import ADAPTER
 

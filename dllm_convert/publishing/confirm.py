@@ -13,7 +13,7 @@ from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.disk import writing
 from dllm_convert.common.manifest import WRITTEN_LAST, changed_files, read_manifest
 from dllm_convert.errors import HubError, VerificationError
-from dllm_convert.publish.adapter import check_adapter
+from dllm_convert.publishing.adapter import check_adapter
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.hub_errors import hub_errors
 from dllm_convert.verification.report import files_only

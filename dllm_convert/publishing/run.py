@@ -15,14 +15,14 @@ from dllm_convert.common.manifest import CARD_FILE, file_names, read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.redaction import redact_folder
 from dllm_convert.errors import VerificationError
-from dllm_convert.publish.adapter import adapter_checkpoint
-from dllm_convert.publish.options import PushOptions, PushResult
-from dllm_convert.publish.push import upload
-from dllm_convert.publish.remote import base_name
-from dllm_convert.publish.repository import full_id
-from dllm_convert.publish.scan import check_staged
-from dllm_convert.publish.staged import Staged
-from dllm_convert.publish.staging import stage
+from dllm_convert.publishing.adapter import adapter_checkpoint
+from dllm_convert.publishing.options import PushOptions, PushResult
+from dllm_convert.publishing.push import upload
+from dllm_convert.publishing.remote import base_name
+from dllm_convert.publishing.repository import full_id
+from dllm_convert.publishing.scan import check_staged
+from dllm_convert.publishing.staged import Staged
+from dllm_convert.publishing.staging import stage
 from dllm_convert.verification.report import files_only
 from dllm_convert.workspace import WORK, locked
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, changed_files, read_manifest, write_manifest
 from dllm_convert.errors import DataError
-from dllm_convert.publish.reshard import needs_reshard, parse_size, reshard
-from dllm_convert.publish.staging import stage
+from dllm_convert.publishing.reshard import needs_reshard, parse_size, reshard
+from dllm_convert.publishing.staging import stage
 from dllm_convert.source.safetensors_header import INDEX_FILE, read_checkpoint
 
 QUIET = Reporter(quiet=True)

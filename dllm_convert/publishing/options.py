@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllm_convert.publish.confirm import Confirmation
+from dllm_convert.publishing.confirm import Confirmation
 
 
 @dataclass(frozen=True)
