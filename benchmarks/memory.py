@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dllm_convert.cli_output import table, write
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.pipeline import plan_conversion
+from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import peak_memory
 from dllm_convert.planning.devices import this_cpu

@@ -147,7 +147,7 @@ def refuse_in_source(out: Path, source: str) -> None:
     Raises:
         typer.BadParameter: It is.
     """
-    from dllm_convert.workspace import check_apart
+    from dllm_convert.pipeline.workspace import check_apart
 
     try:
         check_apart(out, Path(source).expanduser())
@@ -171,7 +171,7 @@ def plan_document(
         DllmConvertError: The conversion cannot work, or may not be published as asked.
     """
     from dllm_convert.common.manifest import source_facts
-    from dllm_convert.pipeline import plan_conversion
+    from dllm_convert.pipeline.run import plan_conversion
     from dllm_convert.planning.conversion import plan_as_dict
     from dllm_convert.planning.devices import this_cpu
     from dllm_convert.planning.estimate import estimate
@@ -205,7 +205,7 @@ def plan_document(
 def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     """Measure a recipe's source; return the recipe that allows it, and what was measured."""
     from dllm_convert.adapters import has_adapter
-    from dllm_convert.families import probe_source
+    from dllm_convert.pipeline.family import probe_source
     from dllm_convert.source.inspect import inspect_source
 
     source = inspect_source(recipe.source, revision=recipe.revision)

@@ -15,7 +15,6 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-from dllm_convert import pipeline
 from dllm_convert.cli import app
 from dllm_convert.cli_errors import redact
 from dllm_convert.cli_options import TargetName
@@ -27,6 +26,7 @@ from dllm_convert.errors import (
     UnsupportedError,
     VerificationError,
 )
+from dllm_convert.pipeline import run as pipeline
 from dllm_convert.recipe.schema import Recipe, Target
 from dllm_convert.source import hub as source_hub
 

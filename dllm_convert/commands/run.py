@@ -28,7 +28,7 @@ from dllm_convert.cli_values import (
 )
 from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
 from dllm_convert.common.ranks import Place
-from dllm_convert.how import Depth, How
+from dllm_convert.pipeline.options import Depth, How
 
 Link = Annotated[
     bool,
@@ -214,7 +214,7 @@ def _convert(
 ) -> None:
     """Do the run, or as another than the first process take part in its training."""
     reporter = make_reporter(quiet=quiet or as_json)
-    from dllm_convert import pipeline
+    from dllm_convert.pipeline import run as pipeline
 
     if not place.main:
         pipeline.follow(recipe, folder, place)

@@ -20,7 +20,7 @@ from dllm_convert.common.manifest_form import (
 )
 from dllm_convert.common.nearest import no_folder
 from dllm_convert.errors import DataError
-from dllm_convert.workspace import WORK, write_json
+from dllm_convert.pipeline.workspace import WORK, write_json
 
 if TYPE_CHECKING:
     from dllm_convert.planning.conversion import ConversionPlan

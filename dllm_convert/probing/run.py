@@ -13,10 +13,10 @@ from typing import Any
 
 from dllm_convert import __version__
 from dllm_convert.errors import DllmConvertError, UnsupportedError
+from dllm_convert.pipeline.workspace import write_json
 from dllm_convert.probing.report import ProbeReport
 from dllm_convert.source.info import TensorInfo
 from dllm_convert.source.materialise import cache_dir
-from dllm_convert.workspace import write_json
 
 TIMEOUT_S = 300
 _PACKAGES = ("torch", "transformers")

@@ -15,6 +15,7 @@ from dllm_convert.common.manifest import CARD_FILE, file_names, read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.redaction import redact_folder
 from dllm_convert.errors import VerificationError
+from dllm_convert.pipeline.workspace import WORK, locked
 from dllm_convert.publishing.adapter import adapter_checkpoint
 from dllm_convert.publishing.options import PushOptions, PushResult
 from dllm_convert.publishing.push import upload
@@ -24,7 +25,6 @@ from dllm_convert.publishing.scan import check_staged
 from dllm_convert.publishing.staged import Staged
 from dllm_convert.publishing.staging import stage
 from dllm_convert.verification.report import files_only
-from dllm_convert.workspace import WORK, locked
 
 
 def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> PushResult:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.pipeline.workspace import write_json
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import load_json_object
-from dllm_convert.workspace import write_json
 
 ADAPTER = "adapter"
 """Folder of the adapter inside a checkpoint."""

@@ -22,8 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from dllm_convert.common.disk import sync_tree
 from dllm_convert.errors import DataError
+from dllm_convert.pipeline.workspace import write_json
 from dllm_convert.source.safetensors_header import read_header
-from dllm_convert.workspace import write_json
 
 COMPLETE_MARKER = "complete"
 _ZIPPED = (".pt", ".pth", ".bin")

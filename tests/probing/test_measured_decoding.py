@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.how import Depth, How
-from dllm_convert.pipeline import run
+from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.run import run
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint
 

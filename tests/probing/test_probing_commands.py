@@ -12,13 +12,13 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from dllm_convert import families
 from dllm_convert.adapters import adapter_of
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
-from dllm_convert.pipeline import run
+from dllm_convert.pipeline import family as families
+from dllm_convert.pipeline.run import run
 from dllm_convert.probing import run as probing
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.safetensors_header import read_checkpoint

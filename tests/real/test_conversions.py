@@ -14,7 +14,7 @@ from real import assets
 from safetensors.torch import load_file, save_file
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.pipeline import run
+from dllm_convert.pipeline.run import run
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise

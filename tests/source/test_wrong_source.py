@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError, UnsupportedError
-from dllm_convert.pipeline import plan_conversion
+from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.pipeline import run
+from dllm_convert.pipeline.run import run
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training import reporting

@@ -187,7 +187,7 @@ def test_one_repeated_token_is_named_in_a_run(
 ) -> None:
     from tiny_runs import recipe
 
-    from dllm_convert.pipeline import run
+    from dllm_convert.pipeline.run import run
 
     # BERT's tokenizer has never seen a snowman.
     family = "bert" if word == "\N{SNOWMAN}" else "llama"

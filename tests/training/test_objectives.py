@@ -17,7 +17,7 @@ from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.pipeline import run
+from dllm_convert.pipeline.run import run
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.source.inspect import inspect_source

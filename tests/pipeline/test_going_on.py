@@ -13,9 +13,9 @@ from pushing import Done, checkpoint, command
 
 from dllm_convert.cli_values import default_out
 from dllm_convert.errors import DataError
+from dllm_convert.pipeline.workspace import open_workspace
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.workspace import open_workspace
 
 BLOCKS = {
     "objective": "bd3lm",

@@ -10,10 +10,10 @@ from typing import Any
 from dllm_convert.common.disk import link, sync_tree
 from dllm_convert.common.manifest import source_facts
 from dllm_convert.errors import VerificationError
-from dllm_convert.how import Depth
+from dllm_convert.pipeline.options import Depth
+from dllm_convert.pipeline.resumed import check_resumed
+from dllm_convert.pipeline.stage_measures import Measures
 from dllm_convert.planning.conversion import plan_as_dict
-from dllm_convert.resumed import check_resumed
-from dllm_convert.stage_measures import Measures
 
 FORMAT_VERSION = 1
 """Version of the manifest."""
@@ -62,7 +62,7 @@ class Stages(Measures):
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         if self.workspace.extends is not None:
-            from dllm_convert.extension import take_over
+            from dllm_convert.pipeline.extension import take_over
 
             taken = take_over(self.plan, self.workspace.out, partial)
             sync_tree(partial)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import Place
-from dllm_convert.how import DEFAULT, How
+from dllm_convert.pipeline.options import DEFAULT, How
+from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.environment import diffusion_section
-from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
     from dllm_convert.source.materialise import Materialised

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.common.copying import sha256_files
 from dllm_convert.common.manifest import MANIFEST_FILE, changed_files, read_manifest
 from dllm_convert.errors import DataError
+from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.workspace import Workspace
 
 if TYPE_CHECKING:
     from dllm_convert.source.materialise import Materialised

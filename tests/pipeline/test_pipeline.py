@@ -18,8 +18,8 @@ from tiny_runs import recipe, wait_for
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.how import Depth, How
-from dllm_convert.pipeline import RunResult, run
+from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.run import RunResult, run
 
 QUIET = Reporter(quiet=True)
 PAIRS = [(family, target) for family in FAMILIES for target in get_adapter(family).targets]

@@ -14,21 +14,21 @@ from dllm_convert.common.manifest import read_manifest, source_facts
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.ranks import Place
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.families import measured_adapter, record_adapter
-from dllm_convert.how import DEFAULT, How
-from dllm_convert.planning.conversion import ConversionPlan, make_plan
-from dllm_convert.recipe.loading import same_name_warning
-from dllm_convert.recipe.schema import Recipe
-from dllm_convert.source.inspect import inspect_source
-from dllm_convert.stages import Stages
-from dllm_convert.training.reporting import require_installed
-from dllm_convert.workspace import (
+from dllm_convert.pipeline.family import measured_adapter, record_adapter
+from dllm_convert.pipeline.options import DEFAULT, How
+from dllm_convert.pipeline.stages import Stages
+from dllm_convert.pipeline.workspace import (
     Workspace,
     check_apart,
     fingerprint,
     open_workspace,
     read_workspace,
 )
+from dllm_convert.planning.conversion import ConversionPlan, make_plan
+from dllm_convert.recipe.loading import same_name_warning
+from dllm_convert.recipe.schema import Recipe
+from dllm_convert.source.inspect import inspect_source
+from dllm_convert.training.reporting import require_installed
 
 if TYPE_CHECKING:
     from dllm_convert.publishing import PushOptions, PushResult
@@ -97,13 +97,13 @@ def _of_this_run(plan: ConversionPlan, workspace: Workspace) -> ConversionPlan:
     """Return the plan; of a run that goes on with a finished checkpoint, with another seed."""
     if workspace.extends is None:
         return plan
-    from dllm_convert.extension import seeded_anew
+    from dllm_convert.pipeline.extension import seeded_anew
 
     return replace(plan, recipe=seeded_anew(plan.recipe, workspace.extends))
 
 
 def _begin_extension(plan: ConversionPlan, out: Path) -> Mapping[str, Any]:
-    from dllm_convert.extension import begin
+    from dllm_convert.pipeline.extension import begin
 
     return begin(plan, out)
 

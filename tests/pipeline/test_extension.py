@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dllm_convert import stages
 from dllm_convert.cli import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import changed_files, listing_faults, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError, VerificationError
-from dllm_convert.how import Depth, How
-from dllm_convert.pipeline import run
+from dllm_convert.pipeline import stages
+from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.run import run
+from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.workspace import Workspace
 
 QUIET = Reporter(quiet=True)
 EXTEND = How(extend=True, verify=Depth.FILES)

@@ -1,0 +1,1 @@
+"""The stages of a conversion in order, each recorded when it is done, resumable."""
