@@ -15,11 +15,11 @@ import subprocess
 import sys
 import time
 
-from dllm_convert.cli_output import table, write
+from dllm_convert.cli.output import table, write
 
 COUNT = """
 import json, sys
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 app(sys.argv[1:], standalone_mode=False)
 sys.stderr.write(json.dumps(sorted(sys.modules)))
 """

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dllm_convert.cli_output import table, write
+from dllm_convert.cli.output import table, write
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import ConversionPlan

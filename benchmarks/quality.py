@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, get_scheduler
 from benchmarks.sampling import seconds
 from benchmarks.step import Step, load, ours, textbooks
 from dllm_convert.adapters import adapter_of
-from dllm_convert.cli_values import parse_assignments
+from dllm_convert.cli.values import parse_assignments
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.quiet import quiet_libraries

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import textbook
 from dllm_convert.adapters import Adapter, adapter_of
-from dllm_convert.cli_values import parse_assignments
+from dllm_convert.cli.values import parse_assignments
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.diffusion.objective import Objective

@@ -1,5 +1,5 @@
 """`python -m dllm_convert`, the same as the command `dllm-convert`."""
 
-from dllm_convert.cli import main
+from dllm_convert.cli.app import main
 
 main()

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from dllm_convert.cli import EXIT_CODES, app
+from dllm_convert.cli.app import EXIT_CODES, app
 from dllm_convert.recipe.fields import all_fields
 from dllm_convert.recipe.loading import data_dir, list_recipes
 from dllm_convert.recipe.yaml_text import parse_mapping

@@ -33,7 +33,7 @@ Hook = tuple[str, dict[str, Any]]
 
 PACKAGE = (
     "accelerate", "datasets", "peft", "torch", "transformers", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "dllm_convert.cli", "dllm_convert.pipeline.run",
+    "matplotlib.backends.backend_agg", "dllm_convert.cli.app", "dllm_convert.pipeline.run",
     "dllm_convert.training.run", "dllm_convert.verification", "dllm_convert.card.readme",
     "dllm_convert.weights.run",
     "dllm_convert.sampling.run", "dllm_convert.card.report", "dllm_convert.card.licences",

@@ -30,7 +30,7 @@ def test_relative_links_lead_to_files(path: Path) -> None:
 def test_command_reference_has_every_option() -> None:
     from typer.main import get_command
 
-    from dllm_convert.cli import app
+    from dllm_convert.cli.app import app
 
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.nearest import nearest_place
 
 

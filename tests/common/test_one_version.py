@@ -12,7 +12,7 @@ import pytest
 from pushing import checkpoint
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest
 from dllm_convert.errors import DataError
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from dllm_convert.cli_errors import tell_line
-from dllm_convert.cli_output import verification_table
-from dllm_convert.commands.shared import exit_if_failed, show_done
+from dllm_convert.cli.commands.shared import exit_if_failed, show_done
+from dllm_convert.cli.errors import tell_line
+from dllm_convert.cli.output import verification_table
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.shown_text import json_safe, printable
 from dllm_convert.recipe.yaml_text import dump, parse_mapping

@@ -252,7 +252,7 @@ def test_the_command_line_says_what_is_evaluated(
 ) -> None:
     from typer.testing import CliRunner
 
-    from dllm_convert.cli import app
+    from dllm_convert.cli.app import app
     from dllm_convert.evaluation import record
 
     asked: list[Request] = []

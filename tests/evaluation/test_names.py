@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 
 tasks_of_lm_eval = pytest.importorskip("lm_eval.tasks", reason="lm-eval is not installed")
 

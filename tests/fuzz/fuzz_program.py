@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import mutations
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 
 FAMILIES = {"llama": "bd3lm", "qwen2": "mdlm", "bert": "mdlm"}
 CPU_SECONDS = 60

@@ -13,7 +13,7 @@ from conftest import SourceFactory
 from conversion import convert, converted_once, sample
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.json_files import load_json
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.converted_config import check_converted_config

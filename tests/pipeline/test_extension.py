@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import changed_files, listing_faults, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError, VerificationError

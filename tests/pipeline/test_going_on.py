@@ -11,7 +11,7 @@ import pytest
 from hub_server import COMMIT, LoopbackHub, serve
 from pushing import Done, checkpoint, command
 
-from dllm_convert.cli_values import default_out
+from dllm_convert.cli.values import default_out
 from dllm_convert.errors import DataError
 from dllm_convert.pipeline.workspace import open_workspace
 from dllm_convert.recipe.loading import load_recipe

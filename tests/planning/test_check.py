@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from giant import LLAMA_70B, write_giant
 
+from dllm_convert.cli.plan_text import bytes_text, hours_text, plan_text, ranges_text
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.plan_text import bytes_text, hours_text, plan_text, ranges_text
 from dllm_convert.planning import environment as plan_fit
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.planning.layers import kept_features
@@ -48,7 +48,7 @@ class TestLight:
     @pytest.mark.parametrize("form", [[], ["--json"]])
     def test_modules_of_a_local_check(self, source_cache: Sources, form: list[str]) -> None:
         code = (
-            "import sys\nfrom dllm_convert.cli import app\n"
+            "import sys\nfrom dllm_convert.cli.app import app\n"
             "app(['check', *sys.argv[1:]], standalone_mode=False)\n"
             "sys.stderr.write(' '.join(sys.modules))"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.plan_text import fits_text
+from dllm_convert.cli.plan_text import fits_text
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.costs import (
     CPU_RUNTIME,

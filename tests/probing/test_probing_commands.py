@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dllm_convert.adapters import adapter_of
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline import family as families

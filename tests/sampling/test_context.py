@@ -17,7 +17,7 @@ from factory import FAMILIES
 from tiny_decoders import DECODERS, prompt, ragged, tiny
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.published.limits import (

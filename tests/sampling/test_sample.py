@@ -12,7 +12,7 @@ from conversion import converted_once, sample
 from PIL import Image
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 
 CASES = {"llama": "bd3lm", "qwen3": "bd3lm", "bert": "mdlm", "roberta": "mdlm"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conversion import convert, converted_once, sample
 
-from dllm_convert.commands import decoding
+from dllm_convert.cli.commands import decoding
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.options import ORDERS, REMASKING, DecodingOptions
 from dllm_convert.recipe.fields import fields_of

@@ -21,7 +21,7 @@ from dllm_convert.source.safetensors_header import INDEX_FILE
 REPO = "someone/llama-70b"
 CHECK = """
 import json, sys
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.errors import DllmConvertError
 app(["check", sys.argv[1], "--to", "bd3lm", "--block", "32", "--json"], standalone_mode=False)
 """

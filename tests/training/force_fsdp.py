@@ -11,7 +11,7 @@ import sys
 
 if "RANK" not in os.environ:
     # The launcher: its processes have to run this file, not the package.
-    from dllm_convert import launch
+    from dllm_convert.cli import launch
 
     original = launch.launcher_arguments
 
@@ -53,6 +53,6 @@ else:
 
     writing.gathered_weights = watched  # type: ignore[assignment]
 
-from dllm_convert.cli import main
+from dllm_convert.cli.app import main
 
 main()

@@ -89,7 +89,7 @@ def test_neither_torch_nor_transformers_is_imported(bench: Bench, tmp_path: Path
     argv = command(bench.source, tmp_path / "out")
     code = f"""
 import sys
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 try:
     app({argv!r})
 except SystemExit as end:

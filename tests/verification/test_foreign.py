@@ -285,7 +285,7 @@ def test_unknown_layout_is_named(tmp_path: Path) -> None:
 
 # Hub ids -------------------------------------------------------------------------------------
 
-COMMAND = "import sys; from dllm_convert.cli import main; sys.exit(main())"
+COMMAND = "import sys; from dllm_convert.cli.app import main; sys.exit(main())"
 REFUSED = """
 import sys
 from dllm_convert.errors import DllmConvertError

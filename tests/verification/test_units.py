@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_convert.cli_output import verification_table
+from dllm_convert.cli.output import verification_table
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.published.attention import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint

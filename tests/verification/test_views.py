@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.card.tables import attention_summary, sketch
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import nats_at_rate
 from dllm_convert.diffusion.objective import Objective, TextBatch

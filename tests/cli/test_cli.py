@@ -15,9 +15,9 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
-from dllm_convert.cli_errors import redact
-from dllm_convert.cli_options import TargetName
+from dllm_convert.cli.app import app
+from dllm_convert.cli.errors import redact
+from dllm_convert.cli.options import TargetName
 from dllm_convert.errors import (
     DataError,
     DllmConvertError,

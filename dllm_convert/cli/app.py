@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from dllm_convert import cli_options as option
-from dllm_convert.cli_errors import CommandGroup
-from dllm_convert.cli_streams import prepare
-from dllm_convert.commands.evaluate import evaluate
-from dllm_convert.commands.lists import architectures, recipes
-from dllm_convert.commands.lm_eval import PASS_ON, lm_eval
-from dllm_convert.commands.push import card, push
-from dllm_convert.commands.run import run
-from dllm_convert.commands.sample import sample
-from dllm_convert.commands.verify import verify
+from dllm_convert.cli import options as option
+from dllm_convert.cli.commands.evaluate import evaluate
+from dllm_convert.cli.commands.lists import architectures, recipes
+from dllm_convert.cli.commands.lm_eval import PASS_ON, lm_eval
+from dllm_convert.cli.commands.push import card, push
+from dllm_convert.cli.commands.run import run
+from dllm_convert.cli.commands.sample import sample
+from dllm_convert.cli.commands.verify import verify
+from dllm_convert.cli.errors import CommandGroup
+from dllm_convert.cli.streams import prepare
 
 EXIT_CODES = {
     0: "done",

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from dllm_convert import __version__
-from dllm_convert.cli_errors import JSON_KEY
-from dllm_convert.cli_output import write
-from dllm_convert.cli_types import count, named, path_of
+from dllm_convert.cli.errors import JSON_KEY
+from dllm_convert.cli.output import write
+from dllm_convert.cli.types import count, named, path_of
 
 
 class TargetName(StrEnum):

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dllm_convert.cli_streams import lost, silence
-from dllm_convert.cli_views import views_of
+from dllm_convert.cli.streams import lost, silence
+from dllm_convert.cli.views import views_of
 from dllm_convert.common import strict_json
 from dllm_convert.common.shown_text import json_safe, one_line, printable
 

@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from dllm_convert.cli import app
+from dllm_convert.cli.app import app
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe.fields import all_fields

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from dllm_convert import cli_options as option
-from dllm_convert import cli_output as output
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
 
 
 def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> None:

@@ -15,7 +15,7 @@ def views_text(seen: Observations) -> list[str]:
     Args:
         seen: What was measured; of what was not nothing is said.
     """
-    from dllm_convert.cli_output import table
+    from dllm_convert.cli.output import table
 
     def shown(one: Table | None) -> list[str]:
         return [table(one.header, one.rows)] if one else []

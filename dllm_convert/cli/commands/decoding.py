@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dllm_convert.cli_types import count
+from dllm_convert.cli.types import count
 
 _PANEL = "Decoding"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from operator import itemgetter
 
-from dllm_convert import cli_options as option
-from dllm_convert import cli_output as output
-from dllm_convert.cli_values import push_options
-from dllm_convert.commands.shared import make_reporter, show_done
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
+from dllm_convert.cli.commands.shared import make_reporter, show_done
+from dllm_convert.cli.values import push_options
 
 
 def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:

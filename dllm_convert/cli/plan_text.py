@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dllm_convert.cli_output import table
+from dllm_convert.cli.output import table
 from dllm_convert.common.shown_text import one_line
 
 WIDTH = 100

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dllm_convert.cli_output import write_json
+from dllm_convert.cli.output import write_json
 from dllm_convert.common.disk import DISK_FULL
 from dllm_convert.common.interruption import INTERRUPTED, Interruption
 from dllm_convert.common.quiet import debugging

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dllm_convert import cli_options as option
-from dllm_convert import cli_output as output
-from dllm_convert.cli_types import count, named, path_of
-from dllm_convert.cli_values import base_folder, output_file
-from dllm_convert.commands.run import AllowPickle
-from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
+from dllm_convert.cli.commands.run import AllowPickle
+from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done
+from dllm_convert.cli.types import count, named, path_of
+from dllm_convert.cli.values import base_folder, output_file
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dllm_convert import cli_options as option
-from dllm_convert import cli_output as output
-from dllm_convert.cli_budget import Budget
-from dllm_convert.cli_typed import (
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
+from dllm_convert.cli.budget import Budget
+from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done
+from dllm_convert.cli.typed import (
     flat,
     refuse_contradictions,
     refuse_other_source,
     refuse_without_effect,
 )
-from dllm_convert.cli_values import (
+from dllm_convert.cli.values import (
     default_out,
     method,
     parse_assignments,
@@ -26,7 +27,6 @@ from dllm_convert.cli_values import (
     push_options,
     refuse_in_source,
 )
-from dllm_convert.commands.shared import exit_if_failed, make_reporter, show_done
 from dllm_convert.common.ranks import Place
 from dllm_convert.pipeline.options import Depth, How
 
@@ -196,7 +196,7 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     """Say what a run would do."""
-    from dllm_convert.plan_text import plan_text
+    from dllm_convert.cli.plan_text import plan_text
 
     document = plan_document(recipe, folder, push, processes, probe=probe)
     output.show(document, plan_text, as_json=as_json)
@@ -227,6 +227,6 @@ def _convert(
 
 
 def _launch(processes: int | None, config: Path | None) -> int:
-    from dllm_convert.launch import launch
+    from dllm_convert.cli.launch import launch
 
     return launch(processes, config, sys.argv[1:])

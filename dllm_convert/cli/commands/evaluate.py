@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dllm_convert import cli_options as option
-from dllm_convert import cli_output as output
-from dllm_convert.cli_types import count, count_from_zero, named, path_of
-from dllm_convert.cli_values import parse_assignments
-from dllm_convert.commands.shared import make_reporter, show_done
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
+from dllm_convert.cli.commands.shared import make_reporter, show_done
+from dllm_convert.cli.types import count, count_from_zero, named, path_of
+from dllm_convert.cli.values import parse_assignments
 
 Against = Annotated[
     str | None,

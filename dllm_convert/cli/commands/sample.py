@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dllm_convert import cli_options as option
-from dllm_convert import cli_output as output
-from dllm_convert.cli_types import path_of, seed_of
-from dllm_convert.cli_values import output_file
-from dllm_convert.commands import decoding
-from dllm_convert.commands.shared import make_reporter
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
+from dllm_convert.cli.commands import decoding
+from dllm_convert.cli.commands.shared import make_reporter
+from dllm_convert.cli.types import path_of, seed_of
+from dllm_convert.cli.values import output_file
 from dllm_convert.common.shown_text import printable
 from dllm_convert.errors import DataError
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dllm_convert import cli_output as output
-from dllm_convert.cli_errors import tell_line
+from dllm_convert.cli import output
+from dllm_convert.cli.errors import tell_line
 from dllm_convert.errors import OutputError, VerificationError
 
 if TYPE_CHECKING:
