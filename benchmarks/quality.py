@@ -32,9 +32,10 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.training.data.text import TextData, collate, prepare_data
-from dllm_convert.training.setup import load_model, make_trainable
+from dllm_convert.training.setup import make_trainable
 
 
 class Contestant:

@@ -33,8 +33,8 @@ from benchmarks import textbook_sampling
 from dllm_convert.adapters import adapter_of
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.sampling.run import read_config
-from dllm_convert.training.setup import load_model
 
 THRESHOLDS = (0.7, 0.9, 0.95)
 Run = Callable[[], Any]

@@ -30,17 +30,13 @@ from dllm_convert.cli.values import parse_assignments
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.diffusion.objective import Objective
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data.text import collate
 from dllm_convert.training.run import _arguments
-from dllm_convert.training.setup import (
-    attention_implementation,
-    load_model,
-    make_trainable,
-    use_bf16,
-)
+from dllm_convert.training.setup import attention_implementation, make_trainable, use_bf16
 from dllm_convert.training.trainer import DiffusionTrainer
 
 Columns = dict[str, torch.Tensor]

@@ -1,3 +1,3 @@
 """Turn pretrained Transformer checkpoints into diffusion language models."""
 
-__version__ = "0.1.0"
+from dllm_convert.common.version import __version__ as __version__

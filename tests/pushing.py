@@ -14,14 +14,8 @@ from conversion import convert
 from hub_server import LoopbackHub
 
 from dllm_convert.card.readme import write_card
-from dllm_convert.common.manifest import (
-    MANIFEST_FILE,
-    hash_files,
-    source_facts,
-    versions,
-    write_manifest,
-)
-from dllm_convert.planning.conversion import plan_as_dict
+from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, versions, write_manifest
+from dllm_convert.planning.conversion import plan_as_dict, source_facts
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.common.colours import BLUE, GREY, VERMILION
 from dllm_convert.verification.observe.logged import Curve
 from dllm_convert.verification.observe.observations import (
     Influence,
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY = "#767676"
-"""Of text and axes: contrast above 4 against white and against the Hub's dark page."""
-BLUE = "#0072b2"
-VERMILION = "#d55e00"
-"""Blue and vermilion of Okabe and Ito: apart for every colour vision, 3:1 on white and on dark."""
 SHUT = "#1b1b1f"
 """Of pairs that do not see each other: darker than every colour of those that do, 3:1."""
 FAINTEST_LEVEL = 90

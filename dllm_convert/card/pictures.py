@@ -139,7 +139,7 @@ def as_svg(figure: Figure, picture: Picture) -> str:
     """
     import matplotlib
 
-    from dllm_convert.card.charts import GREY
+    from dllm_convert.common.colours import GREY
 
     sheet = io.StringIO()
     # The salt keeps the ids of several pictures on one page apart, and the same for the same run.

@@ -166,7 +166,7 @@ def _made_here(facts: Facts, seen: Observations) -> Page:
 
 
 def _foreign(folder: Path, report: Mapping[str, Any] | None, seen: Observations) -> Page:
-    from dllm_convert import __version__
+    from dllm_convert.common.version import __version__
 
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from dllm_convert import __version__
 from dllm_convert.cli.errors import JSON_KEY
 from dllm_convert.cli.output import write
 from dllm_convert.cli.types import count, named, path_of
+from dllm_convert.common.version import __version__
 
 
 class TargetName(StrEnum):

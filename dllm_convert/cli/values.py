@@ -170,9 +170,8 @@ def plan_document(
     Raises:
         DllmConvertError: The conversion cannot work, or may not be published as asked.
     """
-    from dllm_convert.common.manifest import source_facts
     from dllm_convert.pipeline.run import plan_conversion
-    from dllm_convert.planning.conversion import plan_as_dict
+    from dllm_convert.planning.conversion import plan_as_dict, source_facts
     from dllm_convert.planning.devices import this_cpu
     from dllm_convert.planning.estimate import estimate
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common import strict_json
+from dllm_convert.common.disk import write_whole
 from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_bytes
 from dllm_convert.errors import DataError
 
@@ -100,3 +101,8 @@ def load_json_object(path: Path, *, distinct: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise broken(path.name, f"a JSON {type(value).__name__}", "an object")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
+    write_whole(path, strict_json.dumps(value, indent=2) + "\n")

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dllm_convert.common.copying import sha256_file, sha256_files
-from dllm_convert.common.json_files import load_json_object
+from dllm_convert.common.json_files import load_json_object, write_json
 from dllm_convert.common.manifest_form import (
     MANIFEST_VERSION,
     check_form,
@@ -19,14 +19,11 @@ from dllm_convert.common.manifest_form import (
     is_this_version,
 )
 from dllm_convert.common.nearest import no_folder
+from dllm_convert.common.work_folder import WORK
 from dllm_convert.errors import DataError
-from dllm_convert.pipeline.workspace import WORK, write_json
-
-if TYPE_CHECKING:
-    from dllm_convert.planning.conversion import ConversionPlan
-    from dllm_convert.recipe.schema import Recipe
 
 MANIFEST_FILE = "dllm_convert.json"
+RECIPE_FILE = "recipe.yaml"
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
 WRITTEN_LAST = (MANIFEST_FILE, CARD_FILE, REPORT_FILE)
@@ -80,55 +77,11 @@ def refuse_other_version(folder: Path) -> None:
         read_manifest(folder)
 
 
-def recorded_recipe(folder: Path) -> Recipe:
-    """Return the recipe that a converted checkpoint was made with, from its manifest.
-
-    Raises:
-        DataError: There is no manifest, or no recipe of this version in it.
-    """
-    from pydantic import ValidationError
-
-    from dllm_convert.recipe.fields import describe_problem
-    from dllm_convert.recipe.schema import Recipe
-
-    path = folder / MANIFEST_FILE
-    recipe = read_manifest(folder).get("recipe")
-    if recipe is None:
-        raise DataError(f"{path} has no recipe, which every run records", hint="Convert it again")
-    try:
-        return Recipe.model_validate(recipe)
-    except ValidationError as error:
-        problem = describe_problem(error.errors(include_url=False)[0])
-        raise DataError(
-            f"{path}: the recipe is not one of this version: {problem}",
-            hint="Convert the model again with this version of dllm-convert",
-        ) from error
-
-
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
     """Write the manifest whole or not at all, and return its path."""
     path = folder / MANIFEST_FILE
     write_json(path, dict(manifest))
     return path
-
-
-def source_facts(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the `source` section: what was converted, and what its author says of it."""
-    source = plan.source
-    return {
-        "given": source.given,
-        "kind": source.kind,
-        "repo_id": source.repo_id,
-        "revision": source.revision,
-        "license": source.license or plan.recipe.license,
-        "license_name": source.card.license_name,
-        "license_link": source.card.license_link,
-        "language": list(source.card.languages),
-        "origin": source.card.origin,
-        "model_type": source.model_type,
-        "parameters": source.parameters,
-        "fingerprint": dict(source.fingerprint),
-    }
 
 
 def git_blob(path: Path) -> str:

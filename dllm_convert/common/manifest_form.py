@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dllm_convert.common.shown_text import shown
 from dllm_convert.errors import DataError
-from dllm_convert.source.config_numbers import shown
 
 _HINT = "Put the file back from a copy, or convert the model again"
 _EXPECTED = {

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from dllm_convert.common.copying import sha256_file
-from dllm_convert.common.foreign_files import read_text
-from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest, write_manifest
-from dllm_convert.recipe import yaml_text as recipe_yaml
-
-RECIPE_FILE = "recipe.yaml"
 _SEPARATORS = re.compile(r"[/\\]")
 # Spaces and brackets count as part of a name: better a word too many is cut than a folder's name
 # is told. A comma does not where another path begins behind it.
@@ -42,26 +35,3 @@ def public(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: entry if key == "sample" else public(entry) for key, entry in value.items()}
     return [public(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def redact_folder(folder: Path) -> None:
-    """Cut paths out of the manifest and the recipe of a folder that is going to be published.
-
-    Files are replaced, never written through: they may be links to the checkpoint's own.
-
-    Args:
-        folder: Staged copy of a checkpoint.
-
-    Raises:
-        DataError: It has no manifest.
-    """
-    manifest = public(read_manifest(folder))
-    recipe = folder / RECIPE_FILE
-    if recipe.is_file() and RECIPE_FILE in (manifest.get("files") or {}):
-        text = read_text(recipe)
-        recipe.unlink()
-        shown = public(recipe_yaml.parse_mapping(text, RECIPE_FILE))
-        recipe.write_text(recipe_yaml.dump(shown), encoding="utf-8")
-        manifest["files"][RECIPE_FILE] = sha256_file(recipe)
-    (folder / MANIFEST_FILE).unlink()
-    write_manifest(folder, manifest)

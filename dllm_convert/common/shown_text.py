@@ -6,6 +6,7 @@ in them would move the cursor, and a bidirectional mark turns the rest of a line
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -59,3 +60,15 @@ def json_safe(document: str) -> str:
     What is left alone by `json` is half a character, which no file holds, and marks that act.
     """
     return _NOT_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", document)
+
+
+_SHOWN = 40
+
+
+def shown(value: object) -> str:
+    """Return a value of config.json for a message, on one line and not longer than a few words."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**_SHOWN:
+        # Python refuses to write numbers of more than 4,300 digits.
+        return f"a number of about {int(abs(value).bit_length() * math.log10(2)) + 1} digits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -98,7 +98,7 @@ class Subject:
             DataError: There is no such checkpoint.
             IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
         """
-        from dllm_convert.training.setup import load_model
+        from dllm_convert.modeling.loading import load_model
 
         config = read_config(folder)
         adapter = check_converted_config(config, folder)

@@ -10,13 +10,13 @@ import torch
 
 from dllm_convert.card.base import data_kind, data_names
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.manifest import recorded_recipe
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import Subject
 from dllm_convert.modeling.loading import load_complete
+from dllm_convert.recipe.recorded import recorded_recipe
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"

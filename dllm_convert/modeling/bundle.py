@@ -85,7 +85,7 @@ def modeling_source(adapter: Adapter | None = None) -> str:
     Args:
         adapter: The family, where it was measured and has no class of its own in `modeling.py`.
     """
-    from dllm_convert import __version__
+    from dllm_convert.common.version import __version__
 
     root = resources.files("dllm_convert.modeling.published")
     measured = None if adapter is None else adapter.measured

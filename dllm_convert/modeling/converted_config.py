@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
-from dllm_convert.source.config_numbers import (
-    LARGEST,
-    check_numbers,
-    is_number,
-    is_size,
-    shown,
-    wrong,
-)
+from dllm_convert.common.shown_text import shown
+from dllm_convert.source.config_numbers import LARGEST, check_numbers, is_number, is_size, wrong
 
 _ATTENTION = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 _SCHEDULES = ("linear", "cosine", "polynomial")
@@ -102,3 +96,9 @@ def _is_id(value: object) -> bool:
 
 def _is_row(value: Any, rows: Any) -> bool:
     return not is_size(rows) or value < rows
+
+
+def diffusion_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a conversion wrote into config.json, None if the model is no conversion."""
+    section = config.get("diffusion")
+    return section if isinstance(section, Mapping) else None

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.source.leftovers import computed_with
 from dllm_convert.source.source_fit import fit_folder
 
@@ -131,3 +132,38 @@ def _first(names: Collection[str]) -> str:
     """Return the first names and how many more there are."""
     shown = ", ".join(list(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def load_model(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    quantized: bool = False,
+) -> Any:
+    """Load the diffusion class of a checkpoint folder, in evaluation mode.
+
+    Args:
+        folder: Converted checkpoint.
+        adapter: Its family.
+        dtype: Type the weights are held in.
+        attention: Implementation, as transformers names it; None is the family's first.
+        quantized: Hold linear layers in 4 bits (NF4, arXiv 2305.14314).
+
+    Raises:
+        DataError: It cannot be loaded, or not completely.
+    """
+    cls = diffusion_class(adapter)
+    chosen = attention or adapter.implementations[0]
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen}
+    if quantized:
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return load_complete(cls, folder, **settings)

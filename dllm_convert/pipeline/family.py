@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.adapters import Adapter, get_adapter, has_adapter
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
+from dllm_convert.common.json_files import write_json
+from dllm_convert.common.work_folder import WORK
 from dllm_convert.errors import UnsupportedError
-from dllm_convert.pipeline.workspace import WORK, write_json
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_numbers import check_numbers
 from dllm_convert.source.info import SourceInfo

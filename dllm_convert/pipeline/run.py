@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.manifest import read_manifest, source_facts
+from dllm_convert.common.manifest import read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.ranks import Place
 from dllm_convert.errors import DllmConvertError
@@ -24,7 +24,7 @@ from dllm_convert.pipeline.workspace import (
     open_workspace,
     read_workspace,
 )
-from dllm_convert.planning.conversion import ConversionPlan, make_plan
+from dllm_convert.planning.conversion import ConversionPlan, make_plan, source_facts
 from dllm_convert.recipe.loading import same_name_warning
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import Place
+from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.pipeline.options import DEFAULT, How
 from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.planning.environment import diffusion_section
 
 if TYPE_CHECKING:
     from dllm_convert.source.materialise import Materialised
@@ -72,7 +72,7 @@ class Measures:
     def _load(self, folder: Path) -> Any:
         import torch
 
-        from dllm_convert.training.setup import load_model
+        from dllm_convert.modeling.loading import load_model
 
         model = load_model(folder, self.plan.adapter)
         return model.to("cuda") if torch.cuda.is_available() else model

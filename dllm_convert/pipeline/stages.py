@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dllm_convert.common.disk import link, sync_tree
-from dllm_convert.common.manifest import source_facts
 from dllm_convert.errors import VerificationError
 from dllm_convert.pipeline.options import Depth
 from dllm_convert.pipeline.resumed import check_resumed
 from dllm_convert.pipeline.stage_measures import Measures
-from dllm_convert.planning.conversion import plan_as_dict
+from dllm_convert.planning.conversion import plan_as_dict, source_facts
 
 FORMAT_VERSION = 1
 """Version of the manifest."""
@@ -121,9 +120,9 @@ class Stages(Measures):
         return {}
 
     def _manifest(self) -> dict[str, Any]:
-        from dllm_convert import __version__
         from dllm_convert.common.manifest import WRITTEN_LAST, hash_files, versions
         from dllm_convert.common.manifest_form import MANIFEST_VERSION
+        from dllm_convert.common.version import __version__
 
         adapted, extends = self.workspace.result("adapt") or {}, self.workspace.extends
         ways = {} if self._trains else adapted.get("ways", {})

@@ -7,7 +7,6 @@ finishes them when it is started again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,15 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.common import strict_json
 from dllm_convert.common.differences import differences
-from dllm_convert.common.disk import reporting_full_disk, sync, write_whole
+from dllm_convert.common.disk import reporting_full_disk, sync
 from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_text
+from dllm_convert.common.json_files import write_json
+from dllm_convert.common.work_folder import LOCK, WORK, locked, work_folder
 from dllm_convert.errors import DataError
 
-WORK = ".work"
 LAST = "config.json"
-JOURNAL, LOCK = "journal.json", "lock"
+JOURNAL = "journal.json"
 _PROBE = ".writable"
 _BEGUN = {LOCK, _PROBE, f"{JOURNAL}.partial"}
 """What a run that was killed before its journal was there may have left."""
@@ -37,11 +36,6 @@ def fingerprint(recipe: Mapping[str, Any], source: Mapping[str, str]) -> str:
     """Identity of a run: what is asked for and the content it starts from."""
     text = json.dumps({"recipe": dict(recipe), "source": dict(source)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
-    write_whole(path, strict_json.dumps(value, indent=2) + "\n")
 
 
 @dataclass
@@ -195,31 +189,6 @@ def _is_in(path: Path, folder: Path) -> bool:
     return folder.exists() and any(place.samefile(folder) for place in above)
 
 
-def _work_folder(out: Path) -> Path:
-    """Return the work folder of `out`, made if there is none.
-
-    Raises:
-        DataError: It is a link, or something below it is: writing would land elsewhere.
-    """
-    work = out / WORK
-    if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise DataError(
-            f"{work} is {'a link' if work.is_symlink() else 'a file'}, expected a folder of ours",
-            hint=f"Remove {work}, or give another --out",
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    entries = (Path(parent, n) for parent, *names in os.walk(work) for n in (*names[0], *names[1]))
-    inside = work.resolve()
-    links = (path for path in entries if path.is_symlink())
-    link = next((path for path in links if not path.resolve().is_relative_to(inside)), None)
-    if link is not None:
-        raise DataError(
-            f"{link} is a link that leads out of the folder: writing would land elsewhere",
-            hint=f"Remove {link}, or give another --out",
-        )
-    return work
-
-
 def _is_ours(out: Path) -> bool:
     """Whether a folder carries our journal, or was only begun: a name alone says nothing."""
     if (out / WORK / JOURNAL).exists():
@@ -237,7 +206,7 @@ def _check_folder(out: Path) -> None:
             hint="Give a new folder with --out",
         )
     try:
-        probe = _work_folder(out) / _PROBE
+        probe = work_folder(out) / _PROBE
         probe.unlink(missing_ok=True)
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         probe.unlink()
@@ -245,33 +214,6 @@ def _check_folder(out: Path) -> None:
         raise DataError(
             f"--out {out} cannot be written ({error.strerror})", hint="Give another --out"
         ) from error
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; its work folder is made if there is none.
-
-    Raises:
-        DataError: If another process holds it, or the lock is a link.
-    """
-    path = _work_folder(out) / LOCK
-    try:
-        # Neither followed nor emptied: it may be anything that somebody put there.
-        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be opened ({error.strerror})", hint=f"Remove {path}"
-        ) from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"another run is writing to {out}", hint="Wait for it, or give another --out"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.common.secrets_found import refuse_secrets
+from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
 from dllm_convert.planning.checks import (
@@ -26,7 +27,7 @@ from dllm_convert.planning.config_code import (
     check_weights_named,
     code_warnings,
 )
-from dllm_convert.planning.environment import check_converted, check_transformers, diffusion_section
+from dllm_convert.planning.environment import check_converted, check_transformers
 from dllm_convert.planning.ids import check_token_ids
 from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
@@ -274,4 +275,23 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "min_transformers": plan.adapter.min_transformers,
         "warnings": list(plan.warnings),
         "notes": list(plan.notes),
+    }
+
+
+def source_facts(plan: ConversionPlan) -> dict[str, Any]:
+    """Return the `source` section: what was converted, and what its author says of it."""
+    source = plan.source
+    return {
+        "given": source.given,
+        "kind": source.kind,
+        "repo_id": source.repo_id,
+        "revision": source.revision,
+        "license": source.license or plan.recipe.license,
+        "license_name": source.card.license_name,
+        "license_link": source.card.license_link,
+        "language": list(source.card.languages),
+        "origin": source.card.origin,
+        "model_type": source.model_type,
+        "parameters": source.parameters,
+        "fingerprint": dict(source.fingerprint),
     }

@@ -9,6 +9,7 @@ from typing import Any
 from packaging.version import Version
 
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.converted_config import diffusion_section
 
 
 def check_transformers(needed: str) -> None:
@@ -27,12 +28,6 @@ def check_transformers(needed: str) -> None:
             f"and no warning, expected at least {needed}",
             hint=f"pip install 'transformers>={needed}'",
         )
-
-
-def diffusion_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a conversion wrote into config.json, None if the model is no conversion."""
-    section = config.get("diffusion")
-    return section if isinstance(section, Mapping) else None
 
 
 def check_converted(config: Mapping[str, Any], *, mask_id: int, token_shift: bool) -> str | None:

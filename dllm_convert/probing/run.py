@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dllm_convert import __version__
+from dllm_convert.common.json_files import write_json
+from dllm_convert.common.version import __version__
 from dllm_convert.errors import DllmConvertError, UnsupportedError
-from dllm_convert.pipeline.workspace import write_json
 from dllm_convert.probing.report import ProbeReport
 from dllm_convert.source.info import TensorInfo
 from dllm_convert.source.materialise import cache_dir

@@ -13,12 +13,12 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.manifest import CARD_FILE, file_names, read_manifest
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.common.redaction import redact_folder
+from dllm_convert.common.work_folder import WORK, locked
 from dllm_convert.errors import VerificationError
-from dllm_convert.pipeline.workspace import WORK, locked
 from dllm_convert.publishing.adapter import adapter_checkpoint
 from dllm_convert.publishing.options import PushOptions, PushResult
 from dllm_convert.publishing.push import upload
+from dllm_convert.publishing.redaction import redact_folder
 from dllm_convert.publishing.remote import base_name
 from dllm_convert.publishing.repository import full_id
 from dllm_convert.publishing.scan import check_staged
@@ -131,8 +131,8 @@ def _stage(
     options: PushOptions,
     reporter: Reporter,
 ) -> Staged:
-    from dllm_convert import __version__
     from dllm_convert.card.readme import check_written_card, write_card
+    from dllm_convert.common.version import __version__
 
     out = scratch / "files"
     if options.adapter_only:

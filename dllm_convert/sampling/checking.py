@@ -7,12 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dllm_convert.modeling.converted_config import check_converted_config
+from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.modeling.published.settings import decoding_options
 from dllm_convert.planning.checks import context_length, too_many_new
-from dllm_convert.planning.environment import diffusion_section
 from dllm_convert.source.safetensors_header import load_json_object
 
 _CLOSING = "closing_token_ids"

@@ -18,11 +18,10 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import refuse_other_version
 from dllm_convert.common.nearest import no_folder
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.modeling.converted_config import check_converted_config
+from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids
-from dllm_convert.planning.environment import diffusion_section
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.sampling.watch.frames import Recorder
 from dllm_convert.sampling.watch.pieces import TokenText
@@ -274,7 +273,7 @@ def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
         folder: Converted checkpoint.
         model_type: Its family, as config.json names it.
     """
-    from dllm_convert.training.setup import load_model
+    from dllm_convert.modeling.loading import load_model
 
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32

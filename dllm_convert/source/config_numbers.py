@@ -13,6 +13,7 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.tensors import ClassTensors
 from dllm_convert.common.counts import LARGEST_COUNT
+from dllm_convert.common.shown_text import shown
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.source.config_parts import check_parts
 
@@ -35,16 +36,6 @@ _SHARES = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_
 _ID_ENDS = ("_token_id", "_token_ids")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _SINGLE_IDS = ("bos_token_id", "pad_token_id", "sep_token_id")
-_SHOWN = 40
-
-
-def shown(value: object) -> str:
-    """Return a value of config.json for a message, on one line and not longer than a few words."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**_SHOWN:
-        # Python refuses to write numbers of more than 4,300 digits.
-        return f"a number of about {int(abs(value).bit_length() * math.log10(2)) + 1} digits"
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def wrong(

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from dllm_convert.common.shown_text import shown
 from dllm_convert.errors import DataError
-from dllm_convert.source.config_numbers import shown
 
 _KNOWN = (
     *(OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, IndexError),

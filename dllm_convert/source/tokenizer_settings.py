@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dllm_convert.common.shown_text import shown
 from dllm_convert.errors import DataError
-from dllm_convert.source.config_numbers import shown
 
 _FLAGS = ("split_special_tokens",)
 _LISTS = ("extra_special_tokens", "additional_special_tokens")

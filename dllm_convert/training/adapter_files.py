@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.pipeline.workspace import write_json
+from dllm_convert.common.json_files import write_json
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import load_json_object
 

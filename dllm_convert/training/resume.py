@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dllm_convert.common.disk import sync_tree
+from dllm_convert.common.json_files import write_json
 from dllm_convert.errors import DataError
-from dllm_convert.pipeline.workspace import write_json
 from dllm_convert.source.safetensors_header import read_header
 
 COMPLETE_MARKER = "complete"

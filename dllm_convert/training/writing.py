@@ -11,17 +11,12 @@ import torch
 
 from dllm_convert.common.disk import sync_tree
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import read_checkpoint
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
 from dllm_convert.training.distributed import gathered_weights, is_sharded, part
-from dllm_convert.training.setup import (
-    is_quantized,
-    load_model,
-    make_trainable,
-    training_dtype,
-    transplant,
-)
+from dllm_convert.training.setup import is_quantized, make_trainable, training_dtype, transplant
 
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")

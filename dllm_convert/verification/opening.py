@@ -16,7 +16,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
-from dllm_convert.planning.environment import diffusion_section
+from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.sampling.run import read_config
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint

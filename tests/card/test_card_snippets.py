@@ -70,7 +70,8 @@ def test_both_snippets(
 
 def lora_checkpoint(base: Path, folder: Path, *, embeddings: str) -> Path:
     """Write a checkpoint trained with LoRA, its adapter beside the merged weights."""
-    from dllm_convert.training.setup import load_model, make_trainable
+    from dllm_convert.modeling.loading import load_model
+    from dllm_convert.training.setup import make_trainable
     from dllm_convert.training.writing import write_trained
 
     training = {

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 from report_cases import drawable
 
-from dllm_convert.card.charts import BLUE, FAINTEST_LEVEL, GREY, SHUT, VERMILION, running_median
+from dllm_convert.card.charts import FAINTEST_LEVEL, SHUT, running_median
 from dllm_convert.card.pictures import (
     ATTENTION,
     DENOISING,
@@ -25,6 +25,7 @@ from dllm_convert.card.pictures import (
     draw_all,
     draw_svg,
 )
+from dllm_convert.common.colours import BLUE, GREY, VERMILION
 from dllm_convert.verification.observe.logged import Curve, read_curves
 from dllm_convert.verification.observe.observations import Observations
 

@@ -21,8 +21,9 @@ from card_cases import changed, fill, llama_bd3lm
 from matplotlib.image import imread
 from report_cases import drawable
 
-from dllm_convert.card.charts import BLUE, SHUT
+from dllm_convert.card.charts import SHUT
 from dllm_convert.card.report import write_report
+from dllm_convert.common.colours import BLUE
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -20,7 +20,7 @@ from dllm_convert.evaluation.continuation import (
     score_autoregressive,
     score_round,
 )
-from dllm_convert.training.setup import load_model
+from dllm_convert.modeling.loading import load_model
 
 WORDS, LENGTH = 5, 5
 TOKENS = (1, 3, 0, 2, 4)

@@ -96,9 +96,9 @@ def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_p
     from dllm_convert.adapters import get_adapter
     from dllm_convert.diffusion.likelihood import autoregressive_nll
     from dllm_convert.evaluation.text import measure_text
+    from dllm_convert.modeling.loading import load_model
     from dllm_convert.recipe.schema import Recipe
     from dllm_convert.training.data.text import prepare_data
-    from dllm_convert.training.setup import load_model
 
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"Text {number} of a list, and what follows. " * 5)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from dllm_convert.common.json_files import write_json
 from dllm_convert.errors import DataError
-from dllm_convert.pipeline.workspace import check_apart, fingerprint, open_workspace, write_json
+from dllm_convert.pipeline.workspace import check_apart, fingerprint, open_workspace
 
 
 def test_out_is_a_file(tmp_path: Path) -> None:

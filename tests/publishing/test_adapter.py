@@ -18,9 +18,10 @@ from factory import FAMILIES
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import plan_as_dict
 from dllm_convert.publishing.adapter import adapter_checkpoint
-from dllm_convert.training.setup import load_model, make_trainable
+from dllm_convert.training.setup import make_trainable
 from dllm_convert.training.writing import write_trained
 
 LOAD = """

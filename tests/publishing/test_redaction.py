@@ -9,7 +9,8 @@ import pytest
 from card_cases import llama_bd3lm
 
 from dllm_convert.common.manifest import changed_files, hash_files, read_manifest, write_manifest
-from dllm_convert.common.redaction import last_part, public, redact_folder, without_paths
+from dllm_convert.common.redaction import last_part, public, without_paths
+from dllm_convert.publishing.redaction import redact_folder
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.loading import load_recipe
 

@@ -20,10 +20,10 @@ from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.training.data.text_facts import Text, look_at
 from dllm_convert.training.expectation import Opening, Start, explain, noise_variance, survey
 from dllm_convert.training.run import train
-from dllm_convert.training.setup import load_model
 
 SOUND = Text((0, 0.05), 0.0, 0.0)
 START = Start(6.0, 0.1, 500, 6.1, 4.0, 0.3)

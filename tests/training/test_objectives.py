@@ -17,6 +17,7 @@ from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.pipeline.run import run
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe, Training
@@ -24,12 +25,7 @@ from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.text import TextData, prepare_data
 from dllm_convert.training.run import train
-from dllm_convert.training.setup import (
-    load_model,
-    make_trainable,
-    require_devices,
-    transplant,
-)
+from dllm_convert.training.setup import make_trainable, require_devices, transplant
 from dllm_convert.weights.run import adapt
 
 FIELDS: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ from conftest import SourceFactory
 from transformers import AutoTokenizer
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
@@ -19,7 +20,6 @@ from dllm_convert.training.data.streaming import TextStream
 from dllm_convert.training.data.text import TextData, prepare_data
 from dllm_convert.training.resume import checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.run import train
-from dllm_convert.training.setup import load_model
 from dllm_convert.weights.run import adapt
 
 QUIET = Reporter(quiet=True)

@@ -18,13 +18,14 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data.text import TextData, prepare_data
 from dllm_convert.training.resume import COMPLETE_MARKER, last_whole_checkpoint
 from dllm_convert.training.run import train
-from dllm_convert.training.setup import load_model, make_trainable
+from dllm_convert.training.setup import make_trainable
 from dllm_convert.weights.run import adapt
 
 QUIET = Reporter(quiet=True)

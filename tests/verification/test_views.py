@@ -232,7 +232,7 @@ def test_prompts_are_beginnings_of_documents() -> None:
 def test_decoding_is_compared_with_one_token_per_forward(
     target: str, source_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from dllm_convert.training.setup import load_model
+    from dllm_convert.modeling.loading import load_model
 
     plan = convert(source_cache("llama"), tmp_path / "made", target)
     model = load_model(tmp_path / "made", plan.adapter)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from dllm_convert.card.charts import BLUE, GREY, VERMILION
+from dllm_convert.common.colours import BLUE, GREY, VERMILION
 from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, count_new
 from dllm_convert.sampling.watch.frames import Film
 from dllm_convert.sampling.watch.layout import Line, Segment, wrap

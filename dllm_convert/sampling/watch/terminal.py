@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from dllm_convert.card.charts import BLUE, GREY, VERMILION
+from dllm_convert.common.colours import BLUE, GREY, VERMILION
 from dllm_convert.common.console import PLAIN_INTERVAL_S, Reporter
 from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, plain
 from dllm_convert.sampling.watch.frames import Film, Recorder

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.modeling.loading import load_base as load_stock
 from dllm_convert.modeling.loading import load_complete
-from dllm_convert.planning.environment import diffusion_section
 from dllm_convert.source.folder import read_config
 from dllm_convert.verification.observe.observations import Influence, InfluenceMap
 from dllm_convert.verification.probes.influence import RELATIVE_TOLERANCE, measure_influence

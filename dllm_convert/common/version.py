@@ -1,0 +1,3 @@
+"""The version of this package: the one home of the number."""
+
+__version__ = "0.1.0"
