@@ -34,7 +34,8 @@ from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.loading import load_recipe
-from dllm_convert.training.data.text import TextData, collate, prepare_data
+from dllm_convert.training.data.rows import collate
+from dllm_convert.training.data.text import TextData, prepare_data
 from dllm_convert.training.setup import make_trainable
 
 

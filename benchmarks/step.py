@@ -33,8 +33,9 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.training.asked import annealing_of, process_of, weights_of
 from dllm_convert.training.checkpointing import checkpoint_activations
-from dllm_convert.training.data.text import collate
+from dllm_convert.training.data.rows import collate
 from dllm_convert.training.run import _arguments
 from dllm_convert.training.setup import attention_implementation, make_trainable, use_bf16
 from dllm_convert.training.trainer import DiffusionTrainer
@@ -62,7 +63,14 @@ def rows(tokens: torch.Tensor) -> Columns:
 def ours(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
     """The package's step, through its own Trainer."""
     arguments = _arguments(recipe, Path("unused/.work/trainer"), use_bf16(recipe.training), False)
-    trainer = DiffusionTrainer(model=model, args=arguments, recipe=recipe, objective=objective)
+    trainer = DiffusionTrainer(
+        model,
+        arguments,
+        objective=objective,
+        process=process_of(recipe.noise),
+        weights=weights_of(recipe.training),
+        annealing=annealing_of(recipe.training),
+    )
     trainer.current_gradient_accumulation_steps = 1
     # Mixed precision is wrapped around the model when a training begins.
     prepared = trainer.accelerator.prepare_model(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dllm_convert.adapters.tensors import ClassTensors
-from dllm_convert.recipe.schema import Target
+from dllm_convert.common.terms import Target
 
 Implementation = Literal["sdpa", "eager"]
 

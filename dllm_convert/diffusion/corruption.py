@@ -15,7 +15,6 @@ import torch
 
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.recipe.schema import Noise
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,6 @@ class ForwardProcess:
     position_bias: float = 0.0
     views: int = 1
     complementary: bool = False
-
-    @classmethod
-    def from_recipe(cls, noise: Noise) -> ForwardProcess:
-        """Build the process a recipe asks for."""
-        return cls(
-            Schedule.from_recipe(noise),
-            noise.draw,
-            noise.position_bias,
-            noise.views,
-            noise.complementary,
-        )
 
 
 @dataclass(frozen=True)

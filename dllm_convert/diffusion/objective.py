@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from dllm_convert.common.terms import Context, Kernel, Target
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.recipe.schema import Context, Kernel, Target
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_convert.recipe.schema import Noise
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -31,12 +29,6 @@ class Schedule:
     min_time: float = 0.0
     max_time: float = 1.0
     discrete_steps: int | None = None
-
-    @classmethod
-    def from_recipe(cls, noise: Noise) -> Schedule:
-        """Build the schedule a recipe asks for."""
-        steps = noise.discrete_steps
-        return cls(noise.schedule, noise.power, noise.min_time, noise.max_time, steps)
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
         """1 - alpha(t), the probability that a token is masked; same shape as `t`, in [0, 1]."""

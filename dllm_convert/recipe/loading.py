@@ -14,12 +14,13 @@ from pydantic import ValidationError
 
 from dllm_convert.common.foreign_files import MAX_TEXT_BYTES, check_file
 from dllm_convert.common.nearest import nearest_place
+from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.fields import describe_problem, fields_of, sections
 from dllm_convert.recipe.inherited import handed_down
 from dllm_convert.recipe.precedence import NAMES, forgotten
-from dllm_convert.recipe.schema import Recipe, Target
+from dllm_convert.recipe.schema import Recipe
 
 DEFAULT_PRESET = "small-budget"
 """The preset of a Hub id, folder or file that no recipe describes."""

@@ -7,11 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
+from dllm_convert.common.terms import Kernel, Target
 
-Target = Literal["mdlm", "bd3lm"]
 Method = Literal["full", "lora", "none"]
-Kernel = Literal["absorbing", "uniform"]
-Context = Literal["block", "causal"]
 Checkpointing = Literal["off", "selective", "full"]
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 Name = Annotated[str, Field(pattern=r"\S")]

@@ -15,13 +15,13 @@ from transformers.trainer_callback import PrinterCallback
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import Interruption
-from dllm_convert.diffusion.objective import Objective
-from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.training.asked import annealing_of, process_of, schedule_of, weights_of
 from dllm_convert.training.callbacks import Rules, Watch
-from dllm_convert.training.data.text import TextData, collate
+from dllm_convert.training.data.rows import collate
+from dllm_convert.training.data.text import TextData
 from dllm_convert.training.distributed import check_strategy
 from dllm_convert.training.expectation import Opening, Start, noise_variance
 from dllm_convert.training.metrics import Metrics
@@ -174,8 +174,9 @@ def _trainer(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
-        recipe=recipe,
-        objective=Objective.from_config(model.config),
+        process=process_of(recipe.noise),
+        weights=weights_of(recipe.training),
+        annealing=annealing_of(recipe.training),
     )
     check_strategy(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
@@ -235,9 +236,7 @@ def _opening(
     """Say what to expect of a training that begins; None if nothing is known of that."""
     if start is None:
         return None
-    variance = noise_variance(
-        Schedule.from_recipe(recipe.noise), by_count=recipe.noise.draw == "count"
-    )
+    variance = noise_variance(schedule_of(recipe.noise), by_count=recipe.noise.draw == "count")
     opening = Opening(start, tokens * recipe.training.log_steps, variance)
     reporter.line(opening.announce())
     return opening

@@ -4,18 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
 from dllm_convert.modeling.published.attention import TILED, StreamMask
-from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.mask_noise import MaskNoise
-from dllm_convert.training.data.text import text_batch
+from dllm_convert.training.data.rows import collate, text_batch
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the optimised loss is made of.
+
+    Attributes:
+        masked: `elbo`: a scored token weighs what it weighs in the NELBO; `uniform`: 1.
+        ar: Weight of a next-token loss on the clean stream (bd3lm with causal context only).
+    """
+
+    masked: Literal["elbo", "uniform"] = "elbo"
+    ar: float = 0.0
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """What fades over the first steps of a training.
+
+    Attributes:
+        attention_steps: Steps over which a causal attention is opened (DiffuLLaMA, arXiv
+            2410.17891).
+        mask_noise_std: Noise on the mask's embedding, in units of the embedding's own standard
+            deviation (LLaDA2, arXiv 2512.15745).
+        mask_noise_steps: Steps over which that noise fades.
+    """
+
+    attention_steps: int = 0
+    mask_noise_std: float = 0.0
+    mask_noise_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,20 +72,49 @@ class ForwardNoise:
 class DiffusionTrainer(Trainer):
     """Trains what `objective` says, on the text the dataset holds.
 
-    The optimised loss is the NELBO, or with `loss_weight: uniform` the mean cross-entropy at masked
-    positions; the NELBO in nats per token is logged beside it either way.
+    The optimised loss is the NELBO, or with uniform weights the mean cross-entropy at masked
+    positions; the NELBO in nats per token is logged beside it either way (`nelbo`).
+
+    Args:
+        model: A diffusion class of this package, as `dllm_convert.load` returns it.
+        args: transformers' arguments. `train_sampling_strategy="sequential"` repeats a run
+            exactly; `remove_unused_columns` has to be False for rows with documents in them.
+        objective: What is learnt; None reads it from the model's config.
+        process: How text is corrupted.
+        weights: What the optimised loss is made of.
+        annealing: What fades over the first steps.
+        **kwargs: Everything else that transformers' Trainer takes: `train_dataset` with a column
+            `input_ids`, callbacks, optimizers. Rows with several documents have `segment_ids` and
+            `position_ids` as well, and `loss_mask` says which tokens are learnt.
     """
 
     # The loss is a mean over the step; what the Trainer divides it by is multiplied in before.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, recipe: Recipe, objective: Objective, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        objective: Objective | None = None,
+        process: ForwardProcess | None = None,
+        weights: LossWeights | None = None,
+        annealing: Annealing | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("data_collator", collate)
+        super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._training = recipe.training
-        self._objective = objective
-        self._process = ForwardProcess.from_recipe(recipe.noise)
-        self._mask_noise = MaskNoise(self.model, recipe.training, objective.mask_token_id)
+        self._objective = objective or Objective.from_config(model.config)
+        self._process = process or ForwardProcess()
+        self._weights = weights or LossWeights()
+        self._annealing = annealing or Annealing()
+        self._mask_noise = MaskNoise(
+            self.model,
+            self._objective.mask_token_id,
+            std=self._annealing.mask_noise_std,
+            steps=self._annealing.mask_noise_steps,
+        )
         inner: Any = self.model
         self._flex = inner.config._attn_implementation == "flex_attention"
         self.sparse = self._flex or inner.config._attn_implementation == TILED
@@ -87,7 +145,7 @@ class DiffusionTrainer(Trainer):
             texts = int(batch.scorable.sum())
             scored = texts * len(views)
             drawn.append((views, self._shut(batch.tokens.shape[1], key), key, scored))
-            if self._training.loss_weight == "uniform":
+            if self._weights.masked == "uniform":
                 sums += torch.tensor([sum(int(view.scored.sum()) for view in views), texts])
             else:
                 sums += torch.tensor([scored, texts])
@@ -106,7 +164,7 @@ class DiffusionTrainer(Trainer):
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
         batch = text_batch(inputs)
-        ar_weight = self._training.ar_loss_weight
+        ar_weight = self._weights.ar
         forward = predict(
             batch, noise.views, self._objective, ar_loss=ar_weight > 0, shut=noise.shut
         )
@@ -114,7 +172,7 @@ class DiffusionTrainer(Trainer):
             output = model(**forward.inputs, attention_mask=self._in_form(forward), use_cache=False)
         nats = forward.nats(output.logits, self._objective)
         total = (nats * forward.weight).sum()
-        optimised = nats.sum() if self._training.loss_weight == "uniform" else total
+        optimised = nats.sum() if self._weights.masked == "uniform" else total
         loss = optimised / noise.items
         if ar_weight:
             ar_nats = forward.ar_nats(output.logits, self._objective)
@@ -142,7 +200,7 @@ class DiffusionTrainer(Trainer):
         return reduced.double().cpu()  # type: ignore[no-any-return]
 
     def _shut(self, length: int, key: NoiseKey) -> torch.Tensor | None:
-        steps = self._training.attention_annealing_steps
+        steps = self._annealing.attention_steps
         share = 1 - key.step / steps if steps else 0.0
         if share <= 0:
             return None

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from dllm_convert.cli.app import app
 from dllm_convert.cli.errors import redact
 from dllm_convert.cli.options import TargetName
+from dllm_convert.common.terms import Target
 from dllm_convert.errors import (
     DataError,
     DllmConvertError,
@@ -27,7 +28,7 @@ from dllm_convert.errors import (
     VerificationError,
 )
 from dllm_convert.pipeline import run as pipeline
-from dllm_convert.recipe.schema import Recipe, Target
+from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import hub as source_hub
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub")

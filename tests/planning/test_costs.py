@@ -62,11 +62,11 @@ def test_share_of_masked_tokens(fields: dict[str, Any], share: float) -> None:
 def test_share_agrees_with_the_schedule_that_trains(schedule: str) -> None:
     import torch
 
-    from dllm_convert.diffusion.schedule import Schedule
+    from dllm_convert.training.asked import schedule_of
 
     noise = Noise(schedule=schedule, min_time=0.2, max_time=0.9)
     level = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    drawn = Schedule.from_recipe(noise)
+    drawn = schedule_of(noise)
     mean = float(drawn.mask_probability(drawn.times(level)).mean())
     assert mean_masked_share(noise) == pytest.approx(mean, abs=1e-4)
 
@@ -88,9 +88,10 @@ class TestStreams:
     def test_counts(self, target: str, noise: dict[str, Any], ar: float) -> None:
         import torch
 
-        from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
+        from dllm_convert.diffusion.corruption import NoiseKey, corrupt
         from dllm_convert.diffusion.objective import Objective, TextBatch
         from dllm_convert.diffusion.prediction import predict
+        from dllm_convert.training.asked import process_of
 
         made = recipe(
             target,
@@ -108,9 +109,7 @@ class TestStreams:
             torch.zeros(shape, dtype=torch.long),
             torch.arange(256).expand(shape).contiguous(),
         )
-        views = corrupt(
-            batch, objective, ForwardProcess.from_recipe(made.noise), NoiseKey(0, 0, 0, 4)
-        )
+        views = corrupt(batch, objective, process_of(made.noise), NoiseKey(0, 0, 0, 4))
         forward = predict(batch, views, objective, ar_loss=ar > 0)
         run = streams(made, sparse=False)
         assert forward.inputs["input_ids"].shape == (run.rows, run.width)

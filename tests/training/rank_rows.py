@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, Trainer
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.data.text import collate, prepare_data
+from dllm_convert.training.data.rows import collate
+from dllm_convert.training.data.text import prepare_data
 from dllm_convert.training.run import _arguments
 
 

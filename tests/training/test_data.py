@@ -301,7 +301,7 @@ def test_a_short_training_reads_a_part(texts: Path, tokenizer: Any) -> None:
 
 
 def test_rows_of_both_kinds_make_batches(texts: Path, tokenizer: Any) -> None:
-    from dllm_convert.training.data.text import collate, text_batch
+    from dllm_convert.training.data.rows import collate, text_batch
 
     for streaming in ("off", "on"):
         data = prepare_data(recipe(texts, streaming=streaming), tokenizer, QUIET)

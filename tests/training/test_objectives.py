@@ -153,7 +153,7 @@ def test_mask_noise_moves_the_mask_alone_and_fades(
 ) -> None:
     plan, _ = converted(source_cache("llama"), tmp_path / "a")
     model = load_model(tmp_path / "a", plan.adapter)
-    noise = MaskNoise(model, Training(mask_noise_std=2.0, mask_noise_steps=4), plan.mask.id)
+    noise = MaskNoise(model, plan.mask.id, std=2.0, steps=4)
     embedding = model.get_input_embeddings()
     tokens = torch.tensor([[plan.mask.id, 1, plan.mask.id, 2]])
     plain = embedding(tokens)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from dllm_convert.diffusion.corruption import NoiseKey
-from dllm_convert.recipe.schema import Training
 
 
 class MaskNoise:
@@ -20,16 +19,17 @@ class MaskNoise:
 
     Args:
         model: The model to be trained.
-        training: Standard deviation, in units of the embedding's own, and steps.
         mask_token_id: The mask.
+        std: Standard deviation of the noise, in units of the embedding's own.
+        steps: Steps over which it fades.
     """
 
-    def __init__(self, model: Any, training: Training, mask_token_id: int) -> None:
+    def __init__(self, model: Any, mask_token_id: int, *, std: float, steps: int) -> None:
         self._embedding = model.get_input_embeddings()
-        self._steps = training.mask_noise_steps
+        self._steps = steps
         self._mask_token_id = mask_token_id
         weight = next(self._embedding.parameters())
-        self._std = training.mask_noise_std * (float(weight.detach().std()) if self._steps else 0.0)
+        self._std = std * (float(weight.detach().std()) if self._steps else 0.0)
 
     @contextmanager
     def at(self, key: NoiseKey) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.training.data.packing import Layout, Packing
 from dllm_convert.training.data.reading import permutation
 from dllm_convert.training.data.store import Store, build_row
@@ -72,3 +74,25 @@ class NumberedRows(Dataset[dict[str, Any]]):
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack rows into tensors of shape (batch, length)."""
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+def text_batch(columns: Mapping[str, torch.Tensor]) -> TextBatch:
+    """View collated columns as clean text.
+
+    Args:
+        columns: `input_ids`, and what else is known of the tokens, each of shape (batch, length):
+            `segment_ids` and `position_ids` as `TextBatch` has them, `loss_mask`. Without segments
+            every row is one document, as long as its `attention_mask` says.
+    """
+    tokens = columns["input_ids"]
+    segments, places = columns.get("segment_ids"), columns.get("position_ids")
+    if segments is None:
+        seen = columns.get("attention_mask")
+        inside = torch.ones_like(tokens) if seen is None else seen.long()
+        segments = inside - 1
+        if places is None:
+            # Counted from the first token that is no padding, whichever side that stands on.
+            places = (inside.cumsum(-1) - 1).clamp(min=0)
+    elif places is None:
+        raise ValueError("segment_ids without position_ids: a row of several documents needs both")
+    return TextBatch(tokens, segments, places, columns.get("loss_mask"))

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from dllm_convert.common.console import Reporter
@@ -24,11 +23,9 @@ from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.packing import Layout, pack
 from dllm_convert.training.data.preparation import Preparation
 from dllm_convert.training.data.reading import permutation
-from dllm_convert.training.data.rows import NumberedRows, PackedText, collate
+from dllm_convert.training.data.rows import NumberedRows, PackedText, collate, text_batch
 from dllm_convert.training.data.store import Store, build_row
 from dllm_convert.training.data.streaming import StreamedRows, TextStream
-
-__all__ = ["TextData", "collate", "prepare_data", "text_batch"]
 
 
 @dataclass(frozen=True)
@@ -66,16 +63,6 @@ class TextData:
         if isinstance(self.train, TextStream):
             return StreamedRows(self.train, start)
         return NumberedRows(self.train, total)
-
-
-def text_batch(columns: dict[str, torch.Tensor]) -> TextBatch:
-    """View collated columns as clean text."""
-    return TextBatch(
-        columns["input_ids"],
-        columns["segment_ids"],
-        columns["position_ids"],
-        columns.get("loss_mask"),
-    )
 
 
 def prepare_data(

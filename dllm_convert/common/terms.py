@@ -1,0 +1,12 @@
+"""Words of the field that a recipe, a plan and the mathematics share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Target = Literal["mdlm", "bd3lm"]
+"""Objective: one noisy stream with full attention, or blocks behind clean text."""
+Kernel = Literal["absorbing", "uniform"]
+"""What corrupts a token: it becomes the mask, or any other token (D3PM, arXiv 2107.03006)."""
+Context = Literal["block", "causal"]
+"""What a clean token of bd3lm sees of its own block: all of it, or what stands before it."""

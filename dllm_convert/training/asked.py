@@ -1,0 +1,44 @@
+"""What a recipe asks of a training, as the values of the mathematics and of the Trainer."""
+
+from __future__ import annotations
+
+from dllm_convert.diffusion.corruption import ForwardProcess
+from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.recipe.schema import Noise, Training
+from dllm_convert.training.trainer import Annealing, LossWeights
+
+
+def schedule_of(noise: Noise) -> Schedule:
+    """Return the noise schedule a recipe asks for."""
+    return Schedule(
+        noise.schedule,
+        noise.power,
+        min_time=noise.min_time,
+        max_time=noise.max_time,
+        discrete_steps=noise.discrete_steps,
+    )
+
+
+def process_of(noise: Noise) -> ForwardProcess:
+    """Return the forward process a recipe asks for."""
+    return ForwardProcess(
+        schedule_of(noise),
+        noise.draw,
+        position_bias=noise.position_bias,
+        views=noise.views,
+        complementary=noise.complementary,
+    )
+
+
+def weights_of(training: Training) -> LossWeights:
+    """Return what a recipe has the loss made of."""
+    return LossWeights(training.loss_weight, ar=training.ar_loss_weight)
+
+
+def annealing_of(training: Training) -> Annealing:
+    """Return what a recipe has fade over the first steps."""
+    return Annealing(
+        attention_steps=training.attention_annealing_steps,
+        mask_noise_std=training.mask_noise_std,
+        mask_noise_steps=training.mask_noise_steps,
+    )
