@@ -67,9 +67,10 @@ demo-weights: $(DEMO_GGUF) ## fetch the demo's weights (SmolLM2-135M-Instruct, A
 demo: $(INSTALLED) $(DEMO_GGUF) ## convert a real 135M Llama-architecture model to BD3LM
 	$(BIN)/dllm-convert run $(DEMO_GGUF) --to bd3lm --block 32 --data pydoc --out $(OUT) $(DEMO_ARGS)
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(INSTALLED) ## ruff, the layers of the rooms, and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(INSTALLED) ## let ruff mend what it can
