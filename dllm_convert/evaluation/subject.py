@@ -14,9 +14,9 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.converted_config import check_converted_config
 from dllm_convert.modeling.text_bounds import conversation_ids, end_ids, first_token, open_ids
-from dllm_convert.planning.checks import context_length
 from dllm_convert.sampling.run import read_config
 from dllm_convert.source.chat_rendering import chat_text
+from dllm_convert.source.context import context_length
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 

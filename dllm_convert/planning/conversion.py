@@ -19,7 +19,6 @@ from dllm_convert.planning.checks import (
     check_noise,
     check_pickle,
     check_target,
-    context_length,
 )
 from dllm_convert.planning.config_code import (
     check_adapter_beside,
@@ -36,6 +35,7 @@ from dllm_convert.planning.tokenizer import check_tokenizer
 from dllm_convert.planning.writes import Writes, count_writes
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_numbers import check_numbers, check_padding
+from dllm_convert.source.context import context_length
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.quantised import check_quantised, side_file_warning
 from dllm_convert.source.source_fit import fit_source

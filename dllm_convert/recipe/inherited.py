@@ -7,12 +7,14 @@ on the Hub hands down what a folder does: two small files of it are fetched.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.hub_ids import is_hub_id
 
+Fetch = Callable[[str, str | None, tuple[str, ...]], Path | None]
+"""Brings small files of a Hub id, at a revision, into a folder; None if it is no repository."""
 CONFIG, MANIFEST = _READ = ("config.json", "dllm_convert.json")
 LARGEST = 16 << 20
 """Bytes of a config or manifest that is looked into here."""
@@ -25,23 +27,21 @@ _NOISE = {
 
 
 def handed_down(
-    source: str, revision: str | None = None, *, ask_hub: bool = False
+    source: str, revision: str | None = None, *, fetch: Fetch | None = None
 ) -> dict[str, Any]:
     """Return fields of a recipe that a conversion was made with; none for a base.
 
     Args:
         source: A recipe's source.
         revision: Branch, tag or commit of a Hub id.
-        ask_hub: Whether a Hub id is looked up; otherwise it hands nothing down.
+        fetch: How a Hub id is looked up; None: it hands nothing down.
 
     Raises:
         HubError: The Hub does not have it, refuses it or cannot be reached.
     """
     folder: Path | None = Path(source).expanduser()
-    if ask_hub and is_hub_id(source):
-        from dllm_convert.source.hub import fetch_small
-
-        folder = fetch_small(source, revision, _READ)
+    if fetch is not None and is_hub_id(source):
+        folder = fetch(source, revision, _READ)
     if folder is None:
         return {}
     section = _object(folder / CONFIG).get("diffusion")

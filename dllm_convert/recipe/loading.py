@@ -18,7 +18,7 @@ from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.fields import describe_problem, fields_of, sections
-from dllm_convert.recipe.inherited import handed_down
+from dllm_convert.recipe.inherited import Fetch, handed_down
 from dllm_convert.recipe.precedence import NAMES, forgotten
 from dllm_convert.recipe.schema import Recipe
 
@@ -75,7 +75,7 @@ def load_recipe(
     *,
     overrides: Mapping[str, Any],
     preset: str | None = None,
-    ask_hub: bool = False,
+    fetch: Fetch | None = None,
 ) -> Recipe:
     """Resolve what the user typed into a complete recipe.
 
@@ -85,8 +85,8 @@ def load_recipe(
         overrides: Dotted field to value; they win over the file, which wins over its presets.
         preset: Preset that was asked for: it wins over the file, and takes the place of
             `small-budget`.
-        ask_hub: Whether a source on the Hub is asked if it is a conversion, which hands down what
-            nobody typed. A folder is looked into anyway.
+        fetch: How a source on the Hub is asked if it is a conversion, which hands down what nobody
+            typed; None asks none. A folder is looked into anyway.
 
     Raises:
         IncompatibleError: No such recipe; broken YAML; an unknown field, a wrong type or a value
@@ -106,7 +106,7 @@ def load_recipe(
     layers.add(overrides, COMMAND_LINE)
     # Two sources that contradict each other are refused by whoever let them be typed.
     one = path is not None or overrides.get("source", source) == source
-    layers.hand_down(ask_hub=ask_hub and one)
+    layers.hand_down(fetch if one else None)
     recipe = layers.validate()
     if recipe.target == "bd3lm" and recipe.block_size is None:
         return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
@@ -164,7 +164,7 @@ class _Layers:
             fields.setdefault("name", path.stem)
         self.add(fields, str(path), typed=typed or not preset)
 
-    def hand_down(self, *, ask_hub: bool) -> None:
+    def hand_down(self, fetch: Fetch | None) -> None:
         """Take from a source that is a conversion what nobody asked to be otherwise."""
         void = self._void()
         source, revision = (
@@ -173,7 +173,7 @@ class _Layers:
         )
         if not isinstance(source, str) or not isinstance(revision, str | None):
             return  # The schema says so.
-        fields = handed_down(source, revision, ask_hub=ask_hub)
+        fields = handed_down(source, revision, fetch=fetch)
         fields = {path: value for path, value in fields.items() if path not in self.typed}
         target = fields.get("target", self.values.get("target", (None, ""))[0])
         if target != "bd3lm":

@@ -11,7 +11,7 @@ from dllm_convert.modeling.converted_config import check_converted_config, diffu
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.modeling.published.settings import decoding_options
-from dllm_convert.planning.checks import context_length, too_many_new
+from dllm_convert.source.context import context_length, too_many_new
 from dllm_convert.source.safetensors_header import load_json_object
 
 _CLOSING = "closing_token_ids"

@@ -28,6 +28,18 @@ def _inspect_local(path: Path, given: str) -> SourceInfo:
     raise wrong_file(path)
 
 
+def fetch_small(source: str, revision: str | None, names: tuple[str, ...]) -> Path | None:
+    """Return a folder with small files of a Hub id at one commit, None if it has none of them.
+
+    Raises:
+        HubError: The Hub does not have it, refuses it or cannot be reached.
+    """
+    # The client of the Hub takes longer to import than a plan takes to make.
+    from dllm_convert.source import hub
+
+    return hub.fetch_small(source, revision, names)
+
+
 def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
     """Read everything a plan needs to know of a checkpoint, without loading a weight.
 

@@ -18,7 +18,7 @@ from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import ROLES
-from dllm_convert.planning.checks import context_length
+from dllm_convert.source.context import context_length
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 

@@ -26,7 +26,7 @@ from dllm_convert.modeling.published.limits import (
     context_of,
     has_position_table,
 )
-from dllm_convert.planning.checks import too_many_new
+from dllm_convert.source.context import too_many_new
 
 SMALL = {"max_position_embeddings": 24}
 ENCODERS = [family for family in FAMILIES if family not in DECODERS]

@@ -173,13 +173,14 @@ def _recipe(
         typer.BadParameter: Two options contradict each other, or one cannot be obeyed.
     """
     from dllm_convert.recipe.loading import load_recipe
+    from dllm_convert.source.inspect import fetch_small
 
     given = {field: value for field, value in flags.items() if value is not None}
     assigned = flat(parse_assignments(assignments))
     budget.refuse_beside(flags["training.steps"], assigned)
     refuse_contradictions(given, assigned)
     typed = given | budget.fields | assigned
-    recipe = load_recipe(source, overrides=typed, preset=preset, ask_hub=True)
+    recipe = load_recipe(source, overrides=typed, preset=preset, fetch=fetch_small)
     recipe = budget.applied_to(recipe, processes, assigned)
     refuse_other_source(source, recipe, assigned)
     refuse_without_effect(recipe, typed)
