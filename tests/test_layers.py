@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,3 +84,26 @@ def test_each_room_says_what_it_is(room: str) -> None:
     for question in ("**In**", "**Out**", "**Start**", "**May import**"):
         assert question in page
     assert len(page.splitlines()) <= 16
+
+
+WRITTEN = "modeling_dllm.py"
+"""A file of every output, not of the package."""
+
+
+def named(page: Path, *folders: Path) -> dict[str, bool]:
+    """Module paths that a page names, and whether they are there."""
+    names = set(re.findall(r"`([\w/]+\.py)`", page.read_text())) - {WRITTEN}
+    return {name: any((folder / name).is_file() for folder in folders) for name in names}
+
+
+def test_the_modules_that_contributing_names_are_there() -> None:
+    found = named(ROOT / "CONTRIBUTING.md", ROOT / "dllm_convert", ROOT, ROOT / "tests")
+    assert len(found) > 40
+    assert [name for name, there in found.items() if not there] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_modules_that_a_room_names_are_there(room: str) -> None:
+    folder = ROOT / "dllm_convert" / room
+    found = named(folder / "README.md", folder, folder.parent)
+    assert [name for name, there in found.items() if not there] == []

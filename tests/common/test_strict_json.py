@@ -45,15 +45,33 @@ def test_what_is_no_number_is_null(number: float, tmp_path: Path) -> None:
 def test_only_formats_of_others_are_written_otherwise() -> None:
     """Configs and tokenizers are the base's; requests to helpers are read by Python."""
     allowed = {
-        *("weights.py", "tokenizer_files.py", "tokenizer_json.py", "from_gguf.py"),
-        *("from_pickle.py", "reshard.py", "safetensors_header.py", "plain_text.py", "forms.py"),
-        *("encoding.py", "card_text.py", "recipe.py", "recipe_fields.py", "items.py", "run.py"),
-        *("generation_output.py", "chat_turns.py", "cli_typed.py"),
-        *("streaming.py", "view.py", "_own_code.py", "_fresh_process.py", "workspace.py"),
-        "strict_json.py",
+        "card/text.py",
+        "cli/typed.py",
+        "common/strict_json.py",
+        "evaluation/tasks/items.py",
+        "pipeline/workspace.py",
+        "probing/run.py",
+        "publishing/reshard.py",
+        "recipe/fields.py",
+        "recipe/loading.py",
+        "source/chat_turns.py",
+        "source/from_gguf.py",
+        "source/from_pickle.py",
+        "source/safetensors_header.py",
+        "source/tokenizer_files.py",
+        "training/data/encoding.py",
+        "training/data/forms.py",
+        "training/data/plain_text.py",
+        "training/data/streaming.py",
+        "verification/foreign/_own_code.py",
+        "verification/foreign/view.py",
+        "verification/probes/_fresh_process.py",
+        "weights/generation.py",
+        "weights/run.py",
+        "weights/tokenizer_json.py",
     }
     found = {
-        path.name
+        path.relative_to(SOURCES).as_posix()
         for path in SOURCES.rglob("*.py")
         if re.search(r"(?<!strict_)json\.dumps?\(", path.read_text(encoding="utf-8"))
     }

@@ -208,7 +208,7 @@ class Terminal:
 def test_ctrl_c_leaves_a_sane_terminal(
     source_cache: Callable[..., Path], tmp_path: Path, watched: bool
 ) -> None:
-    convert(source_cache("llama"), tmp_path / "out", "bd3lm")
+    convert(source_cache("llama", max_position_embeddings=8192), tmp_path / "out", "bd3lm")
     options = ["--max-new-tokens", "6000", "--steps", "8", *(["--watch"] if watched else [])]
     child = Terminal("sample", str(tmp_path / "out"), *options)
     child.read_until(b"of 6000 tokens" if watched else b"decode")
