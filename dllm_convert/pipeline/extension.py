@@ -23,6 +23,7 @@ from dllm_convert.common.manifest import (
     read_manifest,
 )
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.pipeline.results import Adapted
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.folder import LICENCE_FILES, SMALL_FILES, matching
@@ -114,7 +115,7 @@ def seeded_anew(recipe: Recipe, extends: Mapping[str, Any]) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"seed": seed})})
 
 
-def take_over(plan: ConversionPlan, out: Path, target: Path) -> dict[str, Any]:
+def take_over(plan: ConversionPlan, out: Path, target: Path) -> Adapted:
     """Lay the finished checkpoint where a run has its untrained conversion.
 
     Args:
@@ -138,9 +139,8 @@ def take_over(plan: ConversionPlan, out: Path, target: Path) -> dict[str, Any]:
         place = link if matching([name], _WEIGHTS) else shutil.copyfile
         place(out / name, target / name)
     write_generation(plan, target)
-    return {
-        "tensors_changed": list(plan.tensors_changed),
-        "source_files": dict((manifest.get("source") or {}).get("files") or {}),
-        "files": hash_files(target),
-        "ways": {},
-    }
+    return Adapted(
+        tensors_changed=list(plan.tensors_changed),
+        source_files=dict((manifest.get("source") or {}).get("files") or {}),
+        files=hash_files(target),
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.copying import sha256_files
 from dllm_convert.common.manifest import MANIFEST_FILE, changed_files, read_manifest
 from dllm_convert.errors import DataError
+from dllm_convert.pipeline.context import Run
+from dllm_convert.pipeline.stages import ADAPT, ASSEMBLE
 from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.planning.conversion import ConversionPlan
 
@@ -18,37 +20,32 @@ if TYPE_CHECKING:
 _LOADED = (".safetensors", ".json", ".py", ".jinja")
 
 
-def check_resumed(
-    workspace: Workspace, plan: ConversionPlan, source: Callable[[], Materialised], *, trains: bool
-) -> None:
+def check_resumed(run: Run) -> None:
     """Compare hashes with those that an earlier session of the run recorded.
 
     A file of the untrained conversion or of the staged checkpoint that changed is made again.
 
     Args:
-        workspace: The run; stages that have to be done again are forgotten.
-        plan: The conversion.
-        source: Returns the source, fetched if need be.
-        trains: Whether the staged weights come out of a training.
+        run: The run; stages that have to be done again are forgotten.
 
     Raises:
         DataError: The source changed, or trained weights did; of a finished run, files are gone.
     """
-    adapted = workspace.result("adapt")
-    if adapted is None or "files" not in adapted:
+    workspace, adapted = run.workspace, run.found(ADAPT)
+    if adapted is None or not adapted.files:
         return
-    if workspace.result("publish") is not None:
+    if workspace.finished:
         _check_finished(workspace.out)
         return
-    _check_source(adapted["source_files"], source(), plan)
-    untrained = workspace.work / "untrained"
-    stale = untrained.is_dir() and changed_files(untrained, adapted["files"])
-    if stale and not (trains and workspace.result("assemble")):
+    _check_source(adapted.source_files, run.source, run.plan)
+    stale = run.untrained.is_dir() and changed_files(run.untrained, adapted.files)
+    assembled = run.found(ASSEMBLE) is not None
+    if stale and not (run.trains and assembled):
         workspace.forget("adapt")
-        if not trains:
+        if not run.trains:
             workspace.forget("assemble", "verify", "document")
-    if workspace.result("assemble") is not None:
-        _check_staged(workspace, trains=trains)
+    if run.found(ASSEMBLE) is not None:
+        _check_staged(workspace, trains=run.trains)
 
 
 def _check_finished(out: Path) -> None:

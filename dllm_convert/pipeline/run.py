@@ -13,10 +13,22 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.ranks import Place
-from dllm_convert.errors import DllmConvertError
+from dllm_convert.errors import DllmConvertError, VerificationError
+from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
+from dllm_convert.pipeline.measures import BASELINE, MEASURE, SAMPLE, VIEWS
 from dllm_convert.pipeline.options import DEFAULT, How
-from dllm_convert.pipeline.stages import Stages
+from dllm_convert.pipeline.resumed import check_resumed
+from dllm_convert.pipeline.stages import (
+    ADAPT,
+    APPEAR,
+    ASSEMBLE,
+    DOCUMENT,
+    MATERIALISE,
+    TRAIN,
+    VERIFY,
+    clean,
+)
 from dllm_convert.pipeline.workspace import (
     Workspace,
     check_apart,
@@ -76,21 +88,19 @@ def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
     return replace(plan, warnings=(warning, *plan.warnings)) if warning else plan
 
 
-def follow(recipe: Recipe, out: Path, place: Place) -> None:
+def follow(out: Path, place: Place) -> None:
     """Take part in the training of a run that the first process does; any other process's work.
 
     Args:
-        recipe: The resolved recipe.
         out: Output folder, which all processes see.
         place: This process.
     """
     from dllm_convert.training.distributed import meet
 
-    plan, reporter = plan_conversion(recipe, out), Reporter(quiet=True)
     with quiet_libraries():
-        if meet(place):
-            workspace = read_workspace(out)
-            Stages(_of_this_run(plan, workspace), workspace, reporter, place).train()
+        plan: ConversionPlan | None = meet(place)
+        if plan is not None:
+            TRAIN.work(Run(plan, read_workspace(out), Reporter(quiet=True), place))
 
 
 def _of_this_run(plan: ConversionPlan, workspace: Workspace) -> ConversionPlan:
@@ -149,10 +159,10 @@ def run(
         record_adapter(workspace.work, plan.adapter)
         for warning in plan.warnings:
             reporter.warn(warning)
-        stages = Stages(plan, workspace, reporter, place, how)
+        conversion = Run(plan, workspace, reporter, place, how)
         # Quietening libraries imports them, which takes longer than a light run.
-        with nullcontext() if stages.light else quiet_libraries():
-            stages.finish()
+        with nullcontext() if conversion.light else quiet_libraries():
+            _finish(conversion)
         manifest = read_manifest(out)
         result = RunResult(out, manifest, manifest["verification"]["passed"])
         if push is None or not result.passed:
@@ -160,3 +170,58 @@ def run(
         from dllm_convert.publishing.run import push_locked
 
         return replace(result, pushed=push_locked(out, push, reporter))
+
+
+def _finish(run: Run) -> None:
+    """Do what is left of the seven stages; the checkpoint stands in the output folder afterwards.
+
+    Each is recorded when it is done, and never done twice. What the staged checkpoint was put
+    together from may be gone once it is whole.
+    """
+    if run.trains:
+        from dllm_convert.training.setup import require_devices
+
+        require_devices(run.plan.recipe.training)
+    check_resumed(run)
+    assembled = run.found(ASSEMBLE) is not None
+    if not assembled:
+        # 1. The source, as safetensors on this disk.
+        run.do(MATERIALISE)
+        # 2. The untrained conversion: the mask's row, opened attention, config, tokenizer, code.
+        run.do(ADAPT)
+        # 3. What it and its base make of held-out text, and what to expect of the training.
+        if run.trains:
+            run.do(BASELINE)
+    # 4. The training, together with the processes that wait for it.
+    _train_together(run, needed=run.trains and not assembled)
+    if not assembled:
+        # 5. The same text again, what pictures show, a sample; then everything in one folder.
+        if run.trains:
+            run.do(MEASURE)
+        if not run.light:
+            run.do(VIEWS)
+            run.do(SAMPLE)
+        run.do(ASSEMBLE)
+    # 6. Is it what it says it is?
+    verified = run.do(VERIFY)
+    if run.workspace.extends is not None and not verified.passed:
+        raise VerificationError(
+            f"what was trained on failed its verification ({verified.failed}) and does not replace "
+            f"{run.workspace.out}",
+            hint=f"It lies in {run.workspace.staged}; --extend with other options begins anew",
+        )
+    # 7. Card and report; then it appears, whole or not at all.
+    run.do(DOCUMENT)
+    run.do(APPEAR)
+    clean(run)
+
+
+def _train_together(run: Run, *, needed: bool) -> None:
+    """Train, as the first of all processes; without a training let the others go."""
+    if not run.trains and run.place.world == 1:
+        return
+    from dllm_convert.training.distributed import meet
+
+    job = run.plan if needed and run.found(TRAIN) is None else None
+    if meet(run.place, job) is not None:
+        run.do(TRAIN)

@@ -21,7 +21,7 @@ from typing import Any
 from dllm_convert.common.differences import differences
 from dllm_convert.common.disk import reporting_full_disk, sync
 from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_text
-from dllm_convert.common.json_files import write_json
+from dllm_convert.common.json_files import load_json_object, write_json
 from dllm_convert.common.work_folder import LOCK, WORK, locked, work_folder
 from dllm_convert.errors import DataError
 
@@ -139,11 +139,13 @@ class Workspace:
         manifest = self.out / "dllm_convert.json"
         if not ((self.out / LAST).is_file() and manifest.is_file()):
             return
-        listed = json.loads(manifest.read_text(encoding="utf-8")).get("files") or {}
-        kept = {path.name for path in self.staged.iterdir()}
-        for name in listed:
+        listed = load_json_object(manifest).get("files")
+        kept, inside = {path.name for path in self.staged.iterdir()}, self.out.resolve()
+        for name in listed if isinstance(listed, Mapping) else ():
             path = self.out / name
-            if name.split("/")[0] not in kept and path.is_file():
+            # A manifest is a file that anybody may have written: nothing outside the folder goes.
+            ours = ".." not in path.parts and path.parent.resolve().is_relative_to(inside)
+            if ours and name.split("/")[0] not in kept and path.is_file():
                 path.unlink()
         # The mark that all this is done: what was renamed since must not count as left over.
         (self.out / LAST).unlink()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,30 +25,36 @@ from dllm_convert.errors import IncompatibleError
 PATIENCE = timedelta(hours=24)
 """The others wait while the first process downloads, adapts and measures."""
 
+Job = TypeVar("Job")
+
 _ASKED = {
     "ACCELERATE_USE_FSDP": (DistributedType.FSDP, "FSDP"),
     "ACCELERATE_USE_DEEPSPEED": (DistributedType.DEEPSPEED, "DeepSpeed"),
 }
 
 
-def meet(place: Place, train: bool = True) -> bool:
-    """Wait for all processes; return whether there is something to train, else leave the group.
+def meet(place: Place, job: Job | None = None) -> Job | None:
+    """Wait for all processes; return what the first one hands out, or leave the group.
 
     Args:
         place: This process.
-        train: What the first process says; the others' is not looked at.
+        job: What there is to train, None for nothing; of the first process, the others' is not
+            looked at. It goes from one process of this run to another, and to no file.
+
+    Returns:
+        The same value in every process. The others never plan for themselves: a source may have
+        moved since the first one did.
     """
     if place.world == 1:
-        return train
+        return job
     cpu = not torch.accelerator.is_available()
     with nullcontext() if place.main else _nothing_to_save():
         state = PartialState(cpu=cpu, timeout=PATIENCE)
-        answer = torch.tensor([int(train)], device=state.device)
-        dist.broadcast(answer, src=0)
-        told = bool(answer.item())
-    if not told:
+        box = [job]
+        dist.broadcast_object_list(box, src=0, device=state.device)
+    if box[0] is None:
         part()
-    return told
+    return box[0]
 
 
 @contextmanager

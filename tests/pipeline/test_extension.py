@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import changed_files, listing_faults, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError, VerificationError
+from dllm_convert.pipeline import run as pipeline
 from dllm_convert.pipeline import stages
+from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.results import Verified
 from dllm_convert.pipeline.run import run
 from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.recipe.schema import Recipe
@@ -95,7 +99,7 @@ def test_a_kill_before_it_is_whole_leaves_the_old_one(
     source, out = made
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(stages.Stages, "_assemble", lambda self: 1 / 0)
+        patch.setattr(pipeline, "ASSEMBLE", replace(stages.ASSEMBLE, work=lambda run: 1 / 0))
         with pytest.raises(ZeroDivisionError):
             run(recipe(source), out, QUIET, how=EXTEND)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
@@ -133,15 +137,14 @@ def test_one_that_fails_its_verification_replaces_nothing(
 ) -> None:
     source, out = made
     before = weights(out)
-    verify = stages.Stages._verify
 
-    def failing(self: stages.Stages) -> dict[str, Any]:
-        report = verify(self)
-        report["probes"][0] |= {"passed": False}
-        return report | {"passed": False}
+    def failing(run: Run) -> Verified:
+        report = stages.VERIFY.work(run)
+        first, *rest = report.probes
+        return replace(report, passed=False, probes=[{**first, "passed": False}, *rest])
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.Stages, "_verify", failing)
+        patch.setattr(pipeline, "VERIFY", replace(stages.VERIFY, work=failing))
         with pytest.raises(VerificationError, match="does not replace"):
             run(recipe(source), out, QUIET, how=EXTEND)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(out).items())

@@ -215,3 +215,20 @@ def test_no_source_lies_in_the_output(tmp_path: Path) -> None:
         for given in (source, tmp_path / "alias" / "base", source / "model.gguf"):
             with pytest.raises(DataError, match="whose files are replaced"):
                 check_apart(out, given)
+
+
+@pytest.mark.parametrize("name", ["../mine.txt", "linked/mine.txt", "{mine}"])
+def test_a_manifest_takes_nothing_away_outside_its_folder(tmp_path: Path, name: str) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine.txt"
+    mine.write_text("mine")
+    with open_workspace(out, "a") as workspace:
+        (out / "config.json").write_text("{}")
+        (out / "linked").symlink_to(tmp_path)
+        (out / "old.txt").write_text("old")
+        listed = {name.format(mine=mine): "", "old.txt": ""}
+        (out / "dllm_convert.json").write_text(json.dumps({"files": listed}))
+        workspace.staged.mkdir()
+        (workspace.staged / "config.json").write_text("{}")
+        workspace.publish()
+    assert mine.read_text() == "mine"
+    assert not (out / "old.txt").exists()

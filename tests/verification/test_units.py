@@ -241,7 +241,9 @@ def test_two_models_and_the_first_module_that_differs() -> None:
     [("5.2.0", "5.1.9"), ("6.0.0", "5.99.9"), ("5.2.0.dev0", "5.1.9"), ("None", "5.1.9")],
 )
 def test_a_release_before_the_minimum(version: str, older: str) -> None:
-    source = (ROOT / "dllm_convert" / "verification/probes/_fresh_process.py").read_text(encoding="utf-8")
+    source = (ROOT / "dllm_convert" / "verification/probes/_fresh_process.py").read_text(
+        encoding="utf-8"
+    )
     function = source[source.index("def _older") :].split("\n\n\n")[0]
     names: dict[str, Any] = {}
     exec(function, names)

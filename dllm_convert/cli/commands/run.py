@@ -218,7 +218,7 @@ def _convert(
     from dllm_convert.pipeline import run as pipeline
 
     if not place.main:
-        pipeline.follow(recipe, folder, place)
+        pipeline.follow(folder, place)
         return
     result = pipeline.run(recipe, folder, reporter, push=push, place=place, how=how)
     published = result.pushed.as_dict() if result.pushed else None

@@ -1,0 +1,127 @@
+"""The stages that measure: held-out text before and after training, pictures, a sample."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.modeling.converted_config import diffusion_section
+from dllm_convert.pipeline.context import Run, Stage
+from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
+
+
+def load(run: Run, folder: Path) -> Any:
+    """Load a model of this run to measure it: one at a time, as large as its training has it."""
+    import torch
+
+    from dllm_convert.modeling.loading import load_model
+
+    if not torch.cuda.is_available():
+        return load_model(folder, run.plan.adapter)
+    from dllm_convert.training.setup import training_dtype
+
+    # float32 would take twice the memory that the plan names for the training.
+    dtype = training_dtype(run.plan.recipe.training)
+    return load_model(folder, run.plan.adapter, dtype=dtype).to("cuda")
+
+
+def _baseline(run: Run) -> Baseline:
+    """Measure the untrained conversion and, where it has a likelihood of its own, the base."""
+    model = load(run, run.untrained)
+    before, ar_nll = _nelbo(run, model), _base_nll(run, model)
+    start = _survey(run, model, {"nelbo_before": before, "ar_nll": ar_nll})
+    return Baseline(data=run.data.facts, nelbo_before=before, start=start, ar_nll=ar_nll)
+
+
+def _nelbo(run: Run, model: Any) -> Section:
+    from dllm_convert.diffusion.likelihood import nelbo
+    from dllm_convert.diffusion.objective import Objective
+
+    batches = _held_out(run, model)
+    with run.reporter.task("measure held-out NELBO", total=len(batches)) as task:
+        objective, seed = Objective.from_config(model.config), run.plan.recipe.training.seed
+        return dict(nelbo(model, batches, objective, seed=seed, task=task).as_dict())
+
+
+def _base_nll(run: Run, model: Any) -> Section | None:
+    """Measure the base's own likelihood; None if it has none, or none of this text."""
+    from dllm_convert.diffusion.likelihood import autoregressive_nll
+
+    # A source that is a diffusion model has no autoregressive likelihood of its own.
+    if (
+        run.plan.adapter.attention != "causal"
+        or diffusion_section(run.plan.source.config) is not None
+    ):
+        return None
+    batches, rows = _held_out(run, model), run.plan.mask.rows_before
+    if any(bool((batch.tokens[batch.scorable] >= rows).any()) for batch in batches):
+        run.reporter.warn(
+            "the held-out text has tokens for which the base has no row, so the base's own "
+            "likelihood is not measured"
+        )
+        return None
+    with run.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
+        return dict(autoregressive_nll(model, batches, rows, task=task).as_dict())
+
+
+def _survey(run: Run, model: Any, measured: dict[str, Any]) -> Section:
+    """Say what to expect of the training, and what looks wrong before it."""
+    from dllm_convert.training.data.text_facts import look_at
+    from dllm_convert.training.expectation import explain, survey
+
+    recipe, batches = run.plan.recipe, _held_out(run, model)
+    text = look_at(batches, run.tokenizer, filled=recipe.data.supervise_padding)
+    known = {name: value for name, value in measured.items() if value is not None}
+    start = survey(model, batches, known, text, seed=recipe.training.seed)
+    for problem in explain(start):
+        run.reporter.warn(problem)
+    return asdict(start)
+
+
+def _held_out(run: Run, model: Any) -> list[Any]:
+    return [batch.to(model.device) for batch in run.data.held_out]
+
+
+def _measure(run: Run) -> Measured:
+    return Measured(nelbo_after=_nelbo(run, load(run, run.trained)))
+
+
+def _views(run: Run) -> Recorded:
+    """Measure what the pictures show."""
+    from dllm_convert.verification.observe.logged import read_curves
+    from dllm_convert.verification.observe.views import observe_run
+
+    with run.reporter.task("measure what the pictures show"):
+        seen = observe_run(
+            run.weights,
+            run.source.folder,
+            untrained=run.untrained if run.trains else None,
+            held_out=run.data.held_out if run.trains else (),
+            load=lambda folder: load(run, folder),
+            seed=run.plan.recipe.training.seed,
+        )
+    curves = read_curves(run.workspace.work / "metrics.jsonl") if run.trains else {}
+    thinned = {name: curve.thinned() for name, curve in curves.items()}
+    return Recorded(replace(seen, curves=thinned).as_dict())
+
+
+def _sample(run: Run) -> Recorded:
+    """Decode one text, and keep what was seen of it."""
+    from dllm_convert.card.pictures import DENOISING
+    from dllm_convert.sampling import DEFAULT_PROMPT
+    from dllm_convert.sampling.run import decode_sample, fit, record, recorder_of
+
+    model = load(run, run.weights)
+    recorder = recorder_of(model)
+    with run.reporter.task("decode a sample"):
+        prompt, new = fit(model, run.tokenizer, DEFAULT_PROMPT, 32)
+        sample = decode_sample(model, run.tokenizer, prompt, max_new_tokens=new, observer=recorder)
+        record(recorder, run.tokenizer, run.workspace.work / DENOISING.file)
+    return Recorded(sample.as_dict())
+
+
+BASELINE = Stage("baseline", Baseline, _baseline)
+MEASURE = Stage("measure", Measured, _measure)
+VIEWS = Stage("views", Recorded, _views)
+SAMPLE = Stage("sample", Recorded, _sample)
