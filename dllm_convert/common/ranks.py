@@ -33,3 +33,7 @@ class Place:
     def main(self) -> bool:
         """Whether it is the process that writes and prints."""
         return self.rank == 0
+
+
+ALONE = Place()
+"""A process that trains by itself."""

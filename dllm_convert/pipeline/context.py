@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import ALONE, Place
 from dllm_convert.pipeline.options import DEFAULT, How
 from dllm_convert.pipeline.results import StageResult
 from dllm_convert.pipeline.workspace import Workspace
@@ -37,7 +37,7 @@ class Run:
     plan: ConversionPlan
     workspace: Workspace
     reporter: Reporter
-    place: Place = field(default_factory=Place)
+    place: Place = ALONE
     how: How = DEFAULT
 
     def do(self, stage: Stage[Result]) -> Result:
@@ -101,7 +101,7 @@ class Run:
         from dllm_convert.training.data.text import prepare_data
 
         folder = self.workspace.work / "data"
-        return prepare_data(self.plan.recipe, self.tokenizer, self.reporter, folder)
+        return prepare_data(self.plan.recipe, self.tokenizer, self.reporter, folder, self.place)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import read_manifest
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import ALONE, Place
 from dllm_convert.errors import DllmConvertError, VerificationError
 from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
@@ -44,8 +44,6 @@ from dllm_convert.training.reporting import require_installed
 
 if TYPE_CHECKING:
     from dllm_convert.publishing import PushOptions, PushResult
-
-ALONE = Place()
 
 
 @dataclass(frozen=True)

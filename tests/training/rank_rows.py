@@ -14,6 +14,7 @@ from accelerate import skip_first_batches
 from transformers import AutoTokenizer, Trainer
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.ranks import Place
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import prepare_data
@@ -24,7 +25,11 @@ def main() -> None:
     recipe_json, tokenizer, folder, out, resumed = sys.argv[1:]
     recipe, out_folder, step = Recipe.model_validate_json(recipe_json), Path(out), int(resumed)
     data = prepare_data(
-        recipe, AutoTokenizer.from_pretrained(tokenizer), Reporter(quiet=True), Path(folder)
+        recipe,
+        AutoTokenizer.from_pretrained(tokenizer),
+        Reporter(quiet=True),
+        Path(folder),
+        Place.from_environment(),
     )
     arguments = _arguments(recipe, out_folder, False, data.streaming)
     training = recipe.training

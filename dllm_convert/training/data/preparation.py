@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.common import strict_json
+from dllm_convert.common.ranks import ALONE, Place
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data, Recipe
@@ -82,12 +82,14 @@ class Preparation:
         tokenizer: The converted checkpoint's tokenizer.
         folder: Where tokens are kept.
         advance: Told how many documents were read.
+        place: This process among those that train.
     """
 
     recipe: Recipe
     tokenizer: Any
     folder: Path
     advance: Callable[[int], None]
+    place: Place = ALONE
 
     def finish(self) -> Text:
         """Read and split.
@@ -154,6 +156,7 @@ class Preparation:
             layout_of(self.recipe, self.tokenizer),
             self.recipe.training.seed,
             self.folder / "bookmarks.jsonl",
+            writes=self.place.main,
         )
         return Text(stream, held_out, facts)
 
@@ -182,7 +185,7 @@ class Preparation:
     @property
     def _tokens(self) -> int:
         """Tokens of all steps over all processes: what is read does not depend on their number."""
-        return self.recipe.training_tokens * int(os.environ.get("WORLD_SIZE", "1"))
+        return self.recipe.training_tokens * self.place.world
 
     @cached_property
     def _opened(self) -> Corpus:

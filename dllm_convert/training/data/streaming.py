@@ -9,7 +9,6 @@ training needs; without one the stream is read again from its start, to the same
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +69,7 @@ class TextStream:
         seed: Seed of the order of shards and rows.
         bookmarks: File that remembers where windows begin; None for none.
         window_tokens: Tokens of a window.
+        writes: Whether this process remembers where windows begin; one of several does.
     """
 
     reader: Reader
@@ -78,6 +78,7 @@ class TextStream:
     seed: int
     bookmarks: Path | None = None
     window_tokens: int = WINDOW_TOKENS
+    writes: bool = True
 
     def window(self, position: Position, stop: threading.Event) -> Window:
         """Read, tokenise and pack the window that begins at a position; it ends with its epoch.
@@ -129,9 +130,8 @@ class TextStream:
                 return  # A kill left half a line; what follows it is found anew.
 
     def note(self, bookmark: Bookmark) -> None:
-        """Remember where a window begins, on the first process."""
-        first = os.environ.get("RANK", "0") == "0"
-        if self.bookmarks is None or not first or bookmark == self.find(bookmark.row):
+        """Remember where a window begins."""
+        if self.bookmarks is None or not self.writes or bookmark == self.find(bookmark.row):
             return
         record = {**vars(bookmark), "position": bookmark.position.as_dict()}
         with self.bookmarks.open("a", encoding="utf-8") as file:

@@ -18,6 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.ranks import ALONE, Place
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.packing import Layout, pack
@@ -66,7 +67,11 @@ class TextData:
 
 
 def prepare_data(
-    recipe: Recipe, tokenizer: Any, reporter: Reporter, folder: Path | None = None
+    recipe: Recipe,
+    tokenizer: Any,
+    reporter: Reporter,
+    folder: Path | None = None,
+    place: Place = ALONE,
 ) -> TextData:
     """Read, tokenise, split and pack the recipe's text.
 
@@ -78,6 +83,7 @@ def prepare_data(
         reporter: Progress.
         folder: Where tokens are kept, for a later call on the same recipe to find them; a temporary
             one if None.
+        place: This process among those that train on it: how much is read depends on how many.
 
     Returns:
         Rows to train on and batches to measure on; the same for the same recipe and text.
@@ -93,7 +99,7 @@ def prepare_data(
         folder = Path(keep.name)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), reporter.task(f"read {recipe.data.source}") as task:
-        text = Preparation(recipe, tokenizer, folder, task.advance).finish()
+        text = Preparation(recipe, tokenizer, folder, task.advance, place).finish()
     if beside := text.facts.get("left_out"):
         some = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if beside[5:] else "")
         reporter.line(f"left out of --data {recipe.data.source}: {some}")
