@@ -119,7 +119,10 @@ class DiffusionTrainer(Trainer):
         self._flex = inner.config._attn_implementation == "flex_attention"
         self.sparse = self._flex or inner.config._attn_implementation == TILED
         self._block_mask: tuple[StreamMask, Any] | None = None
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        # Nats and scored tokens since the last line of the log. They stay on the device until then:
+        # asking for a number there and then has every forward wait for the one before it.
+        counts = torch.float32 if self.args.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -177,7 +180,8 @@ class DiffusionTrainer(Trainer):
         if ar_weight:
             ar_nats = forward.ar_nats(output.logits, self._objective)
             loss = loss + ar_weight * ar_nats.sum() / noise.texts
-        self._sums += torch.tensor([float(total.detach()), noise.scored])
+        self._sums[0] += total.detach()
+        self._sums[1] += noise.scored
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss
