@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 
-from dllm_convert.cli.output import table, write
+from dllm_convert.cli.output import write
+from dllm_convert.common.tables import table
 
 COUNT = """
 import json, sys

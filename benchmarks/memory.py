@@ -18,8 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dllm_convert.cli.output import table, write
+from dllm_convert.cli.output import write
 from dllm_convert.common.quiet import quiet_libraries
+from dllm_convert.common.tables import table
 from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import peak_memory

@@ -1,3 +1,86 @@
 """Turn pretrained Transformer checkpoints into diffusion language models."""
 
-from dllm_convert.common.version import __version__ as __version__
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dllm_convert.common.lazy import lazily
+from dllm_convert.common.version import __version__
+
+if TYPE_CHECKING:
+    from dllm_convert import diffusion as diffusion
+    from dllm_convert import training as training
+    from dllm_convert.common.console import Reporter as Reporter
+    from dllm_convert.errors import DataError as DataError
+    from dllm_convert.errors import DllmConvertError as DllmConvertError
+    from dllm_convert.errors import HubError as HubError
+    from dllm_convert.errors import IncompatibleError as IncompatibleError
+    from dllm_convert.errors import RequestError as RequestError
+    from dllm_convert.errors import UnknownTaskError as UnknownTaskError
+    from dllm_convert.errors import UnsupportedError as UnsupportedError
+    from dllm_convert.errors import VerificationError as VerificationError
+    from dllm_convert.pipeline.api import Conversion as Conversion
+    from dllm_convert.pipeline.api import convert as convert
+    from dllm_convert.pipeline.api import evaluate as evaluate
+    from dllm_convert.pipeline.api import load as load
+    from dllm_convert.pipeline.api import load_recipe as load_recipe
+    from dllm_convert.pipeline.api import plan as plan
+    from dllm_convert.pipeline.api import push as push
+    from dllm_convert.pipeline.api import sample as sample
+    from dllm_convert.pipeline.api import verify as verify
+    from dllm_convert.planning.conversion import ConversionPlan as ConversionPlan
+    from dllm_convert.recipe.schema import Recipe as Recipe
+    from dllm_convert.verification.report import VerificationReport as VerificationReport
+
+_HOMES = {
+    "Conversion": "dllm_convert.pipeline.api",
+    "convert": "dllm_convert.pipeline.api",
+    "evaluate": "dllm_convert.pipeline.api",
+    "load": "dllm_convert.pipeline.api",
+    "load_recipe": "dllm_convert.pipeline.api",
+    "plan": "dllm_convert.pipeline.api",
+    "push": "dllm_convert.pipeline.api",
+    "sample": "dllm_convert.pipeline.api",
+    "verify": "dllm_convert.pipeline.api",
+    "Recipe": "dllm_convert.recipe.schema",
+    "ConversionPlan": "dllm_convert.planning.conversion",
+    "VerificationReport": "dllm_convert.verification.report",
+    "Reporter": "dllm_convert.common.console",
+    "DllmConvertError": "dllm_convert.errors",
+    "UnsupportedError": "dllm_convert.errors",
+    "IncompatibleError": "dllm_convert.errors",
+    "VerificationError": "dllm_convert.errors",
+    "DataError": "dllm_convert.errors",
+    "UnknownTaskError": "dllm_convert.errors",
+    "HubError": "dllm_convert.errors",
+    "RequestError": "dllm_convert.errors",
+    "diffusion": "",
+    "training": "",
+}
+__all__ = [
+    "Conversion",
+    "ConversionPlan",
+    "DataError",
+    "DllmConvertError",
+    "HubError",
+    "IncompatibleError",
+    "Recipe",
+    "Reporter",
+    "RequestError",
+    "UnknownTaskError",
+    "UnsupportedError",
+    "VerificationError",
+    "VerificationReport",
+    "__version__",
+    "convert",
+    "diffusion",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "plan",
+    "push",
+    "sample",
+    "training",
+    "verify",
+]
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -7,6 +7,7 @@ DllmConvertError (1)
 ├── DataError (1)           training text or a file on disk is missing, broken or too short
 │   └── UnknownTaskError (2)   no task of an evaluation has the name that was typed
 ├── HubError (1)            the Hub refused, is unreachable, or does not have what was named
+├── RequestError (2)       what was asked contradicts itself or would change nothing
 └── OutputError (1)         the result could not be written to stdout; the work is done
 """
 
@@ -65,6 +66,22 @@ class UnknownTaskError(DataError):
 
 class HubError(DllmConvertError):
     """The Hub refused, is unreachable, or does not have what was named."""
+
+
+class RequestError(DllmConvertError):
+    """What was asked for contradicts itself, is no value that can be meant, or changes nothing.
+
+    Args:
+        message: What was found and what was expected.
+        hint: What to type instead.
+        option: Option of the command line that said it, None for several.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
 
 
 class OutputError(DllmConvertError):

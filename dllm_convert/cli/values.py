@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -12,9 +11,7 @@ import typer
 from dllm_convert.errors import DataError
 
 if TYPE_CHECKING:
-    from dllm_convert.common.console import Reporter
     from dllm_convert.publishing import PushOptions
-    from dllm_convert.recipe.schema import Recipe
 
 
 @overload
@@ -38,16 +35,11 @@ def push_options(repo_id: str | None, **given: Any) -> PushOptions | None:
     if repo_id is None:
         _refuse_alone(given)
         return None
-    from dllm_convert.publishing import PushOptions
-    from dllm_convert.publishing.reshard import parse_size
+    from dllm_convert.cli.commands.shared import typed
+    from dllm_convert.pipeline import api
 
-    if given.get("create_pr") and given.get("revision"):
-        raise typer.BadParameter("give --create-pr or --revision, a pull request has its own")
-    size = given.pop("max_shard_size", None)
-    try:
-        return PushOptions(repo_id, max_shard_size=parse_size(size) if size else None, **given)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from error
+    with typed():
+        return api.push_options(repo_id, **given)
 
 
 def _refuse_alone(given: dict[str, Any]) -> None:
@@ -58,22 +50,6 @@ def _refuse_alone(given: dict[str, Any]) -> None:
             raise typer.BadParameter(f"--{flag} needs --push-to-hub REPO_ID{more}")
     if given.get("public") is False:
         raise typer.BadParameter("--public/--private needs --push-to-hub REPO_ID")
-
-
-def method(lora: int | None, *, full: bool, no_train: bool) -> str | None:
-    """Return the training method the flags name, None if they name none.
-
-    Raises:
-        typer.BadParameter: They name several.
-    """
-    chosen = [
-        name
-        for name, given in (("lora", lora is not None), ("full", full), ("none", no_train))
-        if given
-    ]
-    if len(chosen) > 1:
-        raise typer.BadParameter("give one of --lora, --full and --no-train")
-    return chosen[0] if chosen else None
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -127,20 +103,6 @@ def output_file(path: Path | None, formats: tuple[str, ...], option: str) -> Pat
     raise typer.BadParameter(f"{path} {why}.", param_hint=option)
 
 
-def default_out(recipe: Recipe) -> Path:
-    """Return the output folder where none was given.
-
-    Going on from a conversion counts its names instead of piling them up: x-bd3lm, x-bd3lm-2.
-    """
-    name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
-    going_on = re.fullmatch(r"(.+)-(mdlm|bd3lm)(?:-(\d{1,6}))?", name)
-    if recipe.name is None and going_on:
-        base, target, number = going_on.groups()
-        again = f"-{int(number or 1) + 1}" if target == recipe.target else ""
-        return Path(f"{base}-{recipe.target}{again}")
-    return Path(f"{name}-{recipe.target}")
-
-
 def refuse_in_source(out: Path, source: str) -> None:
     """Refuse an output folder in the source, or around it.
 
@@ -153,76 +115,3 @@ def refuse_in_source(out: Path, source: str) -> None:
         check_apart(out, Path(source).expanduser())
     except DataError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from error
-
-
-def plan_document(
-    recipe: Recipe,
-    folder: Path,
-    push: PushOptions | None,
-    processes: int,
-    *,
-    probe: bool = False,
-) -> dict[str, Any]:
-    """Return what a dry run shows: the plan, on how many processes, where it would be published.
-
-    With `probe` the family is measured, whether it has an adapter or not.
-
-    Raises:
-        DllmConvertError: The conversion cannot work, or may not be published as asked.
-    """
-    from dllm_convert.pipeline.run import plan_conversion
-    from dllm_convert.planning.conversion import plan_as_dict, source_facts
-    from dllm_convert.planning.devices import this_cpu
-    from dllm_convert.planning.estimate import estimate
-
-    measured: dict[str, Any] = {}
-    if probe:
-        recipe, measured = _probed(recipe)
-    plan = plan_conversion(recipe)
-    document = {
-        "out": str(folder),
-        **plan_as_dict(plan),
-        "estimate": estimate(plan, this_cpu()),
-        **measured,
-    }
-    if recipe.training.method != "none" and processes > 1:
-        sequences = recipe.training.sequences_per_step * processes
-        document["launch"] = {"processes": processes, "sequences_per_step": sequences}
-    if push is None:
-        return document
-    from dllm_convert.publishing.run import licence_warnings
-
-    publication = {
-        "repository": push.repo_id,
-        "visibility": "public" if push.public else "private, if it is new",
-        "revision": "a pull request" if push.create_pr else push.revision or "main",
-        "warnings": list(licence_warnings({"source": source_facts(plan)}, push)),
-    }
-    return document | {"publication": publication}
-
-
-def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Measure a recipe's source; return the recipe that allows it, and what was measured."""
-    from dllm_convert.adapters import has_adapter
-    from dllm_convert.pipeline.family import probe_source
-    from dllm_convert.source.inspect import inspect_source
-
-    source = inspect_source(recipe.source, revision=recipe.revision)
-    report = probe_source(source)
-    if not has_adapter(source.model_type):
-        report.require()
-    found = {key: value for key, value in report.as_dict().items() if key != "adapter"}
-    return recipe.model_copy(update={"allow_generic": True}), {"probe": found}
-
-
-def base_folder(source: str, reporter: Reporter, *, allow_pickle: bool = False) -> Path:
-    """Return the folder of a base's weights, fetched if need be."""
-    from dllm_convert.planning.checks import check_pickle
-    from dllm_convert.recipe.loading import load_recipe
-    from dllm_convert.source.inspect import inspect_source
-    from dllm_convert.source.materialise import materialise
-
-    recipe = load_recipe(source, overrides={})
-    info = inspect_source(recipe.source, revision=recipe.revision)
-    check_pickle(info, allowed=allow_pickle or recipe.allow_pickle)
-    return materialise(info, reporter).folder

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.outcome import Outcome, require_harness, run_tasks
@@ -35,7 +34,6 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
     """
     require_harness()
     _check_base(request)
-    keep_freed_memory()
     with reporter.task("evaluate the conversion"):
         after = run_tasks(request, _conversion(request, reporter))
     before = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dllm_convert.common.tables import Printed
 from dllm_convert.publishing.confirm import Confirmation
+from dllm_convert.publishing.shown import push_summary
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PushOptions:
 
 
 @dataclass(frozen=True)
-class PushResult:
+class PushResult(Printed):
     """What was published.
 
     Attributes:
@@ -68,3 +70,7 @@ class PushResult:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for `--json`."""
         return asdict(self)
+
+    def as_text(self) -> str:
+        """Return what went up, what was checked and where it is."""
+        return push_summary(self.as_dict())

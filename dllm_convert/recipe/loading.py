@@ -107,7 +107,26 @@ def load_recipe(
     # Two sources that contradict each other are refused by whoever let them be typed.
     one = path is not None or overrides.get("source", source) == source
     layers.hand_down(fetch if one else None)
-    recipe = layers.validate()
+    return _with_blocks(layers.validate())
+
+
+def amend_recipe(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Return a resolved recipe with some fields set anew.
+
+    Args:
+        recipe: The recipe.
+        overrides: Dotted field to value, as in `load_recipe`.
+
+    Raises:
+        IncompatibleError: A field is unknown, or no such value.
+    """
+    layers = _Layers()
+    layers.add(recipe.model_dump(mode="json"), "the recipe")
+    layers.add(overrides, COMMAND_LINE)
+    return _with_blocks(layers.validate())
+
+
+def _with_blocks(recipe: Recipe) -> Recipe:
     if recipe.target == "bd3lm" and recipe.block_size is None:
         return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
     return recipe

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import refuse_other_version
 from dllm_convert.common.nearest import no_folder
+from dllm_convert.common.tables import Printed
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
@@ -32,7 +32,7 @@ from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Printed):
     """One decoded text.
 
     Attributes:
@@ -54,6 +54,10 @@ class Sample:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a mapping."""
         return asdict(self)
+
+    def as_text(self) -> str:
+        """Return the prompt and what was written."""
+        return self.prompt + self.text
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -231,12 +235,37 @@ def run_sample(
         DataError: There is no such checkpoint, or a prompt is empty.
         IncompatibleError: It is no diffusion checkpoint, or has no chat template.
     """
-    config = read_config(folder)
-    check_converted_config(config, folder)
-    refuse_other_version(folder)
-    keep_freed_memory()
     with reporter.task("load"):
-        model, tokenizer = load_checkpoint(folder, str(config["model_type"]))
+        model, tokenizer = open_checkpoint(folder)
+    title = folder.resolve().name
+    return sample_with(model, tokenizer, prompts, reporter, shown, title=title, **options)
+
+
+def sample_with(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reporter: Reporter,
+    shown: Shown = Shown(),
+    *,
+    title: str = "",
+    **options: Any,
+) -> tuple[Sample, ...]:
+    """Decode prompts with a loaded model, and show or keep how.
+
+    Args:
+        model: Diffusion model.
+        tokenizer: Its tokenizer.
+        prompts: Texts to go on from.
+        reporter: Progress.
+        shown: What is shown and kept besides.
+        title: Heading of a recorded page.
+        **options: More arguments of `decode_samples`.
+
+    Raises:
+        DataError: A prompt is empty.
+        IncompatibleError: The tokenizer has no chat template.
+    """
     recorder = recorder_of(model)
     text = TokenText(tokenizer, end_ids(model))
     observer: Observer | None = recorder if shown.record else None
@@ -249,7 +278,7 @@ def run_sample(
         samples = decode_samples(model, tokenizer, prompts, observer=observer, **options)
     if shown.record:
         with reporter.task(f"write {shown.record}"):
-            record(recorder, tokenizer, shown.record, title=folder.resolve().name)
+            record(recorder, tokenizer, shown.record, title=title)
     return samples
 
 
@@ -266,17 +295,45 @@ def record(recorder: Recorder, tokenizer: Any, path: Path, *, title: str = "") -
     write_recording(path, recorder.film(), text, title=title)
 
 
-def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
+def open_checkpoint(
+    folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Check a folder and load it: model, in evaluation mode, and tokenizer.
+
+    Args:
+        folder: Converted checkpoint.
+        device: Where the model goes; None is the GPU if there is one.
+        dtype: Type the weights are held in; None is bfloat16 on a GPU and float32 elsewhere.
+
+    Raises:
+        DataError: There is no such checkpoint, or it is not whole.
+        IncompatibleError: It is no diffusion checkpoint, or contradicts itself.
+    """
+    config = read_config(folder)
+    check_converted_config(config, folder)
+    refuse_other_version(folder)
+    return load_checkpoint(folder, str(config["model_type"]), device=device, dtype=dtype)
+
+
+def load_checkpoint(
+    folder: Path,
+    model_type: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
     """Load a converted checkpoint to decode with: model and tokenizer, on the GPU if there is one.
 
     Args:
         folder: Converted checkpoint.
         model_type: Its family, as config.json names it.
+        device: As in `open_checkpoint`.
+        dtype: As in `open_checkpoint`.
     """
     from dllm_convert.modeling.loading import load_model
 
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = load_model(folder, adapter_of(read_config(folder)), dtype=dtype)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    held = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    model = load_model(folder, adapter_of(read_config(folder)), dtype=held)
     tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-    return model.to("cuda") if on_gpu else model, tokenizer
+    return model.to(place) if place.type != "cpu" else model, tokenizer

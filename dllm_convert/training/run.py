@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import Interruption
 from dllm_convert.planning.conversion import ConversionPlan
@@ -138,7 +137,6 @@ def train(
     recipe, training = plan.recipe, plan.recipe.training
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(training.seed)
-    keep_freed_memory()
     model = trainable_model(plan, untrained)
     trainable = count_trainable(model)
     arguments = _arguments(recipe, work / "trainer", use_bf16(training), data.streaming)

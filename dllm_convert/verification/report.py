@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+
+from dllm_convert.common.tables import Printed
+from dllm_convert.verification.shown import verification_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +64,7 @@ def files_only(verification: Mapping[str, Any] | None) -> bool:
 
 
 @dataclass(frozen=True)
-class VerificationReport:
+class VerificationReport(Printed):
     """All probes of one verification.
 
     Attributes:
@@ -93,6 +96,21 @@ class VerificationReport:
             "groups": dict(self.groups),
         }
 
+    @classmethod
+    def from_dict(cls, verification: Mapping[str, Any]) -> VerificationReport:
+        """Read a report as the manifest holds it."""
+        names = [item.name for item in fields(Probe)]
+        probes = (
+            Probe(**{name: probe[name] for name in names if name in probe})
+            for probe in verification["probes"]
+        )
+        seconds, groups = verification.get("seconds", 0.0), verification.get("groups", {})
+        return cls(tuple(probes), seconds, groups)
+
+    def as_text(self) -> str:
+        """Return the probes, one line each, and what they come to."""
+        return verification_table(self.as_dict())
+
 
 def at_most(name: str, what: str, measured: float, limit: float, *, detail: str = "") -> Probe:
     """Return a probe that passes if `measured <= limit`; not-a-number, which is nothing, fails.
@@ -102,7 +120,7 @@ def at_most(name: str, what: str, measured: float, limit: float, *, detail: str 
         what: What was measured, such as `logits differ by`.
         measured: The number.
         limit: The largest that is allowed.
-        detail: Shown with the probe.
+        detail: Printed with the probe.
     """
     passed = measured <= limit
     said = NOTHING if math.isnan(measured) else f"{what} {measured:.3g}"

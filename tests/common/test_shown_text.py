@@ -16,10 +16,10 @@ import typer
 
 from dllm_convert.cli.commands.shared import exit_if_failed, show_done
 from dllm_convert.cli.errors import tell_line
-from dllm_convert.cli.output import verification_table
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.shown_text import json_safe, printable
 from dllm_convert.recipe.yaml_text import dump, parse_mapping
+from dllm_convert.verification.shown import verification_table
 
 Sources = Callable[..., Path]
 ACTING = "\x1b[31m\x07\x9b2J\u202eabc\u2066\u200f\ufeff\ud800"

@@ -46,7 +46,7 @@ def test_only_formats_of_others_are_written_otherwise() -> None:
     """Configs and tokenizers are the base's; requests to helpers are read by Python."""
     allowed = {
         "card/text.py",
-        "cli/typed.py",
+        "recipe/typed.py",
         "common/strict_json.py",
         "evaluation/tasks/items.py",
         "pipeline/workspace.py",

@@ -11,11 +11,11 @@ import pytest
 from hub_server import COMMIT, LoopbackHub, serve
 from pushing import Done, checkpoint, command
 
-from dllm_convert.cli.values import default_out
 from dllm_convert.errors import DataError
 from dllm_convert.pipeline.workspace import open_workspace
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.typed import default_out
 
 BLOCKS = {
     "objective": "bd3lm",

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from giant import LLAMA_70B, write_giant
 
-from dllm_convert.cli.plan_text import bytes_text, hours_text, plan_text, ranges_text
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.planning import environment as plan_fit
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.planning.layers import kept_features
+from dllm_convert.planning.plan_text import bytes_text, hours_text, plan_text, ranges_text
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.cli.plan_text import fits_text
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.costs import (
     CPU_RUNTIME,
@@ -23,6 +22,7 @@ from dllm_convert.planning.costs import (
 from dllm_convert.planning.devices import GPUS, Device, cpu, this_cpu
 from dllm_convert.planning.estimate import devices_needed, estimate, estimate_device
 from dllm_convert.planning.model_shape import ModelShape, model_shape
+from dllm_convert.planning.plan_text import fits_text
 from dllm_convert.planning.streams import mean_masked_share, streams
 from dllm_convert.recipe.schema import Noise, Recipe
 from dllm_convert.source.inspect import inspect_source

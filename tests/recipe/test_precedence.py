@@ -11,7 +11,7 @@ from conftest import SourceFactory
 from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
-from dllm_convert.cli.budget import parse_count, parse_minutes
+from dllm_convert.recipe.budget import parse_count, parse_minutes
 from dllm_convert.recipe.fields import all_fields
 from dllm_convert.recipe.loading import data_dir, load_recipe
 from dllm_convert.recipe.precedence import FORGOTTEN

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_convert.cli.output import verification_table
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.published.attention import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint
@@ -26,6 +25,7 @@ from dllm_convert.verification.probes.influence import (
     probe_length,
 )
 from dllm_convert.verification.report import at_most, first_items, largest, none_wrong, skipped
+from dllm_convert.verification.shown import verification_table
 from dllm_convert.verification.subject import Claim
 
 ROOT = Path(__file__).parents[2]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dllm_convert.cli import options as option
-from dllm_convert.cli import output
-from dllm_convert.cli.commands.shared import make_reporter, show_done
+from dllm_convert.cli.commands.shared import make_reporter, show_done, typed
 from dllm_convert.cli.types import count, count_from_zero, named, path_of
 from dllm_convert.cli.values import parse_assignments
 
@@ -102,40 +100,32 @@ def evaluate(
 ) -> None:
     """Evaluate a converted checkpoint, and its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
-    from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.evaluation.record import evaluate_checkpoint
-    from dllm_convert.evaluation.request import Request
-    from dllm_convert.evaluation.settings import find_published, find_settings, merge
+    from dllm_convert.evaluation.shown import evaluation_text
+    from dllm_convert.pipeline.api import evaluate as evaluated
 
-    settings = merge(find_settings(published), parse_assignments(assignments or ()))
-    _check_decoding(checkpoint, settings.generation)
-    request = Request(
-        checkpoint=checkpoint,
-        tasks=tuple(_names(tasks)),
-        base=against,
-        include=tuple(map(str, include_path or ())),
-        limit=limit,
-        batch_size=batch_size,
-        thresholds=tuple(map(_threshold, _names(thresholds or ""))),
-        chat=apply_chat_template or (published is not None and find_published(published).chat),
-        shots=num_fewshot,
-        unsafe_code=confirm_run_unsafe_code,
-        published=published,
-        data=data,
-        settings=settings,
-    )
-    with quiet_libraries():
-        found: dict[str, Any] = evaluate_checkpoint(request, reporter)
-    show_done(found, output.evaluation_text, as_json=as_json)
+    names = _names(tasks)
+    if names:
+        from dllm_convert.common.allocator import keep_freed_memory
 
-
-def _check_decoding(checkpoint: Path, given: Mapping[str, Any]) -> None:
-    from dllm_convert.sampling.checking import check_decoding
-
-    try:
-        check_decoding(checkpoint, given)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from error
+        keep_freed_memory()
+    with typed():
+        found = evaluated(
+            checkpoint,
+            tasks=names,
+            data=data,
+            against=against,
+            limit=limit,
+            shots=num_fewshot,
+            batch_size=batch_size,
+            thresholds=[_threshold(text) for text in _names(thresholds or "")],
+            published=published,
+            chat=apply_chat_template,
+            include=include_path or (),
+            settings=parse_assignments(assignments or ()),
+            unsafe_code=confirm_run_unsafe_code,
+            reporter=reporter,
+        )
+    show_done(found.as_dict(), evaluation_text, as_json=as_json)
 
 
 def _names(text: str) -> list[str]:

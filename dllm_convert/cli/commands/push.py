@@ -5,7 +5,6 @@ from __future__ import annotations
 from operator import itemgetter
 
 from dllm_convert.cli import options as option
-from dllm_convert.cli import output
 from dllm_convert.cli.commands.shared import make_reporter, show_done
 from dllm_convert.cli.values import push_options
 
@@ -48,7 +47,8 @@ def push(
         adapter_only=adapter_only,
         force_unverified=force_unverified,
     )
-    from dllm_convert.publishing import push_checkpoint
+    from dllm_convert.pipeline.api import push as pushed
+    from dllm_convert.publishing.shown import push_summary
 
-    result = push_checkpoint(checkpoint, options, reporter)
-    show_done(result.as_dict(), output.push_summary, as_json=as_json)
+    result = pushed(checkpoint, options, reporter=reporter)
+    show_done(result.as_dict(), push_summary, as_json=as_json)

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
-from dllm_convert.cli.budget import Budget
-from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done
-from dllm_convert.cli.typed import (
-    flat,
-    refuse_contradictions,
-    refuse_other_source,
-    refuse_without_effect,
-)
-from dllm_convert.cli.values import (
-    default_out,
-    method,
-    parse_assignments,
-    plan_document,
-    push_options,
-    refuse_in_source,
-)
+from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done, typed
+from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Place
 from dllm_convert.pipeline.options import Depth, How
 
@@ -64,6 +49,7 @@ Extend = Annotated[
 ]
 
 if TYPE_CHECKING:
+    from dllm_convert.common.terms import Target
     from dllm_convert.publishing import PushOptions
     from dllm_convert.recipe.schema import Recipe
 
@@ -124,26 +110,36 @@ def run(
     quiet: option.Quiet = False,
 ) -> None:
     """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
-    flags = {
-        "target": to,
-        "block_size": block,
-        "data.source": data,
-        "training.steps": steps,
-        "training.method": method(lora, full=full, no_train=no_train),
-        "training.lora.rank": lora,
-        "training.keep_adapter": keep_adapter or None,
-        "training.report_to": report_to,
-        "revision": source_revision,
-        "allow_generic": allow_generic or None,
-        "allow_pickle": allow_pickle or None,
-    }
+    from dllm_convert.pipeline.api import load_recipe
+    from dllm_convert.recipe.typed import default_out
+
+    place = Place.from_environment()
+    processes = num_processes or place.world
     push = push_options(
         push_to_hub, public=public, revision=revision, create_pr=create_pr, commit_message=message
     )
-    place = Place.from_environment()
-    processes = num_processes or place.world
-    budget = Budget.parse(tokens, max_time, global_batch)
-    recipe = _recipe(source, flags, assignments or (), preset, budget, processes)
+    with typed():
+        recipe = load_recipe(
+            source,
+            to=cast("Target | None", to),
+            block=block,
+            data=data,
+            steps=steps,
+            tokens=tokens,
+            max_time=max_time,
+            global_batch=global_batch,
+            preset=preset,
+            lora=lora,
+            full=full,
+            train=not no_train,
+            keep_adapter=keep_adapter,
+            revision=source_revision,
+            allow_pickle=allow_pickle,
+            allow_generic=allow_generic,
+            report_to=report_to,
+            overrides=parse_assignments(assignments or ()),
+            processes=processes,
+        )
     folder = out or default_out(recipe)
     refuse_in_source(folder, recipe.source)
     if dry_run or ctx.info_name == "check":
@@ -159,34 +155,6 @@ def run(
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
 
-def _recipe(
-    source: str,
-    flags: Mapping[str, Any],
-    assignments: Sequence[str],
-    preset: str | None,
-    budget: Budget,
-    processes: int,
-) -> Recipe:
-    """Load the recipe; a flag that is None was not given.
-
-    Raises:
-        typer.BadParameter: Two options contradict each other, or one cannot be obeyed.
-    """
-    from dllm_convert.recipe.loading import load_recipe
-    from dllm_convert.source.inspect import fetch_small
-
-    given = {field: value for field, value in flags.items() if value is not None}
-    assigned = flat(parse_assignments(assignments))
-    budget.refuse_beside(flags["training.steps"], assigned)
-    refuse_contradictions(given, assigned)
-    typed = given | budget.fields | assigned
-    recipe = load_recipe(source, overrides=typed, preset=preset, fetch=fetch_small)
-    recipe = budget.applied_to(recipe, processes, assigned)
-    refuse_other_source(source, recipe, assigned)
-    refuse_without_effect(recipe, typed)
-    return recipe
-
-
 def _show_plan(
     recipe: Recipe,
     folder: Path,
@@ -197,9 +165,10 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     """Say what a run would do."""
-    from dllm_convert.cli.plan_text import plan_text
+    from dllm_convert.pipeline.check import check_document
+    from dllm_convert.planning.plan_text import plan_text
 
-    document = plan_document(recipe, folder, push, processes, probe=probe)
+    document = check_document(recipe, folder, push, processes, probe=probe)
     output.show(document, plan_text, as_json=as_json)
 
 
@@ -215,16 +184,21 @@ def _convert(
 ) -> None:
     """Do the run, or as another than the first process take part in its training."""
     reporter = make_reporter(quiet=quiet or as_json)
-    from dllm_convert.pipeline import run as pipeline
+    if recipe.training.method != "none":
+        from dllm_convert.common.allocator import keep_freed_memory
 
+        keep_freed_memory()
     if not place.main:
-        pipeline.follow(folder, place)
+        from dllm_convert.pipeline.run import follow
+
+        follow(folder, place)
         return
-    result = pipeline.run(recipe, folder, reporter, push=push, place=place, how=how)
-    published = result.pushed.as_dict() if result.pushed else None
-    document = output.run_document(str(result.path), result.passed, result.manifest, published)
-    show_done(document, output.run_text, as_json=as_json)
-    exit_if_failed(result.manifest["verification"])
+    from dllm_convert.pipeline.api import convert_recipe
+    from dllm_convert.pipeline.shown import run_text
+
+    done = convert_recipe(recipe, folder, reporter, push=push, place=place, how=how)
+    show_done(done.as_dict(), run_text, as_json=as_json)
+    exit_if_failed(done.manifest["verification"])
 
 
 def _launch(processes: int | None, config: Path | None) -> int:

@@ -12,7 +12,7 @@ import typer
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
 from dllm_convert.cli.commands import decoding
-from dllm_convert.cli.commands.shared import make_reporter
+from dllm_convert.cli.commands.shared import make_reporter, typed
 from dllm_convert.cli.types import path_of, seed_of
 from dllm_convert.cli.values import output_file
 from dllm_convert.common.shown_text import printable
@@ -107,7 +107,7 @@ def sample(
         approximate_cache=approximate_cache,
     )
     reporter = make_reporter(quiet=quiet or as_json)
-    settings |= {"chat": chat, "mark": infill, "seed": seed}
+    settings |= {"chat": chat, "infill": infill, "seed": seed}
     found = _write(checkpoint, given, reporter, watch=watch, record=record, **settings)
     _print(found, reporter, chat=chat, as_json=as_json)
 
@@ -123,23 +123,32 @@ def _write(
 ) -> list[dict[str, Any]]:
     """Read the prompts that stand on stdin, load the checkpoint and decode."""
     prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
-    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.common.allocator import keep_freed_memory
+    from dllm_convert.pipeline.api import sample as written
     from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.run import Shown, run_sample
 
-    shown = Shown(watch, record)
-    with quiet_libraries():
-        samples = run_sample(checkpoint, prompts or [DEFAULT_PROMPT], reporter, shown, **how)
+    keep_freed_memory()
+    with typed():
+        samples = written(
+            checkpoint,
+            prompts or [DEFAULT_PROMPT],
+            reporter=reporter,
+            watch=watch,
+            record=record,
+            **how,
+        )
     return [result.as_dict() for result in samples]
 
 
 def _print(found: list[dict[str, Any]], reporter: Reporter, *, chat: bool, as_json: bool) -> None:
+    from dllm_convert.sampling.shown import sample_facts
+
     if as_json:
         output.write_json(found if len(found) > 1 else found[0])
         return
     output.write(_as_text(found, chat=chat), verbatim=True)
     for result in found:
-        reporter.line(output.sample_facts(result))
+        reporter.line(sample_facts(result))
 
 
 def _check_together(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dllm_convert.cli import output
 from dllm_convert.cli.errors import tell_line
-from dllm_convert.errors import OutputError, VerificationError
+from dllm_convert.errors import OutputError, RequestError, VerificationError
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
@@ -25,6 +26,19 @@ def make_reporter(*, quiet: bool) -> Reporter:
         # Read once, when huggingface_hub is imported; bars belong on terminals only.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return reporter
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """Have a wrong request told as what it is here: a wrong command line, with its usage.
+
+    Raises:
+        typer.BadParameter: What was asked contradicts itself, or is no such value.
+    """
+    try:
+        yield
+    except RequestError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from error
 
 
 def show_done(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
@@ -46,6 +60,8 @@ def exit_if_failed(verification: Mapping[str, Any]) -> None:
         typer.Exit: A probe failed.
     """
     if not verification["passed"]:
-        failed = output.failed_probes(verification)
+        from dllm_convert.verification.shown import failed_probes
+
+        failed = failed_probes(verification)
         tell_line("error", f"verification failed: {failed}")
         raise typer.Exit(VerificationError.exit_code)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dllm_convert.cli import options as option
-from dllm_convert.cli import output
 from dllm_convert.cli.commands.run import AllowPickle
-from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done
+from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done, typed
 from dllm_convert.cli.types import count, named, path_of
-from dllm_convert.cli.values import base_folder, output_file
-
-if TYPE_CHECKING:
-    from dllm_convert.common.console import Reporter
-    from dllm_convert.verification.opening import Asked
+from dllm_convert.cli.values import output_file
 
 Checkpoint = Annotated[
     Path,
@@ -87,48 +82,22 @@ def verify(
 ) -> None:
     """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
     output_file(report, (".html",), "--report")
-    if report is not None and files:
-        raise typer.BadParameter("--report shows what the model does; leave --files out")
     reporter = make_reporter(quiet=quiet or as_json)
-    if files:
-        from dllm_convert.verification.bytes import verify_folder
+    from dllm_convert.pipeline.api import verify as verified
+    from dllm_convert.pipeline.shown import verify_text
 
-        base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
-        found = verify_folder(checkpoint, base, reporter).as_dict()
-        show_done(found, output.verification_table, as_json=as_json)
-        exit_if_failed(found)
-        return
-    from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.verification import verify_checkpoint
-
-    with quiet_libraries():
-        base = base_folder(against, reporter, allow_pickle=allow_pickle) if against else None
-        document = verify_checkpoint(
+    with typed():
+        found = verified(
             checkpoint,
+            against=against,
+            files=files,
+            page=report,
             revision=revision,
-            against=base,
+            block=block,
             trust_remote_code=trust_remote_code,
-            block_size=block,
+            allow_pickle=allow_pickle,
             reporter=reporter,
-        ).as_dict()
-        if report is not None:
-            from dllm_convert.verification.opening import Asked, local_checkpoint
-
-            folder = local_checkpoint(checkpoint, revision, reporter)
-            asked = Asked(base, trust_remote_code=trust_remote_code, block_size=block)
-            document = document | _write(report, folder, asked, document, reporter)
-    show_done(document, output.verify_text, as_json=as_json)
+        )
+    document = found.as_dict()
+    show_done(document, verify_text, as_json=as_json)
     exit_if_failed(document)
-
-
-def _write(
-    path: Path, folder: Path, asked: Asked, verification: dict[str, Any], reporter: Reporter
-) -> dict[str, Any]:
-    """Measure what the report's pictures show, and write it."""
-    from dllm_convert.card.report import write_report
-    from dllm_convert.verification.observe.views import observe_checkpoint
-
-    with reporter.task("measure what the pictures show"):
-        seen = observe_checkpoint(folder, asked, verification)
-    write_report(folder, path, verification=verification, seen=seen)
-    return {"report": str(path), "measurements": seen.as_dict()}

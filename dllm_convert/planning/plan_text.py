@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dllm_convert.cli.output import table
 from dllm_convert.common.shown_text import one_line
+from dllm_convert.common.tables import table
 
 WIDTH = 100
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

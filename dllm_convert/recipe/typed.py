@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
+from dllm_convert.errors import RequestError
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe, Training
@@ -25,11 +27,11 @@ def refuse_contradictions(given: Mapping[str, Any], assigned: Mapping[str, Any])
         assigned: Fields of `--set`.
 
     Raises:
-        typer.BadParameter: There is such a field.
+        RequestError: There is such a field.
     """
     for field in given.keys() & assigned.keys():
         if given[field] != assigned[field]:
-            raise typer.BadParameter(
+            raise RequestError(
                 f"--set {field}={_said(assigned[field])} contradicts another option, which says "
                 f"{_said(given[field])}"
             )
@@ -39,13 +41,11 @@ def refuse_other_source(source: str, recipe: Recipe, assigned: Mapping[str, Any]
     """Refuse a second source beside a checkpoint; a recipe's own may be replaced.
 
     Raises:
-        typer.BadParameter: There is one.
+        RequestError: There is one.
     """
     other = assigned.get(_SOURCE, source)
     if recipe.name is None and other != source:
-        raise typer.BadParameter(
-            f"--set source={_said(other)} contradicts SOURCE, which is {source}"
-        )
+        raise RequestError(f"--set source={_said(other)} contradicts SOURCE, which is {source}")
 
 
 def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
@@ -56,14 +56,14 @@ def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
         typed: Fields set by flags and `--set`.
 
     Raises:
-        typer.BadParameter: There is such a field.
+        RequestError: There is such a field.
     """
     for field, value in _flat(typed):
         if value is None or value is False:
             continue
         why = _idle(field, recipe)
         if why is not None:
-            raise typer.BadParameter(f"{field} would change nothing: {why}")
+            raise RequestError(f"{field} would change nothing: {why}")
 
 
 def _idle(field: str, recipe: Recipe) -> str | None:
@@ -109,3 +109,33 @@ def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _said(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def method(lora: int | None, *, full: bool, no_train: bool) -> str | None:
+    """Return the training method the flags name, None if they name none.
+
+    Raises:
+        RequestError: They name several.
+    """
+    chosen = [
+        name
+        for name, given in (("lora", lora is not None), ("full", full), ("none", no_train))
+        if given
+    ]
+    if len(chosen) > 1:
+        raise RequestError("give one of --lora, --full and --no-train")
+    return chosen[0] if chosen else None
+
+
+def default_out(recipe: Recipe) -> Path:
+    """Return the output folder where none was given.
+
+    Going on from a conversion counts its names instead of piling them up: x-bd3lm, x-bd3lm-2.
+    """
+    name = recipe.name or Path(recipe.source).resolve().name.removesuffix(".gguf")
+    going_on = re.fullmatch(r"(.+)-(mdlm|bd3lm)(?:-(\d{1,6}))?", name)
+    if recipe.name is None and going_on:
+        base, target, number = going_on.groups()
+        again = f"-{int(number or 1) + 1}" if target == recipe.target else ""
+        return Path(f"{base}-{recipe.target}{again}")
+    return Path(f"{name}-{recipe.target}")

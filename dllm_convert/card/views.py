@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_convert.card.tables import Table, attention_table, decoding_table, rates_table, sketch
+from dllm_convert.common.tables import table
 from dllm_convert.verification.observe.observations import Observations
 
 
@@ -15,7 +16,6 @@ def views_text(seen: Observations) -> list[str]:
     Args:
         seen: What was measured; of what was not nothing is said.
     """
-    from dllm_convert.cli.output import table
 
     def shown(one: Table | None) -> list[str]:
         return [table(one.header, one.rows)] if one else []

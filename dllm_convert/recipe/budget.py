@@ -8,9 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from dllm_convert.common.counts import LARGEST_COUNT, LONGEST_MINUTES
+from dllm_convert.errors import RequestError
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe, Training
@@ -41,7 +40,7 @@ class Budget:
         """Read what was typed.
 
         Raises:
-            typer.BadParameter: It is no number, or no time.
+            RequestError: It is no number, or no time.
         """
         return cls(
             None if tokens is None else parse_count(tokens),
@@ -60,7 +59,7 @@ class Budget:
         """Refuse options that say the same twice.
 
         Raises:
-            typer.BadParameter: There are such.
+            RequestError: There are such.
         """
         pairs = (
             ("--tokens", self.tokens is not None, "--steps", steps is not None),
@@ -75,7 +74,7 @@ class Budget:
         )
         for first, one, second, other in pairs:
             if one and other:
-                raise typer.BadParameter(f"give one of {first} and {second}")
+                raise RequestError(f"give one of {first} and {second}")
 
     def applied_to(self, recipe: Recipe, processes: int, assigned: Collection[str]) -> Recipe:
         """Return a recipe that trains on so many tokens, with so many sequences a step.
@@ -86,7 +85,7 @@ class Budget:
             assigned: Fields that were typed with `--set`.
 
         Raises:
-            typer.BadParameter: The sequences cannot be shared out.
+            RequestError: The sequences cannot be shared out.
         """
         training = recipe.training
         if self.global_batch is not None:
@@ -106,31 +105,31 @@ def _refuse_beyond(training: Training) -> None:
     """Refuse what comes of sharing out and is more than a recipe takes.
 
     Raises:
-        typer.BadParameter: It is.
+        RequestError: It is.
     """
     if training.steps > LARGEST_COUNT:
-        raise typer.BadParameter(
+        raise RequestError(
             f"it takes {training.steps:,} steps, expected at most {LARGEST_COUNT:,}: give fewer "
             "tokens, or larger batches",
-            param_hint="--tokens",
+            option="--tokens",
         )
 
 
 def _shared(total: int, batch: int, processes: int, *, fixed: bool) -> dict[str, int]:
     """Share sequences out over processes and forwards, of at most `batch` sequences each."""
     if total % processes:
-        raise typer.BadParameter(
+        raise RequestError(
             f"{total} sequences cannot be shared by {processes} processes alike; "
             f"{total - total % processes or processes} can",
-            param_hint="--global-batch",
+            option="--global-batch",
         )
     own = total // processes
     sizes = [batch] if fixed else range(min(batch, own), 0, -1)
     size = next((size for size in sizes if own % size == 0), None)
     if size is None:
-        raise typer.BadParameter(
+        raise RequestError(
             f"{own} sequences per process are no multiple of {_BATCH} {batch}, as --set says",
-            param_hint="--global-batch",
+            option="--global-batch",
         )
     return {"batch_size": size, "gradient_accumulation": own // size}
 
@@ -139,14 +138,12 @@ def parse_count(text: str) -> int:
     """Return a number such as 5M, 1.5B, 200k or 300000.
 
     Raises:
-        typer.BadParameter: It is none, or less than one.
+        RequestError: It is none, or less than one.
     """
     match = re.fullmatch(r"(\d+(?:[_,]\d{3})*(?:\.\d+)?)\s*([kmbgt]?)", text.strip().lower())
     value = float(re.sub("[_,]", "", match[1])) * _COUNTS[match[2]] if match else 0
     if not 1 <= value < 1e18:
-        raise typer.BadParameter(
-            f"{text!r} is no number of tokens, as in 5M or 1.5B", param_hint="--tokens"
-        )
+        raise RequestError(f"{text!r} is no number of tokens, as in 5M or 1.5B", option="--tokens")
     return round(value)
 
 
@@ -154,13 +151,11 @@ def parse_minutes(text: str) -> float:
     """Return the minutes of a time such as 90m, 2h, 1h30m or 45s.
 
     Raises:
-        typer.BadParameter: It is none, or has no unit.
+        RequestError: It is none, or has no unit.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
     whole = re.fullmatch(r"(?:\s*\d+(?:\.\d+)?\s*[smhd])+", text.strip().lower())
     minutes = sum(float(number) * _MINUTES[unit] for number, unit in parts) if whole else 0.0
     if not 0 < minutes <= LONGEST_MINUTES:
-        raise typer.BadParameter(
-            f"{text!r} is no time, as in 90m, 2h or 1h30m", param_hint="--max-time"
-        )
+        raise RequestError(f"{text!r} is no time, as in 90m, 2h or 1h30m", option="--max-time")
     return minutes

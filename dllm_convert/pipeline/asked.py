@@ -1,0 +1,140 @@
+"""What somebody asks for, in Python or on the command line, as one resolved recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from dllm_convert.common.counts import LARGEST_COUNT
+from dllm_convert.common.terms import Target
+from dllm_convert.errors import RequestError
+from dllm_convert.recipe.budget import Budget
+from dllm_convert.recipe.loading import amend_recipe
+from dllm_convert.recipe.loading import load_recipe as load_layers
+from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.typed import (
+    flat,
+    method,
+    refuse_contradictions,
+    refuse_other_source,
+    refuse_without_effect,
+)
+
+
+class Asked(TypedDict, total=False):
+    """What can be asked of a conversion; each wins over recipe and preset.
+
+    Attributes:
+        to: `mdlm` or `bd3lm`.
+        block: Tokens per block, for bd3lm only.
+        data: Training text: `pydoc`, files or globs, or a Hub dataset id.
+        steps: Optimizer steps.
+        tokens: Tokens to train on, instead of steps: a number, or text as `"5M"`.
+        max_time: Time after which training stops, as `"90m"` or `"1h30m"`.
+        global_batch: Sequences per optimizer step, over all processes.
+        preset: Name of a preset whose settings are taken.
+        lora: Train LoRA of this rank.
+        full: Train all weights.
+        train: False converts without training.
+        keep_adapter: Write the LoRA adapter beside the merged weights.
+        revision: Branch, tag or commit of a source on the Hub.
+        allow_pickle: Read pickled weights, without running code in them.
+        allow_generic: Convert a family that has no adapter, if it passes what is measured.
+        report_to: Where training is logged besides: tensorboard, wandb, trackio.
+        overrides: Any other fields of a recipe by dotted name, as `--set` takes them.
+        processes: How many train; `tokens` and `global_batch` are shared by them.
+    """
+
+    to: Target | None
+    block: int | None
+    data: str | Path | None
+    steps: int | None
+    tokens: int | str | None
+    max_time: str | None
+    global_batch: int | None
+    preset: str | None
+    lora: int | None
+    full: bool
+    train: bool
+    keep_adapter: bool
+    revision: str | None
+    allow_pickle: bool
+    allow_generic: bool
+    report_to: Sequence[str] | None
+    overrides: Mapping[str, Any] | None
+    processes: int
+
+
+def resolve(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
+    """Return the recipe that comes of a source and what is asked.
+
+    Args:
+        source: Recipe name or .yaml file, Hub id, folder or .gguf file, tried in that order; or a
+            recipe that was resolved already.
+        **asked: See `Asked`.
+
+    Raises:
+        RequestError: What is asked contradicts itself, or would change nothing.
+        IncompatibleError: There is no such recipe, or a field or value of it is wrong.
+        HubError: A source on the Hub cannot be asked whether it is a conversion.
+        TypeError: There is no such argument.
+    """
+    unknown = sorted(set(asked) - Asked.__optional_keys__)
+    if unknown:
+        known = ", ".join(sorted(Asked.__optional_keys__))
+        raise TypeError(f"there is no argument {unknown[0]!r}; there are {known}")
+    for name in ("global_batch", "processes"):
+        count = asked.get(name)
+        if count is not None and not (type(count) is int and 1 <= count <= LARGEST_COUNT):
+            raise RequestError(f"{name} is {count!r}, expected a whole number from 1 on")
+    tokens = asked.get("tokens")
+    budget = Budget.parse(
+        None if tokens is None else str(tokens), asked.get("max_time"), asked.get("global_batch")
+    )
+    given = _fields(asked)
+    assigned = flat(asked.get("overrides") or {})
+    budget.refuse_beside(asked.get("steps"), assigned)
+    refuse_contradictions(given, assigned)
+    typed = given | budget.fields | assigned
+    if isinstance(source, Recipe):
+        recipe = _amended(source, typed, asked)
+    else:
+        from dllm_convert.source.inspect import fetch_small
+
+        preset = asked.get("preset")
+        recipe = load_layers(str(source), overrides=typed, preset=preset, fetch=fetch_small)
+    recipe = budget.applied_to(recipe, asked.get("processes", 1), assigned)
+    if not isinstance(source, Recipe):
+        refuse_other_source(str(source), recipe, assigned)
+    refuse_without_effect(recipe, typed)
+    return recipe
+
+
+def _fields(asked: Asked) -> dict[str, Any]:
+    """Return the fields of a recipe that arguments name; what was not given is left out."""
+    lora, data, logged = asked.get("lora"), asked.get("data"), asked.get("report_to")
+    train, full = asked.get("train", True), asked.get("full", False)
+    fields = {
+        "target": asked.get("to"),
+        "block_size": asked.get("block"),
+        "data.source": None if data is None else str(data),
+        "training.steps": asked.get("steps"),
+        "training.method": method(lora, full=full, no_train=not train),
+        "training.lora.rank": lora,
+        "training.keep_adapter": asked.get("keep_adapter") or None,
+        "training.report_to": None if logged is None else list(logged),
+        "revision": asked.get("revision"),
+        "allow_generic": asked.get("allow_generic") or None,
+        "allow_pickle": asked.get("allow_pickle") or None,
+    }
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def _amended(recipe: Recipe, typed: Mapping[str, Any], asked: Asked) -> Recipe:
+    if asked.get("preset") is not None:
+        raise RequestError(
+            "a recipe that is resolved takes no preset any more",
+            hint="Give the preset with the source: plan(source, preset=...)",
+        )
+    return amend_recipe(recipe, typed) if typed else recipe

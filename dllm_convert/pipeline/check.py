@@ -1,0 +1,61 @@
+"""What a dry run shows: the plan, and what of it is not the plan's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_convert.pipeline.family import probe_source
+from dllm_convert.pipeline.run import plan_conversion
+from dllm_convert.planning.conversion import source_facts
+from dllm_convert.planning.document import plan_document
+from dllm_convert.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from dllm_convert.publishing import PushOptions
+
+
+def check_document(
+    recipe: Recipe,
+    folder: Path,
+    push: PushOptions | None = None,
+    processes: int = 1,
+    *,
+    probe: bool = False,
+) -> dict[str, Any]:
+    """Return what a dry run shows: the plan, on how many processes, where it would be published.
+
+    With `probe` the family is measured, whether it has an adapter or not.
+
+    Raises:
+        DllmConvertError: The conversion cannot work, or may not be published as asked.
+    """
+    measured: dict[str, Any] = {}
+    if probe:
+        recipe, measured = _probed(recipe)
+    plan = plan_conversion(recipe)
+    document = plan_document(plan, folder, processes, **measured)
+    if push is None:
+        return document
+    from dllm_convert.publishing.run import licence_warnings
+
+    publication = {
+        "repository": push.repo_id,
+        "visibility": "public" if push.public else "private, if it is new",
+        "revision": "a pull request" if push.create_pr else push.revision or "main",
+        "warnings": list(licence_warnings({"source": source_facts(plan)}, push)),
+    }
+    return document | {"publication": publication}
+
+
+def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
+    """Measure a recipe's source; return the recipe that allows it, and what was measured."""
+    from dllm_convert.adapters import has_adapter
+    from dllm_convert.source.inspect import inspect_source
+
+    source = inspect_source(recipe.source, revision=recipe.revision)
+    report = probe_source(source)
+    if not has_adapter(source.model_type):
+        report.require()
+    found = {key: value for key, value in report.as_dict().items() if key != "adapter"}
+    return recipe.model_copy(update={"allow_generic": True}), {"probe": found}

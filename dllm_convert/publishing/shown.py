@@ -1,0 +1,30 @@
+"""A push for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def push_summary(result: Mapping[str, Any]) -> str:
+    """Return what a finished push shows: what went up, what was checked, where it is.
+
+    Args:
+        result: Fields of `PushResult`.
+    """
+    confirmed = result["confirmed"]
+    passed = sum(probe["passed"] is True for probe in confirmed["probes"])
+    lines = [
+        f"Uploaded: {len(result['uploaded'])} files, {result['uploaded_bytes']:,} bytes"
+        if result["uploaded"]
+        else "Uploaded: nothing, the Hub had every file",
+        f"Confirmed: {confirmed['files']} files downloaded again and equal, "
+        f"{passed} of {len(confirmed['probes'])} checks passed on the download",
+        f"Commit: {result['commit_url']}",
+    ]
+    if result["deleted"]:
+        lines.insert(1, f"Removed: {', '.join(result['deleted'])}")
+    if result["pull_request"]:
+        lines.append(f"Pull request: {result['pull_request']}")
+    visible = "private" if result["private"] else "public"
+    return "\n".join([*lines, f"Published ({visible}): {result['url']}"])
