@@ -24,7 +24,6 @@ _PARTS = (
     "choosing.py",
     "canvas.py",
     "cache.py",
-    "packing.py",
     "rope.py",
     "reading.py",
     "decoding.py",

@@ -68,9 +68,6 @@ def causal_mask(segments: torch.Tensor) -> torch.Tensor:
 
 CLEAN, UNUSED = 0, -1
 
-TILED = "dllm_tiles"
-"""Name of training's own attention on a CPU; its masks are those of sdpa."""
-
 
 @dataclass(frozen=True)
 class StreamMask:

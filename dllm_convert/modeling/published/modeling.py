@@ -21,15 +21,15 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaForMaskedLM,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import TILED, block_causal_mask
+from .attention import block_causal_mask
 from .decoding import decode_blocks, decode_canvas
 from .inputs import given_prompts, left_open
 from .limits import check_context
 from .options import Observer
 from .output import DiffusionOutput, put_together
-from .packing import packed_linears
 from .rope import own_lengths
 from .settings import decoding_options
 from .streaming import decode_streamed
@@ -190,7 +190,8 @@ class DiffusionMixin:
                 keys,
                 device=str(mask.device),
             )
-        if implementation not in ("sdpa", TILED):
+        # Whoever has its masks made as sdpa does reads any boolean one.
+        if ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is not sdpa_mask:
             raise ValueError(
                 f"{implementation} takes no arbitrary mask; load this model with "
                 'attn_implementation="sdpa", "eager" or "flex_attention"'
@@ -259,8 +260,7 @@ class DiffusionMixin:
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
-        with packed_linears(self, wanted=options.packed_weights):
-            decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
+        decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 
