@@ -16,7 +16,7 @@ MODELING_FILE = "modeling_dllm.py"
 
 _MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
-    "attention.py",
+    "masks.py",
     "ends.py",
     "inputs.py",
     "limits.py",

@@ -24,10 +24,10 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import block_causal_mask
 from .decoding import decode_blocks, decode_canvas
 from .inputs import given_prompts, left_open
 from .limits import check_context
+from .masks import block_causal_mask
 from .options import Observer
 from .output import DiffusionOutput, put_together
 from .rope import own_lengths
