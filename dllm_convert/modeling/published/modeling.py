@@ -32,7 +32,7 @@ from .options import Observer
 from .output import DiffusionOutput, put_together
 from .rope import own_lengths
 from .settings import decoding_options
-from .streaming import decode_streamed
+from .streaming import StreamerFeed
 
 MIN_TRANSFORMERS = "5.2.0"
 
@@ -260,7 +260,12 @@ class DiffusionMixin:
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
-        decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
+        if streamer is not None:
+            width = int(lengths[0]) if rows else 0
+            observer = streamer = StreamerFeed(streamer, packed[:, :width], options, observer)
+        decoded = decode(self, packed, lengths, options, observer)
+        if streamer is not None:
+            streamer.finish(decoded.rows)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 
