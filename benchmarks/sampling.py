@@ -34,6 +34,7 @@ from dllm_convert.adapters import adapter_of
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.modeling.loading import load_model
+from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.sampling.run import read_config
 
 THRESHOLDS = (0.7, 0.9, 0.95)
@@ -95,6 +96,12 @@ def prompt_of(tokenizer: Any, length: int, rows: int = 1) -> torch.Tensor:
     return torch.stack([ids[row * length : (row + 1) * length] for row in range(rows)])
 
 
+def generate(model: Any, *args: Any, **settings: Any) -> Any:
+    """Decode as `sample` and `evaluate` do, with packed weights."""
+    with packed_linears(model):
+        return model.generate(*args, **settings)
+
+
 def against_reference(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Same tokens, less time."""
     prompt = prompt_of(tokenizer, args.prompt)
@@ -104,7 +111,7 @@ def against_reference(model: Any, tokenizer: Any, args: argparse.Namespace) -> d
 
     def ours() -> torch.Tensor:
         watch.seconds, watch.calls = 0.0, 0
-        total, tokens = seconds(lambda: model.generate(prompt, **settings)[0, args.prompt :])
+        total, tokens = seconds(lambda: generate(model, prompt, **settings)[0, args.prompt :])
         shares.append((watch.seconds / total, watch.calls))
         found: torch.Tensor = tokens
         return found
@@ -112,7 +119,7 @@ def against_reference(model: Any, tokenizer: Any, args: argparse.Namespace) -> d
     def textbooks() -> torch.Tensor:
         return textbook_sampling.decode(model, prompt, args.new, args.steps)
 
-    model.generate(prompt[:, :40], max_new_tokens=4)
+    generate(model, prompt[:, :40], max_new_tokens=4)
     figures, mine, theirs = alternate(ours, textbooks, args.pairs)
     return {
         **figures,
@@ -127,8 +134,8 @@ def against_one_row(model: Any, tokenizer: Any, args: argparse.Namespace) -> dic
     prompts = prompt_of(tokenizer, args.prompt, args.rows)
     settings = {"max_new_tokens": args.new, "max_denoising_steps": args.steps, "eos_token_id": None}
     figures, _, _ = alternate(
-        lambda: model.generate(prompts, **settings),
-        lambda: model.generate(prompts[:1], **settings),
+        lambda: generate(model, prompts, **settings),
+        lambda: generate(model, prompts[:1], **settings),
         args.pairs,
     )
     return {**figures, "throughput": figures["ratio"] * args.rows}
@@ -138,7 +145,9 @@ def peak_memory(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[st
     """Peak memory of processes that decode the same text in more and more steps."""
     if args.child:
         prompt = prompt_of(tokenizer, args.prompt)
-        model.generate(prompt, max_new_tokens=64, max_denoising_steps=args.steps, eos_token_id=None)
+        generate(
+            model, prompt, max_new_tokens=64, max_denoising_steps=args.steps, eos_token_id=None
+        )
         return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     found = {}
     for steps in (1, 8, 32):
@@ -186,11 +195,12 @@ def against_base(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[s
         return tokens
 
     found: dict[str, Any] = {}
-    careful = model.generate(prompt, max_new_tokens=args.new, eos_token_id=None)[0]
+    careful = generate(model, prompt, max_new_tokens=args.new, eos_token_id=None)[0]
     for threshold in THRESHOLDS:
 
         def ours(limit: float = threshold) -> Any:
-            return model.generate(
+            return generate(
+                model,
                 prompt,
                 max_new_tokens=args.new,
                 confidence_threshold=limit,
@@ -223,8 +233,8 @@ def approximate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[st
         "eos_token_id": None,
     }
     figures, kept, exact = alternate(
-        lambda: model.generate(prompt, **settings, approximate_cache=True)[0, args.prompt :],
-        lambda: model.generate(prompt, **settings)[0, args.prompt :],
+        lambda: generate(model, prompt, **settings, approximate_cache=True)[0, args.prompt :],
+        lambda: generate(model, prompt, **settings)[0, args.prompt :],
         args.pairs,
     )
     parts = (exact == kept).view(-1, 32).float().mean(-1)

@@ -1,4 +1,4 @@
-"""How likely a continuation is: the base's exact log-likelihood, a diffusion model's bound.
+"""How likely a continuation is: a diffusion model's bound.
 
 The bound of a continuation given its beginning is the NELBO of training with the beginning clean:
 MDLM masks the continuation as a whole (LLaDA, arXiv 2502.09992, section 2.4), BD3LM bounds each of
@@ -15,7 +15,6 @@ import torch
 
 from dllm_convert.common.console import Task
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
-from dllm_convert.diffusion.likelihood import next_token_nats
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 
@@ -186,41 +185,6 @@ def score_round(
     if task is not None:
         task.advance(sum(not text.scored for text in texts))
     return found
-
-
-@torch.no_grad()
-def score_autoregressive(
-    model: Any,
-    texts: Sequence[Continuation],
-    rows: int,
-    *,
-    batch_size: int = 8,
-    task: Task | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score each continuation exactly, with the base read through a causal mask.
-
-    Args:
-        model: An untrained conversion of an autoregressive model: its weights are the base's.
-        texts: Continuations.
-        rows: Rows of the base's vocabulary.
-        batch_size: Continuations per forward.
-        task: Progress to advance by one per continuation.
-
-    Returns:
-        Nats, shape (texts,), float64, and whether greedy decoding writes the continuation, shape
-        (texts,), bool.
-    """
-    nats = torch.zeros(len(texts), dtype=torch.float64)
-    greedy = torch.ones(len(texts), dtype=torch.bool)
-    for numbers, group in _batches(texts, batch_size):
-        batch = _text_batch(group).to(model.device)
-        found, owner, likeliest = next_token_nats(model, batch, rows)
-        sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, owner, found)
-        missed = torch.zeros(len(group)).index_add_(0, owner, (~likeliest).float())
-        nats[numbers], greedy[numbers] = sums, missed == 0
-        if task is not None:
-            task.advance(len(group))
-    return nats, greedy
 
 
 def cut_left(text: Continuation, context: int) -> Continuation:

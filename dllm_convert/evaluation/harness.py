@@ -37,6 +37,7 @@ from dllm_convert.evaluation.ranks import Ranks
 from dllm_convert.evaluation.settings import Settings, find_settings, merge
 from dllm_convert.evaluation.subject import Subject
 from dllm_convert.modeling.published.options import DecodingOptions
+from dllm_convert.sampling.packing import packed_linears
 
 _DECODING = {field.name for field in fields(DecodingOptions)}
 
@@ -203,7 +204,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
         task.advance()
         if not text.scored:
             return True
-        written = self.subject.continue_greedily(text.tokens[: text.start], text.scored)
+        with packed_linears(self.subject.model):
+            written = self.subject.continue_greedily(text.tokens[: text.start], text.scored)
         return written == text.tokens[text.start :]
 
     def loglikelihood_rolling(
@@ -292,7 +294,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             options["temperature"] = 0.0
         started = time.monotonic()
         length = self._length(asked)
-        written = self.subject.write(prompts, length, seeds, self.context, **options)
+        with packed_linears(self.subject.model):
+            written = self.subject.write(prompts, length, seeds, self.context, **options)
         self.effort.writing_seconds += time.monotonic() - started
         self.effort.new_tokens += sum(written.new_tokens)
         self.effort.forwards += written.forwards

@@ -16,7 +16,7 @@ MODELING_FILE = "modeling_dllm.py"
 
 _MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
-    "attention.py",
+    "masks.py",
     "ends.py",
     "inputs.py",
     "limits.py",
@@ -24,7 +24,6 @@ _PARTS = (
     "choosing.py",
     "canvas.py",
     "cache.py",
-    "packing.py",
     "rope.py",
     "reading.py",
     "decoding.py",

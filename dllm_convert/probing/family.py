@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from dllm_convert.errors import UnsupportedError
+from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.probing import measure
 from dllm_convert.probing.facts import Stored, declare
 from dllm_convert.probing.instance import Instance, full_config, stock_name
@@ -48,7 +49,7 @@ def measure_family(
             adapter = declare(config, values, instance, targets, opened, narrow, tensors, stored)
     except UnsupportedError as error:
         reason = error.message
-    except measure.BROKEN as error:
+    except BROKEN as error:
         reason = f"the opened instance could not be built ({_first_line(error)})"
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     seconds = round(time.monotonic() - started, 2)
@@ -59,14 +60,14 @@ def measure_family(
 def _full(values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return full_config(values)
-    except measure.BROKEN as error:
+    except BROKEN as error:
         raise UnsupportedError(f"its config cannot be read ({_first_line(error)})") from error
 
 
 def _instance(config: PreTrainedConfig) -> Instance:
     try:
         return Instance.of(config)
-    except measure.BROKEN as error:
+    except BROKEN as error:
         raise UnsupportedError(
             f"no small instance could be built ({_first_line(error)})"
         ) from error

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.modeling.published.attention import StreamMask, document_mask
 from dllm_convert.modeling.published.cache import BlockCache
 from dllm_convert.probing.influence import by_layer, whole
@@ -25,20 +25,6 @@ LENGTH, BLOCK = 23, 5
 TOLERANCE = 1e-4
 """Share of the largest logit by which equal passes may differ."""
 BOTH, MDLM, BD3LM = ("mdlm", "bd3lm"), ("mdlm",), ("bd3lm",)
-
-BROKEN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What a class that is not made for a question raises."""
 
 Answer = tuple[bool, str, str]
 

@@ -22,6 +22,7 @@ from dllm_convert.modeling.converted_config import check_converted_config, diffu
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids
+from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.sampling.watch.frames import Recorder
 from dllm_convert.sampling.watch.pieces import TokenText
@@ -118,14 +119,15 @@ def decode_samples(
     given = {name: value for name, value in options.items() if value is not None}
     started = time.monotonic()
     try:
-        output = model.generate(
-            torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            seed=seed,
-            observer=observer,
-            return_dict_in_generate=True,
-            **given,
-        )
+        with packed_linears(model):
+            output = model.generate(
+                torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                seed=seed,
+                observer=observer,
+                return_dict_in_generate=True,
+                **given,
+            )
     except ContextError as error:
         what, _, advice = str(error).partition(": ")
         raise DataError(what, hint=advice.capitalize()) from error

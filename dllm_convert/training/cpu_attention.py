@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dllm_convert.modeling.published.attention import TILED
-
+TILED = "dllm_tiles"
+"""Name of this attention in transformers; its masks are those of sdpa."""
 _LOG2_E = math.log2(math.e)
 # Powers of two take a third of the time of powers of e, and no more where they underflow.
 

@@ -12,18 +12,34 @@ import torch
 from conversion import convert
 from diffusion.toys import MASK, Table, exact_bound, masked_loss, tiny_model
 
-from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion.likelihood import next_token_nats
+from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.evaluation.continuation import (
     Continuation,
     Estimator,
     cut_left,
-    score_autoregressive,
     score_round,
 )
 from dllm_convert.modeling.loading import load_model
 
 WORDS, LENGTH = 5, 5
 TOKENS = (1, 3, 0, 2, 4)
+
+
+@torch.no_grad()
+def score_autoregressive(
+    model: Any, texts: list[Continuation], rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of each continuation read through a causal mask, and whether it is the likeliest."""
+    nats, greedy = [], []
+    for text in texts:
+        tokens = torch.tensor([text.tokens])
+        index = torch.arange(tokens.shape[1])[None]
+        batch = TextBatch(tokens, torch.zeros_like(tokens), index, index >= text.start)
+        found, _, likeliest = next_token_nats(model, batch, rows)
+        nats.append(found.sum())
+        greedy.append(likeliest.all())
+    return torch.stack(nats).double(), torch.stack(greedy)
 
 
 class OnCpu(Table):
@@ -145,7 +161,7 @@ def test_the_base_is_scored_as_the_base(family: str, tmp_path: Path, source_cach
     plan = convert(source, tmp_path / "out", "bd3lm", block=4)
     model = load_model(tmp_path / "out", plan.adapter)
     texts = [Continuation((20, 30, 40, 50, 60, 70), 2, 0), Continuation((21, 22, 23), 1, 1)]
-    found, greedy = score_autoregressive(model, texts, base.config.vocab_size, batch_size=2)
+    found, greedy = score_autoregressive(model, texts, base.config.vocab_size)
     for text, nats in zip(texts, found, strict=True):
         logits = base(torch.tensor([text.tokens])).logits[0].log_softmax(-1).double()
         at = range(text.start, len(text.tokens))

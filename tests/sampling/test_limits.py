@@ -142,14 +142,12 @@ def test_how_sure_the_model_is_does_not_depend_on_what_is_drawn(
 
 
 def test_greedy_decoding_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dllm_convert.modeling.published import choosing
-
     calls: list[int] = []
     softmax = torch.Tensor.softmax
     monkeypatch.setattr(
         torch.Tensor, "softmax", lambda x, dim: (calls.append(len(x)), softmax(x, dim))[1]
     )
-    monkeypatch.setattr(choosing, "_draw_tokens", lambda *_: pytest.fail("a token was drawn"))
+    monkeypatch.setattr(torch, "multinomial", lambda *_: pytest.fail("a token was drawn"))
     options = DecodingOptions(MASK, 8)
     rate_tokens(torch.randn(6, WORDS), [6], options, [None], make_warpers(options))
     assert calls == [6]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import threading
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,15 @@ from factory import FAMILIES
 from tiny_decoders import DECODERS, prompt, tiny
 from torch import nn
 
-from dllm_convert.modeling.published import packing
-from dllm_convert.modeling.published.packing import available_bytes, can_pack, packed_linears
+from dllm_convert.sampling import packing
+from dllm_convert.sampling.packing import available_bytes, can_pack, packed_linears
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
+
+
+def decode(model: Any, *args: Any, **settings: Any) -> Any:
+    with packed_linears(model):
+        return model.generate(*args, **settings)
 
 
 def replaced(model: nn.Module) -> int:
@@ -38,7 +42,7 @@ def test_the_product_is_that_of_linear(
     layer = nn.Linear(24, 40, bias=bias, dtype=dtype)
     x = torch.randn(*shape, 24, dtype=dtype)
     expected = layer(x)
-    with packed_linears(layer, wanted=True):
+    with packed_linears(layer):
         assert replaced(layer) == 1
         found = layer(x)
     assert replaced(layer) == 0
@@ -51,25 +55,25 @@ def test_the_product_is_that_of_linear(
 def test_every_family_writes_the_same_tokens(family: str) -> None:
     model = tiny(family, block=4 if family in DECODERS else None).float()
     given, settings = prompt(9), {"max_new_tokens": 11, "eos_token_id": None}
-    packed = model.generate(given, **settings)
+    packed = decode(model, given, **settings)
     # Every layer, the head too: fewer would be slower and no test would see it.
-    kept = model._packed_linears._packed
+    kept = packing._KEPT[model]._packed
     assert len(kept) == sum(type(module) is nn.Linear for module in model.modules())
-    plain = model.generate(given, packed_weights=False, **settings)
+    plain = model.generate(given, **settings)
     assert packed.tolist() == plain.tolist()
     assert replaced(model) == 0
 
 
 def test_a_changed_weight_is_packed_anew() -> None:
     model, settings = tiny("llama", block=4).float(), {"max_new_tokens": 8, "eos_token_id": None}
-    before = model.generate(prompt(6), **settings)
+    before = decode(model, prompt(6), **settings)
     with torch.no_grad():
         model.lm_head.weight.neg_()
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(
         -model.model.layers[0].mlp.up_proj.weight.detach()
     )
-    after = model.generate(prompt(6), **settings)
-    assert after.tolist() == model.generate(prompt(6), packed_weights=False, **settings).tolist()
+    after = decode(model, prompt(6), **settings)
+    assert after.tolist() == model.generate(prompt(6), **settings).tolist()
     assert after.tolist() != before.tolist()
 
 
@@ -82,7 +86,7 @@ def test_nothing_is_left_behind_by_a_failure() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.generate(prompt(6), max_new_tokens=8, observer=observe)
+        decode(model, prompt(6), max_new_tokens=8, observer=observe)
     assert during[0] > 10
     assert replaced(model) == 0
     loss = model(prompt(6)).logits.sum()
@@ -93,13 +97,13 @@ def test_nothing_is_left_behind_by_a_failure() -> None:
 def test_two_threads_decode_with_one_model() -> None:
     model = tiny("llama", block=4).float()
     settings = {"max_new_tokens": 24, "eos_token_id": None}
-    expected = [model.generate(prompt(6, seed), **settings).tolist() for seed in range(4)]
+    expected = [decode(model, prompt(6, seed), **settings).tolist() for seed in range(4)]
     found: dict[int, Any] = {}
 
-    def decode(seed: int) -> None:
-        found[seed] = model.generate(prompt(6, seed), **settings).tolist()
+    def run(seed: int) -> None:
+        found[seed] = decode(model, prompt(6, seed), **settings).tolist()
 
-    threads = [threading.Thread(target=decode, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -108,17 +112,17 @@ def test_two_threads_decode_with_one_model() -> None:
     assert replaced(model) == 0
 
 
-def test_copies_pickles_and_saved_models_hold_no_packed_weights(tmp_path: Path) -> None:
+def test_copies_and_saved_models_hold_no_packed_weights(tmp_path: Path) -> None:
     model = tiny("llama", block=4).float()
     names = set(model.state_dict())
-    expected = model.generate(prompt(6), max_new_tokens=8, eos_token_id=None)
+    expected = decode(model, prompt(6), max_new_tokens=8, eos_token_id=None)
     twin = copy.deepcopy(model)
-    assert not twin._packed_linears._packed
+    assert twin not in packing._KEPT
     with torch.no_grad():
         twin.lm_head.weight.neg_()
-    assert model.generate(prompt(6), max_new_tokens=8, eos_token_id=None).equal(expected)
-    assert not twin.generate(prompt(6), max_new_tokens=8, eos_token_id=None).equal(expected)
-    assert not pickle.loads(pickle.dumps(model._packed_linears))._packed
+    assert decode(model, prompt(6), max_new_tokens=8, eos_token_id=None).equal(expected)
+    assert not decode(twin, prompt(6), max_new_tokens=8, eos_token_id=None).equal(expected)
+    assert not [name for name in vars(model) if "packed" in name]
     assert set(model.state_dict()) == names
     model.save_pretrained(tmp_path)
     assert "packed" not in (tmp_path / "config.json").read_text()
@@ -129,10 +133,10 @@ def test_too_little_memory_packs_nothing(room: int, monkeypatch: pytest.MonkeyPa
     layer = nn.Linear(24, 40, bias=False)
     # A quarter of it holds less than the 3,840 bytes of this weight.
     monkeypatch.setattr(packing, "available_bytes", lambda: room * 4)
-    with packed_linears(layer, wanted=True):
+    with packed_linears(layer):
         assert replaced(layer) == 0
     monkeypatch.setattr(packing, "available_bytes", lambda: 4 * 3840)
-    with packed_linears(layer, wanted=True):
+    with packed_linears(layer):
         assert replaced(layer) == 1
 
 
@@ -157,13 +161,11 @@ def test_what_is_not_a_plain_float_layer_is_left_alone() -> None:
     others = nn.ModuleList(
         [Special(8, 8), nn.Linear(8, 8).double(), nn.Linear(8, 8).half(), hooked]
     )
-    with packed_linears(others, wanted=True):
+    with packed_linears(others):
         assert replaced(others) == 1
     assert vars(hooked)["forward"] is original
     plain = nn.Linear(8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears(plain, wanted=True):
-        assert replaced(plain) == 0
-    with packed_linears(plain, wanted=False):
+    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears(plain):
         assert replaced(plain) == 0
 
 

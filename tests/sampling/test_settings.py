@@ -47,7 +47,7 @@ def test_names_are_those_of_decoding() -> None:
     assert tuple(decoding.Unmasking) == ORDERS
     assert tuple(decoding.Remasking) == REMASKING
     inside = {"mask_token_id", "block_size", "token_shift", "eos_token_ids", "pad_token_id"}
-    inside |= {"seeds", "noise_tokens", "causal_context", "packed_weights", "suppress_tokens"}
+    inside |= {"seeds", "noise_tokens", "causal_context", "suppress_tokens"}
     settings = {field.name for field in fields(DecodingOptions)} - inside
     assert decoding.FLAGS.keys() == settings
     assert set(fields_of("generation")) == settings

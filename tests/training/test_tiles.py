@@ -16,10 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_convert.modeling.loading import load_model
-from dllm_convert.modeling.published.attention import TILED
 from dllm_convert.training import cpu_attention as module
 from dllm_convert.training.checkpointing import checkpoint_activations
-from dllm_convert.training.cpu_attention import register_tiles, tiled_attention, tiles
+from dllm_convert.training.cpu_attention import TILED, register_tiles, tiled_attention, tiles
 from dllm_convert.training.setup import attention_implementation
 
 

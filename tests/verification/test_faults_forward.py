@@ -70,8 +70,8 @@ def test_flex_attention_left_causal(llama: Any, monkeypatch: pytest.MonkeyPatch)
 def test_eager_attention_without_its_mask(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = DiffusionMixin._in_form
 
-    def forget(self: Any, mask: Any, tokens: Any) -> Any:
-        found = real(self, mask, tokens)
+    def forget(self: Any, mask: Any) -> Any:
+        found = real(self, mask)
         return found * 0 if self.config._attn_implementation == "eager" else found
 
     monkeypatch.setattr(DiffusionMixin, "_in_form", forget)

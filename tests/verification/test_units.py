@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
-from dllm_convert.modeling.published.attention import block_causal_mask
+from dllm_convert.modeling.published.masks import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint
 from dllm_convert.verification.catalogue import CATALOGUE
 from dllm_convert.verification.instruments.divergence import Trace

@@ -1,4 +1,4 @@
-"""Attention masks as functions of indices: bidirectional, block-causal, two-stream training.
+"""Attention masks of training and scoring, as functions of indices. They do not travel.
 
 Every function returns a boolean tensor of shape (batch, 1, queries, keys), True where the query may
 look. Block diffusion's masks are those of BD3LM (arXiv 2503.09573, section 4 and figure 3).
@@ -12,32 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-
-def _see_self(mask: torch.Tensor) -> torch.Tensor:
-    # A padded query that sees nothing turns a softmax into NaN; seeing itself is harmless, since
-    # nobody looks at it.
-    queries, keys = mask.shape[-2:]
-    own = torch.arange(queries, device=mask.device) + (keys - queries)
-    diagonal = own[:, None] == torch.arange(keys, device=mask.device)[None, :]
-    return (mask | diagonal).unsqueeze(1)
-
-
-def block_causal_mask(
-    positions: torch.Tensor, valid: torch.Tensor, block_size: int, queries: int
-) -> torch.Tensor:
-    """Causal across blocks, bidirectional inside a block.
-
-    Args:
-        positions: Position of each key in its text, counted from 0, shape (batch, keys), int.
-        valid: False at padding, shape (batch, keys), bool.
-        block_size: Tokens per block.
-        queries: The last `queries` keys are also the queries.
-
-    Returns:
-        Boolean mask, shape (batch, 1, queries, keys).
-    """
-    block = positions // block_size
-    return _see_self((block[:, -queries:, None] >= block[:, None, :]) & valid[:, None, :])
+from .masks import see_self
 
 
 def document_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -50,7 +25,7 @@ def document_mask(segments: torch.Tensor) -> torch.Tensor:
         Boolean mask, shape (batch, 1, length, length).
     """
     same = segments[:, :, None] == segments[:, None, :]
-    return _see_self(same & (segments >= 0)[:, None, :])
+    return see_self(same & (segments >= 0)[:, None, :])
 
 
 def causal_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -67,9 +42,6 @@ def causal_mask(segments: torch.Tensor) -> torch.Tensor:
 
 
 CLEAN, UNUSED = 0, -1
-
-TILED = "dllm_tiles"
-"""Name of training's own attention on a CPU; its masks are those of sdpa."""
 
 
 @dataclass(frozen=True)

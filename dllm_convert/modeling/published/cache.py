@@ -28,17 +28,9 @@ class BlockLayer(DynamicLayer):
         visible: int,
         room: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write states (batch, heads, n, head_dim) from column `first` on, or at `columns`.
+        """Write states (batch, heads, n, width) from column `first` on, or at `columns` (batch, n).
 
-        Args:
-            states: New keys and values.
-            first: Column of the first one in every row.
-            columns: Columns of each row, shape (batch, n), instead of `first`.
-            visible: Columns to return.
-            room: Columns the buffers are made with.
-
-        Returns:
-            Keys and values, views of shape (batch, heads, visible, head_dim).
+        Returns views of the first `visible` columns; new buffers have `room` of them.
         """
         buffers = self.buffers
         if buffers is None or buffers[0].shape[-2] < visible:
@@ -96,11 +88,9 @@ class BlockCache(Cache):
         self._visible = 0
 
     def place(self, columns: torch.Tensor, visible: int | None = None) -> None:
-        """Say where the states of the next forwards go, instead of behind the clean tokens.
+        """Say at which columns (batch, n) the states of the next forwards go.
 
-        Args:
-            columns: Column of each new state, shape (batch, n).
-            visible: Columns these forwards read; by default up to the last one written.
+        They read the first `visible` columns, by default up to the last one written.
         """
         first = columns[:, 0].tolist()
         level = min(first) == max(first) and columns.shape[1] == int(columns[0, -1]) - first[0] + 1
@@ -125,15 +115,13 @@ class BlockCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(BlockLayer())
         layer: Any = self.layers[layer_idx]
-        states = (key_states, value_states)
-        if self._first is not None:
-            seen = layer.write(states, self._first, self._columns, self._visible, self.room)
-        else:
-            first = layer.get_seq_length()
-            seen = layer.write(states, first, None, first + key_states.shape[-2], self.room)
+        first, columns, visible = self._first, self._columns, self._visible
+        if first is None:
+            first, columns = layer.get_seq_length(), None
+            visible = first + key_states.shape[-2]
+        keys, values = layer.write((key_states, value_states), first, columns, visible, self.room)
         if not self.frozen:
-            layer.keep(seen[0].shape[-2])
-        keys, values = seen
+            layer.keep(visible)
         return keys, values
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:

@@ -23,15 +23,8 @@ from .options import Decoded, DecodingOptions, Observer, Progress
 class Canvas:
     """Prompts and new tokens of a batch, and one denoising step on any part of them.
 
-    Args:
-        prompts: Right-padded prompts, shape (batch, longest); masks in them are to be written too.
-        lengths: Tokens of each prompt, shape (batch,).
-        options: Decoding options.
-        limits: Columns each row has, shape (batch,); at least prompt and new tokens.
-        observer: Called by `show`.
-
     Attributes:
-        limits: As given.
+        limits: Columns each row has, shape (batch,); at least prompt and new tokens.
         tokens: Shape (batch, width), the mask where nothing is written.
         masked: Where something is to be written, shape (batch, width), bool.
         rows: Rows still being written, shape (rows,).
@@ -107,27 +100,21 @@ class Canvas:
         limits = self.limits[self.rows]
         return torch.cat([limits, limits]) if self.options.guided else limits
 
-    def begin(self, masked: torch.Tensor, beginning: torch.Tensor | None = None) -> None:
-        """Start counting the steps of a block, or of the text.
+    def begin(self, masked: torch.Tensor, beginning: torch.Tensor) -> None:
+        """Start counting the steps of a block, or of the text, that write `masked` (rows, n).
 
-        Args:
-            masked: What the steps are to write, shape (rows, n), bool.
-            beginning: Active rows for which this holds, shape (rows,), bool; None: all.
+        So in the active rows that are `beginning` (rows,).
         """
-        rows = self.rows if beginning is None else self.rows[beginning]
-        count = (masked if beginning is None else masked[beginning]).sum(-1)
+        rows, count = self.rows[beginning], masked[beginning].sum(-1)
         steps = self.options.max_denoising_steps
         self._budget[rows] = count if steps is None else torch.full_like(count, steps)
         self._used[rows] = 0
 
     def denoise(self, logits: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor) -> None:
-        """Commit what this step commits.
+        """Commit what this step commits, of the `columns` that are `masked`, each (rows, width).
 
-        Args:
-            logits: Of the masked positions, row after row, shape (n, vocab); with guidance the
-                same without the prompt behind them, (2 * n, vocab). Written over.
-            columns: Columns looked at, shape (rows, width).
-            masked: Which of them can be written, shape (rows, width), bool.
+        `logits` (n, vocab) are of the masked, row after row, and written over; with guidance those
+        without the prompt follow, (2 * n, vocab).
         """
         options = self.options
         logits = logits.float()
@@ -170,10 +157,7 @@ class Canvas:
         """Which active rows need no further forward, shape (rows,), bool.
 
         A row is done when everything before its end is written: `max_new_tokens`, or the first
-        end-of-text token among the new ones.
-
-        Args:
-            settled: Rows from which remasking takes nothing back any more, shape (rows,), bool.
+        end-of-text token among the new ones, if remasking leaves it (`settled`, (rows,)).
         """
         stop = self.ends[self.rows, None]
         if len(self._eos):

@@ -58,12 +58,8 @@ def row_generators(
 ) -> Generators:
     """Return a generator per row, or None per row without seeds.
 
-    Args:
-        rows: Rows of the batch.
-        options: Decoding options.
-        device: Where numbers are drawn.
-        tokens: Tokens have generators of their own: what else is drawn, such as a random order, is
-            then the same with and without a temperature.
+    Tokens have generators of their own: what else is drawn, such as a random order, is then the
+    same with and without a temperature.
     """
     if not options.seeds:
         return [None] * rows
@@ -114,16 +110,6 @@ def draw_uniform(
     return drawn
 
 
-def _draw_tokens(
-    probabilities: torch.Tensor, counts: list[int], generators: Generators
-) -> torch.Tensor:
-    token = torch.empty(len(probabilities), dtype=torch.int64, device=probabilities.device)
-    for piece, generator in _pieces(counts, generators):
-        drawn = torch.multinomial(probabilities[piece], 1, generator=generator)
-        token[piece] = drawn.squeeze(-1)
-    return token
-
-
 def show_noise(
     tokens: torch.Tensor, masked: torch.Tensor, options: DecodingOptions, generators: Generators
 ) -> torch.Tensor:
@@ -135,13 +121,6 @@ def show_noise(
     shown = tokens.clone()
     shown[masked] = drawn + (drawn >= options.mask_token_id).long()
     return shown
-
-
-def _rows_at_once(logits: torch.Tensor) -> int:
-    # All probabilities of a batch are tens of megabytes, which on a CPU are written to memory, and
-    # often to pages fresh from the system, for one number of each row.
-    rows = len(logits) if logits.device.type != "cpu" else _PIECE // logits.shape[-1]
-    return max(1, rows)
 
 
 def _describe(
@@ -162,16 +141,15 @@ def _rate(
     logits: torch.Tensor, token: torch.Tensor | None, options: DecodingOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # Confidence in the tokens drawn, or in the likeliest; entropy and margin.
-    rows = _rows_at_once(logits)
-    pieces = (part.softmax(-1) for part in torch.split(logits, rows))
-    if token is None:
-        parts = [(part.amax(-1), *_describe(part, options)) for part in pieces]
-    else:
-        drawn = torch.split(token[:, None], rows)
-        parts = [
-            (part.gather(-1, chosen).squeeze(-1), *_describe(part, options))
-            for part, chosen in zip(pieces, drawn, strict=True)
-        ]
+    # All probabilities of a batch are tens of megabytes, which on a CPU are written to memory, and
+    # often to pages fresh from the system, for one number of each row.
+    rows = len(logits) if logits.device.type != "cpu" else _PIECE // logits.shape[-1]
+    parts = []
+    for first in range(0, max(1, len(logits)), max(1, rows)):
+        piece = slice(first, first + max(1, rows))
+        part = logits[piece].softmax(-1)
+        sure = part.amax(-1) if token is None else part.gather(-1, token[piece, None]).squeeze(-1)
+        parts.append((sure, *_describe(part, options)))
     confidence, entropy, margin = map(torch.cat, zip(*parts, strict=True))
     return confidence, entropy, margin
 
@@ -191,14 +169,7 @@ def rate_tokens(
     (arXiv 2502.09992) and Fast-dLLM (arXiv 2505.22618), where noise and temperature decide the
     token only. So a draw that is left a single token is greedy decoding, and an unlikely token that
     was drawn is not one the model is sure of. Guidance is part of `logits`: it makes another model.
-
-    Args:
-        logits: Shape (n, vocab), positions row after row; the mask's are overwritten.
-        counts: Positions of each row.
-        options: Decoding options.
-        generators: One per row.
-        warpers: From `make_warpers`.
-        token_generators: One per row, to draw tokens from; by default the same.
+    `logits` (n, vocab) are row after row, `counts` of each row; the mask's are overwritten.
     """
     logits[:, options.mask_token_id] = -torch.inf
     token = None
@@ -206,7 +177,11 @@ def rate_tokens(
         empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
         # Below the largest: a cold temperature overflows nothing.
         warped = warpers(empty, logits - logits.amax(-1, keepdim=True))
-        token = _draw_tokens(warped.softmax(-1), counts, token_generators or generators)
+        likely = warped.softmax(-1)
+        token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+        for piece, generator in _pieces(counts, token_generators or generators):
+            drawn = torch.multinomial(likely[piece], 1, generator=generator)
+            token[piece] = drawn.squeeze(-1)
     confidence, entropy, margin = _rate(logits, token, options)
     score = confidence
     if options.unmasking == "margin":
@@ -231,16 +206,8 @@ def choose_commits(
     """Choose which masked positions become final.
 
     Each row commits its `quota` best positions and, with a threshold, every other position that
-    reaches it; with a bound on the entropy, as many of the best as keep to it.
-
-    Args:
-        ratings: Of the masked positions, row after row.
-        masked: Where something can be written, shape (batch, length), bool.
-        quota: Positions to commit at least, shape (batch,).
-        options: Decoding options.
-
-    Returns:
-        Shape (batch, length), bool.
+    reaches it; with a bound on the entropy, as many of the best as keep to it. `ratings` are of the
+    `masked` positions (batch, length), row after row; what is returned has that shape.
     """
 
     def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
@@ -266,13 +233,9 @@ def choose_remasked(
     options: DecodingOptions,
     generators: Generators,
 ) -> torch.Tensor:
-    """Choose which tokens are taken back, shape (batch, length), bool.
+    """Choose which of the `written` tokens are taken back, each (batch, length).
 
-    Args:
-        confidence: With which each token was written, shape (batch, length).
-        written: Tokens that may be taken back, shape (batch, length), bool.
-        options: Decoding options with `remasking`.
-        generators: One per row.
+    `confidence` is what each was written with.
     """
     counts = written.sum(-1)
     doubt = -confidence

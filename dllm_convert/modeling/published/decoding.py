@@ -23,17 +23,8 @@ def decode_canvas(
 ) -> Decoded:
     """MDLM decoding (LLaDA, arXiv 2502.09992): all new positions start masked and are filled in.
 
-    Masks in the prompts are filled in as well. Rows that are done leave the batch.
-
-    Args:
-        model: A diffusion model.
-        prompts: Right-padded prompts, shape (batch, width).
-        lengths: Tokens of each prompt, shape (batch,).
-        options: Decoding options; `block_size` is not used.
-        observer: Called at the start and after every forward.
-
-    Returns:
-        New tokens and counts.
+    Prompts (batch, width) are right-padded, `lengths` (batch,) counts their tokens; masks in them
+    are filled in as well. Rows that are done leave the batch.
     """
     canvas = Canvas(prompts, lengths, options, lengths + options.max_new_tokens, observer)
     reader = CanvasReader(model, canvas)
@@ -77,17 +68,7 @@ def decode_blocks(
     the first decoded block; a prompt with masks is decoded from its first masked block on. Every
     row is at a block of its own: in one forward some are denoised and others, whose block is
     written, extend the cache; where all are written, the forward that extends the cache denoises
-    the next blocks as well. Rows that are done leave the batch.
-
-    Args:
-        model: A diffusion model.
-        prompts: Right-padded prompts, shape (batch, width).
-        lengths: Tokens of each prompt, shape (batch,).
-        options: Decoding options with `block_size`.
-        observer: Called after the prompt and after every denoising forward.
-
-    Returns:
-        New tokens and counts.
+    the next blocks as well. Arguments are those of `decode_canvas`.
     """
     size = options.block_size or 1
     limits = (lengths + options.max_new_tokens + size - 1) // size * size

@@ -10,15 +10,7 @@ from typing import Any
 
 
 def read_ids(value: Any, name: str = "eos_token_id") -> tuple[int, ...]:
-    """Return the ids that a field of a config names, each once; a negative one stands for none.
-
-    Args:
-        value: An id, several of them, or None.
-        name: What an error calls the field.
-
-    Raises:
-        ValueError: It is anything else, such as a number with a point or a text.
-    """
+    """Return the ids that a field of a config names, each once; None and negative ones are none."""
     given = value.tolist() if hasattr(value, "tolist") else value
     several = isinstance(given, list | tuple | set | frozenset)
     values = () if given is None else tuple(given) if several else (given,)

@@ -18,26 +18,14 @@ def given_prompts(
     attention_mask: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return prompts (batch, length) and where they have tokens, 1 or 0, of the same shape.
-
-    Args:
-        inputs: Prompts.
-        input_ids: The same by its other name.
-        attention_mask: 1 at tokens; None where there is no padding.
-        token_type_ids: Kinds of the tokens, of which one alone is known: 0.
-
-    Raises:
-        ValueError: There are no prompts, two, or none of that shape; a token is of another kind.
-    """
+    """Return prompts (batch, length) and where they have tokens, 1 or 0, of the same shape."""
     if inputs is not None and input_ids is not None:
         raise ValueError("inputs and input_ids are the same: give one of them")
     prompts = input_ids if inputs is None else inputs
     if prompts is None:
         raise ValueError("give input_ids: a prompt of at least one token")
     if not isinstance(prompts, torch.Tensor) or prompts.dim() != 2 or prompts.is_floating_point():
-        shape = (
-            tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else type(prompts).__name__
-        )
+        shape = tuple(getattr(prompts, "shape", ())) or type(prompts).__name__
         raise ValueError(f"input_ids is {shape}, expected token ids of shape (batch, length)")
     mask = torch.ones_like(prompts) if attention_mask is None else attention_mask.long()
     for name, other in (("attention_mask", mask), ("token_type_ids", token_type_ids)):
@@ -53,13 +41,9 @@ def given_prompts(
 
 
 def left_open(prompts: torch.Tensor, mask: torch.Tensor, closing: Any) -> torch.Tensor:
-    """Return the mask without what a tokenizer put behind every text, shape (batch, length).
+    """Return the mask (batch, length) without the `closing` ids behind the text of each prompt.
 
-    Args:
-        prompts: Shape (batch, length), padded on either side.
-        mask: 1 at tokens, shape (batch, length).
-        closing: What the tokenizer puts there, None or empty for nothing. A prompt of nothing else
-            is left as it is.
+    A prompt of nothing else is left as it is.
     """
     ids = read_ids(closing, "closing_token_ids")
     count = len(ids)

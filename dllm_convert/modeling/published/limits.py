@@ -43,16 +43,9 @@ def has_position_table(model: Any) -> bool:
 
 
 def check_context(model: Any, lengths: torch.Tensor, new: int, block_size: int | None) -> None:
-    """Look whether the longest prompt and the new tokens fit into the context.
+    """Look whether the longest prompt and the new tokens, in whole blocks, fit into the context.
 
-    Args:
-        model: A diffusion model.
-        lengths: Tokens of each prompt, shape (batch,).
-        new: Tokens to write.
-        block_size: Tokens per block: text is written in whole ones.
-
-    Raises:
-        ContextError: They do not, and positions are looked up in a table.
+    Raises a ContextError if not and positions are looked up in a table; else it warns.
     """
     longest = max(lengths.tolist(), default=0)
     context, total = context_of(model), longest + new

@@ -21,18 +21,18 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaForMaskedLM,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import TILED, block_causal_mask
 from .decoding import decode_blocks, decode_canvas
 from .inputs import given_prompts, left_open
 from .limits import check_context
+from .masks import block_causal_mask
 from .options import Observer
 from .output import DiffusionOutput, put_together
-from .packing import packed_linears
 from .rope import own_lengths
 from .settings import decoding_options
-from .streaming import decode_streamed
+from .streaming import StreamerFeed
 
 MIN_TRANSFORMERS = "5.2.0"
 
@@ -152,16 +152,12 @@ class DiffusionMixin:
     ) -> tuple[Any, torch.Tensor]:
         """Return the mask as the attention implementation takes it, and positions."""
         batch, length = tokens.shape[:2]
+        counted = torch.arange(cached + length, device=tokens.device).expand(batch, -1)
         if attention_mask is not None and len(attention_mask.shape) == 4:
-            if position_ids is None:
-                position_ids = torch.arange(cached, cached + length, device=tokens.device).expand(
-                    batch, -1
-                )
-            return self._in_form(attention_mask, tokens), position_ids
-        if attention_mask is None and position_ids is not None and not cached:
-            every = position_ids.expand(batch, -1)
-        elif attention_mask is None:
-            every = torch.arange(cached + length, device=tokens.device).expand(batch, -1)
+            positions = counted[:, cached:] if position_ids is None else position_ids
+            return self._in_form(attention_mask), positions
+        if attention_mask is None:
+            every = counted if position_ids is None or cached else position_ids.expand(batch, -1)
         else:
             every = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = every[:, -length:] if position_ids is None else position_ids.expand(batch, -1)
@@ -170,9 +166,9 @@ class DiffusionMixin:
             return attention_mask, positions
         valid = torch.ones_like(every) if attention_mask is None else attention_mask
         mask = block_causal_mask(every, valid.bool(), block_size, length)
-        return self._in_form(mask, tokens), positions
+        return self._in_form(mask), positions
 
-    def _in_form(self, mask: Any, tokens: torch.Tensor) -> Any:
+    def _in_form(self, mask: Any) -> Any:
         """Turn a boolean mask (batch, 1, q, k) into what eager or flex attention reads."""
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             return mask
@@ -182,15 +178,10 @@ class DiffusionMixin:
             return closed.masked_fill_(~mask, torch.finfo(self.dtype).min)
         if implementation == "flex_attention":
             batch, _, queries, keys = mask.shape
-            return create_block_mask(
-                lambda b, _, q, k: mask[b, 0, q, k],
-                batch,
-                None,
-                queries,
-                keys,
-                device=str(mask.device),
-            )
-        if implementation not in ("sdpa", TILED):
+            rule, device = lambda b, _, q, k: mask[b, 0, q, k], str(mask.device)
+            return create_block_mask(rule, batch, None, queries, keys, device=device)
+        # Whoever has its masks made as sdpa does reads any boolean one.
+        if ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is not sdpa_mask:
             raise ValueError(
                 f"{implementation} takes no arbitrary mask; load this model with "
                 'attn_implementation="sdpa", "eager" or "flex_attention"'
@@ -259,8 +250,12 @@ class DiffusionMixin:
                     "and no mask in its place"
                 )
         decode = decode_blocks if options.block_size else decode_canvas
-        with packed_linears(self, wanted=options.packed_weights):
-            decoded = decode_streamed(decode, self, packed, lengths, options, observer, streamer)
+        if streamer is not None:
+            width = int(lengths[0]) if rows else 0
+            observer = streamer = StreamerFeed(streamer, packed[:, :width], options, observer)
+        decoded = decode(self, packed, lengths, options, observer)
+        if streamer is not None:
+            streamer.finish(decoded.rows)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 

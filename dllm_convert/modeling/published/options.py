@@ -63,8 +63,6 @@ class DecodingOptions:
         block_length: MDLM writes this many positions at a time from left to right (LLaDA).
         approximate_cache: MDLM reads what lies outside the current `block_length` positions from
             states kept since their first forward (Fast-dLLM's dual cache). Not exact.
-        packed_weights: On a CPU, keep a second copy of the linear layers' weights in the order in
-            which its kernels read them fastest, where a quarter of the available memory holds it.
         suppress_tokens: Ids that are never written, such as rows that no token has.
         eos_token_ids: Tokens that end a row.
         pad_token_id: Token that fills a row after its end.
@@ -94,7 +92,6 @@ class DecodingOptions:
     guidance_scale: float = 1.0
     block_length: int | None = None
     approximate_cache: bool = False
-    packed_weights: bool = True
     suppress_tokens: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0

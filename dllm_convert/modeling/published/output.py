@@ -39,14 +39,9 @@ def put_together(
     *,
     with_order: bool,
 ) -> DiffusionOutput:
-    """Put what was decoded behind, and into, the prompts as they were given.
+    """Put what was decoded behind, and into, the prompts (batch, length) as they were given.
 
-    Args:
-        prompts: As given, padded on either side, shape (batch, length).
-        mask: 1 at tokens, shape (batch, length).
-        order: Column of `prompts` that each column of `decoded.prompts` came from.
-        decoded: What decoding returned.
-        with_order: Return in which forward each token was committed.
+    `mask` is 1 at their tokens; `order` is the column each of `decoded.prompts` came from.
     """
     given, places = mask.bool(), order[:, : decoded.prompts.shape[1]]
     filled = torch.where(given, prompts.scatter(1, places, decoded.prompts), prompts)

@@ -31,19 +31,23 @@ class CanvasReader:
         canvas, shift = self.canvas, int(self.options.token_shift)
         self.rows = len(masked)
         width = len(canvas.index) if self.cache is not None else masked.shape[1]
+        # Columns that are run, (rows, n): all, or the window alone behind kept states of the rest.
         columns = canvas.index[:width].expand(len(masked), -1)
         first = torch.zeros_like(canvas.rows)
         if self.cache is not None and not everything:
             size = self.options.block_length or 1
+            # With token shift one column more: the one that predicts the window's first token.
             first = canvas.lengths[canvas.rows] + window * size - shift
             steps = torch.arange(size + shift, device=masked.device)
             columns = (first[:, None] + steps).clamp(0, width - 1)
         row, column = masked.nonzero(as_tuple=True)
+        # Flat places in (rows * n) whose logits are wanted; shifted, that of the column before.
         at = row * columns.shape[1] + column - shift - first[row]
         valid = canvas.index[:width] < canvas.ends[canvas.rows, None]
         inputs: dict[str, Any] = {"use_cache": False}
         mask: torch.Tensor | None = None if bool(valid.all()) else valid.long()
         if self.cache is not None:
+            # A mask (rows, 1, n, width): the cache holds columns past a row's end, seen by nobody.
             self.cache.place(_doubled(columns, self.options), width)
             inputs = {"past_key_values": self.cache, "use_cache": True}
             mask = valid[:, None, None].expand(-1, -1, columns.shape[1], -1)
@@ -76,6 +80,7 @@ class BlockReader:
         self.starts = first // size * size
         self.cache = BlockCache(canvas.tokens.shape[1])
         self.cache.frozen = True
+        # With token shift: logits of each row's next first token, (rows, vocab).
         self.previous: torch.Tensor | None = None
         # Other implementations would build a mask of their own where none is given.
         self.may_be_bare = model.config._attn_implementation == "sdpa"
@@ -90,12 +95,15 @@ class BlockReader:
         width = int(self.starts.max())
         if not width:
             return
+        # One forward for all: (rows, width) up to the latest start. What a row has past its own is
+        # rubbish, and is written over when the row's blocks are run.
         columns = self.canvas.index[:width].expand(len(self.starts), -1)
         mask = None
         if self.options.causal_context:
             # The last key a clean query sees is itself.
             seen = columns[:1, :, None] >= columns[:1, None, :]
             mask = _doubled(seen[:, None].expand(len(columns), -1, -1, -1), self.options)
+        # The last clean token of a row predicts the first one of its block.
         last = torch.arange(len(columns), device=columns.device) * width + self.starts - 1
         at = last.clamp(min=0) if self.options.token_shift else last[:0]
         logits = self._run(columns, mask, at, is_prompt=True)
@@ -114,17 +122,19 @@ class BlockReader:
             clean: Rows whose block is written, shape (rows,), bool.
         """
         row, place = masked.nonzero(as_tuple=True)
-        at = row * self.size + place
+        at = row * self.size + place  # flat, in (rows * block)
         if not self.options.token_shift:
             logits = self._run(columns, self._mask(clean), at)
             self._go_on(clean)
             return logits
         begins, ending = place == 0, clean.nonzero().squeeze(-1)
-        # Nothing of this block predicts its first token; that place is kept free.
+        # Nothing of this block predicts its first token; that place is kept free. Behind them, what
+        # predicts the first token after each clean block: its last place.
         wanted = torch.cat([at - (~begins).long(), (ending + 1) * self.size - 1])
         logits = self._run(columns, self._mask(clean), wanted)
         if self.previous is None:
             self.previous = logits.new_zeros(len(_doubled(clean, self.options)), logits.shape[-1])
+        # With guidance logits come twice, (2 * n, vocab): with the prompt, then without.
         found, following = [], []
         streams = 2 if self.options.guided else 1
         for part, previous in zip(logits.chunk(streams), self.previous.chunk(streams), strict=True):
@@ -165,13 +175,16 @@ class BlockReader:
         if self.options.causal_context or not bool(masked.any(-1).all()):
             return None
         row, place = masked.nonzero(as_tuple=True)
+        # Flat, in (rows * 2 blocks); shifted, the written block's last place predicts the first.
         at = row * 2 * self.size + self.size + place - int(self.options.token_shift)
+        # Last column that each query sees, (rows, 2 blocks): the end of its own block.
         last = torch.cat(
             [columns[:, -1:].expand_as(columns), following[:, -1:].expand_as(columns)], 1
         )
         logits = self._run(torch.cat([columns, following], 1), self._seen(last), at)
         if self.options.token_shift:
             parts = logits.chunk(2) if self.options.guided else (logits,)
+            # First tokens are not written yet in these blocks: later steps read them from here.
             first = place == 0
             kept = [part.new_zeros(len(masked), part.shape[-1]) for part in parts]
             for part, previous in zip(parts, kept, strict=True):
@@ -182,6 +195,7 @@ class BlockReader:
 
     def _go_on(self, clean: torch.Tensor) -> None:
         self.starts = self.starts + clean.long() * self.size
+        # Rows stand at different blocks: all have as much as the one furthest behind.
         self.cache.keep(int(self.starts.min()))
 
     def _mask(self, clean: torch.Tensor) -> torch.Tensor | None:

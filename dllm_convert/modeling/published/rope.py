@@ -90,10 +90,7 @@ def _rotate(
 
 
 def depends_on_length(model: Any) -> bool:
-    """Whether a model's rotary frequencies depend on the length; from then on each row has its own.
-
-    Looked up once for a model.
-    """
+    """Whether rotary frequencies depend on the length; from then on each row has its own."""
     known: bool | None = vars(model).get("_length_dependent")
     if known is None:
         found = [module for module in model.modules() if _kinds(module)]
@@ -107,9 +104,7 @@ def depends_on_length(model: Any) -> bool:
 def final_lengths(model: Any, lengths: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Turn each row of the forwards inside by the frequencies of a length.
 
-    Args:
-        model: A diffusion model.
-        lengths: Returns them, shape (rows,), or (1,) for all rows; asked only where it matters.
+    `lengths` returns (rows,) of them, or (1,) for all rows; it is asked only where it matters.
     """
     if not depends_on_length(model):
         yield
@@ -123,12 +118,7 @@ def final_lengths(model: Any, lengths: Callable[[], torch.Tensor]) -> Iterator[N
 
 @contextmanager
 def own_lengths(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Turn each row by its own length, unless somebody knows the final one.
-
-    Args:
-        model: A diffusion model.
-        positions: Position of each token in its text, shape (rows, length).
-    """
+    """Turn each row by its own length, from positions (rows, length), unless the final is known."""
     if _LENGTHS.get() is not None or not depends_on_length(model) or not positions.numel():
         yield
         return

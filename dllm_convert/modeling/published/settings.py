@@ -81,15 +81,7 @@ def set_fields(generation: Any) -> dict[str, Any]:
 
 
 def check_given(config: Any, given: Mapping[str, Any]) -> None:
-    """Refuse fields of a generation config that decoding would ignore.
-
-    Args:
-        config: The model's config.
-        given: The fields that are set.
-
-    Raises:
-        ValueError: A field is unknown, or says of the model what it is not.
-    """
+    """Refuse fields set in a generation config that decoding would ignore, or that contradict."""
     rest = set(given) - _SETTINGS - _ASIDE
     _refuse({name for name in rest if not _does_nothing(name, given[name])})
     for name in _FACTS:
@@ -98,25 +90,11 @@ def check_given(config: Any, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {given[name]}, this model's is {mine}")
 
 
-def _warn_of_own(own: Mapping[str, Any]) -> None:
-    standard = _standard_fields()
-    rest = {name for name in set(own) - _SETTINGS - _ASIDE if name in standard}
-    idle = sorted(name for name in rest if not _does_nothing(name, own[name]))
-    if idle:
-        warnings.warn(
-            f"the generation config has {idle}, which denoising has no use for", stacklevel=4
-        )
-
-
 def _new_tokens(levels: list[Mapping[str, Any]], width: int) -> int:
-    """How many tokens to write: the first level that says so, `max_new_tokens` first of each.
-
-    Raises:
-        ValueError: `max_length` leaves no room behind the prompt.
-    """
+    """How many tokens to write: the first level that says so, `max_new_tokens` first of each."""
     for level in levels:
-        if level.get("max_new_tokens") is not None:
-            new: int = level["max_new_tokens"]
+        new: int | None = level.get("max_new_tokens")
+        if new is not None:
             return new
         longest = level.get("max_length")
         if longest is not None:
@@ -136,8 +114,8 @@ def _temperature(levels: list[Mapping[str, Any]]) -> float:
         if level.get("do_sample") is False and not drawn:
             return 0.0
         drawn = drawn or bool(level.get("do_sample"))
-        if level.get("temperature") is not None:
-            temperature: float = level["temperature"]
+        temperature: float | None = level.get("temperature")
+        if temperature is not None:
             return temperature
     return 1.0 if drawn else 0.0
 
@@ -159,17 +137,12 @@ def decoding_options(
 
     Args:
         config: The model's config, which says what was trained.
-        generation: The checkpoint's generation config; its fields carry the names of
-            `DecodingOptions`.
+        generation: The checkpoint's generation config, its fields named as in `DecodingOptions`.
         rows: Rows of the batch.
         seed: Row r draws from `seed + r`, or from its own in a list.
-        overrides: The call's settings: fields of `DecodingOptions`, `eos_token_id`, `do_sample`,
-            `max_length`.
+        overrides: The call's settings.
         given: A generation config that the call gives.
         width: Columns of the prompts, which `max_length` counts in.
-
-    Raises:
-        ValueError: If a setting is unknown or out of its range.
     """
     unknown = set(overrides) - _SETTINGS
     _refuse({name for name in unknown if not _does_nothing(name, overrides[name])})
@@ -177,7 +150,12 @@ def decoding_options(
     said = {} if given is None else set_fields(given)
     check_given(config, said)
     if given is not None or unknown or set(own) - _SETTINGS - _ASIDE:
-        _warn_of_own(own)
+        rest = (set(own) - _SETTINGS - _ASIDE) & _standard_fields()
+        idle = sorted(name for name in rest if not _does_nothing(name, own[name]))
+        if idle:
+            warnings.warn(
+                f"the generation config has {idle}, which denoising has no use for", stacklevel=3
+            )
     settings = {**dict.fromkeys(_SETTINGS), **own, **said, **overrides}
     settings["max_new_tokens"] = _new_tokens([overrides, said, own], width)
     settings["temperature"] = _temperature([overrides, said, own])

@@ -10,6 +10,7 @@ import torch
 
 from dllm_convert.diffusion.likelihood import nats_at_rate
 from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.verification.observe.observations import DecodingPoint, RatePoint
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -111,15 +112,16 @@ class _Decoded:
 def _decode(model: Any, prompts: Sequence[torch.Tensor], threshold: float | None) -> _Decoded:
     texts, forwards = [], 0
     for prompt in prompts:
-        output = model.generate(
-            prompt.to(model.device),
-            max_new_tokens=NEW_TOKENS,
-            max_denoising_steps=None,
-            confidence_threshold=threshold,
-            temperature=0.0,
-            eos_token_id=(),
-            return_dict_in_generate=True,
-        )
+        with packed_linears(model):
+            output = model.generate(
+                prompt.to(model.device),
+                max_new_tokens=NEW_TOKENS,
+                max_denoising_steps=None,
+                confidence_threshold=threshold,
+                temperature=0.0,
+                eos_token_id=(),
+                return_dict_in_generate=True,
+            )
         texts.append(output.sequences[0, prompt.shape[1] :].cpu())
         forwards += output.forwards
     return _Decoded(tuple(texts), forwards)

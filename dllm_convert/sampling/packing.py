@@ -5,7 +5,8 @@ weights as on multiplying, in every forward. Rearranged once, they are read as t
 (2 cores with AVX-512, float32, 32 rows): 140 to 175 GFLOP/s where `torch.nn.functional.linear`
 reaches 66 to 90.
 
-This module travels inside the published modelling file, so it imports torch only.
+The operations are private ones of torch. So they are used by this tool's own decoding only, while
+it runs; the published file knows nothing of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+_KEPT: WeakKeyDictionary[nn.Module, PackedLinears] = WeakKeyDictionary()
+"""The packed weights of each model, for as long as it lives."""
+_LOCK = Lock()
 _SHARE = 4
 """The second copy of the weights takes at most this part of the memory that is available."""
 
@@ -93,16 +97,13 @@ def _is_eligible(module: nn.Module) -> bool:
 class PackedLinears:
     """The packed weights of one model, made when they are first needed and kept.
 
-    A weight that was changed since is packed anew. Copies and pickles of a model begin without any.
+    A weight that was changed since is packed anew.
     """
 
     def __init__(self) -> None:
         self._lock, self._users = Lock(), 0
         self._packed: WeakKeyDictionary[nn.Linear, _Packed] = WeakKeyDictionary()
         self._replaced: list[nn.Linear] = []
-
-    def __reduce__(self) -> tuple[type[PackedLinears], tuple[()]]:
-        return type(self), ()
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
@@ -144,21 +145,19 @@ class PackedLinears:
 
 
 @contextmanager
-def packed_linears(model: Any, *, wanted: bool) -> Iterator[None]:
-    """Let a model on a CPU read packed weights while the block runs, if wanted and if they fit.
+def packed_linears(model: Any) -> Iterator[None]:
+    """Let a model on a CPU read packed weights while the block runs, if they fit into memory.
 
-    Results differ from those of `torch.nn.functional.linear` by rounding. No gradients.
+    Results differ from those of `torch.nn.functional.linear` by rounding. No gradients. The model
+    is afterwards what it was before; its packed weights are kept beside it for the next time.
 
     Args:
         model: Anything with linear layers.
-        wanted: Whether to do it.
     """
-    if not wanted or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         yield
         return
-    kept = vars(model).get("_packed_linears")
-    if kept is None:
-        kept = PackedLinears()
-        model._packed_linears = kept
+    with _LOCK:
+        kept = _KEPT.setdefault(model, PackedLinears())
     with kept.installed(model):
         yield
