@@ -114,6 +114,8 @@ class Subject:
                 )
             objective = replace(objective, block_size=block_size)
             model.config.block_size = block_size
+            model.config.diffusion = {**model.config.diffusion, "block_size": block_size}
+            model.generation_config.block_size = block_size
         tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
         return cls(
             model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)

@@ -178,6 +178,9 @@ def test_blocks_of_one_have_the_likelihood_of_the_base(
     plan = convert(source, tmp_path / "one", "bd3lm", block=4)
     assert plan.mask.rows_after == plan.mask.rows_before + 1
     model = DiffusionLM(str(tmp_path / "one"), block_size=1, rounds=1, draws=1)
+    config = model.subject.model.config
+    stated = (config.block_size, config.diffusion["block_size"])
+    assert {*stated, model.subject.model.generation_config.block_size} == {1}
     base = HFLM(pretrained=str(source), dtype="float32", device="cpu", batch_size=2)
     pairs = [
         ("The value of a name", " is an object"),
