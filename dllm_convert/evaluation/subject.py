@@ -98,12 +98,11 @@ class Subject:
             DataError: There is no such checkpoint.
             IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
         """
-        from dllm_convert.modeling.loading import load_model
+        from dllm_convert.modeling.loading import device_and_dtype, load_model
 
         config = read_config(folder)
         adapter = check_converted_config(config, folder)
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+        where, kind = device_and_dtype(device, dtype)
         model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
         objective = Objective.from_config(model.config)
         if block_size is not None:

@@ -273,10 +273,9 @@ def load_checkpoint(folder: Path, model_type: str) -> tuple[Any, Any]:
         folder: Converted checkpoint.
         model_type: Its family, as config.json names it.
     """
-    from dllm_convert.modeling.loading import load_model
+    from dllm_convert.modeling.loading import device_and_dtype, load_model
 
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = load_model(folder, adapter_of(read_config(folder)), dtype=dtype)
+    device, dtype = device_and_dtype()
+    model = load_model(folder, adapter_of(read_config(folder)), dtype=getattr(torch, dtype))
     tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-    return model.to("cuda") if on_gpu else model, tokenizer
+    return model.to(device), tokenizer
