@@ -134,17 +134,16 @@ def base_of(folder: Path, manifest: Mapping[str, Any]) -> Base:
         origin=origin if is_model_id(origin) else None,
         revision=revision if repo_id and COMMIT.fullmatch(str(revision)) else None,
         file=None if repo_id else file,
-        sha256=_sha256(manifest) if source.get("kind") == "gguf" else None,
+        sha256=_sha256(source) if source.get("kind") == "gguf" else None,
         licence=_licence(folder, source, repo_id),
         languages=language_codes((languages,) if isinstance(languages, str) else tuple(languages)),
     )
 
 
-def _sha256(manifest: Mapping[str, Any]) -> str | None:
-    """Return the digest under which the dequantised weights were cached."""
-    found = [stage for stage in manifest.get("stages") or () if stage.get("name") == "materialise"]
-    folder = last_part(str((found[0].get("result") or {}).get("folder", ""))) if found else ""
-    return folder if _SHA256.fullmatch(folder) else None
+def _sha256(source: Mapping[str, Any]) -> str | None:
+    """Return the digest of the one file that was read, None if it is not recorded."""
+    digests = [str(digest) for digest in (source.get("files") or {}).values()]
+    return digests[0] if len(digests) == 1 and _SHA256.fullmatch(digests[0]) else None
 
 
 def _licence(folder: Path, source: Mapping[str, Any], repo_id: str | None) -> Licence:

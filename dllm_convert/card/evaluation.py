@@ -85,7 +85,9 @@ def evaluation_of(folder: Path, section: Mapping[str, Any] | None) -> Evaluation
         return None
     text = section.get("text") or {}
     return Evaluation(
-        scores=tuple(_score(row, section["tasks"]) for row in section.get("results") or ()),
+        scores=tuple(
+            _score(row, section.get("tasks") or {}) for row in section.get("results") or ()
+        ),
         sweep=tuple(section.get("sweep") or ()),
         effort=(section.get("effort") or {}).get("after") or {},
         settings=section["settings"],
@@ -97,7 +99,8 @@ def evaluation_of(folder: Path, section: Mapping[str, Any] | None) -> Evaluation
 
 
 def _nats(measured: Mapping[str, Any] | None) -> float | None:
-    return float(measured["nats_per_token"]) if measured else None
+    nats = measured["nats_per_token"] if measured else None
+    return None if nats is None else float(nats)
 
 
 def _score(row: Mapping[str, Any], tasks: Mapping[str, Any]) -> Score:

@@ -134,7 +134,7 @@ def render_report(
         seen = Observations.from_measurements(manifest.get("measurements") or {})
     try:
         page = _made_here(collect_facts(folder, manifest), seen)
-    except (DllmConvertError, AttributeError, KeyError, TypeError, ValueError):
+    except DllmConvertError:
         # No manifest of ours, or not a sound one: the page says what is known without it.
         page = _foreign(folder, manifest.get("verification"), seen)
     environment = Environment(

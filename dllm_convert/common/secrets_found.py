@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,13 @@ _SECRETS = {
     "a token of PyPI": r"\bpypi-[A-Za-z0-9_-]{50,}",
 }
 _SECRET = re.compile("|".join(f"(?P<s{n}>{p})" for n, p in enumerate(_SECRETS.values())))
-_HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\+Users\\+)[^\s/\\\"'`<>|:]+[/\\]")
+_USERS = r"(?:/home/|/Users/|[A-Za-z]:\\+(?i:users|documents and settings)\\+)"
+_NAME = r"[^\s/\\\"'`<>|:]+"
+_ENDS = r"(?=[\"'`<>|]|\s|\Z)"
+_HOME = re.compile(rf"{_USERS}{_NAME}[/\\]|(?<![\w.%-]){_USERS}{_NAME}{_ENDS}")
+"""A folder of users and a name in it; with nothing below it, no part of an address either."""
+
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|([/nrt]))")
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,33 @@ def find_secrets(text: str) -> Iterator[Finding]:
 
 
 def find_homes(text: str) -> Iterator[Finding]:
-    """Yield paths below somebody's home folder, this user's own whatever it is called."""
+    """Yield paths in somebody's home folder, this user's own whatever it is called."""
     own = str(Path.home())
     for found in _HOME.finditer(text):
         yield Finding("a path in a home folder", _line(text, found.start()), found[0])
-    at = text.find(f"{own}/")
-    if own.count("/") > 0 and own != "/" and at >= 0 and not _HOME.match(f"{own}/"):
-        yield Finding("a path in your home folder", _line(text, at), f"{own}/")
+    if own.count("/") == 0 or own == "/" or _HOME.match(f"{own}/"):
+        return
+    # `/root` alone may be anything; a longer path is nobody else's.
+    ends = rf"(?:/|{_ENDS})" if own.count("/") > 1 else "/"
+    mine = re.search(re.escape(own) + ends, text)
+    if mine is not None:
+        yield Finding("a path in your home folder", _line(text, mine.start()), mine[0])
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text as JSON, YAML and pages mean it: `\u002fhome` and `&#47;home` are `/home`.
+
+    Its lines stay what they are: ends of lines that were written as escapes become spaces.
+    """
+    return html.unescape(_ESCAPE.sub(_meant, text)) if "\\" in text or "&" in text else text
+
+
+def _meant(found: re.Match[str]) -> str:
+    digits = found[1] or found[2] or found[3]
+    if digits is None:
+        return "/" if found[4] == "/" else " "
+    code = int(digits, 16)
+    return chr(code) if 0x20 <= code <= 0x10FFFF else " "
 
 
 def _line(text: str, position: int) -> int:

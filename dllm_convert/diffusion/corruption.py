@@ -123,13 +123,18 @@ def _levels(key: NoiseKey, counts: torch.Tensor, view: int, views: int) -> torch
     Stratified over the groups of each row and over all rows and views of the step: with n groups to
     every row the levels of a step are the lattice (i + u) / (n * rows * views), shuffled.
     """
+    # One offset and one shuffle for the step, the same on every rank: they place (row, view)
+    # on the lattice of rows * views, so no two rows of a step have nearly the same levels.
     step = key.generator()
+    # rand is in [0, 1): turned round it is in (0, 1], and no level is 0, where nothing is masked.
     offset = 1 - float(torch.rand(1, generator=step, dtype=torch.float64))
     places = torch.randperm(key.rows * views, generator=step)
     levels = []
     for number, count in enumerate(counts.tolist()):
         row = key.first_row + number
-        place = (int(places[row % key.rows * views + view]) + offset) / len(places)
+        place = (int(places[(row % key.rows) * views + view]) + offset) / len(places)
+        # Each of the row's n groups gets one n-th of (0, 1], in an order of this row and view
+        # alone, and stands in it where the step has placed the row. float64, shape (count,).
         order = torch.randperm(count, generator=key.generator(row, view, 0))
         levels.append((order.double() + place) / count)
     return torch.cat(levels)

@@ -15,6 +15,7 @@ from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.errors import DataError
 from dllm_convert.modeling.published.attention import causal_mask
 
 
@@ -35,6 +36,17 @@ class Likelihood:
     def as_dict(self) -> dict[str, float | int | None]:
         """Return the fields for the manifest; None for the standard error of one sequence."""
         return {**asdict(self), "stderr": self.stderr if math.isfinite(self.stderr) else None}
+
+
+def _check_scored(batches: Sequence[TextBatch]) -> None:
+    if any(bool(batch.scorable.any()) for batch in batches):
+        return
+    rows = sum(len(batch.tokens) for batch in batches)
+    raise DataError(
+        f"none of {rows} rows of held-out text has a token that is scored",
+        hint="Hold out more or longer text, or let more of it be scored: a longer "
+        "data.sequence_length, or data.scored_turns: all",
+    )
 
 
 def _summary(totals: list[float], counts: list[int]) -> Likelihood:
@@ -80,7 +92,11 @@ def nelbo(
 
     Returns:
         Nats per token; an upper bound of the negative log-likelihood.
+
+    Raises:
+        DataError: No token is scored.
     """
+    _check_scored(batches)
     process = measured_process(objective)
     rows = sum(len(batch.tokens) for batch in batches)
     totals: list[float] = []
@@ -167,7 +183,11 @@ def autoregressive_nll(
 
     Returns:
         Nats per token over the tokens `nelbo` counts.
+
+    Raises:
+        DataError: No token is scored.
     """
+    _check_scored(batches)
     totals: list[float] = []
     counts: list[int] = []
     for batch in batches:

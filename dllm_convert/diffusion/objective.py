@@ -7,6 +7,7 @@ in where a prediction is read; everything else is the same code.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,19 +46,28 @@ class Objective:
     @classmethod
     def from_config(cls, config: Any) -> Objective:
         """Read the objective from a converted checkpoint's config."""
-        facts = config.diffusion
+        return cls.from_section(config.diffusion, config.vocab_size)
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any], vocabulary: int) -> Objective:
+        """Read the objective from the `diffusion` section of a config.json.
+
+        Args:
+            section: The section, as plain values.
+            vocabulary: Rows of the embedding.
+        """
         return cls(
-            facts["objective"],
-            facts["mask_token_id"],
-            facts["token_shift"],
-            facts["block_size"],
-            facts.get("noise_kernel", "absorbing"),
-            config.vocab_size,
-            facts.get("context", "block"),
-            Schedule(
-                facts["noise_schedule"],
-                facts.get("noise_power", 2.0),
-                discrete_steps=facts.get("discrete_steps"),
+            target=section["objective"],
+            mask_token_id=section["mask_token_id"],
+            token_shift=section["token_shift"],
+            block_size=section["block_size"],
+            kernel=section.get("noise_kernel", "absorbing"),
+            vocabulary=vocabulary,
+            context=section.get("context", "block"),
+            schedule=Schedule(
+                section["noise_schedule"],
+                section.get("noise_power", 2.0),
+                discrete_steps=section.get("discrete_steps"),
             ),
         )
 

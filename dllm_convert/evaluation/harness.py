@@ -39,6 +39,8 @@ from dllm_convert.evaluation.subject import Subject
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.sampling.packing import packed_linears
 
+AUTO_BATCH = 8
+"""What `auto` stands for, as lm-eval lets one write it."""
 _DECODING = {field.name for field in fields(DecodingOptions)}
 
 
@@ -48,7 +50,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
     Args:
         pretrained: Folder of the checkpoint.
-        batch_size: Continuations, or prompts, per forward.
+        batch_size: Continuations, or prompts, per forward; `auto` is 8, and says so.
         device: Where to run; a GPU if there is one.
         dtype: Type of the weights.
         max_length: Most tokens of a text, instead of the checkpoint's context.
@@ -89,11 +91,16 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device=str(self._ranks.device),
             dtype=dtype,
         )
-        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        self.batch_size = AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
         # Whether contexts are conversations: their template has written how they begin.
         self._chats = False
         self.reporter = reporter or Reporter(quiet=self._rank != 0)
+        if str(batch_size).startswith("auto"):
+            self.reporter.line(
+                f"batch_size {batch_size}: {self.batch_size} texts at once, no larger batch is "
+                "looked for; give a number if there is memory for more"
+            )
         wanted = None if max_length is None else int(max_length)
         self.context = most_tokens(self.subject, wanted, self.reporter)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from dllm_convert.adapters import adapter_of
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import IncompatibleError
@@ -75,9 +73,10 @@ def _conversion(request: Request, reporter: Reporter, **more: Any) -> Any:
 
 def _base(request: Request, reporter: Reporter) -> Any:
     from dllm_convert.evaluation.base import AutoregressiveLM
+    from dllm_convert.modeling.loading import device_and_dtype
 
     # As the conversion is loaded.
-    device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    device, dtype = device_and_dtype()
     return AutoregressiveLM(
         pretrained=request.base,
         device=device,

@@ -98,12 +98,11 @@ class Subject:
             DataError: There is no such checkpoint.
             IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
         """
-        from dllm_convert.modeling.loading import load_model
+        from dllm_convert.modeling.loading import device_and_dtype, load_model
 
         config = read_config(folder)
         adapter = check_converted_config(config, folder)
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kind = dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+        where, kind = device_and_dtype(device, dtype)
         model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
         objective = Objective.from_config(model.config)
         if block_size is not None:
@@ -114,6 +113,8 @@ class Subject:
                 )
             objective = replace(objective, block_size=block_size)
             model.config.block_size = block_size
+            model.config.diffusion = {**model.config.diffusion, "block_size": block_size}
+            model.generation_config.block_size = block_size
         tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
         return cls(
             model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)

@@ -134,6 +134,17 @@ def _first(names: Collection[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
+def device_and_dtype(device: str | None = None, dtype: str | None = None) -> tuple[str, str]:
+    """Choose where a model runs that is not trained, and in what: a GPU in bfloat16, or float32.
+
+    Args:
+        device: Where, if that is given.
+        dtype: In what, if that is given, as torch names it.
+    """
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return where, dtype or ("bfloat16" if where.startswith("cuda") else "float32")
+
+
 def load_model(
     folder: Path,
     adapter: Adapter,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from dllm_convert.common.foreign_files import MAX_TEXT_BYTES
 from dllm_convert.common.manifest import file_names, read_manifest
-from dllm_convert.common.secrets_found import Finding, find_homes, find_secrets
+from dllm_convert.common.secrets_found import Finding, find_homes, find_secrets, unescaped
 from dllm_convert.errors import DataError
 
+PIECE = 1 << 22
+"""Characters of a text that are looked at together, whatever its length."""
+OVERLAP = 1 << 12
+"""Characters that two pieces share: longer than any credential."""
 _UNREAD = ("*.safetensors", "*.png", "*.gif", "tokenizer.json", "vocab.*", "merges.txt", "*.model")
 """Weights, pictures and vocabularies, whose millions of pieces spell anything."""
 _OF_THE_BASE = (
@@ -45,14 +49,41 @@ def _findings(folder: Path) -> Iterator[tuple[str, Finding]]:
     sample = read_manifest(folder).get("sample")
     written = "".join(map(str, sample.values())) if isinstance(sample, dict) else ""
     for name in file_names(folder):
-        if _matches(name, _UNREAD) or (folder / name).stat().st_size > MAX_TEXT_BYTES:
+        if _matches(name, _UNREAD):
             continue
-        text = (folder / name).read_bytes().decode("utf-8", errors="replace")
-        yield from ((name, finding) for finding in find_secrets(text))
-        if not _matches(name, _OF_THE_BASE):
+        ours = not _matches(name, _OF_THE_BASE)
+        seen: set[tuple[str, int]] = set()
+        for lines, text in _pieces(folder / name):
+            for finding in _in_text(text, written, homes=ours):
+                place = finding.what, lines + finding.line
+                # Pieces overlap, and what needs no unescaping is found twice.
+                if place not in seen:
+                    seen.add(place)
+                    yield name, replace(finding, line=place[1])
+
+
+def _in_text(text: str, written: str, *, homes: bool) -> Iterator[Finding]:
+    """Yield what a text holds as it stands there, and as its reader would take it."""
+    meant = unescaped(text)
+    for one in (text, meant) if meant != text else (text,):
+        yield from find_secrets(one)
+        if homes:
             # A model may write of folders that no machine has.
-            homes = (finding for finding in find_homes(text) if finding.found not in written)
-            yield from ((name, finding) for finding in homes)
+            yield from (finding for finding in find_homes(one) if finding.found not in written)
+
+
+def _pieces(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield a text in pieces that overlap, and how many lines stand before each."""
+    lines, kept = 0, ""
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        while True:
+            piece = file.read(PIECE)
+            text = kept + piece
+            yield lines, text
+            if len(piece) < PIECE:
+                return
+            kept = text[-OVERLAP:]
+            lines += text.count("\n", 0, len(text) - len(kept))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

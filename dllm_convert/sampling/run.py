@@ -332,10 +332,10 @@ def load_checkpoint(
         device: As in `open_checkpoint`.
         dtype: As in `open_checkpoint`.
     """
-    from dllm_convert.modeling.loading import load_model
+    from dllm_convert.modeling.loading import device_and_dtype, load_model
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    held = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    model = load_model(folder, adapter_of(read_config(folder)), dtype=held)
+    named = None if device is None else str(device)
+    where, kind = device_and_dtype(named, None if dtype is None else str(dtype).split(".")[-1])
+    model = load_model(folder, adapter_of(read_config(folder)), dtype=getattr(torch, kind))
     tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-    return model.to(place) if place.type != "cpu" else model, tokenizer
+    return model.to(where) if where != "cpu" else model, tokenizer

@@ -167,16 +167,9 @@ class Subject:
     @cached_property
     def objective(self) -> Objective:
         """What the checkpoint is trained and measured on, as it claims."""
-        section, claim = self.config["diffusion"], self.claim
-        return Objective(
-            "bd3lm" if claim.block_size else "mdlm",
-            claim.mask_token_id,
-            claim.token_shift,
-            claim.block_size,
-            section.get("noise_kernel", "absorbing"),
-            self.shapes[self.adapter.embedding][0],
-            section.get("context", "block"),
-        )
+        # A checkpoint of somebody else need not say its schedule: MDLM's own is linear.
+        section = {"noise_schedule": "linear", **self.config["diffusion"]}
+        return Objective.from_section(section, self.shapes[self.adapter.embedding][0])
 
     @contextmanager
     def attention(self, implementation: str) -> Iterator[Any]:

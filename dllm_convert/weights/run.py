@@ -169,7 +169,9 @@ def _write_config(plan: ConversionPlan, source: Path, out: Path, fit: Fit) -> No
 def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
     if link:
         return 0
-    stats = [path.stat() for path in source.iterdir() if path.is_file()]
+    # A folder may hold the same weights in other formats, which nobody copies.
+    copied = {*read_checkpoint(source), *matching(file_names(source), SMALL_FILES)}
+    stats = [(source / name).stat() for name in copied]
     rows = plan.mask.rows_after - plan.mask.rows_before
     hidden = plan.config_updates.get("hidden_size", plan.source.config.get("hidden_size", 0))
     # Holes take no room, here or there.

@@ -131,7 +131,11 @@ def test_an_evaluation_beside_its_base_and_over_thresholds(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "broken", [{"results": [{}]}, {"settings": {}}, {"tasks": None}, {"sweep": [{}]}]
+    "broken",
+    [
+        *({"results": [{}]}, {"settings": {}}, {"tasks": None}, {"sweep": [{}]}),
+        {"text": {"source": "a.txt", "nelbo": {"nats_per_token": None}}},
+    ],
 )
 def test_an_evaluation_that_says_little_spoils_nothing(
     broken: dict[str, Any], tmp_path: Path
@@ -248,3 +252,18 @@ def test_where_it_cannot_be_written(tmp_path: Path) -> None:
     (folder / "dllm_convert.json").unlink()
     with pytest.raises(DataError, match=r"no dllm_convert\.json"):
         write_report(folder)
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, ValueError])
+def test_a_fault_of_ours_is_no_other_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Of a sound manifest the page is never the one of a folder that says nothing."""
+
+    def broken(facts: object) -> None:
+        raise error("a fault of ours")
+
+    monkeypatch.setattr("dllm_convert.card.report._facts", broken)
+    folder = fill(tmp_path / "out", bert_mdlm())
+    with pytest.raises(error, match="a fault of ours"):
+        render_report(folder, bert_mdlm())

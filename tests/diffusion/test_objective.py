@@ -12,9 +12,10 @@ from toys import MASK, Table, chain, exact_bound, masked_loss, packed, single, t
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.losses import cross_entropy
-from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.errors import DataError
 
 TEXT = torch.tensor([[0, 2, 1, 2]])
 TOY = Objective("mdlm", 3, False)
@@ -185,3 +186,16 @@ def test_the_mask_is_never_predicted() -> None:
     ).backward()
     kept = [column for column in range(8) if column != MASK]
     assert torch.allclose(logits.grad[:, kept], others.grad)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("block", [None, 4])
+def test_text_without_a_scored_token_is_told(rows: int, block: int | None) -> None:
+    tokens = torch.zeros(rows, 8, dtype=torch.long)
+    where = torch.arange(8).expand_as(tokens)
+    batch = TextBatch(tokens, torch.zeros_like(tokens), where, torch.zeros_like(tokens).bool())
+    objective = Objective("bd3lm" if block else "mdlm", MASK, True, block)
+    with pytest.raises(DataError, match=f"none of {rows} rows"):
+        nelbo(tiny_model(), [batch], objective, seed=0)
+    with pytest.raises(DataError, match=f"none of {rows} rows"):
+        autoregressive_nll(tiny_model(), [batch], MASK)

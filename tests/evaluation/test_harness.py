@@ -83,6 +83,14 @@ def test_batch_size_changes_no_score(subject: Subject, tasks: Path) -> None:
     assert any(runs[0]["writing", number] != [""] for number in range(3))
 
 
+@pytest.mark.parametrize(("given", "told"), [("auto", True), ("auto:4", True), (8, False)])
+def test_an_automatic_batch_size_says_what_it_is(
+    subject: Subject, capsys: pytest.CaptureFixture[str], given: Any, told: bool
+) -> None:
+    assert DiffusionLM(subject=subject, batch_size=given).batch_size == 8
+    assert ("8 texts at once" in capsys.readouterr().err) is told
+
+
 def test_a_padded_prompt_is_continued_as_if_it_were_alone(subject: Subject) -> None:
     model = DiffusionLM(subject=subject, batch_size=8)
     prompts = ["A", "The value of a name is an object", "A list of " * 6]
@@ -178,6 +186,9 @@ def test_blocks_of_one_have_the_likelihood_of_the_base(
     plan = convert(source, tmp_path / "one", "bd3lm", block=4)
     assert plan.mask.rows_after == plan.mask.rows_before + 1
     model = DiffusionLM(str(tmp_path / "one"), block_size=1, rounds=1, draws=1)
+    config = model.subject.model.config
+    stated = (config.block_size, config.diffusion["block_size"])
+    assert {*stated, model.subject.model.generation_config.block_size} == {1}
     base = HFLM(pretrained=str(source), dtype="float32", device="cpu", batch_size=2)
     pairs = [
         ("The value of a name", " is an object"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.modeling.loading import load_base, load_complete
+from dllm_convert.modeling.loading import device_and_dtype, load_base, load_complete
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.sampling.run import load_checkpoint
@@ -101,3 +101,24 @@ def test_a_pad_token_that_only_the_conversion_has(source_factory: Sources) -> No
     rows = config["vocab_size"]
     (source / "config.json").write_text(json.dumps({**config, "pad_token_id": rows}))
     assert load_base(source, get_adapter("llama")).config.vocab_size == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "expected"),
+    [
+        ((), False, ("cpu", "float32")),
+        ((), True, ("cuda", "bfloat16")),
+        (("cpu",), True, ("cpu", "float32")),
+        (("cuda:1",), True, ("cuda:1", "bfloat16")),
+        ((None, "float16"), True, ("cuda", "float16")),
+        (("mps", None), False, ("mps", "float32")),
+    ],
+)
+def test_where_a_model_runs_and_in_what(
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[str | None, ...],
+    gpu: bool,
+    expected: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert device_and_dtype(*given) == expected

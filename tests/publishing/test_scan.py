@@ -12,7 +12,7 @@ from dllm_convert.common.manifest import hash_files, write_manifest
 from dllm_convert.common.redaction import without_paths
 from dllm_convert.common.secrets_found import find_homes, find_secrets, refuse_secrets
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.publishing.scan import check_staged
+from dllm_convert.publishing.scan import OVERLAP, PIECE, check_staged
 from dllm_convert.publishing.staging import published_names
 from dllm_convert.recipe.schema import Recipe
 
@@ -137,3 +137,70 @@ def test_lines_are_counted_from_one() -> None:
 )
 def test_paths_with_signs(text: str, expected: str) -> None:
     assert without_paths(text) == expected
+
+
+@pytest.mark.parametrize("name", ["facts__json", "rows__jsonl", "recipe__yaml", "report__html"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'{"a": "\u002fhome\u002fme"}',
+        r'{"a": "\/home\/me\/x"}',
+        r'{"a": "\u0043:\\Users\\me"}',
+        r'{"a": "x\n' + SECRETS[0] + '"}',
+        r'{"a": "\u0068' + SECRETS[0][1:] + '"}',
+        r'{"a": "\x2fhome\x2fme"}',
+        '{"a": "&#47;home&#47;me"}',
+    ],
+)
+def test_what_is_escaped_is_read_as_it_is_meant(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(DataError, match="line 2: ") as caught:
+        check_staged(staged(tmp_path / "s", **{name: f"\n{text}\n"}))
+    assert "more such places" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('"/home/me"', "/Users/me", "file:///home/me", r"C:\Users\me", r"c:\users\me\x"),
+        *(r"C:\Documents and Settings\me\x", "D:/Users/me"),
+    ],
+)
+def test_a_home_folder_needs_nothing_below_it(tmp_path: Path, text: str) -> None:
+    with pytest.raises(DataError, match="line 1: a path in a home folder"):
+        check_staged(staged(tmp_path / "s", README__md=text))
+
+
+@pytest.mark.parametrize("own", ["/data/people/me", "/root"])
+def test_this_users_home_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    monkeypatch.setenv("HOME", own)
+    check_staged(staged(tmp_path / "a", README__md=f"</root> {own}s"))
+    with pytest.raises(DataError, match="your home folder"):
+        check_staged(
+            staged(tmp_path / "b", README__md=f"from {own}{'/x' if own == '/root' else ''}")
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "https://x.org/home/about",
+            "docs.x.org/Users/guide",
+            "Tom &amp; me\\n",
+            "/home/",
+            "/Users",
+        ),
+        *(r"\u00e9t\u00e9 \ud83d\ude00 \U0001F600 \Uffffffff", "sk-learn\\nsk-image"),
+    ],
+)
+def test_addresses_and_escapes_of_others_are_published(tmp_path: Path, text: str) -> None:
+    check_staged(staged(tmp_path / "s", README__md=f"{text}\n", LICENSE="/home/me"))
+
+
+@pytest.mark.parametrize("before", [0, PIECE - 10, PIECE - OVERLAP, 2 * PIECE + 3, 5 * PIECE])
+def test_long_texts_are_read_to_their_end(tmp_path: Path, before: int) -> None:
+    lines, rest = divmod(before, 64)
+    text = ("x" * 63 + "\n") * lines + "." * rest + SECRETS[0] + " /home/me/x\n"
+    with pytest.raises(DataError, match=f"line {lines + 1}: .*, and 1 more such") as caught:
+        check_staged(staged(tmp_path / "s", rows__jsonl=text))
+    assert SECRETS[0] not in str(caught.value)

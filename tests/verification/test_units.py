@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.published.masks import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint
 from dllm_convert.verification.catalogue import CATALOGUE
 from dllm_convert.verification.instruments.divergence import Trace
+from dllm_convert.verification.opening import Asked, opened
 from dllm_convert.verification.probes.gradient import measure_gradient
 from dllm_convert.verification.probes.influence import (
     Pattern,
@@ -294,3 +297,26 @@ def test_fresh_process_sees_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path:
     environment = _environment(tmp_path)
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY"} & environment.keys()
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ({}, Schedule()),
+        ({"noise_schedule": "cosine"}, Schedule("cosine")),
+        ({"noise_schedule": "polynomial", "noise_power": 3.0}, Schedule("polynomial", 3.0)),
+        ({"noise_kernel": "uniform", "discrete_steps": 9}, Schedule(discrete_steps=9)),
+    ],
+)
+def test_a_checkpoint_is_measured_on_its_own_schedule(
+    converted: Callable[..., Any], added: dict[str, Any], expected: Schedule
+) -> None:
+    folder = converted("llama", "bd3lm").folder
+    config = json.loads((folder / "config.json").read_text())
+    config["diffusion"] |= added
+    (folder / "config.json").write_text(json.dumps(config))
+    with opened(folder, Asked(None)) as subject:
+        objective = subject.objective
+    assert objective.schedule == expected
+    loaded = SimpleNamespace(diffusion=config["diffusion"], vocab_size=config["vocab_size"])
+    assert objective == Objective.from_config(loaded)

@@ -274,6 +274,17 @@ class TestFullDisk:
             convert(source_cache("llama"), tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("other", ["consolidated.safetensors", "pytorch_model.bin", "a.gguf"])
+    def test_what_is_not_copied_takes_no_room(
+        self, source_factory: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+    ) -> None:
+        source = source_factory("llama")
+        size = sum(path.stat().st_size for path in source.iterdir())
+        (source / other).write_bytes(b"x" * 2 * size)
+        usage = disk.shutil.disk_usage(tmp_path)._replace(free=2 * size)
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+        convert(source, tmp_path / "out")
+
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_while_writing(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="disk full") as caught, disk.writing(tmp_path, 1):

@@ -41,6 +41,8 @@ def observe_run(
         batches = [batch.to(model.device) for batch in held_out]
         objective = Objective.from_config(model.config)
         before = measure_rates(model, batches, objective, seed=seed)
+        # Freed before the next is loaded: a device need not hold both.
+        del model, batches
     model = load(weights)
     with opened(weights, Asked(base)) as subject:
         stock = load_base(base, subject).to(model.device)
