@@ -112,6 +112,8 @@ def number_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         The same with numbers that are unique in the batch, shape (batch, length), and how many
         groups each row has, shape (batch,).
     """
+    # A group begins where the number changes, and with each row; counting beginnings over the whole
+    # flattened batch numbers them without a loop.
     starts = groups.diff(dim=-1, prepend=groups[:, :1]) != 0
     starts[:, 0] = True
     return starts.flatten().cumsum(0).view_as(groups) - 1, starts.sum(-1)
@@ -166,16 +168,20 @@ class _Draw:
         With a bias token i comes first with weight exp(bias * (1 - level) * i): the smallest of
         exponential times divided by weights (Efraimidis and Spirakis, 2006).
         """
+        # First position of each group, (groups,): the bias counts from there.
         start = torch.full((len(self.level),), torch.inf, dtype=torch.float64)
         place = self.positions.double()
         flat = self.groups.flatten()
         start.scatter_reduce_(0, flat, place.flatten(), "amin")
         slope = bias * (1 - self.level)
+        # log of an exponential time divided by its weight, (batch, length): in logarithms, since
+        # exp(bias * i) overflows on a long document. Who may not be masked never arrives.
         race = (-self.uniforms.log()).log() - slope[self.groups] * (place - start[self.groups])
         race = torch.where(self.scorable, race, torch.inf).flatten()
         # Sorted by time first and, keeping that order, by group: each group's tokens in a run.
         order = race.argsort()
         order = order[flat[order].argsort(stable=True)]
+        # A token's rank in its group is its place in that run: (batch * length,).
         lengths = torch.bincount(flat, minlength=len(self.level))
         starts = lengths.cumsum(0) - lengths
         rank = torch.empty_like(flat)
@@ -186,10 +192,12 @@ class _Draw:
 def _by_time(draw: _Draw, process: ForwardProcess) -> list[Corruption]:
     """Draw t per group and mask each token with 1 - alpha(t)."""
     schedule = process.schedule
+    # t and 1 - alpha(t) per group, (groups,); spread to tokens by indexing with (batch, length).
     t = schedule.times(draw.level)
     share = schedule.mask_probability(t)
     masked = draw.scorable & (draw.uniforms < share[draw.groups])
     if process.position_bias:
+        # How many are masked stays what the draw said, only which changes.
         masked = draw.first(draw.per_group(masked), process.position_bias)
     weight = schedule.weight(t)
     pair = [(masked, weight)]
@@ -215,6 +223,7 @@ def _by_count(draw: _Draw, process: ForwardProcess) -> list[Corruption]:
         masked = draw.first(chosen, process.position_bias)
         weight = (sizes / chosen)[draw.groups]
         return [Corruption(masked, torch.where(masked, weight, 0.0).float())]
+    # level in (0, 1]: ceil makes 1..n+1 equally likely, minus one 0..n.
     chosen = (draw.level * (sizes + 1)).ceil() - 1
     masked = draw.first(chosen, process.position_bias)
     pair = [(masked, chosen), (draw.scorable & ~masked, sizes - chosen)]
@@ -236,12 +245,14 @@ def _by_replacing(
     schedule = process.schedule
     t = schedule.times(draw.level)
     steps = schedule.discrete_steps or 1
+    # alpha one step before t and at t: (2, groups), then (batch, length, 2).
     kept = 1 - torch.stack([schedule.mask_probability(t - 1 / steps), schedule.mask_probability(t)])
     kept = kept.T[draw.groups]
     count, length = batch.tokens.shape
     other = key.each_row(
         count, lambda g: torch.randint(objective.vocabulary - 1, (length,), generator=g), 0, 2
     )
+    # Drawn from one token fewer, then moved past the mask: uniform over all others.
     other = other + (other >= objective.mask_token_id).long()
     replaced = draw.scorable & (draw.uniforms >= kept[..., 1])
     tokens = torch.where(replaced, other, batch.tokens.cpu())
@@ -263,11 +274,13 @@ def corrupt(
     Returns:
         One draw per view, on the device of the text; a complement follows its view.
     """
+    # All draws are made on the CPU: the same noise whatever computes, and nothing waits for a GPU.
     scorable = batch.scorable.cpu()
     groups, counts = number_groups(batch.noise_groups(objective).cpu())
     rows, length = scorable.shape
     views: list[Corruption] = []
     for view in range(process.views):
+        # One level per group, (groups,); one uniform number per token, (batch, length).
         level = _levels(key, counts, view, process.views)
         uniforms = key.each_row(
             rows, lambda g: torch.rand(length, generator=g, dtype=torch.float64), view, 1

@@ -75,12 +75,16 @@ class _Streams:
 
     def compact(self, keep: torch.Tensor) -> tuple[_Streams, torch.Tensor]:
         """Drop what nobody needs; return the rest and each column's new column."""
+        # As wide as the row that keeps most, (batch, width <= columns).
         needed = max(int(keep.sum(-1).max()), 1)
         width = min(-(-needed // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, keep.shape[1])
+        # Kept columns first, in their order (the sort is stable): positions stay ascending.
         order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        # Rows that keep fewer are filled up with columns that nobody sees.
         unused = torch.arange(width, device=keep.device) >= keep.sum(-1, keepdim=True)
         columns = {name: values.gather(1, order) for name, values in vars(self).items()}
         columns["streams"] = columns["streams"].masked_fill(unused, UNUSED)
+        # Where each old column stands now: the number of kept columns before it.
         return _Streams(**columns), keep.long().cumsum(-1) - 1
 
 
@@ -102,11 +106,14 @@ def _needed(
     count = int(blocks.max()) + 1
     noisy = []
     for view in views:
+        # (batch, blocks): whether any token of a block is scored; then back to its columns.
         scored = torch.zeros(len(blocks), count, dtype=torch.long, device=blocks.device)
         scored.scatter_reduce_(1, blocks, view.scored.long(), "amax")
         noisy.append(scored.gather(1, blocks).bool() & text)
     if all_clean:
         return torch.cat([*noisy, text], dim=1)
+    # Clean text is read by later noisy blocks only. `last`, (batch, documents): the last block of a
+    # document that runs in some view; what stands before it has a reader.
     runs = torch.stack(noisy).any(0)
     segments = batch.segments.clamp(min=0)
     last = torch.full((len(blocks), int(segments.max()) + 1), -1, device=blocks.device)
@@ -140,9 +147,13 @@ def predict(
     """
     if objective.target == "mdlm":
         return _one_stream(batch, views, objective, shut)
+    # In what follows L is the length of a row, K the number of views, N = (K + 1) * L.
     length, count = batch.tokens.shape[1], len(views)
     blocks = batch.blocks(objective.size)
+    # 1..K number the noisy streams, 0 is the clean one, which stands last in the row: (K + 1,).
     stream = torch.arange(1, count + 2, device=blocks.device) % (count + 1)
+    # [view 1 ; ... ; view K ; clean], each (batch, N). A token has the same position in all of
+    # them, so rotary positions and block boundaries agree between streams.
     everything = _Streams(
         torch.cat([*(_corrupted(batch, view, objective) for view in views), batch.tokens], dim=1),
         batch.positions.repeat(1, count + 1),
@@ -150,21 +161,26 @@ def predict(
         batch.segments.repeat(1, count + 1),
         stream.repeat_interleave(length).expand(len(blocks), -1),
     )
+    # Prompts and last blocks have no reader: without them the row is (batch, width) with width < N.
     used, column = everything.compact(_needed(batch, blocks, views, all_clean=ar_loss))
     reads, rows, places, numbers = [], [], [], []
     for number, view in enumerate(views):
+        # n scored tokens of this view: row and place in the text, each (n,), and the column of the
+        # uncompacted row at which their prediction is read.
         row, at = view.scored.nonzero(as_tuple=True)
         read = at + number * length
         if objective.token_shift:
             # A block's first position follows a token that is clean already: read that stream.
             first = batch.positions[row, at] % objective.size == 0
             read = torch.where(first, at + count * length, read) - 1
+        # Flat indices into (batch * width), so that the head runs at these places only.
         reads.append(row * used.tokens.shape[1] + column[row, read])
         rows.append(row)
         places.append(at)
         numbers.append(torch.full_like(row, number))
     ar_targets = batch.tokens.new_empty(0)
     if ar_loss:
+        # Token i of the clean stream, the last L columns, is predicted where i - 1 stands.
         row, at = batch.scorable.nonzero(as_tuple=True)
         reads.append(row * used.tokens.shape[1] + column[row, at + count * length - 1])
         ar_targets = batch.tokens[row, at]
@@ -181,6 +197,8 @@ def _one_stream(
     objective: Objective,
     shut: torch.Tensor | None,
 ) -> Prediction:
+    # Views are rows: (K * batch, L), view by view. There is no clean stream; who is not padding has
+    # stream 1, and all of a document see each other.
     size, length = batch.tokens.shape
     streams = _Streams(
         torch.cat([_corrupted(batch, view, objective) for view in views]),
@@ -189,7 +207,9 @@ def _one_stream(
         batch.segments.repeat(len(views), 1),
         torch.where(batch.segments >= 0, 1, UNUSED).repeat(len(views), 1),
     )
+    # View, row and place of the n scored tokens, each (n,), in the order of the flattened logits.
     number, row, at = torch.stack([view.scored for view in views]).nonzero(as_tuple=True)
+    # A document's first token is never scored, so at - 1 stays inside it.
     read = at - 1 if objective.token_shift else at
     return _prediction(
         batch, views, objective, streams, (number, row, at),
@@ -217,6 +237,7 @@ def _prediction(
         objective.context == "causal",
         shut,
     )
+    # (views, batch, length) indexed by (view, row, place): what each scored token was turned into.
     replaced = [(view.tokens, view.kept) for view in views]
     noisy = kept = None
     if objective.kernel == "uniform":

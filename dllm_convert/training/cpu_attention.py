@@ -80,8 +80,10 @@ def tiles(mask: torch.Tensor | None, queries: int, keys: int, size: int = SIZE) 
     # What pads the last tiles is seen by nobody, and does not make one of them less open.
     pad = (0, -keys % size, 0, -queries % size)
     shape = (len(starts), size, -1, size)
+    # (query tiles, size, key tiles, size): who sees whom in some row or head, and in every one.
     some = torch.nn.functional.pad(mask.any(1).any(0), pad, value=False).view(shape)
     every = torch.nn.functional.pad(mask.all(1).all(0), pad, value=True).view(shape)
+    # (query tiles, key tiles): a tile is computed if one pair is open, unmasked if all are.
     seen, whole = some.any(3).any(1), every.all(3).all(1)
     found = []
     for at, row, is_open in zip(
@@ -120,6 +122,7 @@ def _flat(grouped: torch.Tensor, tile: Tile) -> torch.Tensor:
 def _scores(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, tile: Tile, kv_heads: int
 ) -> torch.Tensor:
+    # (batch * kv heads, groups * n, keys): heads that share keys are more queries of one product.
     scores = torch.bmm(query, key.transpose(1, 2))
     if mask is not None and not tile.is_open:
         seen = tile.pick(mask[:, :, tile.start : tile.end], 3)
@@ -155,6 +158,7 @@ def tiled_attention(
         of each softmax's sum, shape (batch, kv heads, groups, queries).
     """
     kv_heads = key.shape[1]
+    # (batch, kv heads, groups, queries, width), scaled once so that exp2 of a score is its weight.
     grouped = _grouped(_wide(query) * (scale * _LOG2_E), kv_heads)
     wide_key, wide_value = _wide(key), _wide(value)
     sums = grouped.new_empty(grouped.shape[:-1])
@@ -163,10 +167,12 @@ def tiled_attention(
         for tile in tiles(mask, query.shape[2], key.shape[2]):
             keys, values = (tile.pick(x, 2).flatten(0, 1) for x in (wide_key, wide_value))
             scores = _scores(_flat(grouped, tile), keys, mask, tile, kv_heads)
+            # Clamped: a query that sees nothing has -inf everywhere, and -inf - -inf is no number.
             highest = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
             weights = scores.sub_(highest).exp2_()
             total = weights.sum(-1, keepdim=True)
             tile.put(torch.bmm(weights, values).div_(total.clamp(min=1e-30)), result)
+            # All that the backward pass needs of a softmax: log2 of its sum.
             part = sums[..., tile.start : tile.end]
             part.copy_(total.log2_().add_(highest).view(part.shape))
     return result, sums
@@ -199,6 +205,7 @@ def tiled_attention_backward(
     grouped = _grouped(_wide(query) * (scale * _LOG2_E), kv_heads)
     wide_key, wide_value = _wide(key), _wide(value)
     outward, made = (_wide(x).transpose(1, 2) for x in (gradient, result))
+    # d softmax: weights * (dP - sum(dO * O)); the sum is one number per query, (..., queries, 1).
     inner = _grouped((outward * made).sum(-1, keepdim=True), kv_heads)
     outward = _grouped(outward, kv_heads)
     # A query that sees nothing has no softmax: any finite number keeps its weights at zero.
@@ -210,11 +217,14 @@ def tiled_attention_backward(
             keys, values = (tile.pick(x, 2).flatten(0, 1) for x in (wide_key, wide_value))
             queries, out = _flat(grouped, tile), _flat(outward, tile)
             scores = _scores(queries, keys, mask, tile, kv_heads)
+            # The same weights as in the forward pass, already divided by their sum.
             weights = scores.sub_(_flat(logarithms, tile)).exp2_()
+            # dV = P^T dO, dS = P * (dO V^T - inner), dK = dS^T Q, dQ = dS K.
             tile.add(torch.bmm(weights.transpose(1, 2), out), for_value)
             back = torch.bmm(out, values.transpose(1, 2)).sub_(_flat(inner, tile)).mul_(weights)
             tile.add(torch.bmm(back.transpose(1, 2), queries), for_key)
             tile.put(torch.bmm(back, keys).mul_(scale), for_query)
+    # Queries were scaled by scale * log2(e); the gradient of a key wants scale alone.
     for_key.div_(_LOG2_E)
     return for_query.transpose(1, 2), for_key.to(key.dtype), for_value.to(value.dtype)
 
