@@ -18,6 +18,7 @@ from dllm_convert.card.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
+from dllm_convert.modeling.bundle import MODELING_FILE
 from dllm_convert.source.fit import is_tied
 from dllm_convert.verification.report import files_only
 
@@ -27,7 +28,6 @@ MEASURES = {
     "nelbo_after": "NELBO after training",
     "ar_nll": "NLL of the base, autoregressive",
 }
-MODELING_FILE = "modeling_dllm.py"
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import Any
 
 from dllm_convert.card import text as card_text
 from dllm_convert.card.checks import check_card, check_metadata
-from dllm_convert.card.facts import BILLION, MODELING_FILE, collect_facts
+from dllm_convert.card.facts import BILLION, collect_facts
 from dllm_convert.card.metadata import dump_front_matter, front_matter
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.manifest import CARD_FILE, read_manifest, record_card
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.bundle import MODELING_FILE
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.loading import data_dir
 from dllm_convert.sampling import DEFAULT_PROMPT

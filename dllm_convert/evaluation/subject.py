@@ -16,7 +16,7 @@ from dllm_convert.modeling.converted_config import check_converted_config
 from dllm_convert.modeling.text_bounds import conversation_ids, end_ids, first_token, open_ids
 from dllm_convert.sampling.run import read_config
 from dllm_convert.source.chat_rendering import chat_text
-from dllm_convert.source.context import context_length
+from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 
@@ -116,9 +116,8 @@ class Subject:
             model.config.diffusion = {**model.config.diffusion, "block_size": block_size}
             model.generation_config.block_size = block_size
         tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-        return cls(
-            model, tokenizer, objective, context_length(config, adapter) or 2048, str(folder)
-        )
+        longest = context_length(config, adapter) or ASSUMED_CONTEXT
+        return cls(model, tokenizer, objective, longest, str(folder))
 
     @cached_property
     def first_token(self) -> int:

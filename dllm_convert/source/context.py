@@ -7,6 +7,9 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 
+ASSUMED_CONTEXT = 2048
+"""Tokens of a text where the config names no length, as for rotary positions without a limit."""
+
 
 def context_length(config: Mapping[str, Any], adapter: Adapter) -> int | None:
     """Return the longest text in tokens, None if the config does not say."""

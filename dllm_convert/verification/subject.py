@@ -18,7 +18,7 @@ from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import ROLES
-from dllm_convert.source.context import context_length
+from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
@@ -192,7 +192,7 @@ class Subject:
     @cached_property
     def context(self) -> int:
         """Longest text in tokens."""
-        return context_length(self.config, self.adapter) or 2048
+        return context_length(self.config, self.adapter) or ASSUMED_CONTEXT
 
     @cached_property
     def _ordinary_ids(self) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dllm_convert.common import strict_json
+from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import ALONE, Place
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
@@ -210,7 +210,7 @@ class Preparation:
         large = corpus.size is None or corpus.size > self._tokens * BYTES_PER_TOKEN
         long = self._tokens > PREPARED_AT_MOST
         if wanted == "on" or (wanted == "auto" and corpus.kind == "hub" and long and large):
-            _write_json(self.folder / STREAM, {"revision": corpus.revision})
+            write_json(self.folder / STREAM, {"revision": corpus.revision})
             return True
         return False
 
@@ -227,7 +227,7 @@ class Preparation:
             corpus = find() if find else open_corpus(data)
             reader = Reader(corpus, data, Encoder(self.tokenizer, data))
             reader.write(partial, need, self.advance)
-            _write_json(partial / FACTS, {**self._facts(corpus), **reader.tally.as_dict()})
+            write_json(partial / FACTS, {**self._facts(corpus), **reader.tally.as_dict()})
             partial.rename(place)
         facts: dict[str, Any] = json.loads((place / FACTS).read_text(encoding="utf-8"))
         return Store.open(place), facts
@@ -284,9 +284,3 @@ def divide(store: Store, split: Split, fraction: float) -> tuple[Store, Store]:
         if len(keys) > 1:
             held_out = store.keys < (keys[-1] if held_out.all() else keys[1])
     return store.choose(~held_out), store.choose(held_out)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(strict_json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
