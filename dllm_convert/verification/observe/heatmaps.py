@@ -13,7 +13,7 @@ from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.modeling.loading import load_base as load_stock
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.source.folder import read_config
-from dllm_convert.verification.observe.observations import Influence, InfluenceMap
+from dllm_convert.verification.observe.observations import InfluenceMap
 from dllm_convert.verification.probes.influence import RELATIVE_TOLERANCE, measure_influence
 from dllm_convert.verification.subject import Subject
 
@@ -80,21 +80,13 @@ def load_base(base: Path, subject: Subject) -> Any:
     return load_stock(base, adapter, **settings)
 
 
-def observe_influence(subject: Subject, model: Any, base: Any | None) -> Influence:
-    """Measure who sees whom.
+def map_of(subject: Subject, model: Any) -> InfluenceMap:
+    """Measure who sees whom in a model, over the text on which the subject is shown.
 
     Args:
         subject: The converted checkpoint.
-        model: Its model.
-        base: The base's, None if it is not at hand.
+        model: Its model, or that of its base.
     """
     length, stride = map_grid(subject.claim.block_size, subject.context)
     tokens = subject.tokens(1, length)[0]
-    other = subject.other_tokens(tokens)
-    maps = [
-        influence_map(one, tokens, other, stride) if one is not None else None
-        for one in (model, base)
-    ]
-    if maps[0] is None:
-        raise ValueError("an influence map needs a model")
-    return Influence(maps[0], maps[1], subject.claim.block_size)
+    return influence_map(model, tokens, subject.other_tokens(tokens), stride)

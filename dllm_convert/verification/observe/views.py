@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.modeling.loading import device_and_dtype
 from dllm_convert.verification.memory import group_refusal
 from dllm_convert.verification.observe.curves import measure_decoding, measure_rates
-from dllm_convert.verification.observe.heatmaps import load_base, observe_influence
+from dllm_convert.verification.observe.heatmaps import load_base, map_of
 from dllm_convert.verification.observe.observations import Influence, Observations, RatePoint
 from dllm_convert.verification.opening import Asked, opened
 from dllm_convert.verification.subject import Subject
@@ -43,11 +44,11 @@ def observe_run(
         before = measure_rates(model, batches, objective, seed=seed)
         # Freed before the next is loaded: a device need not hold both.
         del model, batches
-    model = load(weights)
     with opened(weights, Asked(base)) as subject:
-        stock = load_base(base, subject).to(model.device)
-        influence = observe_influence(subject, model, stock)
-        del stock
+        # The base first, and freed before ours is loaded.
+        shown = map_of(subject, load_base(base, subject).to(device_and_dtype()[0]))
+        model = load(weights)
+        influence = Influence(map_of(subject, model), shown, subject.claim.block_size)
         batches = [batch.to(model.device) for batch in held_out]
         if not batches:
             return Observations(influence)
@@ -71,10 +72,10 @@ def observe_checkpoint(folder: Path, asked: Asked, verification: Mapping[str, An
         known = Observations.from_measurements(subject.manifest.get("measurements") or {})
         if not any(map(_measured_attention, verification["probes"])):
             return replace(known, influence=None)
-        stock = None
+        base = None
         if asked.against is not None and _fits_beside(subject, verification):
-            stock = load_base(asked.against, subject)
-        found = observe_influence(subject, subject.model, stock)
+            base = map_of(subject, load_base(asked.against, subject))
+        found = Influence(map_of(subject, subject.model), base, subject.claim.block_size)
     if found.base is None and known.influence is not None and _alike(found, known.influence):
         found = replace(found, base=known.influence.base)
     return replace(known, influence=found)
