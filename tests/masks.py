@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dllm_convert.modeling.published.attention import StreamMask
+from dllm_convert.diffusion.attention import StreamMask
 
 
 def two_stream_mask(blocks: torch.Tensor, segments: torch.Tensor, views: int = 1) -> torch.Tensor:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from dllm_convert.common.console import Task
+from dllm_convert.diffusion.attention import causal_mask
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.errors import DataError
-from dllm_convert.modeling.published.attention import causal_mask
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm_convert.diffusion.attention import UNUSED, StreamMask
 from dllm_convert.diffusion.corruption import Corruption
 from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.modeling.published.attention import UNUSED, StreamMask
 
 WIDTH_MULTIPLE = 16
 """Rows are as wide as a multiple of this many tokens, so that few widths occur."""

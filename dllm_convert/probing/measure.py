@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from dllm_convert.diffusion.attention import StreamMask, document_mask
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import BROKEN
-from dllm_convert.modeling.published.attention import StreamMask, document_mask
 from dllm_convert.modeling.published.cache import BlockCache
 from dllm_convert.probing.influence import by_layer, whole
 from dllm_convert.probing.instance import Instance, attention, text

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainingArguments
 
+from dllm_convert.diffusion.attention import StreamMask
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
-from dllm_convert.modeling.published.attention import StreamMask
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch

@@ -7,12 +7,12 @@ import torch
 from masks import two_stream_mask
 from toys import MASK, packed, single, tiny_model
 
+from dllm_convert.diffusion.attention import document_mask
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import autoregressive_nll
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
-from dllm_convert.modeling.published.attention import document_mask
 
 COUNT = ForwardProcess(draw="count")
 

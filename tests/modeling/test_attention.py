@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from masks import two_stream_mask
 
-from dllm_convert.modeling.published.attention import causal_mask, document_mask
+from dllm_convert.diffusion.attention import causal_mask, document_mask
 from dllm_convert.modeling.published.masks import block_causal_mask
 
 

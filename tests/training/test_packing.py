@@ -9,8 +9,8 @@ import pytest
 import torch
 from masks import two_stream_mask
 
+from dllm_convert.diffusion.attention import document_mask
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.modeling.published.attention import document_mask
 from dllm_convert.training.data.encoding import Encoded
 from dllm_convert.training.data.packing import Layout, best_fit, cut, pack
 from dllm_convert.training.data.rows import collate

@@ -15,7 +15,7 @@ from planting import edit_json, edit_tensors, failed, failing_report
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.manifest import write_manifest
-from dllm_convert.modeling.published.attention import CLEAN, UNUSED, StreamMask
+from dllm_convert.diffusion.attention import CLEAN, UNUSED, StreamMask
 from dllm_convert.modeling.published.modeling import DiffusionMixin
 
 # Every family --------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 
+from dllm_convert.diffusion.attention import StreamMask
 from dllm_convert.diffusion.corruption import Corruption, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import measured_process
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, predict
-from dllm_convert.modeling.published.attention import StreamMask
 from dllm_convert.verification.probes.influence import observe
 from dllm_convert.verification.probes.invariance import invariant
 from dllm_convert.verification.report import Probe, largest, skipped

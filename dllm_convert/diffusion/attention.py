@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from .masks import see_self
+from dllm_convert.modeling.published.masks import see_self
 
 
 def document_mask(segments: torch.Tensor) -> torch.Tensor:
