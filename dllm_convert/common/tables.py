@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dllm_convert.common.shown_text import one_line, printable
 
 
-class Printed:
+class Printed(ABC):
     """A result that prints as what its command shows, and as the same in a notebook."""
 
+    @abstractmethod
     def as_text(self) -> str:
         """Return what the command shows."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """Return the text; nothing in it acts on a terminal."""

@@ -314,12 +314,11 @@ def open_checkpoint(
     config = read_config(folder)
     check_converted_config(config, folder)
     refuse_other_version(folder)
-    return load_checkpoint(folder, str(config["model_type"]), device=device, dtype=dtype)
+    return load_checkpoint(folder, device=device, dtype=dtype)
 
 
 def load_checkpoint(
     folder: Path,
-    model_type: str,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -328,7 +327,6 @@ def load_checkpoint(
 
     Args:
         folder: Converted checkpoint.
-        model_type: Its family, as config.json names it.
         device: As in `open_checkpoint`.
         dtype: As in `open_checkpoint`.
     """

@@ -67,4 +67,4 @@ def test_a_measured_family_is_evaluated(
     assert all("difference" in row for row in found["results"])
     assert found["text"]["nll"]["nats_per_token"] > 0
     model = DiffusionLM(str(folder))
-    assert type(model.subject.model) is type(load_checkpoint(folder, model_type)[0])
+    assert type(model.subject.model) is type(load_checkpoint(folder)[0])

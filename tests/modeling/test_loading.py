@@ -63,7 +63,7 @@ def test_a_partial_load_is_refused(
     adapt(plan, source, tmp_path / "out", Reporter(quiet=True), light=True)
     rewrite(tmp_path / "out", change)
     with pytest.raises(DataError, match=words):
-        load_checkpoint(tmp_path / "out", "llama")
+        load_checkpoint(tmp_path / "out")
     rewrite(source, change)
     with pytest.raises(DllmConvertError):
         load_base(source, get_adapter("llama"))

@@ -96,7 +96,7 @@ def test_generate_goes_on_from_what_the_tokenizer_closed(tmp_path: Path, name: s
 
     source = wrapped_source(tmp_path / "source", name)
     convert(source, tmp_path / "out", target_of(name))
-    model, tokenizer = load_checkpoint(tmp_path / "out", "llama")
+    model, tokenizer = load_checkpoint(tmp_path / "out")
     closing, count = bounds_of(tokenizer).closing, len(bounds_of(tokenizer).closing)
     texts = [TEXT, "A list is a name of many values in"]
     settings: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None}

@@ -26,7 +26,7 @@ def test_rows_are_what_they_are_alone(
     }
     out = tmp_path / "out"
     run(Recipe.model_validate(recipe), out, Reporter(quiet=True), how=How(verify=Depth.FILES))
-    model, _ = load_checkpoint(out, model_type)
+    model, _ = load_checkpoint(out)
     settings = {"max_new_tokens": 8, "max_denoising_steps": 2, "eos_token_id": []}
     generator = torch.Generator().manual_seed(1)
     for width in (10, 16, *(20,) * 8):

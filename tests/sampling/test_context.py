@@ -163,7 +163,7 @@ def test_a_runs_own_sample_fits(folders: Callable[[str], Path]) -> None:
     from dllm_convert.sampling import DEFAULT_PROMPT
     from dllm_convert.sampling.run import decode_sample, fit, load_checkpoint
 
-    model, tokenizer = load_checkpoint(folders("bert"), "bert")
+    model, tokenizer = load_checkpoint(folders("bert"))
     assert fit(model, tokenizer, DEFAULT_PROMPT, 32) == (DEFAULT_PROMPT, 32)
     for context in (40, 20, 12, 5, 2):
         model.config.max_position_embeddings = context

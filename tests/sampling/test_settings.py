@@ -71,7 +71,7 @@ def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: s
         )
         return
     found = json.loads(sample(folder, "--prompt", "A name", *options, "--json").stdout)
-    model, tokenizer = load_checkpoint(folder, family)
+    model, tokenizer = load_checkpoint(folder)
     given: dict[str, Any] = {"seed": 3 if "--seed" in options else None, "max_new_tokens": 12}
     right = decode_sample(model, tokenizer, "A name", **given, **settings)
     assert found | {"seconds": 0} == right.as_dict() | {"seconds": 0}
@@ -180,7 +180,7 @@ def test_a_recipe_saves_them_in_the_checkpoint(
     read = GenerationConfig.from_pretrained(folder)
     read.validate(strict=True)
     assert {name: getattr(read, name) for name in SAVED[target]} == SAVED[target]
-    model, _ = load_checkpoint(folder, family)
+    model, _ = load_checkpoint(folder)
     assert model.generation_config.unmasking == SAVED[target]["unmasking"]
 
 
