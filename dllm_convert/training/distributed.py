@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from dllm_convert.common.interruption import heard
@@ -99,6 +101,18 @@ def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ
                 f"{accelerator.distributed_type.value} on {accelerator.device.type}",
                 hint=f"{name} needs GPUs; without them launch with recipes/launch/ddp.yaml",
             )
+
+
+def reduce_in_float32(accelerator: Any) -> None:
+    """Have FSDP2 add up gradients in float32, before it prepares a model.
+
+    Accelerate adds them in the type that matrices are multiplied in: of 64 gradients in bfloat16
+    whose sum has eight significant bits, the small ones are gone.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
 def is_sharded(trainer: Any) -> bool:

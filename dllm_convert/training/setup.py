@@ -125,7 +125,7 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
         The model, or a PEFT model around it.
     """
     if training.method == "full":
-        return model
+        return keep_masters(model)
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
@@ -154,7 +154,20 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
     if tie and not config.ensure_weight_tying:
         trained = model.get_input_embeddings().modules_to_save[wrapped.active_adapter]
         model.get_output_embeddings().weight = trained.weight
-    return wrapped
+    return keep_masters(wrapped)
+
+
+def keep_masters(model: Any) -> Any:
+    """Hold all that is trained in float32, whatever the frozen weights are held in.
+
+    A step of AdamW moves a weight by about the learning rate, and bfloat16 has no number between a
+    weight and its 1/256th more: at 1e-4 all norms of a model and half its embeddings stay as they
+    are, step after step. PEFT casts the matrices that it adds, not the layers it copies to train.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad and weight.is_floating_point():
+            weight.data = weight.data.float()
+    return model
 
 
 def count_trainable(model: Any) -> int:
@@ -177,5 +190,10 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
         attention=attention_implementation(plan.recipe, plan.adapter),
         quantized=is_quantized(training),
     )
+    if is_quantized(training):
+        from peft import prepare_model_for_kbit_training
+
+        # Norms, embeddings and head in float32 around the layers of 4 bits (QLoRA, 2305.14314).
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     checkpoint_activations(base, training.gradient_checkpointing)
     return make_trainable(base, plan.adapter, training)

@@ -16,6 +16,7 @@ from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
+from dllm_convert.training.distributed import reduce_in_float32
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class DiffusionTrainer(Trainer):
         kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        reduce_in_float32(self.accelerator)
         self._objective = objective or Objective.from_config(model.config)
         self._process = process or ForwardProcess()
         self._weights = weights or LossWeights()
