@@ -7,11 +7,15 @@ look. Block diffusion's masks are those of BD3LM (arXiv 2503.09573, section 4 an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._pytree import tree_map_only
 
+from dllm_convert.diffusion.device import moved
 from dllm_convert.modeling.published.masks import see_self
 
 
@@ -42,6 +46,10 @@ def causal_mask(segments: torch.Tensor) -> torch.Tensor:
 
 
 CLEAN, UNUSED = 0, -1
+TILE = 128
+"""Queries, and keys, of a block of flex attention."""
+_NOBODY = 1 << 30
+"""Codes of tokens that nobody sees begin below minus this; above it is no code."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class StreamMask:
 
     Attributes:
         streams: `CLEAN`, a view's number from 1, or `UNUSED`.
-        blocks: Number of each token's block, rising along its document.
-        segments: Number of each token's document, -1 at padding.
+        blocks: Number of each token's block, rising along the row.
+        segments: Number of each token's document, rising along the row, -1 at padding.
         positions: Position of each token in its document, from 0.
         causal_clean: A clean query sees of its own block only what stands before it.
         shut: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
@@ -77,47 +85,167 @@ class StreamMask:
         alike = all(bool((column == column[:, :1]).all()) for column in columns)
         return alike and bool((self.streams != CLEAN).all() & (self.segments >= 0).all())
 
-    def allows(self, row: Any, query: Any, key: Any) -> Any:
-        """The rule, for indices that are numbers or broadcast together."""
-        stream, own_stream = self.streams[row, key], self.streams[row, query]
-        block, own_block = self.blocks[row, key], self.blocks[row, query]
-        here = block == own_block
-        position, own_position = self.positions[row, key], self.positions[row, query]
-        if self.causal_clean:
-            here = here & ((stream != CLEAN) | (position <= own_position))
-        seen = ((stream == CLEAN) & (block < own_block)) | ((stream == own_stream) & here)
-        if self.shut is not None:
-            seen = seen & ~self.shut[own_position, position]
-        same = self.segments[row, key] == self.segments[row, query]
-        real = (stream != UNUSED) & (self.segments[row, key] >= 0)
-        return (seen & same & real) | (query == key)
+    @cached_property
+    def rule(self) -> Rule:
+        """The same rule in the fewest numbers; see `Rule`."""
+        views = max(int(self.streams.max()), 1)
+        inside = self.segments >= 0
+        segments, places = self.segments.clamp(min=0), self.positions * inside
+        # Tokens numbered along the text of the row, whatever columns they stand in: the documents
+        # before theirs, (batch, documents), and their position: (batch, width).
+        lengths = segments.new_zeros(len(segments), int(segments.max()) + 1)
+        lengths.scatter_reduce_(1, segments, (places + 1) * inside, "amax")
+        before = (lengths.cumsum(1) - lengths).gather(1, segments)
+        order = before + places
+        # Where each token's block begins, by the same count: (batch, blocks), then (batch, width).
+        begins = torch.full((len(order), int(self.blocks.max()) + 1), _NOBODY).to(order)
+        start = begins.scatter_reduce_(1, self.blocks, order, "amin").gather(1, self.blocks)
+        # In steps of views + 1 there is room between the clean tokens before a block and those of
+        # it for the block's views: start * step < start * step + view < (start + 1) * step.
+        step = views + 1
+        clean = ((order if self.causal_clean else start) + 1) * step
+        code = torch.where(self.streams == CLEAN, clean, -(start * step + self.streams))
+        unseen = (self.streams == UNUSED) | ~inside
+        alone = -_NOBODY - 1 - torch.arange(code.shape[1], device=code.device)
+        low = torch.where(unseen, _NOBODY, before * step + 1)
+        return Rule(
+            torch.where(unseen, alone, code).int(), low.int(), self.positions.int(), self.shut
+        )
 
     def dense(self) -> torch.Tensor:
         """Boolean mask, shape (batch, 1, width, width)."""
-        rows, width = self.streams.shape
-        device = self.streams.device
-        row = torch.arange(rows, device=device)[:, None, None]
-        index = torch.arange(width, device=device)
-        mask: torch.Tensor = self.allows(row, index[None, :, None], index[None, None, :])
-        return mask.unsqueeze(1)
+        return self.rule.dense()
 
     def block_mask(self) -> BlockMask:
         """The mask as flex attention reads it."""
-        rows, width = self.streams.shape
-        return create_block_mask(
-            lambda b, _, q, k: self.allows(b, q, k),
-            rows,
-            None,
-            width,
-            width,
-            device=str(self.streams.device),
-        )
+        return self.rule.block_mask()
 
     def equals(self, other: StreamMask) -> bool:
         """Whether both are the same rule over the same tokens."""
+        return self.rule.equals(other.rule)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who sees whom, in two integers per token: three are read for a pair.
+
+    A query sees the keys of its own code, and keys from `low` up to the size of its code. Codes of
+    clean tokens are positive and rise along the row; those of noisy ones are negative, so that no
+    range holds them, and their size lies behind the clean tokens before their block and ahead of
+    those of it. Tokens that nobody sees have a code of their own, and see themselves.
+
+    Attributes:
+        code: Shape (batch, width), int32.
+        low: Where what a query may see begins: its document; shape (batch, width), int32.
+        positions: Position of each token in its document, shape (batch, width), int32.
+        shut: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
+    """
+
+    code: torch.Tensor
+    low: torch.Tensor
+    positions: torch.Tensor
+    shut: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Rule:
+        """Return the same rule on a device, without waiting for it."""
+        moved_ = {name: moved(value, device) for name, value in vars(self).items()}
+        return Rule(**moved_)
+
+    def allows(self, row: Any, query: Any, key: Any) -> Any:
+        """The rule, for indices that are numbers or broadcast together."""
+        seen = _sees(self.code[row, query], self.low[row, query], self.code[row, key])
+        if self.shut is None:
+            return seen
+        closed = self.shut[self.positions[row, query], self.positions[row, key]]
+        return (seen & ~closed) | (query == key)
+
+    def dense(self) -> torch.Tensor:
+        """Boolean mask, shape (batch, 1, width, width)."""
+        # (batch, width, 1) against (batch, 1, width).
+        seen: torch.Tensor = _sees(
+            self.code[:, :, None], self.low[:, :, None], self.code[:, None, :]
+        )
+        if self.shut is not None:
+            places = self.positions.long()
+            closed = self.shut[places[:, :, None], places[:, None, :]]
+            itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
+            seen = (seen & ~closed) | itself
+        return seen.unsqueeze(1)
+
+    def block_mask(self, device: torch.device | None = None) -> BlockMask:
+        """The mask as flex attention reads it.
+
+        Blocks are found on the CPU from runs of tokens that are alike, of which a row has a few
+        hundred, and not from its millions of pairs.
+
+        Args:
+            device: Where to put it; None for where the rule is.
+        """
+        rows, width = self.code.shape
+        if self.shut is not None:
+            # Pairs that were drawn have no runs; only the first steps of a training have them.
+            there = self if device is None else self.to(device)
+            allows, where = there.allows, str(there.code.device)
+            return create_block_mask(
+                lambda b, _, q, k: allows(b, q, k), rows, None, width, width, device=where
+            )
+        there = self if device is None else self.to(device)
+        code, low = there.code, there.low
+        some, every = self.tiles()
+        mask = BlockMask.from_kv_blocks(
+            *_ordered(some & ~every),
+            *_ordered(every),
+            BLOCK_SIZE=TILE,
+            mask_mod=lambda b, _, q, k: _sees(code[b, q], low[b, q], code[b, k]),
+            seq_lengths=(width, width),
+        )
+        if code.device.type == "cpu":
+            return mask
+        values = tree_map_only(
+            torch.Tensor, partial(moved, device=code.device), mask.as_tuple(flatten=False)
+        )
+        return BlockMask(*values)
+
+    def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tiles have an open pair, and which have no other: (batch, tiles, tiles), bool."""
+        rows, width = self.code.shape
+        count = -(-width // TILE)
+        some = np.zeros((rows, count, count), dtype=bool)
+        every = np.zeros_like(some)
+        whole = width // TILE
+        codes, lows = self.code.cpu().numpy(), self.low.cpu().numpy()
+        for row in range(rows):
+            # Tokens of one code and one document see and are seen alike. A run of them ends where
+            # a tile does, so that each is of one tile: (runs,).
+            changes = (np.diff(codes[row]) != 0) | (np.diff(lows[row]) != 0)
+            changes[TILE - 1 :: TILE] = True
+            starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+            code, low = codes[row, starts], lows[row, starts]
+            seen = _sees(code[:, None], low[:, None], code[None, :])
+            first = np.searchsorted(starts, np.arange(count) * TILE)
+            for found, reduce in ((some, np.logical_or), (every, np.logical_and)):
+                found[row] = reduce.reduceat(reduce.reduceat(seen, first, 0), first, 1)
+        # What pads the last tile is no open pair.
+        every[:, whole:] = every[:, :, whole:] = False
+        return torch.from_numpy(some), torch.from_numpy(every)
+
+    def equals(self, other: Rule) -> bool:
+        """Whether both let the same tokens see each other."""
+        if (self.shut is None) != (other.shut is None):
+            return False
         return all(
-            torch.equal(mine, yours)
-            if isinstance(mine, torch.Tensor) and isinstance(yours, torch.Tensor)
-            else mine is yours
+            mine is None or yours is None or torch.equal(mine, yours)
             for mine, yours in zip(vars(self).values(), vars(other).values(), strict=True)
         )
+
+
+def _sees(code: Any, low: Any, key: Any) -> Any:
+    """Whether queries of a code, whose document begins at `low`, see keys of the code `key`."""
+    return (code == key) | ((low <= key) & (key < abs(code)))
+
+
+def _ordered(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count each query tile's key tiles and put them first: (batch, 1, q), (batch, 1, q, k)."""
+    numbers = tiles.unsqueeze(1).int()
+    order = numbers.argsort(dim=-1, descending=True, stable=True)
+    return numbers.sum(-1, dtype=torch.int32), order.int()

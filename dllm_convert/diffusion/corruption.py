@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
 
@@ -98,8 +99,7 @@ class Corruption:
 
     def to(self, device: torch.device) -> Corruption:
         """Return the same noise on a device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if v is not None}
-        return replace(self, **moved)
+        return replace(self, **{name: moved(value, device) for name, value in vars(self).items()})
 
 
 def number_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

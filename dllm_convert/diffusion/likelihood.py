@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dllm_convert.common.console import Task
 from dllm_convert.diffusion.attention import causal_mask
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.device import device_of, moved
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
@@ -66,6 +67,11 @@ def measured_process(objective: Objective) -> ForwardProcess:
     return ForwardProcess(draw="count")
 
 
+def _on_cpu(batch: TextBatch) -> TextBatch:
+    # Noise is drawn and rows are laid out there: a GPU would be waited for at every count.
+    return batch.to(torch.device("cpu"))
+
+
 @torch.no_grad()
 def nelbo(
     model: Any,
@@ -101,16 +107,17 @@ def nelbo(
     rows = sum(len(batch.tokens) for batch in batches)
     totals: list[float] = []
     counts: list[int] = []
-    for batch in batches:
+    for batch in map(_on_cpu, batches):
         scorable = batch.scorable
         sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
         for number in range(draws):
             key = NoiseKey(seed, number, len(totals), rows, "measure")
-            forward = predict(batch, corrupt(batch, objective, process, key), objective)
+            laid_out = predict(batch, corrupt(batch, objective, process, key), objective)
+            forward = laid_out.to(device_of(model))
             mask = forward.dense_mask()
             logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
             nats = forward.nats(logits, objective) * forward.weight
-            sums.index_add_(0, forward.rows.cpu(), nats.double().cpu())
+            sums.index_add_(0, laid_out.rows, nats.cpu().double())
         totals += (sums / draws).tolist()
         counts += scorable.sum(-1).tolist()
         if task is not None:
@@ -147,16 +154,17 @@ def nats_at_rate(
     rows = sum(len(batch.tokens) for batch in batches)
     totals: list[list[float]] = [[] for _ in rates]
     counts: list[list[int]] = [[] for _ in rates]
-    for batch in batches:
+    for batch in map(_on_cpu, batches):
         key = NoiseKey(seed, 0, len(totals[0]), rows, "measure")
         views = [view for one in processes for view in corrupt(batch, objective, one, key)]
-        forward = predict(batch, views, objective)
+        laid_out = predict(batch, views, objective)
+        forward = laid_out.to(device_of(model))
         mask = forward.dense_mask()
         logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
         # Scored positions come view by view.
         parts = [int(view.scored.sum()) for view in views]
-        nats = forward.nats(logits, objective).double().cpu()
-        texts = forward.rows.cpu()
+        nats = forward.nats(logits, objective).cpu().double()
+        texts = laid_out.rows
         pairs = zip(torch.split(nats, parts), torch.split(texts, parts), strict=True)
         for number, (part, rows_of) in enumerate(pairs):
             sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
@@ -214,14 +222,15 @@ def next_token_nats(
         Of each scorable token its negative log-likelihood in nats, float64, the row it stands in,
         and whether it is the likeliest, each of shape (scorable tokens,), on the CPU.
     """
+    batch, device = _on_cpu(batch), device_of(model)
     texts, columns = batch.scorable.nonzero(as_tuple=True)
     logits = model(
-        input_ids=batch.tokens,
-        attention_mask=causal_mask(batch.segments),
-        position_ids=batch.positions,
-        logits_at=texts * batch.tokens.shape[1] + columns - 1,
+        input_ids=moved(batch.tokens, device),
+        attention_mask=causal_mask(moved(batch.segments, device)),
+        position_ids=moved(batch.positions, device),
+        logits_at=moved(texts * batch.tokens.shape[1] + columns - 1, device),
         use_cache=False,
     ).logits[:, :rows]
-    targets = batch.tokens[texts, columns]
-    nats = F.cross_entropy(logits.float(), targets, reduction="none").double()
-    return nats.cpu(), texts.cpu(), (logits.argmax(-1) == targets).cpu()
+    targets = moved(batch.tokens[texts, columns], device)
+    nats = F.cross_entropy(logits.float(), targets, reduction="none")
+    return nats.cpu().double(), texts, (logits.argmax(-1) == targets).cpu()

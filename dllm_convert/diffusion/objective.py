@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dllm_convert.common.terms import Context, Kernel, Target
+from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.schedule import Schedule
 
 
@@ -102,10 +103,7 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """Return the same text on a device."""
-        loss = None if self.loss is None else self.loss.to(device)
-        return TextBatch(
-            self.tokens.to(device), self.segments.to(device), self.positions.to(device), loss
-        )
+        return TextBatch(**{name: moved(value, device) for name, value in vars(self).items()})
 
     @property
     def scorable(self) -> torch.Tensor:

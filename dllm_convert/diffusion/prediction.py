@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from dllm_convert.diffusion.attention import UNUSED, StreamMask
 from dllm_convert.diffusion.corruption import Corruption
+from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
 from dllm_convert.diffusion.objective import Objective, TextBatch
 
 WIDTH_MULTIPLE = 16
-"""Rows are as wide as a multiple of this many tokens, so that few widths occur."""
+"""Rows are as wide as a multiple of this many tokens, so that few widths occur; with flex attention
+as one of its blocks."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,29 @@ class Prediction:
     noisy: torch.Tensor | None = None
     kept: torch.Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs are."""
+        return self.inputs["input_ids"].device
+
+    def to(self, device: torch.device) -> Prediction:
+        """Return the same forward with inputs and targets on a device, without waiting for it.
+
+        The mask stays where it was laid out, and goes along in the form that attention takes.
+        """
+        inputs = {name: moved(value, device) for name, value in self.inputs.items()}
+        named = ("targets", "weight", "rows", "ar_targets", "noisy", "kept")
+        return replace(
+            self, inputs=inputs, **{name: moved(getattr(self, name), device) for name in named}
+        )
+
     def dense_mask(self) -> torch.Tensor | None:
         """The mask as sdpa and eager attention take it, (batch, 1, width, width); None if open."""
-        return None if self.mask is None else self.mask.dense()
+        return None if self.mask is None else self.mask.rule.to(self.device).dense()
+
+    def block_mask(self) -> BlockMask | None:
+        """The mask as flex attention takes it; None if open."""
+        return None if self.mask is None else self.mask.rule.block_mask(self.device)
 
     def nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Unweighted loss of each scored position, shape (n,), of logits (n + m, vocab)."""
@@ -73,13 +96,16 @@ class _Streams:
     segments: torch.Tensor
     streams: torch.Tensor
 
-    def compact(self, keep: torch.Tensor) -> tuple[_Streams, torch.Tensor]:
+    def compact(self, keep: torch.Tensor, multiple: int) -> tuple[_Streams, torch.Tensor]:
         """Drop what nobody needs; return the rest and each column's new column."""
-        # As wide as the row that keeps most, (batch, width <= columns).
+        # As wide as the row that keeps most, (batch, width).
         needed = max(int(keep.sum(-1).max()), 1)
-        width = min(-(-needed // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, keep.shape[1])
+        width = -(-needed // multiple) * multiple
+        if multiple == WIDTH_MULTIPLE:
+            width = min(width, keep.shape[1])
         # Kept columns first, in their order (the sort is stable): positions stay ascending.
         order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        order = torch.nn.functional.pad(order, (0, width - order.shape[1]))
         # Rows that keep fewer are filled up with columns that nobody sees.
         unused = torch.arange(width, device=keep.device) >= keep.sum(-1, keepdim=True)
         columns = {name: values.gather(1, order) for name, values in vars(self).items()}
@@ -128,11 +154,13 @@ def predict(
     *,
     ar_loss: bool = False,
     shut: torch.Tensor | None = None,
+    multiple: int = WIDTH_MULTIPLE,
 ) -> Prediction:
     """Lay out the forward that predicts the corrupted tokens of `batch`.
 
     K views of BD3LM share one clean stream: (K + 1) * L tokens instead of 2 * K * L. Views of MDLM
-    are rows of their own.
+    are rows of their own. Counting what runs has a GPU wait, so text and noise are best on the CPU,
+    and `Prediction.to` moves the result.
 
     Args:
         batch: Clean text.
@@ -141,12 +169,13 @@ def predict(
         ar_loss: Also predict each clean token from the clean ones before it; bd3lm with a strictly
             causal clean stream.
         shut: Pairs of positions that stay closed, see `shut_pairs`; (length, length), bool.
+        multiple: What the width of a row is a multiple of, filled up with tokens that nobody sees.
 
     Returns:
         Model inputs, targets and weights.
     """
     if objective.target == "mdlm":
-        return _one_stream(batch, views, objective, shut)
+        return _one_stream(batch, views, objective, shut, multiple)
     # In what follows L is the length of a row, K the number of views, N = (K + 1) * L.
     length, count = batch.tokens.shape[1], len(views)
     blocks = batch.blocks(objective.size)
@@ -162,7 +191,8 @@ def predict(
         stream.repeat_interleave(length).expand(len(blocks), -1),
     )
     # Prompts and last blocks have no reader: without them the row is (batch, width) with width < N.
-    used, column = everything.compact(_needed(batch, blocks, views, all_clean=ar_loss))
+    needed = _needed(batch, blocks, views, all_clean=ar_loss)
+    used, column = everything.compact(needed, multiple)
     reads, rows, places, numbers = [], [], [], []
     for number, view in enumerate(views):
         # n scored tokens of this view: row and place in the text, each (n,), and the column of the
@@ -196,6 +226,7 @@ def _one_stream(
     views: Sequence[Corruption],
     objective: Objective,
     shut: torch.Tensor | None,
+    multiple: int,
 ) -> Prediction:
     # Views are rows: (K * batch, L), view by view. There is no clean stream; who is not padding has
     # stream 1, and all of a document see each other.
@@ -207,6 +238,10 @@ def _one_stream(
         batch.segments.repeat(len(views), 1),
         torch.where(batch.segments >= 0, 1, UNUSED).repeat(len(views), 1),
     )
+    if multiple != WIDTH_MULTIPLE and length % multiple:
+        # All columns stay where they are; what comes after them is seen by nobody.
+        streams, _ = streams.compact(torch.ones_like(streams.tokens, dtype=torch.bool), multiple)
+        length = streams.tokens.shape[1]
     # View, row and place of the n scored tokens, each (n,), in the order of the flattened logits.
     number, row, at = torch.stack([view.scored for view in views]).nonzero(as_tuple=True)
     # A document's first token is never scored, so at - 1 stays inside it.

@@ -169,16 +169,16 @@ def score_round(
     for numbers, group in _batches(texts, estimator.batch_size):
         clean = _text_batch(group)
         views = _corrupt(group, clean.tokens.shape[1], objective, estimator, number)
-        batch = clean.to(model.device)
-        forward = predict(batch, [view.to(model.device) for view in views], objective)
+        laid_out = predict(clean, views, objective)
+        forward = laid_out.to(model.device)
         logits = model(
             **forward.inputs, attention_mask=forward.dense_mask(), use_cache=False
         ).logits
-        nats = (forward.nats(logits, objective) * forward.weight).double().cpu()
+        nats = (forward.nats(logits, objective) * forward.weight).cpu().double()
         counts = torch.tensor([int(view.scored.sum()) for view in views])
         draw = torch.arange(len(views)).repeat_interleave(counts)
         sums = torch.zeros(len(group), len(views), dtype=torch.float64)
-        sums.index_put_((forward.rows.cpu(), draw), nats, accumulate=True)
+        sums.index_put_((laid_out.rows, draw), nats, accumulate=True)
         found[numbers] = sums
         if task is not None:
             task.advance(len(group))

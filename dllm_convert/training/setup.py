@@ -194,6 +194,7 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
         from peft import prepare_model_for_kbit_training
 
         # Norms, embeddings and head in float32 around the layers of 4 bits (QLoRA, 2305.14314).
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        prepare: Any = prepare_model_for_kbit_training
+        base = prepare(base, use_gradient_checkpointing=False)
     checkpoint_activations(base, training.gradient_checkpointing)
     return make_trainable(base, plan.adapter, training)

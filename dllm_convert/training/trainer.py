@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from dllm_convert.diffusion.attention import StreamMask
+from dllm_convert.diffusion.attention import TILE, StreamMask
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
-from dllm_convert.diffusion.objective import Objective
-from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
+from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, Prediction, predict, shut_pairs
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
@@ -51,9 +52,10 @@ class Annealing:
 
 @dataclass(frozen=True)
 class ForwardNoise:
-    """The noise of one forward, and what its loss is divided by.
+    """Text and noise of one forward, on the CPU, and what its loss is divided by.
 
     Attributes:
+        batch: Clean text.
         views: Draws of noise over its text.
         shut: Pairs of positions that attention annealing keeps closed; None for none.
         key: Where the noise was drawn.
@@ -63,6 +65,7 @@ class ForwardNoise:
         texts: Scorable tokens of all forwards and processes of the step.
     """
 
+    batch: TextBatch
     views: tuple[Corruption, ...]
     shut: torch.Tensor | None
     key: NoiseKey
@@ -143,22 +146,40 @@ class DiffusionTrainer(Trainer):
         drawn = []
         sums = torch.zeros(2, dtype=torch.float64)
         for micro, inputs in enumerate(batches):
-            batch = text_batch(inputs)
+            # On the CPU, where it comes from: counting and sorting on a GPU has the host wait.
+            columns = {name: value.to("cpu") for name, value in inputs.items()}
+            batch = text_batch(columns)
             size = len(batch.tokens)
             first = (micro * world + self.args.process_index) * size
             key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
             views = corrupt(batch, self._objective, self._process, key)
             texts = int(batch.scorable.sum())
             scored = texts * len(views)
-            drawn.append((views, self._shut(batch.tokens.shape[1], key), key, scored))
+            drawn.append((batch, views, self._shut(batch.tokens.shape[1], key), key, scored))
             if self._weights.masked == "uniform":
                 sums += torch.tensor([sum(int(view.scored.sum()) for view in views), texts])
             else:
                 sums += torch.tensor([scored, texts])
         totals = self._total(sums).clamp(min=1).tolist()
-        for inputs, noise in zip(batches, drawn, strict=True):
-            inputs["noise"] = ForwardNoise(*noise, *totals)
-        return batches, counted
+        items, texts = totals
+        noisy = [{"noise": ForwardNoise(*noise, items=items, texts=texts)} for noise in drawn]
+        return noisy, counted
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of training rows, which stay on the CPU until they are laid out.
+
+        A stream that one process reads for all of them goes over the devices, as NCCL wants it.
+        """
+        shared = self.args.world_size > 1 and isinstance(self.train_dataset, IterableDataset)
+        placed, self.accelerator.device_placement = self.accelerator.device_placement, shared
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placed
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Leave a forward's noise where it is; `compute_loss` moves what it lays out."""
+        return inputs
 
     def compute_loss(
         self,
@@ -169,11 +190,15 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
-        batch = text_batch(inputs)
         ar_weight = self._weights.ar
         forward = predict(
-            batch, noise.views, self._objective, ar_loss=ar_weight > 0, shut=noise.shut
-        )
+            noise.batch,
+            noise.views,
+            self._objective,
+            ar_loss=ar_weight > 0,
+            shut=noise.shut,
+            multiple=TILE if self._flex else WIDTH_MULTIPLE,
+        ).to(self.args.device)
         with self._mask_noise.at(noise.key):
             output = model(**forward.inputs, attention_mask=self._in_form(forward), use_cache=False)
         nats = forward.nats(output.logits, self._objective)
@@ -212,7 +237,7 @@ class DiffusionTrainer(Trainer):
         if share <= 0:
             return None
         # One draw per step, whatever forward and process: the same pairs are open in all of them.
-        return shut_pairs(length, share, key.generator()).to(self.args.device)
+        return shut_pairs(length, share, key.generator())
 
     def _in_form(self, forward: Prediction) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""
@@ -220,5 +245,5 @@ class DiffusionTrainer(Trainer):
         if mask is None or not self._flex:
             return forward.dense_mask()
         if self._block_mask is None or not self._block_mask[0].equals(mask):
-            self._block_mask = (mask, mask.block_mask())
+            self._block_mask = (mask, forward.block_mask())
         return self._block_mask[1]

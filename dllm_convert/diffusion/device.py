@@ -1,0 +1,29 @@
+"""Tensors go to a device while it computes something else."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+Value = TypeVar("Value", torch.Tensor, None)
+
+
+def moved(value: Value, device: torch.device) -> Value:
+    """Return a tensor on a device, without waiting for it; None stays None.
+
+    Memory that can be swapped out is copied while the host waits, so what goes to a CUDA device is
+    put in page-locked memory first.
+    """
+    if value is None or value.device == device:
+        return value
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    # The other way the host has to wait: nothing says when the copy has arrived.
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where a model computes: where its first weight is, the CPU if it has none."""
+    weight = next(model.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
