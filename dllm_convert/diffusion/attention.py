@@ -239,6 +239,12 @@ class Rule:
         )
 
 
+def open_rule(tokens: torch.Tensor) -> Rule:
+    """Return the rule by which all tokens of a row, (batch, width), see each other; on the CPU."""
+    same = torch.zeros(tokens.shape, dtype=torch.int32)
+    return Rule(same, same, same)
+
+
 def _sees(code: Any, low: Any, key: Any) -> Any:
     """Whether queries of a code, whose document begins at `low`, see keys of the code `key`."""
     return (code == key) | ((low <= key) & (key < abs(code)))

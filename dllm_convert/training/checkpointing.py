@@ -28,7 +28,8 @@ _KEPT = frozenset(
 
 
 def _keep(context: Any, operation: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
-    name = operation.name().partition("::")[2].partition(".")[0]
+    # "aten::mm.default"; operators of higher order, such as flex attention, have no namespace.
+    name = operation.name().rpartition("::")[2].partition(".")[0]
     # Autocast's copies of the weights: one per layer, not one per token.
     cast_weight = name == "_to_copy" and isinstance(inputs[0], torch.nn.Parameter)
     if name in _KEPT or cast_weight:

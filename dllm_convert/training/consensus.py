@@ -31,10 +31,15 @@ class Consensus:
         self._pending: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
+    def _on_device(self, answer: bool | torch.Tensor) -> torch.Tensor:
+        if isinstance(answer, torch.Tensor):
+            return answer.to(self._device).float()
+        # Filled there: copying a number from ordinary memory has the host wait.
+        return torch.full((), float(answer), device=self._device)
+
     def any(self, *answers: bool | torch.Tensor) -> tuple[bool, ...]:
         """Return, for each question, whether any process says yes; all processes must ask."""
-        asked = [torch.as_tensor(answer, device=self._device).float() for answer in answers]
-        flags = torch.stack(asked)
+        flags = torch.stack([self._on_device(answer) for answer in answers])
         if _together():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         if self._device.type != "cuda":

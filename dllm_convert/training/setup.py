@@ -15,6 +15,7 @@ from dllm_convert.planning.estimate import chosen_attention
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.cpu_attention import register_tiles
+from dllm_convert.training.gpu_attention import FLEX_SINCE, has_flex, register_flex
 from dllm_convert.training.reporting import is_installed
 
 
@@ -39,7 +40,7 @@ def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
     found = chosen_attention(recipe, cuda=torch.cuda.is_available(), cpu=not has_any)
     if found == "tiles":
         return register_tiles()
-    return "flex_attention" if found == "flex" else found
+    return register_flex() if found == "flex" else found
 
 
 def is_quantized(training: Training) -> bool:
@@ -54,6 +55,11 @@ def require_devices(training: Training) -> None:
         IncompatibleError: There is no GPU, or bitsandbytes is not installed.
     """
     trains = training.method != "none"
+    if trains and training.attention == "flex" and not has_flex():
+        raise IncompatibleError(
+            f"training.attention=flex needs torch {FLEX_SINCE} or newer, found {torch.__version__}",
+            hint="pip install -U torch, or --set training.attention=sdpa",
+        )
     if trains and training.attention == "flex" and not torch.accelerator.is_available():
         raise IncompatibleError(
             "training.attention=flex needs a GPU: torch has no backward of it on a CPU",

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from dllm_convert.diffusion.attention import TILE, StreamMask
+from dllm_convert.diffusion.attention import TILE, Rule, open_rule
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, Prediction, predict, shut_pairs
@@ -18,6 +18,7 @@ from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
 from dllm_convert.training.distributed import reduce_in_float32
+from dllm_convert.training.gpu_attention import FLEX
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ class DiffusionTrainer(Trainer):
             steps=self._annealing.mask_noise_steps,
         )
         inner: Any = self.model
-        self._flex = inner.config._attn_implementation == "flex_attention"
+        self._flex = inner.config._attn_implementation in ("flex_attention", FLEX)
         self.sparse = self._flex or inner.config._attn_implementation == TILED
-        self._block_mask: tuple[StreamMask, Any] | None = None
+        self._block_mask: tuple[Rule, Any] | None = None
         # Nats and scored tokens since the last line of the log. They stay on the device until then:
         # asking for a number there and then has every forward wait for the one before it.
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
@@ -241,9 +242,9 @@ class DiffusionTrainer(Trainer):
 
     def _in_form(self, forward: Prediction) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""
-        mask = forward.mask
-        if mask is None or not self._flex:
+        if not self._flex:
             return forward.dense_mask()
-        if self._block_mask is None or not self._block_mask[0].equals(mask):
-            self._block_mask = (mask, forward.block_mask())
+        rule = forward.mask.rule if forward.mask else open_rule(forward.inputs["input_ids"])
+        if self._block_mask is None or not self._block_mask[0].equals(rule):
+            self._block_mask = (rule, rule.block_mask(forward.device))
         return self._block_mask[1]

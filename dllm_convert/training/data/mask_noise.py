@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dllm_convert.diffusion.corruption import NoiseKey
+from dllm_convert.diffusion.device import moved
 
 
 class MaskNoise:
@@ -43,7 +44,8 @@ class MaskNoise:
             masked = inputs[0] == self._mask_token_id
             noise = key.each_row(
                 len(output), lambda g: torch.randn(output.shape[1:], generator=g), 3
-            ).to(output)
+            )
+            noise = moved(noise, output.device).to(output.dtype)
             return output + self._std * share * noise * masked[..., None]
 
         handle = self._embedding.register_forward_hook(add)
