@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
@@ -64,6 +65,128 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask_token_id: in
     function: Any = _CrossEntropy
     nats: torch.Tensor = function.apply(logits, targets, mask_token_id)
     return nats
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """A projection and its cross-entropy, some rows at a time; gradients come with the loss.
+
+    Of each piece of rows the logits live until their gradient is multiplied out: there is never a
+    tensor of tokens times vocabulary, and no product is computed twice. That takes a loss which is
+    linear in the cross-entropies, with factors that are known beforehand (as Liger does it, arXiv
+    2410.10989).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: torch.Tensor,
+        mask_token_id: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = hidden.device.type
+        compute = hidden.dtype
+        if torch.is_autocast_enabled(device):
+            compute = torch.get_autocast_dtype(device)
+        states, matrix = hidden.to(compute), weight.to(compute)
+        shift = None if bias is None else bias.to(compute)
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for_hidden = torch.empty_like(hidden)
+        for_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        learnt = bias is not None and bias.requires_grad
+        for_bias = torch.zeros_like(bias, dtype=torch.float32) if learnt else None  # type: ignore[arg-type]
+        size = _rows_of_products(weight)
+        with torch.autocast(device, enabled=False):
+            for first in range(0, len(hidden), size):
+                rows = slice(first, first + size)
+                # (rows, vocab): logits, and in their place the gradient of each.
+                logits = torch.nn.functional.linear(states[rows], matrix, shift)
+                _to_gradients(logits, targets[rows], scale[rows], nats[rows], mask_token_id)
+                for_hidden[rows] = logits @ matrix
+                if for_weight is not None:
+                    for_weight += logits.T @ states[rows]
+                if for_bias is not None:
+                    for_bias += logits.sum(0, dtype=torch.float32)
+        ctx.found = (for_hidden, for_weight, for_bias)
+        ctx.types = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(nats)
+        return (nats * scale).sum(), nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        for_hidden, for_weight, for_bias = ctx.found
+        # Asking a GPU whether there is anything to multiply with would have the host wait.
+        if gradient.device.type != "cpu" or gradient != 1:
+            for part in (for_hidden, for_weight, for_bias):
+                if part is not None:
+                    part.mul_(gradient)
+        of_weight, of_bias = ctx.types
+        return (
+            for_hidden,
+            None if for_weight is None else for_weight.to(of_weight),
+            None if for_bias is None else for_bias.to(of_bias),
+            None,
+            None,
+            None,
+        )
+
+
+def _rows_of_products(weight: torch.Tensor) -> int:
+    """Rows whose logits are there at once: enough to keep the device busy with products."""
+    entries = 1 << 25 if weight.device.type == "cpu" else 1 << 27
+    return max(1, entries // len(weight))
+
+
+def _to_gradients(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    nats: torch.Tensor,
+    mask_token_id: int,
+) -> None:
+    """Write cross-entropies to `nats`, (n,), and their gradients over `logits`, (n, vocab)."""
+    size = _rows_at_once(logits)
+    for first in range(0, len(logits), size):
+        rows = slice(first, first + size)
+        target = targets[rows, None]
+        scores = logits[rows].float()
+        scores[:, mask_token_id] = -torch.inf
+        sums = torch.logsumexp(scores, dim=-1)
+        nats[rows] = sums - scores.gather(-1, target).squeeze(-1)
+        # d nats / d logits is the softmax, less one at the target; 0 at the mask.
+        scores.sub_(sums[:, None]).exp_()
+        scores.scatter_add_(-1, target, scores.new_full(target.shape, -1.0))
+        logits[rows] = scores.mul_(scale[rows, None])
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    mask_token_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted cross-entropy of a projection that can never predict the mask.
+
+    Args:
+        hidden: Hidden states, shape (n, width).
+        weight: The projection, shape (vocab, width).
+        bias: Shape (vocab,), or None.
+        targets: Shape (n,).
+        scale: What each cross-entropy is multiplied with in the sum, shape (n,), float32.
+        mask_token_id: The mask.
+
+    Returns:
+        The weighted sum, shape (), and, without a gradient, the cross-entropies in nats, shape
+        (n,), float32.
+    """
+    function: Any = _LinearCrossEntropy
+    loss, nats = function.apply(hidden, weight, bias, targets, scale, mask_token_id)
+    return loss, nats
 
 
 def uniform_divergence(

@@ -134,6 +134,7 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
         return keep_masters(model)
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
+    from peft.utils.other import TrainableTokensWrapper
 
     lora = training.lora
     saved = list(adapter.norm_modules) if lora.norms else []
@@ -157,6 +158,11 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
         ensure_weight_tying=tie and adapter.embedding_module in EMBEDDING_LAYER_NAMES,
     )
     wrapped = get_peft_model(model, config)
+    head = model.get_output_embeddings()
+    if rows is not None and isinstance(head, TrainableTokensWrapper):
+        # PEFT has a tied head follow the trained row. Nothing is read of the mask's logit, the
+        # matrix would be copied for it in every forward, and the head's biases would be left out.
+        model.set_output_embeddings(head.token_adapter.get_base_layer())
     if tie and not config.ensure_weight_tying:
         trained = model.get_input_embeddings().modules_to_save[wrapped.active_adapter]
         model.get_output_embeddings().weight = trained.weight

@@ -18,6 +18,7 @@ from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
 from dllm_convert.training.distributed import reduce_in_float32
+from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gpu_attention import FLEX
 
 
@@ -125,6 +126,7 @@ class DiffusionTrainer(Trainer):
         inner: Any = self.model
         self._flex = inner.config._attn_implementation in ("flex_attention", FLEX)
         self.sparse = self._flex or inner.config._attn_implementation == TILED
+        self._fused = FusedHead(self.model, self._objective.mask_token_id)
         self._block_mask: tuple[Rule, Any] | None = None
         # Nats and scored tokens since the last line of the log. They stay on the device until then:
         # asking for a number there and then has every forward wait for the one before it.
@@ -200,19 +202,31 @@ class DiffusionTrainer(Trainer):
             shut=noise.shut,
             multiple=TILE if self._flex else WIDTH_MULTIPLE,
         ).to(self.args.device)
-        with self._mask_noise.at(noise.key):
-            output = model(**forward.inputs, attention_mask=self._in_form(forward), use_cache=False)
-        nats = forward.nats(output.logits, self._objective)
+        # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
+        times = self.args.world_size * self.current_gradient_accumulation_steps
+        weight = forward.weight
+        if self._weights.masked == "uniform":
+            weight = torch.ones_like(weight)
+        # Of each logit's cross-entropy in the loss: (n,) of corrupted tokens, (m,) of next ones.
+        scale = weight * (times / noise.items)
+        ar_scale = ar_weight * times / noise.texts
+        inputs = {**forward.inputs, "attention_mask": self._in_form(forward), "use_cache": False}
+        if self._fused.works and self._objective.kernel == "absorbing":
+            targets = torch.cat([forward.targets, forward.ar_targets])
+            scale = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
+            with self._mask_noise.at(noise.key), self._fused.at(targets, scale) as found:
+                output = model(**inputs)
+            loss, nats = output.logits.sum(), found[0][: len(forward.targets)]
+        else:
+            with self._mask_noise.at(noise.key):
+                output = model(**inputs)
+            nats = forward.nats(output.logits, self._objective)
+            loss = (nats * scale).sum()
+            if ar_weight:
+                loss = loss + ar_scale * forward.ar_nats(output.logits, self._objective).sum()
         total = (nats * forward.weight).sum()
-        optimised = nats.sum() if self._weights.masked == "uniform" else total
-        loss = optimised / noise.items
-        if ar_weight:
-            ar_nats = forward.ar_nats(output.logits, self._objective)
-            loss = loss + ar_weight * ar_nats.sum() / noise.texts
         self._sums[0] += total.detach()
         self._sums[1] += noise.scored
-        # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
-        loss = loss * (self.args.world_size * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

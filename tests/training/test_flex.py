@@ -6,6 +6,7 @@ everywhere, so that here torch's own mathematics runs behind the same compiled c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def recipe(target: str, **training: Any) -> Recipe:
             "training": {"steps": 9, "batch_size": 2, "lora": {"rank": 4}, **training},
         }
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Leave no shapes behind: a second one has the compiler take all for variable."""
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("checkpoint", ["off", "selective", "full"])

@@ -1,0 +1,83 @@
+"""The head of a model, computed together with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+
+from dllm_convert.diffusion.losses import linear_cross_entropy
+from dllm_convert.modeling.published.modeling import DiffusionMixin
+
+
+class FusedHead:
+    """Has a model return its weighted loss where it would return logits.
+
+    Logits are most of a training's memory where the vocabulary is large: of 4 x 1024 tokens and
+    152,000 words they and what Accelerate and the loss make of them are 10 bytes per scored token
+    and word. Computed in place of the head, inside the model's own forward, the loss works under
+    DDP, FSDP and ZeRO as the head does.
+
+    Args:
+        model: A diffusion model of this package, with adapters or without.
+        mask_token_id: The mask, which is never predicted.
+    """
+
+    def __init__(self, model: Any, mask_token_id: int) -> None:
+        self._mask_token_id = mask_token_id
+        self._head = self._found(model)
+
+    @staticmethod
+    def _found(model: Any) -> Any:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        # A class that was measured, not declared, may do something to its logits.
+        own = getattr(type(inner), "_run_model", None) is DiffusionMixin._run_model
+        head: Any = inner.get_output_embeddings() if own else None  # type: ignore[operator]
+        return None if _weights(head) is None else head
+
+    @property
+    def works(self) -> bool:
+        """Whether the head is a plain projection, and the last thing that is computed."""
+        return self._head is not None
+
+    @contextmanager
+    def at(self, targets: torch.Tensor, scale: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Compute the loss in place of the logits while the block runs.
+
+        Args:
+            targets: Token at each place whose logits are asked for, shape (n,).
+            scale: What its cross-entropy is multiplied with, shape (n,), float32.
+
+        Yields:
+            A list that holds the cross-entropies in nats, shape (n,), after the forward. The
+            model's `logits` are the weighted sum, shape (1,).
+        """
+        found: list[torch.Tensor] = []
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            weights = _weights(self._head)
+            if weights is None:
+                raise RuntimeError("the head is no projection any more")
+            loss, nats = linear_cross_entropy(hidden, *weights, targets, scale, self._mask_token_id)
+            found.append(nats)
+            return loss.reshape(1)
+
+        # Over the class's own, so that hooks of whoever shards the model still run.
+        self._head.forward = forward
+        try:
+            yield found
+        finally:
+            del self._head.forward
+
+
+def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Return matrix and biases of a projection as they are now; None if it is none."""
+    if type(head) is torch.nn.Linear:
+        return head.weight, head.bias
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        return _weights(head.modules_to_save[head.active_adapters[0]])
+    return None
