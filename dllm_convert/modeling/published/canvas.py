@@ -1,7 +1,4 @@
-"""The text while it is being written: tokens, what is still masked, who is done.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""The text while it is being written: tokens, what is still masked, who is done."""
 
 from __future__ import annotations
 

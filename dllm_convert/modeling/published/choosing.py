@@ -1,7 +1,4 @@
-"""What a denoising step decides: tokens, which of them become final, which are taken back.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""What a denoising step decides: tokens, which of them become final, which are taken back."""
 
 from __future__ import annotations
 

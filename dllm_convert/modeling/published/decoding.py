@@ -1,7 +1,4 @@
-"""Decoding by denoising: MDLM over a canvas, BD3LM block by block with one KV cache.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Decoding by denoising: MDLM over a canvas, BD3LM block by block with one KV cache."""
 
 from __future__ import annotations
 

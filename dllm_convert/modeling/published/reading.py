@@ -1,7 +1,4 @@
-"""Forward passes of decoding: what is run, behind which cache, and where logits are taken.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Forward passes of decoding: what is run, behind which cache, and where logits are taken."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ Dynamic NTK and LongRoPE choose the frequencies of a forward by its longest text
 earlier forward chose. Keys in a cache would then be turned otherwise than the queries that meet
 them, and a row otherwise beside a longer neighbour. Here each row has the frequencies of its own
 length: of the text in a forward, of the final text in a decoding.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Decoding options from a checkpoint's files and what a caller says.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Decoding options from a checkpoint's files and what a caller says."""
 
 from __future__ import annotations
 
