@@ -1,4 +1,4 @@
-"""Denoising for transformers' streamers: text that is final, and drafts for those that take them."""
+"""Denoising for transformers' streamers: text that is final, drafts for those that take them."""
 
 from __future__ import annotations
 
