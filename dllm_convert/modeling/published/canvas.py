@@ -25,7 +25,7 @@ class Canvas:
         tokens: Shape (batch, width), the mask where nothing is written.
         masked: Where something is to be written, shape (batch, width), bool.
         rows: Rows still being written, shape (rows,).
-        forwards: Forward passes so far; whoever runs one counts it.
+        forwards: Forward passes so far; a reader counts those it runs.
     """
 
     def __init__(

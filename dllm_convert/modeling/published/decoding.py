@@ -43,7 +43,6 @@ def decode_canvas(
         window[canvas.rows] = current
         canvas.begin(masked, beginning)
         logits = reader.read(masked, current, bool(beginning.any()))
-        canvas.forwards += 1
         canvas.denoise(logits, canvas.index[:width].expand_as(masked), masked)
         canvas.show()
         done = canvas.finished(torch.zeros_like(beginning))
