@@ -55,7 +55,8 @@ def _turned_for(module: Any, layer: str | None, length: int) -> Any:
         **({} if layer is None else {"layer_type": layer}),
     )
     stand_in = copy.copy(module)
-    stand_in._buffers = {**module._buffers, f"{prefix}inv_freq": frequencies}
+    # As a plain attribute, which is found before the buffer that the copy shares with the module.
+    object.__setattr__(stand_in, f"{prefix}inv_freq", frequencies)
     return stand_in
 
 
