@@ -75,8 +75,9 @@ def _read(name: str) -> tuple[Imported, str]:
         drop.update(range(node.lineno - 1, node.end_lineno or node.lineno))
     lines = source.splitlines(keepends=True)
     body = "".join(line for number, line in enumerate(lines) if number not in drop).strip("\n")
-    heading = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return imported, f"# {heading}\n\n\n{body}"
+    said = (ast.get_docstring(tree) or "").splitlines()
+    heading = "\n".join(f"# {line}".rstrip() for line in said)
+    return imported, f"{heading}\n\n\n{body}"
 
 
 def _import_lines(imported: Imported) -> str:
