@@ -141,8 +141,16 @@ def decode_samples(
             prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)
         new = _until_end(sequence[width:], end_ids(model))
         text = tokenizer.decode(new, skip_special_tokens=True)
-        per_forward = round(len(new) / max(output.forwards, 1), 3)
-        samples.append(Sample(prompt, text, len(new), output.forwards, per_forward, seconds))
+        samples.append(
+            Sample(
+                prompt=prompt,
+                text=text,
+                new_tokens=len(new),
+                forwards=output.forwards,
+                tokens_per_forward=round(len(new) / max(output.forwards, 1), 3),
+                seconds=seconds,
+            )
+        )
     return tuple(samples)
 
 

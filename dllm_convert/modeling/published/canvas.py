@@ -69,11 +69,11 @@ class Canvas:
         committed = ~self.masked & (self.index < self.ends[:, None])
         self.observer(
             Progress(
-                self.tokens[:, :width].clone(),
-                committed[:, :width],
-                self.lengths,
-                self.rows,
-                self.forwards,
+                canvas=self.tokens[:, :width].clone(),
+                committed=committed[:, :width],
+                lengths=self.lengths,
+                rows=self.rows,
+                forwards=self.forwards,
             )
         )
 

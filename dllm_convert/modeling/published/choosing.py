@@ -192,7 +192,7 @@ def rate_tokens(
         score = draw_uniform(counts, generators, logits.device)
     elif options.unmasking == "entropy":
         score = -entropy
-    return Ratings(confidence, score, entropy, token)
+    return Ratings(confidence=confidence, score=score, entropy=entropy, token=token)
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
