@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.modeling.bundle import CODE_FILES
+
 Manifest = dict[str, Any]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -272,7 +274,7 @@ def fill(folder: Path, manifest: Manifest) -> Path:
     config = {"hidden_size": hidden, "num_hidden_layers": layers, "tie_word_embeddings": tied}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "dllm_convert.json").write_text(json.dumps(manifest))
-    for name in ("modeling_dllm.py", "LICENSE", "generation_config.json"):
+    for name in (*CODE_FILES, "LICENSE", "generation_config.json"):
         (folder / name).write_text("")
     if manifest["source"]["license"] == "llama3.2":
         for name in ("USE_POLICY.md", "NOTICE", "chat_template.jinja"):

@@ -18,7 +18,7 @@ from dllm_convert.card.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
-from dllm_convert.modeling.bundle import MODELING_FILE
+from dllm_convert.modeling.bundle import CODE_FILES
 from dllm_convert.source.fit import is_tied
 from dllm_convert.verification.report import files_only
 
@@ -74,7 +74,7 @@ class Facts:
         pictures: Pictures in the folder.
         animation: How the sample was denoised, None if that was not recorded.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
-        custom_code: Whether the folder brings its modelling code.
+        code_files: The modelling code that the folder brings.
         has_report: Whether report.html lies in the folder.
         tied: Whether the output head is the embedding.
         has_chat_template: Whether the tokenizer has one.
@@ -100,7 +100,7 @@ class Facts:
     pictures: tuple[Picture, ...]
     animation: Picture | None
     adapter_only: bool
-    custom_code: bool
+    code_files: tuple[str, ...]
     has_report: bool
     tied: bool
     has_chat_template: bool
@@ -184,7 +184,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
         animation=DENOISING if (folder / DENOISING.file).is_file() else None,
         adapter_only=manifest.get("adapter_only") is True,
-        custom_code=(folder / MODELING_FILE).is_file(),
+        code_files=tuple(name for name in CODE_FILES if (folder / name).is_file()),
         has_report=(folder / REPORT_FILE).is_file(),
         tied=is_tied(config, adapter),
         has_chat_template=(folder / "chat_template.jinja").is_file(),

@@ -68,7 +68,7 @@ def _tags(facts: Facts) -> list[str]:
         *("dllm-convert", "diffusion", "block-diffusion" if block else "masked-diffusion"),
         facts.objective,
         *(["lora"] if facts.adapter_only else []),
-        *(["custom_code"] if facts.custom_code else []),
+        *(["custom_code"] if facts.code_files else []),
     ]
 
 

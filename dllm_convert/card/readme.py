@@ -13,7 +13,6 @@ from dllm_convert.card.metadata import dump_front_matter, front_matter
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.manifest import CARD_FILE, read_manifest, record_card
 from dllm_convert.errors import DataError
-from dllm_convert.modeling.bundle import MODELING_FILE
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.loading import data_dir
 from dllm_convert.sampling import DEFAULT_PROMPT
@@ -83,7 +82,7 @@ def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | Non
         prompt=facts.sample["prompt"] if facts.sample else DEFAULT_PROMPT,
         recipe_yaml=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         few_tokens=facts.train is not None and int(facts.train["tokens"]) < BILLION,
-        code_file=f"[{MODELING_FILE}]({MODELING_FILE})" if facts.custom_code else MODELING_FILE,
+        code_links=", ".join(f"[{name}]({name})" for name in facts.code_files),
         lora=facts.train is not None and facts.train["method"] == "lora",
     )
     return f"{dump_front_matter(front_matter(facts, title))}\n{body}"

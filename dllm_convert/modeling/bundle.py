@@ -1,114 +1,142 @@
-"""Write the published modelling code as one self-contained file.
+"""Write the code that is published beside the weights: three files, joined from many modules.
 
-transformers copies a checkpoint's code file by file and flattens relative imports; one file without
-any is what every loader, pinned or offline, handles the same way.
+Somebody who opens `modeling_dllm.py` finds the model first, then its masks, the decoding loops and
+their forward passes. What it imports relatively travels with it: transformers copies such files out
+of a folder and fetches them from the Hub. Older releases copy only what the modelling file itself
+names, so it has to name all of them.
 """
 
 from __future__ import annotations
 
 import ast
+import sys
 from importlib import resources
 from pathlib import Path
 
 from dllm_convert.adapters.base import Adapter
 
 MODELING_FILE = "modeling_dllm.py"
-
-_MINIMUM = "MIN_TRANSFORMERS"
-_PARTS = (
-    "masks.py",
-    "ends.py",
-    "inputs.py",
-    "limits.py",
-    "options.py",
-    "choosing.py",
-    "canvas.py",
-    "cache.py",
-    "rope.py",
-    "reading.py",
-    "decoding.py",
-    "settings.py",
-    "streaming.py",
-    "output.py",
-    "modeling.py",
-)
-_HEADER = '''"""Diffusion language model classes, written by dllm-convert {version}.
-
-Self-contained: needs torch and transformers >= {transformers} only. Load with
-`trust_remote_code=True`; without it the same weights load as the stock class, whose block-causal
-masks and denoising are then the caller's business.
-"""
-
-from __future__ import annotations
-'''
-
-
-def _split(source: str) -> tuple[list[str], str]:
-    """Return a module's top-level absolute imports and the rest without docstring."""
-    tree = ast.parse(source)
-    lines = source.splitlines(keepends=True)
-    imports: list[str] = []
-    drop: set[int] = set()
-    for position, node in enumerate(tree.body):
-        span = range(node.lineno - 1, node.end_lineno or node.lineno)
-        is_docstring = position == 0 and isinstance(node, ast.Expr)
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            relative = isinstance(node, ast.ImportFrom) and node.level > 0
-            future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
-            if not relative and not future:
-                imports.append(ast.unparse(node))
-            drop.update(span)
-        elif is_docstring:
-            drop.update(span)
-    body = "".join(line for number, line in enumerate(lines) if number not in drop)
-    return imports, body.strip("\n")
-
+CODE_FILES = {
+    MODELING_FILE: (
+        "modeling.py",
+        "masks.py",
+        "inputs.py",
+        "limits.py",
+        "decoding.py",
+        "reading.py",
+        "output.py",
+    ),
+    "decoding_dllm.py": ("canvas.py", "choosing.py", "cache.py", "rope.py", "streaming.py"),
+    "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
+}
+"""Files beside the weights, and the modules of `published/` that each is joined from, in order."""
 
 _MEASURED_PART = "measured.py"
-_MEASURED_CLASS = '''
-class {name}(MeasuredMixin, {stock}):
-    """{stock} as a diffusion language model: measured with transformers {version}, not written."""
+_MEASURED_CLASS = '''class {name}(MeasuredMixin, {stock}):
+    """A stock class opened: measured with transformers {version}, not written."""
 '''
+_MINIMUM = 'MIN_TRANSFORMERS = "'
+_DOCS = {
+    MODELING_FILE: """Diffusion language model classes, written by dllm-convert {version}.
+
+Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which runs
+`decoding_dllm.py` and `settings_dllm.py` too; without it the same weights load as the stock class,
+whose block-causal masks and denoising are then the caller's business.
+""",
+    "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
+
+The text so far, which tokens become final, the cache behind it; `modeling_dllm.py` runs the steps.
+""",
+    "settings_dllm.py": """Settings of decoding, written by dllm-convert {version}.
+
+What can be asked for, and which of a call, a generation config and a default wins.
+""",
+}
+
+Imported = list[tuple[str, str]]
+"""Modules as a whole, `("torch", "")`, and names from modules; those beside have a dot first."""
 
 
-def _min_transformers(modeling: str) -> str:
-    """Return MIN_TRANSFORMERS of the modelling code: importing it would load torch."""
-    assigned = (node for node in ast.parse(modeling).body if isinstance(node, ast.Assign))
-    (value,) = (node.value for node in assigned if ast.unparse(node.targets[0]) == _MINIMUM)
-    return str(ast.literal_eval(value))
+def _read(name: str) -> tuple[Imported, str]:
+    """Return what a module of `published/` imports, and the rest of it under a heading."""
+    root = resources.files("dllm_convert.modeling.published")
+    source = root.joinpath(name).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    imported: Imported = []
+    drop: set[int] = set()
+    for position, node in enumerate(tree.body):
+        if isinstance(node, ast.Import):
+            imported += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            imported += [(module, alias.name) for alias in node.names]
+        elif position:  # the first is the docstring
+            continue
+        drop.update(range(node.lineno - 1, node.end_lineno or node.lineno))
+    lines = source.splitlines(keepends=True)
+    body = "".join(line for number, line in enumerate(lines) if number not in drop).strip("\n")
+    said = (ast.get_docstring(tree) or "").splitlines()
+    heading = "\n".join(f"# {line}".rstrip() for line in said)
+    return imported, f"{heading}\n\n\n{body}"
 
 
-def modeling_source(adapter: Adapter | None = None) -> str:
-    """Return the text of the published modelling file.
+def _import_lines(imported: Imported) -> str:
+    """Return imports as formatters have them: of Python, of packages, of the files beside."""
+    named: dict[tuple[bool, str], set[str]] = {}
+    for module, name in imported:
+        named.setdefault((bool(name), module), set()).add(name)
+    groups: tuple[list[str], ...] = ([], [], [])
+    for (by_name, module), names in sorted(named.items()):
+        line = f"from {module} import {', '.join(sorted(names))}" if by_name else f"import {module}"
+        if len(line) > 100:
+            listed = "".join(f"    {name},\n" for name in sorted(names))
+            line = f"from {module} import (\n{listed})"
+        root = module.partition(".")[0]
+        groups[int(root not in sys.stdlib_module_names) if root else 2].append(line)
+    return "\n\n".join("\n".join(lines) for lines in groups if lines)
+
+
+def _join(file: str, parts: list[tuple[Imported, str]], doc: str) -> str:
+    """Return the text of a file; what its parts import from other files is imported from those."""
+    home = {f".{Path(part).stem}": other for other, held in CODE_FILES.items() for part in held}
+    wanted = [
+        (f".{Path(home[module]).stem}" if module in home else module, name)
+        for imported, _ in parts
+        for module, name in imported
+        if module != "__future__" and home.get(module) != file
+    ]
+    start = f'"""{doc}"""\n\nfrom __future__ import annotations\n\n{_import_lines(wanted)}\n\n'
+    return start + "\n\n\n".join(body for _, body in parts) + "\n"
+
+
+def published_code(adapter: Adapter | None = None) -> dict[str, str]:
+    """Return the text of the files that are published beside the weights, by name.
 
     Args:
         adapter: The family, where it was measured and has no class of its own in `modeling.py`.
     """
     from dllm_convert.common.version import __version__
 
-    root = resources.files("dllm_convert.modeling.published")
-    measured = None if adapter is None else adapter.measured
-    parts = _PARTS if measured is None else (*_PARTS, _MEASURED_PART)
-    sources = [root.joinpath(part).read_text(encoding="utf-8") for part in parts]
-    split = [_split(source) for source in sources]
-    imports = sorted({line for found, _ in split for line in found})
-    bodies = "\n\n\n".join(body for _, body in split)
-    oldest = _min_transformers(sources[len(_PARTS) - 1])
-    if adapter is not None and measured is not None:
-        imports = sorted({*imports, f"from transformers import {adapter.stock_class}"})
-        bodies += "\n\n" + _MEASURED_CLASS.format(
-            name=adapter.diffusion_class, stock=adapter.stock_class, version=measured.transformers
-        ).rstrip("\n")
+    files = {file: [_read(part) for part in held] for file, held in CODE_FILES.items()}
+    model = files[MODELING_FILE]
+    imported, body = model[0]
+    oldest = body.partition(_MINIMUM)[2].partition('"')[0]
+    if adapter is not None and adapter.measured is not None:
         # Older ones were not measured with this family.
-        newest = adapter.min_transformers
-        bodies = bodies.replace(f'{_MINIMUM} = "{oldest}"', f'{_MINIMUM} = "{newest}"')
-        oldest = newest
-    header = _HEADER.format(version=__version__, transformers=oldest)
-    return header + "\n" + "\n".join(imports) + "\n\n" + bodies + "\n"
+        body = body.replace(f"{_MINIMUM}{oldest}", f"{_MINIMUM}{adapter.min_transformers}")
+        oldest, stock = adapter.min_transformers, adapter.stock_class
+        mixin_imported, mixin = _read(_MEASURED_PART)
+        own = _MEASURED_CLASS.format(
+            name=adapter.diffusion_class, stock=stock, version=adapter.measured.transformers
+        )
+        measured = [*mixin_imported, ("transformers", stock)], f"{mixin}\n\n\n{own}".rstrip()
+        # Behind the classes it derives from, in front of what they call.
+        model[:1] = (imported, body), measured
+    facts = {"version": __version__, "transformers": oldest}
+    return {file: _join(file, files[file], _DOCS[file].format(**facts)) for file in CODE_FILES}
 
 
-def write_modeling(folder: Path, adapter: Adapter | None = None) -> Path:
-    """Write the modelling file into a checkpoint folder and return its path."""
-    path = folder / MODELING_FILE
-    path.write_text(modeling_source(adapter), encoding="utf-8")
-    return path
+def write_code(folder: Path, adapter: Adapter | None = None) -> None:
+    """Write the published files into a checkpoint folder."""
+    for name, text in published_code(adapter).items():
+        (folder / name).write_text(text, encoding="utf-8")

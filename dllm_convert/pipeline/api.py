@@ -7,7 +7,8 @@ Each imports what it needs when it is called: a plan takes no torch. What takes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -262,6 +263,8 @@ def sample(
             _check_decoding(Path(checkpoint), given)
             samples = run_sample(Path(checkpoint), prompts, teller, shown, **how)
         else:
+            from dllm_convert.modeling.converted_config import diffusion_section
+            from dllm_convert.sampling.checking import check_settings
             from dllm_convert.sampling.run import sample_with
 
             try:
@@ -271,12 +274,15 @@ def sample(
                     f"sample takes a folder or a pair (model, tokenizer), not "
                     f"{type(checkpoint).__name__}"
                 ) from error
-            try:
-                samples = sample_with(model, tokenizer, prompts, teller, shown, **how)
-            except (TypeError, ValueError) as error:
-                if not given:
-                    raise
-                raise RequestError(str(error)) from error
+            config = model.config.to_dict()
+            if diffusion_section(config) is None:
+                raise RequestError(
+                    f"the model is a {type(model).__name__}, whose config has no 'diffusion' "
+                    "section: sample takes what load returns"
+                )
+            with _refusing_settings():
+                check_settings(config, model.generation_config.to_dict(), given)
+            samples = sample_with(model, tokenizer, prompts, teller, shown, **how)
     return samples[0] if prompt is None or isinstance(prompt, str) else list(samples)
 
 
@@ -290,8 +296,15 @@ def _film(record: str | Path | None) -> Path | None:
 def _check_decoding(folder: Path, given: Mapping[str, Any], option: str | None = None) -> None:
     from dllm_convert.sampling.checking import check_decoding
 
-    try:
+    with _refusing_settings(option):
         check_decoding(folder, given)
+
+
+@contextmanager
+def _refusing_settings(option: str | None = None) -> Iterator[None]:
+    """Turn what the check of decoding's settings says into a refusal of the request."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise RequestError(str(error), option=option) from error
 

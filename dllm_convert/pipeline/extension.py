@@ -23,7 +23,7 @@ from dllm_convert.common.manifest import (
     read_manifest,
 )
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.modeling.bundle import MODELING_FILE
+from dllm_convert.modeling.bundle import CODE_FILES
 from dllm_convert.pipeline.results import Adapted
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
@@ -32,7 +32,7 @@ from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.weights.generation import write_generation
 
 _WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
-_TAKEN = (*_WEIGHTS, *SMALL_FILES, MODELING_FILE)
+_TAKEN = (*_WEIGHTS, *SMALL_FILES, *CODE_FILES)
 
 
 def begin(plan: ConversionPlan, out: Path) -> dict[str, Any]:

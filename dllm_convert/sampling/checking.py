@@ -1,12 +1,15 @@
-"""Settings of decoding against a checkpoint's own files, before its weights are read."""
+"""Settings of decoding against what a checkpoint says, before anything is decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from dllm_convert.adapters import adapter_of
+from dllm_convert.errors import RequestError
 from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
@@ -36,12 +39,30 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
     config = _read(folder / "config.json")
     if diffusion_section(config) is None:
         return None
-    adapter = check_converted_config(config, folder)
-    saved = _read(folder / "generation_config.json")
+    check_converted_config(config, folder)
+    return check_settings(config, _read(folder / "generation_config.json"), given)
+
+
+def check_settings(
+    config: Mapping[str, Any], saved: Mapping[str, Any], given: Mapping[str, Any]
+) -> DecodingOptions:
+    """Refuse settings that contradict each other, the model they are for or what it has saved.
+
+    Args:
+        config: Config of a diffusion model, of a known family.
+        saved: Its generation config.
+        given: Fields of `DecodingOptions`.
+
+    Returns:
+        All settings together.
+
+    Raises:
+        ValueError: They contradict, or do nothing.
+    """
     read_ids(saved.get(_CLOSING), _CLOSING)
     options = decoding_options(SimpleNamespace(**config), saved, 1, None, dict(given))
     if isinstance(given.get("max_new_tokens"), int):
-        context = context_length(config, adapter)
+        context = context_length(config, adapter_of(config))
         long = too_many_new(options.max_new_tokens, context, config)
         if long:
             raise ValueError(long)
@@ -51,6 +72,23 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
     if "remasking_ratio" in given and options.remasking is None:
         raise ValueError("remasking_ratio does nothing without remasking")
     return options
+
+
+def check_with_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], seed: int | None, given: Mapping[str, Any]
+) -> None:
+    """Refuse settings that these prompts, as tokens, leave no room for, or that contradict.
+
+    Raises:
+        RequestError: They do.
+    """
+    config, saved, width = model.config, model.generation_config, max(map(len, prompts))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # decoding itself says what it has no use for
+            decoding_options(config, saved, len(prompts), seed, dict(given), width=width)
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dllm_convert.modeling.converted_config import check_converted_config, diffu
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids
+from dllm_convert.sampling.checking import check_with_prompts
 from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.sampling.watch.frames import Recorder
@@ -111,12 +112,14 @@ def decode_samples(
         DataError: A prompt is empty, has no mark where one was named, begins with a mask that
             nothing stands before, or is longer than the positions the model has.
         IncompatibleError: The tokenizer has no chat template, or the model knows no mask.
+        RequestError: Options contradict each other, the model or the prompts.
     """
     encoded = encode_prompts(model, tokenizer, prompts, chat=chat, mark=mark)
     width = max(len(ids) for ids in encoded)
     rows = [ids + [0] * (width - len(ids)) for ids in encoded]
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]
     given = {name: value for name, value in options.items() if value is not None}
+    check_with_prompts(model, encoded, seed, given)
     started = time.monotonic()
     try:
         with packed_linears(model):
@@ -138,8 +141,16 @@ def decode_samples(
             prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)
         new = _until_end(sequence[width:], end_ids(model))
         text = tokenizer.decode(new, skip_special_tokens=True)
-        per_forward = round(len(new) / max(output.forwards, 1), 3)
-        samples.append(Sample(prompt, text, len(new), output.forwards, per_forward, seconds))
+        samples.append(
+            Sample(
+                prompt=prompt,
+                text=text,
+                new_tokens=len(new),
+                forwards=output.forwards,
+                tokens_per_forward=round(len(new) / max(output.forwards, 1), 3),
+                seconds=seconds,
+            )
+        )
     return tuple(samples)
 
 

@@ -99,6 +99,8 @@ def _save(state: dict[str, torch.Tensor], out: Path, keep: str) -> list[str]:
         name: (_dtype(out, name, t), tuple(t.shape), t.numel() * t.element_size())
         for name, t in tensors.items()
     }
+    # By hand, a piece at a time: safetensors' own writer tells a full disk in words only, and older
+    # releases copy every tensor of the file before they write the first.
     with out.open("wb") as file:
         file.write(encode_header(described, {"format": "pt"}))
         for tensor in tensors.values():

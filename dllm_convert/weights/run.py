@@ -180,14 +180,14 @@ def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:
 
 
 def _write_others(plan: ConversionPlan, source: Path, out: Path, fit: Fit, *, light: bool) -> None:
-    from dllm_convert.modeling.bundle import write_modeling
+    from dllm_convert.modeling.bundle import write_code
     from dllm_convert.weights.generation import write_generation
     from dllm_convert.weights.tokenizer import write_tokenizer
 
     _write_config(plan, source, out, fit)
     write_tokenizer(plan.mask, plan.source.tokenizer, source, out, light=light)
     write_generation(plan, out)
-    write_modeling(out, plan.adapter)
+    write_code(out, plan.adapter)
     for name in matching(file_names(source), LICENCE_FILES):
         shutil.copyfile(source / name, out / name)
 

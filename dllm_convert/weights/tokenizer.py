@@ -11,7 +11,12 @@ from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.info import TokenizerInfo
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
-from dllm_convert.weights.tokenizer_json import TOKENIZER_FILE, write_tokenizer_json
+from dllm_convert.weights.tokenizer_json import (
+    TOKENIZER_FILE,
+    check_written,
+    texts_below,
+    write_tokenizer_json,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +43,9 @@ def _facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _set_mask(tokenizer: PreTrainedTokenizerBase, mask: MaskTokenDecision) -> None:
     from transformers import AddedToken
 
-    # Ids are given out in order: rows between the last token and the mask need a text as well.
-    filler = [f"<|unused_{row}|>" for row in range(len(tokenizer), mask.id)] if mask.new else []
+    texts = texts_below(mask, len(tokenizer)).values()
     tokenizer.add_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in filler], special_tokens=True
+        [AddedToken(text, special=True, normalized=False) for text in texts], special_tokens=True
     )
     token = AddedToken(mask.token, special=True, normalized=False, lstrip=False, rstrip=False)
     tokenizer.add_special_tokens({"mask_token": token})
@@ -61,14 +65,7 @@ def _check(out: Path, mask: MaskTokenDecision, before: dict[str, Any]) -> str | 
         IncompatibleError: The mask is not where the plan says, or texts do not find it.
     """
     tokenizer = load_tokenizer(out)
-    if tokenizer.mask_token_id != mask.id:
-        raise IncompatibleError(
-            f"the saved tokenizer gives {mask.token!r} id {tokenizer.mask_token_id}, "
-            f"the plan chose {mask.id}",
-            hint="Name another mask token in the recipe",
-        )
-    if tokenizer(f"a{mask.token}b")["input_ids"].count(mask.id) != 1:
-        raise IncompatibleError(f"the saved tokenizer does not find {mask.token!r} in a text")
+    check_written(mask, tokenizer.mask_token_id, tokenizer(f"a{mask.token}b")["input_ids"])
     return _changed(before, _facts(tokenizer))
 
 

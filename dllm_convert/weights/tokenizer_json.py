@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,33 @@ def _token(content: str, *, special: bool = True) -> dict[str, Any]:
     }
 
 
+def texts_below(mask: MaskTokenDecision, size: int) -> dict[int, str]:
+    """Return texts for the rows in front of a new mask: ids are given out in order."""
+    return {row: f"<|unused_{row}|>" for row in range(size, mask.id)} if mask.new else {}
+
+
+def check_written(mask: MaskTokenDecision, row: int | None, ids: Sequence[int]) -> None:
+    """Check that a saved tokenizer gives its mask this `row`, and a text with it these `ids`.
+
+    Raises:
+        IncompatibleError: The id is not what the plan says, or the text has it not once.
+    """
+    if row == mask.id and ids.count(mask.id) == 1:
+        return
+    said = f"does not find {mask.token!r} in a text"
+    if row != mask.id:
+        said = f"gives {mask.token!r} id {row}, the plan chose {mask.id}"
+    raise IncompatibleError(
+        f"the saved tokenizer {said}", hint="Name another mask token in the recipe"
+    )
+
+
 def _new_tokens(
     mask: MaskTokenDecision, tokenizer: TokenizerInfo, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return what has to be among the added tokens of tokenizer.json, each with its id.
 
-    Ids are given out in order. So what only side files add comes first, and rows between the last
-    token and the mask need a text as well.
+    Ids are given out in order, so what only side files add comes first.
     """
     decoder = settings.get("added_tokens_decoder")
     described = {
@@ -68,7 +88,7 @@ def _new_tokens(
         }
         for text in tokenizer.beside
     ]
-    new = {row: f"<|unused_{row}|>" for row in range(tokenizer.size, mask.id)} if mask.new else {}
+    new = texts_below(mask, tokenizer.size)
     if mask.token not in tokenizer.beside:
         new[mask.id] = mask.token
     return [*beside, *({"id": row, **_token(text)} for row, text in new.items())]
@@ -144,8 +164,8 @@ def _write_side_files(
         _write(out / "added_tokens.json", listed | {t["content"]: t["id"] for t in new})
 
 
-def _finds(path: Path, mask: MaskTokenDecision) -> tuple[int | None, bool]:
-    """Return the id of the mask's text, and whether a text with it has that id once.
+def _found(path: Path, mask: MaskTokenDecision) -> tuple[int | None, list[int]]:
+    """Return the id of the mask's text, and the ids of a text with it.
 
     Raises:
         DataError: The file is broken.
@@ -155,8 +175,7 @@ def _finds(path: Path, mask: MaskTokenDecision) -> tuple[int | None, bool]:
     with TokenizerErrors(f"{path.name}: tokenizers cannot read it"):
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_truncation()
-        ids = tokenizer.encode(f"a{mask.token}b").ids
-    return tokenizer.token_to_id(mask.token), ids.count(mask.id) == 1
+        return tokenizer.token_to_id(mask.token), list(tokenizer.encode(f"a{mask.token}b").ids)
 
 
 def _write_tokenizer(
@@ -173,17 +192,7 @@ def _write_tokenizer(
             f"{source.name}: not a tokenizer of the tokenizers library ({error})"
         ) from error
     out.write_text(text, encoding="utf-8")
-    row, found = _finds(out, mask)
-    if row != mask.id:
-        raise IncompatibleError(
-            f"the saved tokenizer gives {mask.token!r} id {row}, the plan chose {mask.id}",
-            hint="Name another mask token in the recipe",
-        )
-    if not found:
-        raise IncompatibleError(
-            f"the saved tokenizer does not find {mask.token!r} in a text",
-            hint="Name another mask token in the recipe",
-        )
+    check_written(mask, *_found(out, mask))
 
 
 def write_tokenizer_json(
@@ -208,7 +217,8 @@ def write_tokenizer_json(
             shutil.copyfile(source / name, out / name)
     settings = _optional(source / CONFIG_FILE)
     new = _new_tokens(mask, tokenizer, settings)
-    if mask.rule == "tokenizer" and _finds(source / TOKENIZER_FILE, mask) == (mask.id, True):
+    row, ids = _found(source / TOKENIZER_FILE, mask) if mask.rule == "tokenizer" else (None, [])
+    if row == mask.id and ids.count(mask.id) == 1:
         new = []
     else:
         places = (source / TOKENIZER_FILE, out / TOKENIZER_FILE)

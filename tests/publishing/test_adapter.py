@@ -18,6 +18,7 @@ from factory import FAMILIES
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, hash_files, read_manifest, write_manifest
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.bundle import CODE_FILES
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import plan_as_dict
 from dllm_convert.publishing.adapter import adapter_checkpoint
@@ -87,7 +88,7 @@ def test_base_and_adapter_are_the_merged_model(
     plan = trained(base, merged, embeddings)
     adapter_checkpoint(merged, out, Reporter(quiet=True))
     names = {path.name for path in out.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "modeling_dllm.py"} <= names
+    assert {"adapter_config.json", "adapter_model.safetensors", *CODE_FILES} <= names
     assert not {"model.safetensors", "adapter", "README.md"} & names
     manifest = read_manifest(out)
     assert manifest["adapter_only"] is True

@@ -260,3 +260,9 @@ def test_an_observer_sees_every_forward_and_changes_nothing(block: int | None) -
     for before, after in itertools.pairwise(seen):
         assert (after.committed | ~before.committed).all()
         assert torch.equal(before.canvas[before.committed], after.canvas[before.committed])
+
+
+@pytest.mark.parametrize("seed", ["s", "12", 1.5, ["a"], [1.0], [1, 2], []])
+def test_a_seed_that_is_none(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        tiny("llama", block=4).generate(prompt(6), seed=seed, max_new_tokens=2)

@@ -108,6 +108,39 @@ def test_nothing_is_run_twice_and_the_cache_is_not_copied(monkeypatch: pytest.Mo
     assert len(places) == model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(
+    ("block", "settings"),
+    [
+        (None, {}),
+        (None, {"guidance_scale": 2.0}),
+        (None, {"block_length": 4}),
+        (None, {"block_length": 4, "approximate_cache": True}),
+        (None, {"remasking": "random", "remasking_ratio": 0.5, "max_denoising_steps": 3}),
+        (1, {}),
+        (4, {"confidence_threshold": 0.01}),
+        (4, {"guidance_scale": 2.0}),
+    ],
+)
+def test_forwards_told_are_those_that_were_run(
+    block: int | None, settings: dict[str, Any], shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama", block=block, shift=shift)
+    ids, mask = ragged([3, 11])
+    watched = Forwards(monkeypatch, model)
+    told = []
+    got = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=7,
+        return_dict_in_generate=True,
+        observer=lambda progress: told.append((progress.forwards, len(watched.shapes))),
+        **settings,
+    )
+    assert got.forwards == len(watched.shapes)
+    assert [first for first, _ in told] == [second for _, second in told]
+
+
 def test_logits_are_asked_for_at_masks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama", block=4), prompt(8)
     watched = Forwards(monkeypatch, model)

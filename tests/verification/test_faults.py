@@ -13,6 +13,7 @@ import torch
 from planting import EMBEDDING, WEIGHTS, edit_json, edit_tensors, failed, failing_report
 
 from dllm_convert.common.manifest import hash_files, write_manifest
+from dllm_convert.modeling.bundle import CODE_FILES
 from dllm_convert.verification import verify_checkpoint
 
 ATTENTION = {
@@ -235,8 +236,9 @@ def test_one_causal_layer_behind_an_open_one(
 # Portability ---------------------------------------------------------------------------------
 
 
-def test_modelling_file_missing(llama: Any) -> None:
-    (llama.folder / "modeling_dllm.py").unlink()
+@pytest.mark.parametrize("name", CODE_FILES)
+def test_modelling_file_missing(llama: Any, name: str) -> None:
+    (llama.folder / name).unlink()
     assert failed(llama.folder, ["portability"]) == {"portable"}
 
 

@@ -12,11 +12,10 @@ from foreign_cases import edit_json
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.bundle import CODE_FILES
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
 from dllm_convert.verification import verify_checkpoint
 from dllm_convert.verification.probes.gate import strange_code
-
-MODELING = "modeling_dllm.py"
 
 
 def reason(folder: Path) -> str | None:
@@ -24,9 +23,9 @@ def reason(folder: Path) -> str | None:
     return strange_code(folder, config, get_adapter(config["model_type"]))
 
 
-def add_side_effect(folder: Path) -> Path:
+def add_side_effect(folder: Path, name: str) -> Path:
     marker = folder.parent / "ran"
-    path = folder / MODELING
+    path = folder / name
     touch = f"\nfrom pathlib import Path\nPath({str(marker)!r}).touch()\n"
     path.write_text(path.read_text() + touch)
     return marker
@@ -37,16 +36,17 @@ def test_own_output_needs_no_consent(converted: Callable[..., Any]) -> None:
         assert reason(converted(family, target).folder) is None
 
 
-def test_changed_file_sleeps_until_it_is_trusted(converted: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", CODE_FILES)
+def test_changed_file_sleeps_until_it_is_trusted(converted: Callable[..., Any], name: str) -> None:
     folder = converted("llama", "bd3lm").folder
-    marker = add_side_effect(folder)
+    marker = add_side_effect(folder, name)
 
     report = verify_checkpoint(folder, groups=["files", "tokens", "portability"])
 
     probes = {probe.name: probe for probe in report.probes}
     assert not marker.exists()
     assert probes["portable"].passed is None
-    assert MODELING in probes["portable"].detail
+    assert f"{name} is not the file" in probes["portable"].detail
     assert "--trust-remote-code" in probes["portable"].detail
     assert probes["portable-stock"].passed
 

@@ -1,7 +1,4 @@
-"""A KV cache with room: clean tokens are kept, denoising writes behind them and is written over.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""A KV cache with room: clean tokens are kept, denoising writes behind them and is written over."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The text while it is being written: tokens, what is still masked, who is done.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""The text while it is being written: tokens, what is still masked, who is done."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ class Canvas:
         tokens: Shape (batch, width), the mask where nothing is written.
         masked: Where something is to be written, shape (batch, width), bool.
         rows: Rows still being written, shape (rows,).
-        forwards: Forward passes so far; whoever runs one counts it.
+        forwards: Forward passes so far; a reader counts those it runs.
     """
 
     def __init__(
@@ -72,11 +69,11 @@ class Canvas:
         committed = ~self.masked & (self.index < self.ends[:, None])
         self.observer(
             Progress(
-                self.tokens[:, :width].clone(),
-                committed[:, :width],
-                self.lengths,
-                self.rows,
-                self.forwards,
+                canvas=self.tokens[:, :width].clone(),
+                committed=committed[:, :width],
+                lengths=self.lengths,
+                rows=self.rows,
+                forwards=self.forwards,
             )
         )
 

@@ -1,7 +1,4 @@
-"""What a denoising step decides: tokens, which of them become final, which are taken back.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""What a denoising step decides: tokens, which of them become final, which are taken back."""
 
 from __future__ import annotations
 
@@ -88,6 +85,7 @@ def _pieces(
     # Every row draws for its own positions and from its own generator, so that neither its
     # neighbours nor the width of the batch change what it gets.
     if all(generator is None for generator in generators):
+        # Torch's global generator: nobody can tell the rows' draws apart, so one draw does for all.
         counts, generators = [sum(counts)], [None]
     first = 0
     for count, generator in zip(counts, generators, strict=True):
@@ -117,6 +115,7 @@ def show_noise(
     if not options.noise_tokens:
         return tokens
     counts = masked.sum(-1).tolist()
+    # Any token but the mask, each as likely: ids from the mask's on are one further up, (n,).
     drawn = draw_uniform(counts, generators, tokens.device, options.noise_tokens - 1)
     shown = tokens.clone()
     shown[masked] = drawn + (drawn >= options.mask_token_id).long()
@@ -126,8 +125,8 @@ def show_noise(
 def _describe(
     probabilities: torch.Tensor, options: DecodingOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # The entropy of each row and the margin between its two likeliest tokens: each is computed only
-    # where an option asks for it, and empty otherwise.
+    # Of probabilities (n, vocab) the entropy of each position and the margin between its two
+    # likeliest tokens, (n,): each computed only where an option asks for it, and empty otherwise.
     entropy = margin = probabilities.new_empty(0)
     if options.entropy_bound is not None or options.unmasking == "entropy":
         entropy = torch.special.entr(probabilities).sum(-1)
@@ -140,7 +139,8 @@ def _describe(
 def _rate(
     logits: torch.Tensor, token: torch.Tensor | None, options: DecodingOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Confidence in the tokens drawn, or in the likeliest; entropy and margin.
+    # Of logits (n, vocab): confidence in the tokens (n,) drawn, or in the likeliest; entropy and
+    # margin; each (n,).
     # All probabilities of a batch are tens of megabytes, which on a CPU are written to memory, and
     # often to pages fresh from the system, for one number of each row.
     rows = len(logits) if logits.device.type != "cpu" else _PIECE // logits.shape[-1]
@@ -171,17 +171,19 @@ def rate_tokens(
     was drawn is not one the model is sure of. Guidance is part of `logits`: it makes another model.
     `logits` (n, vocab) are row after row, `counts` of each row; the mask's are overwritten.
     """
+    # What is written is never the mask, however likely the model finds it.
     logits[:, options.mask_token_id] = -torch.inf
-    token = None
+    token = None  # the likeliest, which only the positions that are committed are asked for
     if options.temperature:
         empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
         # Below the largest: a cold temperature overflows nothing.
         warped = warpers(empty, logits - logits.amax(-1, keepdim=True))
-        likely = warped.softmax(-1)
+        likely = warped.softmax(-1)  # (n, vocab)
         token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         for piece, generator in _pieces(counts, token_generators or generators):
             drawn = torch.multinomial(likely[piece], 1, generator=generator)
             token[piece] = drawn.squeeze(-1)
+    # On the logits as they are, not the warped ones: how sure the model itself is.
     confidence, entropy, margin = _rate(logits, token, options)
     score = confidence
     if options.unmasking == "margin":
@@ -190,11 +192,12 @@ def rate_tokens(
         score = draw_uniform(counts, generators, logits.device)
     elif options.unmasking == "entropy":
         score = -entropy
-    return Ratings(confidence, score, entropy, token)
+    return Ratings(confidence=confidence, score=score, entropy=entropy, token=token)
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    # Place of each value in its row, the largest first; of equal ones the left first.
+    # Place of each value (batch, length) in its row, the largest first; of equal ones the left
+    # first: the inverse of the permutation that sorts.
     order = values.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
@@ -211,6 +214,7 @@ def choose_commits(
     """
 
     def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
+        # From (n,) to (batch, length), with what sorts last where nothing is masked.
         return values.new_full(masked.shape, fill).masked_scatter_(masked, values)
 
     chosen = _ranks(spread(ratings.score, -torch.inf)) < quota[:, None]
@@ -223,6 +227,7 @@ def choose_commits(
         # added up without it, for a difference would lose small ones beside a large one.
         largest = torch.nn.functional.pad(entropy.cummax(-1).values[:, :-1], (1, 0))
         within = torch.minimum(entropy, largest).cumsum(-1) <= options.entropy_bound
+        # From the order of `unmasking` back to columns.
         chosen |= torch.zeros_like(within).scatter_(-1, order, within)
     return chosen & masked
 
@@ -237,10 +242,12 @@ def choose_remasked(
 
     `confidence` is what each was written with.
     """
-    counts = written.sum(-1)
+    counts = written.sum(-1)  # (batch,)
     doubt = -confidence
     if options.remasking == "random":
         drawn = draw_uniform(counts.tolist(), generators, written.device)
         doubt = doubt.masked_scatter(written, drawn)
+    # Those that must stay are ranked behind all others, and never reached: a share below 1 of the
+    # written ones is taken back.
     ranks = _ranks(doubt.masked_fill(~written, -torch.inf))
     return written & (ranks < (counts * options.remasking_ratio).long()[:, None])

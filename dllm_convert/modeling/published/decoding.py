@@ -1,7 +1,4 @@
-"""Decoding by denoising: MDLM over a canvas, BD3LM block by block with one KV cache.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Decoding by denoising: MDLM over a canvas, BD3LM block by block with one KV cache."""
 
 from __future__ import annotations
 
@@ -26,14 +23,19 @@ def decode_canvas(
     Prompts (batch, width) are right-padded, `lengths` (batch,) counts their tokens; masks in them
     are filled in as well. Rows that are done leave the batch.
     """
-    canvas = Canvas(prompts, lengths, options, lengths + options.max_new_tokens, observer)
+    limits = lengths + options.max_new_tokens
+    canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer)
     reader = CanvasReader(model, canvas)
+    # The window each row was in last, (batch,); none yet, so that every row begins one.
     window = torch.full_like(lengths, -(2**31))
     canvas.show()
     while len(canvas.rows):
+        # As wide as the longest text still written: rows that left make the others cheaper.
         width = int(canvas.ends[canvas.rows].max())
         masked = canvas.masked[canvas.rows, :width]
         if options.block_length:
+            # Windows are counted from each row's first new token, masks in a prompt lie in negative
+            # ones: the number of every column, (rows, width), and the first with a mask, (rows,).
             number = (canvas.index[:width] - lengths[canvas.rows, None]) // options.block_length
             current = number.masked_fill(~masked, 2**31).amin(-1)
             if options.approximate_cache:
@@ -42,13 +44,14 @@ def decode_canvas(
             masked = masked & (number == current[:, None])
         else:
             current = torch.zeros_like(canvas.rows)
+        # A row that enters a window, or begins at all, counts its steps anew.
         beginning = window[canvas.rows] != current
         window[canvas.rows] = current
         canvas.begin(masked, beginning)
         logits = reader.read(masked, current, bool(beginning.any()))
-        canvas.forwards += 1
         canvas.denoise(logits, canvas.index[:width].expand_as(masked), masked)
         canvas.show()
+        # Nothing is settled before all is written: remasking may take any token back.
         done = canvas.finished(torch.zeros_like(beginning))
         if done.any():
             reader.select(canvas.leave(done))
@@ -71,30 +74,35 @@ def decode_blocks(
     the next blocks as well. Arguments are those of `decode_canvas`.
     """
     size = options.block_size or 1
+    # Whole blocks: what a row writes behind its last new token is cut off in the end.
     limits = (lengths + options.max_new_tokens + size - 1) // size * size
-    canvas = Canvas(prompts, lengths, options, limits, observer)
+    canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer)
     reader = BlockReader(model, canvas, size)
     reader.read_prompt()
     canvas.show()
+    # Rows whose block is new to them, (rows,): their steps are counted from here.
     beginning = torch.ones_like(canvas.rows, dtype=torch.bool)
     while len(canvas.rows):
-        columns = reader.columns()
+        columns = reader.columns()  # of the block each row is at, (rows, block)
         masked = canvas.masked[canvas.rows[:, None], columns]
-        is_open = masked.any(-1)
+        is_open = masked.any(-1)  # (rows,)
         logits = None
         if not is_open.any():
             logits = reader.read_ahead(columns)
         if logits is not None:
+            # The written blocks are in the cache, and every row stands at the next one.
             columns = reader.columns()
             masked = canvas.masked[canvas.rows[:, None], columns]
             is_open = beginning = torch.ones_like(is_open)
         canvas.begin(masked, beginning)
         if logits is None:
+            # Open blocks are denoised beside written ones, which go into the cache.
             logits = reader.read(columns, masked, ~is_open)
-        if len(logits):
+        if len(logits):  # none where every block was written and went into the cache
             canvas.denoise(logits, columns, masked)
             canvas.show()
         beginning = ~is_open
+        # What remasking left in a block that is now written, nothing takes back, (rows,).
         settled = ~canvas.masked[canvas.rows[:, None], columns].any(-1)
         done = canvas.finished(settled)
         if done.any():

@@ -1,7 +1,4 @@
-"""Token ids as configs give them: one, several, or none.
-
-This module travels inside the published modelling file, so it imports nothing.
-"""
+"""Token ids as configs give them: one, several, or none."""
 
 from __future__ import annotations
 

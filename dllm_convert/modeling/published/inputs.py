@@ -1,7 +1,4 @@
-"""What `generate` is given, as a tokenizer returns it.
-
-This module travels inside the published modelling file, so it imports torch only.
-"""
+"""What `generate` is given, as a tokenizer returns it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How long a text may be: what a model has positions for, and what it was trained on.
-
-This module travels inside the published modelling file, so it imports torch only.
-"""
+"""How long a text may be: what a model has positions for, and what it was trained on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The mask of a converted model: causal across blocks, open inside one.
-
-This module travels inside the published modelling file, so it imports torch only.
-"""
+"""The mask of a converted model: causal across blocks, open inside one."""
 
 from __future__ import annotations
 

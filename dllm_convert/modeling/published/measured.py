@@ -1,8 +1,4 @@
-"""The diffusion class of a family that was measured, not written.
-
-It travels inside the published modelling file of such a family, so it imports torch and
-transformers only.
-"""
+"""The diffusion class of a family that was measured, not written."""
 
 from __future__ import annotations
 

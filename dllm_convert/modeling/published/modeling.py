@@ -1,7 +1,6 @@
 """Diffusion classes: stock transformers models, opened, with denoising in `generate`.
 
-One mixin and one line per family. The same classes train, sample and verify, and travel beside the
-weights as `modeling_dllm.py` (see `bundle.py`), so this module imports torch and transformers only.
+One mixin and one line per family. The same classes train, sample and verify.
 """
 
 from __future__ import annotations

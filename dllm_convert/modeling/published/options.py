@@ -1,7 +1,4 @@
-"""What decoding is asked for, what it shows on its way and what it returns.
-
-This module travels inside the published modelling file, so it imports torch only.
-"""
+"""What decoding is asked for, what it shows on its way and what it returns."""
 
 from __future__ import annotations
 

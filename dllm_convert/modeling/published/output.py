@@ -1,7 +1,4 @@
-"""What `generate` returns.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""What `generate` returns."""
 
 from __future__ import annotations
 

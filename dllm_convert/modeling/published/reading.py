@@ -1,7 +1,4 @@
-"""Forward passes of decoding: what is run, behind which cache, and where logits are taken.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Forward passes of decoding: what is run, behind which cache, and where logits are taken."""
 
 from __future__ import annotations
 
@@ -40,9 +37,11 @@ class CanvasReader:
             first = canvas.lengths[canvas.rows] + window * size - shift
             steps = torch.arange(size + shift, device=masked.device)
             columns = (first[:, None] + steps).clamp(0, width - 1)
-        row, column = masked.nonzero(as_tuple=True)
+        row, column = masked.nonzero(as_tuple=True)  # each (wanted,), row after row
         # Flat places in (rows * n) whose logits are wanted; shifted, that of the column before.
         at = row * columns.shape[1] + column - shift - first[row]
+        # Rows end at different columns, (rows, width): behind its end a row has no text, and no
+        # mask is the faster forward.
         valid = canvas.index[:width] < canvas.ends[canvas.rows, None]
         inputs: dict[str, Any] = {"use_cache": False}
         mask: torch.Tensor | None = None if bool(valid.all()) else valid.long()
@@ -51,22 +50,12 @@ class CanvasReader:
             self.cache.place(_doubled(columns, self.options), width)
             inputs = {"past_key_values": self.cache, "use_cache": True}
             mask = valid[:, None, None].expand(-1, -1, columns.shape[1], -1)
-        if mask is not None:
-            mask = _doubled(mask, self.options)
-        with final_lengths(self.model, canvas.final_lengths):
-            output = self.model(
-                canvas.read(columns),
-                attention_mask=mask,
-                position_ids=_doubled(columns, self.options),
-                logits_at=_behind(at, columns.numel(), self.options),
-                **inputs,
-            )
-        logits: torch.Tensor = output.logits
-        return logits
+        return _forward(self.model, canvas, columns, mask, at, **inputs)
 
     def select(self, kept: torch.Tensor) -> None:
         """Keep only these rows."""
         if self.cache is not None and len(kept):
+            # The cache has (rows, ...), with guidance (2 * rows, ...) as it was last read.
             self.cache.batch_select_indices(_behind(kept, self.rows, self.options))
 
 
@@ -102,7 +91,7 @@ class BlockReader:
         if self.options.causal_context:
             # The last key a clean query sees is itself.
             seen = columns[:1, :, None] >= columns[:1, None, :]
-            mask = _doubled(seen[:, None].expand(len(columns), -1, -1, -1), self.options)
+            mask = seen[:, None].expand(len(columns), -1, -1, -1)
         # The last clean token of a row predicts the first one of its block.
         last = torch.arange(len(columns), device=columns.device) * width + self.starts - 1
         at = last.clamp(min=0) if self.options.token_shift else last[:0]
@@ -121,15 +110,17 @@ class BlockReader:
             masked: What is to be written there, shape (rows, block), bool.
             clean: Rows whose block is written, shape (rows,), bool.
         """
-        row, place = masked.nonzero(as_tuple=True)
+        row, place = masked.nonzero(as_tuple=True)  # each (n,), row after row
         at = row * self.size + place  # flat, in (rows * block)
         if not self.options.token_shift:
             logits = self._run(columns, self._mask(clean), at)
             self._go_on(clean)
             return logits
-        begins, ending = place == 0, clean.nonzero().squeeze(-1)
-        # Nothing of this block predicts its first token; that place is kept free. Behind them, what
-        # predicts the first token after each clean block: its last place.
+        # Shifted, a place predicts the next one. A block's first token is predicted by the last
+        # place of the block before, whose logits were kept when that block was run: `previous`.
+        begins, ending = place == 0, clean.nonzero().squeeze(-1)  # (n,) bool; (clean rows,)
+        # Two things of one forward: at each mask the place before it (at a block's first its own,
+        # only to keep the count), and behind them the last place of each clean block, for later.
         wanted = torch.cat([at - (~begins).long(), (ending + 1) * self.size - 1])
         logits = self._run(columns, self._mask(clean), wanted)
         if self.previous is None:
@@ -138,10 +129,10 @@ class BlockReader:
         found, following = [], []
         streams = 2 if self.options.guided else 1
         for part, previous in zip(logits.chunk(streams), self.previous.chunk(streams), strict=True):
-            here, after = part[: len(at)], part[len(at) :]
-            # A block's first token is predicted from the clean token before it.
+            here, after = part[: len(at)], part[len(at) :]  # (n, vocab), (clean rows, vocab)
             here[begins] = previous[row[begins]]
             found.append(here)
+            # (rows, vocab); rows whose block is still open keep theirs until they go on.
             following.append(previous.index_copy(0, ending, after) if len(ending) else previous)
         self.previous = following[0] if streams == 1 else torch.cat(following)
         self._go_on(clean)
@@ -170,8 +161,10 @@ class BlockReader:
         Returns:
             Logits of the masked positions of the blocks behind; None if one of them has none.
         """
-        following = columns + self.size
+        following = columns + self.size  # (rows, block)
         masked = self.canvas.masked[self.canvas.rows[:, None], following]
+        # A causal context reads the clean block otherwise than an open one: two forwards. A next
+        # block without a mask (the prompt's, or past the end) has nothing to denoise.
         if self.options.causal_context or not bool(masked.any(-1).all()):
             return None
         row, place = masked.nonzero(as_tuple=True)
@@ -183,8 +176,9 @@ class BlockReader:
         )
         logits = self._run(torch.cat([columns, following], 1), self._seen(last), at)
         if self.options.token_shift:
-            parts = logits.chunk(2) if self.options.guided else (logits,)
-            # First tokens are not written yet in these blocks: later steps read them from here.
+            parts = logits.chunk(2) if self.options.guided else (logits,)  # (n, vocab) each
+            # The clean token before a block predicts its first one in every step to come, and is
+            # not run again: its logits are kept, (rows, vocab).
             first = place == 0
             kept = [part.new_zeros(len(masked), part.shape[-1]) for part in parts]
             for part, previous in zip(parts, kept, strict=True):
@@ -199,20 +193,25 @@ class BlockReader:
         self.cache.keep(int(self.starts.min()))
 
     def _mask(self, clean: torch.Tensor) -> torch.Tensor | None:
-        # None where every query sees every column up to the end of the block.
+        # None where every query sees every column up to the end of the block, which is where the
+        # keys end: no mask is built, and the attention kernel may be the one without. Rows at
+        # different blocks have keys that are not theirs, and a causal context hides some.
         level = bool((self.starts == self.starts[0]).all())
         causal = self.options.causal_context and bool(clean.any())
         if self.may_be_bare and level and not causal:
             return None
+        # Last column each query sees, (rows, block): the end of its block.
         last = (self.starts + self.size - 1)[:, None].expand(-1, self.size)
         if self.options.causal_context:
+            # A block that goes into the cache is read as it was trained: up to the query itself.
             last = torch.where(clean[:, None], self.columns(), last)
         return self._seen(last)
 
     def _seen(self, last: torch.Tensor) -> torch.Tensor:
-        # A mask (rows, 1, queries, keys) from the last column that each query sees.
+        # A mask (rows, 1, queries, keys) from the last column (rows, queries) that each query sees.
+        # Columns are positions, so a row needs no key past its last one.
         keys = torch.arange(int(last.max()) + 1, device=last.device)
-        return _doubled((keys <= last[..., None])[:, None], self.options)
+        return (keys <= last[..., None])[:, None]
 
     def _run(
         self,
@@ -222,21 +221,60 @@ class BlockReader:
         *,
         is_prompt: bool = False,
     ) -> torch.Tensor:
-        both = _doubled(columns, self.options)
-        self.cache.place(both)
-        with final_lengths(self.model, self.canvas.final_lengths):
-            output = self.model(
-                self.canvas.read(columns, noise=not is_prompt),
-                attention_mask=mask,
-                position_ids=both,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_at=_behind(at, columns.numel(), self.options),
-                sees_all=mask is None and not is_prompt,
-            )
-        self.canvas.forwards += 1
-        logits: torch.Tensor = output.logits
-        return logits
+        self.cache.place(_doubled(columns, self.options))
+        return _forward(
+            self.model,
+            self.canvas,
+            columns,
+            mask,
+            at,
+            # Nothing is unwritten in a clean block; past it, noise would cost a row draws that
+            # depend on its neighbours.
+            noise=not is_prompt,
+            past_key_values=self.cache,
+            use_cache=True,
+            sees_all=mask is None and not is_prompt,
+        )
+
+
+def _forward(
+    model: Any,
+    canvas: Canvas,
+    columns: torch.Tensor,
+    mask: torch.Tensor | None,
+    at: torch.Tensor,
+    *,
+    noise: bool = True,
+    **inputs: Any,
+) -> torch.Tensor:
+    """Run the active rows of a canvas once, and count it: every forward of a decoding is this one.
+
+    With guidance the rows are run twice side by side, the second time without their prompts.
+
+    Args:
+        model: A diffusion model.
+        canvas: The text so far.
+        columns: Columns of it that are run, and positions of their tokens, shape (rows, n).
+        mask: What they see, (rows, keys) or (rows, 1, n, keys); None is what the model makes of it.
+        at: Flat places in (rows * n) whose logits are wanted, shape (wanted,).
+        noise: Whether what is not written yet may be shown as noise.
+        **inputs: Cache and the like.
+
+    Returns:
+        Logits, shape (wanted, vocab), with guidance (2 * wanted, vocab).
+    """
+    options = canvas.options
+    with final_lengths(model, canvas.final_lengths):
+        output = model(
+            canvas.read(columns, noise=noise),
+            attention_mask=None if mask is None else _doubled(mask, options),
+            position_ids=_doubled(columns, options),
+            logits_at=_behind(at, columns.numel(), options),
+            **inputs,
+        )
+    canvas.forwards += 1
+    logits: torch.Tensor = output.logits
+    return logits
 
 
 def _doubled(rows: torch.Tensor, options: DecodingOptions) -> torch.Tensor:

@@ -4,8 +4,6 @@ Dynamic NTK and LongRoPE choose the frequencies of a forward by its longest text
 earlier forward chose. Keys in a cache would then be turned otherwise than the queries that meet
 them, and a row otherwise beside a longer neighbour. Here each row has the frequencies of its own
 length: of the text in a forward, of the final text in a decoding.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
 """
 
 from __future__ import annotations
@@ -57,7 +55,8 @@ def _turned_for(module: Any, layer: str | None, length: int) -> Any:
         **({} if layer is None else {"layer_type": layer}),
     )
     stand_in = copy.copy(module)
-    stand_in._buffers = {**module._buffers, f"{prefix}inv_freq": frequencies}
+    # As a plain attribute, which is found before the buffer that the copy shares with the module.
+    object.__setattr__(stand_in, f"{prefix}inv_freq", frequencies)
     return stand_in
 
 

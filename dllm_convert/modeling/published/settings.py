@@ -1,7 +1,4 @@
-"""Decoding options from a checkpoint's files and what a caller says.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Decoding options from a checkpoint's files and what a caller says."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig, GenerationMixin
@@ -189,8 +187,10 @@ def decoding_options(
 def _seeds(seed: int | list[int] | None, rows: int) -> tuple[int, ...]:
     if seed is None:
         return ()
-    if isinstance(seed, int):
-        return tuple(seed + row for row in range(rows))
+    if isinstance(seed, Integral):
+        return tuple(int(seed) + row for row in range(rows))
+    if not isinstance(seed, list | tuple) or not all(isinstance(one, Integral) for one in seed):
+        raise ValueError(f"seed is {seed!r}, expected a whole number, or a list with one per row")
     if len(seed) != rows:
         raise ValueError(f"{len(seed)} seeds for {rows} rows; give one number or one per row")
-    return tuple(seed)
+    return tuple(map(int, seed))

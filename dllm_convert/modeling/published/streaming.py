@@ -1,7 +1,4 @@
-"""Denoising for transformers' streamers: text that is final, and drafts for those that take them.
-
-This module travels inside the published modelling file, so it imports torch and transformers only.
-"""
+"""Denoising for transformers' streamers: text that is final, drafts for those that take them."""
 
 from __future__ import annotations
 

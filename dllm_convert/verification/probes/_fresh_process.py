@@ -52,7 +52,9 @@ def _refusal(code: Any) -> dict[str, Any]:
     """
     minimum = getattr(code, "MIN_TRANSFORMERS", None)
     older = _older(str(minimum))
-    spec = importlib.util.spec_from_file_location("under_older_transformers", str(code.__file__))
+    # In the same package: it imports the files beside it.
+    name = f"{code.__package__}.under_older_transformers"
+    spec = importlib.util.spec_from_file_location(name, str(code.__file__))
     if spec is None or spec.loader is None:
         return {"minimum": minimum, "older": older, "refusal": ""}
     # What `import transformers` finds; importing a part of it may have put another object there.

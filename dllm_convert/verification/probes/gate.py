@@ -1,6 +1,6 @@
 """Whose code a checkpoint brings: this package's own, byte for byte, or somebody else's.
 
-A folder's modelling file is a program. Only one that this very version writes runs unasked.
+A folder's modelling files are a program. Only one that this very version writes runs unasked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter
-from dllm_convert.modeling.bundle import MODELING_FILE, modeling_source
+from dllm_convert.modeling.bundle import MODELING_FILE, published_code
 
 FLAG = "--trust-remote-code"
 _PROGRAMS = ("custom_generate", "adapter_config.json")
@@ -31,7 +31,8 @@ def strange_code(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> s
     strange = [name for name in _PROGRAMS if (folder / name).exists()]
     if strange:
         return f"the folder has {strange[0]}, which no conversion writes"
-    path = folder / MODELING_FILE
-    if path.is_file() and path.read_bytes() != modeling_source(adapter).encode():
-        return f"{MODELING_FILE} is not the file that this version of dllm-convert writes"
+    for name, text in published_code(adapter).items():
+        path = folder / name
+        if path.is_file() and path.read_bytes() != text.encode():
+            return f"{name} is not the file that this version of dllm-convert writes"
     return None
