@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 from dllm_convert.planning.model_shape import ModelShape
 from dllm_convert.planning.streams import Streams, streams
-from dllm_convert.recipe.schema import Checkpointing, Recipe, Training
+from dllm_convert.recipe.schema import Recipe, Training
 
 CPU_RUNTIME = 557_000_000
 """Bytes of a process that has imported what trains and holds no model: measured, Python 3.11 with
@@ -28,9 +28,13 @@ HEAP_WASTE = 0.45
 freed (`allocator.py`) cannot move blocks, and glibc's aligned allocation needs a hole
 larger than its block. Measured with mallinfo2 after the first forward of SmolLM2-135M: 0.42 in full
 training, 0.53 with LoRA."""
-_FLOAT32, _BF16, _MOMENTS = 4, 2, 8
-_LOSS_TENSORS = 2
-"""As large as the logits where the backward pass begins: they and their gradient."""
+_FLOAT32, _BF16 = 4, 2
+_MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}
+"""Bytes of AdamW's two moments for a parameter, on the device; paged ones are in host memory."""
+_LOGITS_AT_ONCE = {True: 1 << 27, False: 1 << 25}
+_SCORES_AT_ONCE = {True: 1 << 26, False: 1 << 20}
+"""Entries of logits, and of their float32 copy, that the loss has at once on a GPU and on a CPU, as
+`diffusion/losses.py` cuts them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Memory:
         moments: AdamW's two moments.
         activations: What the layers keep for the backward pass, with the weights' copies in
             bfloat16 and the layer that is computed again.
-        logits: Logits and their gradient.
+        logits: The piece of the logits that the loss has at once.
         vocabulary_gradients: Dense gradients of embedding and head while they are added.
         heap: What the C library holds and cannot use; 0 on a GPU.
         total: The peak: not the sum, since activations are gone when gradients are all there.
@@ -150,12 +154,15 @@ def activation_bytes(
     # Two norms and their inputs in float32, rotated queries and keys, the products of the gates.
     rest = (4 * _FLOAT32 + 2 * compute) * shape.hidden + 2 * compute * outputs / shape.layers
     held = {"off": kept + shape.layers * rest, "selective": kept, "full": inputs}
-    again: dict[Checkpointing, float] = {
+    again = {
         "off": 0.0,
         "selective": rest,
         "full": kept / shape.layers + rest,
     }
     how = training.gradient_checkpointing
+    if how == "auto":
+        # As on a CPU; whoever knows the device has chosen before, see `estimate.settled`.
+        how = "selective"
     # What is computed again lives together with its gradients.
     tokens = (held[how] + 2 * again[how]) * run.tokens
     mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
@@ -171,6 +178,8 @@ def _weight_bytes(shape: ModelShape, training: Training, trained: int, *, frozen
     if training.lora.quantize == "nf4":
         # 4 bits and, with double quantisation, 0.127 for the scales (QLoRA, 2305.14314, section 3).
         everything -= round(shape.stored_matrices * (frozen - 4.127 / 8))
+        # Norms, embeddings and head stay in float32 around them.
+        everything += (_FLOAT32 - frozen) * (shape.parameters - shape.stored_matrices)
     return everything + _FLOAT32 * trained
 
 
@@ -201,9 +210,11 @@ def peak_memory(
     trained = trainable_parameters(shape, training)
     frozen = _BF16 if gpu and bf16 else _FLOAT32
     compute = _BF16 if bf16 else _FLOAT32
-    residual = frozen if training.method == "lora" else _FLOAT32
+    lora = training.method == "lora"
+    # What is trained is float32, and so is what it adds to: the embeddings, if they are.
+    residual = frozen if lora and training.lora.embeddings != "full" else _FLOAT32
     weights = _weight_bytes(shape, training, trained, frozen=frozen)
-    gradients, moments = _FLOAT32 * trained, _MOMENTS * trained
+    gradients, moments = _FLOAT32 * trained, _moment_bytes(shape, training, trained)
     activations = activation_bytes(
         shape,
         training,
@@ -214,7 +225,7 @@ def peak_memory(
         # What FSDP gathers is in the compute type already.
         cast=shards == 1 and compute < residual,
     )
-    logits = round(_LOSS_TENSORS * compute * run.scored * shape.vocabulary)
+    logits = _logit_bytes(shape, run, compute=compute, gpu=gpu)
     vocabulary = _vocabulary_gradients(shape, training, compute)
     heap = 0 if gpu else round(HEAP_WASTE * (activations + logits))
     gathered = 0
@@ -230,13 +241,29 @@ def peak_memory(
     )
 
 
+def _moment_bytes(shape: ModelShape, training: Training, trained: int) -> int:
+    """Bytes of the optimizer's moments; transformers keeps those of embeddings in float32."""
+    full, chosen = _MOMENTS["adamw"], _MOMENTS[training.optimizer]
+    whole = training.method == "full" or training.lora.embeddings == "full"
+    embedding = shape.embedding if whole and chosen < full else 0
+    return full * embedding + chosen * (trained - embedding)
+
+
+def _logit_bytes(shape: ModelShape, run: Streams, *, compute: int, gpu: bool) -> int:
+    """Bytes of the logits that are there at once: they, and some of them in float32."""
+    entries = min(run.scored * shape.vocabulary, max(_LOGITS_AT_ONCE[gpu], shape.vocabulary))
+    scores = min(entries, max(_SCORES_AT_ONCE[gpu], shape.vocabulary)) if compute < _FLOAT32 else 0
+    return round(compute * entries + _FLOAT32 * scores)
+
+
 def _vocabulary_gradients(shape: ModelShape, training: Training, compute: int) -> int:
     """Bytes of the vocabulary's dense gradients that are in no other place.
 
-    The head's comes in the compute type and is cast to float32; of a tied matrix the embedding's is
-    added to it at the end.
+    The head's is summed up in float32 from products in the compute type, beside a copy of the
+    matrix in that; of a tied matrix the embedding's is added to it at the end.
     """
+    copy = compute if compute < _FLOAT32 else 0
     if training.method == "lora" and training.lora.embeddings != "full":
-        return 0
-    copies = _FLOAT32 + (compute if compute < _FLOAT32 else 0) + (_FLOAT32 if shape.tied else 0)
+        return copy * shape.vocabulary_matrix
+    copies = _FLOAT32 + copy + (_FLOAT32 if shape.tied else 0)
     return copies * shape.vocabulary_matrix

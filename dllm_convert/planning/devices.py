@@ -38,23 +38,24 @@ models and short steps less.
 USABLE_MEMORY = 0.95
 """Share of a GPU's memory that is planned with; the caching allocator wastes some."""
 
+
+def _gpu(name: str, sheet: str, tflops: int, gigabytes: int) -> Device:
+    return Device(
+        name,
+        tflops * 1e12 * UTILISATION,
+        gigabytes * 10**9,
+        gpu=True,
+        bf16=True,
+        source=f"NVIDIA {sheet} data sheet: {tflops:,} TFLOP/s bf16 dense, {gigabytes} GB; "
+        f"{UTILISATION} of it assumed",
+    )
+
+
 GPUS = (
-    Device(
-        "A100 80GB",
-        312e12 * UTILISATION,
-        80 * 10**9,
-        gpu=True,
-        bf16=True,
-        source="NVIDIA A100 data sheet: 312 TFLOP/s bf16 dense, 80 GB; 0.2 of it assumed",
-    ),
-    Device(
-        "H100 80GB",
-        989e12 * UTILISATION,
-        80 * 10**9,
-        gpu=True,
-        bf16=True,
-        source="NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 dense, 80 GB; 0.2 of it assumed",
-    ),
+    _gpu("A100 80GB", "A100", 312, 80),
+    _gpu("H100 80GB", "H100 SXM", 989, 80),
+    _gpu("H200 141GB", "H200 SXM", 989, 141),
+    _gpu("B200 180GB", "DGX B200", 2250, 180),
 )
 _CORE_FLOPS = {True: 1.8e11, False: 8.4e10}
 """Per core with bfloat16 instructions and without, measured: SmolLM2-135M, full steps of 2 x 128

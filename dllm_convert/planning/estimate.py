@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
+
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.planning.costs import flops_per_token, peak_memory, trainable_parameters
+from dllm_convert.planning.costs import (
+    Memory,
+    flops_per_token,
+    peak_memory,
+    trainable_parameters,
+)
 from dllm_convert.planning.devices import GPUS, USABLE_MEMORY, Device
 from dllm_convert.planning.model_shape import ModelShape
-from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.schema import Checkpointing, Recipe
 
 MOST_GPUS = 1024
 """Where the search for a number of GPUs ends."""
+FLEX_SINCE = "2.7"
+"""First torch whose flex attention trains: 2.6 fails in its backward pass unless it is tuned for
+every shape (pytorch/pytorch#146260)."""
 ASSUMPTIONS = (
     "rows are filled with whole documents",
     "AdamW over float32 weights",
@@ -38,6 +49,9 @@ class DeviceEstimate:
         hours: For all steps of the recipe, on one device.
         tokens: That one device trains on: all of the budget, or what `max_minutes` leaves of it.
         source: Where speed and memory of the device are from.
+        checkpointing: What is computed again there: off, selective or full.
+        sequences_per_forward: Rows of one forward there.
+        fits_with: The setting with which one is enough where it is not; None for none.
     """
 
     device: str
@@ -50,6 +64,9 @@ class DeviceEstimate:
     hours: float
     tokens: int
     source: str
+    checkpointing: str
+    sequences_per_forward: int
+    fits_with: str | None
 
 
 def chosen_attention(recipe: Recipe, *, cuda: bool, cpu: bool) -> str:
@@ -65,7 +82,13 @@ def chosen_attention(recipe: Recipe, *, cuda: bool, cpu: bool) -> str:
         return chosen
     if cpu:
         return "tiles"
-    return "flex" if recipe.target == "bd3lm" and cuda else "sdpa"
+    return "flex" if cuda and has_flex() else "sdpa"
+
+
+def has_flex(version: str | None = None) -> bool:
+    """Whether the flex attention of this torch, or of a version, trains."""
+    found = Version(metadata.version("torch") if version is None else version)
+    return found >= Version(FLEX_SINCE)
 
 
 def uses_flex(recipe: Recipe, *, gpu: bool) -> bool:
@@ -84,7 +107,43 @@ def uses_bf16(recipe: Recipe, device: Device) -> bool:
     return device.bf16 if chosen == "auto" else chosen == "bf16"
 
 
-def _peak(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) -> int:
+def settled(shape: ModelShape | None, recipe: Recipe, device: Device, shards: int = 1) -> Recipe:
+    """Choose what the recipe leaves to the device: what is computed again, rows of a forward.
+
+    On a GPU as many rows as fit without computing anything again: each of a step's forwards has
+    the device wait for the host. Where not even one row does, whole layers are computed again,
+    which takes a third more time and the least memory.
+
+    Args:
+        shape: The model; None if its headers told no shapes, and nothing can be reckoned.
+        recipe: The resolved recipe.
+        device: Where it trains.
+        shards: Devices that share weights, gradients and moments.
+    """
+    training = recipe.training
+    rows = training.sequences_per_step
+    sizes = [training.sequences_per_forward]
+    if training.batch_size == "auto" and device.gpu and shape is not None:
+        sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
+    kinds: Sequence[Checkpointing] = [training.gradient_checkpointing]
+    if kinds == ["auto"]:
+        kinds = ["off", "full"] if device.gpu else ["selective"]
+    chosen = recipe
+    for how in kinds:
+        for size in sizes:
+            fields = {
+                "gradient_checkpointing": how,
+                "batch_size": size,
+                "gradient_accumulation": rows // size,
+            }
+            chosen = recipe.model_copy(update={"training": training.model_copy(update=fields)})
+            room = device.memory * USABLE_MEMORY
+            if shape is not None and _memory(shape, chosen, device, shards).total <= room:
+                return chosen
+    return chosen
+
+
+def _memory(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) -> Memory:
     return peak_memory(
         shape,
         recipe,
@@ -92,7 +151,11 @@ def _peak(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) ->
         bf16=uses_bf16(recipe, device),
         flex=uses_flex(recipe, gpu=device.gpu),
         shards=shards,
-    ).total
+    )
+
+
+def _peak(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) -> int:
+    return _memory(shape, settled(shape, recipe, device, shards), device, shards).total
 
 
 def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | None:
@@ -120,11 +183,12 @@ def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | N
 
 def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> DeviceEstimate:
     """Estimate the recipe's training on one kind of device."""
-    flops = flops_per_token(shape, recipe, sparse=skips_shut_pairs(recipe, gpu=device.gpu))
+    chosen = settled(shape, recipe, device)
+    flops = flops_per_token(shape, chosen, sparse=skips_shut_pairs(chosen, gpu=device.gpu))
     rate, planned = device.flops / flops, recipe.training_tokens
     minutes = recipe.training.max_minutes
     reached = planned if minutes is None else min(planned, int(rate * minutes * 60))
-    memory = _peak(shape, recipe, device)
+    memory = _memory(shape, chosen, device).total
     if device.gpu:
         needed = devices_needed(shape, recipe, device)
         fits: bool | None = needed == 1
@@ -132,17 +196,32 @@ def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> Device
         fits = memory <= device.memory if device.memory else None
         needed = 1 if fits else None
     return DeviceEstimate(
-        device.name,
-        device.gpu,
-        device.memory or None,
-        memory,
-        fits,
-        needed,
-        _rounded(rate),
-        _rounded(planned / rate / 3600),
-        reached,
-        device.source,
+        device=device.name,
+        gpu=device.gpu,
+        room=device.memory or None,
+        memory=memory,
+        fits=fits,
+        devices_needed=needed,
+        tokens_per_second=_rounded(rate),
+        hours=_rounded(planned / rate / 3600),
+        tokens=reached,
+        source=device.source,
+        checkpointing=chosen.training.gradient_checkpointing,
+        sequences_per_forward=chosen.training.sequences_per_forward,
+        fits_with=None if fits else _fits_with(shape, recipe, device),
     )
+
+
+def _fits_with(shape: ModelShape, recipe: Recipe, device: Device) -> str | None:
+    """Return the first of the ways to smaller moments with which one GPU is enough."""
+    if not device.gpu or recipe.training.optimizer != "adamw":
+        return None
+    for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        training = recipe.training.model_copy(update={"optimizer": optimizer})
+        smaller = recipe.model_copy(update={"training": training})
+        if _peak(shape, smaller, device) <= device.memory * USABLE_MEMORY:
+            return f"training.optimizer={optimizer}"
+    return None
 
 
 def _rounded(value: float) -> float:
@@ -164,14 +243,15 @@ def _memory_by_method(
     for method in ("full", "lora"):
         chosen = _with_method(recipe, method)
         for gpu in sorted(kinds):
-            memory = peak_memory(
-                shape,
-                chosen,
-                gpu=gpu,
-                bf16=uses_bf16(chosen, kinds[gpu]),
-                flex=uses_flex(chosen, gpu=gpu),
+            there = settled(shape, chosen, kinds[gpu])
+            found.append(
+                {
+                    "method": method,
+                    "on": "gpu" if gpu else "cpu",
+                    "checkpointing": there.training.gradient_checkpointing,
+                    **_memory(shape, there, kinds[gpu]).as_dict(),
+                }
             )
-            found.append({"method": method, "on": "gpu" if gpu else "cpu", **memory.as_dict()})
     return found
 
 
@@ -196,11 +276,13 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
         "tokens": recipe.training_tokens,
         "flops_per_token": {
             kind: round(
-                flops_per_token(shape, recipe, sparse=skips_shut_pairs(recipe, gpu=kind == "gpu"))
+                flops_per_token(
+                    shape, settled(shape, recipe, device), sparse=skips_shut_pairs(recipe, gpu=gpu)
+                )
             )
-            for kind in ("cpu", "gpu")
+            for kind, device, gpu in (("cpu", cpu, False), ("gpu", GPUS[0], True))
         },
-        "sequences_per_forward": recipe.training.batch_size,
+        "sequences_per_forward": recipe.training.sequences_per_forward,
         "sequence_length": recipe.data.sequence_length,
         "memory": _memory_by_method(shape, recipe, devices),
         "devices": [asdict(estimate_device(shape, recipe, device)) for device in devices],

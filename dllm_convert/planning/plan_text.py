@@ -180,13 +180,26 @@ def _training(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
+AGAIN = {"off": "nothing", "selective": "norms, gates", "full": "layers"}
+"""What is computed again in the backward pass, by the recipe's word for it."""
+
+
 def _memory(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     header = ("method", "on", "peak", "weights", "gradients", "AdamW", "activations", "logits")
     keys = ("total", "weights", "gradients", "moments", "activations", "logits")
-    return _table(
-        header,
-        [(row["method"], row["on"], *(bytes_text(row[key]) for key in keys)) for row in rows],
+    table = _table(
+        (*header, "again"),
+        [
+            (
+                row["method"],
+                row["on"],
+                *(bytes_text(row[key]) for key in keys),
+                AGAIN[row["checkpointing"]],
+            )
+            for row in rows
+        ],
     )
+    return table
 
 
 def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str]:
@@ -214,7 +227,10 @@ def fits_text(device: Mapping[str, Any]) -> str:
     if device["fits"]:
         return "1 is enough"
     if device["devices_needed"]:
-        return f"{device['devices_needed']} needed"
+        other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
+        return f"{device['devices_needed']} needed{other}"
+    if device["fits_with"]:
+        return f"1 with {device['fits_with']}"
     more = ": a smaller batch or shorter rows" if device["gpu"] else ""
     return f"does not fit {bytes_text(device['room'])}{more}"
 

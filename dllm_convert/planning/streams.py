@@ -60,7 +60,11 @@ def streams(recipe: Recipe, *, sparse: bool) -> Streams:
         recipe: The resolved recipe.
         sparse: Whether attention skips pairs that nobody sees; otherwise it looks at all of a row.
     """
-    noise, length, batch = recipe.noise, recipe.data.sequence_length, recipe.training.batch_size
+    noise, length, batch = (
+        recipe.noise,
+        recipe.data.sequence_length,
+        recipe.training.sequences_per_forward,
+    )
     views = noise.views * (2 if noise.complementary else 1)
     share = mean_masked_share(noise)
     if noise.kernel == "uniform":

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dllm_convert.common.counts import LARGEST_COUNT, LONGEST_MINUTES
 from dllm_convert.errors import RequestError
@@ -115,7 +115,9 @@ def _refuse_beyond(training: Training) -> None:
         )
 
 
-def _shared(total: int, batch: int, processes: int, *, fixed: bool) -> dict[str, int]:
+def _shared(
+    total: int, batch: int | Literal["auto"], processes: int, *, fixed: bool
+) -> dict[str, int]:
     """Share sequences out over processes and forwards, of at most `batch` sequences each."""
     if total % processes:
         raise RequestError(
@@ -124,6 +126,8 @@ def _shared(total: int, batch: int, processes: int, *, fixed: bool) -> dict[str,
             option="--global-batch",
         )
     own = total // processes
+    if batch == "auto":
+        return {"gradient_accumulation": own}
     sizes = [batch] if fixed else range(min(batch, own), 0, -1)
     size = next((size for size in sizes if own % size == 0), None)
     if size is None:

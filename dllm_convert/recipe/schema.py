@@ -10,7 +10,8 @@ from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINU
 from dllm_convert.common.terms import Kernel, Target
 
 Method = Literal["full", "lora", "none"]
-Checkpointing = Literal["off", "selective", "full"]
+Checkpointing = Literal["auto", "off", "selective", "full"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 Name = Annotated[str, Field(pattern=r"\S")]
 """A text that names something: a path, an id, a branch."""
@@ -140,7 +141,11 @@ class Training(_Section):
     max_minutes: float | None = Field(
         None, gt=0, le=LONGEST_MINUTES, description="stop after this much training time"
     )
-    batch_size: PositiveInt = Field(4, description="sequences per device and forward")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        4,
+        description="sequences per device and forward; auto: as many of gradient_accumulation as "
+        "fill the GPU's memory",
+    )
     gradient_accumulation: PositiveInt = Field(1, description="forwards per optimizer step")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = Field(
@@ -172,15 +177,21 @@ class Training(_Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="autocast dtype")
     gradient_checkpointing: Checkpointing = Field(
-        "selective",
+        "auto",
         description="activations computed again to save memory: selective all but matrix products "
-        "and attention, full whole layers",
+        "and attention, full whole layers; auto: selective on a CPU, on a GPU off where they fit, "
+        "else full",
+    )
+    optimizer: Optimizer = Field(
+        "adamw",
+        description="AdamW and its moments: in float32; in 8 bits; in 8 bits, in host memory where "
+        "the GPU's is full (both bitsandbytes, on a GPU)",
     )
     attention: Literal["auto", "sdpa", "eager", "flex", "tiles"] = Field(
         "auto",
-        description="implementation; auto: flex for bd3lm on a CUDA GPU, tiles on a CPU, else sdpa",
+        description="implementation; auto: flex on a CUDA GPU, tiles on a CPU, else sdpa",
     )
-    compile: bool = Field(False, description="torch.compile; the first steps take minutes")
+    compile: bool = Field(False, description="torch.compile of the layers")
     save_steps: PositiveInt | None = Field(None, description="steps between resumable checkpoints")
     keep_checkpoints: PositiveInt = Field(2, description="resumable checkpoints to keep")
     log_steps: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
@@ -196,7 +207,12 @@ class Training(_Section):
     @property
     def sequences_per_step(self) -> int:
         """Sequences that one process sees in an optimizer step."""
-        return self.batch_size * self.gradient_accumulation
+        return self.sequences_per_forward * self.gradient_accumulation
+
+    @property
+    def sequences_per_forward(self) -> int:
+        """Sequences of one forward; the least there can be where the device is to decide."""
+        return 1 if self.batch_size == "auto" else self.batch_size
 
     @property
     def learning_rate_field(self) -> str:

@@ -46,12 +46,12 @@ def checkpoint_activations(model: Any, how: Checkpointing) -> None:
 
     Args:
         model: A transformers model.
-        how: off, selective or full.
+        how: off, selective or full; auto, where no plan has chosen, is selective.
     """
     if how == "off":
         return
     settings: dict[str, Any] = {"use_reentrant": False}
-    if how == "selective":
+    if how != "full":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
     # The older name until transformers 5.2, the newer one since.
     newer = getattr(model, "activation_checkpointing_enable", None)

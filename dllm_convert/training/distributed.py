@@ -94,13 +94,21 @@ def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ
         IncompatibleError: The strategy in force is not the one asked for.
     """
     for variable, (expected, name) in _ASKED.items():
-        asked = environment.get(variable, "false").lower() in ("1", "true", "yes")
-        if asked and accelerator.distributed_type != expected:
+        if _is_set(environment, variable) and accelerator.distributed_type != expected:
             raise IncompatibleError(
                 f"{name} was asked for, and Accelerate would train with "
                 f"{accelerator.distributed_type.value} on {accelerator.device.type}",
                 hint=f"{name} needs GPUs; without them launch with recipes/launch/ddp.yaml",
             )
+
+
+def shares_states(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether FSDP or DeepSpeed was asked for: processes share weights, gradients and moments."""
+    return any(_is_set(environment, variable) for variable in _ASKED)
+
+
+def _is_set(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 def reduce_in_float32(accelerator: Any) -> None:

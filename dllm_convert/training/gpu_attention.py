@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -21,14 +20,6 @@ from transformers.masking_utils import AttentionMaskInterface, flex_attention_ma
 
 FLEX = "dllm_flex"
 """Name of this attention in transformers; its masks are block masks."""
-FLEX_SINCE = "2.7"
-"""First torch whose flex attention trains: 2.6 fails in its backward pass unless it is tuned for
-every shape (pytorch/pytorch#146260)."""
-
-
-def has_flex(version: str = torch.__version__) -> bool:
-    """Whether this torch's flex attention trains."""
-    return Version(version) >= Version(FLEX_SINCE)
 
 
 @lru_cache(maxsize=1)

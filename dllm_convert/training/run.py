@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import OptimizerNames
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import Interruption
@@ -31,7 +32,7 @@ from dllm_convert.training.resume import (
     find_resumption,
     remove_unfinished,
 )
-from dllm_convert.training.setup import count_trainable, trainable_model, use_bf16
+from dllm_convert.training.setup import count_trainable, settled_plan, trainable_model, use_bf16
 from dllm_convert.training.trainer import DiffusionTrainer
 from dllm_convert.training.writing import write_result
 
@@ -71,13 +72,19 @@ class TrainResult:
         return asdict(self)
 
 
+_OPTIMIZERS = {
+    "adamw_8bit": OptimizerNames.ADAMW_BNB,
+    "paged_adamw_8bit": OptimizerNames.PAGED_ADAMW_8BIT,
+}
+
+
 def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> TrainingArguments:
     training = recipe.training
     every = training.save_steps or max(10, training.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=training.sequences_per_forward,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.peak_learning_rate,
         lr_scheduler_type=training.lr_schedule,
@@ -87,7 +94,6 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         max_grad_norm=training.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),
         bf16=bf16,
-        torch_compile=training.compile,
         logging_steps=training.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -103,6 +109,8 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
         dataloader_pin_memory=False,
         **report_arguments(training.report_to, folder.parents[1].name),
     )
+    if training.optimizer != "adamw":
+        arguments.optim = _OPTIMIZERS[training.optimizer]
     # Several GPUs in one process would be DataParallel, which splits masks and flat indices apart.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -134,6 +142,7 @@ def train(
         DllmConvertError: If the loss stops being a number.
         IncompatibleError: If another strategy is in force than was asked for.
     """
+    plan = settled_plan(plan)
     recipe, training = plan.recipe, plan.recipe.training
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(training.seed)

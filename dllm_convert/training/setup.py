@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.planning.estimate import chosen_attention
+from dllm_convert.planning.devices import Device, this_cpu
+from dllm_convert.planning.estimate import FLEX_SINCE, chosen_attention, has_flex, settled
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.cpu_attention import register_tiles
-from dllm_convert.training.gpu_attention import FLEX_SINCE, has_flex, register_flex
+from dllm_convert.training.distributed import shares_states
+from dllm_convert.training.gpu_attention import register_flex
 from dllm_convert.training.reporting import is_installed
 
 
@@ -65,18 +69,33 @@ def require_devices(training: Training) -> None:
             "training.attention=flex needs a GPU: torch has no backward of it on a CPU",
             hint="Use --set training.attention=sdpa",
         )
-    if not is_quantized(training):
-        return
     missing = None
     if not torch.cuda.is_available():
         missing = "a CUDA GPU, and there is none"
     elif not is_installed("bitsandbytes"):
         missing = "bitsandbytes, which is not installed (pip install bitsandbytes)"
-    if missing is not None:
+    if missing is not None and is_quantized(training):
         raise IncompatibleError(
             f"training.lora.quantize={training.lora.quantize} needs {missing}",
             hint="Leave it out: LoRA without it holds the frozen weights in 16 bits on a GPU",
         )
+    if missing is not None and trains and training.optimizer != "adamw":
+        raise IncompatibleError(
+            f"training.optimizer={training.optimizer} needs {missing}",
+            hint="Leave it out: adamw keeps its moments in float32",
+        )
+
+
+def settled_plan(plan: ConversionPlan) -> ConversionPlan:
+    """Choose what the recipe leaves to the device, for the one that trains here."""
+    if not torch.cuda.is_available():
+        device = this_cpu()
+    else:
+        card = torch.cuda.get_device_properties(torch.accelerator.current_device_index())
+        bf16 = use_bf16(plan.recipe.training)
+        device = Device(card.name, 0, card.total_memory, gpu=True, bf16=bf16, source="this machine")
+    shards = int(os.environ.get("WORLD_SIZE", "1")) if shares_states() else 1
+    return replace(plan, recipe=settled(plan.shape, plan.recipe, device, shards))
 
 
 def transplant(trained: Any, fresh: Any) -> Any:
@@ -209,4 +228,21 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
         prepare: Any = prepare_model_for_kbit_training
         base = prepare(base, use_gradient_checkpointing=False)
     checkpoint_activations(base, training.gradient_checkpointing)
-    return make_trainable(base, plan.adapter, training)
+    model = make_trainable(base, plan.adapter, training)
+    if training.compile:
+        compile_layers(base)
+    return model
+
+
+def compile_layers(model: Any, **settings: Any) -> None:
+    """Compile the layers of a model one by one: one compilation serves all that are alike.
+
+    A whole model is compiled anew for every width of its rows, and takes minutes for it.
+
+    Args:
+        model: A transformers model.
+        **settings: Of torch.compile.
+    """
+    stacks = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
+    for layer in max(stacks, key=len, default=()):
+        layer.compile(**settings)

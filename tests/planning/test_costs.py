@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,13 @@ from dllm_convert.planning.costs import (
     peak_memory,
     trainable_parameters,
 )
-from dllm_convert.planning.devices import GPUS, Device, cpu, this_cpu
-from dllm_convert.planning.estimate import devices_needed, estimate, estimate_device
+from dllm_convert.planning.devices import GPUS, USABLE_MEMORY, Device, cpu, this_cpu
+from dllm_convert.planning.estimate import (
+    devices_needed,
+    estimate,
+    estimate_device,
+    settled,
+)
 from dllm_convert.planning.model_shape import ModelShape, model_shape
 from dllm_convert.planning.plan_text import fits_text
 from dllm_convert.planning.streams import mean_masked_share, streams
@@ -118,7 +123,8 @@ class TestStreams:
         assert logits == pytest.approx(run.scored, rel=0.05)
         if forward.mask is not None:
             seen = float(forward.mask.dense().sum())
-            assert streams(made, sparse=True).pairs == pytest.approx(seen, rel=0.15)
+            # Blocks in which nothing was masked do not run, which the plan does not foresee.
+            assert streams(made, sparse=True).pairs == pytest.approx(seen, rel=0.2)
 
 
 class TestFlops:
@@ -216,7 +222,9 @@ class TestMemory:
         )
         packed = peak_memory(SMOLLM2, recipe(training=lora), gpu=True, bf16=True, flex=False)
         saved = plain.weights - packed.weights
-        assert saved == pytest.approx(SMOLLM2.stored_matrices * 1.484, rel=0.01)
+        # 2 bytes become 0.516; embeddings and norms become float32.
+        kept = SMOLLM2.parameters - SMOLLM2.stored_matrices
+        assert saved == pytest.approx(SMOLLM2.stored_matrices * 1.484 - 2 * kept, rel=0.01)
 
     def test_activations_by_hand(self) -> None:
         made = recipe(training={"gradient_checkpointing": "full", "batch_size": 1})
@@ -315,7 +323,7 @@ class TestEstimate:
         source = inspect_source(str(source_cache("llama")))
         found = estimate(make_plan(recipe(), source), this_cpu())
         assert found is not None
-        assert [d["device"] for d in found["devices"][1:]] == ["A100 80GB", "H100 80GB"]
+        assert [d["device"] for d in found["devices"][1:]] == [gpu.name for gpu in GPUS]
         assert {(m["method"], m["on"]) for m in found["memory"]} == {
             (method, on) for method in ("full", "lora") for on in ("cpu", "gpu")
         }
@@ -339,3 +347,79 @@ class TestEstimate:
             training={"steps": 10_000, "batch_size": 8, "gradient_accumulation": 32},
         )
         assert estimate_device(shape, made, GPUS[0]).hours == pytest.approx(768, rel=0.2)
+
+
+class TestSettled:
+    """What `auto` leaves to the device."""
+
+    CPU = cpu(2, 16 * 10**9, bf16=True)
+
+    @staticmethod
+    def gpu(gigabytes: float) -> Device:
+        return replace(GPUS[0], memory=round(gigabytes * 1e9))
+
+    def test_a_cpu_keeps_what_products_return(self) -> None:
+        assert settled(SMOLLM2, recipe(), self.CPU).training.gradient_checkpointing == "selective"
+        assert settled(None, recipe(), self.CPU).training.gradient_checkpointing == "selective"
+
+    def test_a_gpu_computes_nothing_again_where_that_fits(self) -> None:
+        made = recipe(training={"batch_size": 32}, data={"sequence_length": 1024})
+        kinds = {}
+        for gigabytes in (80, 40, 20, 10, 5, 1):
+            chosen = settled(SMOLLM2, made, self.gpu(gigabytes))
+            kinds[gigabytes] = chosen.training.gradient_checkpointing
+            off = settled(SMOLLM2, with_training(made, gradient_checkpointing="off"), self.CPU)
+            need = peak_memory(SMOLLM2, off, gpu=True, bf16=True, flex=True).total
+            assert (kinds[gigabytes] == "off") == (need <= gigabytes * 1e9 * USABLE_MEMORY)
+        assert set(kinds.values()) == {"off", "full"}
+
+    def test_what_the_recipe_says_stays(self) -> None:
+        for how in ("off", "selective", "full"):
+            made = recipe(training={"gradient_checkpointing": how})
+            for device in (self.CPU, self.gpu(80), self.gpu(0.5)):
+                assert settled(SMOLLM2, made, device) == made
+
+    def test_a_forward_holds_as_many_rows_as_fit(self) -> None:
+        made = recipe(
+            training={"batch_size": "auto", "gradient_accumulation": 24},
+            data={"sequence_length": 1024},
+        )
+        assert made.training.sequences_per_step == 24
+        found = []
+        for gigabytes in (200, 40, 24, 12):
+            training = settled(SMOLLM2, made, self.gpu(gigabytes)).training
+            assert training.sequences_per_step == 24
+            assert isinstance(training.batch_size, int)
+            found.append(training.batch_size)
+        assert found[0] == 24
+        assert found == sorted(found, reverse=True)
+        assert found[-1] < 12
+        assert settled(SMOLLM2, made, self.CPU).training.batch_size == 1
+        assert made.training_tokens == settled(SMOLLM2, made, self.gpu(40)).training_tokens
+
+    def test_smaller_moments_are_proposed_where_one_gpu_is_not_enough(self) -> None:
+        full = recipe(training={"method": "full"}, data={"sequence_length": 512})
+        states = 16 * SMOLLM2.parameters
+        device = self.gpu((states + 1.9e9) / 1e9)
+        for gigabytes in (80.0, device.memory / 1e9, 2.4, 0.5):
+            found = estimate_device(SMOLLM2, full, self.gpu(gigabytes))
+            if found.fits:
+                assert found.fits_with is None
+            elif found.fits_with:
+                name, _, value = found.fits_with.partition("=")
+                smaller = recipe(
+                    training={"method": "full", name.split(".")[1]: value},
+                    data={"sequence_length": 512},
+                )
+                assert estimate_device(SMOLLM2, smaller, self.gpu(gigabytes)).fits
+                assert found.fits_with in fits_text(asdict(found))
+        found = [
+            estimate_device(SMOLLM2, full, self.gpu(tenths / 10)).fits_with
+            for tenths in range(5, 60)
+        ]
+        assert "training.optimizer=adamw_8bit" in found
+        assert "training.optimizer=paged_adamw_8bit" in found
+
+
+def with_training(made: Recipe, **fields: Any) -> Recipe:
+    return made.model_copy(update={"training": made.training.model_copy(update=fields)})

@@ -104,7 +104,7 @@ def prepare_data(
         some = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if beside[5:] else "")
         reporter.line(f"left out of --data {recipe.data.source}: {some}")
     rows = _measured_rows(text.held_out, text.train.layout, recipe.data.held_out_sequences)
-    size = recipe.training.batch_size
+    size = recipe.training.sequences_per_forward
     held_out = tuple(
         text_batch(collate(rows[start : start + size])) for start in range(0, len(rows), size)
     )
