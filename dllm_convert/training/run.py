@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,7 +143,32 @@ def train(
         DllmConvertError: If the loss stops being a number.
         IncompatibleError: If another strategy is in force than was asked for.
     """
-    plan = settled_plan(plan)
+    try:
+        return _train(settled_plan(plan), data, untrained, out, work, reporter, start)
+    finally:
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what a training held, before the next stage loads a model.
+
+    The Trainer, its optimizer and callbacks hold each other: weights, gradients and moments stay
+    until the collector happens to run, and what it frees stays with torch's allocator.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _train(
+    plan: ConversionPlan,
+    data: TextData,
+    untrained: Path,
+    out: Path,
+    work: Path,
+    reporter: Reporter,
+    start: Start | None,
+) -> TrainResult:
     recipe, training = plan.recipe, plan.recipe.training
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(training.seed)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SourceFactory
-from test_trainer import converted
+from test_trainer import QUIET, converted
+from transformers import TrainerCallback
 
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.schema import Training
 from dllm_convert.training import run as training_run
 from dllm_convert.training import setup
-from dllm_convert.training.run import _arguments
+from dllm_convert.training.run import _arguments, train
 from dllm_convert.training.setup import compile_layers, require_devices, settled_plan
 
 
@@ -106,3 +109,38 @@ def test_one_compilation_serves_all_layers(tmp_path: Path, source_cache: SourceF
     compiled(tokens)
     assert len(seen) == first
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_nothing_of_a_training_stays_in_memory(
+    method: str, tmp_path: Path, source_cache: SourceFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, data = converted(source_cache("llama"), tmp_path / "a", method=method, steps=2)
+    held: list[Any] = []
+    plain = training_run._trainer
+
+    def watched(*given: Any) -> Any:
+        trainer = plain(*given)
+        held.extend(weakref.ref(part) for part in (trainer, trainer.model))
+        trainer.add_callback(Kept(held))
+        return trainer
+
+    monkeypatch.setattr(training_run, "_trainer", watched)
+    # The collector runs when it likes; what is asked is whether training has it run.
+    gc.disable()
+    try:
+        train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
+        assert len(held) == 3
+        assert [part() for part in held] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+class Kept(TrainerCallback):
+    """Remembers the optimizer, weakly."""
+
+    def __init__(self, held: list[Any]) -> None:
+        self._held = held
+
+    def on_train_begin(self, *given: Any, **kwargs: Any) -> None:
+        self._held.append(weakref.ref(kwargs["optimizer"]))
