@@ -118,6 +118,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
         for_hidden, for_weight, for_bias = ctx.found
+        # Whoever takes the only reference need not copy: of a large vocabulary that is a matrix.
+        ctx.found = None
         # Asking a GPU whether there is anything to multiply with would have the host wait.
         if gradient.device.type != "cpu" or gradient != 1:
             for part in (for_hidden, for_weight, for_bias):
