@@ -61,27 +61,15 @@ Seed = Annotated[
 ]
 
 
+@decoding.with_settings
 def sample(
     checkpoint: option.Checkpoint,
     prompt: Prompts = None,
     chat: Chat = False,
-    max_new_tokens: decoding.MaxNewTokens = None,
-    steps: decoding.DenoisingSteps = None,
-    threshold: decoding.Threshold = None,
-    temperature: decoding.Temperature = None,
+    settings: Any = None,
     seed: Seed = None,
     watch: Watch = False,
     record: Record = None,
-    entropy_bound: decoding.EntropyBound = None,
-    unmasking: decoding.UnmaskingOrder = None,
-    remasking: decoding.RemaskingKind = None,
-    remasking_ratio: decoding.RemaskingRatio = None,
-    top_k: decoding.TopK = None,
-    top_p: decoding.TopP = None,
-    min_p: decoding.MinP = None,
-    guidance_scale: decoding.Guidance = None,
-    block_length: decoding.BlockLength = None,
-    approximate_cache: decoding.ApproximateCache = False,
     infill: decoding.Infill = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
@@ -89,26 +77,10 @@ def sample(
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
-    settings = decoding.given_settings(
-        checkpoint,
-        max_new_tokens=max_new_tokens,
-        max_denoising_steps=steps,
-        confidence_threshold=threshold,
-        temperature=temperature,
-        entropy_bound=entropy_bound,
-        unmasking=unmasking,
-        remasking=remasking,
-        remasking_ratio=remasking_ratio,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        guidance_scale=guidance_scale,
-        block_length=block_length,
-        approximate_cache=approximate_cache,
-    )
+    decoding.check_settings(checkpoint, settings)
     reporter = make_reporter(quiet=quiet or as_json)
-    settings |= {"chat": chat, "infill": infill, "seed": seed}
-    found = _write(checkpoint, given, reporter, watch=watch, record=record, **settings)
+    how = {**settings, "chat": chat, "infill": infill, "seed": seed}
+    found = _write(checkpoint, given, reporter, watch=watch, record=record, **how)
     _print(found, reporter, chat=chat, as_json=as_json)
 
 
