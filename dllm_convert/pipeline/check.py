@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.pipeline.family import probe_source
+from dllm_convert.pipeline.family import probe_recipe
 from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import source_facts
 from dllm_convert.planning.document import plan_document
@@ -51,11 +51,9 @@ def check_document(
 def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     """Measure a recipe's source; return the recipe that allows it, and what was measured."""
     from dllm_convert.adapters import has_adapter
-    from dllm_convert.source.inspect import inspect_source
 
-    source = inspect_source(recipe.source, revision=recipe.revision)
-    report = probe_source(source)
-    if not has_adapter(source.model_type):
+    report = probe_recipe(recipe)
+    if not has_adapter(report.model_type):
         report.require()
     found = {key: value for key, value in report.as_dict().items() if key != "adapter"}
     return recipe.model_copy(update={"allow_generic": True}), {"probe": found}

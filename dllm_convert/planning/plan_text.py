@@ -120,8 +120,12 @@ def _attention(plan: Mapping[str, Any]) -> list[str]:
     return _table(("type", "layers", "before", "after"), rows) + _wrapped(plan["notes"])
 
 
-def _probe(report: Mapping[str, Any] | None) -> list[str]:
-    """Return what `--probe` measured, a line per finding."""
+def probe_lines(report: Mapping[str, Any] | None) -> list[str]:
+    """Return what a probe measured, a line per finding; none of no probe.
+
+    Args:
+        report: A `ProbeReport` as a mapping.
+    """
     if report is None:
         return []
     verdicts = {True: "ok", False: "no"}
@@ -241,7 +245,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         *_section("Becomes", _conversion(plan)),
         *_section("Mask token", _mask(plan["mask"])),
         *_section("Attention", _attention(plan)),
-        *_section("Measured in small", _probe(plan.get("probe"))),
+        *_section("Measured in small", probe_lines(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
         *_section("Training", _training(plan)),
         *_section("Then", _more(plan)),

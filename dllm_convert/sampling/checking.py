@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from dllm_convert.errors import RequestError
 from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
@@ -51,6 +52,23 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
     if "remasking_ratio" in given and options.remasking is None:
         raise ValueError("remasking_ratio does nothing without remasking")
     return options
+
+
+def require_decoding(folder: Path, given: Mapping[str, Any], option: str | None = None) -> None:
+    """Refuse settings as `check_decoding` does, as a request that cannot be met.
+
+    Args:
+        folder: A converted checkpoint.
+        given: Fields of `DecodingOptions`.
+        option: Option of the command line that said them.
+
+    Raises:
+        RequestError: They contradict, or do nothing.
+    """
+    try:
+        check_decoding(folder, given)
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error), option=option) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def evaluate(
     """Evaluate a converted checkpoint, and its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
     from dllm_convert.evaluation.shown import evaluation_text
-    from dllm_convert.pipeline.api import evaluate as evaluated
+    from dllm_convert.pipeline.api.judging import evaluate as evaluated
 
     names = _names(tasks)
     if names:

@@ -110,7 +110,7 @@ def run(
     quiet: option.Quiet = False,
 ) -> None:
     """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
-    from dllm_convert.pipeline.api import load_recipe
+    from dllm_convert.pipeline.api.conversion import load_recipe
     from dllm_convert.recipe.typed import default_out
 
     place = Place.from_environment()
@@ -193,7 +193,7 @@ def _convert(
 
         follow(folder, place)
         return
-    from dllm_convert.pipeline.api import convert_recipe
+    from dllm_convert.pipeline.api.conversion import convert_recipe
     from dllm_convert.pipeline.shown import run_text
 
     done = convert_recipe(recipe, folder, reporter, push=push, place=place, how=how)
@@ -202,6 +202,6 @@ def _convert(
 
 
 def _launch(processes: int | None, config: Path | None) -> int:
-    from dllm_convert.cli.launch import launch
+    from dllm_convert.pipeline.launch import launch
 
     return launch(processes, config, sys.argv[1:])

@@ -96,7 +96,7 @@ def _write(
     """Read the prompts that stand on stdin, load the checkpoint and decode."""
     prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
     from dllm_convert.common.allocator import keep_freed_memory
-    from dllm_convert.pipeline.api import sample as written
+    from dllm_convert.pipeline.api.writing import sample as written
     from dllm_convert.sampling import DEFAULT_PROMPT
 
     keep_freed_memory()

@@ -83,7 +83,7 @@ def verify(
     """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
     output_file(report, (".html",), "--report")
     reporter = make_reporter(quiet=quiet or as_json)
-    from dllm_convert.pipeline.api import verify as verified
+    from dllm_convert.pipeline.api.judging import verify as verified
     from dllm_convert.pipeline.shown import verify_text
 
     with typed():
