@@ -10,6 +10,7 @@ from dllm_convert.card import text as card_text
 from dllm_convert.card.checks import check_card, check_metadata
 from dllm_convert.card.facts import BILLION, collect_facts
 from dllm_convert.card.metadata import dump_front_matter, front_matter
+from dllm_convert.card.tables import measures_table, scores_table, sweep_table
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.manifest import CARD_FILE, read_manifest, record_card
 from dllm_convert.errors import DataError
@@ -78,6 +79,9 @@ def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | Non
         data_dir("cards"),
         TEMPLATE,
         facts=facts,
+        measures=measures_table(facts.measures),
+        scores=facts.evaluation and scores_table(facts.evaluation),
+        sweep=facts.evaluation and sweep_table(facts.evaluation),
         repo_id=repo_id,
         title=title,
         prompt=facts.sample["prompt"] if facts.sample else DEFAULT_PROMPT,

@@ -8,7 +8,7 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import UnsupportedError
 
 
@@ -69,16 +69,16 @@ class ProbeReport(Printed):
             )
         return self.adapter
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return whether it can be converted, and a line per finding."""
-        from dllm_convert.planning.plan_text import probe_lines
+        from dllm_convert.planning.plan_text import probe_blocks
 
         verdict = f"cannot be converted: {self.reason}"
         if self.adapter is not None:
             verdict = f"can be converted to {' and '.join(self.adapter.targets)}"
         head = f"{self.model_type} {verdict}"
         took = f"measured on a small random {self.stock_class} in {self.seconds:.0f} s"
-        return "\n".join([head, took, "", *probe_lines(self.as_dict())])
+        return [head, took, "", *probe_blocks(self.as_dict())]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""

@@ -112,7 +112,7 @@ class TestPlan:
         base = source_factory("llama")
         odd = base.rename(base.with_name("<b>&"))
         page = dc.plan(odd, to="mdlm")._repr_html_()
-        assert page.startswith("<pre")
+        assert "<table>" in page
         assert "&lt;b&gt;&amp;" in page
         assert "<b>" not in page
 
@@ -338,7 +338,7 @@ class TestCard:
 
     def test_a_folder_without_a_manifest(self, source_cache: SourceFactory) -> None:
         before = sorted(path.name for path in source_cache("llama").iterdir())
-        with pytest.raises(dc.DataError, match="dllm_convert.json"):
+        with pytest.raises(dc.DataError, match=r"dllm_convert\.json"):
             dc.write_card(source_cache("llama"))
         assert sorted(path.name for path in source_cache("llama").iterdir()) == before
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_convert.common.tables import text_of
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
@@ -28,7 +29,7 @@ from dllm_convert.verification.probes.influence import (
     probe_length,
 )
 from dllm_convert.verification.report import at_most, first_items, largest, none_wrong, skipped
-from dllm_convert.verification.shown import verification_table
+from dllm_convert.verification.shown import verification_blocks
 from dllm_convert.verification.subject import Claim
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +182,7 @@ def test_the_table_says_why_a_probe_failed_and_why_one_did_not_run() -> None:
     report = VerificationReport(
         (Probe("a", True, "1", "1"), bad, skipped("c", "1", "no base")), 2.0
     )
-    lines = verification_table(report.as_dict()).splitlines()
+    lines = text_of(verification_blocks(report.as_dict())).splitlines()
     assert lines[2:5] == [
         "FAILED   b      2         1",
         f"{'':9}row 3 is wrong",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
-
 from dllm_convert.cli import options as option
 from dllm_convert.cli.commands.shared import make_reporter, show_done
 from dllm_convert.cli.values import push_options
@@ -13,7 +11,7 @@ def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
     """Write README.md, the model card, and report.html of a converted checkpoint anew."""
     from dllm_convert.pipeline.api.publication import write_card
 
-    show_done(write_card(checkpoint).as_dict(), itemgetter("path"), as_json=as_json)
+    show_done(write_card(checkpoint), as_json=as_json)
 
 
 def push(
@@ -44,7 +42,6 @@ def push(
         force_unverified=force_unverified,
     )
     from dllm_convert.pipeline.api.publication import push as pushed
-    from dllm_convert.publishing.shown import push_summary
 
     result = pushed(checkpoint, options, reporter=reporter)
-    show_done(result.as_dict(), push_summary, as_json=as_json)
+    show_done(result, as_json=as_json)

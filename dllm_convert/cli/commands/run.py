@@ -165,11 +165,9 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     """Say what a run would do."""
-    from dllm_convert.pipeline.check import check_document
-    from dllm_convert.planning.plan_text import plan_text
+    from dllm_convert.pipeline.check import check
 
-    document = check_document(recipe, folder, push, processes, probe=probe)
-    output.show(document, plan_text, as_json=as_json)
+    output.show(check(recipe, folder, push, processes, probe=probe), as_json=as_json)
 
 
 def _convert(
@@ -194,10 +192,9 @@ def _convert(
         follow(folder, place)
         return
     from dllm_convert.pipeline.api.conversion import convert_recipe
-    from dllm_convert.pipeline.shown import run_text
 
     done = convert_recipe(recipe, folder, reporter, push=push, place=place, how=how)
-    show_done(done.as_dict(), run_text, as_json=as_json)
+    show_done(done, as_json=as_json)
     exit_if_failed(done.manifest["verification"])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import Place
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.pipeline.api.publication import push_options
 from dllm_convert.pipeline.asked import Asked
@@ -48,11 +48,11 @@ class Conversion(Printed):
         passed = self.manifest["verification"]["passed"]
         return run_document(str(self.path), passed, self.manifest, published)
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return the verification, what was measured, and a sample."""
-        from dllm_convert.pipeline.shown import run_text
+        from dllm_convert.pipeline.shown import run_blocks
 
-        return run_text(self.as_dict())
+        return run_blocks(self.as_dict())
 
 
 def load_recipe(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:

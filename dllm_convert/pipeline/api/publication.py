@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import RequestError
 
 if TYPE_CHECKING:
@@ -30,9 +30,9 @@ class Documents(Printed):
         """Return what `card --json` prints."""
         return {"path": str(self.path), "report": str(self.report)}
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return the path of the card."""
-        return str(self.path)
+        return [str(self.path)]
 
 
 def write_card(checkpoint: str | Path) -> Documents:
