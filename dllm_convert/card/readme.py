@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.card import text as card_text
-from dllm_convert.card.checks import check_card, check_metadata
+from dllm_convert.card.checks import check_metadata
 from dllm_convert.card.facts import BILLION, collect_facts
 from dllm_convert.card.metadata import dump_front_matter, front_matter
 from dllm_convert.card.tables import measures_table, scores_table, sweep_table
@@ -34,15 +34,13 @@ def write_card(folder: Path, *, overwrite: bool = True, repo_id: str | None = No
         Path of README.md.
 
     Raises:
-        DataError: The folder has no manifest, or one that is incomplete, or cannot be written; or
-            the card breaks a rule of `check_card`.
+        DataError: The folder has no manifest, or one that is incomplete, or cannot be written.
     """
     manifest = read_manifest(folder)
     path = folder / CARD_FILE
     if path.exists() and not overwrite:
         return path
     text = render_card(folder, manifest, repo_id=repo_id)
-    check_card(text, folder)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")
