@@ -155,23 +155,26 @@ def render_report(
         keep_trailing_newline=True,
         finalize=shown,
     )
-    environment.filters |= {"duration": duration, "table": _as_html}
+    environment.filters |= {
+        "duration": duration,
+        # Every value is escaped there.
+        "table": lambda table, caption: Markup(table.as_html(caption)),  # noqa: S704
+    }
     return environment.get_template(TEMPLATE).render(page=page)
 
 
-def _as_html(table: Table, caption: str) -> Markup:
-    return Markup(table.as_html(caption))  # noqa: S704 -- escaped there
-
-
 def _made_here(facts: Facts, seen: Observations) -> Page:
-    report, manifest = facts.verification or {}, facts.manifest
+    report, manifest, found = facts.verification or {}, facts.manifest, facts.evaluation
+    scores = None
+    if found is not None:
+        scores = tables.scores_table(found), tuple(tables.evaluation_notes(found))
     return Page(
         title=facts.title,
         **_verdict(report),
         facts=tuple(_facts(facts)),
         figures=(*_figures(seen), *_curve(facts.evaluation)),
         measures=tables.measures_table(facts.measures) if facts.measures else None,
-        scores=_scores(facts.evaluation),
+        scores=scores,
         sample=facts.sample,
         recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
@@ -211,9 +214,11 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
         for probe in report.get("probes") or ()
     ]
     passed = [probe["passed"] for probe in probes]
+    # Failures first, then what was not looked at.
+    order = {"None": 1, "True": 2}
     return {
         "passed": report.get("passed"),
-        "probes": tuple(sorted(probes, key=_rank)),
+        "probes": tuple(sorted(probes, key=lambda probe: order.get(str(probe["passed"]), 0))),
         "seconds": report.get("seconds"),
         "counts": {
             "passed": passed.count(True),
@@ -221,11 +226,6 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
             "not run": passed.count(None),
         },
     }
-
-
-def _rank(probe: Mapping[str, Any]) -> int:
-    """Order of the probes: failures first, then what was not looked at."""
-    return {"True": 2, "None": 1}.get(str(probe["passed"]), 0)
 
 
 def _figures(seen: Observations) -> tuple[Figure, ...]:
@@ -236,13 +236,6 @@ def _figures(seen: Observations) -> tuple[Figure, ...]:
         for picture in PICTURES
         if (svg := draw_svg(picture, seen)) is not None
     )
-
-
-def _scores(evaluation: Evaluation | None) -> tuple[Table | None, tuple[str, ...]] | None:
-    if evaluation is None:
-        return None
-    notes = tuple(tables.evaluation_notes(evaluation))
-    return tables.scores_table(evaluation), notes
 
 
 def _curve(evaluation: Evaluation | None) -> Iterator[Figure]:

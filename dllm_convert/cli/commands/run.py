@@ -150,7 +150,9 @@ def run(
     if extend and recipe.training.method == "none":
         raise typer.BadParameter("--extend trains on; leave out --no-train")
     if (num_processes or launch_config) and not place.launched:
-        raise typer.Exit(_launch(num_processes, launch_config))
+        from dllm_convert.pipeline.launch import launch
+
+        raise typer.Exit(launch(num_processes, launch_config, sys.argv[1:]))
     how = How(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
@@ -196,9 +198,3 @@ def _convert(
     done = convert_recipe(recipe, folder, reporter, push=push, place=place, how=how)
     show_done(done, as_json=as_json)
     exit_if_failed(done.manifest["verification"])
-
-
-def _launch(processes: int | None, config: Path | None) -> int:
-    from dllm_convert.pipeline.launch import launch
-
-    return launch(processes, config, sys.argv[1:])

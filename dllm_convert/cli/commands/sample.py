@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,7 +118,10 @@ def _print(found: list[dict[str, Any]], reporter: Reporter, *, chat: bool, as_js
     if as_json:
         output.write_json(found if len(found) > 1 else found[0])
         return
-    output.write(_as_text(found, chat=chat), verbatim=True)
+    # Of a chat the replies only; a line of dashes stands between two texts.
+    texts = [result["text"] if chat else result["prompt"] + result["text"] for result in found]
+    joined = "\n---\n".join(texts)
+    output.write(printable(joined) if sys.stdout.isatty() else joined, verbatim=True)
     for result in found:
         reporter.line(sample_facts(result))
 
@@ -151,10 +154,3 @@ def _read_stdin(reporter: Reporter) -> str:
         return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise DataError("the prompt on stdin is not UTF-8", hint="Convert it first") from error
-
-
-def _as_text(samples: Sequence[Mapping[str, Any]], *, chat: bool) -> str:
-    """Return the texts, a line of dashes between two of them; of a chat the replies only."""
-    texts = [result["text"] if chat else result["prompt"] + result["text"] for result in samples]
-    joined = "\n---\n".join(texts)
-    return printable(joined) if sys.stdout.isatty() else joined

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
@@ -65,28 +65,31 @@ class InfluenceMap:
     @model_serializer
     def _written(self) -> dict[str, Any]:
         """Write a row as a line of tenths of log10."""
-        return {"stride": self.stride, "rows": [_line(row) for row in self.rows]}
+        return {
+            "stride": self.stride,
+            "rows": [
+                " ".join(CLOSED if v is None else str(round(v * _DECIBELS)) for v in row)
+                for row in self.rows
+            ],
+        }
 
     @field_validator("rows", mode="before")
     @classmethod
     def _read(cls, rows: Any) -> Any:
         if not isinstance(rows, list):
             return rows
-        return [_cells(row) if isinstance(row, str) else row for row in rows]
+        return [
+            [None if word == CLOSED else int(word) / _DECIBELS for word in row.split()]
+            if isinstance(row, str)
+            else row
+            for row in rows
+        ]
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if {len(row) for row in self.rows} != {-(-len(self.rows) // self.stride)}:
             raise ValueError("rows do not fit")
         return self
-
-
-def _line(row: Sequence[float | None]) -> str:
-    return " ".join(CLOSED if v is None else str(round(v * _DECIBELS)) for v in row)
-
-
-def _cells(line: str) -> list[float | None]:
-    return [None if word == CLOSED else int(word) / _DECIBELS for word in line.split()]
 
 
 @dataclass(frozen=True)

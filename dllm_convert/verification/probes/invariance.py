@@ -143,15 +143,14 @@ def check_cache(subject: Subject) -> list[Probe]:
 
 def _check_cache(subject: Subject, tokens: torch.Tensor, size: int) -> list[Probe]:
     difference, dirt = _decode_with_cache(subject, tokens, size)
-    measure = partial(_cached_difference, subject, tokens, size)
+
+    def measure() -> float:
+        return _decode_with_cache(subject, tokens, size)[0]
+
     clean = Probe("cache-clean", dirt == 0, f"{dirt} states changed by denoising", "0")
     if tokens.shape[1] <= size:
         clean = skipped("cache-clean", "0", f"a context of {subject.context} tokens is one block")
     return [invariant(subject, "cache", measure, difference), clean]
-
-
-def _cached_difference(subject: Subject, tokens: torch.Tensor, size: int) -> float:
-    return _decode_with_cache(subject, tokens, size)[0]
 
 
 def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tuple[float, int]:
