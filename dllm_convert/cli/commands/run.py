@@ -111,6 +111,7 @@ def run(
 ) -> None:
     """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
     from dllm_convert.pipeline.api.conversion import load_recipe
+    from dllm_convert.pipeline.launch import launch
     from dllm_convert.recipe.typed import default_out
 
     place = Place.from_environment()
@@ -150,8 +151,6 @@ def run(
     if extend and recipe.training.method == "none":
         raise typer.BadParameter("--extend trains on; leave out --no-train")
     if (num_processes or launch_config) and not place.launched:
-        from dllm_convert.pipeline.launch import launch
-
         raise typer.Exit(launch(num_processes, launch_config, sys.argv[1:]))
     how = How(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
