@@ -19,29 +19,33 @@ if TYPE_CHECKING:
     from dllm_convert.errors import UnknownTaskError as UnknownTaskError
     from dllm_convert.errors import UnsupportedError as UnsupportedError
     from dllm_convert.errors import VerificationError as VerificationError
-    from dllm_convert.pipeline.api import Conversion as Conversion
-    from dllm_convert.pipeline.api import convert as convert
-    from dllm_convert.pipeline.api import evaluate as evaluate
-    from dllm_convert.pipeline.api import load as load
-    from dllm_convert.pipeline.api import load_recipe as load_recipe
-    from dllm_convert.pipeline.api import plan as plan
-    from dllm_convert.pipeline.api import push as push
-    from dllm_convert.pipeline.api import sample as sample
-    from dllm_convert.pipeline.api import verify as verify
+    from dllm_convert.pipeline.api.conversion import Conversion as Conversion
+    from dllm_convert.pipeline.api.conversion import convert as convert
+    from dllm_convert.pipeline.api.conversion import load_recipe as load_recipe
+    from dllm_convert.pipeline.api.conversion import plan as plan
+    from dllm_convert.pipeline.api.conversion import probe as probe
+    from dllm_convert.pipeline.api.judging import evaluate as evaluate
+    from dllm_convert.pipeline.api.judging import verify as verify
+    from dllm_convert.pipeline.api.publication import push as push
+    from dllm_convert.pipeline.api.publication import write_card as write_card
+    from dllm_convert.pipeline.api.writing import load as load
+    from dllm_convert.pipeline.api.writing import sample as sample
     from dllm_convert.planning.conversion import ConversionPlan as ConversionPlan
     from dllm_convert.recipe.schema import Recipe as Recipe
     from dllm_convert.verification.report import VerificationReport as VerificationReport
 
 _HOMES = {
-    "Conversion": "dllm_convert.pipeline.api",
-    "convert": "dllm_convert.pipeline.api",
-    "evaluate": "dllm_convert.pipeline.api",
-    "load": "dllm_convert.pipeline.api",
-    "load_recipe": "dllm_convert.pipeline.api",
-    "plan": "dllm_convert.pipeline.api",
-    "push": "dllm_convert.pipeline.api",
-    "sample": "dllm_convert.pipeline.api",
-    "verify": "dllm_convert.pipeline.api",
+    "Conversion": "dllm_convert.pipeline.api.conversion",
+    "write_card": "dllm_convert.pipeline.api.publication",
+    "convert": "dllm_convert.pipeline.api.conversion",
+    "evaluate": "dllm_convert.pipeline.api.judging",
+    "load": "dllm_convert.pipeline.api.writing",
+    "load_recipe": "dllm_convert.pipeline.api.conversion",
+    "plan": "dllm_convert.pipeline.api.conversion",
+    "probe": "dllm_convert.pipeline.api.conversion",
+    "push": "dllm_convert.pipeline.api.publication",
+    "sample": "dllm_convert.pipeline.api.writing",
+    "verify": "dllm_convert.pipeline.api.judging",
     "Recipe": "dllm_convert.recipe.schema",
     "ConversionPlan": "dllm_convert.planning.conversion",
     "VerificationReport": "dllm_convert.verification.report",
@@ -78,9 +82,11 @@ __all__ = [
     "load",
     "load_recipe",
     "plan",
+    "probe",
     "push",
     "sample",
     "training",
     "verify",
+    "write_card",
 ]
 __getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -39,7 +39,7 @@ PACKAGE = (
     "dllm_convert.sampling.run", "dllm_convert.card.report", "dllm_convert.card.licences",
     "transformers.models.llama.modeling_llama", "torch.utils.data", "jinja2",
     # What the first flex attention, card and GIF load.
-    "torch._inductor.compile_fx", "markdown_it:MarkdownIt", "PIL.ImageDraw", "PIL.JpegImagePlugin",
+    "torch._inductor.compile_fx", "PIL.ImageDraw", "PIL.JpegImagePlugin",
 )  # fmt: skip
 """Everything that a command may need."""
 STRANGER = (
@@ -51,7 +51,7 @@ STRANGER = (
 STRANGER_WITH_PEFT = (*STRANGER, "peft")
 CLIENT = (
     "huggingface_hub:HfApi", "huggingface_hub:CommitOperationAdd", "huggingface_hub.file_download",
-    "huggingface_hub:snapshot_download", "huggingface_hub.lfs", "markdown_it:MarkdownIt",
+    "huggingface_hub:snapshot_download", "huggingface_hub.lfs",
     "tqdm.auto", "encodings.idna", "dllm_convert.adapters.llama", "dllm_convert.card.readme",
     "dllm_convert.publishing.run",
 )  # fmt: skip

@@ -20,6 +20,7 @@ SMALL = {
     "steps=200": 'steps=2, verify="files"',
     "max_steps=100": "max_steps=2",
     '"data.sequence_length": 256': '"data.sequence_length": 64, "training.batch_size": 2',
+    'dc.load("me/smollm2-bd3lm")': 'dc.load("out")',
     "rows=800": "rows=8",
     "max_new_tokens=64": "max_new_tokens=32",
 }
@@ -53,6 +54,8 @@ def test_the_page_runs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space: dict[str, Any] = {}
     exec(code, space)
     assert pushed == [("out", "me/smollm2-bd3lm")]
+    assert (here / "out-2" / "config.json").is_file()
+    assert (here / "out" / "README.md") == here / space["card"].path
     assert space["bound"].nats_per_token > 0
     assert len(space["text"].train) == 8
     assert len(space["sample"].text) > 0
@@ -94,4 +97,4 @@ def test_the_notebook_runs(here: Path) -> None:
     assert space["result"].report.probes
     assert space["pictures"]
     for name in ("plan", "result"):
-        assert space[name]._repr_html_().startswith("<pre")
+        assert '<th scope="row">' in space[name]._repr_html_()

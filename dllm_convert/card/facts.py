@@ -15,6 +15,7 @@ from dllm_convert.card.cost import Cost, cost_of
 from dllm_convert.card.evaluation import Evaluation, evaluation_of
 from dllm_convert.card.licences import conforming_name
 from dllm_convert.card.pictures import DENOISING, PICTURES, Picture
+from dllm_convert.card.tables import MEASURES, Measure
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
@@ -23,32 +24,6 @@ from dllm_convert.source.fit import is_tied
 from dllm_convert.verification.report import files_only
 
 BILLION = 1_000_000_000
-MEASURES = {
-    "nelbo_before": "NELBO before training",
-    "nelbo_after": "NELBO after training",
-    "ar_nll": "NLL of the base, autoregressive",
-}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One line of the held-out table.
-
-    Attributes:
-        key: Its key in the manifest.
-        what: What was measured.
-        nats: Nats per token.
-        stderr: Its standard error, None if unknown.
-        perplexity: exp(nats), None if it is beyond a float.
-        tokens: Tokens it was measured on.
-    """
-
-    key: str
-    what: str
-    nats: float
-    stderr: float | None
-    perplexity: float | None
-    tokens: int
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,26 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dllm_convert.card import report_evaluation
-from dllm_convert.card import tables as report_tables
+from dllm_convert.card import tables
+from dllm_convert.card.charts import score_figure
 from dllm_convert.card.evaluation import Evaluation
-from dllm_convert.card.evaluation_curve import PARALLELISM
-from dllm_convert.card.facts import Facts, Measure, collect_facts
-from dllm_convert.card.pictures import ATTENTION, DECODING, LOSS, PICTURES, RATES, Picture, draw_svg
-from dllm_convert.card.tables import Table
-from dllm_convert.card.text import duration, figures, shown
+from dllm_convert.card.evaluation_curve import PARALLELISM, drawable
+from dllm_convert.card.facts import Facts, collect_facts
+from dllm_convert.card.pictures import (
+    ATTENTION,
+    DECODING,
+    LOSS,
+    PICTURES,
+    RATES,
+    Picture,
+    as_svg,
+    draw_svg,
+)
+from dllm_convert.card.text import duration, shown
 from dllm_convert.common.disk import write_whole
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
 from dllm_convert.common.redaction import last_part, without_paths
+from dllm_convert.common.tables import Table
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.loading import data_dir
@@ -29,10 +38,10 @@ from dllm_convert.verification.observe.observations import Observations
 
 TEMPLATE = "report.html.jinja"
 _TABLES = {
-    ATTENTION.file: report_tables.attention_table,
-    LOSS.file: report_tables.loss_table,
-    RATES.file: report_tables.rates_table,
-    DECODING.file: report_tables.decoding_table,
+    ATTENTION.file: tables.attention_table,
+    LOSS.file: tables.loss_table,
+    RATES.file: tables.rates_table,
+    DECODING.file: tables.decoding_table,
 }
 
 
@@ -76,7 +85,7 @@ class Page:
     probes: tuple[Mapping[str, Any], ...]
     facts: tuple[tuple[str, str], ...]
     figures: tuple[Figure, ...]
-    measures: tuple[Measure, ...] = ()
+    measures: Table | None = None
     scores: tuple[Table | None, tuple[str, ...]] | None = None
     sample: Mapping[str, Any] | None = None
     recipe: str = ""
@@ -146,19 +155,26 @@ def render_report(
         keep_trailing_newline=True,
         finalize=shown,
     )
-    environment.filters |= {"figures": figures, "duration": duration}
+    environment.filters |= {
+        "duration": duration,
+        # Every value is escaped there.
+        "table": lambda table, caption: Markup(table.as_html(caption)),  # noqa: S704
+    }
     return environment.get_template(TEMPLATE).render(page=page)
 
 
 def _made_here(facts: Facts, seen: Observations) -> Page:
-    report, manifest = facts.verification or {}, facts.manifest
+    report, manifest, found = facts.verification or {}, facts.manifest, facts.evaluation
+    scores = None
+    if found is not None:
+        scores = tables.scores_table(found), tuple(tables.evaluation_notes(found))
     return Page(
         title=facts.title,
         **_verdict(report),
         facts=tuple(_facts(facts)),
         figures=(*_figures(seen), *_curve(facts.evaluation)),
-        measures=facts.measures,
-        scores=_scores(facts.evaluation),
+        measures=tables.measures_table(facts.measures) if facts.measures else None,
+        scores=scores,
         sample=facts.sample,
         recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
@@ -198,9 +214,11 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
         for probe in report.get("probes") or ()
     ]
     passed = [probe["passed"] for probe in probes]
+    # Failures first, then what was not looked at.
+    order = {"None": 1, "True": 2}
     return {
         "passed": report.get("passed"),
-        "probes": tuple(sorted(probes, key=_rank)),
+        "probes": tuple(sorted(probes, key=lambda probe: order.get(str(probe["passed"]), 0))),
         "seconds": report.get("seconds"),
         "counts": {
             "passed": passed.count(True),
@@ -210,13 +228,8 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rank(probe: Mapping[str, Any]) -> int:
-    """Order of the probes: failures first, then what was not looked at."""
-    return {"True": 2, "None": 1}.get(str(probe["passed"]), 0)
-
-
 def _figures(seen: Observations) -> tuple[Figure, ...]:
-    leads = {ATTENTION.file: report_tables.attention_summary(seen)}
+    leads = {ATTENTION.file: tables.attention_summary(seen)}
     return tuple(
         # Drawn by us from numbers: the only part of the page that is not escaped.
         Figure(picture, Markup(svg), _TABLES[picture.file](seen), leads.get(picture.file))  # noqa: S704
@@ -225,17 +238,11 @@ def _figures(seen: Observations) -> tuple[Figure, ...]:
     )
 
 
-def _scores(evaluation: Evaluation | None) -> tuple[Table | None, tuple[str, ...]] | None:
-    if evaluation is None:
-        return None
-    notes = tuple(report_evaluation.notes(evaluation))
-    return report_evaluation.scores_table(evaluation), notes
-
-
 def _curve(evaluation: Evaluation | None) -> Iterator[Figure]:
-    svg = None if evaluation is None else report_evaluation.sweep_svg(evaluation)
-    if evaluation is not None and svg is not None:
-        yield Figure(PARALLELISM, Markup(svg), report_evaluation.sweep_table(evaluation))  # noqa: S704
+    drawn = None if evaluation is None else score_figure(drawable(evaluation.sweep))
+    if evaluation is not None and drawn is not None:
+        svg = Markup(as_svg(drawn, PARALLELISM))  # noqa: S704
+        yield Figure(PARALLELISM, svg, tables.sweep_table(evaluation))
 
 
 def _facts(facts: Facts) -> Iterator[tuple[str, str]]:

@@ -1,29 +1,47 @@
-"""The numbers behind the pictures as tables: for the report's readers and for the terminal."""
+"""What was measured as tables of plain values: for the card, the report and the terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
+from dllm_convert.card.evaluation import Evaluation, with_interval
+from dllm_convert.card.text import figures
+from dllm_convert.common.tables import Block, Table
 from dllm_convert.verification.observe.observations import InfluenceMap, Observations, RatePoint
 
+MEASURES = {
+    "nelbo_before": "NELBO before training",
+    "nelbo_after": "NELBO after training",
+    "ar_nll": "NLL of the base, autoregressive",
+}
+"""Likelihoods of held-out text, by their keys in a manifest's `measurements`."""
 SKETCH = 16
 """Most rows of an influence map on a terminal."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """Words and numbers in rows.
+class Measure:
+    """One line of the held-out table.
 
     Attributes:
-        header: Names of the columns; the first is that of the rows' names.
-        rows: As many texts each.
+        key: Its key in the manifest.
+        what: What was measured.
+        nats: Nats per token.
+        stderr: Its standard error, None if unknown.
+        perplexity: exp(nats), None if it is beyond a float.
+        tokens: Tokens it was measured on.
     """
 
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    key: str
+    what: str
+    nats: float
+    stderr: float | None
+    perplexity: float | None
+    tokens: int
 
 
 def attention_table(seen: Observations) -> Table | None:
@@ -101,6 +119,87 @@ def loss_table(seen: Observations) -> Table | None:
     return Table(("nats per token", "first logged", "last logged"), rows) if rows else None
 
 
+def measures_table(measures: Sequence[Measure]) -> Table:
+    """A line per likelihood of held-out text."""
+    rows = tuple(
+        (
+            measure.what,
+            figures(measure.nats)
+            + ("" if measure.stderr is None else f" ± {figures(measure.stderr, 2)}"),
+            "beyond a float" if measure.perplexity is None else figures(measure.perplexity),
+            _count(measure.tokens),
+        )
+        for measure in measures
+    )
+    return Table(("", "nats per token", "perplexity", "tokens"), rows)
+
+
+def scores_table(evaluation: Evaluation) -> Table | None:
+    """A line per task and metric: the base, this model and their paired difference."""
+    if not evaluation.scores:
+        return None
+    compared = evaluation.compared
+    names = ("base", "this model", "difference") if compared else ("this model",)
+    rows = []
+    for score in evaluation.scores:
+        found = (score.before or "not measured", score.after, score.difference or "")
+        shots = "unknown" if score.shots is None else str(score.shots)
+        values = found if compared else (score.after,)
+        rows.append((score.task, score.metric, f"{score.items:,}", shots, *values))
+    return Table(("task", "metric", "items", "examples before each", *names), tuple(rows))
+
+
+def sweep_table(evaluation: Evaluation) -> Table | None:
+    """Score and tokens per forward at each confidence threshold."""
+    if not evaluation.sweep:
+        return None
+    header = ("confidence threshold", "task", "metric", "score")
+    rows = tuple(
+        (
+            f"{row['threshold']:g}",
+            str(row["task"]),
+            str(row["metric"]),
+            with_interval(row),
+            *(_known(row.get(key)) for key in ("tokens_per_forward", "tokens_per_second")),
+        )
+        for row in evaluation.sweep
+    )
+    return Table((*header, "tokens per forward", "tokens per second"), rows)
+
+
+def evaluation_notes(evaluation: Evaluation) -> Iterator[str]:
+    """Say in sentences how it was measured and what it took."""
+    if evaluation.scores:
+        paired = "; the difference is paired, item by item" if evaluation.compared else ""
+        yield f"± is the 95 % interval over items{paired}."
+        draws = evaluation.settings["draws"] * evaluation.settings["rounds"]
+        base = ", the base by its own likelihood" if evaluation.compared else ""
+        yield (
+            f"Choices are ranked by an estimated bound of their likelihood, up to {draws} draws, "
+            f"the same noise for all choices of a question{base}."
+        )
+    if evaluation.effort.get("tokens_per_forward"):
+        yield (
+            f"Text was written with {_known(evaluation.effort['tokens_per_forward'])} tokens per "
+            f"forward, {_known(evaluation.effort.get('tokens_per_second'))} tokens per second."
+        )
+    if evaluation.nelbo is not None:
+        base = "" if evaluation.nll is None else f", NLL of the base {figures(evaluation.nll)}"
+        yield (
+            f"Held-out text ({evaluation.text}): NELBO {figures(evaluation.nelbo)} nats per "
+            f"token{base}."
+        )
+
+
+def views_of(manifest: Mapping[str, Any]) -> list[Block]:
+    """Return the influence maps, the mask rates and the decoding speeds that a manifest holds."""
+    seen = Observations.from_measurements(manifest.get("measurements") or {})
+    drawn = sketch(seen)
+    maps = [f"Who sees whom: ## the position below sees the token above\n{drawn}"] if drawn else []
+    tables = (attention_table(seen), rates_table(seen), decoding_table(seen))
+    return [*maps, *(table for table in tables if table is not None)]
+
+
 def sketch(seen: Observations) -> str | None:
     """Draw the influence maps with plain characters: `##` sees, `..` does not."""
     influence = seen.influence
@@ -130,3 +229,7 @@ def _sketched(map_: InfluenceMap) -> list[str]:
 
 def _count(value: int) -> str:
     return f"{value:,}"
+
+
+def _known(value: float | None) -> str:
+    return "none" if value is None else figures(value, 3)

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dllm_convert.common.shown_text import printable
+from dllm_convert.common.tables import Table
 
 MISTAKE = re.compile(
     r"(?i:\[?more information needed\]?)|\b(?:TODO|FIXME|TBD|nan|None(?! of\b))\b"
@@ -52,6 +53,7 @@ def render(folder: Path, template: str, **facts: Any) -> str:
         "figures": figures,
         "python": python,
         "scientific": scientific,
+        "table": table,
         "text": text,
     }
     page = environment.get_template(template).render(**facts)
@@ -74,13 +76,24 @@ def text(value: object) -> str:
 
     What would pass for a mistake of the card, such as a measured nan, becomes a code span.
     """
+    # A list item or a paragraph may begin with it: no heading, list or quotation begins there.
+    return _BLOCK.sub(r"\1\\\2", _inline(value))
+
+
+def table(value: Table) -> str:
+    """Write a table; every cell is foreign text, and no block can begin in it."""
+    rows = [value.header, *([_inline(cell) for cell in row] for row in value.cells)]
+    head, *lines = ("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in rows)
+    return "\n".join([head, f"|{'---|' * len(value.header)}", *lines])
+
+
+def _inline(value: object) -> str:
     line = " ".join(str(value).split())
     parts, end = [], 0
     for found in MISTAKE.finditer(line):
         parts += [_escaped(line[end : found.start()]), code(found[0])]
         end = found.end()
-    # A list item or a paragraph may begin with it: no heading, list or quotation begins there.
-    return _BLOCK.sub(r"\1\\\2", "".join([*parts, _escaped(line[end:])]))
+    return "".join([*parts, _escaped(line[end:])])
 
 
 def _escaped(part: str) -> str:

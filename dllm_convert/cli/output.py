@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from dllm_convert.cli.streams import lost, silence
 from dllm_convert.common import strict_json
 from dllm_convert.common.shown_text import json_safe, printable
+from dllm_convert.common.tables import Printed
 
 
 def write_json(value: Any) -> None:
@@ -44,9 +44,9 @@ def write(text: str, *, verbatim: bool = False) -> None:
         raise lost(error) from error
 
 
-def show(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
+def show(result: Printed, *, as_json: bool) -> None:
     """Write what a command found: as its one JSON document, or as text for people."""
     if as_json:
-        write_json(document)
+        write_json(result.as_dict())
     else:
-        write(as_text(document))
+        write(result.as_text())

@@ -36,10 +36,10 @@ def push_options(repo_id: str | None, **given: Any) -> PushOptions | None:
         _refuse_alone(given)
         return None
     from dllm_convert.cli.commands.shared import typed
-    from dllm_convert.pipeline import api
+    from dllm_convert.pipeline.api import publication
 
     with typed():
-        return api.push_options(repo_id, **given)
+        return publication.push_options(repo_id, **given)
 
 
 def _refuse_alone(given: dict[str, Any]) -> None:

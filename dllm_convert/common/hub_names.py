@@ -13,18 +13,6 @@ LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-RELATIONS = ("adapter", "finetune", "merge", "quantized")
-
-PIPELINE_TAGS = frozenset(
-    (
-        *("text-generation", "fill-mask", "text-classification", "token-classification"),
-        *("feature-extraction", "question-answering", "summarization", "translation"),
-        *("sentence-similarity", "text-ranking", "text-to-speech", "image-text-to-text"),
-        *("zero-shot-classification", "table-question-answering", "any-to-any", "other"),
-    )
-)
-"""Tasks of the Hub that a language model may be filed under."""
-
 LICENCES = frozenset(
     (
         *("apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m"),
@@ -44,6 +32,15 @@ LICENCES = frozenset(
     )
 )
 """Licence ids (https://huggingface.co/docs/hub/repositories-licenses, read in November 2026)."""
+
+METADATA_KEYS = (
+    *("language", "license", "license_name", "license_link", "library_name", "pipeline_tag"),
+    *("tags", "metrics", "datasets", "base_model", "base_model_relation", "new_version"),
+    *("model-index", "widget", "inference", "co2_eq_emissions", "thumbnail"),
+    *("extra_gated_heading", "extra_gated_description", "extra_gated_prompt"),
+    *("extra_gated_button_content", "extra_gated_fields"),
+)
+"""Keys that the Hub reads (hub-docs, modelcard.md and model-cards.md)."""
 
 LICENCE_FILE_NAMES = ("LICENSE", "LICENSE.md")
 """Files of the repository that `license_link` may name; anything else has to be an address."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.common.tables import Printed, measure_cells, table
+from dllm_convert.card.evaluation import with_interval
+from dllm_convert.common.tables import Block, Printed, Table, apart, measure_cells
 
 
 @dataclass(frozen=True)
@@ -33,49 +34,48 @@ class Evaluation(Printed):
         """Return the section as it is recorded."""
         return dict(self.record)
 
-    def as_text(self) -> str:
-        """Return the tables."""
-        return evaluation_text(self.record)
+    def as_blocks(self) -> list[Block]:
+        """Return the tables: both models on the same items, and the sweep."""
+        blocks: list[Block] = []
+        if self.results:
+            blocks += _task_blocks(self.record)
+        if self.text:
+            labels = {"nelbo": "NELBO of the conversion", "nll": "NLL of the base"}
+            rows = [
+                (label, *measure_cells(self.text[key]))
+                for key, label in labels.items()
+                if key in self.text
+            ]
+            header = (self.text["source"], "nats per token", "perplexity", "tokens")
+            blocks.append(Table(header, rows))
+        return apart(blocks)
 
 
-def evaluation_text(evaluation: Mapping[str, Any]) -> str:
-    """Return the tables of an evaluation: both models on the same items, and the sweep.
-
-    Args:
-        evaluation: The `evaluation` section of the manifest.
-    """
-    parts = []
-    if evaluation.get("results"):
-        parts += _task_tables(evaluation)
-    text = evaluation.get("text")
-    if text:
-        labels = {"nelbo": "NELBO of the conversion", "nll": "NLL of the base"}
-        rows = [(label, *measure_cells(text[key])) for key, label in labels.items() if key in text]
-        parts.append(table((text["source"], "nats per token", "perplexity", "tokens"), rows))
-    return "\n\n".join(parts)
-
-
-def _task_tables(evaluation: Mapping[str, Any]) -> list[str]:
+def _task_blocks(evaluation: Mapping[str, Any]) -> list[Block]:
     header = ("task", "metric", "base", "conversion", "difference")
     rows = [
         (
             row["task"],
             row["metric"],
-            _interval(row.get("before")),
-            _interval(row["after"]),
-            _interval(row.get("difference"), sign="+"),
+            with_interval(row["before"]) if row.get("before") else "-",
+            with_interval(row["after"]),
+            with_interval(row["difference"], "+") if row.get("difference") else "-",
         )
         for row in evaluation["results"]
     ]
-    parts = [table(header, rows)]
+    parts: list[Block] = [Table(header, rows)]
     if evaluation.get("sweep"):
         columns = ("threshold", "task", "metric", "tokens_per_forward", "tokens_per_second")
         sweep = [
-            (*(row[name] for name in columns[:3]), _interval(row), *(row[n] for n in columns[3:]))
+            (
+                *(row[name] for name in columns[:3]),
+                with_interval(row),
+                *(row[n] for n in columns[3:]),
+            )
             for row in evaluation["sweep"]
         ]
         names = ("threshold", "task", "metric", "score", "tokens per forward", "tokens/s")
-        parts.append(table(names, sweep))
+        parts.append(Table(names, sweep))
     parts += _effort_lines(evaluation["effort"])
     return parts
 
@@ -92,10 +92,3 @@ def _effort_lines(effort: Mapping[str, Any]) -> list[str]:
         if took.get("draws_saved"):
             lines.append(f"{name}: {took['draws_saved']:.0%} of the draws saved by stopping early")
     return ["\n".join(lines)] if lines else []
-
-
-def _interval(mean: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    if mean is None:
-        return "-"
-    width = mean["half_width"]
-    return f"{mean['value']:{sign}.3f}" + ("" if width is None else f" ± {width:.3f}")

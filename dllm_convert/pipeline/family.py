@@ -15,6 +15,7 @@ from dllm_convert.errors import UnsupportedError
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_numbers import check_numbers
 from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.quantised import check_quantised
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ def probe_source(source: SourceInfo) -> ProbeReport:
     check_quantised(source)
     check_numbers(source.config, None, len(source.tensors))
     return probe_family(source.config, source.tensors)
+
+
+def probe_recipe(recipe: Recipe) -> ProbeReport:
+    """Measure the family of a recipe's source, whether it has an adapter or not.
+
+    Raises:
+        DllmConvertError: The source cannot be read, or does not say enough to be measured.
+    """
+    return probe_source(inspect_source(recipe.source, revision=recipe.revision))
 
 
 def measured_adapter(recipe: Recipe, source: SourceInfo, out: Path | None = None) -> Adapter | None:

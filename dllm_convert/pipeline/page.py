@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.tables import Block, apart
 from dllm_convert.verification.report import VerificationReport
 
 if TYPE_CHECKING:
@@ -31,11 +32,12 @@ class ReportWithPage(VerificationReport):
         seen = {} if self.seen is None else self.seen.as_dict()
         return super().as_dict() | {"report": str(self.page), "measurements": seen}
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return the probes and, as text, the pictures."""
-        from dllm_convert.pipeline.shown import verify_text
+        from dllm_convert.card.tables import views_of
 
-        return verify_text(self.as_dict())
+        seen = views_of(self.as_dict())
+        return [*super().as_blocks(), "", *apart([*seen, f"Report: {self.page}"])]
 
 
 def write_page(

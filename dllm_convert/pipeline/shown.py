@@ -1,53 +1,16 @@
-"""A finished run, and a verification with its pictures, for people."""
+"""A finished run for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_convert.card.views import views_of
+from dllm_convert.card.tables import MEASURES, views_of
 from dllm_convert.common.shown_text import one_line
-from dllm_convert.common.tables import measure_cells, table
+from dllm_convert.common.tables import Block, Table, measure_cells
+from dllm_convert.publishing.shown import push_lines
 from dllm_convert.sampling.shown import sample_facts
-from dllm_convert.verification.shown import verification_table
-
-_MEASURES = {
-    "nelbo_before": "NELBO before training",
-    "nelbo_after": "NELBO after training",
-    "ar_nll": "AR NLL of the base",
-}
-
-
-def verify_text(document: Mapping[str, Any]) -> str:
-    """Return what `verify` shows, from the document it would print with `--json`."""
-    report = document.get("report")
-    parts = [verification_table(document), *views_of(document)]
-    return "\n\n".join([*parts, f"Report: {report}"] if report else parts)
-
-
-def run_summary(path: str, manifest: Mapping[str, Any]) -> str:
-    """Return what a finished run shows: verification, measurements, a sample, the path.
-
-    Args:
-        path: Folder of the checkpoint.
-        manifest: Content of dllm_convert.json; reads `verification`, `measurements` and `sample`.
-    """
-    parts = ["Verification", verification_table(manifest["verification"])]
-    measures = manifest.get("measurements") or {}
-    rows = [
-        (label, *measure_cells(measures[name]))
-        for name, label in _MEASURES.items()
-        if name in measures
-    ]
-    if rows:
-        header = ("held-out text", "nats per token", "perplexity", "tokens")
-        parts += ["", "Measurements", table(header, rows)]
-    for block in views_of(manifest):
-        parts += ["", block]
-    sample = manifest.get("sample")
-    if sample:
-        parts += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]
-    return "\n".join([*parts, "", f"Checkpoint: {one_line(path)}"])
+from dllm_convert.verification.shown import verification_blocks
 
 
 def run_document(
@@ -58,12 +21,33 @@ def run_document(
     return document | ({"published": dict(published)} if published else {})
 
 
-def run_text(document: Mapping[str, Any]) -> str:
-    """Return what `run` shows, from the document it would print with `--json`."""
-    summary = run_summary(document["path"], document["manifest"])
-    published = document.get("published")
-    if not published:
-        return summary
-    from dllm_convert.publishing.shown import push_summary
+def run_blocks(document: Mapping[str, Any]) -> list[Block]:
+    """Return what `run` shows: verification, measurements, a sample, the path, what was published.
 
-    return f"{summary}\n{push_summary(published)}"
+    Args:
+        document: What it prints with `--json`; of the manifest `verification`, `measurements` and
+            `sample` are read.
+    """
+    manifest = document["manifest"]
+    blocks: list[Block] = ["Verification", *verification_blocks(manifest["verification"])]
+    measures = manifest.get("measurements") or {}
+    rows = [
+        (label, *measure_cells(measures[name]))
+        for name, label in MEASURES.items()
+        if name in measures
+    ]
+    if rows:
+        header = ("held-out text", "nats per token", "perplexity", "tokens")
+        blocks += ["", "Measurements", Table(header, rows)]
+    for block in views_of(manifest):
+        blocks += ["", block]
+    sample = manifest.get("sample")
+    if sample:
+        blocks += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]
+    published = document.get("published")
+    return [
+        *blocks,
+        "",
+        f"Checkpoint: {one_line(document['path'])}",
+        *(push_lines(published) if published else ()),
+    ]

@@ -10,7 +10,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.common.secrets_found import refuse_secrets
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
@@ -93,12 +93,17 @@ class ConversionPlan(Printed):
         """Whether position i is predicted from the hidden state of i-1."""
         return _keeps_shift(self.recipe, self.adapter)
 
-    def as_text(self) -> str:
-        """Return what `check` shows."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `check --json` prints."""
         from dllm_convert.planning.document import plan_document
-        from dllm_convert.planning.plan_text import plan_text
 
-        return plan_text(plan_document(self))
+        return plan_document(self)
+
+    def as_blocks(self) -> list[Block]:
+        """Return what `check` shows."""
+        from dllm_convert.planning.plan_text import plan_blocks
+
+        return plan_blocks(self.as_dict())
 
 
 def _keeps_shift(recipe: Recipe, adapter: Adapter) -> bool:

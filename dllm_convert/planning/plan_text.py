@@ -6,10 +6,11 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dllm_convert.common.shown_text import one_line
-from dllm_convert.common.tables import table
+from dllm_convert.common.tables import Block, Table
 
 WIDTH = 100
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -50,8 +51,15 @@ def ranges_text(numbers: Sequence[int]) -> str:
     return ", ".join(shown if len(shown) <= 8 else [*shown[:7], "..."])
 
 
-def _section(title: str, lines: Iterable[str]) -> list[str]:
-    body = [f"  {one_line(line)}" if line else "" for line in lines]
+def _section(title: str, blocks: Iterable[Block]) -> list[Block]:
+    body = [
+        replace(block, indent=2)
+        if isinstance(block, Table)
+        else f"  {one_line(block)}"
+        if block
+        else ""
+        for block in blocks
+    ]
     return ["", title, *body] if body else []
 
 
@@ -61,10 +69,6 @@ def _wrapped(sentences: Iterable[str]) -> list[str]:
         for sentence in sentences
         for line in textwrap.wrap(sentence, WIDTH - 4, initial_indent="- ", subsequent_indent="  ")
     ]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    return table(header, rows).split("\n")
 
 
 def _source(source: Mapping[str, Any]) -> list[str]:
@@ -112,16 +116,21 @@ def _mask(mask: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _attention(plan: Mapping[str, Any]) -> list[str]:
+def _attention(plan: Mapping[str, Any]) -> list[Block]:
     rows = [
         (group["type"], ranges_text(group["layers"]), group["before"], group["after"])
         for group in plan["attention_layers"]
     ]
-    return _table(("type", "layers", "before", "after"), rows) + _wrapped(plan["notes"])
+    table = Table(("type", "layers", "before", "after"), rows)
+    return [table, *_wrapped(plan["notes"])]
 
 
-def _probe(report: Mapping[str, Any] | None) -> list[str]:
-    """Return what `--probe` measured, a line per finding."""
+def probe_blocks(report: Mapping[str, Any] | None) -> list[Block]:
+    """Return what a probe measured, a line per finding; none of no probe.
+
+    Args:
+        report: A `ProbeReport` as a mapping.
+    """
     if report is None:
         return []
     verdicts = {True: "ok", False: "no"}
@@ -129,7 +138,7 @@ def _probe(report: Mapping[str, Any] | None) -> list[str]:
         (verdicts[finding["passed"]], finding["name"], finding["measured"], finding["detail"])
         for finding in report["findings"]
     ]
-    return _table(("", "question", "measured", ""), rows)
+    return [Table(("", "question", "measured", ""), rows)]
 
 
 def _writes(plan: Mapping[str, Any]) -> list[str]:
@@ -153,7 +162,7 @@ def _writes(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _training(plan: Mapping[str, Any]) -> list[str]:
+def _training(plan: Mapping[str, Any]) -> list[Block]:
     estimate, training = plan["estimate"], plan["training"]
     if training["method"] == "none":
         return ["none"]
@@ -172,10 +181,10 @@ def _training(plan: Mapping[str, Any]) -> list[str]:
         "",
         f"Peak memory at {estimate['sequences_per_forward']} sequences of "
         f"{estimate['sequence_length']} tokens per forward",
-        *_memory(estimate["memory"]),
+        _memory(estimate["memory"]),
         "",
         f"The budget of {estimate['tokens']:,} tokens on one device",
-        *_devices(estimate["devices"], limited=bool(training["max_minutes"])),
+        _devices(estimate["devices"], limited=bool(training["max_minutes"])),
         *_wrapped(["Assumed: " + "; ".join(estimate["assumptions"]) + "."]),
     ]
 
@@ -184,10 +193,10 @@ AGAIN = {"off": "nothing", "selective": "norms, gates", "full": "layers"}
 """What is computed again in the backward pass, by the recipe's word for it."""
 
 
-def _memory(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _memory(rows: Iterable[Mapping[str, Any]]) -> Table:
     header = ("method", "on", "peak", "weights", "gradients", "AdamW", "activations", "logits")
     keys = ("total", "weights", "gradients", "moments", "activations", "logits")
-    table = _table(
+    return Table(
         (*header, "again"),
         [
             (
@@ -199,10 +208,9 @@ def _memory(rows: Iterable[Mapping[str, Any]]) -> list[str]:
             for row in rows
         ],
     )
-    return table
 
 
-def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str]:
+def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> Table:
     rows = []
     for device in devices:
         reached = (f"{device['tokens']:,}",) if limited else ()
@@ -217,7 +225,7 @@ def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> list[str
             )
         )
     more = ("tokens in the time",) if limited else ()
-    return _table(("device", "memory", "fits", "tokens/s", "all steps in", *more), rows)
+    return Table(("device", "memory", "fits", "tokens/s", "all steps in", *more), rows)
 
 
 def fits_text(device: Mapping[str, Any]) -> str:
@@ -248,19 +256,18 @@ def _more(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def plan_text(plan: Mapping[str, Any]) -> str:
+def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
     """Return what `check` shows, from the document it would print with `--json`."""
     warnings = [*plan["warnings"], *plan.get("publication", {}).get("warnings", ())]
-    lines = [
+    return [
         plan["source"]["given"],
         *(f"  {line}" for line in _source(plan["source"])),
         *_section("Becomes", _conversion(plan)),
         *_section("Mask token", _mask(plan["mask"])),
         *_section("Attention", _attention(plan)),
-        *_section("Measured in small", _probe(plan.get("probe"))),
+        *_section("Measured in small", probe_blocks(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
         *_section("Training", _training(plan)),
         *_section("Then", _more(plan)),
         *_section("Warnings", _wrapped(warnings)),
     ]
-    return "\n".join(lines)

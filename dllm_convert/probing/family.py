@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,9 +40,11 @@ def measure_family(
     layers: tuple[str, ...] = ()
     adapter, reason, name = None, None, ""
     try:
-        config = _full(values)
+        with _refused("its config cannot be read"):
+            config = full_config(values)
         name = stock_name(model_type)
-        instance = _instance(config)
+        with _refused("no small instance could be built"):
+            instance = Instance.of(config)
         layers = instance.kinds
         opened, narrow, targets = _measure(instance, config, findings)
         reason = None if targets else reasons(findings)
@@ -57,20 +60,12 @@ def measure_family(
     return ProbeReport(model_type, name, layers, found, reason, adapter, versions, seconds)
 
 
-def _full(values: Mapping[str, Any]) -> PreTrainedConfig:
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
     try:
-        return full_config(values)
+        yield
     except BROKEN as error:
-        raise UnsupportedError(f"its config cannot be read ({_first_line(error)})") from error
-
-
-def _instance(config: PreTrainedConfig) -> Instance:
-    try:
-        return Instance.of(config)
-    except BROKEN as error:
-        raise UnsupportedError(
-            f"no small instance could be built ({_first_line(error)})"
-        ) from error
+        raise UnsupportedError(f"{what} ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -7,74 +7,48 @@ the model: one position of its input is changed, and its output is looked at.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from dllm_convert.behaviour.influence import STILL, Pattern, patterns
 from dllm_convert.probing.instance import decoder_layers, other, text
 
-STILL = 1e-5
-"""Share of the largest value below which float32 counts as still: about 80 roundings."""
 STILL_FLOAT64 = 1e-14
-"""The same in float64, where equal rows are equal to the bit."""
+"""Share of the largest value below which float64 counts as still: equal rows are equal to the bit
+there."""
 LAYER_DRAWS = 2
 """Texts that every layer is measured with."""
-DRAWS = 3
-"""Texts tried until every allowed influence shows: one text may hide a weak one by chance."""
 
 Allowed = torch.Tensor
 
 
-def compare(
-    moved: torch.Tensor,
-    allowed: Allowed,
-    scale: float,
-    still: float,
-    judged: torch.Tensor | None = None,
-) -> tuple[int, str]:
-    """Return how many pairs are wrong and the first of them in words.
-
-    Args:
-        moved: How far position i moved when token j was changed, shape (length, length).
-        allowed: Where it may, and must.
-        scale: The largest value that was looked at.
-        still: Share of it below which nothing moved.
-        judged: Pairs that count; all if None.
-    """
-    wrong = ((moved > still * scale) != allowed) | moved.isnan()
-    if judged is not None:
-        wrong &= judged
-    if not wrong.any():
-        return 0, ""
-    position, token = (int(value) for value in wrong.nonzero()[0])
-    verb = "does not see" if allowed[position, token] else "sees"
-    return int(wrong.sum()), f"position {position} {verb} token {token}"
+def _judge(pattern: Pattern, judged: torch.Tensor | None = None) -> tuple[int, str]:
+    """Return how many pairs are wrong and the first of them in words."""
+    wrong = pattern.wrong if judged is None else pattern.wrong & judged
+    return int(wrong.sum()), pattern.first_wrong(judged)
 
 
 @torch.no_grad()
 def whole(
     model: Any, length: int, allowed: Allowed, judged: torch.Tensor | None = None
 ) -> tuple[int, str]:
-    """Measure the whole model from tokens to logits; returns as `compare`.
+    """Measure the whole model from tokens to logits.
 
     Args:
         model: A decoder.
         length: Tokens per text.
         allowed: Who may reach whom, shape (length, length), bool.
         judged: Pairs that count; all if None.
+
+    Returns:
+        How many pairs are wrong and the first of them in words.
     """
-    moved, scale = torch.zeros(length, length), 0.0
-    result = (allowed.numel(), "")
-    for draw in range(DRAWS):
-        tokens = text(length, draw)
-        rows = tokens.repeat(length + 1, 1)
-        index = torch.arange(length)
-        rows[index + 1, index] = other(tokens)
-        logits = model(rows, use_cache=False).logits
-        moved = torch.maximum(moved, (logits[1:] - logits[0]).abs().amax(-1).T)
-        scale = max(scale, float(logits[0].abs().max()))
-        result = compare(moved, allowed, scale, STILL, judged)
+    columns = list(range(length))
+    for pattern in patterns(model, partial(text, length), other, columns, allowed):
+        result = _judge(pattern, judged)
         if not result[0]:
             break
     return result
@@ -113,7 +87,7 @@ class _Disturbance:
 
 @torch.no_grad()
 def by_layer(model: Any, length: int, allowed: Allowed) -> Mapping[int, tuple[int, str]]:
-    """Measure every layer by itself; returns number of a layer to what `compare` says.
+    """Measure every layer by itself; returns by number of a layer as `whole`.
 
     Every text has to show every allowed influence: attention that picks its keys by their content
     shows each of them in one text or another. What float32 hides is looked for in float64.
@@ -141,7 +115,8 @@ def _layers(model: Any, length: int, allowed: Allowed, still: float) -> dict[int
         for draw in range(LAYER_DRAWS):
             output = _disturbed(model, layer, text(length, draw).repeat(length + 1, 1))
             moved = (output[1:] - output[0]).abs().amax(-1).T
-            found[number] = compare(moved, allowed, float(output[0].abs().max()), still)
+            limit = still * float(output[0].abs().max())
+            found[number] = _judge(Pattern(moved, allowed, limit, list(range(length))))
             if found[number][0]:
                 break
     return found

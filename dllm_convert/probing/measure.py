@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from dllm_convert.behaviour.passes import block_by_block, padded
 from dllm_convert.diffusion.attention import StreamMask, document_mask
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import BROKEN
-from dllm_convert.modeling.published.cache import BlockCache
 from dllm_convert.probing.influence import by_layer, whole
 from dllm_convert.probing.instance import Instance, attention, text
 from dllm_convert.probing.report import Finding
@@ -187,19 +187,9 @@ def padding(model: Any, targets: Sequence[str]) -> Finding:
 
     def question() -> Answer:
         texts = [text(LENGTH, 3), text(LENGTH - 9, 4)]
-        differences, scale = [], torch.zeros(1)
-        for left in (True, False):
-            rows = torch.stack([text(LENGTH, 5), text(LENGTH, 6)])
-            mask = torch.zeros_like(rows)
-            for row, alone in enumerate(texts):
-                gap = LENGTH - len(alone)
-                span = slice(gap, LENGTH) if left else slice(0, len(alone))
-                rows[row, span], mask[row, span] = alone, 1
-            logits = model(rows, attention_mask=mask, use_cache=False).logits
-            for row, alone in enumerate(texts):
-                expected = model(alone[None], use_cache=False).logits[0]
-                differences.append(logits[row][mask[row].bool()] - expected)
-                scale = expected
+        filler = torch.stack([text(LENGTH, 5), text(LENGTH, 6)])
+        pairs = [pair for left in (True, False) for pair in padded(model, texts, filler, left=left)]
+        differences, scale = [found - expected for found, expected in pairs], pairs[-1][1]
         return _close(differences, scale, "a padded text is another text")
 
     return ask(f"padding-{targets[0]}", targets, question)
@@ -257,20 +247,18 @@ def cache(model: Any) -> Finding:
     def question() -> Answer:
         tokens, noisy = text(LENGTH, 11)[None], text(LENGTH, 12)[None]
         every = model(tokens, use_cache=False).logits
-        held, differences = BlockCache(), []
-        for start in range(0, LENGTH, BLOCK):
-            span = slice(start, min(start + BLOCK, LENGTH))
-            position = torch.arange(LENGTH)[None, span]
-            held.frozen = True
-            state: dict[str, Any] = {"position_ids": position, "past_key_values": held}
-            drawn = model(noisy[:, span], use_cache=True, **state).logits
-            seen = torch.cat([tokens[:, :start], noisy[:, span]], 1)
-            differences.append(drawn - model(seen, use_cache=False).logits[:, start:])
-            held.frozen = False
-            found = model(tokens[:, span], use_cache=True, **state).logits
-            differences.append(found - every[:, span])
-        if held.get_seq_length() != LENGTH:
-            return False, f"{held.get_seq_length()} tokens cached", f"of {LENGTH}: it has a state"
+        differences = []
+        for step in block_by_block(model, tokens, noisy, BLOCK):
+            start = step.first
+            span = slice(start, start + BLOCK)
+            expected = every[:, span]
+            if not step.clean:
+                seen = torch.cat([tokens[:, :start], noisy[:, span]], 1)
+                expected = model(seen, use_cache=False).logits[:, start:]
+            differences.append(step.logits - expected)
+        cached = step.cache.get_seq_length()
+        if cached != LENGTH:
+            return False, f"{cached} tokens cached", f"of {LENGTH}: it has a state"
         return _close(differences, every, "block by block is not the whole pass")
 
     return ask("cache", BD3LM, question)

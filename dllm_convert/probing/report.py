@@ -8,6 +8,7 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import UnsupportedError
 
 
@@ -31,7 +32,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class ProbeReport:
+class ProbeReport(Printed):
     """One family, measured on a small random instance.
 
     Attributes:
@@ -67,6 +68,17 @@ class ProbeReport:
                 hint="See docs/any-architecture.md for the families that can",
             )
         return self.adapter
+
+    def as_blocks(self) -> list[Block]:
+        """Return whether it can be converted, and a line per finding."""
+        from dllm_convert.planning.plan_text import probe_blocks
+
+        verdict = f"cannot be converted: {self.reason}"
+        if self.adapter is not None:
+            verdict = f"can be converted to {' and '.join(self.adapter.targets)}"
+        head = f"{self.model_type} {verdict}"
+        took = f"measured on a small random {self.stock_class} in {self.seconds:.0f} s"
+        return [head, took, "", *probe_blocks(self.as_dict())]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""

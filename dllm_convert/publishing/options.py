@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.publishing.confirm import Confirmation
-from dllm_convert.publishing.shown import push_summary
+from dllm_convert.publishing.shown import push_lines
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ class PushResult(Printed):
         """Return the fields for `--json`."""
         return asdict(self)
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return what went up, what was checked and where it is."""
-        return push_summary(self.as_dict())
+        return push_lines(self.as_dict())

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dllm_convert.common.tables import Block
 
-def push_summary(result: Mapping[str, Any]) -> str:
+
+def push_lines(result: Mapping[str, Any]) -> list[Block]:
     """Return what a finished push shows: what went up, what was checked, where it is.
 
     Args:
@@ -14,7 +16,7 @@ def push_summary(result: Mapping[str, Any]) -> str:
     """
     confirmed = result["confirmed"]
     passed = sum(probe["passed"] is True for probe in confirmed["probes"])
-    lines = [
+    lines: list[Block] = [
         f"Uploaded: {len(result['uploaded'])} files, {result['uploaded_bytes']:,} bytes"
         if result["uploaded"]
         else "Uploaded: nothing, the Hub had every file",
@@ -27,4 +29,4 @@ def push_summary(result: Mapping[str, Any]) -> str:
     if result["pull_request"]:
         lines.append(f"Pull request: {result['pull_request']}")
     visible = "private" if result["private"] else "public"
-    return "\n".join([*lines, f"Published ({visible}): {result['url']}"])
+    return [*lines, f"Published ({visible}): {result['url']}"]

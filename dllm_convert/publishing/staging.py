@@ -40,7 +40,11 @@ def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
         folders[:] = [name for name in folders if not _hidden(name)]
         place = Path(root).relative_to(folder)
         found += [(place / name).as_posix() for name in files if not _hidden(name)]
-    strange = [name for name in found if name not in known and not _travels(name)]
+    strange = [
+        name
+        for name in found
+        if name not in known and ("/" in name or not any(fnmatch(name, p) for p in TRAVELLING))
+    ]
     if strange:
         raise DataError(
             f"{folder} holds {min(strange)}, which its manifest does not list"
@@ -48,10 +52,6 @@ def published_names(folder: Path, recorded: Iterable[str]) -> list[str]:
             hint="Move it out of the folder: only what was verified is published",
         )
     return sorted(found)
-
-
-def _travels(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in TRAVELLING)
 
 
 def _hidden(name: str) -> bool:

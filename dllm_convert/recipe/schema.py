@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 from dllm_convert.common.terms import Kernel, Target
+from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking
 
 Method = Literal["full", "lora", "none"]
 Checkpointing = Literal["auto", "off", "selective", "full"]
@@ -227,45 +228,27 @@ class Training(_Section):
         return self.learning_rate if own is None else own
 
 
-class Generation(_Section):
-    """Denoising defaults written to generation_config.json."""
+def _setting(name: str, default: Any = None, **bounds: Any) -> Any:
+    return Field(default, description=SETTINGS[name].described, **bounds)
 
-    max_new_tokens: PositiveInt = Field(128, description="tokens to write")
-    max_denoising_steps: PositiveInt | None = Field(
-        None, description="forwards per block (bd3lm) or per text (mdlm); empty: one token each"
-    )
-    confidence_threshold: float | None = Field(
-        None, gt=0, le=1, description="commit every position at least this sure; empty: fixed steps"
-    )
-    temperature: NonNegativeFloat = Field(0.0, description="0 takes the likeliest token")
-    entropy_bound: NonNegativeFloat | None = Field(
-        None, description="nats: commit the surest positions whose entropies sum to at most this"
-    )
-    unmasking: Literal["confidence", "margin", "entropy", "random"] | None = Field(
-        None, description="what positions are ranked by; empty: confidence"
-    )
-    remasking: Literal["low_confidence", "random"] | None = Field(
-        None, description="take tokens of earlier steps back; empty: none"
-    )
-    remasking_ratio: float | None = Field(
-        None, ge=0, lt=1, description="share of them per step; empty: 0.1"
-    )
-    top_k: PositiveInt | None = Field(None, description="draw from the k likeliest tokens")
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="draw from the fewest tokens that hold this probability"
-    )
-    min_p: float | None = Field(
-        None, ge=0, le=1, description="draw from tokens this likely, relative to the likeliest"
-    )
-    guidance_scale: NonNegativeFloat | None = Field(
-        None, description="classifier-free guidance with the prompt masked; empty: none"
-    )
-    block_length: PositiveInt | None = Field(
-        None, description="mdlm: write so many tokens at a time from left to right"
-    )
-    approximate_cache: bool = Field(
-        False, description="mdlm with block_length: keep states outside the block; not exact"
-    )
+
+class Generation(_Section):
+    """Denoising defaults written to generation_config.json; `decoding.py` says what they do."""
+
+    max_new_tokens: PositiveInt = _setting("max_new_tokens", 128)
+    max_denoising_steps: PositiveInt | None = _setting("max_denoising_steps")
+    confidence_threshold: float | None = _setting("confidence_threshold", gt=0, le=1)
+    temperature: NonNegativeFloat = _setting("temperature", 0.0)
+    entropy_bound: NonNegativeFloat | None = _setting("entropy_bound")
+    unmasking: Order | None = _setting("unmasking")
+    remasking: Remasking | None = _setting("remasking")
+    remasking_ratio: float | None = _setting("remasking_ratio", ge=0, lt=1)
+    top_k: PositiveInt | None = _setting("top_k")
+    top_p: float | None = _setting("top_p", gt=0, le=1)
+    min_p: float | None = _setting("min_p", ge=0, le=1)
+    guidance_scale: NonNegativeFloat | None = _setting("guidance_scale")
+    block_length: PositiveInt | None = _setting("block_length")
+    approximate_cache: bool = _setting("approximate_cache", False)
 
 
 class Recipe(_Section):

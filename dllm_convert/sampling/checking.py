@@ -91,5 +91,40 @@ def check_with_prompts(
         raise RequestError(str(error)) from error
 
 
+def require_decoding(folder: Path, given: Mapping[str, Any], option: str | None = None) -> None:
+    """Refuse settings as `check_decoding` does, as a request that cannot be met.
+
+    Args:
+        folder: A converted checkpoint.
+        given: Fields of `DecodingOptions`.
+        option: Option of the command line that said them.
+
+    Raises:
+        RequestError: They contradict, or do nothing.
+    """
+    try:
+        check_decoding(folder, given)
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error), option=option) from error
+
+
+def require_settings(model: Any, given: Mapping[str, Any]) -> None:
+    """Refuse settings as `check_settings` does, of a model that is loaded.
+
+    Raises:
+        RequestError: They contradict, or do nothing; or it is no diffusion model.
+    """
+    config = model.config.to_dict()
+    if diffusion_section(config) is None:
+        raise RequestError(
+            f"the model is a {type(model).__name__}, whose config has no 'diffusion' section: "
+            "sample takes what load returns"
+        )
+    try:
+        check_settings(config, model.generation_config.to_dict(), given)
+    except (TypeError, ValueError) as error:
+        raise RequestError(str(error)) from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     return load_json_object(path) if path.is_file() else {}

@@ -16,7 +16,7 @@ from dllm_convert.adapters import adapter_of
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import refuse_other_version
 from dllm_convert.common.nearest import no_folder
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
@@ -57,9 +57,9 @@ class Sample(Printed):
         """Return the fields as a mapping."""
         return asdict(self)
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return the prompt and what was written."""
-        return self.prompt + self.text
+        return [self.prompt + self.text]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -261,12 +261,10 @@ def verify_bytes(
             probes.append(skipped("base-tensors", "0", "no base to compare with: --against SOURCE"))
         else:
             probes.append(against.probe())
-    probes.append(_hashes_probe(folder, hashed=hashed))
+    if hashed:
+        taken = "they were taken from the bytes as these were written"
+        probes.append(skipped("hashes", REQUIRED, taken))
+    else:
+        probes.append(hashes_probe(folder))
     probes += map(partial(skipped, required="to be measured", reason=reason), NEEDS_MODEL)
     return VerificationReport(tuple(probes), round(time.monotonic() - started, 3))
-
-
-def _hashes_probe(folder: Path, *, hashed: bool) -> Probe:
-    if hashed:
-        return skipped("hashes", REQUIRED, "they were taken from the bytes as these were written")
-    return hashes_probe(folder)

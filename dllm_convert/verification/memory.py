@@ -7,9 +7,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dllm_convert.behaviour.influence import TOKENS_AT_ONCE
 from dllm_convert.errors import DataError
 from dllm_convert.source.safetensors_header import Header
-from dllm_convert.verification.probes.influence import TOKENS_AT_ONCE
 
 if TYPE_CHECKING:
     from dllm_convert.verification.subject import Subject

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.common.tables import Printed
-from dllm_convert.verification.shown import verification_table
+from dllm_convert.common.tables import Block, Printed
+from dllm_convert.verification.shown import verification_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,9 +107,9 @@ class VerificationReport(Printed):
         seconds, groups = verification.get("seconds", 0.0), verification.get("groups", {})
         return cls(tuple(probes), seconds, groups)
 
-    def as_text(self) -> str:
+    def as_blocks(self) -> list[Block]:
         """Return the probes, one line each, and what they come to."""
-        return verification_table(self.as_dict())
+        return verification_blocks(self.as_dict())
 
 
 def at_most(name: str, what: str, measured: float, limit: float, *, detail: str = "") -> Probe:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_convert.common.shown_text import one_line
-from dllm_convert.common.tables import cell_text, table
+from dllm_convert.common.tables import Block, Table, cell_text
 
 _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 
 
-def verification_table(verification: Mapping[str, Any]) -> str:
+def verification_blocks(verification: Mapping[str, Any]) -> list[Block]:
     """Return the probes of a report, one line each, and what they come to.
 
     Below a failed probe stands the first thing that is wrong, and why its tolerance is what it is.
@@ -32,14 +31,12 @@ def verification_table(verification: Mapping[str, Any]) -> str:
         )
         for probe in probes
     ]
-    header, *lines = table(("", "probe", "measured", "required"), rows).split("\n")
-    shown = [header]
-    for line, probe in zip(lines, probes, strict=True):
-        shown.append(line)
-        if probe["passed"] is False:
-            notes = (probe.get("detail"), probe.get("origin"))
-            shown += [f"{'':9}{one_line(note)}" for note in notes if note]
-    return "\n".join([*shown, "", _tally(verification)])
+    notes = {
+        number: [note for note in (probe.get("detail"), probe.get("origin")) if note]
+        for number, probe in enumerate(probes)
+        if probe["passed"] is False
+    }
+    return [Table(("", "probe", "measured", "required"), rows, notes), "", _tally(verification)]
 
 
 def _tally(verification: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from dllm_convert.cli.app import app
 from dllm_convert.cli.errors import redact
 from dllm_convert.cli.options import TargetName
+from dllm_convert.common.tables import text_of
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import (
     DataError,
@@ -30,6 +31,7 @@ from dllm_convert.errors import (
 from dllm_convert.pipeline import run as pipeline
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source import hub as source_hub
+from dllm_convert.verification.shown import verification_blocks
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub")
 PROBE = {"name": "influence", "passed": True, "measured": 0.25, "required": "== 0", "detail": "ok"}
@@ -382,12 +384,20 @@ def test_architectures_are_listed() -> None:
     assert {line.split()[0] for line in lines[1:]} == families
 
 
+def report_of(verification: Mapping[str, Any]) -> Any:
+    return SimpleNamespace(
+        passed=verification["passed"],
+        as_dict=lambda: verification,
+        as_text=lambda: text_of(verification_blocks(verification)),
+    )
+
+
 def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
 
     def verify_checkpoint(folder: Path, **options: Any) -> Any:
         seen.update(options, folder=folder)
-        return SimpleNamespace(passed=True, as_dict=lambda: MANIFEST["verification"])
+        return report_of(MANIFEST["verification"])
 
     fake_module(monkeypatch, "dllm_convert.verification", verify_checkpoint=verify_checkpoint)
     info = SimpleNamespace(files=(), path=tmp_path)
@@ -410,7 +420,7 @@ def test_verify_passes_on_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_failed_verify_exits_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = SimpleNamespace(passed=False, as_dict=lambda: FAILED)
+    report = report_of(FAILED)
     fake_module(monkeypatch, "dllm_convert.verification", verify_checkpoint=lambda *_, **__: report)
     result = invoke("verify", "there")
     assert result.exit_code == 4

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
-from dllm_convert.cli.launch import check_config, launch
 from dllm_convert.common.foreign_files import check_file, check_inside, read_text
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
+from dllm_convert.pipeline.launch import check_config, launch
 from dllm_convert.recipe.loading import data_dir, load_recipe
 from dllm_convert.recipe.yaml_text import parse_mapping, parse_value
 from dllm_convert.source.inspect import inspect_source

@@ -18,8 +18,10 @@ from dllm_convert.cli.commands.shared import exit_if_failed, show_done
 from dllm_convert.cli.errors import tell_line
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.shown_text import json_safe, printable
+from dllm_convert.common.tables import text_of
 from dllm_convert.recipe.yaml_text import dump, parse_mapping
-from dllm_convert.verification.shown import verification_table
+from dllm_convert.verification.report import Probe, VerificationReport
+from dllm_convert.verification.shown import verification_blocks
 
 Sources = Callable[..., Path]
 ACTING = "\x1b[31m\x07\x9b2J\u202eabc\u2066\u200f\ufeff\ud800"
@@ -122,13 +124,12 @@ def test_the_exit_code_of_the_work_stays(tmp_path: Path, where: str) -> None:
 def test_a_failed_verification_ends_with_4_wherever_it_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
-    probe = {"name": "hashes", "passed": False, "measured": "1", "required": "0"}
-    found = {"passed": False, "probes": [probe]}
+    report = VerificationReport((Probe("hashes", False, "1", "0"),), 0.0)
     with Path("/dev/full").open("w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", full)
-        show_done(found, verification_table, as_json=as_json)
+        show_done(report, as_json=as_json)
         with pytest.raises(typer.Exit) as caught:
-            exit_if_failed(found)
+            exit_if_failed(report.as_dict())
     assert caught.value.exit_code == 4
     warned, failed = capsys.readouterr().err.splitlines()
     assert warned.startswith("warning: stdout cannot be written")
@@ -140,7 +141,7 @@ def test_a_name_with_a_line_end_makes_no_second_line(capsys: pytest.CaptureFixtu
     tell_line("error", name)
     Reporter().warn(name)
     row = {"name": "hashes", "passed": False, "measured": name, "required": "0", "detail": name}
-    assert len(verification_table({"probes": [row]}).split("\n")) == 5
+    assert len(text_of(verification_blocks({"probes": [row]})).split("\n")) == 5
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 from card_cases import fill, llama_bd3lm
+from card_rules import card_problems
 from conversion import convert
 from report_cases import evaluated as evaluated_by_hand
 
-from dllm_convert.card.checks import check_card
 from dllm_convert.card.evaluation_curve import PARALLELISM
 from dllm_convert.card.readme import render_card
 from dllm_convert.card.report import write_report
@@ -124,7 +124,7 @@ def test_the_card_shows_it(tmp_path: Path, evaluated: dict[str, Any], checkpoint
     folder = fill(tmp_path / "model", {**manifest, "evaluation": evaluated})
     (folder / PARALLELISM.file).write_bytes((checkpoint / PARALLELISM.file).read_bytes())
     text = render_card(folder, read_manifest(folder))
-    check_card(text, folder)
+    assert card_problems(text, folder) == []
     assert "## Evaluation" in text
     assert "| capitals | acc | 2 |" in text
     assert f"]({PARALLELISM.file})" in text

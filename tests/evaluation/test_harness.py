@@ -275,7 +275,7 @@ def _logged(out: Path) -> dict[tuple[str, int], Any]:
 @pytest.mark.slow
 def test_lm_eval_on_two_processes(folders: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     """Its own command line, started by Accelerate's launcher, has this one process's numbers."""
-    from dllm_convert.cli.launch import launcher_arguments
+    from dllm_convert.pipeline.launch import launcher_arguments
 
     names = ("capitals", "writing")
     launch = ["-m", "accelerate.commands.launch", *launcher_arguments(2, None)]

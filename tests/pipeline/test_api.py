@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SourceFactory
+from hub_server import COMMIT, LoopbackHub, run_python, serve
 from typer.testing import CliRunner
 
 import dllm_convert as dc
@@ -66,6 +69,10 @@ class TestNames:
         own = {n for n, v in vars(errors).items() if isinstance(v, type) and n.endswith("Error")}
         assert own - set(dc.__all__) == {"OutputError"}
 
+    def test_no_room_takes_the_place_of_a_function(self) -> None:
+        rooms = {path.name for path in Path(dc.__file__).parent.iterdir() if path.is_dir()}
+        assert rooms & set(dc.__all__) == {"diffusion", "training"}
+
     def test_star(self) -> None:
         space: dict[str, Any] = {}
         exec("from dllm_convert import *", space)
@@ -105,7 +112,7 @@ class TestPlan:
         base = source_factory("llama")
         odd = base.rename(base.with_name("<b>&"))
         page = dc.plan(odd, to="mdlm")._repr_html_()
-        assert page.startswith("<pre")
+        assert "<table>" in page
         assert "&lt;b&gt;&amp;" in page
         assert "<b>" not in page
 
@@ -326,6 +333,98 @@ class TestUse:
             dc.push(made, "me/x", max_shard_size="huge")
         with pytest.raises(dc.DataError):
             dc.push(tmp_path / "nothing", "me/x")
+
+
+class TestProbe:
+    def test_printed_it_is_what_check_shows(self, source_cache: SourceFactory) -> None:
+        base = source_cache("llama")
+        found = dc.probe(base)
+        arguments = ["check", str(base), "--to", "bd3lm", "--block", "8", "--probe"]
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 0, shown.stderr
+        head, _, *lines = str(found).splitlines()
+        assert head == "llama can be converted to mdlm and bd3lm"
+        assert lines[2:]
+        assert {f"  {line}" for line in lines if line} <= set(shown.stdout.splitlines())
+        document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+        told = json.loads(json.dumps(found.as_dict()))
+        assert document["probe"] == {key: told[key] for key in told if key != "adapter"}
+
+    def test_what_cannot_be_measured(self, tmp_path: Path) -> None:
+        with pytest.raises(dc.DllmConvertError):
+            dc.probe(tmp_path / "nothing", to="mdlm")
+
+
+class TestCard:
+    def test_it_is_what_the_command_writes(self, made: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(made, tmp_path / "copy")
+        for name in ("README.md", "report.html"):
+            (folder / name).unlink()
+        done = CliRunner().invoke(app, ["card", str(folder), "--json"])
+        assert done.exit_code == 0, done.stderr
+        written = {name: (folder / name).read_text() for name in ("README.md", "report.html")}
+        for name in written:
+            (folder / name).write_text("old")
+        card = dc.write_card(str(folder))
+        assert card.as_dict() == json.loads(done.stdout)
+        assert str(card) == str(card.path) == str(folder / "README.md")
+        assert {name: (folder / name).read_text() for name in written} == written
+
+    def test_a_folder_without_a_manifest(self, source_cache: SourceFactory) -> None:
+        before = sorted(path.name for path in source_cache("llama").iterdir())
+        with pytest.raises(dc.DataError, match=r"dllm_convert\.json"):
+            dc.write_card(source_cache("llama"))
+        assert sorted(path.name for path in source_cache("llama").iterdir()) == before
+
+
+ON_THE_HUB = """
+import sys
+import dllm_convert as dc
+given, revision = sys.argv[1], sys.argv[2] or None
+try:
+    model, tokenizer = dc.load(given, revision=revision)
+    text = dc.sample((model, tokenizer), "A list", max_new_tokens=8, seed=0).text
+    assert revision or dc.sample(given, "A list", max_new_tokens=8, seed=0).text == text
+    print(type(model).__name__, type(model).__module__, repr(text))
+except dc.DllmConvertError as error:
+    print(type(error).__name__, error)
+"""
+
+
+class TestFromTheHub:
+    @pytest.fixture
+    def hub(self, made: Path, source_cache: SourceFactory) -> Iterator[LoopbackHub]:
+        repos = {"me/converted": made, "me/base": source_cache("llama")}
+        with serve(LoopbackHub(repos=repos)) as running:
+            yield running
+
+    def ask(self, hub: LoopbackHub, home: Path, given: str, revision: str = "") -> str:
+        modules = ["dllm_convert.sampling.run", "dllm_convert.modeling.loading"]
+        return run_python(ON_THE_HUB, given, revision, env=hub.environment(home), modules=modules)
+
+    @pytest.mark.parametrize("revision", ["", COMMIT])
+    def test_it_is_the_folders(
+        self, hub: LoopbackHub, made: Path, tmp_path: Path, revision: str
+    ) -> None:
+        expected = dc.sample(made, "A list", max_new_tokens=8, seed=0).text
+        found = self.ask(hub, tmp_path, "me/converted", revision)
+        assert repr(expected) in found
+        assert "transformers_modules" not in found
+
+    @pytest.mark.parametrize(
+        ("given", "revision", "said"),
+        [
+            ("me/base", "", "IncompatibleError"),
+            ("me/nothing", "", "HubError"),
+            ("nothing", "", "DataError there is no folder nothing"),
+            ("./me/nothing", "", "DataError there is no folder"),
+            ("/tmp", "main", "DataError"),
+        ],
+    )
+    def test_refused(
+        self, hub: LoopbackHub, tmp_path: Path, given: str, revision: str, said: str
+    ) -> None:
+        assert self.ask(hub, tmp_path, given, revision).startswith(said)
 
 
 def test_libraries_are_as_loud_as_before(made: Path) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from giant import LLAMA_70B, write_giant
 
+from dllm_convert.common.tables import text_of
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.planning import environment as plan_fit
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.planning.layers import kept_features
-from dllm_convert.planning.plan_text import bytes_text, hours_text, plan_text, ranges_text
+from dllm_convert.planning.plan_text import bytes_text, hours_text, plan_blocks, ranges_text
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 
@@ -245,16 +246,18 @@ class TestText:
         info = inspect_source(str(source_cache("llama")))
         bare = replan(replace(info, tensors={}), training={"method": "full"})
         document = {"out": "x", **plan_as_dict(bare), "estimate": None}
-        assert "the headers tell no shapes" in plan_text(document)
+        assert "the headers tell no shapes" in text_of(plan_blocks(document))
         assert plan_as_dict(bare)["writes"] is None
         untrained = replan(info, training={"method": "none"})
         document = {"out": "x", **plan_as_dict(untrained), "estimate": None}
-        assert "\nTraining\n  none" in plan_text(document)
+        assert "\nTraining\n  none" in text_of(plan_blocks(document))
 
     def test_gated_and_licensed(self, source_cache: Sources) -> None:
         info = replace(inspect_source(str(source_cache("llama"))), gated="manual")
         document = {"out": "x", **plan_as_dict(replan(info, license="llama3.1")), "estimate": None}
-        assert "licence llama3.1, gated (its owner decides on each request)" in plan_text(document)
+        assert "licence llama3.1, gated (its owner decides on each request)" in text_of(
+            plan_blocks(document)
+        )
 
     def test_numbers(self) -> None:
         assert [bytes_text(n) for n in (0, 999, 1500, 538_207_488, 3e9, 1.4e12)] == [

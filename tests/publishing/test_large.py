@@ -28,7 +28,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.publishing import PushOptions, confirm, push_checkpoint, run
 confirm.short_verification = lambda *_: ()
 run.quiet_libraries = nullcontext
-import dllm_convert.card.readme, dllm_convert.card.checks, huggingface_hub.hf_api, markdown_it, yaml
+import dllm_convert.card.readme, dllm_convert.card.checks, huggingface_hub.hf_api, yaml
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 result = push_checkpoint(Path(sys.argv[1]), PushOptions("me/large"), Reporter(quiet=True))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from conversion import convert, converted_once, sample
@@ -14,6 +14,7 @@ from conversion import convert, converted_once, sample
 from dllm_convert.cli.commands import decoding
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.options import ORDERS, REMASKING, DecodingOptions
+from dllm_convert.recipe.decoding import Order, Remasking
 from dllm_convert.recipe.fields import fields_of
 from dllm_convert.sampling.checking import check_decoding
 
@@ -44,8 +45,8 @@ def checkpoint(source_cache: Callable[..., Path], tmp_path_factory: pytest.TempP
 
 
 def test_names_are_those_of_decoding() -> None:
-    assert tuple(decoding.Unmasking) == ORDERS
-    assert tuple(decoding.Remasking) == REMASKING
+    assert get_args(Order) == ORDERS
+    assert get_args(Remasking) == REMASKING
     inside = {"mask_token_id", "block_size", "token_shift", "eos_token_ids", "pad_token_id"}
     inside |= {"seeds", "noise_tokens", "causal_context", "suppress_tokens"}
     settings = {field.name for field in fields(DecodingOptions)} - inside

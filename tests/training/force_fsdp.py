@@ -11,7 +11,7 @@ import sys
 
 if "RANK" not in os.environ:
     # The launcher: its processes have to run this file, not the package.
-    from dllm_convert.cli import launch
+    from dllm_convert.pipeline import launch
 
     original = launch.launcher_arguments
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from dllm_convert.behaviour.influence import Pattern
+from dllm_convert.common.tables import text_of
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
@@ -21,14 +23,9 @@ from dllm_convert.verification.catalogue import CATALOGUE
 from dllm_convert.verification.instruments.divergence import Trace
 from dllm_convert.verification.opening import Asked, opened
 from dllm_convert.verification.probes.gradient import measure_gradient
-from dllm_convert.verification.probes.influence import (
-    Pattern,
-    measure_influence,
-    probe_columns,
-    probe_length,
-)
+from dllm_convert.verification.probes.influence import first_wrong, probe_columns, probe_length
 from dllm_convert.verification.report import at_most, first_items, largest, none_wrong, skipped
-from dllm_convert.verification.shown import verification_table
+from dllm_convert.verification.shown import verification_blocks
 from dllm_convert.verification.subject import Claim
 
 ROOT = Path(__file__).parents[2]
@@ -113,30 +110,16 @@ def test_influence_never_exceeds_the_context() -> None:
     assert probe_length(subject) == 50
 
 
-def test_measured_influence_of_a_causal_sum() -> None:
-    def model(tokens: torch.Tensor, *, use_cache: bool) -> Any:
-        del use_cache
-        return SimpleNamespace(logits=tokens.float().cumsum(1)[..., None])
-
-    tokens = torch.arange(6)
-    moved, scale = measure_influence(model, tokens, tokens + 1, [0, 3, 5])
-    assert draw(moved > 0) == ["#..", "#..", "#..", "##.", "##.", "###"]
-    assert scale == 15
-
-
-def test_pattern_names_the_first_difference() -> None:
+def test_a_wrong_pair_is_told_with_the_claim() -> None:
     allowed = torch.tensor([[True, False], [True, True]])
-    moved = torch.tensor([[1.0, 0.5], [0.0, 1.0]])
-    pattern = Pattern(moved, allowed, 0.1, [3, 4])
-    assert int(pattern.wrong.sum()) == 2
-    assert pattern.first_wrong() == "position 0 sees token 4, and should not"
-    assert pattern.worst_forbidden == 0.5
-    assert pattern.weakest_allowed == 0.0
-
-
-def test_not_a_number_is_wrong_in_a_pattern() -> None:
-    pattern = Pattern(torch.tensor([[math.nan]]), torch.tensor([[True]]), 0.1, [0])
-    assert pattern.wrong.all()
+    for at, said in (
+        ((0, 1), "0 sees token 4, and should not"),
+        ((1, 0), "1 does not see token 3, and should"),
+    ):
+        moved = allowed.float()
+        moved[at] = 1 - moved[at]
+        assert first_wrong(Pattern(moved, allowed, 0.1, [3, 4])) == f"position {said}"
+    assert first_wrong(Pattern(allowed.float(), allowed, 0.1, [3, 4])) == ""
 
 
 def test_not_a_number_fails_a_limit() -> None:
@@ -181,7 +164,7 @@ def test_the_table_says_why_a_probe_failed_and_why_one_did_not_run() -> None:
     report = VerificationReport(
         (Probe("a", True, "1", "1"), bad, skipped("c", "1", "no base")), 2.0
     )
-    lines = verification_table(report.as_dict()).splitlines()
+    lines = text_of(verification_blocks(report.as_dict())).splitlines()
     assert lines[2:5] == [
         "FAILED   b      2         1",
         f"{'':9}row 3 is wrong",

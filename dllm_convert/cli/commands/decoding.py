@@ -2,200 +2,107 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dllm_convert.cli.types import count
+from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
-_PANEL = "Decoding"
+FLAGS = {name: setting.flag or f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
+"""Options by the name that decoding has for them."""
+_NAMES = re.compile(rf"\b({'|'.join(FLAGS)})\b")
 
-
-class Unmasking(StrEnum):
-    """What positions are ranked by: the package's own names, without importing torch."""
-
-    CONFIDENCE = "confidence"
-    MARGIN = "margin"
-    ENTROPY = "entropy"
-    RANDOM = "random"
-
-
-class Remasking(StrEnum):
-    """Which tokens are taken back."""
-
-    LOW_CONFIDENCE = "low_confidence"
-    RANDOM = "random"
-
-
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", parser=count, metavar="N", help="Tokens to write.")
-]
-DenoisingSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--steps", parser=count, metavar="N", help="Forwards per block (bd3lm) or per text (mdlm)."
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold", min=0, max=1, metavar="P", help="Commit every token at least this sure."
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", min=0, metavar="T", help="0 takes the likeliest token."),
-]
-EntropyBound = Annotated[
-    float | None,
-    typer.Option(
-        "--entropy-bound",
-        min=0,
-        metavar="NATS",
-        rich_help_panel=_PANEL,
-        help="Commit the surest tokens whose entropies, the largest left out, sum to at most this.",
-    ),
-]
-UnmaskingOrder = Annotated[
-    Unmasking | None,
-    typer.Option(
-        "--unmasking",
-        metavar="|".join(Unmasking),
-        rich_help_panel=_PANEL,
-        help="What positions are ranked by.",
-    ),
-]
-RemaskingKind = Annotated[
-    Remasking | None,
-    typer.Option(
-        "--remasking",
-        metavar="|".join(Remasking),
-        rich_help_panel=_PANEL,
-        help="Take tokens of earlier steps back.",
-    ),
-]
-RemaskingRatio = Annotated[
-    float | None,
-    typer.Option(
-        "--remasking-ratio",
-        min=0,
-        metavar="R",
-        rich_help_panel=_PANEL,
-        help="Share of them per step, below 1; 0.1 by default.",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        parser=count,
-        metavar="K",
-        rich_help_panel=_PANEL,
-        help="Draw from the K likeliest tokens.",
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        min=0,
-        max=1,
-        metavar="P",
-        rich_help_panel=_PANEL,
-        help="Draw from the fewest tokens that hold this probability.",
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        min=0,
-        max=1,
-        metavar="P",
-        rich_help_panel=_PANEL,
-        help="Draw from tokens at least this likely, relative to the likeliest.",
-    ),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance-scale",
-        min=0,
-        metavar="W",
-        rich_help_panel=_PANEL,
-        help="Classifier-free guidance with the prompt masked; 1 is none.",
-    ),
-]
-BlockLength = Annotated[
-    int | None,
-    typer.Option(
-        "--block-length",
-        parser=count,
-        metavar="N",
-        rich_help_panel=_PANEL,
-        help="mdlm only: write N tokens at a time from left to right.",
-    ),
-]
-ApproximateCache = Annotated[
-    bool,
-    typer.Option(
-        "--approximate-cache",
-        rich_help_panel=_PANEL,
-        help="mdlm with --block-length only: keep the states outside the block. Not exact.",
-    ),
-]
 Infill = Annotated[
     str | None,
     typer.Option(
         "--infill",
         metavar="MARK",
-        rich_help_panel=_PANEL,
+        rich_help_panel=MORE,
         help="Text that stands for a token to be written wherever it is in a prompt, as in ___.",
     ),
 ]
 
-FLAGS = {
-    "max_new_tokens": "--max-new-tokens",
-    "max_denoising_steps": "--steps",
-    "confidence_threshold": "--threshold",
-    "temperature": "--temperature",
-    "entropy_bound": "--entropy-bound",
-    "unmasking": "--unmasking",
-    "remasking": "--remasking",
-    "remasking_ratio": "--remasking-ratio",
-    "top_k": "--top-k",
-    "top_p": "--top-p",
-    "min_p": "--min-p",
-    "guidance_scale": "--guidance-scale",
-    "block_length": "--block-length",
-    "approximate_cache": "--approximate-cache",
-}
-"""Options by the name that decoding has for them."""
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Offer an option for each setting of decoding where a command has a parameter `settings`.
+
+    Args:
+        command: Is called with the settings that were given, by the names of decoding.
+    """
+    own = list(inspect.signature(command).parameters.values())
+    hints = get_type_hints(command, include_extras=True)
+    parameters = []
+    for parameter in own:
+        if parameter.name == "settings":
+            parameters += [_parameter(name, setting) for name, setting in SETTINGS.items()]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        typed = {name: given.pop(name) for name in SETTINGS}
+        # An option that was left out takes the checkpoint's default, a flag too.
+        settings = {
+            name: value for name, value in typed.items() if value is not None and value is not False
+        }
+        command(**given, settings=settings)
+
+    # What Typer reads the options from.
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
 
 
-def given_settings(folder: Path, **options: Any) -> dict[str, Any]:
-    """Return the settings of decoding that were given, once they fit together.
+def _parameter(name: str, setting: Setting) -> inspect.Parameter:
+    """Return the parameter that Typer makes a setting's option of."""
+    says = _as_flags(setting.says)
+    how: dict[str, Any] = {
+        "metavar": "|".join(setting.choices) or setting.metavar or None,
+        "rich_help_panel": setting.panel,
+        "help": f"{says[0].upper()}{says[1:]}.",
+    }
+    enum: Any = StrEnum
+    kind: Any = {"switch": bool, "count": int, "number": float}.get(setting.kind)
+    if setting.kind == "count":
+        how["parser"] = count
+    elif setting.kind == "number":
+        how |= {"min": 0, "max": setting.most}
+    elif setting.kind == "choice":
+        kind = enum(name, [(word, word) for word in setting.choices])
+    switch = setting.kind == "switch"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=False if switch else None,
+        annotation=Annotated[kind if switch else kind | None, typer.Option(FLAGS[name], **how)],
+    )
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse settings that do not fit together, or not to the checkpoint.
 
     Args:
         folder: The checkpoint, of which no weights are read.
-        **options: By the names of decoding; None, or False for a flag, where nothing was given.
+        settings: By the names of decoding, those that were given.
 
     Raises:
         typer.BadParameter: They contradict each other or the checkpoint.
     """
-    given = {
-        name: str(value) if isinstance(value, StrEnum) else value
-        for name, value in options.items()
-        if value is not None and value is not False
-    }
     from dllm_convert.sampling.checking import check_decoding
 
     try:
-        check_decoding(folder, given)
+        check_decoding(folder, settings)
     except ValueError as error:
-        names = re.compile(rf"\b({'|'.join(FLAGS)})\b")
-        raise typer.BadParameter(names.sub(lambda found: FLAGS[found[1]], str(error))) from error
-    return given
+        raise typer.BadParameter(_as_flags(str(error))) from error
+
+
+def _as_flags(text: str) -> str:
+    """Return a text with the options in place of the names of decoding."""
+    return _NAMES.sub(lambda found: FLAGS[found[1]], text)

@@ -100,8 +100,7 @@ def evaluate(
 ) -> None:
     """Evaluate a converted checkpoint, and its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
-    from dllm_convert.evaluation.shown import evaluation_text
-    from dllm_convert.pipeline.api import evaluate as evaluated
+    from dllm_convert.pipeline.api.judging import evaluate as evaluated
 
     names = _names(tasks)
     if names:
@@ -125,7 +124,7 @@ def evaluate(
             unsafe_code=confirm_run_unsafe_code,
             reporter=reporter,
         )
-    show_done(found.as_dict(), evaluation_text, as_json=as_json)
+    show_done(found, as_json=as_json)
 
 
 def _names(text: str) -> list[str]:

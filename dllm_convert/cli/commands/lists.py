@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
-from dllm_convert.common.tables import table
+from dllm_convert.common.tables import Table
 
 
 def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> None:
@@ -25,7 +25,7 @@ def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> Non
         output.write_json([asdict(entry) for entry in entries])
         return
     rows = [(e.name, e.source, e.license, e.target, e.block_size) for e in entries]
-    output.write(table(("recipe", "source", "licence", "target", "block"), rows))
+    output.write(str(Table(("recipe", "source", "licence", "target", "block"), rows)))
 
 
 def architectures(as_json: option.Json = False) -> None:
@@ -47,4 +47,4 @@ def architectures(as_json: option.Json = False) -> None:
         )
         for family in families
     ]
-    output.write(table(header, rows))
+    output.write(str(Table(header, rows)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
-
 from dllm_convert.cli import options as option
 from dllm_convert.cli.commands.shared import make_reporter, show_done
 from dllm_convert.cli.values import push_options
@@ -11,13 +9,9 @@ from dllm_convert.cli.values import push_options
 
 def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
     """Write README.md, the model card, and report.html of a converted checkpoint anew."""
-    from dllm_convert.card.readme import write_card
-    from dllm_convert.card.report import write_report
+    from dllm_convert.pipeline.api.publication import write_card
 
-    # The card links to the report where there is one.
-    report = write_report(checkpoint)
-    written = {"path": str(write_card(checkpoint)), "report": str(report)}
-    show_done(written, itemgetter("path"), as_json=as_json)
+    show_done(write_card(checkpoint), as_json=as_json)
 
 
 def push(
@@ -47,8 +41,7 @@ def push(
         adapter_only=adapter_only,
         force_unverified=force_unverified,
     )
-    from dllm_convert.pipeline.api import push as pushed
-    from dllm_convert.publishing.shown import push_summary
+    from dllm_convert.pipeline.api.publication import push as pushed
 
     result = pushed(checkpoint, options, reporter=reporter)
-    show_done(result.as_dict(), push_summary, as_json=as_json)
+    show_done(result, as_json=as_json)

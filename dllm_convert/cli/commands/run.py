@@ -110,7 +110,8 @@ def run(
     quiet: option.Quiet = False,
 ) -> None:
     """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
-    from dllm_convert.pipeline.api import load_recipe
+    from dllm_convert.pipeline.api.conversion import load_recipe
+    from dllm_convert.pipeline.launch import launch
     from dllm_convert.recipe.typed import default_out
 
     place = Place.from_environment()
@@ -150,7 +151,7 @@ def run(
     if extend and recipe.training.method == "none":
         raise typer.BadParameter("--extend trains on; leave out --no-train")
     if (num_processes or launch_config) and not place.launched:
-        raise typer.Exit(_launch(num_processes, launch_config))
+        raise typer.Exit(launch(num_processes, launch_config, sys.argv[1:]))
     how = How(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
@@ -165,11 +166,9 @@ def _show_plan(
     as_json: bool,
 ) -> None:
     """Say what a run would do."""
-    from dllm_convert.pipeline.check import check_document
-    from dllm_convert.planning.plan_text import plan_text
+    from dllm_convert.pipeline.check import check
 
-    document = check_document(recipe, folder, push, processes, probe=probe)
-    output.show(document, plan_text, as_json=as_json)
+    output.show(check(recipe, folder, push, processes, probe=probe), as_json=as_json)
 
 
 def _convert(
@@ -193,15 +192,8 @@ def _convert(
 
         follow(folder, place)
         return
-    from dllm_convert.pipeline.api import convert_recipe
-    from dllm_convert.pipeline.shown import run_text
+    from dllm_convert.pipeline.api.conversion import convert_recipe
 
     done = convert_recipe(recipe, folder, reporter, push=push, place=place, how=how)
-    show_done(done.as_dict(), run_text, as_json=as_json)
+    show_done(done, as_json=as_json)
     exit_if_failed(done.manifest["verification"])
-
-
-def _launch(processes: int | None, config: Path | None) -> int:
-    from dllm_convert.cli.launch import launch
-
-    return launch(processes, config, sys.argv[1:])

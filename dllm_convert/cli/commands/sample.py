@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,27 +61,15 @@ Seed = Annotated[
 ]
 
 
+@decoding.with_settings
 def sample(
     checkpoint: option.Checkpoint,
     prompt: Prompts = None,
     chat: Chat = False,
-    max_new_tokens: decoding.MaxNewTokens = None,
-    steps: decoding.DenoisingSteps = None,
-    threshold: decoding.Threshold = None,
-    temperature: decoding.Temperature = None,
+    settings: Any = None,
     seed: Seed = None,
     watch: Watch = False,
     record: Record = None,
-    entropy_bound: decoding.EntropyBound = None,
-    unmasking: decoding.UnmaskingOrder = None,
-    remasking: decoding.RemaskingKind = None,
-    remasking_ratio: decoding.RemaskingRatio = None,
-    top_k: decoding.TopK = None,
-    top_p: decoding.TopP = None,
-    min_p: decoding.MinP = None,
-    guidance_scale: decoding.Guidance = None,
-    block_length: decoding.BlockLength = None,
-    approximate_cache: decoding.ApproximateCache = False,
     infill: decoding.Infill = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
@@ -89,26 +77,10 @@ def sample(
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
-    settings = decoding.given_settings(
-        checkpoint,
-        max_new_tokens=max_new_tokens,
-        max_denoising_steps=steps,
-        confidence_threshold=threshold,
-        temperature=temperature,
-        entropy_bound=entropy_bound,
-        unmasking=unmasking,
-        remasking=remasking,
-        remasking_ratio=remasking_ratio,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        guidance_scale=guidance_scale,
-        block_length=block_length,
-        approximate_cache=approximate_cache,
-    )
+    decoding.check_settings(checkpoint, settings)
     reporter = make_reporter(quiet=quiet or as_json)
-    settings |= {"chat": chat, "infill": infill, "seed": seed}
-    found = _write(checkpoint, given, reporter, watch=watch, record=record, **settings)
+    how = {**settings, "chat": chat, "infill": infill, "seed": seed}
+    found = _write(checkpoint, given, reporter, watch=watch, record=record, **how)
     _print(found, reporter, chat=chat, as_json=as_json)
 
 
@@ -124,7 +96,7 @@ def _write(
     """Read the prompts that stand on stdin, load the checkpoint and decode."""
     prompts = [_read_stdin(reporter) if text == STDIN else text for text in given]
     from dllm_convert.common.allocator import keep_freed_memory
-    from dllm_convert.pipeline.api import sample as written
+    from dllm_convert.pipeline.api.writing import sample as written
     from dllm_convert.sampling import DEFAULT_PROMPT
 
     keep_freed_memory()
@@ -146,7 +118,10 @@ def _print(found: list[dict[str, Any]], reporter: Reporter, *, chat: bool, as_js
     if as_json:
         output.write_json(found if len(found) > 1 else found[0])
         return
-    output.write(_as_text(found, chat=chat), verbatim=True)
+    # Of a chat the replies only; a line of dashes stands between two texts.
+    texts = [result["text"] if chat else result["prompt"] + result["text"] for result in found]
+    joined = "\n---\n".join(texts)
+    output.write(printable(joined) if sys.stdout.isatty() else joined, verbatim=True)
     for result in found:
         reporter.line(sample_facts(result))
 
@@ -179,10 +154,3 @@ def _read_stdin(reporter: Reporter) -> str:
         return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise DataError("the prompt on stdin is not UTF-8", hint="Convert it first") from error
-
-
-def _as_text(samples: Sequence[Mapping[str, Any]], *, chat: bool) -> str:
-    """Return the texts, a line of dashes between two of them; of a chat the replies only."""
-    texts = [result["text"] if chat else result["prompt"] + result["text"] for result in samples]
-    joined = "\n---\n".join(texts)
-    return printable(joined) if sys.stdout.isatty() else joined

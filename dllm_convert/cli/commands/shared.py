@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from dllm_convert.errors import OutputError, RequestError, VerificationError
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
+    from dllm_convert.common.tables import Printed
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
@@ -41,14 +42,14 @@ def typed() -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=error.option) from error
 
 
-def show_done(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
+def show_done(result: Printed, *, as_json: bool) -> None:
     """Show the result of a command whose work lies elsewhere: in a folder, or in its exit code.
 
     Where stdout cannot be written the work is done all the same: that is told, and the exit code
     stays the work's own. A command whose work is what it prints ends with 1 instead.
     """
     try:
-        output.show(document, as_text, as_json=as_json)
+        output.show(result, as_json=as_json)
     except OutputError as error:
         tell_line("warning", str(error))
 

@@ -83,8 +83,7 @@ def verify(
     """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding."""
     output_file(report, (".html",), "--report")
     reporter = make_reporter(quiet=quiet or as_json)
-    from dllm_convert.pipeline.api import verify as verified
-    from dllm_convert.pipeline.shown import verify_text
+    from dllm_convert.pipeline.api.judging import verify as verified
 
     with typed():
         found = verified(
@@ -98,6 +97,5 @@ def verify(
             allow_pickle=allow_pickle,
             reporter=reporter,
         )
-    document = found.as_dict()
-    show_done(document, verify_text, as_json=as_json)
-    exit_if_failed(document)
+    show_done(found, as_json=as_json)
+    exit_if_failed(found.as_dict())

@@ -57,9 +57,10 @@ def read_claim(
         contradictions.append(problem)
     if config.get("is_causal") is True:
         contradictions.append(f"config.json has is_causal true, {layout.name} is {attention}")
+    vocabulary = tokenizer.vocab if tokenizer else {}
     return Stated(
         Claim(objective, size, mask, attention, layout.token_shift),
-        _text_of(mask, tokenizer),
+        next((text for text, number in vocabulary.items() if number == mask), None),
         (size_ground, f"mask {mask} ({mask_ground})", f"{shift} token shift ({layout.name})"),
         tuple(contradictions),
     )
@@ -99,11 +100,6 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[TokenizerInfo |
         return read_tokenizer(folder, config), None
     except DataError as error:
         return None, error.message
-
-
-def _text_of(row: int, tokenizer: TokenizerInfo | None) -> str | None:
-    vocab = tokenizer.vocab if tokenizer else {}
-    return next((text for text, number in vocab.items() if number == row), None)
 
 
 def _places(

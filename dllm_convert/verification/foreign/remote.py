@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dllm_convert.behaviour.influence import STILL, Pattern
 from dllm_convert.errors import DataError
 from dllm_convert.verification.probes.gate import FLAG
 from dllm_convert.verification.probes.influence import (
-    RELATIVE_TOLERANCE,
-    Pattern,
+    first_wrong,
     probe_columns,
     probe_length,
 )
@@ -110,11 +110,11 @@ def _attention(
     allowed: torch.Tensor,
     columns: list[int],
 ) -> Probe:
-    limit = RELATIVE_TOLERANCE * float(found["logits"].abs().max())
+    limit = STILL * float(found["logits"].abs().max())
     pattern = Pattern(found["moved"], allowed, limit, columns)
     wrong = int(pattern.wrong.sum())
     missing = facts["missing"]
-    detail = f"loads at random: {missing[0]}" if missing else pattern.first_wrong()
+    detail = f"loads at random: {missing[0]}" if missing else first_wrong(pattern)
     return Probe(
         _ATTENTION,
         wrong == 0 and not missing,

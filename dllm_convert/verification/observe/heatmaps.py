@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from dllm_convert.behaviour.influence import STILL, measure_influence
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.modeling.loading import load_base as load_stock
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.source.folder import read_config
 from dllm_convert.verification.observe.observations import InfluenceMap
-from dllm_convert.verification.probes.influence import RELATIVE_TOLERANCE, measure_influence
 from dllm_convert.verification.subject import Subject
 
 SHORTEST = 32
@@ -65,7 +65,7 @@ def influence_map(
 
 def _level(share: float) -> float | None:
     # The probes' own limit; not-a-number is no influence that could be drawn.
-    return round(math.log10(share), 1) if share > RELATIVE_TOLERANCE else None
+    return round(math.log10(share), 1) if share > STILL else None
 
 
 def load_base(base: Path, subject: Subject) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import FiniteFloat, model_validator
+from pydantic.dataclasses import dataclass
 
 CURVE_POINTS = 200
 """Points of a training curve that the manifest keeps: more than a picture can show."""
@@ -15,7 +17,7 @@ CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged quantity.
+    """One logged quantity, at two steps at least.
 
     Attributes:
         steps: Optimizer steps.
@@ -23,7 +25,13 @@ class Curve:
     """
 
     steps: tuple[int, ...]
-    values: tuple[float, ...]
+    values: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not len(self.steps) == len(self.values) > 1:
+            raise ValueError("no line can be drawn")
+        return self
 
     def thinned(self, most: int = CURVE_POINTS) -> Curve:
         """Return at most `most` points, the first and the last among them."""

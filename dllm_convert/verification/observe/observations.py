@@ -5,10 +5,21 @@ A manifest may come from elsewhere: whatever in it does not fit is taken for not
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import (
+    BeforeValidator,
+    FiniteFloat,
+    PositiveInt,
+    TypeAdapter,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from dllm_convert.verification.observe.logged import Curve, is_number
 
@@ -29,7 +40,7 @@ class InfluenceMap:
     """
 
     rows: tuple[tuple[float | None, ...], ...]
-    stride: int
+    stride: PositiveInt
 
     @property
     def length(self) -> int:
@@ -51,31 +62,34 @@ class InfluenceMap:
             if column * self.stride > position
         ]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields for the manifest; a row is a line of tenths of log10."""
-        return {"stride": self.stride, "rows": [_written(row) for row in self.rows]}
+    @model_serializer
+    def _written(self) -> dict[str, Any]:
+        """Write a row as a line of tenths of log10."""
+        return {
+            "stride": self.stride,
+            "rows": [
+                " ".join(CLOSED if v is None else str(round(v * _DECIBELS)) for v in row)
+                for row in self.rows
+            ],
+        }
 
+    @field_validator("rows", mode="before")
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> InfluenceMap:
-        """Read what `as_dict` wrote.
+    def _read(cls, rows: Any) -> Any:
+        if not isinstance(rows, list):
+            return rows
+        return [
+            [None if word == CLOSED else int(word) / _DECIBELS for word in row.split()]
+            if isinstance(row, str)
+            else row
+            for row in rows
+        ]
 
-        Raises:
-            ValueError: It is something else.
-        """
-        rows = tuple(_read(str(row)) for row in value["rows"])
-        stride = int(value["stride"])
-        widths = {len(row) for row in rows}
-        if stride < 1 or len(widths) != 1 or widths != {-(-len(rows) // stride)}:
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if {len(row) for row in self.rows} != {-(-len(self.rows) // self.stride)}:
             raise ValueError("rows do not fit")
-        return cls(rows, stride)
-
-
-def _written(row: Sequence[float | None]) -> str:
-    return " ".join(CLOSED if v is None else str(round(v * _DECIBELS)) for v in row)
-
-
-def _read(line: str) -> tuple[float | None, ...]:
-    return tuple(None if word == CLOSED else int(word) / _DECIBELS for word in line.split())
+        return self
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class Influence:
 
     converted: InfluenceMap
     base: InfluenceMap | None
-    block_size: int | None
+    block_size: PositiveInt | None
 
     @property
     def claimed_ahead(self) -> int:
@@ -109,28 +123,6 @@ class Influence:
         size = self.block_size or self.converted.length
         return token // size == position // size
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields for the manifest."""
-        base = self.base.as_dict() if self.base else None
-        return {
-            "converted": self.converted.as_dict(),
-            "base": base,
-            "block_size": self.block_size,
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Influence:
-        """Read what `as_dict` wrote.
-
-        Raises:
-            ValueError: It is something else.
-        """
-        block = value["block_size"]
-        if block is not None and not (isinstance(block, int) and block > 0):
-            raise ValueError("no block size")
-        base = InfluenceMap.from_dict(value["base"]) if value["base"] else None
-        return cls(InfluenceMap.from_dict(value["converted"]), base, block)
-
 
 @dataclass(frozen=True)
 class RatePoint:
@@ -143,9 +135,10 @@ class RatePoint:
         tokens: Masked tokens.
     """
 
-    rate: float
-    nats: float
-    stderr: float
+    rate: FiniteFloat
+    nats: FiniteFloat
+    # JSON has no infinity.
+    stderr: Annotated[float, BeforeValidator(lambda v: math.inf if v is None else v)]
     tokens: int
 
 
@@ -160,13 +153,13 @@ class DecodingPoint:
         tokens: New tokens.
     """
 
-    threshold: float | None
-    tokens_per_forward: float
-    agreement: float
+    threshold: FiniteFloat | None
+    tokens_per_forward: FiniteFloat
+    agreement: FiniteFloat
     tokens: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Observations:
     """Everything that pictures are drawn from; what was not measured is None or empty.
 
@@ -189,15 +182,15 @@ class Observations:
     def as_dict(self) -> dict[str, Any]:
         """Return what the manifest's `measurements` hold of it; what is empty is left out."""
         values = {
-            "influence": self.influence.as_dict() if self.influence else None,
+            "influence": TypeAdapter(Influence | None).dump_python(self.influence),
             "mask_rates": {
-                name: [vars(point) for point in points]
+                name: [dataclasses.asdict(point) for point in points]
                 for name, points in (("before", self.rates_before), ("after", self.rates_after))
                 if points
             },
-            "decoding": [vars(point) for point in self.decoding],
+            "decoding": [dataclasses.asdict(point) for point in self.decoding],
             "curves": {
-                name: {"steps": list(curve.steps), "values": list(curve.values)}
+                name: TypeAdapter(Curve).dump_python(curve, mode="json")
                 for name, curve in (self.curves or {}).items()
             },
         }
@@ -208,11 +201,15 @@ class Observations:
         """Read them from the manifest's `measurements`."""
         rates = measurements.get("mask_rates") or {}
         return cls(
-            _try(Influence.from_dict, measurements.get("influence")),
-            _try(lambda v: _points(v, RatePoint), _entry(rates, "before")) or (),
-            _try(lambda v: _points(v, RatePoint), _entry(rates, "after")) or (),
-            _try(lambda v: _points(v, DecodingPoint), measurements.get("decoding")) or (),
-            _try(_curves, measurements.get("curves")),
+            _read(Influence, measurements.get("influence")),
+            _read(tuple[RatePoint, ...], _entry(rates, "before")) or (),
+            _read(tuple[RatePoint, ...], _entry(rates, "after")) or (),
+            _read(tuple[DecodingPoint, ...], measurements.get("decoding")) or (),
+            {
+                name: curve
+                for name in ("loss", "nelbo")
+                if (curve := _read(Curve, _entry(measurements.get("curves"), name)))
+            },
             _held_out(measurements),
         )
 
@@ -221,37 +218,14 @@ def _entry(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, Mapping) else None
 
 
-def _try(read: Callable[[Any], T], value: Any) -> T | None:
+def _read(kind: type[T], value: Any) -> T | None:
+    """Return what a manifest holds, None where it is nothing or something else."""
     if not value:
         return None
     try:
-        return read(value)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return TypeAdapter(kind).validate_python(value)
+    except (ArithmeticError, ValueError):
         return None
-
-
-def _points(values: Any, kind: Callable[..., T]) -> tuple[T, ...]:
-    points = [{str(k): None if v is None else float(v) for k, v in p.items()} for p in values]
-    for point in points:
-        drawn = (v for k, v in point.items() if k != "stderr" and (k, v) != ("threshold", None))
-        if not all(map(is_number, drawn)):
-            raise ValueError("a point that cannot be drawn")
-        if "stderr" in point and point["stderr"] is None:
-            point["stderr"] = math.inf
-    return tuple(kind(**{**point, "tokens": int(point["tokens"] or 0)}) for point in points)
-
-
-def _curves(values: Any) -> dict[str, Curve]:
-    return {
-        name: Curve(
-            tuple(int(step) for step in values[name]["steps"]),
-            tuple(float(value) for value in values[name]["values"]),
-        )
-        for name in ("loss", "nelbo")
-        if name in values
-        and len(values[name]["steps"]) == len(values[name]["values"]) > 1
-        and all(map(is_number, values[name]["values"]))
-    }
 
 
 def _held_out(measurements: Mapping[str, Any]) -> dict[str, float]:

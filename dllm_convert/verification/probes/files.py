@@ -95,7 +95,9 @@ def _weights(subject: Subject) -> Probe:
     stale = [
         f"{name} is tied to {twin} but holds other values"
         for name, twin in ties.items()
-        if name in found and twin in found and not _equal(subject, name, twin)
+        if name in found
+        and twin in found
+        and not torch.equal(_read(subject, name), _read(subject, twin))
     ]
     foreign = sorted(found.keys() - expected.keys())
     wrong = [f"{name} is missing" for name in missing] + misshapen + stale
@@ -114,10 +116,6 @@ def _read(subject: Subject, name: str) -> torch.Tensor:
         if name in header.entries:
             return read_tensor(subject.folder, header, name)
     raise DataError(f"no file holds {name}")
-
-
-def _equal(subject: Subject, name: str, twin: str) -> bool:
-    return torch.equal(_read(subject, name), _read(subject, twin))
 
 
 def check_finite(subject: Subject) -> Probe:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dllm_convert.behaviour.influence import DRAWS, Pattern
 from dllm_convert.verification.instruments.attention import IMPLEMENTATIONS, running
 from dllm_convert.verification.instruments.layers import (
     AttentionCall,
@@ -19,8 +20,7 @@ from dllm_convert.verification.instruments.layers import (
     record_calls,
 )
 from dllm_convert.verification.probes.influence import (
-    DRAWS,
-    Pattern,
+    first_wrong,
     layer_kinds,
     pattern_probe,
     probe_columns,
@@ -119,7 +119,7 @@ def _by_layer(subject: Subject) -> Probe:
                 count += 1
                 if pattern.wrong.any():
                     wrong += 1
-                    first = first or f"{name}, layer {layer}: {pattern.first_wrong()}"
+                    first = first or f"{name}, layer {layer}: {first_wrong(pattern)}"
     return Probe(
         "gradient-layers",
         none_wrong(wrong, count),

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from dllm_convert.modeling.published.cache import BlockCache
+from dllm_convert.behaviour.influence import STILL
+from dllm_convert.behaviour.passes import block_by_block, padded
 from dllm_convert.modeling.published.rope import final_lengths
 from dllm_convert.verification.instruments.attention import IMPLEMENTATIONS, missing, running
 from dllm_convert.verification.instruments.layers import attention_modules, record_calls
-from dllm_convert.verification.probes.influence import RELATIVE_TOLERANCE, probe_length
+from dllm_convert.verification.probes.influence import probe_length
 from dllm_convert.verification.report import Probe, at_most, largest, skipped
 from dllm_convert.verification.subject import Subject
 
@@ -104,40 +105,27 @@ def _across_implementations(subject: Subject) -> Probe:
                 for call, (hidden, output) in zip(calls, known, strict=True)
             ]
         worst[name] = max((value, layer) for layer, value in enumerate(apart))
-    required = f"at most {RELATIVE_TOLERANCE:g} of the largest output, in each of {count} layers"
+    required = f"at most {STILL:g} of the largest output, in each of {count} layers"
     if not worst:
         return skipped("implementations", required, "one implementation runs here: none to compare")
     return Probe(
         "implementations",
-        all(value <= RELATIVE_TOLERANCE for value, _ in worst.values()),
+        all(value <= STILL for value, _ in worst.values()),
         ", ".join(f"{name} differs from sdpa by {v:.2g}" for name, (v, _) in worst.items()),
         required,
         ", ".join(
             f"{name} most in layer {layer}"
             for name, (value, layer) in worst.items()
-            if not value <= RELATIVE_TOLERANCE
+            if not value <= STILL
         ),
     )
 
 
 def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
     """Return the largest difference that padding on one side makes to the logits of any text."""
-    width = max(text.shape[1] for text in texts)
-    # The filler is an ordinary token, so that any attention to it shows.
-    rows = subject.tokens(len(texts), width, draw=1)
-    mask = torch.zeros_like(rows)
-    for row, text in enumerate(texts):
-        length = text.shape[1]
-        span = slice(width - length, width) if side == "left" else slice(0, length)
-        rows[row, span] = text[0]
-        mask[row, span] = 1
-    logits = subject.model(rows, attention_mask=mask, use_cache=False).logits
-    return largest(
-        [
-            logits[row][mask[row].bool()] - subject.model(text, use_cache=False).logits[0]
-            for row, text in enumerate(texts)
-        ]
-    )
+    filler = subject.tokens(len(texts), max(text.shape[1] for text in texts), draw=1)
+    pairs = padded(subject.model, [text[0] for text in texts], filler, left=side == "left")
+    return largest([found - expected for found, expected in pairs])
 
 
 @torch.no_grad()
@@ -155,15 +143,14 @@ def check_cache(subject: Subject) -> list[Probe]:
 
 def _check_cache(subject: Subject, tokens: torch.Tensor, size: int) -> list[Probe]:
     difference, dirt = _decode_with_cache(subject, tokens, size)
-    measure = partial(_cached_difference, subject, tokens, size)
+
+    def measure() -> float:
+        return _decode_with_cache(subject, tokens, size)[0]
+
     clean = Probe("cache-clean", dirt == 0, f"{dirt} states changed by denoising", "0")
     if tokens.shape[1] <= size:
         clean = skipped("cache-clean", "0", f"a context of {subject.context} tokens is one block")
     return [invariant(subject, "cache", measure, difference), clean]
-
-
-def _cached_difference(subject: Subject, tokens: torch.Tensor, size: int) -> float:
-    return _decode_with_cache(subject, tokens, size)[0]
 
 
 def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tuple[float, int]:
@@ -174,36 +161,29 @@ def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tup
         tensors the denoising forwards changed.
     """
     whole = subject.model(tokens, use_cache=False).logits
-    cache = BlockCache()
+    # Of every block the first token and every second after it.
+    masked = torch.arange(tokens.shape[1]) % size % 2 == 0
+    noisy = tokens.masked_fill(masked, subject.claim.mask_token_id)
     differences: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
     dirt = 0
-    for first in range(0, tokens.shape[1], size):
-        block = tokens[:, first : first + size]
-        noisy = block.clone()
-        noisy[:, ::2] = subject.claim.mask_token_id
-        positions = torch.arange(first, first + block.shape[1]).expand_as(block)
-        before = [state.clone() for state in _states(cache)]
-        cache.frozen = True
-        denoised = _forward(subject, noisy, positions, cache)
-        after = _states(cache)
-        pairs = zip(before, after, strict=False)
+    for step in block_by_block(subject.model, tokens, noisy, size):
+        states = _states(step.cache)
+        if step.clean:
+            end = step.first + step.logits.shape[1]
+            differences.append(step.logits - whole[:, step.first : end])
+            before = [state.clone() for state in states]
+            continue
+        pairs = zip(before, states, strict=False)
         dirt += sum(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
-        dirt += abs(len(after) - len(before))
-        cache.frozen = False
-        logits = _forward(subject, block, positions, cache)
-        differences.append(logits - whole[:, first : first + size])
+        dirt += abs(len(states) - len(before))
+        denoised = step
     # The last block once more, noisy, behind the clean ones: what denoising must have seen.
-    text = torch.cat([tokens[:, :first], noisy], dim=1)
-    differences.append(denoised - subject.model(text, use_cache=False).logits[:, first:])
+    first = denoised.first
+    text = torch.cat([tokens[:, :first], noisy[:, first:]], dim=1)
+    seen = subject.model(text, use_cache=False).logits[:, first:]
+    differences.append(denoised.logits - seen)
     return largest(differences), dirt
-
-
-def _forward(
-    subject: Subject, tokens: torch.Tensor, positions: torch.Tensor, cache: Any
-) -> torch.Tensor:
-    output = subject.model(tokens, position_ids=positions, past_key_values=cache, use_cache=True)
-    logits: torch.Tensor = output.logits
-    return logits
 
 
 def _states(cache: Any) -> list[torch.Tensor]:

@@ -1,15 +1,18 @@
-"""Start the same command several times: Accelerate's launcher, with our exit codes."""
+"""Start the same program several times: Accelerate's launcher, with our exit codes."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.foreign_files import read_text
-from dllm_convert.common.interruption import INTERRUPTED
+from dllm_convert.common.interruption import INTERRUPTED, SIGNALS
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.recipe.yaml_text import parse_mapping
 
@@ -17,6 +20,9 @@ _LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
     "torch.distributed.elastic.agent.server.api",
 )
+
+_HEARD = (*SIGNALS, signal.SIGQUIT)
+"""Signals that the launcher ends at."""
 
 
 def launcher_arguments(processes: int | None, config: Path | None) -> list[str]:
@@ -34,13 +40,20 @@ def launcher_arguments(processes: int | None, config: Path | None) -> list[str]:
     return ["--multi_gpu", *count, *alone, "--main_process_port", "0"]
 
 
-def launch(processes: int | None, config: Path | None, command: Sequence[str]) -> int:
+def launch(
+    processes: int | None,
+    config: Path | None,
+    command: Sequence[str],
+    *,
+    module: str = "dllm_convert",
+) -> int:
     """Run this program several times and wait for all of it.
 
     Args:
         processes: Processes on this machine.
         config: An Accelerate config.
         command: Arguments of this program.
+        module: The program.
 
     Returns:
         The exit code of the first process that failed, 0 if none did.
@@ -61,10 +74,11 @@ def launch(processes: int | None, config: Path | None, command: Sequence[str]) -
         # What failed says so itself, in one line.
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     share = max((os.cpu_count() or 1) // (processes or 1), 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    line = [*launcher_arguments(processes, config), "--module", "dllm_convert", *command]
+    line = [*launcher_arguments(processes, config), "--module", module, *command]
     try:
-        launch_command(launch_command_parser().parse_args(line))
+        with _undone():
+            os.environ.setdefault("OMP_NUM_THREADS", str(share))
+            launch_command(launch_command_parser().parse_args(line))
     except ChildFailedError as error:
         return exit_code(error)
     except (SignalException, KeyboardInterrupt):
@@ -74,6 +88,25 @@ def launch(processes: int | None, config: Path | None, command: Sequence[str]) -
             f"accelerate launch refuses: {error}", hint="Look into the file of --launch-config"
         ) from error
     return 0
+
+
+@contextmanager
+def _undone() -> Iterator[None]:
+    """Put the environment and the signals' handlers back afterwards.
+
+    The launcher sets and hears more than it gives back; a program of somebody else goes on.
+    """
+    own = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in _HEARD} if own else {}
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_config(config: Path) -> None:

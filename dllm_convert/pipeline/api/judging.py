@@ -1,0 +1,160 @@
+"""Is a checkpoint what it says it is, and how good is it?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm_convert.common.console import Reporter
+from dllm_convert.errors import RequestError
+
+if TYPE_CHECKING:
+    from dllm_convert.evaluation.shown import Evaluation
+    from dllm_convert.verification.report import VerificationReport
+
+
+def verify(
+    checkpoint: str | Path,
+    *,
+    against: str | Path | None = None,
+    files: bool = False,
+    page: str | Path | None = None,
+    revision: str | None = None,
+    block: int | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    reporter: Reporter | None = None,
+) -> VerificationReport:
+    """Check a diffusion checkpoint: files, tensors, mask token, attention, decoding.
+
+    Args:
+        checkpoint: Folder or Hub id of a diffusion checkpoint, ours or of a known layout.
+        against: The base to compare the weights with: folder, Hub id or recipe.
+        files: Only what files prove: the model is not loaded, whatever its size.
+        page: An .html file to write what was found to, with pictures.
+        revision: Branch, tag or commit of a Hub id.
+        block: Tokens per block of a third-party checkpoint that does not record them.
+        trust_remote_code: Run modelling code of the checkpoint that this version did not write.
+        allow_pickle: Read pickled weights of the base.
+        reporter: Progress; by default silent.
+
+    Raises:
+        DataError: There is no such folder, or no config in it.
+        IncompatibleError: It is not a diffusion checkpoint, or one that contradicts itself.
+        RequestError: A page is asked for of what is not measured.
+    """
+    teller = reporter or Reporter(quiet=True)
+    if page is not None and files:
+        raise RequestError("--report shows what the model does; leave --files out")
+    if files:
+        from dllm_convert.verification.bytes import verify_folder
+
+        base = _base(against, teller, allow_pickle=allow_pickle)
+        return verify_folder(Path(checkpoint), base, teller)
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.verification import verify_checkpoint
+
+    with quiet_libraries():
+        base = _base(against, teller, allow_pickle=allow_pickle)
+        report = verify_checkpoint(
+            checkpoint,
+            revision=revision,
+            against=base,
+            trust_remote_code=trust_remote_code,
+            block_size=block,
+            reporter=teller,
+        )
+        if page is not None:
+            from dllm_convert.pipeline.page import write_page
+            from dllm_convert.verification.opening import Asked as Opened
+            from dllm_convert.verification.opening import local_checkpoint
+
+            folder = local_checkpoint(checkpoint, revision, teller)
+            asked = Opened(base, trust_remote_code=trust_remote_code, block_size=block)
+            report = write_page(Path(page), folder, asked, report, teller)
+    return report
+
+
+def _base(source: str | Path | None, reporter: Reporter, *, allow_pickle: bool) -> Path | None:
+    """Return the folder of a base's weights, fetched if need be."""
+    if source is None:
+        return None
+    from dllm_convert.planning.checks import check_pickle
+    from dllm_convert.recipe.loading import load_recipe as load_layers
+    from dllm_convert.source.inspect import inspect_source
+    from dllm_convert.source.materialise import materialise
+
+    recipe = load_layers(str(source), overrides={})
+    info = inspect_source(recipe.source, revision=recipe.revision)
+    check_pickle(info, allowed=allow_pickle or recipe.allow_pickle)
+    return materialise(info, reporter).folder
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
+    against: str | Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    batch_size: int = 8,
+    thresholds: Sequence[float] = (),
+    published: str | None = None,
+    chat: bool = False,
+    include: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    unsafe_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Evaluate a converted checkpoint, and its base on the same items; recorded in its manifest.
+
+    Args:
+        checkpoint: The folder.
+        tasks: Names of lm-eval's tasks.
+        data: Text whose held-out documents are measured: `pydoc`, files or a Hub dataset.
+        against: The base, evaluated on the same items.
+        limit: Most items per task.
+        shots: Examples before each question.
+        batch_size: Changes speed, and no score.
+        thresholds: Confidence thresholds to write with, each: accuracy against parallelism.
+        published: Name of settings that a paper reports with.
+        chat: Ask through the chat template.
+        include: Folders with more tasks.
+        settings: draws, rounds, confidence, masking, seed, or settings of decoding.
+        unsafe_code: Let tasks run the code that the model wrote.
+        reporter: Progress; None tells it on stderr.
+
+    Raises:
+        DllmConvertError: There is nothing to evaluate, or lm-eval is not installed.
+        RequestError: Settings contradict each other or the checkpoint.
+    """
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.evaluation.record import evaluate_checkpoint
+    from dllm_convert.evaluation.request import Request
+    from dllm_convert.evaluation.settings import find_published, find_settings, merge
+    from dllm_convert.evaluation.shown import Evaluation
+    from dllm_convert.sampling.checking import require_decoding
+
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    merged = merge(find_settings(published), settings or {})
+    require_decoding(Path(checkpoint), merged.generation, "--set")
+    request = Request(
+        checkpoint=Path(checkpoint),
+        tasks=tuple(tasks),
+        base=None if against is None else str(against),
+        include=tuple(map(str, include)),
+        limit=limit,
+        batch_size=batch_size,
+        thresholds=tuple(thresholds),
+        chat=chat or (published is not None and find_published(published).chat),
+        shots=shots,
+        unsafe_code=unsafe_code,
+        published=published,
+        data=None if data is None else str(data),
+        settings=merged,
+    )
+    with quiet_libraries():
+        return Evaluation(evaluate_checkpoint(request, reporter or Reporter()))

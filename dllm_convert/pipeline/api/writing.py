@@ -1,0 +1,157 @@
+"""Open a converted checkpoint and write text with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from dllm_convert.common.console import Reporter
+from dllm_convert.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dllm_convert.sampling.run import Sample
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[Any, Any]:
+    """Load a converted checkpoint: its diffusion class, in evaluation mode, and its tokenizer.
+
+    The class is this package's own; code that a checkpoint brings along is not run.
+
+    Args:
+        checkpoint: Its folder, or the Hub id `owner/name` of one that was published.
+        revision: Branch, tag or commit of a Hub id.
+        device: Where the model goes; None is the GPU if there is one.
+        dtype: Type the weights are held in, as torch has it or by name; None is bfloat16 on a GPU
+            and float32 elsewhere.
+        reporter: Says what is downloaded; by default silent.
+
+    Raises:
+        DataError: There is no such checkpoint, or it is not whole.
+        HubError: The Hub does not have it, refuses it or cannot be reached.
+        IncompatibleError: It is no diffusion checkpoint.
+        RequestError: There is no such type.
+    """
+    import torch
+
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.sampling.run import open_checkpoint
+
+    held = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(held, torch.dtype) and held.is_floating_point):
+        raise RequestError(f"dtype is {dtype!r}, expected one such as 'bfloat16' or 'float32'")
+    with quiet_libraries():
+        folder = _folder(checkpoint, reporter or Reporter(quiet=True), revision)
+        return open_checkpoint(folder, device=device, dtype=held)
+
+
+def _folder(checkpoint: str | Path, reporter: Reporter, revision: str | None = None) -> Path:
+    """Return a checkpoint's folder, downloaded if what is named is a Hub id and no folder."""
+    from dllm_convert.common.hub_ids import is_hub_id
+
+    named = isinstance(checkpoint, str) and "/" in checkpoint and is_hub_id(checkpoint)
+    if revision is None and not named:
+        return Path(checkpoint)
+    from dllm_convert.verification.opening import local_checkpoint
+
+    return local_checkpoint(checkpoint, revision, reporter)
+
+
+@overload
+def sample(
+    checkpoint: str | Path | tuple[Any, Any], prompt: str | None = None, **how: Any
+) -> Sample: ...
+@overload
+def sample(
+    checkpoint: str | Path | tuple[Any, Any], prompt: Sequence[str], **how: Any
+) -> list[Sample]: ...
+
+
+def sample(
+    checkpoint: str | Path | tuple[Any, Any],
+    prompt: str | Sequence[str] | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    chat: bool = False,
+    infill: str | None = None,
+    seed: int | None = None,
+    watch: bool = False,
+    record: str | Path | None = None,
+    reporter: Reporter | None = None,
+    **decoding: Any,
+) -> Sample | list[Sample]:
+    """Write text with a converted checkpoint.
+
+    Args:
+        checkpoint: Its folder or Hub id, or a pair (model, tokenizer) as `load` returns it.
+        prompt: Text to go on from, or several, which are written in one batch.
+        max_new_tokens: Tokens to write; None is the checkpoint's default.
+        chat: Put each prompt into the chat template, and write the reply.
+        infill: Text that stands for a token to be written wherever it is in a prompt.
+        seed: Seed for temperatures above 0.
+        watch: Show the text on stderr while it is denoised.
+        record: A .gif or .html file to write how the first text was denoised to.
+        reporter: Progress; by default silent.
+        **decoding: Settings of decoding as `generate` takes them: `confidence_threshold`,
+            `max_denoising_steps`, `temperature`, `top_p`, ...
+
+    Returns:
+        A sample, whose `text` is what was written; of several prompts a list.
+
+    Raises:
+        DataError: There is no such checkpoint, or a prompt is empty.
+        IncompatibleError: It is no diffusion checkpoint, or has no chat template.
+        RequestError: Settings contradict each other or the checkpoint.
+    """
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.sampling import DEFAULT_PROMPT
+    from dllm_convert.sampling.checking import require_decoding, require_settings
+    from dllm_convert.sampling.run import Shown, run_sample
+
+    if prompt is None or isinstance(prompt, str):
+        prompts = [DEFAULT_PROMPT if prompt is None else prompt]
+    else:
+        prompts = list(prompt)
+    if not prompts:
+        raise RequestError("there is no prompt", hint="Give a text, or a list with some")
+    given = {name: value for name, value in decoding.items() if value is not None}
+    if max_new_tokens is not None:
+        given["max_new_tokens"] = max_new_tokens
+    how = {**given, "chat": chat, "mark": infill, "seed": seed}
+    # What is watched is drawn by a reporter that draws.
+    teller = reporter or Reporter(quiet=not watch)
+    shown = Shown(watch, _film(record))
+    with quiet_libraries():
+        if isinstance(checkpoint, str | Path):
+            folder = _folder(checkpoint, teller)
+            require_decoding(folder, given)
+            samples = run_sample(folder, prompts, teller, shown, **how)
+        else:
+            from dllm_convert.sampling.run import sample_with
+
+            try:
+                model, tokenizer = checkpoint
+            except (TypeError, ValueError) as error:
+                raise RequestError(
+                    f"sample takes a folder or a pair (model, tokenizer), not "
+                    f"{type(checkpoint).__name__}"
+                ) from error
+            require_settings(model, given)
+            samples = sample_with(model, tokenizer, prompts, teller, shown, **how)
+    return samples[0] if prompt is None or isinstance(prompt, str) else list(samples)
+
+
+def _film(record: str | Path | None) -> Path | None:
+    path = None if record is None else Path(record)
+    if path is not None and path.suffix.lower() not in (".gif", ".html"):
+        raise RequestError(f"{path} does not end in .gif or .html", option="--record")
+    return path
