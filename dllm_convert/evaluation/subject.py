@@ -12,12 +12,10 @@ import torch
 
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.modeling.converted_config import check_converted_config
+from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.modeling.text_bounds import conversation_ids, end_ids, first_token, open_ids
-from dllm_convert.sampling.run import read_config
 from dllm_convert.source.chat_rendering import chat_text
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
-from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 
 def scored_from(given: Sequence[int], whole: Sequence[int], continuation: str) -> int:
@@ -98,12 +96,8 @@ class Subject:
             DataError: There is no such checkpoint.
             IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
         """
-        from dllm_convert.modeling.loading import device_and_dtype, load_model
-
-        config = read_config(folder)
-        adapter = check_converted_config(config, folder)
-        where, kind = device_and_dtype(device, dtype)
-        model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
+        loaded = load_checkpoint(folder, device=device, dtype=dtype)
+        model = loaded.model
         objective = Objective.from_config(model.config)
         if block_size is not None:
             if objective.target != "bd3lm":
@@ -115,9 +109,14 @@ class Subject:
             model.config.block_size = block_size
             model.config.diffusion = {**model.config.diffusion, "block_size": block_size}
             model.generation_config.block_size = block_size
-        tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-        longest = context_length(config, adapter) or ASSUMED_CONTEXT
-        return cls(model, tokenizer, objective, longest, str(folder))
+        longest = context_length(loaded.config, loaded.adapter) or ASSUMED_CONTEXT
+        return cls(
+            model=model,
+            tokenizer=loaded.tokenizer,
+            objective=objective,
+            context=longest,
+            name=str(folder),
+        )
 
     @cached_property
     def first_token(self) -> int:

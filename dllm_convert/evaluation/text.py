@@ -105,11 +105,12 @@ def _base_nll(
     model = load_complete(
         AutoModelForCausalLM,
         base,
+        device=str(subject.model.device),
         dtype=subject.model.dtype,
         # Some families have no sdpa.
         attn_implementation=subject.model.config._attn_implementation,
         trust_remote_code=False,
-    ).to(subject.model.device)
+    )
     rows = int(model.config.get_text_config().vocab_size)
     with reporter.task("measure the base's NLL", total=len(batches)) as task:
         return dict(autoregressive_nll(Stock(model), batches, rows, task=task).as_dict())

@@ -11,14 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
+from dllm_convert.common.nearest import no_folder
 from dllm_convert.common.shown_text import shown
+from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.source.config_numbers import LARGEST, check_numbers, is_number, is_size, wrong
+from dllm_convert.source.safetensors_header import load_json_object
 
 _ATTENTION = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 _SCHEDULES = ("linear", "cosine", "polynomial")
 _KERNELS = ("absorbing", "uniform")
 _CONTEXTS = ("block", "causal")
 _HINT = "Put back the config.json that dllm-convert run wrote, or convert the model again"
+
+
+def read_converted_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a converted checkpoint.
+
+    Raises:
+        DataError: If there is no such folder or file.
+        IncompatibleError: If it is not a diffusion checkpoint.
+    """
+    if not folder.is_dir():
+        raise no_folder(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote"
+        )
+    config = load_json_object(path)
+    if diffusion_section(config) is None:
+        raise IncompatibleError(
+            f"{folder} is not a diffusion checkpoint: its config.json has no 'diffusion' section",
+            hint=f"Convert it first: dllm-convert run {folder} --to bd3lm --block 32",
+        )
+    return config
 
 
 def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:

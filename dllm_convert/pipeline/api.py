@@ -185,13 +185,18 @@ def load(
     import torch
 
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.sampling.run import open_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
 
     held = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(held, torch.dtype) and held.is_floating_point):
         raise RequestError(f"dtype is {dtype!r}, expected one such as 'bfloat16' or 'float32'")
     with quiet_libraries():
-        return open_checkpoint(Path(folder), device=device, dtype=held)
+        loaded = load_checkpoint(
+            Path(folder),
+            device=None if device is None else str(device),
+            dtype=None if held is None else str(held).removeprefix("torch."),
+        )
+    return loaded.model, loaded.tokenizer
 
 
 @overload

@@ -23,7 +23,7 @@ def load(run: Run, folder: Path) -> Any:
 
     # float32 would take twice the memory that the plan names for the training.
     dtype = training_dtype(run.plan.recipe.training)
-    return load_model(folder, run.plan.adapter, dtype=dtype).to("cuda")
+    return load_model(folder, run.plan.adapter, device="cuda", dtype=dtype)
 
 
 def _baseline(run: Run) -> Baseline:

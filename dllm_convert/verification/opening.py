@@ -16,8 +16,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
-from dllm_convert.modeling.converted_config import diffusion_section
-from dllm_convert.sampling.run import read_config
+from dllm_convert.modeling.converted_config import diffusion_section, read_converted_config
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.verification.foreign import Layout, all_layouts, find_layout
@@ -120,7 +119,7 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
             f"third-party layouts that are known: {known}",
             hint="See docs/third-party.md",
         )
-    config = read_config(folder)
+    config = read_converted_config(folder)
     if "model_type" not in config:
         raise IncompatibleError(f"config.json of {folder} has no model_type")
     adapter = adapter_of(config)

@@ -15,7 +15,7 @@ from dllm_convert.adapters import Adapter
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.classes import diffusion_class
-from dllm_convert.modeling.loading import load_complete
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import ROLES
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
@@ -156,13 +156,7 @@ class Subject:
         Raises:
             DataError: It does not load, or not completely.
         """
-        model = load_complete(
-            self.diffusion_class,
-            self.folder,
-            dtype=torch.float32,
-            attn_implementation=self._attention,
-        )
-        return model.requires_grad_(False)
+        return load_model(self.folder, self.adapter).requires_grad_(False)
 
     @cached_property
     def objective(self) -> Objective:

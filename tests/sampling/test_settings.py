@@ -61,7 +61,8 @@ def test_names_are_those_of_decoding() -> None:
     ],
 )
 def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: str) -> None:
-    from dllm_convert.sampling.run import decode_sample, load_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
+    from dllm_convert.sampling.run import decode_sample
 
     options, settings = SETTINGS[setting]
     folder = checkpoint(family)
@@ -71,7 +72,8 @@ def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: s
         )
         return
     found = json.loads(sample(folder, "--prompt", "A name", *options, "--json").stdout)
-    model, tokenizer = load_checkpoint(folder)
+    loaded = load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     given: dict[str, Any] = {"seed": 3 if "--seed" in options else None, "max_new_tokens": 12}
     right = decode_sample(model, tokenizer, "A name", **given, **settings)
     assert found | {"seconds": 0} == right.as_dict() | {"seconds": 0}
@@ -168,7 +170,7 @@ def test_a_recipe_saves_them_in_the_checkpoint(
 ) -> None:
     from transformers import GenerationConfig
 
-    from dllm_convert.sampling.run import load_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
 
     folder = tmp_path / "out"
     convert(source_cache(family), folder, target, generation=SAVED[target])
@@ -180,7 +182,7 @@ def test_a_recipe_saves_them_in_the_checkpoint(
     read = GenerationConfig.from_pretrained(folder)
     read.validate(strict=True)
     assert {name: getattr(read, name) for name in SAVED[target]} == SAVED[target]
-    model, _ = load_checkpoint(folder)
+    model = load_checkpoint(folder).model
     assert model.generation_config.unmasking == SAVED[target]["unmasking"]
 
 
