@@ -16,14 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.manifest import refuse_other_version
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.classes import diffusion_class
-from dllm_convert.modeling.converted_config import (
-    check_converted_config,
-    diffusion_section,
-    read_converted_config,
-)
+from dllm_convert.modeling.converted_config import check_converted_config, read_converted_config
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.leftovers import computed_with
 from dllm_convert.source.source_fit import fit_folder

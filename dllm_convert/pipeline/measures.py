@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.modeling.converted_config import diffusion_section
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
 

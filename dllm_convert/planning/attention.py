@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError, UnsupportedError
-from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.planning.checks import layer_count
 from dllm_convert.planning.layers import FULL, SLIDING, AttentionLayers, group_layers, kept_features
 from dllm_convert.recipe.schema import Recipe

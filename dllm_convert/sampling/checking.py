@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
+from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.modeling.converted_config import check_converted_config
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.modeling.published.settings import decoding_options

@@ -13,10 +13,11 @@ from typing import Any
 
 from dllm_convert.adapters import adapter_of, all_adapters
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
-from dllm_convert.modeling.converted_config import diffusion_section, read_converted_config
+from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
 from dllm_convert.verification.foreign import Layout, all_layouts, find_layout
@@ -24,7 +25,7 @@ from dllm_convert.verification.foreign.claim import read_claim
 from dllm_convert.verification.foreign.probes import Foreign
 from dllm_convert.verification.foreign.view import build_view, stand_in, stock_config
 from dllm_convert.verification.memory import in_words, model_refusal
-from dllm_convert.verification.subject import Claim, Subject
+from dllm_convert.verification.subject import Subject
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", "adapter_config.json")
@@ -120,10 +121,8 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
             hint="See docs/third-party.md",
         )
     config = read_converted_config(folder)
-    if "model_type" not in config:
-        raise IncompatibleError(f"config.json of {folder} has no model_type")
     adapter = adapter_of(config)
-    claim = Claim.from_config(config)
+    claim = read_section(config)
     if asked.block_size is not None:
         raise IncompatibleError(
             f"--block {asked.block_size} was given, and config.json says itself what it is",

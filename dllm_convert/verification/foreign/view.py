@@ -31,7 +31,6 @@ from dllm_convert.verification.foreign.layout import Layout
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (*VOCABULARY_FILES, *SIDE_FILES, "additional_chat_templates/*.jinja")
-_FORMAT = 1
 _STAND_IN = "llama"
 """Family whose names a layout gets that no class computes; no model of it is ever loaded."""
 
@@ -71,15 +70,7 @@ def stock_config(
         "is_causal": False,
         "mask_token_id": claim.mask_token_id,
         "block_size": claim.block_size,
-        "diffusion": {
-            "objective": claim.objective,
-            "block_size": claim.block_size,
-            "mask_token_id": claim.mask_token_id,
-            "attention": claim.attention,
-            "token_shift": claim.token_shift,
-            "noise_schedule": "linear",
-            "format_version": _FORMAT,
-        },
+        "diffusion": claim.as_dict(),
     }
     return fields | own
 
