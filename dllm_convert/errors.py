@@ -13,7 +13,29 @@ DllmConvertError (1)
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import ClassVar
+
+_NAME = re.compile(r"`([a-z][a-z_]*(?:=[A-Za-z]+)?)`")
+
+
+def spelt(text: str, spell: Callable[[str], str]) -> str:
+    """Return a message with the names in it as its reader types them.
+
+    What is wrong with a request is found below both doors, the command line and Python; it is
+    written with the names of arguments in backquotes, and each door spells those as it has them.
+
+    Args:
+        text: A message, names in backquotes.
+        spell: From a name to what is typed.
+    """
+    return _NAME.sub(lambda found: spell(found[1]), text)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a message, in order."""
+    return tuple(dict.fromkeys(_NAME.findall(text)))
 
 
 class DllmConvertError(Exception):

@@ -14,13 +14,7 @@ from dllm_convert.common.secrets_found import refuse_secrets
 from dllm_convert.common.tables import Printed
 from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
-from dllm_convert.planning.checks import (
-    check_generation,
-    check_lengths,
-    check_noise,
-    check_pickle,
-    check_target,
-)
+from dllm_convert.planning.checks import check_context, check_pickle, check_target
 from dllm_convert.planning.config_code import (
     check_adapter_beside,
     check_class,
@@ -183,9 +177,7 @@ def make_plan(
     shift = _keeps_shift(recipe, adapter)
     converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)
-    check_lengths(recipe, context)
-    check_noise(recipe)
-    check_generation(recipe, context, source.config)
+    check_context(recipe, context, source.config)
     attention = open_attention(recipe, source, adapter)
     changed = fit.vocabulary if mask.write_row or mask.rows_after != mask.rows_before else ()
     known = (converted, side_file_warning(source), *code_warnings(source, adapter), *fit.warnings)

@@ -12,7 +12,6 @@ import pytest
 from conversion import convert, converted_once, sample
 
 from dllm_convert.cli.commands import decoding
-from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.options import ORDERS, REMASKING, DecodingOptions
 from dllm_convert.recipe.fields import fields_of
 from dllm_convert.sampling.checking import check_decoding
@@ -184,24 +183,3 @@ def test_a_recipe_saves_them_in_the_checkpoint(
     assert {name: getattr(read, name) for name in SAVED[target]} == SAVED[target]
     model = load_checkpoint(folder).model
     assert model.generation_config.unmasking == SAVED[target]["unmasking"]
-
-
-@pytest.mark.parametrize(
-    ("target", "generation", "said"),
-    [
-        ("bd3lm", {"top_p": 0.5}, "generation.top_p does nothing"),
-        ("bd3lm", {"block_length": 8}, "block_length is for mdlm"),
-        ("mdlm", {"approximate_cache": True}, "approximate_cache needs block_length"),
-        ("mdlm", {"block_length": 8, "remasking": "random"}, "do not go together"),
-        ("mdlm", {"remasking_ratio": 0.5}, "remasking_ratio does nothing"),
-    ],
-)
-def test_a_recipe_that_contradicts_itself_is_not_planned(
-    source_cache: Callable[..., Path],
-    tmp_path: Path,
-    target: str,
-    generation: dict[str, Any],
-    said: str,
-) -> None:
-    with pytest.raises(IncompatibleError, match=said):
-        convert(source_cache("llama"), tmp_path / "out", target, generation=generation)
