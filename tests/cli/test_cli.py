@@ -511,3 +511,26 @@ def test_a_report_nowhere_is_refused_before_anything_is_verified(tmp_path: Path)
     result = invoke("verify", "there", "--report", str(tmp_path / "missing" / "report.html"))
     assert result.exit_code == 2
     assert "Invalid value for --report" in result.stderr
+
+
+IDLE = ["--link", "--extend", "--quiet", "--dry-run", "--verify=full", "--launch-config=x.yaml"]
+
+
+@pytest.mark.parametrize("option", IDLE)
+def test_check_refuses_what_would_change_nothing(option: str) -> None:
+    refused = invoke("check", "some/model", option)
+    assert refused.exit_code == 2
+    assert "No such option" in refused.stderr
+
+
+def test_a_dry_run_takes_every_option_and_says_what_check_says(
+    source_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    common = [str(source_factory("llama")), "--to", "mdlm", "--out", str(tmp_path / "o"), "--json"]
+    checked = invoke("check", *common)
+    assert checked.exit_code == 0, checked.stderr
+    rest = [*IDLE, "--push-to-hub", "me/x", "--commit-message", "new"]
+    assert invoke("run", *common, *IDLE).stdout == checked.stdout
+    published = json.loads(invoke("run", *common, *rest).stdout)
+    assert published.pop("publication")["repository"] == "me/x"
+    assert published.keys() == json.loads(checked.stdout).keys()

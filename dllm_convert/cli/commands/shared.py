@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import typer
 
@@ -15,6 +15,8 @@ from dllm_convert.errors import OutputError, RequestError, VerificationError
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
+    from dllm_convert.pipeline.asked import Asked
+    from dllm_convert.recipe.schema import Recipe
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
@@ -39,6 +41,22 @@ def typed() -> Iterator[None]:
         yield
     except RequestError as error:
         raise typer.BadParameter(str(error), param_hint=error.option) from error
+
+
+def asked_recipe(source: str, **asked: Unpack[Asked]) -> Recipe:
+    """Return the recipe that the options of `run` and `check` ask for.
+
+    Args:
+        source: Recipe, Hub id, folder or file.
+        **asked: The options, as `dllm_convert.plan` takes them.
+
+    Raises:
+        typer.BadParameter: Options contradict each other, or would change nothing.
+    """
+    from dllm_convert.pipeline.api import load_recipe
+
+    with typed():
+        return load_recipe(source, **asked)
 
 
 def show_done(document: Any, as_text: Callable[[Any], str], *, as_json: bool) -> None:
