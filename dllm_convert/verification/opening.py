@@ -15,6 +15,7 @@ from dllm_convert.adapters import adapter_of, all_adapters
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.common.memory import in_words
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.converted_config import read_converted_config, read_section
@@ -24,7 +25,7 @@ from dllm_convert.verification.foreign import Layout, all_layouts, find_layout
 from dllm_convert.verification.foreign.claim import read_claim
 from dllm_convert.verification.foreign.probes import Foreign
 from dllm_convert.verification.foreign.view import build_view, stand_in, stock_config
-from dllm_convert.verification.memory import in_words, model_refusal
+from dllm_convert.verification.memory import model_refusal
 from dllm_convert.verification.subject import Subject
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
