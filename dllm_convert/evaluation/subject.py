@@ -13,7 +13,13 @@ import torch
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.loading import load_checkpoint
-from dllm_convert.modeling.text_bounds import conversation_ids, end_ids, first_token, open_ids
+from dllm_convert.modeling.text_bounds import (
+    conversation_ids,
+    end_ids,
+    first_token,
+    open_ids,
+    until_end,
+)
 from dllm_convert.source.chat_rendering import chat_text
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 
@@ -243,7 +249,8 @@ class Subject:
             **options,
         )
         rows = output.sequences[:, width:].tolist()
-        ended = [self._until_end(row) for row in rows]
+        ends = end_ids(self.model)
+        ended = [until_end(row, ends) for row in rows]
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ended]
         return Written(tuple(texts), tuple(map(len, ended)), int(output.forwards))
 
@@ -253,8 +260,3 @@ class Subject:
         options = {"confidence_threshold": None, "max_denoising_steps": None, "temperature": 0.0}
         output = self.model.generate(ids, max_new_tokens=new, **options)
         return tuple(output[0, len(prompt) :].tolist())
-
-    def _until_end(self, row: list[int]) -> list[int]:
-        ends = end_ids(self.model)
-        last = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
-        return row[: last + 1]

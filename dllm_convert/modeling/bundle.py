@@ -13,6 +13,7 @@ from pathlib import Path
 from dllm_convert.adapters.base import Adapter
 
 MODELING_FILE = "modeling_dllm.py"
+MODELING_MODULE = MODELING_FILE.removesuffix(".py")
 
 _MINIMUM = "MIN_TRANSFORMERS"
 _PARTS = (
@@ -105,6 +106,11 @@ def modeling_source(adapter: Adapter | None = None) -> str:
         oldest = newest
     header = _HEADER.format(version=__version__, transformers=oldest)
     return header + "\n" + "\n".join(imports) + "\n\n" + bodies + "\n"
+
+
+def auto_map(adapter: Adapter) -> dict[str, str]:
+    """Return the `auto_map` of config.json: where transformers finds the diffusion class."""
+    return {adapter.auto_class: f"{MODELING_MODULE}.{adapter.diffusion_class}"}
 
 
 def write_modeling(folder: Path, adapter: Adapter | None = None) -> Path:

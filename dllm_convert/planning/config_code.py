@@ -13,6 +13,7 @@ from typing import Any
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.bundle import MODELING_MODULE
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.tokenizer_classes import is_known
 
@@ -21,7 +22,6 @@ _OTHER_HEADS = re.compile(
     r"|Reward\w*|ForTextRegression)"
 )
 _TOKENIZER, _WEIGHTS = "tokenizer_class", "transformers_weights"
-_OURS = "modeling_dllm."
 _CODE_KEYS = re.compile(
     r"auto_map|trust_remote_code|use_kernels|kernel\w*|custom_\w+"
     r"|_?(attn|attention|experts)_implementation(_internal)?"
@@ -179,6 +179,6 @@ def _own_code(config: Mapping[str, Any]) -> str | None:
     ours = diffusion_section(config) is not None
     for value in named.values():
         text = value[0] if isinstance(value, list) and value else value
-        if isinstance(text, str) and not (ours and text.startswith(_OURS)):
+        if isinstance(text, str) and not (ours and text.startswith(f"{MODELING_MODULE}.")):
             return _said(text)
     return None

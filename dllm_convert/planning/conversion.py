@@ -12,6 +12,7 @@ from dllm_convert.adapters.measured import RECORD, adapter_as_dict
 from dllm_convert.common.diffusion_section import DiffusionSection, diffusion_section
 from dllm_convert.common.secrets_found import refuse_secrets
 from dllm_convert.common.tables import Printed
+from dllm_convert.modeling.bundle import auto_map
 from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
 from dllm_convert.planning.checks import check_context, check_pickle, check_target
@@ -124,7 +125,7 @@ def _config_updates(
     updates: dict[str, Any] = {
         **stored,
         "architectures": [adapter.diffusion_class],
-        "auto_map": {adapter.auto_class: f"modeling_dllm.{adapter.diffusion_class}"},
+        "auto_map": auto_map(adapter),
         **(adapter.measured.config if adapter.measured else {}),
         "is_causal": False,
         "mask_token_id": mask.id,

@@ -24,7 +24,7 @@ from dllm_convert.probing.instance import Instance, decoder_layers, draft_adapte
 from dllm_convert.probing.shrink import layer_kinds
 from dllm_convert.probing.sizes import VOCABULARY
 from dllm_convert.source.leftovers import computed_with
-from dllm_convert.source.quantised import FLOATS
+from dllm_convert.source.safetensors_header import FLOATS
 
 Stored = tuple[str, Sequence[int]]
 """Type of a tensor, by its name in safetensors, and its shape."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.diffusion_section import ATTENTION, diffusion_section
-from dllm_convert.common.hub_ids import is_hub_id
+from dllm_convert.common.hub_names import is_hub_id
 
 Fetch = Callable[[str, str | None, tuple[str, ...]], Path | None]
 """Brings small files of a Hub id, at a revision, into a folder; None if it is no repository."""

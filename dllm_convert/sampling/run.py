@@ -18,7 +18,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.options import Observer
-from dllm_convert.modeling.text_bounds import end_ids
+from dllm_convert.modeling.text_bounds import end_ids, until_end
 from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.sampling.watch.frames import Recorder
@@ -108,7 +108,7 @@ def decode_samples(
     for prompt, ids, sequence in zip(prompts, encoded, output.sequences.tolist(), strict=True):
         if model.config.mask_token_id in ids:
             prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)
-        new = _until_end(sequence[width:], end_ids(model))
+        new = until_end(sequence[width:], end_ids(model))
         text = tokenizer.decode(new, skip_special_tokens=True)
         per_forward = round(len(new) / max(output.forwards, 1), 3)
         samples.append(Sample(prompt, text, len(new), output.forwards, per_forward, seconds))
@@ -148,11 +148,6 @@ def fit(model: Any, tokenizer: Any, prompt: str, new: int) -> tuple[str, int]:
             return prompt, max(min(new, room), 1)
         prompt = prompt.rpartition(" ")[0]
     return prompt, new
-
-
-def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    first = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
-    return tokens[:first]
 
 
 def decode_sample(

@@ -40,6 +40,16 @@ DTYPE_BYTES = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 
+TORCH_NAMES = {
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16"},
+    **{"U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "C64": "complex64"},
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
+"""Types of a header by the names that torch, and config.json, have for them."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types that weights are computed with as they are stored."""
+
 _SHORTEST_TENSOR = len('"":{"dtype":"I8","shape":[],"data_offsets":[0,0]},')
 _MAX_DIMENSIONS = 64
 _MAX_NAME_BYTES = 255

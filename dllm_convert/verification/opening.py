@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from dllm_convert.adapters import adapter_of, all_adapters
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.common.hub_names import is_model_id
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.memory import in_words
 from dllm_convert.common.nearest import meant
@@ -28,7 +28,6 @@ from dllm_convert.verification.foreign.view import build_view, stand_in, stock_c
 from dllm_convert.verification.memory import model_refusal
 from dllm_convert.verification.subject import Subject
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", "adapter_config.json")
 
 
@@ -72,7 +71,7 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
             )
         return folder
     repo_id = checkpoint if isinstance(checkpoint, str) else checkpoint.as_posix()
-    if folder.exists() or not _HUB_ID.fullmatch(repo_id):
+    if folder.exists() or not is_model_id(repo_id, owned=True):
         raise DataError(
             f"{checkpoint} is not a folder, and is not a Hub id",
             hint=f"{meant(folder)}Give a folder with config.json beside the weights, or a Hub id "

@@ -17,9 +17,9 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.modeling.published.ends import read_ids
-from dllm_convert.modeling.text_bounds import ROLES
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
+from dllm_convert.source.tokenizer_files import ID_ROLES
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Subject:
         """Ids of tokens that ordinary text has, shape (n,)."""
         rows = self.shapes[self.adapter.embedding][0]
         special = {*self.tokenizer.all_special_ids, self.claim.mask_token_id}
-        for name in ROLES:
+        for name in ID_ROLES:
             special |= {*read_ids(self.config.get(f"{name}_token_id"), f"{name}_token_id")}
         count = min(len(self.tokenizer), rows)
         return torch.tensor([token for token in range(count) if token not in special])

@@ -7,7 +7,6 @@ Nothing of the folder's code is in it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.common.json_files import write_config
 from dllm_convert.errors import DataError
 from dllm_convert.source.folder import file_names, matching
 from dllm_convert.source.safetensors_header import (
@@ -98,18 +98,14 @@ def build_view(
         DataError: A file of the checkpoint cannot be read.
         OSError: The disk is full.
     """
-    _write(view / "config.json", config)
-    _write(view / "generation_config.json", _generation(folder, config))
+    write_config(view / "config.json", config)
+    write_config(view / "generation_config.json", _generation(folder, config))
     _link_weights(view, folder, layout, rename=rename)
     for name in matching(file_names(folder), _TOKENIZER_FILES):
         if name != TOKENIZER_CONFIG:
             (view / name).parent.mkdir(exist_ok=True)
             _link(view / name, folder / name)
-    _write(view / TOKENIZER_CONFIG, _tokenizer_config(folder, stated, layout))
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_config(view / TOKENIZER_CONFIG, _tokenizer_config(folder, stated, layout))
 
 
 def _link(link: Path, target: Path) -> None:
@@ -155,7 +151,7 @@ def _link_weights(view: Path, folder: Path, layout: Layout, *, rename: bool) -> 
         if SINGLE_FILE not in headers:
             index = load_json_object(folder / INDEX_FILE)
             names = {layout.stock_name(n): file for n, file in index["weight_map"].items()}
-            _write(view / INDEX_FILE, {**index, "weight_map": names})
+            write_config(view / INDEX_FILE, {**index, "weight_map": names})
         return
     for name in matching(file_names(folder), ("*.safetensors", INDEX_FILE)):
         _link(view / name, folder / name)

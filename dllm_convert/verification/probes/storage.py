@@ -11,8 +11,10 @@ from typing import Any
 from dllm_convert.adapters import Adapter
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.safetensors_header import (
+    FLOATS,
     INDEX_FILE,
     SINGLE_FILE,
+    TORCH_NAMES,
     Entry,
     Header,
     load_json_object,
@@ -27,8 +29,7 @@ _WEIGHTS = re.compile(
 )
 """Names that transformers has loaded weights by, now or before."""
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_FLOATING = frozenset(_DTYPES.values())
+_DTYPES = {TORCH_NAMES[dtype]: dtype for dtype in FLOATS}
 
 
 def check_storage(subject: Subject) -> list[Probe]:
@@ -87,7 +88,7 @@ def _matrices(headers: Mapping[str, Header], adapter: Adapter) -> dict[str, Entr
         names[name]: entry
         for header in headers.values()
         for name, entry in header.entries.items()
-        if entry.dtype in _FLOATING and len(entry.shape) > 1
+        if entry.dtype in FLOATS and len(entry.shape) > 1
     }
 
 
