@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from typing import ClassVar
 
-_NAME = re.compile(r"`([a-z][a-z_]*(?:=[A-Za-z]+)?)`")
+_NAME = re.compile(r"`([a-z][a-z_]*(?:=\w+)?)`")
 
 
 def spelt(text: str, spell: Callable[[str], str]) -> str:
@@ -28,7 +28,7 @@ def spelt(text: str, spell: Callable[[str], str]) -> str:
 
     Args:
         text: A message, names in backquotes.
-        spell: From a name to what is typed.
+        spell: From a name, or `name=value`, to what is typed.
     """
     return _NAME.sub(lambda found: spell(found[1]), text)
 
@@ -94,16 +94,19 @@ class RequestError(DllmConvertError):
     """What was asked for contradicts itself, is no value that can be meant, or changes nothing.
 
     Args:
-        message: What was found and what was expected.
+        message: What was found and what was expected; arguments in backquotes, as Python has them
+            (see `spelt`).
         hint: What to type instead.
-        option: Option of the command line that said it, None for several.
+        argument: Argument that said it, None for several.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, argument: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
-        self.option = option
+        self.argument = argument
 
 
 class OutputError(DllmConvertError):

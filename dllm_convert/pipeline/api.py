@@ -133,7 +133,7 @@ def convert(
     if verify not in list(Depth):
         raise RequestError(f"verify is {verify!r}, expected one of {', '.join(Depth)}")
     if extend and recipe.training.method == "none":
-        raise RequestError("extend trains on; leave out train=False")
+        raise RequestError("`extend` trains on; leave out `train=False`")
     if Place.from_environment().world > 1:
         raise IncompatibleError(
             "this is one of several processes, and convert() works in one",
@@ -288,17 +288,17 @@ def sample(
 def _film(record: str | Path | None) -> Path | None:
     path = None if record is None else Path(record)
     if path is not None and path.suffix.lower() not in (".gif", ".html"):
-        raise RequestError(f"{path} does not end in .gif or .html", option="--record")
+        raise RequestError(f"{path} does not end in .gif or .html", argument="record")
     return path
 
 
-def _check_decoding(folder: Path, given: Mapping[str, Any], option: str | None = None) -> None:
+def _check_decoding(folder: Path, given: Mapping[str, Any], argument: str | None = None) -> None:
     from dllm_convert.sampling.checking import check_decoding
 
     try:
         check_decoding(folder, given)
     except (TypeError, ValueError) as error:
-        raise RequestError(str(error), option=option) from error
+        raise RequestError(str(error), argument=argument) from error
 
 
 def verify(
@@ -333,7 +333,7 @@ def verify(
     """
     teller = reporter or Reporter(quiet=True)
     if page is not None and files:
-        raise RequestError("--report shows what the model does; leave --files out")
+        raise RequestError("`page` shows what the model does; leave `files` out")
     if files:
         from dllm_convert.verification.bytes import verify_folder
 
@@ -426,7 +426,7 @@ def evaluate(
     if isinstance(tasks, str):
         tasks = [tasks]
     merged = merge(find_settings(published), settings or {})
-    _check_decoding(Path(checkpoint), merged.generation, "--set")
+    _check_decoding(Path(checkpoint), merged.generation, "settings")
     request = Request(
         checkpoint=Path(checkpoint),
         tasks=tuple(tasks),
@@ -463,11 +463,11 @@ def push_options(
     from dllm_convert.publishing.reshard import parse_size
 
     if given.get("create_pr") and given.get("revision"):
-        raise RequestError("give --create-pr or --revision, a pull request has its own")
+        raise RequestError("give `create_pr` or `revision`, a pull request has its own")
     try:
         size = parse_size(str(max_shard_size)) if max_shard_size else None
     except ValueError as error:
-        raise RequestError(str(error), option="--max-shard-size") from error
+        raise RequestError(str(error), argument="max_shard_size") from error
     return PushOptions(repo_id, max_shard_size=size, **given)
 
 

@@ -53,7 +53,7 @@ def test_every_path_and_whole_number_is_read_by_the_rule() -> None:
             if notes and re.search(r"Path|\bint\b", str(kind)):
                 assert any(getattr(note, "parser", None) for note in notes), name
                 read += 1
-    assert read > 30
+    assert read >= 30
 
 
 @pytest.mark.parametrize(("name", "place"), taking(PLACES))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import typer
 
 from dllm_convert.cli import output
-from dllm_convert.cli.errors import tell_line
-from dllm_convert.errors import OutputError, RequestError, VerificationError
+from dllm_convert.cli.errors import flag, tell_line
+from dllm_convert.errors import OutputError, RequestError, VerificationError, spelt
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
@@ -40,7 +40,8 @@ def typed() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise typer.BadParameter(str(error), param_hint=error.option) from error
+        argument = None if error.argument is None else flag(error.argument)
+        raise typer.BadParameter(spelt(str(error), flag), param_hint=argument) from error
 
 
 def asked_recipe(source: str, **asked: Unpack[Asked]) -> Recipe:
