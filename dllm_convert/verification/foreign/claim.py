@@ -17,7 +17,7 @@ from dllm_convert.verification.foreign.layout import Layout
 
 
 @dataclass(frozen=True)
-class Stated:
+class Claim:
     """A claim, with its grounds.
 
     Attributes:
@@ -35,7 +35,7 @@ class Stated:
 
 def read_claim(
     layout: Layout, folder: Path, config: Mapping[str, Any], block_size: int | None
-) -> Stated:
+) -> Claim:
     """Read what a checkpoint of a known layout claims.
 
     Args:
@@ -62,7 +62,7 @@ def read_claim(
         contradictions.append(problem)
     if config.get("is_causal") is True:
         contradictions.append(f"config.json has is_causal true, {layout.name} is {claim.attention}")
-    return Stated(
+    return Claim(
         claim,
         _text_of(mask, tokenizer),
         (size_ground, f"mask {mask} ({mask_ground})", f"{shift} token shift ({layout.name})"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.verification.foreign.claim import Stated
+from dllm_convert.verification.foreign.claim import Claim
 from dllm_convert.verification.foreign.layout import Layout
 from dllm_convert.verification.foreign.remote import check_own_code
 from dllm_convert.verification.memory import WITHOUT_MODEL
@@ -35,7 +35,7 @@ class Foreign:
     folder: Path
     config: Mapping[str, Any]
     layout: Layout
-    stated: Stated
+    stated: Claim
     unmapped: str | None
 
     def group(

@@ -26,7 +26,7 @@ from dllm_convert.source.safetensors_header import (
     read_checkpoint,
 )
 from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
-from dllm_convert.verification.foreign.claim import Stated
+from dllm_convert.verification.foreign.claim import Claim
 from dllm_convert.verification.foreign.layout import Layout
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -48,7 +48,7 @@ def stand_in(layout: Layout, *, unmapped: bool) -> Adapter:
 
 
 def stock_config(
-    layout: Layout, adapter: Adapter, config: Mapping[str, Any], stated: Stated
+    layout: Layout, adapter: Adapter, config: Mapping[str, Any], stated: Claim
 ) -> dict[str, Any]:
     """Return config.json in this package's terms.
 
@@ -79,7 +79,7 @@ def build_view(
     view: Path,
     folder: Path,
     config: Mapping[str, Any],
-    stated: Stated,
+    stated: Claim,
     layout: Layout,
     *,
     rename: bool,
@@ -127,7 +127,7 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {name: own[name] for name in names if own.get(name) is not None}
 
 
-def _tokenizer_config(folder: Path, stated: Stated, layout: Layout) -> dict[str, Any]:
+def _tokenizer_config(folder: Path, stated: Claim, layout: Layout) -> dict[str, Any]:
     """Name a stock tokenizer class, and the mask token where the tokenizer only contains it."""
     settings = _optional(folder / TOKENIZER_CONFIG)
     brought_code = settings.pop("auto_map", None) is not None
