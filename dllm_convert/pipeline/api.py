@@ -247,7 +247,7 @@ def sample(
     """
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.run import Shown, run_sample
+    from dllm_convert.sampling.run import Display, run_sample
 
     if prompt is None or isinstance(prompt, str):
         prompts = [DEFAULT_PROMPT if prompt is None else prompt]
@@ -261,7 +261,7 @@ def sample(
     how = {**given, "chat": chat, "mark": infill, "seed": seed}
     # What is watched is drawn by a reporter that draws.
     teller = reporter or Reporter(quiet=not watch)
-    shown = Shown(watch, _film(record))
+    shown = Display(watch, _film(record))
     with quiet_libraries():
         if isinstance(checkpoint, str | Path):
             _check_decoding(Path(checkpoint), given)

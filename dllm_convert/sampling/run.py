@@ -172,7 +172,7 @@ def recorder_of(model: Any) -> Recorder:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Display:
     """What is shown and kept of a decoding, besides its text.
 
     Attributes:
@@ -188,7 +188,7 @@ def run_sample(
     folder: Path,
     prompts: Sequence[str],
     reporter: Reporter,
-    shown: Shown = Shown(),
+    shown: Display = Display(),
     **options: Any,
 ) -> tuple[Sample, ...]:
     """Load a converted checkpoint and decode prompts.
@@ -217,7 +217,7 @@ def sample_with(
     tokenizer: Any,
     prompts: Sequence[str],
     reporter: Reporter,
-    shown: Shown = Shown(),
+    shown: Display = Display(),
     *,
     title: str = "",
     **options: Any,
