@@ -17,7 +17,7 @@ from dllm_convert.common.ranks import Place
 from dllm_convert.common.tables import Printed
 from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.pipeline.asked import Asked
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.recipe.typed import default_out
@@ -140,7 +140,7 @@ def convert(
             hint="Use `dllm-convert run --num-processes N`, or torchrun -m dllm_convert run",
         )
     options = push_options(push) if isinstance(push, str) else push
-    how = How(link=link, verify=Depth(verify), extend=extend)
+    how = RunOptions(link=link, verify=Depth(verify), extend=extend)
     folder = default_out(recipe) if out is None else Path(out)
     return convert_recipe(recipe, folder, reporter or Reporter(), push=options, how=how)
 
@@ -152,13 +152,15 @@ def convert_recipe(
     *,
     push: PushOptions | None = None,
     place: Place | None = None,
-    how: How | None = None,
+    how: RunOptions | None = None,
 ) -> Conversion:
     """Convert as a resolved recipe says, in the first of perhaps several processes."""
     from dllm_convert.pipeline import run as pipeline
     from dllm_convert.verification.report import VerificationReport
 
-    done = pipeline.run(recipe, out, reporter, push=push, place=place or Place(), how=how or How())
+    done = pipeline.run(
+        recipe, out, reporter, push=push, place=place or Place(), how=how or RunOptions()
+    )
     report = VerificationReport.from_dict(done.manifest["verification"])
     return Conversion(done.path, done.manifest, report, done.pushed)
 

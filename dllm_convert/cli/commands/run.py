@@ -18,7 +18,7 @@ from dllm_convert.cli.commands.shared import (
 )
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Place
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.recipe.typed import default_out
 
 Link = Annotated[
@@ -127,7 +127,7 @@ def run(
         raise typer.BadParameter("--extend trains on; leave out --no-train")
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(_launch(num_processes, launch_config))
-    how = How(link=link, verify=verify, extend=extend)
+    how = RunOptions(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
 
 
@@ -136,7 +136,7 @@ def _convert(
     folder: Path,
     push: PushOptions | None,
     place: Place,
-    how: How,
+    how: RunOptions,
     *,
     quiet: bool,
     as_json: bool,
