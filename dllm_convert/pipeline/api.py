@@ -356,11 +356,10 @@ def verify(
         )
         if page is not None:
             from dllm_convert.pipeline.page import write_page
-            from dllm_convert.verification.opening import Asked as Opened
-            from dllm_convert.verification.opening import local_checkpoint
+            from dllm_convert.verification.opening import VerificationRequest, local_checkpoint
 
             folder = local_checkpoint(checkpoint, revision, teller)
-            asked = Opened(base, trust_remote_code=trust_remote_code, block_size=block)
+            asked = VerificationRequest(base, trust_remote_code=trust_remote_code, block_size=block)
             report = write_page(Path(page), folder, asked, report, teller)
     return report
 

@@ -32,7 +32,7 @@ _HUB_FILES = ("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", "adapter_confi
 
 
 @dataclass(frozen=True)
-class Asked:
+class VerificationRequest:
     """What the caller of a verification says beside the checkpoint.
 
     Attributes:
@@ -92,7 +92,7 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
 
 
 @contextmanager
-def opened(folder: Path, asked: Asked) -> Iterator[Subject]:
+def opened(folder: Path, asked: VerificationRequest) -> Iterator[Subject]:
     """Open a checkpoint folder for verification.
 
     Raises:
@@ -110,7 +110,7 @@ def opened(folder: Path, asked: Asked) -> Iterator[Subject]:
         yield _foreign(folder, config, layout, asked, Path(name))
 
 
-def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
+def _ours(folder: Path, config: Mapping[str, Any], asked: VerificationRequest) -> Subject:
     kind = config.get("model_type")
     families = {adapter.model_type for adapter in all_adapters()}
     if isinstance(kind, str) and kind not in families and "diffusion" not in config:
@@ -147,7 +147,7 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
 
 
 def _foreign(
-    folder: Path, config: Mapping[str, Any], layout: Layout, asked: Asked, view: Path
+    folder: Path, config: Mapping[str, Any], layout: Layout, asked: VerificationRequest, view: Path
 ) -> Subject:
     stated = read_claim(layout, folder, config, asked.block_size)
     unmapped = layout.unmet(config) or _no_room_to_rename(layout, folder, view)

@@ -20,7 +20,7 @@ from dllm_convert.modeling.published.masks import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint
 from dllm_convert.verification.catalogue import CATALOGUE
 from dllm_convert.verification.instruments.divergence import Trace
-from dllm_convert.verification.opening import Asked, opened
+from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.probes.gradient import measure_gradient
 from dllm_convert.verification.probes.influence import (
     Pattern,
@@ -316,7 +316,7 @@ def test_a_checkpoint_is_measured_on_its_own_schedule(
     config = json.loads((folder / "config.json").read_text())
     config["diffusion"] |= added
     (folder / "config.json").write_text(json.dumps(config))
-    with opened(folder, Asked(None)) as subject:
+    with opened(folder, VerificationRequest(None)) as subject:
         objective = subject.objective
     assert objective.schedule == expected
     loaded = SimpleNamespace(diffusion=config["diffusion"], vocab_size=config["vocab_size"])

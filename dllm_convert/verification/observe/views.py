@@ -13,7 +13,7 @@ from dllm_convert.verification.memory import group_refusal
 from dllm_convert.verification.observe.curves import measure_decoding, measure_rates
 from dllm_convert.verification.observe.heatmaps import map_of
 from dllm_convert.verification.observe.observations import Influence, Observations, RatePoint
-from dllm_convert.verification.opening import Asked, opened
+from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.subject import Subject
 
 
@@ -44,7 +44,7 @@ def observe_run(
         before = measure_rates(model, batches, objective, seed=seed)
         # Freed before the next is loaded: a device need not hold both.
         del model, batches
-    with opened(weights, Asked(base)) as subject:
+    with opened(weights, VerificationRequest(base)) as subject:
         # The base first, and freed before ours is loaded.
         shown = map_of(subject, load_base(base, subject.adapter, device=device_and_dtype()[0]))
         model = load(weights)
@@ -57,7 +57,9 @@ def observe_run(
         return Observations(influence, before, after, decoding)
 
 
-def observe_checkpoint(folder: Path, asked: Asked, verification: Mapping[str, Any]) -> Observations:
+def observe_checkpoint(
+    folder: Path, asked: VerificationRequest, verification: Mapping[str, Any]
+) -> Observations:
     """Measure who sees whom in a checkpoint; the curves are those its manifest holds.
 
     Without a base at hand its map is the manifest's, if that is of the same text. A checkpoint
