@@ -16,7 +16,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import Place
 from dllm_convert.common.tables import Printed
 from dllm_convert.errors import IncompatibleError, RequestError
-from dllm_convert.pipeline.asked import Asked
+from dllm_convert.pipeline.asked import ConversionRequest
 from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
@@ -62,7 +62,7 @@ class Conversion(Printed):
         return run_text(self.as_dict())
 
 
-def load_recipe(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
+def load_recipe(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> Recipe:
     """Resolve a recipe, the presets it inherits and what is asked into one value.
 
     Args:
@@ -79,7 +79,9 @@ def load_recipe(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
     return resolve(source, **asked)
 
 
-def plan(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -> ConversionPlan:
+def plan(
+    source: str | Path | Recipe | ConversionPlan, **asked: Unpack[ConversionRequest]
+) -> ConversionPlan:
     """Decide everything a conversion will do; reads headers only. Printed, it is what `check` says.
 
     Args:
@@ -88,7 +90,7 @@ def plan(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -
         **asked: `to` and `block` (what to convert to), `data`, `steps`, `tokens`, `max_time`,
             `global_batch`, `preset`, `lora`, `full`, `train`, `keep_adapter`, `revision`,
             `allow_pickle`, `allow_generic`, `report_to`, and `overrides` for every other field of
-            a recipe by its dotted name; see `dllm_convert.pipeline.asked.Asked`.
+            a recipe by its dotted name; see `dllm_convert.pipeline.asked.ConversionRequest`.
 
     Raises:
         DllmConvertError: The source cannot be read, or cannot be converted as asked.
@@ -98,7 +100,7 @@ def plan(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -
     return plan_conversion(_recipe_of(source, asked))
 
 
-def _recipe_of(source: str | Path | Recipe | ConversionPlan, asked: Asked) -> Recipe:
+def _recipe_of(source: str | Path | Recipe | ConversionPlan, asked: ConversionRequest) -> Recipe:
     return load_recipe(source.recipe if isinstance(source, ConversionPlan) else source, **asked)
 
 
@@ -111,7 +113,7 @@ def convert(
     verify: str = "auto",
     extend: bool = False,
     reporter: Reporter | None = None,
-    **asked: Unpack[Asked],
+    **asked: Unpack[ConversionRequest],
 ) -> Conversion:
     """Convert, train, verify and document a checkpoint; the same call goes on where it stopped.
 

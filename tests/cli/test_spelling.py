@@ -15,7 +15,7 @@ import dllm_convert as dc
 from dllm_convert.cli.app import app
 from dllm_convert.cli.errors import classify, flag
 from dllm_convert.errors import RequestError, names_in, spelt
-from dllm_convert.pipeline.asked import Asked
+from dllm_convert.pipeline.asked import ConversionRequest
 from dllm_convert.publishing import PushOptions
 
 PACKAGE = Path(dc.__file__).parent
@@ -35,7 +35,12 @@ def requests() -> Iterator[tuple[str, str]]:
 def arguments() -> set[str]:
     functions = (dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push)
     names = {name for one in functions for name in inspect.signature(one).parameters}
-    return names | set(Asked.__annotations__) | set(PushOptions.__annotations__) | {"source"}
+    return (
+        names
+        | set(ConversionRequest.__annotations__)
+        | set(PushOptions.__annotations__)
+        | {"source"}
+    )
 
 
 @pytest.mark.parametrize(("where", "text"), requests(), ids=lambda value: str(value)[:40])

@@ -15,7 +15,7 @@ from dllm_convert.errors import OutputError, RequestError, VerificationError, sp
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
-    from dllm_convert.pipeline.asked import Asked
+    from dllm_convert.pipeline.asked import ConversionRequest
     from dllm_convert.recipe.schema import Recipe
 
 
@@ -44,7 +44,7 @@ def typed() -> Iterator[None]:
         raise typer.BadParameter(spelt(str(error), flag), param_hint=argument) from error
 
 
-def asked_recipe(source: str, **asked: Unpack[Asked]) -> Recipe:
+def asked_recipe(source: str, **asked: Unpack[ConversionRequest]) -> Recipe:
     """Return the recipe that the options of `run` and `check` ask for.
 
     Args:
