@@ -21,7 +21,7 @@ from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
-from dllm_convert.verification.foreign import Layout, all_layouts, find_layout
+from dllm_convert.verification.foreign import ForeignLayout, all_layouts, find_layout
 from dllm_convert.verification.foreign.claim import read_claim
 from dllm_convert.verification.foreign.probes import Foreign
 from dllm_convert.verification.foreign.view import build_view, stand_in, stock_config
@@ -147,7 +147,11 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: VerificationRequest) -
 
 
 def _foreign(
-    folder: Path, config: Mapping[str, Any], layout: Layout, asked: VerificationRequest, view: Path
+    folder: Path,
+    config: Mapping[str, Any],
+    layout: ForeignLayout,
+    asked: VerificationRequest,
+    view: Path,
 ) -> Subject:
     stated = read_claim(layout, folder, config, asked.block_size)
     unmapped = layout.unmet(config) or _no_room_to_rename(layout, folder, view)
@@ -168,7 +172,7 @@ def _foreign(
     )
 
 
-def _no_room_to_rename(layout: Layout, folder: Path, view: Path) -> str | None:
+def _no_room_to_rename(layout: ForeignLayout, folder: Path, view: Path) -> str | None:
     """Return why the weights cannot be copied under stock names, None if they can or need not.
 
     What does not fit memory afterwards is not copied in the first place.

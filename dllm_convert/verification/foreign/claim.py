@@ -13,7 +13,7 @@ from dllm_convert.source.config_numbers import is_id, is_size
 from dllm_convert.source.info import TokenizerInfo
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_files import read_tokenizer
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Claim:
 
 
 def read_claim(
-    layout: Layout, folder: Path, config: Mapping[str, Any], block_size: int | None
+    layout: ForeignLayout, folder: Path, config: Mapping[str, Any], block_size: int | None
 ) -> Claim:
     """Read what a checkpoint of a known layout claims.
 
@@ -71,7 +71,7 @@ def read_claim(
 
 
 def _block_size(
-    layout: Layout, config: Mapping[str, Any], given: int | None
+    layout: ForeignLayout, config: Mapping[str, Any], given: int | None
 ) -> tuple[int | None, str]:
     stated = config.get("block_size")
     if layout.blocks == "never":
@@ -112,7 +112,7 @@ def _text_of(row: int, tokenizer: TokenizerInfo | None) -> str | None:
 
 
 def _places(
-    layout: Layout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
+    layout: ForeignLayout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
 ) -> Iterator[tuple[str, Any]]:
     """Yield where a mask id is stated, with the id, the most trusted place first."""
     path = folder / "generation_config.json"
@@ -128,7 +128,7 @@ def _places(
 
 
 def _mask(
-    layout: Layout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
+    layout: ForeignLayout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
 ) -> tuple[int, str, list[str]]:
     """Return the mask's id, where it is stated, and what speaks against it."""
     stated = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError
 from dllm_convert.verification.foreign.claim import Claim
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 from dllm_convert.verification.foreign.remote import check_own_code
 from dllm_convert.verification.memory import WITHOUT_MODEL
 from dllm_convert.verification.probes.files import check_files, check_finite, check_hashes
@@ -34,7 +34,7 @@ class Foreign:
 
     folder: Path
     config: Mapping[str, Any]
-    layout: Layout
+    layout: ForeignLayout
     stated: Claim
     unmapped: str | None
 

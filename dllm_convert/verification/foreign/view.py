@@ -27,7 +27,7 @@ from dllm_convert.source.safetensors_header import (
 )
 from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
 from dllm_convert.verification.foreign.claim import Claim
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (*VOCABULARY_FILES, *SIDE_FILES, "additional_chat_templates/*.jinja")
@@ -35,7 +35,7 @@ _STAND_IN = "llama"
 """Family whose names a layout gets that no class computes; no model of it is ever loaded."""
 
 
-def stand_in(layout: Layout, *, unmapped: bool) -> Adapter:
+def stand_in(layout: ForeignLayout, *, unmapped: bool) -> Adapter:
     """Return the adapter under which a layout's headers and tokens are read.
 
     Args:
@@ -48,7 +48,7 @@ def stand_in(layout: Layout, *, unmapped: bool) -> Adapter:
 
 
 def stock_config(
-    layout: Layout, adapter: Adapter, config: Mapping[str, Any], stated: Claim
+    layout: ForeignLayout, adapter: Adapter, config: Mapping[str, Any], stated: Claim
 ) -> dict[str, Any]:
     """Return config.json in this package's terms.
 
@@ -80,7 +80,7 @@ def build_view(
     folder: Path,
     config: Mapping[str, Any],
     stated: Claim,
-    layout: Layout,
+    layout: ForeignLayout,
     *,
     rename: bool,
 ) -> None:
@@ -127,7 +127,7 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {name: own[name] for name in names if own.get(name) is not None}
 
 
-def _tokenizer_config(folder: Path, stated: Claim, layout: Layout) -> dict[str, Any]:
+def _tokenizer_config(folder: Path, stated: Claim, layout: ForeignLayout) -> dict[str, Any]:
     """Name a stock tokenizer class, and the mask token where the tokenizer only contains it."""
     settings = _optional(folder / TOKENIZER_CONFIG)
     brought_code = settings.pop("auto_map", None) is not None
@@ -140,7 +140,7 @@ def _tokenizer_config(folder: Path, stated: Claim, layout: Layout) -> dict[str, 
     return settings
 
 
-def _link_weights(view: Path, folder: Path, layout: Layout, *, rename: bool) -> None:
+def _link_weights(view: Path, folder: Path, layout: ForeignLayout, *, rename: bool) -> None:
     try:
         headers = read_checkpoint(folder) if rename and layout.renames else {}
     except DataError:
@@ -157,7 +157,7 @@ def _link_weights(view: Path, folder: Path, layout: Layout, *, rename: bool) -> 
         _link(view / name, folder / name)
 
 
-def _rewrite(target: Path, source: Path, header: Header, layout: Layout) -> None:
+def _rewrite(target: Path, source: Path, header: Header, layout: ForeignLayout) -> None:
     """Write a safetensors file with stock names; shapes, types and bytes stay."""
     entries = {
         layout.stock_name(name): (entry.dtype, entry.shape, entry.end - entry.start)
