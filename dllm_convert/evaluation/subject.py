@@ -64,7 +64,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedCheckpoint:
     """A converted checkpoint, loaded.
 
     Attributes:
@@ -89,7 +89,7 @@ class Subject:
         block_size: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
-    ) -> Subject:
+    ) -> EvaluatedCheckpoint:
         """Load a converted checkpoint; its own modelling code is not run.
 
         Args:

@@ -14,7 +14,7 @@ from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.recipe.recorded import recorded_recipe
 from dllm_convert.source.tokenizer_loading import load_tokenizer
@@ -73,7 +73,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         update={"source": request.data, "held_out_source": None, "held_out_split": None}
     )
     recipe = recipe.model_copy(update={"data": data})
-    subject = Subject.load(request.checkpoint, block_size=request.settings.block_size)
+    subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)
     text = prepare_data(recipe, subject.tokenizer, reporter)
     batches = [batch.to(subject.model.device) for batch in text.held_out]
     source = recipe.data.source
@@ -91,7 +91,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
 
 
 def _base_nll(
-    base: str, subject: Subject, batches: Sequence[TextBatch], reporter: Reporter
+    base: str, subject: EvaluatedCheckpoint, batches: Sequence[TextBatch], reporter: Reporter
 ) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 

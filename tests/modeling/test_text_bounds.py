@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import bounds_of, end_token, leave_open, open_ids
 from dllm_convert.planning.conversion import make_plan
@@ -62,7 +62,7 @@ def test_every_part_means_the_same_ends(tmp_path: Path, name: str) -> None:
     asked = [*bounds.begin, *plain]
     assert encode_prompt(tokenizer, TEXT) == asked
     assert open_ids(tokenizer, tokenizer.decode(bounds.begin) + TEXT) == asked
-    subject = Subject.load(tmp_path / "out")
+    subject = EvaluatedCheckpoint.load(tmp_path / "out")
     assert subject.encode(TEXT) == asked
     given, scored = subject.encode_pair(TEXT, " is")
     assert given == asked

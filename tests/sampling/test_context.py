@@ -194,10 +194,10 @@ def test_evaluation_says_it(folders: Callable[[str], Path]) -> None:
     from lm_eval.api.instance import Instance
 
     from dllm_convert.evaluation.harness import DiffusionLM
-    from dllm_convert.evaluation.subject import Subject
+    from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 
     for family in ("bert", "llama"):
-        subject, told = Subject.load(folders(family)), Told()
+        subject, told = EvaluatedCheckpoint.load(folders(family)), Told()
         if family == "bert":
             with pytest.raises(IncompatibleError, match="max_length is 500, and the context is 66"):
                 DiffusionLM(subject=subject, max_length=500, reporter=told)
