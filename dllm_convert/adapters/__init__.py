@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
 from dllm_convert.adapters.measured import RECORD, adapter_from_dict
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import UnsupportedError
@@ -17,7 +17,7 @@ from dllm_convert.errors import UnsupportedError
 __all__ = [
     "Adapter",
     "Measured",
-    "Window",
+    "SlidingWindow",
     "adapter_of",
     "all_adapters",
     "get_adapter",

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.probing.instance import Instance, decoder_layers, draft_adapter
 from dllm_convert.probing.shrink import layer_kinds
@@ -86,7 +86,7 @@ def declare(
         head_module=places[1].rpartition(".")[2],
         head_biases=biases,
         unused_tensors=unused,
-        window=Window(dict(opened), default=next(iter(opened.values()))) if opened else None,
+        window=SlidingWindow(dict(opened), default=next(iter(opened.values()))) if opened else None,
         min_transformers=transformers.__version__,
         implementations=draft.implementations,
         measured=Measured(
