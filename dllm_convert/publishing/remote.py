@@ -11,7 +11,7 @@ from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
-    file_names,
+    checkpoint_files,
     git_blob,
     read_manifest,
 )
@@ -190,7 +190,7 @@ def compare(remote: RemoteState, staged: Path, manifest: Mapping[str, Any]) -> P
         staged: What is to be published.
         manifest: Its manifest, whose hashes were compared with the files when it was staged.
     """
-    names = file_names(staged)
+    names = checkpoint_files(staged)
     found = remote.files
     upload = tuple(
         name
