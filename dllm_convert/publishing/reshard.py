@@ -13,8 +13,8 @@ from dllm_convert.common.json_files import write_config
 from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
-    Entry,
     Header,
+    TensorEntry,
     encode_header,
     read_checkpoint,
 )
@@ -35,7 +35,7 @@ class _Piece:
     name: str
     file: str
     header: Header
-    entry: Entry
+    entry: TensorEntry
 
     @property
     def size(self) -> int:

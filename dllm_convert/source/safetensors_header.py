@@ -56,7 +56,7 @@ _MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a header.
 
     Attributes:
@@ -85,7 +85,7 @@ class Header:
 
     file: str
     data_start: int
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
@@ -93,7 +93,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
+def _entry(file: str, name: str, raw: Any, data_bytes: int) -> TensorEntry:
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
         raise broken(file, f"tensor {name!r} is described by {raw!r}", "dtype, shape, data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
@@ -122,7 +122,7 @@ def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
             f"tensor {name!r} has {end - start} bytes",
             f"{needed} for {dtype} of shape {tuple(shape)}",
         )
-    return Entry(dtype, tuple(shape), start, end)
+    return TensorEntry(dtype, tuple(shape), start, end)
 
 
 def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:

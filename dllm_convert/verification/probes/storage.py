@@ -15,8 +15,8 @@ from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
     TORCH_NAMES,
-    Entry,
     Header,
+    TensorEntry,
     load_json_object,
     read_checkpoint,
 )
@@ -81,7 +81,7 @@ def _numbers(files: list[str]) -> dict[str, str]:
     }
 
 
-def _matrices(headers: Mapping[str, Header], adapter: Adapter) -> dict[str, Entry]:
+def _matrices(headers: Mapping[str, Header], adapter: Adapter) -> dict[str, TensorEntry]:
     """Return the floating-point matrices by the names that transformers loads them by."""
     names = stored_names((n for header in headers.values() for n in header.entries), adapter)
     return {
@@ -110,7 +110,7 @@ def _dtypes(subject: Subject) -> Probe:
     stored = sizes.most_common(1)[0][0] if sizes else ""
     declared = _declared(subject.config)
     expected = stored if declared is None else _DTYPES.get(str(declared), str(declared))
-    kept: Mapping[str, Entry] = {}
+    kept: Mapping[str, TensorEntry] = {}
     if subject.against is not None and (
         expected == stored or _declared(read_config(subject.against)) == declared
     ):
