@@ -27,15 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import textbook_sampling
-from dllm_convert.adapters import adapter_of
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.modeling.loading import load_model
+from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.sampling.packing import packed_linears
-from dllm_convert.sampling.run import read_config
 
 THRESHOLDS = (0.7, 0.9, 0.95)
 Run = Callable[[], Any]
@@ -271,10 +269,8 @@ def main() -> None:
     keep_freed_memory()  # as `dllm-convert sample` does
     with quiet_libraries():
         folder = Path(args.converted)
-        adapter = adapter_of(read_config(folder))
-        model = load_model(folder, adapter, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        figures = MODES[args.mode](model, tokenizer, args)
+        loaded = load_checkpoint(folder, device="cpu")
+        figures = MODES[args.mode](loaded.model, loaded.tokenizer, args)
     print(json.dumps({"mode": args.mode, **figures}), flush=True)
 
 
