@@ -120,12 +120,13 @@ def _closed(states: Any) -> Any:
     return mean * (-_FAR / along.min())
 
 
-def check(found: Dangers, *, repaired: bool) -> Mapping[str, str]:
+def check(found: Dangers, *, repaired: bool, tied: bool) -> Mapping[str, str]:
     """Refuse what an engine would write wrong; return what to say of the rest.
 
     Args:
         found: What was measured.
         repaired: Whether the head is written anew, so that neither can be predicted.
+        tied: Whether the head is the embedding.
 
     Raises:
         IncompatibleError: A probability is above its bound.
@@ -140,10 +141,15 @@ def check(found: Dangers, *, repaired: bool) -> Mapping[str, str]:
         ("rows past the tokenizer", found.spare_rows, ROWS_BOUND),
     ):
         if value > bound:
+            why = (
+                "its head is tied to the embedding"
+                if tied
+                else "its hidden states point everywhere, so that no row of the head is always shut"
+            )
             raise IncompatibleError(
                 f"the model gives {what} a probability of {value:.2g}, expected at most {bound:g}: "
-                "engines do not rule it out, and its head is tied to the embedding",
-                hint="Train longer, or export to a layout with a head of its own (--to sdar)",
+                f"engines do not rule it out, and {why}",
+                hint="Train longer: a trained model gives them next to nothing",
             )
     return {
         "mask": f"{found.mask:.2g} (bound {MASK_BOUND:g})",

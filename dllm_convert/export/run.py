@@ -248,7 +248,7 @@ def export(
     unties = target.unties or (target.may_untie and converted.tied and not found.sound)
     closes = target.mask_row is not None and (unties or not converted.tied)
     row = _row_bytes(found.closed, embedding.dtype) if closes else None
-    checked = dict(check(found, repaired=row is not None))
+    checked = dict(check(found, repaired=row is not None, tied=converted.tied))
     pieces = pieces_of(target, converted, Vocabulary(old, new, rows), row, unties=unties)
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
