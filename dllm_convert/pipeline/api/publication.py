@@ -11,8 +11,8 @@ from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import RequestError
 
 if TYPE_CHECKING:
-    from dllm_convert.export.run import Export
     from dllm_convert.publishing import PushOptions, PushResult
+    from dllm_convert.serving.run import Export
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def export(
         VerificationError: The engine reads another model.
     """
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.export.run import export as exported
+    from dllm_convert.serving.run import export as exported
 
     with quiet_libraries():
         return exported(

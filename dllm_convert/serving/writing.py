@@ -10,7 +10,7 @@ from pathlib import Path
 from dllm_convert.common.copying import Advance, TwinHash, Way, copy_part, place, write_all
 from dllm_convert.common.json_files import write_config
 from dllm_convert.errors import DataError
-from dllm_convert.export.spans import Piece, Span, entries_of
+from dllm_convert.serving.spans import Piece, Span, entries_of
 from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,

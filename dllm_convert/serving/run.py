@@ -15,11 +15,16 @@ from dllm_convert.common.json_files import write_config
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.common.version import __version__
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.export.dangers import Dangers, check, measure
-from dllm_convert.export.guide import guide
-from dllm_convert.export.proof import prove_by_engine, require_engine
-from dllm_convert.export.registry import target_of
-from dllm_convert.export.spans import (
+from dllm_convert.modeling.converted_config import (
+    check_converted_config,
+    read_converted_config,
+    read_section,
+)
+from dllm_convert.serving.dangers import Dangers, check, measure
+from dllm_convert.serving.guide import guide
+from dllm_convert.serving.proof import prove_by_engine, require_engine
+from dllm_convert.serving.registry import target_of
+from dllm_convert.serving.spans import (
     Piece,
     Vocabulary,
     entries_of,
@@ -28,13 +33,8 @@ from dllm_convert.export.spans import (
     unused,
     whole,
 )
-from dllm_convert.export.target import Converted, Target
-from dllm_convert.export.writing import prove, write_pieces
-from dllm_convert.modeling.converted_config import (
-    check_converted_config,
-    read_converted_config,
-    read_section,
-)
+from dllm_convert.serving.target import Converted, Target
+from dllm_convert.serving.writing import prove, write_pieces
 from dllm_convert.source.folder import LICENCE_FILES, file_names, matching
 from dllm_convert.source.safetensors_header import Header, TensorEntry, read_checkpoint
 from dllm_convert.source.tokenizer_files import read_tokenizer
