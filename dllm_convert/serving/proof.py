@@ -54,7 +54,7 @@ class Proof:
         )
 
 
-Engine = Callable[[Path, Sequence[Sequence[int]], float], "Answers"]
+Engine = Callable[[Path, Sequence[Sequence[int]], Sequence[float]], "Answers"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Answers:
 
     Attributes:
         logits: Of each prompt, at every position, rows of the conversion's vocabulary.
-        tokens: New tokens behind each prompt.
+        tokens: New tokens behind each prompt, for each threshold.
     """
 
     logits: Sequence[Any]
-    tokens: Sequence[Sequence[int]]
+    tokens: Sequence[Sequence[Sequence[int]]]
 
 
-def mlx_vlm(out: Path, prompts: Sequence[Sequence[int]], threshold: float) -> Answers:
+def mlx_vlm(out: Path, prompts: Sequence[Sequence[int]], thresholds: Sequence[float]) -> Answers:
     """Ask mlx-vlm, on the CPU."""
     import numpy as np
 
@@ -89,11 +89,13 @@ def mlx_vlm(out: Path, prompts: Sequence[Sequence[int]], threshold: float) -> An
     model.load_weights(list(weights.items()), strict=True)
     mx.eval(model.parameters())
     language, block = model.language_model, raw["block_size"]
-    logits, tokens = [], []
+    logits = []
     for prompt in prompts:
         number = np.arange(len(prompt)) // block
         mask = mx.array((number[:, None] >= number[None])[None, None])
         logits.append(np.array(language(mx.array([list(prompt)]), mask=mask).logits[0]))
+
+    def write(prompt: Sequence[int], threshold: float) -> list[int]:
         written = language.generate(
             mx.array([list(prompt)]),
             block_length=block,
@@ -103,7 +105,9 @@ def mlx_vlm(out: Path, prompts: Sequence[Sequence[int]], threshold: float) -> An
             temperature=0.0,
             eos_id=-1,
         )
-        tokens.append(np.array(written).reshape(-1).tolist()[-_NEW_TOKENS:])
+        return list(np.array(written).reshape(-1).tolist())
+
+    tokens = [[write(prompt, threshold) for prompt in prompts] for threshold in thresholds]
     return Answers(logits, tokens)
 
 
@@ -162,16 +166,16 @@ def prove_by_engine(folder: Path, out: Path, target: str, *, mask: int, tokens: 
         [usable[i] for i in torch.randint(len(usable), (length,), generator=draw).tolist()]
         for length in _LENGTHS
     ]
+    answers = ask(out, prompts, THRESHOLDS)
     difference, equal, decoded = 0.0, 0, 0
-    for threshold in THRESHOLDS:
-        answers = ask(out, prompts, threshold)
-        for prompt, logits, written in zip(prompts, answers.logits, answers.tokens, strict=True):
-            ids = torch.tensor([prompt])
-            with torch.no_grad():
-                ours = model(input_ids=ids, use_cache=False).logits[0].numpy()
-            difference = max(difference, float(np.abs(logits[:, usable] - ours[:, usable]).max()))
+    for prompt, logits in zip(prompts, answers.logits, strict=True):
+        with torch.no_grad():
+            ours = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].numpy()
+        difference = max(difference, float(np.abs(logits[:, usable] - ours[:, usable]).max()))
+    for threshold, texts in zip(THRESHOLDS, answers.tokens, strict=True):
+        for prompt, written in zip(prompts, texts, strict=True):
             text = model.generate(
-                ids,
+                torch.tensor([prompt]),
                 max_new_tokens=_NEW_TOKENS,
                 max_denoising_steps=model.config.block_size,
                 confidence_threshold=threshold,
