@@ -111,7 +111,7 @@ def no_shift(converted: Converted) -> Iterator[Refusal]:
         yield Refusal(
             "it predicts a token at the position before (token_shift), and the engine reads logits "
             "at the token's own",
-            f"Convert it again with {_SHIFT}, or export it --to a2d",
+            f"Convert with {_SHIFT}, or export --to a2d",
         )
 
 
@@ -120,7 +120,7 @@ def blocks_only(converted: Converted) -> Iterator[Refusal]:
     if converted.section.objective != "bd3lm":
         yield Refusal(
             f"it is {converted.section.objective}, and the engine decodes block by block",
-            "Convert it again with --to bd3lm --block 32",
+            "Convert with --to bd3lm --block 32",
         )
 
 
@@ -130,7 +130,7 @@ def masks_only(converted: Converted) -> Iterator[Refusal]:
         yield Refusal(
             "it was trained to correct replaced tokens (noise.kernel: uniform), and engines only "
             "fill masks in",
-            "Convert it again with --set noise.kernel=absorbing",
+            "Convert with --set noise.kernel=absorbing",
         )
 
 
