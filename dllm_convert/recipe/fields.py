@@ -75,11 +75,19 @@ def nearest_field(path: str) -> Field | None:
     return fields[close[0]] if close else None
 
 
+def field_path(error: ErrorDetails) -> str:
+    """Return the dotted path of the field that pydantic means; not which of its kinds it tried."""
+    parts = [str(part) for part in error["loc"] if isinstance(part, str)]
+    while len(parts) > 1 and ".".join(parts[:-1]) in all_fields():
+        parts.pop()
+    return ".".join(parts)
+
+
 def describe_problem(error: ErrorDetails) -> str:
     """Say in words what pydantic found wrong: field, value found, values expected."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])  # UnsoundError: it is in words already.
-    path = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
+    path = field_path(error)
     if error["type"] == "extra_forbidden":
         near = nearest_field(path)
         suggestion = f", the nearest is {near.path} ({near.allowed})" if near else ""
@@ -116,7 +124,10 @@ def _walk(
 def _allowed(entry: Mapping[str, Any]) -> str:
     if "anyOf" in entry:
         kinds = [kind for kind in entry["anyOf"] if kind.get("type") != "null"]
-        return f"{' or '.join(_allowed(kind) for kind in kinds)}, or empty"
+        allowed = " or ".join(_allowed(kind) for kind in kinds)
+        return allowed if len(kinds) == len(entry["anyOf"]) else f"{allowed}, or empty"
+    if "const" in entry:
+        return str(entry["const"])
     if "enum" in entry:
         *first, last = entry["enum"]
         return f"{', '.join(first)} or {last}" if first else str(last)

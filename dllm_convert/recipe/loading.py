@@ -17,7 +17,7 @@ from dllm_convert.common.nearest import nearest_place
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe import yaml_text as recipe_yaml
-from dllm_convert.recipe.fields import describe_problem, fields_of, sections
+from dllm_convert.recipe.fields import describe_problem, field_path, fields_of, sections
 from dllm_convert.recipe.inherited import Fetch, handed_down
 from dllm_convert.recipe.precedence import NAMES, forgotten
 from dllm_convert.recipe.schema import Recipe
@@ -257,8 +257,9 @@ class _Layers:
                 raise IncompatibleError(
                     f"{self._latest(found.fields)}: {found.message}", hint=found.hint
                 ) from error
-            path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
-            more = f" (and {len(rest)} more)" if rest else ""
+            path = field_path(problem)
+            others = {field_path(other) for other in rest} - {path}
+            more = f" (and {len(others)} more)" if others else ""
             section = path.rpartition(".")[0]
             here = ", ".join(fields_of(section))
             hint = f"Fields of {section or 'a recipe'}: {here}"

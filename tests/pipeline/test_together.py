@@ -97,7 +97,7 @@ def test_how_the_processes_end(
     monkeypatch.setattr(together, "launch", launch)
     recipe = Recipe(source="nobody/nothing", target="mdlm")
     with pytest.raises(raised, match=said):
-        together.run_together(recipe, tmp_path, together.How(), processes=2)
+        together.run_together(recipe, tmp_path, together.RunOptions(), processes=2)
 
 
 @pytest.mark.parametrize("processes", [0, -1, True, "2", 1.5])

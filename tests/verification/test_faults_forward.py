@@ -12,6 +12,7 @@ import pytest
 import torch
 from factory import FAMILIES
 from planting import edit_json, edit_tensors, failed, failing_report
+from torch.nn.attention.flex_attention import create_block_mask
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.manifest import write_manifest
@@ -105,6 +106,36 @@ def test_window_left_on_one_layer_type(converted: Callable[..., Any]) -> None:
 # Training's forward --------------------------------------------------------------------------
 
 
+class Mistaken:
+    """Stands in for the rule that a mask becomes."""
+
+    def __init__(self, mask: StreamMask, allows: Callable[..., Any]) -> None:
+        self._allows = allows
+        for name in ("streams", "blocks", "segments", "positions"):
+            setattr(self, name, getattr(mask, name))
+
+    def to(self, device: torch.device) -> Mistaken:
+        return self
+
+    def dense(self) -> torch.Tensor:
+        rows, width = self.streams.shape
+        index = torch.arange(width)
+        row = torch.arange(rows)[:, None, None]
+        mask: torch.Tensor = self._allows(self, row, index[None, :, None], index[None, None])
+        return mask.unsqueeze(1)
+
+    def block_mask(self, device: torch.device | None = None) -> Any:
+        rows, width = self.streams.shape
+        return create_block_mask(
+            lambda b, _, q, k: self._allows(self, b, q, k), rows, None, width, width, device="cpu"
+        )
+
+    streams: torch.Tensor
+    blocks: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+
+
 def rule(
     *,
     own_clean: bool = False,
@@ -112,10 +143,10 @@ def rule(
     clean_sees_noise: bool = False,
     other_documents: bool = False,
     everybody: bool = False,
-) -> Callable[..., Any]:
+) -> property:
     """Return the rule of training's mask with one mistake in it."""
 
-    def allows(self: StreamMask, row: Any, query: Any, key: Any) -> Any:
+    def allows(self: Any, row: Any, query: Any, key: Any) -> Any:
         stream, own_stream = self.streams[row, key], self.streams[row, query]
         block, own_block = self.blocks[row, key], self.blocks[row, query]
         before = block <= own_block if own_clean else block < own_block
@@ -132,7 +163,7 @@ def rule(
             return real | (query == key)
         return (seen & same & real) | (query == key)
 
-    return allows
+    return property(lambda mask: Mistaken(mask, allows))
 
 
 TRAINING = {"training-mask", "training-influence", "packed"}
@@ -151,21 +182,21 @@ TRAINING = {"training-mask", "training-influence", "packed"}
 def test_noisy_block_sees_too_much(
     llama: Any, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, bool], names: set[str]
 ) -> None:
-    monkeypatch.setattr(StreamMask, "allows", rule(**mistake))
+    monkeypatch.setattr(StreamMask, "rule", rule(**mistake))
     assert failed(llama.folder, ["training"]) == names
 
 
 def test_the_rule_without_a_mistake(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from dllm_convert.verification import verify_checkpoint
 
-    monkeypatch.setattr(StreamMask, "allows", rule())
+    monkeypatch.setattr(StreamMask, "rule", rule())
     assert verify_checkpoint(llama.folder, groups=["training"], untrained=True).passed
 
 
 def test_packed_documents_of_mdlm_see_each_other(
     open_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StreamMask, "allows", rule(everybody=True))
+    monkeypatch.setattr(StreamMask, "rule", rule(everybody=True))
     assert failed(open_llama.folder, ["training"]) == TRAINING
 
 

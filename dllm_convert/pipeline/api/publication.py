@@ -45,12 +45,12 @@ def write_card(checkpoint: str | Path) -> Documents:
     Raises:
         DataError: The folder has no manifest of ours, or cannot be written.
     """
-    from dllm_convert.card import readme
+    from dllm_convert.card.readme import write_card as write_readme
     from dllm_convert.card.report import write_report
 
     # The card links to the report where there is one.
     report = write_report(Path(checkpoint))
-    return Documents(readme.write_card(Path(checkpoint)), report)
+    return Documents(write_readme(Path(checkpoint)), report)
 
 
 def export(
