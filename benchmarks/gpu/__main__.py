@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -146,6 +147,7 @@ def main() -> None:
 
     quiet: Any = logging
     quiet.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if options.phase:
         serve(options)
         return
