@@ -38,7 +38,9 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
 def current_device() -> torch.device:
     """Return the accelerator that is seen, or the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def settle() -> None:

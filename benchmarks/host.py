@@ -3,7 +3,7 @@
     python -m benchmarks.host
     python -m benchmarks.host --repeats 50 --rows 4 --length 1024
 
-28 layers whose matrices are 16 wide: arithmetic is next to nothing, what is left is Python, the
+28 layers whose matrices are 32 wide: arithmetic is next to nothing, what is left is Python, the
 dispatch of operations and the autograd graph. A line a kind of training, a forward and backward
 each: median, least and largest milliseconds. Then, for rows as they are trained on, what lays them
 out: noise, the two streams, and the block mask of flex attention. All on one thread.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import textbook_sampling
 from benchmarks.devices import (
@@ -35,12 +35,10 @@ from benchmarks.devices import (
     peak_bytes,
     seconds,
 )
-from dllm_convert.adapters import adapter_of
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.modeling.loading import load_model
+from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.sampling.packing import packed_linears
-from dllm_convert.sampling.run import read_config
 
 THRESHOLDS = (0.7, 0.9, 0.95)
 Run = Callable[[], Any]
@@ -275,10 +273,8 @@ def main() -> None:
     keep_freed_memory()  # as `dllm-convert sample` does
     with quiet_libraries():
         folder = Path(args.converted)
-        adapter = adapter_of(read_config(folder))
-        model = load_model(folder, adapter, dtype=torch.float32).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        figures = MODES[args.mode](model, tokenizer, args)
+        loaded = load_checkpoint(folder, device=str(device))
+        figures = MODES[args.mode](loaded.model, loaded.tokenizer, args)
     print(json.dumps({"mode": args.mode, **figures}), flush=True)
 
 

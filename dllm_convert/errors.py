@@ -13,7 +13,29 @@ DllmConvertError (1)
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import ClassVar
+
+_NAME = re.compile(r"`([a-z][a-z_]*(?:=\w+)?)`")
+
+
+def spelt(text: str, spell: Callable[[str], str]) -> str:
+    """Return a message with the names in it as its reader types them.
+
+    What is wrong with a request is found below both doors, the command line and Python; it is
+    written with the names of arguments in backquotes, and each door spells those as it has them.
+
+    Args:
+        text: A message, names in backquotes.
+        spell: From a name, or `name=value`, to what is typed.
+    """
+    return _NAME.sub(lambda found: spell(found[1]), text)
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a message, in order."""
+    return tuple(dict.fromkeys(_NAME.findall(text)))
 
 
 class DllmConvertError(Exception):
@@ -72,16 +94,19 @@ class RequestError(DllmConvertError):
     """What was asked for contradicts itself, is no value that can be meant, or changes nothing.
 
     Args:
-        message: What was found and what was expected.
+        message: What was found and what was expected; arguments in backquotes, as Python has them
+            (see `spelt`).
         hint: What to type instead.
-        option: Option of the command line that said it, None for several.
+        argument: Argument that said it, None for several.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, hint: str | None = None, option: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, argument: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
-        self.option = option
+        self.argument = argument
 
 
 class OutputError(DllmConvertError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -43,7 +44,7 @@ class Sizes:
 SIZES = {
     "tiny": Sizes(512, 64, 128, 3, 4, 2),
     # 28 layers that take a device no time: what is left is the host's.
-    "nil": Sizes(64, 16, 16, 28, 2, 1),
+    "nil": Sizes(64, 32, 32, 28, 2, 1),
     "135M": Sizes(49153, 576, 1536, 30, 9, 3),
     "1.5B": Sizes(151936, 1536, 8960, 28, 12, 2),
     "7B": Sizes(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False),
@@ -152,7 +153,7 @@ def this_device() -> Device:
 def peak_flops(card: str) -> float | None:
     """Dense bfloat16 operations per second by the data sheet; None of a card without one here."""
     for device in GPUS:
-        if device.name.split()[0] in card.split():
+        if device.name.split()[0] in re.split(r"[\s-]+", card):
             return device.flops / UTILISATION
     return None
 

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
 from dllm_convert.adapters.measured import RECORD, adapter_from_dict
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import UnsupportedError
 
 __all__ = [
     "Adapter",
     "Measured",
-    "Window",
+    "SlidingWindow",
     "adapter_of",
     "all_adapters",
     "get_adapter",
@@ -54,8 +55,8 @@ def adapter_of(config: Mapping[str, Any]) -> Adapter:
         UnsupportedError: There is no such family, and no record.
         IncompatibleError: The record is broken.
     """
-    section = config.get("diffusion")
-    recorded = section.get(RECORD) if isinstance(section, Mapping) else None
+    section = diffusion_section(config)
+    recorded = None if section is None else section.get(RECORD)
     return (
         get_adapter(str(config.get("model_type")))
         if recorded is None

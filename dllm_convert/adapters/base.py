@@ -13,7 +13,7 @@ Implementation = Literal["sdpa", "eager"]
 
 
 @dataclass(frozen=True)
-class Window:
+class SlidingWindow:
     """A sliding window as a family's config declares it; its size is `sliding_window`.
 
     Attributes:
@@ -115,7 +115,7 @@ class Adapter:
     tensors: ClassTensors | None = None
     unused_tensors: str | None = None
     reserved_tokens: str | None = None
-    window: Window | None = None
+    window: SlidingWindow | None = None
     positions_after_pad: bool = False
     min_transformers: str = "5.2.0"
     tolerance: float = 1e-4

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
 from dllm_convert.errors import IncompatibleError
 
 RECORD = "adapter"
@@ -42,7 +42,7 @@ def adapter_from_dict(record: Mapping[str, Any]) -> Adapter:
             raise ValueError("the order of its layers is not one of its layers")
         values["measured"] = Measured(**measured)
         if values.get("window") is not None:
-            values["window"] = Window(**values["window"])
+            values["window"] = SlidingWindow(**values["window"])
         adapter = Adapter(**values)
         # What ends up in generated code is held to be what a measurement writes.
         if not str(adapter.stock_class).isidentifier():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dllm_convert.adapters.base import Adapter, Window
+from dllm_convert.adapters.base import Adapter, SlidingWindow
 from dllm_convert.adapters.tensors import decoder
 
 ADAPTER = Adapter(
@@ -22,5 +22,5 @@ ADAPTER = Adapter(
     # `[control_N]` in the SentencePiece vocabularies (v2, v3), `<SPECIAL_N>` in tekken.
     reserved_tokens=r"\[control_\d+\]|<SPECIAL_\d+>",
     # A config.json that leaves sliding_window out means 4096, so null has to be written.
-    window=Window(overrides={"sliding_window": None}, default=4096),
+    window=SlidingWindow(overrides={"sliding_window": None}, default=4096),
 )

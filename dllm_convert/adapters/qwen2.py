@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dllm_convert.adapters.base import Adapter, Window
+from dllm_convert.adapters.base import Adapter, SlidingWindow
 from dllm_convert.adapters.tensors import QKV_BIASES, decoder
 
 # Layers from max_window_layers on have the window, and only with use_sliding_window.
-WINDOW = Window(
+WINDOW = SlidingWindow(
     overrides={"use_sliding_window": False, "sliding_window": None},
     default=4096,
     flag="use_sliding_window",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dllm_convert.cli import options as option
+from dllm_convert.cli.commands.check import check
 from dllm_convert.cli.commands.evaluate import evaluate
 from dllm_convert.cli.commands.lists import architectures, recipes
 from dllm_convert.cli.commands.lm_eval import PASS_ON, lm_eval
@@ -46,7 +47,6 @@ def _root(version: option.Version = False) -> None:
 
 
 app.command(help="Convert, train, verify and document a checkpoint.")(run)
-app.command("check", help="Show what run would do with the same arguments; loads no weights.")(run)
-for _command in (verify, evaluate, sample, card, push, recipes, architectures):
+for _command in (check, verify, evaluate, sample, card, push, recipes, architectures):
     app.command()(_command)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)

@@ -20,11 +20,19 @@ from dllm_convert.common.interruption import INTERRUPTED, Interruption
 from dllm_convert.common.quiet import debugging
 from dllm_convert.common.secrets_found import TOKEN_VARIABLES
 from dllm_convert.common.shown_text import one_line
-from dllm_convert.errors import DllmConvertError, OutputError
+from dllm_convert.errors import DllmConvertError, OutputError, RequestError, spelt
 
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
 
+_FLAGS = {
+    "overrides": "--set",
+    "settings": "--set",
+    "source": "SOURCE",
+    "train=False": "--no-train",
+    "page": "--report",
+}
+"""Arguments of Python that the command line calls otherwise than by their name."""
 _CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """What torch says on a CPU, in an ordinary RuntimeError."""
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -69,10 +77,21 @@ class CommandGroup(TyperGroup):
             raise typer.Exit(error.exit_code) from error
 
 
+def flag(name: str) -> str:
+    """Return an argument of Python, or one with its value, as the command line has it."""
+    if name in _FLAGS:
+        return _FLAGS[name]
+    argument, _, value = name.partition("=")
+    return f"--{argument.replace('_', '-')} {value}".rstrip()
+
+
 def classify(error: Exception) -> Failure | None:
     """Return what to say of an error, or None if it is a bug or none of ours."""
     if isinstance(error, DllmConvertError):
-        return Failure(type(error).__name__, error.message, error.hint, error.exit_code)
+        message, hint = error.message, error.hint
+        if isinstance(error, RequestError):
+            message, hint = spelt(message, flag), hint and spelt(hint, flag)
+        return Failure(type(error).__name__, message, hint, error.exit_code)
     # torch.OutOfMemoryError is a RuntimeError; naming it would import torch.
     no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if no_memory or _CPU_MEMORY in str(error):

@@ -265,3 +265,27 @@ ForceUnverified = Annotated[
         help="Publish what failed verification or was never verified; the card says so first.",
     ),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read pickled weights (.bin), without running code in them."
+    ),
+]
+
+_GENERIC = "Families without an adapter"
+Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe",
+        rich_help_panel=_GENERIC,
+        help="Measure on a small random instance whether the family can be converted; check only.",
+    ),
+]
+AllowGeneric = Annotated[
+    bool,
+    typer.Option(
+        "--allow-generic",
+        rich_help_panel=_GENERIC,
+        help="Convert a family that has no adapter, if it passes what --probe measures.",
+    ),
+]

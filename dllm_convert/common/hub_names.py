@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 _NAME = r"(?=.{1,96}(?:/|$))\w(?:[\w.-]*\w)?"
 REPO_ID = re.compile(rf"{_NAME}(?:/{_NAME})?", re.ASCII)
 """A model or dataset: `owner/name`, or `name` for those from before owners."""
+
+_MEANT = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What somebody may have meant as one of these, typing errors included: the Hub says the rest."""
+_PATH_STARTS = ("/", "./", "../", "~", ".\\", "..\\")
 
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 """ISO 639-1, -2 or -3 in small letters, or one of two words of the Hub's own."""
@@ -46,15 +52,29 @@ LICENCE_FILE_NAMES = ("LICENSE", "LICENSE.md")
 """Files of the repository that `license_link` may name; anything else has to be an address."""
 
 
-def is_model_id(text: object) -> bool:
-    """Whether a value has the shape of a repository id; nobody asks the Hub whether it exists."""
+def is_model_id(text: object, *, owned: bool = False) -> bool:
+    """Whether a value has the shape of a repository id; nobody asks the Hub whether it exists.
+
+    Args:
+        text: Any value.
+        owned: Whether it has to name its owner.
+    """
     return (
         isinstance(text, str)
         and REPO_ID.fullmatch(text) is not None
+        and ("/" in text or not owned)
         and ".." not in text
         and "--" not in text
         and not text.endswith(".git")
     )
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is an id of the Hub, as in owner/name: what exists here is meant itself."""
+    looks_local = source.startswith(_PATH_STARTS) or source.endswith(".gguf")
+    if looks_local or os.sep * 2 in source or not _MEANT.fullmatch(source):
+        return False
+    return not Path(source).expanduser().exists()
 
 
 def language_codes(stated: tuple[str, ...]) -> tuple[str, ...]:

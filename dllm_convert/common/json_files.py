@@ -103,6 +103,11 @@ def load_json_object(path: Path, *, distinct: bool = False) -> dict[str, Any]:
     return value
 
 
+def write_config(path: Path, value: Any) -> None:
+    """Write a JSON file of a checkpoint: as transformers writes its own, letters as they are."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a kill or a power cut leaves the old file or the new one, whole."""
     write_whole(path, strict_json.dumps(value, indent=2) + "\n")

@@ -100,7 +100,7 @@ def record_card(folder: Path) -> None:
     write_manifest(folder, read_manifest(folder) | {"card": card})
 
 
-def file_names(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path) -> list[str]:
     """Return the names of all files under `folder`, work state left out, sorted.
 
     Names are relative to the folder, with forward slashes.
@@ -123,7 +123,7 @@ def hash_files(folder: Path, exclude: Iterable[str] = ()) -> dict[str, str]:
         Name relative to the folder, with forward slashes, to hexadecimal digest.
     """
     skipped = set(exclude)
-    return sha256_files({n: folder / n for n in file_names(folder) if n not in skipped})
+    return sha256_files({n: folder / n for n in checkpoint_files(folder) if n not in skipped})
 
 
 def changed_files(folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -174,7 +174,7 @@ def listing_faults(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         for name, digest in hashes.items()
         if not (isinstance(digest, str) and _SHA256.fullmatch(digest))
     }
-    for name in file_names(folder):
+    for name in checkpoint_files(folder):
         listed = name in hashes or name in WRITTEN_LAST
         if not listed and PurePosixPath(name).suffix.lower() in _LOADED:
             wrong[name] = "is not listed"

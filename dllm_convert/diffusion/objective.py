@@ -7,12 +7,12 @@ in where a prediction is read; everything else is the same code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.common.terms import Context, Kernel, Target
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.schedule import Schedule
@@ -46,29 +46,29 @@ class Objective:
 
     @classmethod
     def from_config(cls, config: Any) -> Objective:
-        """Read the objective from a converted checkpoint's config."""
-        return cls.from_section(config.diffusion, config.vocab_size)
+        """Read the objective from a converted checkpoint's config, as transformers loads it."""
+        return cls.from_section(DiffusionSection.of(config.diffusion), config.vocab_size)
 
     @classmethod
-    def from_section(cls, section: Mapping[str, Any], vocabulary: int) -> Objective:
-        """Read the objective from the `diffusion` section of a config.json.
+    def from_section(cls, section: DiffusionSection, vocabulary: int) -> Objective:
+        """Return the objective that a checkpoint was made for.
 
         Args:
-            section: The section, as plain values.
+            section: The `diffusion` section of its config.json.
             vocabulary: Rows of the embedding.
         """
         return cls(
-            target=section["objective"],
-            mask_token_id=section["mask_token_id"],
-            token_shift=section["token_shift"],
-            block_size=section["block_size"],
-            kernel=section.get("noise_kernel", "absorbing"),
+            target=section.objective,
+            mask_token_id=section.mask_token_id,
+            token_shift=section.token_shift,
+            block_size=section.block_size,
+            kernel=section.noise_kernel,
             vocabulary=vocabulary,
-            context=section.get("context", "block"),
+            context=section.context,
             schedule=Schedule(
-                section["noise_schedule"],
-                section.get("noise_power", 2.0),
-                discrete_steps=section.get("discrete_steps"),
+                section.noise_schedule,
+                section.noise_power,
+                discrete_steps=section.discrete_steps,
             ),
         )
 

@@ -9,11 +9,11 @@ from typing import Any
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.continuation import Continuation, cut_left
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.published.limits import context_of, has_position_table
 
 
-def most_tokens(subject: Subject, wanted: int | None, reporter: Reporter) -> int:
+def most_tokens(subject: EvaluatedCheckpoint, wanted: int | None, reporter: Reporter) -> int:
     """Return the most tokens of a text: the checkpoint's context, or what is wanted instead.
 
     Args:
@@ -40,7 +40,9 @@ def most_tokens(subject: Subject, wanted: int | None, reporter: Reporter) -> int
     return wanted
 
 
-def scored_text(subject: Subject, request: Any, context: int, *, begins: bool) -> Continuation:
+def scored_text(
+    subject: EvaluatedCheckpoint, request: Any, context: int, *, begins: bool
+) -> Continuation:
     """Tokenise a request.
 
     Args:
@@ -82,7 +84,7 @@ def told_of_cuts(lengths: Sequence[int], room: int, reporter: Reporter) -> None:
         )
 
 
-def whole_text(subject: Subject, request: Any) -> list[int]:
+def whole_text(subject: EvaluatedCheckpoint, request: Any) -> list[int]:
     """Tokenise a text that is scored as a whole; nothing but white space may have no tokens.
 
     Raises:

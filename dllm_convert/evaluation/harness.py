@@ -35,7 +35,7 @@ from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
 from dllm_convert.evaluation.settings import Settings, find_settings, merge
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.sampling.packing import packed_linears
 
@@ -75,7 +75,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         max_length: int | None = None,
         published: str | None = None,
         max_batch_size: int | None = None,
-        subject: Subject | None = None,
+        subject: EvaluatedCheckpoint | None = None,
         settings: Settings | None = None,
         reporter: Reporter | None = None,
         **given: Any,
@@ -85,7 +85,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         self._ranks = Ranks.find(device)
         self._rank, self._world_size = self._ranks.rank, self._ranks.world
         self._device = self._ranks.device
-        self.subject = subject or Subject.load(
+        self.subject = subject or EvaluatedCheckpoint.load(
             Path(str(pretrained)),
             block_size=self.settings.block_size,
             device=str(self._ranks.device),

@@ -21,7 +21,7 @@ from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
 
-FORMAT_VERSION = 1
+EVALUATION_VERSION = 1
 """Version of the `evaluation` section of the manifest."""
 
 
@@ -52,7 +52,7 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
     # Its result is written into the manifest: what cannot be is told before hours of work.
     refuse_other_version(request.checkpoint)
     started = time.monotonic()
-    found: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": _settings(request)}
+    found: dict[str, Any] = {"format_version": EVALUATION_VERSION, "settings": _settings(request)}
     if request.tasks:
         from dllm_convert.evaluation.run import evaluate_tasks
 

@@ -11,7 +11,7 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.outcome import Outcome, require_harness, run_tasks
 from dllm_convert.evaluation.paired import paired_difference
 from dllm_convert.evaluation.request import Request
-from dllm_convert.sampling.run import read_config
+from dllm_convert.modeling.converted_config import read_converted_config
 
 
 def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def evaluate_tasks(request: Request, reporter: Reporter) -> dict[str, Any]:
 def _check_base(request: Request) -> None:
     if request.base is None:
         return
-    if adapter_of(read_config(request.checkpoint)).attention == "bidirectional":
+    if adapter_of(read_converted_config(request.checkpoint)).attention == "bidirectional":
         raise IncompatibleError(
             f"{request.base} is a masked language model, which has no likelihood of its own and "
             "writes nothing",

@@ -12,12 +12,16 @@ import torch
 
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.modeling.converted_config import check_converted_config
-from dllm_convert.modeling.text_bounds import conversation_ids, end_ids, first_token, open_ids
-from dllm_convert.sampling.run import read_config
+from dllm_convert.modeling.loading import load_checkpoint
+from dllm_convert.modeling.text_bounds import (
+    conversation_ids,
+    end_ids,
+    first_token,
+    open_ids,
+    until_end,
+)
 from dllm_convert.source.chat_rendering import chat_text
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
-from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 
 def scored_from(given: Sequence[int], whole: Sequence[int], continuation: str) -> int:
@@ -60,7 +64,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedCheckpoint:
     """A converted checkpoint, loaded.
 
     Attributes:
@@ -85,7 +89,7 @@ class Subject:
         block_size: int | None = None,
         device: str | None = None,
         dtype: str | None = None,
-    ) -> Subject:
+    ) -> EvaluatedCheckpoint:
         """Load a converted checkpoint; its own modelling code is not run.
 
         Args:
@@ -98,12 +102,8 @@ class Subject:
             DataError: There is no such checkpoint.
             IncompatibleError: It is no diffusion model, or has no blocks whose size to change.
         """
-        from dllm_convert.modeling.loading import device_and_dtype, load_model
-
-        config = read_config(folder)
-        adapter = check_converted_config(config, folder)
-        where, kind = device_and_dtype(device, dtype)
-        model = load_model(folder, adapter, dtype=getattr(torch, kind)).to(where)
+        loaded = load_checkpoint(folder, device=device, dtype=dtype)
+        model = loaded.model
         objective = Objective.from_config(model.config)
         if block_size is not None:
             if objective.target != "bd3lm":
@@ -115,9 +115,14 @@ class Subject:
             model.config.block_size = block_size
             model.config.diffusion = {**model.config.diffusion, "block_size": block_size}
             model.generation_config.block_size = block_size
-        tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-        longest = context_length(config, adapter) or ASSUMED_CONTEXT
-        return cls(model, tokenizer, objective, longest, str(folder))
+        longest = context_length(loaded.config, loaded.adapter) or ASSUMED_CONTEXT
+        return cls(
+            model=model,
+            tokenizer=loaded.tokenizer,
+            objective=objective,
+            context=longest,
+            name=str(folder),
+        )
 
     @cached_property
     def first_token(self) -> int:
@@ -244,7 +249,8 @@ class Subject:
             **options,
         )
         rows = output.sequences[:, width:].tolist()
-        ended = [self._until_end(row) for row in rows]
+        ends = end_ids(self.model)
+        ended = [until_end(row, ends) for row in rows]
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ended]
         return Written(tuple(texts), tuple(map(len, ended)), int(output.forwards))
 
@@ -254,8 +260,3 @@ class Subject:
         options = {"confidence_threshold": None, "max_denoising_steps": None, "temperature": 0.0}
         output = self.model.generate(ids, max_new_tokens=new, **options)
         return tuple(output[0, len(prompt) :].tolist())
-
-    def _until_end(self, row: list[int]) -> list[int]:
-        ends = end_ids(self.model)
-        last = next((at for at, token in enumerate(row) if token in ends), len(row) - 1)
-        return row[: last + 1]

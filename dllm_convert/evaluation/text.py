@@ -14,7 +14,7 @@ from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.evaluation.request import Request
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.recipe.recorded import recorded_recipe
 from dllm_convert.source.tokenizer_loading import load_tokenizer
@@ -73,7 +73,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         update={"source": request.data, "held_out_source": None, "held_out_split": None}
     )
     recipe = recipe.model_copy(update={"data": data})
-    subject = Subject.load(request.checkpoint, block_size=request.settings.block_size)
+    subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)
     text = prepare_data(recipe, subject.tokenizer, reporter)
     batches = [batch.to(subject.model.device) for batch in text.held_out]
     source = recipe.data.source
@@ -91,7 +91,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
 
 
 def _base_nll(
-    base: str, subject: Subject, batches: Sequence[TextBatch], reporter: Reporter
+    base: str, subject: EvaluatedCheckpoint, batches: Sequence[TextBatch], reporter: Reporter
 ) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
@@ -105,11 +105,12 @@ def _base_nll(
     model = load_complete(
         AutoModelForCausalLM,
         base,
+        device=str(subject.model.device),
         dtype=subject.model.dtype,
         # Some families have no sdpa.
         attn_implementation=subject.model.config._attn_implementation,
         trust_remote_code=False,
-    ).to(subject.model.device)
+    )
     rows = int(model.config.get_text_config().vocab_size)
     with reporter.task("measure the base's NLL", total=len(batches)) as task:
         return dict(autoregressive_nll(Stock(model), batches, rows, task=task).as_dict())

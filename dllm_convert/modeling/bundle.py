@@ -30,6 +30,7 @@ CODE_FILES = {
     "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
+MODELING_MODULE = MODELING_FILE.removesuffix(".py")
 
 _MEASURED_PART = "measured.py"
 _MEASURED_CLASS = '''class {name}(MeasuredMixin, {stock}):
@@ -134,6 +135,11 @@ def published_code(adapter: Adapter | None = None) -> dict[str, str]:
         model[:1] = (imported, body), measured
     facts = {"version": __version__, "transformers": oldest}
     return {file: _join(file, files[file], _DOCS[file].format(**facts)) for file in CODE_FILES}
+
+
+def auto_map(adapter: Adapter) -> dict[str, str]:
+    """Return the `auto_map` of config.json: where transformers finds the diffusion class."""
+    return {adapter.auto_class: f"{MODELING_MODULE}.{adapter.diffusion_class}"}
 
 
 def write_code(folder: Path, adapter: Adapter | None = None) -> None:

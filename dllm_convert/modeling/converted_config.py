@@ -11,14 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, adapter_of
+from dllm_convert.common.diffusion_section import ATTENTION, DiffusionSection, diffusion_section
+from dllm_convert.common.nearest import no_folder
 from dllm_convert.common.shown_text import shown
-from dllm_convert.source.config_numbers import LARGEST, check_numbers, is_number, is_size, wrong
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.source.config_numbers import (
+    LARGEST,
+    check_numbers,
+    is_id,
+    is_number,
+    is_size,
+    wrong,
+)
+from dllm_convert.source.safetensors_header import load_json_object
 
-_ATTENTION = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 _SCHEDULES = ("linear", "cosine", "polynomial")
 _KERNELS = ("absorbing", "uniform")
 _CONTEXTS = ("block", "causal")
 _HINT = "Put back the config.json that dllm-convert run wrote, or convert the model again"
+
+
+def read_converted_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a converted checkpoint.
+
+    Raises:
+        DataError: If there is no such folder or file.
+        IncompatibleError: If it is not a diffusion checkpoint.
+    """
+    if not folder.is_dir():
+        raise no_folder(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote"
+        )
+    config = load_json_object(path)
+    if diffusion_section(config) is None:
+        raise IncompatibleError(
+            f"{folder} is not a diffusion checkpoint: its config.json has no 'diffusion' section",
+            hint=f"Convert it first: dllm-convert run {folder} --to bd3lm --block 32",
+        )
+    if not isinstance(config.get("model_type"), str):
+        raise IncompatibleError(
+            f"config.json of {folder} has no model_type",
+            hint=_HINT,
+        )
+    return config
 
 
 def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:
@@ -34,71 +72,73 @@ def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:
     """
     adapter = adapter_of(config)
     check_numbers(config, adapter, 0)
-    section: Mapping[str, Any] = config["diffusion"]
-    for key, value, fits, expected in _fields(config, section):
-        if not fits:
-            raise wrong(key, value, expected, _HINT)
+    section, rows = read_section(config), config.get("vocab_size")
+    mask, size = section.mask_token_id, section.block_size
+    given = config.get("max_position_embeddings")
+    context = given if isinstance(given, int) and is_size(given) else LARGEST
+    _check(
+        ("vocab_size", rows, is_size(rows), "a whole number of at least 1"),
+        ("diffusion.mask_token_id", mask, is_size(rows) and mask < int(rows or 0),
+         f"an id below the {rows} rows of the embedding"),
+        ("mask_token_id", config.get("mask_token_id"), _same(config.get("mask_token_id"), mask),
+         f"{shown(mask)} as in diffusion"),
+        # Decoding makes room for a whole block at once.
+        ("diffusion.block_size", size, size is None or size <= context,
+         f"a whole number from 1 to the context of {context}"),
+        ("block_size", config.get("block_size"), _same(config.get("block_size"), size),
+         f"{shown(size)} as in diffusion"),
+        ("is_causal", config.get("is_causal"), config.get("is_causal") is False, "false"),
+    )  # fmt: skip
     return adapter
 
 
-def _fields(
-    config: Mapping[str, Any], section: Mapping[str, Any]
-) -> list[tuple[str, Any, bool, str]]:
-    """Return each field's name, what it holds, whether that is sound, and what would be."""
+def read_section(config: Mapping[str, Any]) -> DiffusionSection:
+    """Read the `diffusion` section of a config.json, checked for itself.
+
+    Args:
+        config: config.json; that it has a section is known.
+
+    Raises:
+        IncompatibleError: A field is missing, is not what it has to be, or contradicts another.
+    """
+    section: Mapping[str, Any] = config["diffusion"]
     objective, mask = section.get("objective"), section.get("mask_token_id")
-    size, rows = section.get("block_size"), config.get("vocab_size")
-    blocks, given = objective == "bd3lm", config.get("max_position_embeddings")
-    context = given if isinstance(given, int) and is_size(given) else LARGEST
-    known = isinstance(objective, str) and objective in _ATTENTION
+    size, power = section.get("block_size"), section.get("noise_power", 2.0)
     shift, steps = section.get("token_shift"), section.get("discrete_steps")
-    power = section.get("noise_power", 2.0)
-    ids = f"an id below the {rows} rows of the embedding"
-    fields: list[tuple[str, Any, bool, str]] = [
-        ("vocab_size", rows, is_size(rows), "a whole number of at least 1"),
-        ("diffusion.objective", objective, known, "mdlm or bd3lm"),
-        ("diffusion.mask_token_id", mask, _is_id(mask) and _is_row(mask, rows), ids),
-        ("mask_token_id", config.get("mask_token_id"), _same(config.get("mask_token_id"), mask),
-         f"{shown(mask)} as in diffusion"),
-        ("diffusion.block_size", size, _is_block(size, context) if blocks else size is None,
-         f"a whole number from 1 to the context of {context}" if blocks
-         else "null: MDLM has no blocks"),
-        ("block_size", config.get("block_size"), _same(config.get("block_size"), size),
-         f"{shown(size)} as in diffusion"),
+    known = isinstance(objective, str) and objective in ATTENTION
+    blocks = objective == "bd3lm"
+    _check(
+        ("diffusion.objective", objective, known, " or ".join(ATTENTION)),
+        ("diffusion.mask_token_id", mask, is_id(mask), "an id of the vocabulary"),
+        ("diffusion.block_size", size, is_size(size) if blocks else size is None,
+         "a whole number of at least 1" if blocks else "null: MDLM has no blocks"),
         ("diffusion.token_shift", shift, isinstance(shift, bool), "true or false"),
-        ("is_causal", config.get("is_causal"), config.get("is_causal") is False, "false"),
         ("diffusion.discrete_steps", steps, steps is None or is_size(steps), "a whole number"),
         ("diffusion.noise_power", power, is_number(power) and power > 0, "a number above 0"),
-    ]  # fmt: skip
-    for key, allowed in (
-        ("attention", (_ATTENTION[str(objective)],) if known else ()),
-        ("noise_schedule", _SCHEDULES),
-        ("noise_kernel", _KERNELS),
-        ("context", _CONTEXTS),
+    )  # fmt: skip
+    for key, allowed, may_lack in (
+        ("attention", (ATTENTION[str(objective)],), False),
+        # A checkpoint of somebody else need not say its noise: MDLM's own is linear, of masks.
+        ("noise_schedule", _SCHEDULES, True),
+        ("noise_kernel", _KERNELS, True),
+        ("context", _CONTEXTS, True),
     ):
-        value = section.get(key)
-        absent = value is None and key in ("noise_kernel", "context") and key not in section
-        fields.append((f"diffusion.{key}", value, absent or value in allowed, " or ".join(allowed)))
-    return fields
+        value, absent = section.get(key), key not in section
+        sound = may_lack if absent else value in allowed
+        _check((f"diffusion.{key}", value, sound, " or ".join(allowed)))
+    return DiffusionSection.of(section)
+
+
+def _check(*fields: tuple[str, Any, bool, str]) -> None:
+    """Refuse the first field that is not sound.
+
+    Args:
+        *fields: Its name, what it holds, whether that is sound, and what would be.
+    """
+    for key, value, sound, expected in fields:
+        if not sound:
+            raise wrong(key, value, expected, _HINT)
 
 
 def _same(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
-
-
-def _is_block(value: object, context: int) -> bool:
-    """Whether a block of so many tokens fits: decoding makes room for a whole one at once."""
-    return isinstance(value, int) and is_size(value) and value <= context
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_row(value: Any, rows: Any) -> bool:
-    return not is_size(rows) or value < rows
-
-
-def diffusion_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a conversion wrote into config.json, None if the model is no conversion."""
-    section = config.get("diffusion")
-    return section if isinstance(section, Mapping) else None

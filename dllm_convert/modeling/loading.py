@@ -7,6 +7,7 @@ in a log. Here both are refused, with the names.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.common.manifest import refuse_other_version
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.converted_config import check_converted_config, read_converted_config
+from dllm_convert.source.folder import read_config
 from dllm_convert.source.leftovers import computed_with
 from dllm_convert.source.source_fit import fit_folder
+from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 BROKEN = (
     ArithmeticError,
@@ -36,12 +42,13 @@ BROKEN = (
 """What transformers raises of a checkpoint that is not what it seems."""
 
 
-def load_complete(cls: Any, source: Path | str, **settings: Any) -> Any:
+def load_complete(cls: Any, source: Path | str, *, device: str = "cpu", **settings: Any) -> Any:
     """Load a checkpoint with a class of transformers, in evaluation mode.
 
     Args:
         cls: A model class, or one of the auto classes.
         source: Folder, or a Hub id.
+        device: Where the model goes; on the CPU it stays where `settings` put it.
         **settings: Other arguments of `from_pretrained`.
 
     Raises:
@@ -61,16 +68,20 @@ def load_complete(cls: Any, source: Path | str, **settings: Any) -> Any:
             hint="HF_DEBUG=1 shows where this comes from",
         ) from error
     _refuse_partial(model, info, source)
-    return model.eval()
+    # A model in 4 bits cannot be told where to go, not even where it is.
+    return (model if device == "cpu" else model.to(device)).eval()
 
 
-def load_base(folder: Path, adapter: Adapter, **settings: Any) -> Any:
-    """Load a base with its stock class, its config saying what its files say.
+def load_base(folder: Path, adapter: Adapter, *, device: str = "cpu") -> Any:
+    """Load a base in float32 as stock transformers does, its config saying what its files say.
+
+    One that is a conversion itself is loaded as what it is: the stock class would let a block
+    diffusion model look ahead across its blocks.
 
     Args:
         folder: Folder of safetensors.
         adapter: Its family.
-        **settings: Other arguments of `from_pretrained`.
+        device: Where the model goes.
 
     Raises:
         DataError: It cannot be loaded, or not completely.
@@ -78,8 +89,16 @@ def load_base(folder: Path, adapter: Adapter, **settings: Any) -> Any:
     """
     import transformers
 
-    cls = getattr(transformers, adapter.stock_class)
-    return load_complete(cls, folder, config=base_config(folder, adapter), **settings)
+    if diffusion_section(read_config(folder)) is not None:
+        return load_model(folder, adapter, device=device)
+    return load_complete(
+        getattr(transformers, adapter.stock_class),
+        folder,
+        device=device,
+        config=base_config(folder, adapter),
+        dtype=torch.float32,
+        attn_implementation=adapter.implementations[0],
+    )
 
 
 def base_config(folder: Path, adapter: Adapter) -> Any:
@@ -149,6 +168,7 @@ def load_model(
     folder: Path,
     adapter: Adapter,
     *,
+    device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
     quantized: bool = False,
@@ -158,6 +178,7 @@ def load_model(
     Args:
         folder: Converted checkpoint.
         adapter: Its family.
+        device: Where the model goes.
         dtype: Type the weights are held in.
         attention: Implementation, as transformers names it; None is the family's first.
         quantized: Hold linear layers in 4 bits (NF4, arXiv 2305.14314).
@@ -177,4 +198,45 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    return load_complete(cls, folder, **settings)
+    return load_complete(cls, folder, device=device, **settings)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A converted checkpoint, loaded to be run.
+
+    Attributes:
+        model: Diffusion model in evaluation mode.
+        tokenizer: Its tokenizer.
+        config: Its config.json, which was checked.
+        adapter: Its family.
+    """
+
+    model: Any
+    tokenizer: Any
+    config: Mapping[str, Any]
+    adapter: Adapter
+
+
+def load_checkpoint(
+    folder: Path, *, device: str | None = None, dtype: str | None = None
+) -> Checkpoint:
+    """Check a folder and load it to run; its own modelling code is not run.
+
+    Args:
+        folder: Converted checkpoint.
+        device: As in `device_and_dtype`.
+        dtype: As in `device_and_dtype`.
+
+    Raises:
+        DataError: There is no such checkpoint, or it is not whole.
+        IncompatibleError: It is no diffusion checkpoint, or contradicts itself.
+        UnsupportedError: Its family is not known.
+    """
+    config = read_converted_config(folder)
+    adapter = check_converted_config(config, folder)
+    refuse_other_version(folder)
+    where, held = device_and_dtype(device, dtype)
+    model = load_model(folder, adapter, device=where, dtype=getattr(torch, held))
+    tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
+    return Checkpoint(model=model, tokenizer=tokenizer, config=config, adapter=adapter)

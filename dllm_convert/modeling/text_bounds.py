@@ -17,8 +17,6 @@ from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.source.tokenizer_loading import TokenizerErrors
 
-ROLES = ("bos", "eos", "pad")
-"""Tokens that configs name by id."""
 _LETTERS = ("a", "A", "1", ".")
 """Texts to see what a tokenizer puts around one; a vocabulary of proteins has no small letters."""
 
@@ -115,13 +113,19 @@ def end_ids(model: Any) -> frozenset[int]:
     return frozenset(read_ids(model.generation_config.eos_token_id))
 
 
+def until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    """Return tokens up to and including the first that ends a text."""
+    first = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return tokens[:first]
+
+
 def stated_ids(
     role: str, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> tuple[int, ...]:
     """Return the ids that a checkpoint's files give a role, by transformers' precedence.
 
     Args:
-        role: One of `ROLES`.
+        role: One of `ID_ROLES`.
         config: config.json.
         generation: generation_config.json; where it names none, the config does.
 

@@ -22,7 +22,7 @@ from dllm_convert.recipe.typed import (
 )
 
 
-class Asked(TypedDict, total=False):
+class ConversionRequest(TypedDict, total=False):
     """What can be asked of a conversion; each wins over recipe and preset.
 
     Attributes:
@@ -66,13 +66,13 @@ class Asked(TypedDict, total=False):
     processes: int
 
 
-def resolve(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
+def resolve(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> Recipe:
     """Return the recipe that comes of a source and what is asked.
 
     Args:
         source: Recipe name or .yaml file, Hub id, folder or .gguf file, tried in that order; or a
             recipe that was resolved already.
-        **asked: See `Asked`.
+        **asked: See `ConversionRequest`.
 
     Raises:
         RequestError: What is asked contradicts itself, or would change nothing.
@@ -80,9 +80,9 @@ def resolve(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
         HubError: A source on the Hub cannot be asked whether it is a conversion.
         TypeError: There is no such argument.
     """
-    unknown = sorted(set(asked) - Asked.__optional_keys__)
+    unknown = sorted(set(asked) - ConversionRequest.__optional_keys__)
     if unknown:
-        known = ", ".join(sorted(Asked.__optional_keys__))
+        known = ", ".join(sorted(ConversionRequest.__optional_keys__))
         raise TypeError(f"there is no argument {unknown[0]!r}; there are {known}")
     for name in ("global_batch", "processes"):
         count = asked.get(name)
@@ -111,7 +111,7 @@ def resolve(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
     return recipe
 
 
-def _fields(asked: Asked) -> dict[str, Any]:
+def _fields(asked: ConversionRequest) -> dict[str, Any]:
     """Return the fields of a recipe that arguments name; what was not given is left out."""
     lora, data, logged = asked.get("lora"), asked.get("data"), asked.get("report_to")
     train, full = asked.get("train", True), asked.get("full", False)
@@ -131,7 +131,7 @@ def _fields(asked: Asked) -> dict[str, Any]:
     return {field: value for field, value in fields.items() if value is not None}
 
 
-def _amended(recipe: Recipe, typed: Mapping[str, Any], asked: Asked) -> Recipe:
+def _amended(recipe: Recipe, typed: Mapping[str, Any], asked: ConversionRequest) -> Recipe:
     if asked.get("preset") is not None:
         raise RequestError(
             "a recipe that is resolved takes no preset any more",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import ALONE, Place
-from dllm_convert.pipeline.options import DEFAULT, How
+from dllm_convert.pipeline.options import DEFAULT, RunOptions
 from dllm_convert.pipeline.results import StageResult
 from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.planning.conversion import ConversionPlan
@@ -38,7 +38,7 @@ class Run:
     workspace: Workspace
     reporter: Reporter
     place: Place = ALONE
-    how: How = DEFAULT
+    how: RunOptions = DEFAULT
 
     def do(self, stage: Stage[Result]) -> Result:
         """Do a stage, or return what an earlier session of this run found.

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.modeling.converted_config import diffusion_section
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
 
@@ -23,7 +23,7 @@ def load(run: Run, folder: Path) -> Any:
 
     # float32 would take twice the memory that the plan names for the training.
     dtype = training_dtype(run.plan.recipe.training)
-    return load_model(folder, run.plan.adapter, dtype=dtype).to("cuda")
+    return load_model(folder, run.plan.adapter, device="cuda", dtype=dtype)
 
 
 def _baseline(run: Run) -> Baseline:

@@ -18,7 +18,7 @@ class Depth(StrEnum):
 
 
 @dataclass(frozen=True)
-class How:
+class RunOptions:
     """How a run is done, whatever it makes.
 
     Attributes:
@@ -50,4 +50,4 @@ class How:
         return f"the model was not loaded ({why}): dllm-convert verify CHECKPOINT runs this"
 
 
-DEFAULT = How()
+DEFAULT = RunOptions()

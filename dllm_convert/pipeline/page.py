@@ -12,7 +12,7 @@ from dllm_convert.verification.report import VerificationReport
 
 if TYPE_CHECKING:
     from dllm_convert.verification.observe.observations import Observations
-    from dllm_convert.verification.opening import Asked
+    from dllm_convert.verification.opening import VerificationRequest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ class ReportWithPage(VerificationReport):
 
 
 def write_page(
-    path: Path, folder: Path, asked: Asked, report: VerificationReport, reporter: Reporter
+    path: Path,
+    folder: Path,
+    asked: VerificationRequest,
+    report: VerificationReport,
+    reporter: Reporter,
 ) -> ReportWithPage:
     """Measure what the report's pictures show, and write it."""
     from dllm_convert.card.report import write_report

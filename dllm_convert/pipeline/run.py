@@ -17,7 +17,7 @@ from dllm_convert.errors import DllmConvertError, VerificationError
 from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
 from dllm_convert.pipeline.measures import BASELINE, MEASURE, SAMPLE, VIEWS
-from dllm_convert.pipeline.options import DEFAULT, How
+from dllm_convert.pipeline.options import DEFAULT, RunOptions
 from dllm_convert.pipeline.resumed import check_resumed
 from dllm_convert.pipeline.stages import (
     ADAPT,
@@ -123,7 +123,7 @@ def run(
     *,
     push: PushOptions | None = None,
     place: Place = ALONE,
-    how: How = DEFAULT,
+    how: RunOptions = DEFAULT,
 ) -> RunResult:
     """Convert, train, verify and document a checkpoint.
 

@@ -15,14 +15,14 @@ from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import Place
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline.launch import launch
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.recipe.schema import Recipe
 
 
 def run_together(
     recipe: Recipe,
     out: Path,
-    how: How,
+    how: RunOptions,
     *,
     processes: int | None,
     config: Path | None = None,
@@ -84,7 +84,7 @@ def take_part(job: Path, place: Place) -> None:
     if not place.main:
         follow(out, place)
         return
-    how = How(link=asked["link"], verify=Depth(asked["verify"]), extend=asked["extend"])
+    how = RunOptions(link=asked["link"], verify=Depth(asked["verify"]), extend=asked["extend"])
     run(recipe, out, Reporter(quiet=asked["quiet"]), place=place, how=how)
 
 

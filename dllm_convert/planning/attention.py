@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError, UnsupportedError
-from dllm_convert.modeling.converted_config import diffusion_section
 from dllm_convert.planning.checks import layer_count
 from dllm_convert.planning.layers import FULL, SLIDING, AttentionLayers, group_layers, kept_features
 from dllm_convert.recipe.schema import Recipe
@@ -72,7 +72,7 @@ def _measured_types(
     return tuple(window if kind in measured.narrow else kind for kind in measured.kinds)
 
 
-def _in_force(config: Mapping[str, Any], window: Window) -> bool:
+def _in_force(config: Mapping[str, Any], window: SlidingWindow) -> bool:
     """Whether the config has a window; a key that is absent stands for the family's default."""
     if window.flag is not None and not config.get(window.flag, False):
         return False

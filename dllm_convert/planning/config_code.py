@@ -11,7 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.bundle import MODELING_MODULE
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.tokenizer_classes import is_known
 
@@ -20,7 +22,6 @@ _OTHER_HEADS = re.compile(
     r"|Reward\w*|ForTextRegression)"
 )
 _TOKENIZER, _WEIGHTS = "tokenizer_class", "transformers_weights"
-_OURS = "modeling_dllm."
 _CODE_KEYS = re.compile(
     r"auto_map|trust_remote_code|use_kernels|kernel\w*|custom_\w+"
     r"|_?(attn|attention|experts)_implementation(_internal)?"
@@ -140,7 +141,7 @@ def _warnings(config: Mapping[str, Any], adapter: Adapter) -> Iterator[str]:
         value = config[key]
         if key not in ("auto_map", _WEIGHTS) and value and value not in (True, *_IMPLEMENTATIONS):
             yield f"config.json: {key} names {_said(value)}: it is neither loaded nor copied"
-    if config.get("is_causal") is False and "diffusion" not in config:
+    if config.get("is_causal") is False and diffusion_section(config) is None:
         yield (
             "config.json says is_causal false: the source sees both sides already, and what is "
             "measured of it under a causal mask (its NLL, its picture) is not how it was trained"
@@ -161,7 +162,7 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 
 def _is_stock(names: list[str], config: Mapping[str, Any], adapter: Adapter) -> bool:
     known = {adapter.stock_class, *adapter.also_of}
-    if isinstance(config.get("diffusion"), Mapping):
+    if diffusion_section(config) is not None:
         known.add(adapter.diffusion_class)
     folded = {name.casefold() for name in known}
     return any(name.casefold() in folded for name in names)
@@ -175,9 +176,9 @@ def _own_code(config: Mapping[str, Any]) -> str | None:
     named = config.get("auto_map")
     if not isinstance(named, Mapping):
         return None
-    ours = isinstance(config.get("diffusion"), Mapping)
+    ours = diffusion_section(config) is not None
     for value in named.values():
         text = value[0] if isinstance(value, list) and value else value
-        if isinstance(text, str) and not (ours and text.startswith(_OURS)):
+        if isinstance(text, str) and not (ours and text.startswith(f"{MODELING_MODULE}.")):
             return _said(text)
     return None

@@ -9,18 +9,13 @@ from typing import Any
 from dllm_convert.adapters import get_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import RECORD, adapter_as_dict
+from dllm_convert.common.diffusion_section import DiffusionSection, diffusion_section
 from dllm_convert.common.secrets_found import refuse_secrets
 from dllm_convert.common.tables import Block, Printed
-from dllm_convert.modeling.converted_config import diffusion_section
+from dllm_convert.modeling.bundle import auto_map
 from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
-from dllm_convert.planning.checks import (
-    check_generation,
-    check_lengths,
-    check_noise,
-    check_pickle,
-    check_target,
-)
+from dllm_convert.planning.checks import check_context, check_pickle, check_target
 from dllm_convert.planning.config_code import (
     check_adapter_beside,
     check_class,
@@ -42,16 +37,12 @@ from dllm_convert.source.quantised import check_quantised, side_file_warning
 from dllm_convert.source.source_fit import fit_source
 
 __all__ = [
-    "FORMAT_VERSION",
     "ConversionPlan",
     "MaskRule",
     "MaskTokenDecision",
     "make_plan",
     "plan_as_dict",
 ]
-
-FORMAT_VERSION = 1
-"""Version of the `diffusion` section of config.json."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +102,21 @@ def _keeps_shift(recipe: Recipe, adapter: Adapter) -> bool:
     return adapter.attention == "causal" and recipe.token_shift == "keep"  # noqa: S105
 
 
-def _diffusion_section(recipe: Recipe, mask: MaskTokenDecision, *, shift: bool) -> dict[str, Any]:
-    section: dict[str, Any] = {
-        "objective": recipe.target,
-        "block_size": recipe.block_size,
-        "mask_token_id": mask.id,
-        "token_shift": shift,
-        "noise_schedule": recipe.noise.schedule,
-        "attention": "bidirectional" if recipe.target == "mdlm" else "block-causal",
-        "format_version": FORMAT_VERSION,
-    }
-    if recipe.noise.schedule == "polynomial":
-        section["noise_power"] = recipe.noise.power
-    if recipe.noise.kernel == "uniform":
-        section |= {"noise_kernel": "uniform", "discrete_steps": recipe.noise.discrete_steps}
-    if recipe.training.ar_loss_weight:
-        section["context"] = "causal"
-    return section
+def _diffusion_section(
+    recipe: Recipe, adapter: Adapter, mask: MaskTokenDecision
+) -> DiffusionSection:
+    noise = recipe.noise
+    return DiffusionSection(
+        objective=recipe.target,
+        block_size=recipe.block_size,
+        mask_token_id=mask.id,
+        token_shift=_keeps_shift(recipe, adapter),
+        noise_schedule=noise.schedule,
+        noise_power=noise.power,
+        noise_kernel=noise.kernel,
+        discrete_steps=noise.discrete_steps,
+        context="causal" if recipe.training.ar_loss_weight else "block",
+    )
 
 
 def _config_updates(
@@ -141,13 +130,13 @@ def _config_updates(
     updates: dict[str, Any] = {
         **stored,
         "architectures": [adapter.diffusion_class],
-        "auto_map": {adapter.auto_class: f"modeling_dllm.{adapter.diffusion_class}"},
+        "auto_map": auto_map(adapter),
         **(adapter.measured.config if adapter.measured else {}),
         "is_causal": False,
         "mask_token_id": mask.id,
         "vocab_size": mask.rows_after,
         **opened,
-        "diffusion": _diffusion_section(recipe, mask, shift=_keeps_shift(recipe, adapter)),
+        "diffusion": _diffusion_section(recipe, adapter, mask).as_dict(),
     }
     if recipe.target == "bd3lm":
         updates["block_size"] = recipe.block_size
@@ -194,9 +183,7 @@ def make_plan(
     shift = _keeps_shift(recipe, adapter)
     converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)
-    check_lengths(recipe, context)
-    check_noise(recipe)
-    check_generation(recipe, context, source.config)
+    check_context(recipe, context, source.config)
     attention = open_attention(recipe, source, adapter)
     changed = fit.vocabulary if mask.write_row or mask.rows_after != mask.rows_before else ()
     known = (converted, side_file_warning(source), *code_warnings(source, adapter), *fit.warnings)

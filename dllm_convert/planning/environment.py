@@ -8,8 +8,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.modeling.converted_config import diffusion_section
 
 
 def check_transformers(needed: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.modeling.text_bounds import ROLES, stated_ids
+from dllm_convert.modeling.text_bounds import stated_ids
 from dllm_convert.source.config_numbers import check_ids
 from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.tokenizer_files import ID_ROLES
 
 
 def check_token_ids(source: SourceInfo, rows: int) -> None:
@@ -19,7 +20,7 @@ def check_token_ids(source: SourceInfo, rows: int) -> None:
         IncompatibleError: An entry is no id, or of a row that does not exist.
     """
     check_ids(source.generation, "generation_config.json")
-    for role in ROLES:
+    for role in ID_ROLES:
         beyond = [
             token for token in stated_ids(role, source.config, source.generation) if token >= rows
         ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.info import SourceInfo, TokenizerInfo
@@ -243,7 +244,7 @@ def decide_mask_token(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> M
     own = tokenizer.mask_token
     why = None if own is None else _why_not_own(tokenizer, own)
     # An encoder and a diffusion model know their mask; a causal model never saw one.
-    trained = adapter.attention == "bidirectional" or "diffusion" in source.config
+    trained = adapter.attention == "bidirectional" or diffusion_section(source.config) is not None
     if own is not None and (why is None or trained):
         return _own(recipe, tokenizer, own, rows)
     if recipe.mask_token.token is not None or recipe.mask_token.id is not None:

@@ -18,13 +18,13 @@ from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from dllm_convert.adapters.base import Adapter, Measured, Window
+from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.probing.instance import Instance, decoder_layers, draft_adapter
 from dllm_convert.probing.shrink import layer_kinds
 from dllm_convert.probing.sizes import VOCABULARY
 from dllm_convert.source.leftovers import computed_with
-from dllm_convert.source.quantised import FLOATS
+from dllm_convert.source.safetensors_header import FLOATS
 
 Stored = tuple[str, Sequence[int]]
 """Type of a tensor, by its name in safetensors, and its shape."""
@@ -86,7 +86,7 @@ def declare(
         head_module=places[1].rpartition(".")[2],
         head_biases=biases,
         unused_tensors=unused,
-        window=Window(dict(opened), default=next(iter(opened.values()))) if opened else None,
+        window=SlidingWindow(dict(opened), default=next(iter(opened.values()))) if opened else None,
         min_transformers=transformers.__version__,
         implementations=draft.implementations,
         measured=Measured(

@@ -21,8 +21,8 @@ from dllm_convert.common.manifest import (
     write_manifest,
 )
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.converted_config import read_converted_config
 from dllm_convert.publishing.staging import check_recorded, is_weight, published_names
-from dllm_convert.sampling.run import read_config
 from dllm_convert.training.adapter_files import ADAPTER
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -82,7 +82,7 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
     from dllm_convert.verification.probes.portability import run_isolated
 
     manifest = read_manifest(merged)
-    source, family = manifest["source"], adapter_of(read_config(merged))
+    source, family = manifest["source"], adapter_of(read_converted_config(merged))
     probe = {
         "name": "adapter",
         "required": f"logits within {family.tolerance:g} of the merged weights",

@@ -12,7 +12,7 @@ from dllm_convert.errors import DataError, HubError
 from dllm_convert.publishing.confirm import confirm
 from dllm_convert.publishing.options import PushOptions, PushResult
 from dllm_convert.publishing.remote import (
-    Changes,
+    PushChanges,
     RemoteState,
     compare,
     keeps_card,
@@ -90,13 +90,13 @@ def _send(
     options: PushOptions,
     scratch: Path,
     reporter: Reporter,
-) -> tuple[str, Changes, RemoteState]:
+) -> tuple[str, PushChanges, RemoteState]:
     """Commit what is missing; try again after a failure that may pass.
 
     Every try starts from what the repository holds by then: an answer that got lost after the
     commit was made is found out here, not committed twice.
     """
-    first: Changes | None = None
+    first: PushChanges | None = None
     failures = 0
     with hub_errors(target.repo_id, target.revision, doing="write"):
         for _ in range(2 * ATTEMPTS):
@@ -123,7 +123,7 @@ def _send(
 
 def _survey(
     staged: Staged, target: Target, options: PushOptions, scratch: Path, reporter: Reporter
-) -> tuple[RemoteState, Changes]:
+) -> tuple[RemoteState, PushChanges]:
     """Read the repository, settle which card it gets, and list what is missing there."""
     remote = read_remote(target.repo_id, target.revision, scratch / "manifest")
     if keeps_card(remote) and not options.overwrite_card:
@@ -158,7 +158,7 @@ def _commit(
     target: Target,
     options: PushOptions,
     remote: RemoteState,
-    changes: Changes,
+    changes: PushChanges,
 ) -> None:
     """Send everything in one call; the client leaves out what the Hub has already."""
     try:

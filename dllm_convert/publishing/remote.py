@@ -11,7 +11,7 @@ from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.manifest import (
     CARD_FILE,
     MANIFEST_FILE,
-    file_names,
+    checkpoint_files,
     git_blob,
     read_manifest,
 )
@@ -70,7 +70,7 @@ class RemoteState:
 
 
 @dataclass(frozen=True)
-class Changes:
+class PushChanges:
     """What a push has to do.
 
     Attributes:
@@ -182,7 +182,7 @@ def _recorded(manifest: Mapping[str, Any], name: str) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
-def compare(remote: RemoteState, staged: Path, manifest: Mapping[str, Any]) -> Changes:
+def compare(remote: RemoteState, staged: Path, manifest: Mapping[str, Any]) -> PushChanges:
     """Return what is missing, different or left over in a repository.
 
     Args:
@@ -190,7 +190,7 @@ def compare(remote: RemoteState, staged: Path, manifest: Mapping[str, Any]) -> C
         staged: What is to be published.
         manifest: Its manifest, whose hashes were compared with the files when it was staged.
     """
-    names = file_names(staged)
+    names = checkpoint_files(staged)
     found = remote.files
     upload = tuple(
         name
@@ -199,4 +199,4 @@ def compare(remote: RemoteState, staged: Path, manifest: Mapping[str, Any]) -> C
     )
     ours = {MANIFEST_FILE, *((remote.manifest or {}).get("files") or {})}
     delete = tuple(sorted(name for name in ours & found.keys() if name not in set(names)))
-    return Changes(upload, delete, sum((staged / name).stat().st_size for name in upload))
+    return PushChanges(upload, delete, sum((staged / name).stat().st_size for name in upload))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from math import prod
 from pathlib import Path
 
 from dllm_convert.common.disk import read_chunks, writing
+from dllm_convert.common.json_files import write_config
 from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
-    Entry,
     Header,
+    TensorEntry,
     encode_header,
     read_checkpoint,
 )
@@ -35,7 +35,7 @@ class _Piece:
     name: str
     file: str
     header: Header
-    entry: Entry
+    entry: TensorEntry
 
     @property
     def size(self) -> int:
@@ -109,7 +109,7 @@ def reshard(source: Path, out: Path, max_bytes: int) -> list[str]:
                 for piece in shard
             },
         }
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_config(out / INDEX_FILE, index)
     return [*names, INDEX_FILE]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from dllm_convert.card.licences import check_publication, rules_for
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
-from dllm_convert.common.manifest import CARD_FILE, file_names, read_manifest
+from dllm_convert.common.manifest import CARD_FILE, checkpoint_files, read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.work_folder import WORK, locked
 from dllm_convert.errors import VerificationError
@@ -160,7 +160,7 @@ def _stage(
     what = "LoRA adapter" if options.adapter_only else "Diffusion language model"
     description = (
         f"{what} made from {base_name(manifest['source'])} with dllm-convert {__version__}; "
-        f"{len(file_names(out))} files, {verdict}."
+        f"{len(checkpoint_files(out))} files, {verdict}."
     )
     return Staged(out, folder, name, description, verified)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from dllm_convert.common.manifest import file_names, read_manifest
+from dllm_convert.common.manifest import checkpoint_files, read_manifest
 from dllm_convert.common.secrets_found import Finding, find_homes, find_secrets, unescaped
 from dllm_convert.errors import DataError
 
@@ -48,7 +48,7 @@ def check_staged(folder: Path) -> None:
 def _findings(folder: Path) -> Iterator[tuple[str, Finding]]:
     sample = read_manifest(folder).get("sample")
     written = "".join(map(str, sample.values())) if isinstance(sample, dict) else ""
-    for name in file_names(folder):
+    for name in checkpoint_files(folder):
         if _matches(name, _UNREAD):
             continue
         ours = not _matches(name, _OF_THE_BASE)

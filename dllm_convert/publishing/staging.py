@@ -13,7 +13,7 @@ from dllm_convert.common.disk import link
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     WRITTEN_LAST,
-    file_names,
+    checkpoint_files,
     read_manifest,
     write_manifest,
 )
@@ -103,7 +103,7 @@ def stage(folder: Path, out: Path, reporter: Reporter, *, max_shard_size: int | 
     # Hashes that were just compared are not computed again.
     files = {
         name: recorded.get(name) or sha256_file(out / name)
-        for name in file_names(out)
+        for name in checkpoint_files(out)
         if name not in WRITTEN_LAST
     }
     (out / MANIFEST_FILE).unlink()

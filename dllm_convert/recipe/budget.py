@@ -62,13 +62,13 @@ class Budget:
             RequestError: There are such.
         """
         pairs = (
-            ("--tokens", self.tokens is not None, "--steps", steps is not None),
-            ("--tokens", self.tokens is not None, f"--set {_STEPS}", _STEPS in assigned),
-            ("--max-time", self.minutes is not None, f"--set {_MAX}", _MAX in assigned),
+            ("`tokens`", self.tokens is not None, "`steps`", steps is not None),
+            ("`tokens`", self.tokens is not None, f"`overrides` {_STEPS}", _STEPS in assigned),
+            ("`max_time`", self.minutes is not None, f"`overrides` {_MAX}", _MAX in assigned),
             (
-                "--global-batch",
+                "`global_batch`",
                 self.global_batch is not None,
-                f"--set {_ACCUMULATION}",
+                f"`overrides` {_ACCUMULATION}",
                 _ACCUMULATION in assigned,
             ),
         )
@@ -111,7 +111,7 @@ def _refuse_beyond(training: Training) -> None:
         raise RequestError(
             f"it takes {training.steps:,} steps, expected at most {LARGEST_COUNT:,}: give fewer "
             "tokens, or larger batches",
-            option="--tokens",
+            argument="tokens",
         )
 
 
@@ -123,7 +123,7 @@ def _shared(
         raise RequestError(
             f"{total} sequences cannot be shared by {processes} processes alike; "
             f"{total - total % processes or processes} can",
-            option="--global-batch",
+            argument="global_batch",
         )
     own = total // processes
     if batch == "auto":
@@ -132,8 +132,8 @@ def _shared(
     size = next((size for size in sizes if own % size == 0), None)
     if size is None:
         raise RequestError(
-            f"{own} sequences per process are no multiple of {_BATCH} {batch}, as --set says",
-            option="--global-batch",
+            f"{own} sequences per process are no multiple of {_BATCH} {batch}, as `overrides` says",
+            argument="global_batch",
         )
     return {"batch_size": size, "gradient_accumulation": own // size}
 
@@ -147,7 +147,7 @@ def parse_count(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:[_,]\d{3})*(?:\.\d+)?)\s*([kmbgt]?)", text.strip().lower())
     value = float(re.sub("[_,]", "", match[1])) * _COUNTS[match[2]] if match else 0
     if not 1 <= value < 1e18:
-        raise RequestError(f"{text!r} is no number of tokens, as in 5M or 1.5B", option="--tokens")
+        raise RequestError(f"{text!r} is no number of tokens, as in 5M or 1.5B", argument="tokens")
     return round(value)
 
 
@@ -161,5 +161,5 @@ def parse_minutes(text: str) -> float:
     whole = re.fullmatch(r"(?:\s*\d+(?:\.\d+)?\s*[smhd])+", text.strip().lower())
     minutes = sum(float(number) * _MINUTES[unit] for number, unit in parts) if whole else 0.0
     if not 0 < minutes <= LONGEST_MINUTES:
-        raise RequestError(f"{text!r} is no time, as in 90m, 2h or 1h30m", option="--max-time")
+        raise RequestError(f"{text!r} is no time, as in 90m, 2h or 1h30m", argument="max_time")
     return minutes

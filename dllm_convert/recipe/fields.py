@@ -77,6 +77,8 @@ def nearest_field(path: str) -> Field | None:
 
 def describe_problem(error: ErrorDetails) -> str:
     """Say in words what pydantic found wrong: field, value found, values expected."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])  # UnsoundError: it is in words already.
     path = ".".join(str(part) for part in error["loc"] if isinstance(part, str))
     if error["type"] == "extra_forbidden":
         near = nearest_field(path)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.common.hub_ids import is_hub_id
+from dllm_convert.common.diffusion_section import ATTENTION, diffusion_section
+from dllm_convert.common.hub_names import is_hub_id
 
 Fetch = Callable[[str, str | None, tuple[str, ...]], Path | None]
 """Brings small files of a Hub id, at a revision, into a folder; None if it is no repository."""
@@ -44,8 +45,8 @@ def handed_down(
         folder = fetch(source, revision, _READ)
     if folder is None:
         return {}
-    section = _object(folder / CONFIG).get("diffusion")
-    if not isinstance(section, Mapping) or section.get("objective") not in ("mdlm", "bd3lm"):
+    section = diffusion_section(_object(folder / CONFIG))
+    if section is None or section.get("objective") not in tuple(ATTENTION):
         return {}
     recipe = _object(folder / MANIFEST).get("recipe")
     noise = recipe.get("noise") if isinstance(recipe, Mapping) else None

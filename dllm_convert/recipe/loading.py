@@ -107,7 +107,7 @@ def load_recipe(
     # Two sources that contradict each other are refused by whoever let them be typed.
     one = path is not None or overrides.get("source", source) == source
     layers.hand_down(fetch if one else None)
-    return _with_blocks(layers.validate())
+    return layers.validate()
 
 
 def amend_recipe(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
@@ -123,13 +123,7 @@ def amend_recipe(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     layers = _Layers()
     layers.add(recipe.model_dump(mode="json"), "the recipe")
     layers.add(overrides, COMMAND_LINE)
-    return _with_blocks(layers.validate())
-
-
-def _with_blocks(recipe: Recipe) -> Recipe:
-    if recipe.target == "bd3lm" and recipe.block_size is None:
-        return recipe.model_copy(update={"block_size": DEFAULT_BLOCK_SIZE})
-    return recipe
+    return layers.validate()
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -145,11 +139,13 @@ class _Layers:
         values: Dotted path to value and where it was written, for the messages.
         ranks: Dotted path to the number of the layer that wrote it.
         typed: Paths that somebody wrote for this conversion: not those of inherited presets.
+        order: Where fields were written, the earliest first.
     """
 
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     typed: set[str] = field(default_factory=set)
+    order: list[str] = field(default_factory=list)
     _layers: int = 0
 
     def add_file(
@@ -199,6 +195,7 @@ class _Layers:
             fields.pop("block_size", None)
             if "block_size" not in self.typed:
                 self.values.pop("block_size", None)
+        self.order.insert(0, f"{source}/config.json")
         for path, value in fields.items():
             self._put(path, value, f"{source}/config.json")
             self.ranks[path] = 0  # Broader fields that were typed beat it.
@@ -207,6 +204,7 @@ class _Layers:
         """Add fields, nested or dotted, written at `origin`."""
         flat = dict(_flatten(fields))
         self._layers += 1
+        self.order.append(origin)
         if flat.get("target") == "mdlm" and "block_size" not in flat:
             # The size belonged to the bd3lm that this layer replaces.
             self.values.pop("block_size", None)
@@ -238,14 +236,27 @@ class _Layers:
         return forgotten({path: self.ranks[path] for path in said})
 
     def validate(self) -> Recipe:
-        """Check every field against the schema."""
+        """Check every field against the schema, and all of them against each other.
+
+        Raises:
+            IncompatibleError: A field is unknown or no such value, or two contradict each other;
+                it says where that was written.
+        """
         for path in self._void():
             del self.values[path]
+        bd3lm = self.values.get("target", (None,))[0] == "bd3lm"
+        if bd3lm and self.values.get("block_size", (None,))[0] is None:
+            self.values["block_size"] = (DEFAULT_BLOCK_SIZE, "recipe")
         try:
             # Strict JSON: a list is a tuple, but "8" is no number and `true` is not 1.
             return Recipe.model_validate_json(json.dumps(self._nested()), strict=True)
         except ValidationError as error:
             problem, *rest = error.errors(include_url=False)
+            if problem["type"] == "value_error":
+                found = problem["ctx"]["error"].found
+                raise IncompatibleError(
+                    f"{self._latest(found.fields)}: {found.message}", hint=found.hint
+                ) from error
             path = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
             more = f" (and {len(rest)} more)" if rest else ""
             section = path.rpartition(".")[0]
@@ -259,6 +270,11 @@ class _Layers:
     def _origin(self, path: str) -> str:
         below = [known for known in self.values if known == path or known.startswith(f"{path}.")]
         return self.values[below[0]][1] if below else "recipe"
+
+    def _latest(self, fields: Iterable[str]) -> str:
+        """Return where the last written of some fields was: that is what broke a rule."""
+        origins = [self.values[path][1] for path in fields if path in self.values]
+        return next((origin for origin in reversed(self.order) if origin in origins), "recipe")
 
     def _nested(self) -> dict[str, Any]:
         root: dict[str, Any] = {}

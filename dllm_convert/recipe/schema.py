@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 from dllm_convert.common.terms import Kernel, Target
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking
+from dllm_convert.recipe.rules import UnsoundError, contradictions
 
 Method = Literal["full", "lora", "none"]
 Checkpointing = Literal["auto", "off", "selective", "full"]
@@ -277,6 +278,17 @@ class Recipe(_Section):
     data: Data = Data()
     training: Training = Training()
     generation: Generation = Generation()
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        """Refuse fields that contradict each other: a recipe that exists is sound.
+
+        Raises:
+            UnsoundError: There are such, which pydantic reports as a `value_error`.
+        """
+        for found in contradictions(self):
+            raise UnsoundError(found)
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that what comes out depends on; the others may change in between."""

@@ -32,8 +32,8 @@ def refuse_contradictions(given: Mapping[str, Any], assigned: Mapping[str, Any])
     for field in given.keys() & assigned.keys():
         if given[field] != assigned[field]:
             raise RequestError(
-                f"--set {field}={_said(assigned[field])} contradicts another option, which says "
-                f"{_said(given[field])}"
+                f"`overrides` {field}={_said(assigned[field])} contradicts another option, which "
+                f"says {_said(given[field])}"
             )
 
 
@@ -45,7 +45,9 @@ def refuse_other_source(source: str, recipe: Recipe, assigned: Mapping[str, Any]
     """
     other = assigned.get(_SOURCE, source)
     if recipe.name is None and other != source:
-        raise RequestError(f"--set source={_said(other)} contradicts SOURCE, which is {source}")
+        raise RequestError(
+            f"`overrides` source={_said(other)} contradicts `source`, which is {source}"
+        )
 
 
 def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
@@ -72,7 +74,7 @@ def _idle(field: str, recipe: Recipe) -> str | None:
         return _idle_training(field, recipe.training)
     noise, data = recipe.noise, recipe.data
     if field == "noise.power" and noise.schedule != "polynomial":
-        return f"the noise schedule is {noise.schedule}; add --set noise.schedule=polynomial"
+        return f"the noise schedule is {noise.schedule}; add `overrides` noise.schedule=polynomial"
     if field == "data.held_out_fraction" and data.held_out_source is not None:
         return "data.held_out_source is measured on, and nothing is held out of data.source"
     if field in _OF_DATASETS and data.source == "pydoc" and data.held_out_source is None:
@@ -83,13 +85,13 @@ def _idle(field: str, recipe: Recipe) -> str | None:
 def _idle_training(field: str, training: Training) -> str | None:
     of_lora = field.startswith("training.lora.") or field == "training.keep_adapter"
     if of_lora and training.method != "lora":
-        return f"the training method is {training.method}; add --lora {training.lora.rank}"
+        return f"the training method is {training.method}; add `lora={training.lora.rank}`"
     if training.method == "none" and field not in _OF_A_MODEL:
-        return "nothing is trained (--no-train, or training.method none)"
+        return "nothing is trained (`train=False`, or training.method none)"
     if field == "training.mask_noise_std" and not training.mask_noise_steps:
-        return "the noise fades over 0 steps; add --set training.mask_noise_steps=N"
+        return "the noise fades over 0 steps; add `overrides` training.mask_noise_steps=N"
     if field == "training.mask_noise_steps" and not training.mask_noise_std:
-        return "the noise is 0; add --set training.mask_noise_std=X"
+        return "the noise is 0; add `overrides` training.mask_noise_std=X"
     return None
 
 
@@ -123,7 +125,7 @@ def method(lora: int | None, *, full: bool, no_train: bool) -> str | None:
         if given
     ]
     if len(chosen) > 1:
-        raise RequestError("give one of --lora, --full and --no-train")
+        raise RequestError("give one of `lora`, `full` and `train=False`")
     return chosen[0] if chosen else None
 
 

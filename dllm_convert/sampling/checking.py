@@ -9,16 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from dllm_convert.adapters import adapter_of
-from dllm_convert.errors import RequestError
-from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
+from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.errors import RequestError, spelt
+from dllm_convert.modeling.converted_config import check_converted_config, read_section
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.modeling.published.settings import decoding_options
+from dllm_convert.recipe.rules import decoding_contradictions
 from dllm_convert.source.context import context_length, too_many_new
 from dllm_convert.source.safetensors_header import load_json_object
 
 _CLOSING = "closing_token_ids"
-_WARPERS = ("top_k", "top_p", "min_p")
 
 
 def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | None:
@@ -66,11 +67,14 @@ def check_settings(
         long = too_many_new(options.max_new_tokens, context, config)
         if long:
             raise ValueError(long)
-    idle = next((name for name in _WARPERS if name in given), None)
-    if idle and not options.temperature:
-        raise ValueError(f"{idle} does nothing without a temperature above 0")
-    if "remasking_ratio" in given and options.remasking is None:
-        raise ValueError("remasking_ratio does nothing without remasking")
+    section = read_section(config)
+    for wrong, _, _ in decoding_contradictions(
+        given,
+        options,
+        blocks=section.objective == "bd3lm",
+        masks=section.noise_kernel == "absorbing",
+    ):
+        raise ValueError(spelt(wrong, str))
     return options
 
 
@@ -91,13 +95,13 @@ def check_with_prompts(
         raise RequestError(str(error)) from error
 
 
-def require_decoding(folder: Path, given: Mapping[str, Any], option: str | None = None) -> None:
+def require_decoding(folder: Path, given: Mapping[str, Any], argument: str | None = None) -> None:
     """Refuse settings as `check_decoding` does, as a request that cannot be met.
 
     Args:
         folder: A converted checkpoint.
         given: Fields of `DecodingOptions`.
-        option: Option of the command line that said them.
+        argument: Argument that said them.
 
     Raises:
         RequestError: They contradict, or do nothing.
@@ -105,7 +109,7 @@ def require_decoding(folder: Path, given: Mapping[str, Any], option: str | None 
     try:
         check_decoding(folder, given)
     except (TypeError, ValueError) as error:
-        raise RequestError(str(error), option=option) from error
+        raise RequestError(str(error), argument=argument) from error
 
 
 def require_settings(model: Any, given: Mapping[str, Any]) -> None:

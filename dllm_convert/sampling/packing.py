@@ -11,18 +11,18 @@ it runs; the published file knows nothing of them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from dllm_convert.common.memory import available_bytes
 
 _KEPT: WeakKeyDictionary[nn.Module, PackedLinears] = WeakKeyDictionary()
 """The packed weights of each model, for as long as it lives."""
@@ -62,15 +62,6 @@ def can_pack(dtype: torch.dtype) -> bool:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
     return torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
-
-
-def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of memory that can be used without swapping; 0 where the system does not tell."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
 
 
 @dataclass(frozen=True)

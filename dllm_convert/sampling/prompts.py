@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.text_bounds import conversation_ids, open_ids
 from dllm_convert.source.chat_rendering import chat_text
@@ -137,8 +138,9 @@ def encode_prompts(
             nothing stands before.
         IncompatibleError: The tokenizer has no chat template, or the model knows no mask.
     """
+    section = DiffusionSection.of(model.config.diffusion)
     if mark is not None:
-        if model.config.diffusion.get("noise_kernel") == "uniform":
+        if section.noise_kernel == "uniform":
             raise IncompatibleError(
                 "this model was trained without a mask, so it cannot tell what is to be written",
                 hint="Leave out --infill",
@@ -146,7 +148,7 @@ def encode_prompts(
         prompts = [with_masks(tokenizer, prompt, mark) for prompt in prompts]
     encoded = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     mask = model.config.mask_token_id
-    if model.config.diffusion["token_shift"] and any(ids[0] == mask for ids in encoded):
+    if section.token_shift and any(ids[0] == mask for ids in encoded):
         raise DataError(
             "the prompt begins with a mask, and this model predicts a token from the one before",
             hint="Begin with at least one word",

@@ -12,16 +12,13 @@ from typing import Any
 
 import torch
 
-from dllm_convert.adapters import adapter_of
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.manifest import refuse_other_version
-from dllm_convert.common.nearest import no_folder
 from dllm_convert.common.tables import Block, Printed
-from dllm_convert.errors import DataError, IncompatibleError
-from dllm_convert.modeling.converted_config import check_converted_config, diffusion_section
+from dllm_convert.errors import DataError
+from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.options import Observer
-from dllm_convert.modeling.text_bounds import end_ids
+from dllm_convert.modeling.text_bounds import end_ids, until_end
 from dllm_convert.sampling.checking import check_with_prompts
 from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
@@ -29,8 +26,6 @@ from dllm_convert.sampling.watch.frames import Recorder
 from dllm_convert.sampling.watch.pieces import TokenText
 from dllm_convert.sampling.watch.record import write_recording
 from dllm_convert.sampling.watch.terminal import Watcher
-from dllm_convert.source.safetensors_header import load_json_object
-from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -60,29 +55,6 @@ class Sample(Printed):
     def as_blocks(self) -> list[Block]:
         """Return the prompt and what was written."""
         return [self.prompt + self.text]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a converted checkpoint.
-
-    Raises:
-        DataError: If there is no such folder or file.
-        IncompatibleError: If it is not a diffusion checkpoint.
-    """
-    if not folder.is_dir():
-        raise no_folder(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise DataError(
-            f"{folder} has no config.json", hint="Give the folder that dllm-convert run wrote"
-        )
-    config = load_json_object(path)
-    if diffusion_section(config) is None:
-        raise IncompatibleError(
-            f"{folder} is not a diffusion checkpoint: its config.json has no 'diffusion' section",
-            hint=f"Convert it first: dllm-convert run {folder} --to bd3lm --block 32",
-        )
-    return config
 
 
 def decode_samples(
@@ -139,7 +111,7 @@ def decode_samples(
     for prompt, ids, sequence in zip(prompts, encoded, output.sequences.tolist(), strict=True):
         if model.config.mask_token_id in ids:
             prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)
-        new = _until_end(sequence[width:], end_ids(model))
+        new = until_end(sequence[width:], end_ids(model))
         text = tokenizer.decode(new, skip_special_tokens=True)
         samples.append(
             Sample(
@@ -189,11 +161,6 @@ def fit(model: Any, tokenizer: Any, prompt: str, new: int) -> tuple[str, int]:
     return prompt, new
 
 
-def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
-    first = next((number for number, token in enumerate(tokens, 1) if token in ends), len(tokens))
-    return tokens[:first]
-
-
 def decode_sample(
     model: Any, tokenizer: Any, prompt: str, *, seed: int | None = None, **options: Any
 ) -> Sample:
@@ -216,7 +183,7 @@ def recorder_of(model: Any) -> Recorder:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Display:
     """What is shown and kept of a decoding, besides its text.
 
     Attributes:
@@ -232,7 +199,7 @@ def run_sample(
     folder: Path,
     prompts: Sequence[str],
     reporter: Reporter,
-    shown: Shown = Shown(),
+    shown: Display = Display(),
     **options: Any,
 ) -> tuple[Sample, ...]:
     """Load a converted checkpoint and decode prompts.
@@ -249,9 +216,11 @@ def run_sample(
         IncompatibleError: It is no diffusion checkpoint, or has no chat template.
     """
     with reporter.task("load"):
-        model, tokenizer = open_checkpoint(folder)
+        loaded = load_checkpoint(folder)
     title = folder.resolve().name
-    return sample_with(model, tokenizer, prompts, reporter, shown, title=title, **options)
+    return sample_with(
+        loaded.model, loaded.tokenizer, prompts, reporter, shown, title=title, **options
+    )
 
 
 def sample_with(
@@ -259,7 +228,7 @@ def sample_with(
     tokenizer: Any,
     prompts: Sequence[str],
     reporter: Reporter,
-    shown: Shown = Shown(),
+    shown: Display = Display(),
     *,
     title: str = "",
     **options: Any,
@@ -306,45 +275,3 @@ def record(recorder: Recorder, tokenizer: Any, path: Path, *, title: str = "") -
     """
     text = TokenText(tokenizer, recorder.end_ids)
     write_recording(path, recorder.film(), text, title=title)
-
-
-def open_checkpoint(
-    folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
-    """Check a folder and load it: model, in evaluation mode, and tokenizer.
-
-    Args:
-        folder: Converted checkpoint.
-        device: Where the model goes; None is the GPU if there is one.
-        dtype: Type the weights are held in; None is bfloat16 on a GPU and float32 elsewhere.
-
-    Raises:
-        DataError: There is no such checkpoint, or it is not whole.
-        IncompatibleError: It is no diffusion checkpoint, or contradicts itself.
-    """
-    config = read_config(folder)
-    check_converted_config(config, folder)
-    refuse_other_version(folder)
-    return load_checkpoint(folder, device=device, dtype=dtype)
-
-
-def load_checkpoint(
-    folder: Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Any, Any]:
-    """Load a converted checkpoint to decode with: model and tokenizer, on the GPU if there is one.
-
-    Args:
-        folder: Converted checkpoint.
-        device: As in `open_checkpoint`.
-        dtype: As in `open_checkpoint`.
-    """
-    from dllm_convert.modeling.loading import device_and_dtype, load_model
-
-    named = None if device is None else str(device)
-    where, kind = device_and_dtype(named, None if dtype is None else str(dtype).split(".")[-1])
-    model = load_model(folder, adapter_of(read_config(folder)), dtype=getattr(torch, kind))
-    tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
-    return model.to(where) if where != "cpu" else model, tokenizer

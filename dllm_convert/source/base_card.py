@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from dllm_convert.common.foreign_files import MIB
+from dllm_convert.common.hub_names import is_model_id
 from dllm_convert.recipe.yaml_text import check_structure
 
 _FRONT = re.compile(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_HOSTS = ("huggingface.co", "hf.co")
 
 
@@ -80,7 +80,7 @@ def gguf_base_card(metadata: Mapping[str, Any]) -> BaseCard:
         license_name=_single(metadata.get("general.license.name")),
         license_link=_single(metadata.get("general.license.link")),
         languages=_texts(metadata.get("general.languages")),
-        origin=origin if origin and _REPO_ID.fullmatch(origin) else next(filter(None, found), None),
+        origin=origin if is_model_id(origin, owned=True) else next(filter(None, found), None),
     )
 
 
@@ -88,7 +88,7 @@ def _hub_id(address: str) -> str | None:
     parts = urlsplit(address)
     repo_id = parts.path.strip("/")
     on_hub = parts.scheme == "https" and parts.hostname in _HUB_HOSTS
-    return repo_id if on_hub and _REPO_ID.fullmatch(repo_id) else None
+    return repo_id if on_hub and is_model_id(repo_id, owned=True) else None
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from dllm_convert.source.fit import (
 )
 from dllm_convert.source.info import TensorInfo
 from dllm_convert.source.leftovers import computed_with, is_known_leftover
-from dllm_convert.source.quantised import FLOATS
+from dllm_convert.source.safetensors_header import FLOATS
 from dllm_convert.source.tensor_names import every_name, loaded_as
 
 _WRAPPERS = ("module.", "_orig_mod.", "pretrained_model.", "base_model.model.")

@@ -58,6 +58,11 @@ def is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
+def is_id(value: object) -> bool:
+    """Whether a value can be the id of a token."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
     return (

@@ -9,12 +9,12 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.source.info import TensorInfo
+from dllm_convert.source.safetensors_header import FLOATS, TORCH_NAMES
 
 Same = Callable[[str, str], bool | None]
 """Whether two tensors, by their names in the files, hold the same bytes; None if nobody can say."""
 
 _EMBEDDERS = frozenset({"modules.json", "config_sentence_transformers.json"})
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def declared_dtype(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.size
-    most = _STORED.get(sizes.most_common(1)[0][0]) if sizes else None
+    dtype = sizes.most_common(1)[0][0] if sizes else ""
+    most = TORCH_NAMES[dtype] if dtype in FLOATS else None
     keys = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
     return {key: most for key in keys if most is not None and config[key] != most}
 

@@ -29,7 +29,11 @@ from dllm_convert.source.safetensors_header import (
 from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES, read_tokenizer
 from dllm_convert.source.wrong_source import no_config, no_weights
 
-PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PICKLE_FILES = (PICKLE_FILE, PICKLE_INDEX)
+"""One of these says that there are pickled weights."""
+ALL_PICKLES = ("pytorch_model*.bin", PICKLE_INDEX)
+"""Files of pickled weights, as patterns."""
 LICENCE_FILES = (
     *("LICENSE*", "LICENCE*", "License*", "license*", "MODEL_LICENSE*", "COPYING*"),
     *("NOTICE*", "Notice*", "USE_POLICY*"),
@@ -171,7 +175,7 @@ def inspect_folder(folder: Path, given: str) -> SourceInfo:
     headers: dict[str, Header] = {}
     weights: list[str]
     if SINGLE_FILE not in names and INDEX_FILE not in names and matching(names, PICKLE_FILES):
-        weights = matching(names, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        weights = matching(names, ALL_PICKLES)
     else:
         headers = read_checkpoint(folder)
         weights = [*headers, *([INDEX_FILE] if SINGLE_FILE not in headers else [])]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.copying import workers, write_all
+from dllm_convert.common.json_files import write_config
 from dllm_convert.errors import DataError
 from dllm_convert.source.gguf import stock_name
 from dllm_convert.source.gguf_header import GGML_TYPES, GgufHeader, GgufTensor, read_gguf_header
@@ -177,7 +178,7 @@ def _write_config(model: Any, out: Path, dtype: torch.dtype) -> None:
     config_path = out / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(config_path, config)
 
 
 def dequantise(path: Path, out: Path, model_type: str) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.common.json_files import write_config
 from dllm_convert.errors import DataError
+from dllm_convert.source.folder import PICKLE_FILE, PICKLE_INDEX
 from dllm_convert.source.info import TensorInfo
 from dllm_convert.source.quantised import check_packed
 from dllm_convert.source.safetensors_header import (
     INDEX_FILE,
     SINGLE_FILE,
+    TORCH_NAMES,
     encode_header,
     read_weight_map,
 )
@@ -22,17 +24,8 @@ from dllm_convert.source.safetensors_header import (
 if TYPE_CHECKING:
     import torch
 
-PICKLE_FILE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
-_WHOLE = {"int32": "I32", "int8": "I8", "uint8": "U8", "int16": "I16", "int64": "I64"}
+_CODES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+_FLOATING = tuple(name for name in _CODES if "float" in name)
 _PIECE = 4 << 20
 
 
@@ -112,10 +105,9 @@ def _save(state: dict[str, torch.Tensor], out: Path, keep: str) -> list[str]:
 
 def _described(state: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
     """Describe all tensors of a pickle; those that are not kept tell how it was packed."""
-    kinds = _DTYPES | _WHOLE
     return {
         name: TensorInfo(
-            kinds.get(str(tensor.dtype).removeprefix("torch."), "?"), tuple(tensor.shape), ""
+            _CODES.get(str(tensor.dtype).removeprefix("torch."), "?"), tuple(tensor.shape), ""
         )
         for name, tensor in state.items()
     }
@@ -123,9 +115,9 @@ def _described(state: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
 
 def _dtype(out: Path, name: str, tensor: torch.Tensor) -> str:
     found = str(tensor.dtype).removeprefix("torch.")
-    if found not in _DTYPES:
-        raise DataError(f"{out.name}: {name} has dtype {found}, expected {', '.join(_DTYPES)}")
-    return _DTYPES[found]
+    if found not in _FLOATING:
+        raise DataError(f"{out.name}: {name} has dtype {found}, expected {', '.join(_FLOATING)}")
+    return _CODES[found]
 
 
 def convert_pickles(folder: Path, names: list[str], out: Path, keep: str) -> None:
@@ -150,7 +142,7 @@ def convert_pickles(folder: Path, names: list[str], out: Path, keep: str) -> Non
     if len(names) > 1:
         total = sum((out / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_config(out / INDEX_FILE, index)
 
 
 def copy_others(folder: Path, names: list[str], out: Path) -> None:

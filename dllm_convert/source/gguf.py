@@ -11,7 +11,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.source.base_card import gguf_base_card
 from dllm_convert.source.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source.info import SourceInfo, TensorInfo, TokenizerInfo
-from dllm_convert.source.tokenizer_files import build_info, config_ids
+from dllm_convert.source.tokenizer_files import ID_ROLES, build_info, config_ids
 
 _CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
@@ -76,7 +76,7 @@ def _config(header: GgufHeader, architecture: str) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     for key, role in _NAMED_IDS.items():
         value = header.metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and role in ("bos", "eos", "pad"):
+        if value is not None and role in ID_ROLES:
             config[f"{role}_token_id"] = value
     return config
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dllm_convert.source.base_card import base_card, read_base_card
 from dllm_convert.source.folder import (
+    ALL_PICKLES,
     LICENCE_FILES,
     PICKLE_FILES,
     PICKLE_WARNING,
@@ -80,7 +81,7 @@ def _weights(
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the tensors and the names of the weight files, headers read by ranged requests."""
     if SINGLE_FILE not in names and INDEX_FILE not in names:
-        pickles = matching(names, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        pickles = matching(names, ALL_PICKLES)
         if matching(names, PICKLE_FILES):
             return {}, pickles
         raise no_weights(repo_id, names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dllm_convert.common.hub_ids import is_hub_id
+from dllm_convert.common.hub_names import is_hub_id
 from dllm_convert.common.json_files import is_pointer, pointer
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError

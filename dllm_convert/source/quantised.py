@@ -13,7 +13,6 @@ from typing import Any
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.source.info import SourceInfo, TensorInfo
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of weights that can be converted."""
 
 SECTIONS = ("quantization_config", "quantization", "compression_config")

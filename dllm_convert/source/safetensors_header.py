@@ -40,13 +40,23 @@ DTYPE_BYTES = {
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
 
+TORCH_NAMES = {
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16"},
+    **{"U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "C64": "complex64"},
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+}
+"""Types of a header by the names that torch, and config.json, have for them."""
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types that weights are computed with as they are stored."""
+
 _SHORTEST_TENSOR = len('"":{"dtype":"I8","shape":[],"data_offsets":[0,0]},')
 _MAX_DIMENSIONS = 64
 _MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a header.
 
     Attributes:
@@ -75,7 +85,7 @@ class Header:
 
     file: str
     data_start: int
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
@@ -83,7 +93,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
+def _entry(file: str, name: str, raw: Any, data_bytes: int) -> TensorEntry:
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
         raise broken(file, f"tensor {name!r} is described by {raw!r}", "dtype, shape, data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
@@ -112,7 +122,7 @@ def _entry(file: str, name: str, raw: Any, data_bytes: int) -> Entry:
             f"tensor {name!r} has {end - start} bytes",
             f"{needed} for {dtype} of shape {tuple(shape)}",
         )
-    return Entry(dtype, tuple(shape), start, end)
+    return TensorEntry(dtype, tuple(shape), start, end)
 
 
 def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm_convert.errors import DataError
-from dllm_convert.source.safetensors_header import Entry, read_checkpoint
+from dllm_convert.source.safetensors_header import TensorEntry, read_checkpoint
 
 if TYPE_CHECKING:
     from dllm_convert.source.fit import Same
@@ -31,7 +31,7 @@ def comparer(folder: Path | None) -> Same:
         return unknown
 
     def same(first: str, second: str) -> bool:
-        places: dict[str, tuple[Path, int, Entry]] = {}
+        places: dict[str, tuple[Path, int, TensorEntry]] = {}
         for file, header in read_checkpoint(folder).items():
             for name in {first, second} & header.entries.keys():
                 entry = header.entries[name]

@@ -39,6 +39,10 @@ SIDE_FILES = (
 )
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+KEPT_ROLES = tuple(role for role in ROLES if role != "mask")
+"""Roles that a conversion leaves to the tokens that have them."""
+ID_ROLES = ("bos", "eos", "pad")
+"""Roles that configs name by id."""
 """Names of tokens, in the order in which transformers adds those that a vocabulary lacks."""
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _SPACES = " ▁Ġ"

@@ -19,6 +19,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import pieces, workers
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.source_fit import fit_folder
@@ -211,18 +212,12 @@ def verify_folder(
         IncompatibleError: It is no diffusion checkpoint.
         UnsupportedError: Its family is not known.
     """
-    config = read_config(folder)
-    section = config.get("diffusion")
-    if not isinstance(section, dict) or not isinstance(section.get("mask_token_id"), int):
-        raise IncompatibleError(
-            f"config.json of {folder} has no diffusion section with a mask_token_id",
-            hint="Give a folder that dllm-convert run wrote",
-        )
+    config = read_converted_config(folder)
     adapter = adapter_of(config)
     manifest = read_manifest(folder, any_version=True) if (folder / MANIFEST_FILE).exists() else {}
     mask = ((manifest.get("plan") or {}).get("mask") or {}).get("write_row", True)
     trained = ((manifest.get("recipe") or {}).get("training") or {}).get("method") != "none"
-    row = section["mask_token_id"] if mask else None
+    row = read_section(config).mask_token_id if mask else None
     with reporter.task("verify files"):
         return verify_bytes(
             folder,
@@ -256,7 +251,7 @@ def verify_bytes(
     started = time.monotonic()
     probes = [_weights_probe(folder, adapter)]
     if probes[0].passed:
-        probes.append(mask_row_probe(folder, adapter, int(config["diffusion"]["mask_token_id"])))
+        probes.append(mask_row_probe(folder, adapter, read_section(config).mask_token_id))
         if against is None:
             probes.append(skipped("base-tensors", "0", "no base to compare with: --against SOURCE"))
         else:

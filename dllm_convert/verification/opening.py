@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,26 +12,27 @@ from typing import Any
 
 from dllm_convert.adapters import adapter_of, all_adapters
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.common.hub_names import is_model_id
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.common.memory import in_words
 from dllm_convert.common.nearest import meant
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
-from dllm_convert.modeling.converted_config import diffusion_section
-from dllm_convert.sampling.run import read_config
+from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
-from dllm_convert.verification.foreign import Layout, all_layouts, find_layout
+from dllm_convert.verification.foreign import ForeignLayout, all_layouts, find_layout
 from dllm_convert.verification.foreign.claim import read_claim
 from dllm_convert.verification.foreign.probes import Foreign
 from dllm_convert.verification.foreign.view import build_view, stand_in, stock_config
-from dllm_convert.verification.memory import in_words, model_refusal
-from dllm_convert.verification.subject import Claim, Subject
+from dllm_convert.verification.memory import model_refusal
+from dllm_convert.verification.subject import Subject
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class Asked:
+class VerificationRequest:
     """What the caller of a verification says beside the checkpoint.
 
     Attributes:
@@ -71,7 +71,7 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
             )
         return folder
     repo_id = checkpoint if isinstance(checkpoint, str) else checkpoint.as_posix()
-    if folder.exists() or not _HUB_ID.fullmatch(repo_id):
+    if folder.exists() or not is_model_id(repo_id, owned=True):
         raise DataError(
             f"{checkpoint} is not a folder, and is not a Hub id",
             hint=f"{meant(folder)}Give a folder with config.json beside the weights, or a Hub id "
@@ -92,7 +92,7 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
 
 
 @contextmanager
-def opened(folder: Path, asked: Asked) -> Iterator[Subject]:
+def opened(folder: Path, asked: VerificationRequest) -> Iterator[Subject]:
     """Open a checkpoint folder for verification.
 
     Raises:
@@ -110,7 +110,7 @@ def opened(folder: Path, asked: Asked) -> Iterator[Subject]:
         yield _foreign(folder, config, layout, asked, Path(name))
 
 
-def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
+def _ours(folder: Path, config: Mapping[str, Any], asked: VerificationRequest) -> Subject:
     kind = config.get("model_type")
     families = {adapter.model_type for adapter in all_adapters()}
     if isinstance(kind, str) and kind not in families and "diffusion" not in config:
@@ -120,11 +120,9 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
             f"third-party layouts that are known: {known}",
             hint="See docs/third-party.md",
         )
-    config = read_config(folder)
-    if "model_type" not in config:
-        raise IncompatibleError(f"config.json of {folder} has no model_type")
+    config = read_converted_config(folder)
     adapter = adapter_of(config)
-    claim = Claim.from_config(config)
+    claim = read_section(config)
     if asked.block_size is not None:
         raise IncompatibleError(
             f"--block {asked.block_size} was given, and config.json says itself what it is",
@@ -149,7 +147,11 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: Asked) -> Subject:
 
 
 def _foreign(
-    folder: Path, config: Mapping[str, Any], layout: Layout, asked: Asked, view: Path
+    folder: Path,
+    config: Mapping[str, Any],
+    layout: ForeignLayout,
+    asked: VerificationRequest,
+    view: Path,
 ) -> Subject:
     stated = read_claim(layout, folder, config, asked.block_size)
     unmapped = layout.unmet(config) or _no_room_to_rename(layout, folder, view)
@@ -170,7 +172,7 @@ def _foreign(
     )
 
 
-def _no_room_to_rename(layout: Layout, folder: Path, view: Path) -> str | None:
+def _no_room_to_rename(layout: ForeignLayout, folder: Path, view: Path) -> str | None:
     """Return why the weights cannot be copied under stock names, None if they can or need not.
 
     What does not fit memory afterwards is not copied in the first place.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dllm_convert.adapters import Adapter
 from dllm_convert.common.copying import pieces
-from dllm_convert.source.safetensors_header import DTYPE_BYTES, Entry, read_checkpoint
+from dllm_convert.source.safetensors_header import DTYPE_BYTES, TensorEntry, read_checkpoint
 from dllm_convert.source.tensor_names import stored_names
 
 
@@ -25,7 +25,7 @@ class Placed:
 
     path: Path
     start: int
-    entry: Entry
+    entry: TensorEntry
 
     @property
     def row_bytes(self) -> int:

@@ -14,7 +14,7 @@ from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.source.tokenizer_loading import RustErrors
 from dllm_convert.verification.catalogue import with_origin
 from dllm_convert.verification.memory import group_refusal
-from dllm_convert.verification.opening import Asked, local_checkpoint, opened
+from dllm_convert.verification.opening import VerificationRequest, local_checkpoint, opened
 from dllm_convert.verification.probes.decoding import check_generate
 from dllm_convert.verification.probes.files import check_files
 from dllm_convert.verification.probes.gradient import check_gradient
@@ -104,7 +104,7 @@ def verify_checkpoint(
     started = time.monotonic()
     reporter = reporter or Reporter(quiet=True)
     folder = local_checkpoint(checkpoint, revision, reporter)
-    asked = Asked(against, quality, untrained, trust_remote_code, block_size)
+    asked = VerificationRequest(against, quality, untrained, trust_remote_code, block_size)
     probes: list[Probe] = []
     seconds: dict[str, float] = {}
     with (

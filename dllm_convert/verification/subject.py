@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dllm_convert.adapters import Adapter
+from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.classes import diffusion_class
-from dllm_convert.modeling.loading import load_complete
+from dllm_convert.modeling.loading import load_model
 from dllm_convert.modeling.published.ends import read_ids
-from dllm_convert.modeling.text_bounds import ROLES
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
+from dllm_convert.source.tokenizer_files import ID_ROLES
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,72 +28,19 @@ if TYPE_CHECKING:
 SEED = 20240607
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What the `diffusion` section of config.json says the model is.
+def claimed_mask(claim: DiffusionSection, length: int) -> torch.Tensor:
+    """Return which token may reach which position, shape (positions, tokens), bool.
 
-    Attributes:
-        objective: mdlm or bd3lm.
-        block_size: Tokens per block; None for mdlm.
-        mask_token_id: Id of the mask.
-        attention: bidirectional or block-causal.
-        token_shift: Whether position i is predicted from the hidden state of i-1.
+    Written out here a second time on purpose: verification must not trust `attention.py`.
+
+    Args:
+        claim: What the checkpoint says it is.
+        length: Tokens of the text.
     """
-
-    objective: str
-    block_size: int | None
-    mask_token_id: int
-    attention: str
-    token_shift: bool
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Claim:
-        """Read the claim.
-
-        Raises:
-            IncompatibleError: The section is incomplete or contradicts itself.
-        """
-        section = config["diffusion"]
-        missing = [key for key in cls.__dataclass_fields__ if key not in section]
-        if missing:
-            raise IncompatibleError(
-                f"the diffusion section of config.json has no {', '.join(missing)}",
-                hint="Convert the model again with this version of dllm-convert",
-            )
-        claim = cls(**{key: section[key] for key in cls.__dataclass_fields__})
-        attention = {"mdlm": "bidirectional", "bd3lm": "block-causal"}.get(claim.objective)
-        if attention is None or claim.attention != attention:
-            raise IncompatibleError(
-                f"the diffusion section of config.json claims {claim.objective!r} with "
-                f"{claim.attention!r} attention, expected mdlm with bidirectional or bd3lm with "
-                "block-causal"
-            )
-        if not is_count(claim.mask_token_id):
-            raise IncompatibleError(
-                f"diffusion.mask_token_id is {claim.mask_token_id!r}, expected an id"
-            )
-        blocks_fit = claim.block_size is None if claim.objective == "mdlm" else claim.block_size
-        if not blocks_fit or not (claim.block_size is None or is_count(claim.block_size)):
-            raise IncompatibleError(
-                f"diffusion.block_size is {claim.block_size!r} for {claim.objective}, expected "
-                "null for mdlm and a whole number of at least 1 for bd3lm"
-            )
-        return claim
-
-    def mask(self, length: int) -> torch.Tensor:
-        """Return which token may reach which position, shape (positions, tokens), bool.
-
-        Written out here a second time on purpose: verification must not trust `attention.py`.
-        """
-        position = torch.arange(length)
-        if self.block_size is None:
-            return torch.ones(length, length, dtype=torch.bool)
-        return position[:, None] >= position[None, :] // self.block_size * self.block_size
-
-
-def is_count(value: object) -> bool:
-    """Whether a value from JSON is a whole number of at least 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    position = torch.arange(length)
+    if claim.block_size is None:
+        return torch.ones(length, length, dtype=torch.bool)
+    return position[:, None] >= position[None, :] // claim.block_size * claim.block_size
 
 
 @dataclass
@@ -116,7 +63,7 @@ class Subject:
     folder: Path
     config: Mapping[str, Any]
     adapter: Adapter
-    claim: Claim
+    claim: DiffusionSection
     manifest: Mapping[str, Any]
     against: Path | None
     quality: Mapping[str, Any]
@@ -156,20 +103,12 @@ class Subject:
         Raises:
             DataError: It does not load, or not completely.
         """
-        model = load_complete(
-            self.diffusion_class,
-            self.folder,
-            dtype=torch.float32,
-            attn_implementation=self._attention,
-        )
-        return model.requires_grad_(False)
+        return load_model(self.folder, self.adapter).requires_grad_(False)
 
     @cached_property
     def objective(self) -> Objective:
         """What the checkpoint is trained and measured on, as it claims."""
-        # A checkpoint of somebody else need not say its schedule: MDLM's own is linear.
-        section = {"noise_schedule": "linear", **self.config["diffusion"]}
-        return Objective.from_section(section, self.shapes[self.adapter.embedding][0])
+        return Objective.from_section(self.claim, self.shapes[self.adapter.embedding][0])
 
     @contextmanager
     def attention(self, implementation: str) -> Iterator[Any]:
@@ -189,6 +128,10 @@ class Subject:
         finally:
             self.model.to(torch.float32)
 
+    def allowed(self, length: int) -> torch.Tensor:
+        """Return which token may reach which position by the claim, shape (positions, tokens)."""
+        return claimed_mask(self.claim, length)
+
     @cached_property
     def context(self) -> int:
         """Longest text in tokens."""
@@ -199,7 +142,7 @@ class Subject:
         """Ids of tokens that ordinary text has, shape (n,)."""
         rows = self.shapes[self.adapter.embedding][0]
         special = {*self.tokenizer.all_special_ids, self.claim.mask_token_id}
-        for name in ROLES:
+        for name in ID_ROLES:
             special |= {*read_ids(self.config.get(f"{name}_token_id"), f"{name}_token_id")}
         count = min(len(self.tokenizer), rows)
         return torch.tensor([token for token in range(count) if token not in special])

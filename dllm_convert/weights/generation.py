@@ -6,12 +6,12 @@ tokenizer that the conversion has, not of the plan.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.json_files import write_config
 from dllm_convert.modeling.text_bounds import (
     TextBounds,
     bounds_of,
@@ -24,6 +24,7 @@ from dllm_convert.planning.mask_token import unused_ids
 from dllm_convert.source.chat_turns import read_template, turn_end
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_classes import GENERIC, loading_class
+from dllm_convert.source.tokenizer_files import ID_ROLES
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
 
 GENERATION_FILE = "generation_config.json"
@@ -72,10 +73,6 @@ def _read(folder: Path, model_type: str) -> _Written:
 
 def _optional(path: Path) -> dict[str, Any]:
     return load_json_object(path) if path.is_file() else {}
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _turn_end(plan: ConversionPlan, out: Path, written: _Written) -> int | None:
@@ -127,9 +124,9 @@ def choose_padding(
 def name_padding(folder: Path, text: str) -> None:
     """Name a token of the vocabulary as the padding, on the left, where prompts are padded."""
     settings = _optional(folder / _SETTINGS)
-    _write(folder / _SETTINGS, {**settings, "pad_token": text, "padding_side": "left"})
+    write_config(folder / _SETTINGS, {**settings, "pad_token": text, "padding_side": "left"})
     if (folder / _MAP).is_file():
-        _write(folder / _MAP, {**_optional(folder / _MAP), "pad_token": text})
+        write_config(folder / _MAP, {**_optional(folder / _MAP), "pad_token": text})
 
 
 def _suppressed(plan: ConversionPlan) -> list[int]:
@@ -158,7 +155,7 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
         IncompatibleError: The base's files name an end that is no id.
     """
     config, base = plan.source.config, plan.source.generation
-    stated = {role: stated_ids(role, config, base) for role in ("bos", "eos", "pad")}
+    stated = {role: stated_ids(role, config, base) for role in ID_ROLES}
     written = _read(out, str(config.get("model_type")))
     closing = written.bounds.closing
     ends = end_set(stated["eos"], _end_token(plan), _turn_end(plan, out, written), closing)
@@ -186,4 +183,4 @@ def write_generation(plan: ConversionPlan, out: Path) -> None:
         "approximate_cache": chosen.approximate_cache or None,
     }
     known = {key: value for key, value in settings.items() if value is not None}
-    _write(out / GENERATION_FILE, known)
+    write_config(out / GENERATION_FILE, known)

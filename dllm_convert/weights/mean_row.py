@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.copying import pieces
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.source.safetensors_header import DTYPE_BYTES, Entry, Header
+from dllm_convert.source.safetensors_header import DTYPE_BYTES, Header, TensorEntry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ def is_finite(row: bytes, dtype: str) -> bool:
         return bool(np.isfinite(_SUMS[dtype](row, len(row) // DTYPE_BYTES[dtype])).all())
 
 
-def mean_row(handle: int, header: Header, entry: Entry, used_rows: int) -> bytes:
+def mean_row(handle: int, header: Header, entry: TensorEntry, used_rows: int) -> bytes:
     """Return the mean of the first `used_rows` rows as bytes of the tensor's own dtype.
 
     Args:

@@ -7,7 +7,6 @@ what is written is hashed in the same pass.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import Way, sha256_files, switching_often, workers
 from dllm_convert.common.disk import sync, writing
+from dllm_convert.common.json_files import write_config
 from dllm_convert.common.manifest import hash_files
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.config_code import code_keys
@@ -80,11 +79,7 @@ def _write_index(source: Path, out: Path, headers: Mapping[str, Header], changes
         for name, file in index["weight_map"].items()
         if name not in changes.dropped
     }
-    _write_json(out / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_config(out / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _check_rows(tensors: Mapping[str, TensorInfo], fit: Fit, plan: ConversionPlan) -> None:
@@ -163,7 +158,7 @@ def _write_config(plan: ConversionPlan, source: Path, out: Path, fit: Fit) -> No
     config = read_config(source)
     for key in ("_name_or_path", *QUANTISED_SECTIONS, *code_keys(config)):
         config.pop(key, None)
-    _write_json(out / "config.json", {**config, **fit.config, **plan.config_updates})
+    write_config(out / "config.json", {**config, **fit.config, **plan.config_updates})
 
 
 def _needed_bytes(plan: ConversionPlan, source: Path, *, link: bool) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dllm_convert.common.copying import Advance, TwinHash, Way, copy_part, pieces, place, write_all
 from dllm_convert.planning.mask_token import MaskTokenDecision
-from dllm_convert.source.safetensors_header import Entry, Header, encode_header
+from dllm_convert.source.safetensors_header import Header, TensorEntry, encode_header
 from dllm_convert.weights.mean_row import mean_row
 
 
@@ -94,7 +94,7 @@ class WrittenFile:
 
 
 def _new_header(
-    kept: Mapping[str, Entry],
+    kept: Mapping[str, TensorEntry],
     metadata: Mapping[str, str],
     edits: Mapping[str, RowEdit],
     changes: Changes,
@@ -120,7 +120,7 @@ class _Rewriter:
         self._changes = changes
         self.hashes = TwinHash()
 
-    def header(self, kept: Mapping[str, Entry], edits: Mapping[str, RowEdit]) -> None:
+    def header(self, kept: Mapping[str, TensorEntry], edits: Mapping[str, RowEdit]) -> None:
         same = len(kept) == len(self._header.entries) and "format" in self._header.metadata
         same = same and self._changes.renamed.keys().isdisjoint(kept)
         if same and not any(edit.appended for edit in edits.values()):
@@ -129,7 +129,7 @@ class _Rewriter:
         self._skip(0, self._header.data_start)
         self._new(_new_header(kept, self._header.metadata, edits, self._changes))
 
-    def tensor(self, entry: Entry, edit: RowEdit | None) -> None:
+    def tensor(self, entry: TensorEntry, edit: RowEdit | None) -> None:
         start, end = (self._header.data_start + offset for offset in (entry.start, entry.end))
         if edit is not None and edit.index is not None:
             at = start + edit.index * len(edit.row)
@@ -141,7 +141,7 @@ class _Rewriter:
         if edit is not None and edit.appended:
             self._new(edit.row * edit.appended)
 
-    def drop(self, entry: Entry) -> None:
+    def drop(self, entry: TensorEntry) -> None:
         self._skip(self._header.data_start + entry.start, entry.end - entry.start)
 
     def _copy(self, start: int, length: int) -> None:

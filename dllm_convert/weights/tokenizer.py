@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.info import TokenizerInfo
+from dllm_convert.source.tokenizer_files import KEPT_ROLES
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
 from dllm_convert.weights.tokenizer_json import (
     TOKENIZER_FILE,
@@ -29,12 +30,12 @@ SAMPLES = (
 )
 """Texts whose ids must not change: prose, code with its spaces, other scripts, capitals."""
 
-_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls")
-
 
 def _facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return everything that must be the same before and after."""
-    names = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _NAMES}
+    names = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in KEPT_ROLES
+    }
     with TokenizerErrors("the tokenizer cannot encode a text"):
         encodings = {f"ids of {text!r}": tokenizer(text)["input_ids"] for text in SAMPLES}
     return {**names, "chat_template": tokenizer.chat_template, **encodings}

@@ -14,6 +14,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.json_files import write_config
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.folder import file_names, matching
@@ -125,10 +126,6 @@ def _with_tokens(text: str, new: Iterable[Mapping[str, Any]], vocab: Container[s
     return text[:start] + entries + text[end:]
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _optional(path: Path) -> dict[str, Any]:
     return load_json_object(path) if path.is_file() else {}
 
@@ -155,13 +152,13 @@ def _write_side_files(
     if isinstance(decoder, dict):
         entries = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in new}
         config["added_tokens_decoder"] = decoder | entries
-    _write(out / CONFIG_FILE, config)
+    write_config(out / CONFIG_FILE, config)
     named = _optional(source / "special_tokens_map.json")
     if named and (new or not named.get("mask_token")):
-        _write(out / "special_tokens_map.json", named | {"mask_token": mask})
+        write_config(out / "special_tokens_map.json", named | {"mask_token": mask})
     listed = _optional(source / "added_tokens.json")
     if listed and new:
-        _write(out / "added_tokens.json", listed | {t["content"]: t["id"] for t in new})
+        write_config(out / "added_tokens.json", listed | {t["content"]: t["id"] for t in new})
 
 
 def _found(path: Path, mask: MaskTokenDecision) -> tuple[int | None, list[int]]:

@@ -235,8 +235,8 @@ def test_sizes_are_those_of_the_models_they_are_named_after(name: str, parameter
 
 def test_peaks_are_those_of_the_data_sheets() -> None:
     assert models.peak_flops("NVIDIA H200") == pytest.approx(989e12)
-    assert models.peak_flops("NVIDIA A100-SXM4-80GB") is None
-    assert models.peak_flops("CPU") is None
+    assert models.peak_flops("NVIDIA A100-SXM4-80GB") == pytest.approx(312e12)
+    assert models.peak_flops("NVIDIA GeForce RTX 4090") is None
 
 
 def test_operations_of_the_autoregressive_model_are_six_per_weight() -> None:
@@ -244,3 +244,18 @@ def test_operations_of_the_autoregressive_model_are_six_per_weight() -> None:
     found = training.autoregressive_flops("1.5B", 1024)
     weights = 6 * (shape.matrices + shape.vocabulary_matrix)
     assert weights < found < 1.05 * weights
+
+
+@pytest.mark.parametrize(
+    ("intervals", "length"),
+    [
+        ([], 0),
+        ([(0, 2), (1, 3)], 3),
+        ([(5, 6), (0, 2), (1, 1.5)], 3),
+        ([(0, 9), (1, 2), (8, 10)], 10),
+    ],
+)
+def test_kernels_side_by_side_count_once(
+    intervals: list[tuple[float, float]], length: float
+) -> None:
+    assert training.covered(intervals) == length

@@ -436,7 +436,7 @@ def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) 
         seen.update(options, prompts=prompts, shown=shown)
         return [SimpleNamespace(as_dict=lambda: MANIFEST["sample"])] * len(prompts)
 
-    shown = {"Shown": lambda watch, record: (watch, record)}
+    shown = {"Display": lambda watch, record: (watch, record)}
     fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample, **shown)
     result = invoke(
         *("sample", "there", "--prompt", "Once", "--max-new-tokens", "9", "--steps", "3"),
@@ -469,7 +469,7 @@ def test_sample_reads_a_prompt_from_stdin(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(prompts)
         return [SimpleNamespace(as_dict=lambda: MANIFEST["sample"])]
 
-    shown = {"Shown": lambda watch, record: None}
+    shown = {"Display": lambda watch, record: None}
     fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample, **shown)
     for given in (b"Once \xc3\xa4\n\n", b"Once \xff"):
         result = CliRunner().invoke(app, ["sample", "there", "--prompt", "-"], input=given)
@@ -521,3 +521,26 @@ def test_a_report_nowhere_is_refused_before_anything_is_verified(tmp_path: Path)
     result = invoke("verify", "there", "--report", str(tmp_path / "missing" / "report.html"))
     assert result.exit_code == 2
     assert "Invalid value for --report" in result.stderr
+
+
+IDLE = ["--link", "--extend", "--quiet", "--dry-run", "--verify=full", "--launch-config=x.yaml"]
+
+
+@pytest.mark.parametrize("option", IDLE)
+def test_check_refuses_what_would_change_nothing(option: str) -> None:
+    refused = invoke("check", "some/model", option)
+    assert refused.exit_code == 2
+    assert "No such option" in refused.stderr
+
+
+def test_a_dry_run_takes_every_option_and_says_what_check_says(
+    source_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    common = [str(source_factory("llama")), "--to", "mdlm", "--out", str(tmp_path / "o"), "--json"]
+    checked = invoke("check", *common)
+    assert checked.exit_code == 0, checked.stderr
+    rest = [*IDLE, "--push-to-hub", "me/x", "--commit-message", "new"]
+    assert invoke("run", *common, *IDLE).stdout == checked.stdout
+    published = json.loads(invoke("run", *common, *rest).stdout)
+    assert published.pop("publication")["repository"] == "me/x"
+    assert published.keys() == json.loads(checked.stdout).keys()

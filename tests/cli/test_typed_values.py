@@ -53,7 +53,7 @@ def test_every_path_and_whole_number_is_read_by_the_rule() -> None:
             if notes and re.search(r"Path|\bint\b", str(kind)):
                 assert any(getattr(note, "parser", None) for note in notes), name
                 read += 1
-    assert read > 30
+    assert read >= 30
 
 
 @pytest.mark.parametrize(("name", "place"), taking(PLACES))
@@ -73,12 +73,22 @@ def test_a_number_beyond_reason_is_refused(name: str, option: str, value: str) -
     assert len(result.stderr) < 1000
 
 
+BESIDE: dict[str, dict[str, Any]] = {
+    "block_size": {"data.sequence_length": LARGEST_COUNT},
+    "data.sequence_length": {"block_size": 1},
+    "noise.discrete_steps": {"noise.complementary": False, "noise.draw": "time"},
+    "generation.top_k": {"generation.temperature": 1.0},
+    "generation.block_length": {"target": "mdlm"},
+}
+"""What the largest value of a field needs beside it."""
+
+
 @pytest.mark.parametrize(
     "field", [path for path, one in all_fields().items() if "integer" in one.allowed]
 )
 def test_no_whole_number_of_a_recipe_is_beyond_reason(field: str) -> None:
     largest = LARGEST_SEED if field == "training.seed" else LARGEST_COUNT
-    load_recipe("some/model", overrides={field: largest})
+    load_recipe("some/model", overrides={field: largest, **BESIDE.get(field, {})})
     for value in (largest + 1, 2**63, 10**23):
         with pytest.raises(IncompatibleError, match=f"{field} is {value}, .*at most {largest:,}"):
             load_recipe("some/model", overrides={field: value})

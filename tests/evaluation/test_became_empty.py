@@ -17,27 +17,27 @@ from lm_eval.api.instance import Instance
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.harness import DiffusionLM
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 
 QUICK = {"rounds": 1, "draws": 2}
 
 
 @pytest.fixture(scope="module")
 def subjects(source_cache: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    made: dict[str, Subject] = {}
+    made: dict[str, EvaluatedCheckpoint] = {}
     root = tmp_path_factory.mktemp("empty")
 
-    def get(family: str) -> Subject:
+    def get(family: str) -> EvaluatedCheckpoint:
         if family not in made:
             target = "mdlm" if family == "bert" else "bd3lm"
             convert(source_cache(family), root / family, target, block=4)
-            made[family] = Subject.load(root / family)
+            made[family] = EvaluatedCheckpoint.load(root / family)
         return made[family]
 
     return get
 
 
-def score(subject: Subject, *pairs: tuple[str, str], **options: Any) -> list[float]:
+def score(subject: EvaluatedCheckpoint, *pairs: tuple[str, str], **options: Any) -> list[float]:
     model = DiffusionLM(subject=subject, **QUICK, **options)
     asked = [Instance("loglikelihood", {}, pair, 0, ("a", 3, 1)) for pair in pairs]
     return [nats for nats, _ in model.loglikelihood(asked)]
@@ -63,7 +63,7 @@ def test_a_continuation_that_melts_into_the_context_is_scored(
     tokenizer.add_tokens([AddedToken("xyz!", normalized=False)])
     tokenizer.save_pretrained(source)
     convert(source, tmp_path / "out", "bd3lm", block=4)
-    subject = Subject.load(tmp_path / "out")
+    subject = EvaluatedCheckpoint.load(tmp_path / "out")
     melted = tokenizer.convert_tokens_to_ids("xyz!")
     given, scored = subject.encode_pair("a xyz", "!")
     assert melted in scored
@@ -119,7 +119,7 @@ def test_a_text_without_tokens_has_no_likelihood(subjects: Any) -> None:
 def test_a_beginning_is_not_put_twice(tmp_path: Path) -> None:
     source = wrapped_source(tmp_path / "source", "begin")
     convert(source, tmp_path / "out", "bd3lm", block=4)
-    subject = Subject.load(tmp_path / "out")
+    subject = EvaluatedCheckpoint.load(tmp_path / "out")
     assert subject.encode_pair("", "<|begin|>a") == ([0], subject.encode("a", special=False))
     assert subject.encode_pair("", "<|begin|>") == ([0], [0])
     model = DiffusionLM(subject=subject, **QUICK)
@@ -150,13 +150,13 @@ def test_a_task_that_wants_the_likeliest_gets_it(
     temperature: float | None,
 ) -> None:
     subject, seen = subjects("llama"), {}
-    write = Subject.write
+    write = EvaluatedCheckpoint.write
 
-    def watched(self: Subject, *arguments: Any, **options: Any) -> Any:
+    def watched(self: EvaluatedCheckpoint, *arguments: Any, **options: Any) -> Any:
         seen.update(options)
         return write(self, *arguments, **options)
 
-    monkeypatch.setattr(Subject, "write", watched)
+    monkeypatch.setattr(EvaluatedCheckpoint, "write", watched)
     model = DiffusionLM(subject=subject, **given)
     options = {"until": [], "max_gen_toks": 2, **asked}
     model.generate_until([Instance("generate_until", {}, ("A", options), 0, ("a", 0, 1))])

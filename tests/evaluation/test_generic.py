@@ -19,9 +19,10 @@ from dllm_convert.evaluation.harness import DiffusionLM
 from dllm_convert.evaluation.record import evaluate_checkpoint
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import Settings
+from dllm_convert.modeling.converted_config import read_converted_config
+from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.sampling.run import load_checkpoint, read_config
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.weights.run import adapt
 
@@ -48,7 +49,7 @@ def test_a_measured_family_is_evaluated(
 ) -> None:
     base = generic_source(model_type)
     folder = convert(base, tmp_path / "out")
-    assert adapter_of(read_config(folder)).measured is not None
+    assert adapter_of(read_converted_config(folder)).measured is not None
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     write_tasks(tasks)
@@ -67,4 +68,4 @@ def test_a_measured_family_is_evaluated(
     assert all("difference" in row for row in found["results"])
     assert found["text"]["nll"]["nats_per_token"] > 0
     model = DiffusionLM(str(folder))
-    assert type(model.subject.model) is type(load_checkpoint(folder)[0])
+    assert type(model.subject.model) is type(load_checkpoint(folder).model)

@@ -18,7 +18,7 @@ from tasks_on_disk import NAMES, answers, evaluate, write_tasks
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.harness import DiffusionLM, item_of
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 
 QUICK = {"rounds": 2, "draws": 2}
 
@@ -37,8 +37,8 @@ def folders(source_cache: Any, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 @pytest.fixture(scope="module", params=["mdlm", "bd3lm"])
-def subject(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Subject:
-    return Subject.load(folders[request.param])
+def subject(request: pytest.FixtureRequest, folders: dict[str, Path]) -> EvaluatedCheckpoint:
+    return EvaluatedCheckpoint.load(folders[request.param])
 
 
 def likelihood(model: Any, *pairs: tuple[str, str]) -> list[tuple[float, bool]]:
@@ -63,7 +63,7 @@ def asked(kind: Any, arguments: tuple[Any, ...], number: int, task: str = "a") -
     return Instance(kind, {}, arguments, 0, (task, number, 1))
 
 
-def test_batch_size_changes_no_score(subject: Subject, tasks: Path) -> None:
+def test_batch_size_changes_no_score(subject: EvaluatedCheckpoint, tasks: Path) -> None:
     runs = [
         answers(evaluate(DiffusionLM(subject=subject, batch_size=size, **QUICK), tasks)["samples"])
         for size in (1, 3, 8)
@@ -85,19 +85,19 @@ def test_batch_size_changes_no_score(subject: Subject, tasks: Path) -> None:
 
 @pytest.mark.parametrize(("given", "told"), [("auto", True), ("auto:4", True), (8, False)])
 def test_an_automatic_batch_size_says_what_it_is(
-    subject: Subject, capsys: pytest.CaptureFixture[str], given: Any, told: bool
+    subject: EvaluatedCheckpoint, capsys: pytest.CaptureFixture[str], given: Any, told: bool
 ) -> None:
     assert DiffusionLM(subject=subject, batch_size=given).batch_size == 8
     assert ("8 texts at once" in capsys.readouterr().err) is told
 
 
-def test_a_padded_prompt_is_continued_as_if_it_were_alone(subject: Subject) -> None:
+def test_a_padded_prompt_is_continued_as_if_it_were_alone(subject: EvaluatedCheckpoint) -> None:
     model = DiffusionLM(subject=subject, batch_size=8)
     prompts = ["A", "The value of a name is an object", "A list of " * 6]
     assert written(model, *prompts) == [written(model, prompt)[0] for prompt in prompts]
 
 
-def test_choices_of_different_length_are_scored_as_if_alone(subject: Subject) -> None:
+def test_choices_of_different_length_are_scored_as_if_alone(subject: EvaluatedCheckpoint) -> None:
     model = DiffusionLM(subject=subject, confidence=1.0, **QUICK)
     pairs = [("A list", " of"), ("A list", " of many items in their order"), ("A list", "")]
     together = model.loglikelihood([asked("loglikelihood", pair, 0) for pair in pairs])
@@ -108,7 +108,7 @@ def test_choices_of_different_length_are_scored_as_if_alone(subject: Subject) ->
     assert together[1][0] < together[0][0] < 0
 
 
-def test_a_prompt_longer_than_the_context_loses_its_beginning(subject: Subject) -> None:
+def test_a_prompt_longer_than_the_context_loses_its_beginning(subject: EvaluatedCheckpoint) -> None:
     model = DiffusionLM(subject=subject, **QUICK)
     end = "and the value of a name is"
     long = [f"{start} " * 300 + end for start in ("one", "two")]
@@ -121,7 +121,7 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning(subject: Subject) 
         written(model, "A list", max_gen_toks=256)
 
 
-def test_an_end_token_in_a_prompt_ends_nothing(subject: Subject) -> None:
+def test_an_end_token_in_a_prompt_ends_nothing(subject: EvaluatedCheckpoint) -> None:
     """A conversation has one after every turn (dLLM's issue 86 is about what follows there)."""
     model = DiffusionLM(subject=subject, **QUICK)
     end = subject.tokenizer.eos_token
@@ -136,7 +136,7 @@ def test_an_end_token_in_a_prompt_ends_nothing(subject: Subject) -> None:
     assert scores[0][0] != pytest.approx(scores[1][0], abs=1e-6)
 
 
-def test_rolling_likelihood_is_the_sum_of_its_windows(subject: Subject) -> None:
+def test_rolling_likelihood_is_the_sum_of_its_windows(subject: EvaluatedCheckpoint) -> None:
     model = DiffusionLM(subject=subject, max_length=24, **QUICK)
     text = "The value of a name is an object. A list holds items in their order. " * 3
     (whole,) = model.loglikelihood_rolling([asked("loglikelihood_rolling", (text,), 0)])
@@ -215,7 +215,7 @@ def test_a_question_is_its_task_and_place() -> None:
 
 def test_requests_that_are_repeated(folders: dict[str, Path]) -> None:
     """Scores are the same and cost nothing; texts are drawn anew, reproducibly."""
-    model = DiffusionLM(subject=Subject.load(folders["bd3lm"]), **QUICK)
+    model = DiffusionLM(subject=EvaluatedCheckpoint.load(folders["bd3lm"]), **QUICK)
     pair = asked("loglikelihood", ("A list", " of items"), 0)
     first, second = model.loglikelihood([pair, pair])
     assert first == second
@@ -230,7 +230,7 @@ def test_requests_that_are_repeated(folders: dict[str, Path]) -> None:
 def test_chat_template(folders: dict[str, Path], source_cache: Any, tmp_path: Path) -> None:
     from factory import CHAT_TEMPLATE
 
-    subject = Subject.load(folders["mdlm"])
+    subject = EvaluatedCheckpoint.load(folders["mdlm"])
     model = DiffusionLM(subject=subject)
     turns = [
         {"role": "user", "content": "One?"},
@@ -252,7 +252,7 @@ def test_chat_template(folders: dict[str, Path], source_cache: Any, tmp_path: Pa
 def test_answers_are_cached(
     folders: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject, cache = Subject.load(folders["bd3lm"]), str(tmp_path / "cache")
+    subject, cache = EvaluatedCheckpoint.load(folders["bd3lm"]), str(tmp_path / "cache")
     model = DiffusionLM(subject=subject, **QUICK)
     first = answers(evaluate(model, tasks, use_cache=cache)["samples"])
 

@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.modeling.loading import device_and_dtype, load_base, load_complete
+from dllm_convert.modeling.loading import (
+    device_and_dtype,
+    load_base,
+    load_checkpoint,
+    load_complete,
+)
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.sampling.run import load_checkpoint
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.weights.run import adapt
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.evaluation.subject import Subject
+from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.text_bounds import bounds_of, end_token, leave_open, open_ids
 from dllm_convert.planning.conversion import make_plan
@@ -62,7 +62,7 @@ def test_every_part_means_the_same_ends(tmp_path: Path, name: str) -> None:
     asked = [*bounds.begin, *plain]
     assert encode_prompt(tokenizer, TEXT) == asked
     assert open_ids(tokenizer, tokenizer.decode(bounds.begin) + TEXT) == asked
-    subject = Subject.load(tmp_path / "out")
+    subject = EvaluatedCheckpoint.load(tmp_path / "out")
     assert subject.encode(TEXT) == asked
     given, scored = subject.encode_pair(TEXT, " is")
     assert given == asked
@@ -92,11 +92,12 @@ def test_what_the_class_puts_around_a_text_is_written(tmp_path: Path, name: str)
 
 @pytest.mark.parametrize("name", ["begin and end", "end only", "two at both ends", "as bert"])
 def test_generate_goes_on_from_what_the_tokenizer_closed(tmp_path: Path, name: str) -> None:
-    from dllm_convert.sampling.run import load_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
 
     source = wrapped_source(tmp_path / "source", name)
     convert(source, tmp_path / "out", target_of(name))
-    model, tokenizer = load_checkpoint(tmp_path / "out")
+    loaded = load_checkpoint(tmp_path / "out")
+    model, tokenizer = loaded.model, loaded.tokenizer
     closing, count = bounds_of(tokenizer).closing, len(bounds_of(tokenizer).closing)
     texts = [TEXT, "A list is a name of many values in"]
     settings: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": None}

@@ -135,8 +135,12 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("asked", "error", "said"),
         [
-            ({"lora": 4, "train": False}, dc.RequestError, "give one of"),
-            ({"tokens": "5M", "steps": 3}, dc.RequestError, "--tokens"),
+            (
+                {"lora": 4, "train": False},
+                dc.RequestError,
+                "`full` and `train=False`",
+            ),
+            ({"tokens": "5M", "steps": 3}, dc.RequestError, "give one of `tokens` and `steps`"),
             ({"tokens": "many"}, dc.RequestError, "no number of tokens"),
             ({"tokens": -3}, dc.RequestError, "no number of tokens"),
             ({"max_time": "soon"}, dc.RequestError, "no time"),

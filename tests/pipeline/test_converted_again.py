@@ -14,11 +14,11 @@ from conversion import convert
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.loading import load_base
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.verification import verify_checkpoint
-from dllm_convert.verification.observe.heatmaps import load_base
 
 Sources = Callable[..., Path]
 GROUPS = ["files", "tokens", "attention", "base", "base-logits", "generate"]
@@ -57,7 +57,7 @@ def test_the_plan_says_what_it_is(converted: Path, target: str) -> None:
 def test_the_base_of_the_second_is_seen_as_what_it_is(converted: Path) -> None:
     """The stock class would let it look ahead across its blocks."""
     subject: Any = SimpleNamespace(adapter=get_adapter("llama"))
-    model = load_base(converted, subject)
+    model = load_base(converted, subject.adapter)
     first = torch.arange(5, 29)[None]
     other = first.clone()
     other[0, 12] = 50

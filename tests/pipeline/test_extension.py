@@ -22,14 +22,14 @@ from dllm_convert.errors import DataError, IncompatibleError, VerificationError
 from dllm_convert.pipeline import run as pipeline
 from dllm_convert.pipeline import stages
 from dllm_convert.pipeline.context import Run
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.pipeline.results import Verified
 from dllm_convert.pipeline.run import run
 from dllm_convert.pipeline.workspace import Workspace
 from dllm_convert.recipe.schema import Recipe
 
 QUIET = Reporter(quiet=True)
-EXTEND = How(extend=True, verify=Depth.FILES)
+EXTEND = RunOptions(extend=True, verify=Depth.FILES)
 Sources = Callable[..., Path]
 
 
@@ -53,7 +53,7 @@ def recipe(source: Path, **fields: Any) -> Recipe:
 def finished(source_cache: Sources, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source and its finished run."""
     source, out = source_cache("llama"), tmp_path_factory.mktemp("finished") / "out"
-    run(recipe(source), out, QUIET, how=How(verify=Depth.FILES))
+    run(recipe(source), out, QUIET, how=RunOptions(verify=Depth.FILES))
     return source, out
 
 
@@ -199,7 +199,7 @@ def test_a_conversion_without_training_is_not_extended(
     source_cache: Sources, tmp_path: Path
 ) -> None:
     out, source = tmp_path / "out", source_cache("llama")
-    run(recipe(source, training={"method": "none"}), out, QUIET, how=How(verify=Depth.FILES))
+    run(recipe(source, training={"method": "none"}), out, QUIET, how=RunOptions(verify=Depth.FILES))
     with pytest.raises(DataError, match="without training"):
         run(recipe(source), out, QUIET, how=EXTEND)
     assert Workspace(out).journal.is_file()

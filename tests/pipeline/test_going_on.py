@@ -11,7 +11,7 @@ import pytest
 from hub_server import COMMIT, LoopbackHub, serve
 from pushing import Done, checkpoint, command
 
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.pipeline.workspace import open_workspace
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
@@ -60,12 +60,16 @@ def test_target_blocks_noise_and_shift_are_handed_down(tmp_path: Path) -> None:
         (BLOCKS, {"token_shift": "keep"}, {"token_shift": "keep", "block_size": 8}),
         (WHOLE, {"target": "bd3lm"}, {"target": "bd3lm", "block_size": 32}),
         (WHOLE, {"target": "bd3lm", "block_size": 4}, {"block_size": 4}),
-        (WHOLE, {"block_size": 4}, {"target": "mdlm", "block_size": 4}),  # The plan refuses it.
     ],
 )
 def test_what_was_typed_beats_it(section: Any, typed: Any, expected: Any, tmp_path: Path) -> None:
     recipe = load_recipe(conversion(tmp_path, section), overrides=typed)
     assert {name: getattr(recipe, name) for name in expected} == expected
+
+
+def test_blocks_for_a_conversion_without_any_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleError, match="block_size 4 is for bd3lm"):
+        load_recipe(conversion(tmp_path, WHOLE), overrides={"block_size": 4})
 
 
 def test_a_typed_schedule_beats_its_power_and_a_typed_power_stays(tmp_path: Path) -> None:

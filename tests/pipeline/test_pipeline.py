@@ -19,7 +19,7 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, DllmConvertError
 from dllm_convert.modeling.bundle import CODE_FILES
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.pipeline.run import RunResult, run
 
 QUIET = Reporter(quiet=True)
@@ -94,7 +94,7 @@ def test_files_alone_are_verified_after_training_if_that_is_asked(
     tmp_path: Path, source_cache: SourceFactory
 ) -> None:
     result = run(
-        recipe(source_cache("llama")), tmp_path / "out", QUIET, how=How(verify=Depth.FILES)
+        recipe(source_cache("llama")), tmp_path / "out", QUIET, how=RunOptions(verify=Depth.FILES)
     )
     probes = {probe["name"]: probe for probe in result.manifest["verification"]["probes"]}
     assert result.passed

@@ -95,12 +95,11 @@ def test_token_shift_dropped(source_cache: Sources) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target": "bd3lm"}, "needs a block size"),
-        ({"target": "mdlm", "block_size": 32}, "is for bd3lm"),
-        ({"target": "bd3lm", "block_size": 512}, "larger than the model's context of 256"),
-        ({"target": "bd3lm", "block_size": 48}, "whole number of blocks"),
+        (
+            {"target": "bd3lm", "block_size": 512, "data": {"sequence_length": 512}},
+            "larger than the model's context of 256",
+        ),
         ({"data": {"sequence_length": 512}}, "larger than the model's context of 256"),
-        ({"noise": {"min_time": 0.9, "max_time": 0.5}}, "not below"),
         ({"generation": {"max_new_tokens": 1000}}, "context of this model is 256"),
     ],
 )
@@ -110,13 +109,6 @@ def test_lengths_that_do_not_fit(
     with pytest.raises(IncompatibleError, match=message) as caught:
         plan(source_cache("llama"), **fields)
     assert caught.value.hint
-
-
-def test_the_hint_for_a_block_that_does_not_divide_works(source_cache: Sources) -> None:
-    with pytest.raises(IncompatibleError) as caught:
-        plan(source_cache("llama"), "bd3lm", block_size=48)
-    assert "data.sequence_length=240" in str(caught.value.hint)
-    plan(source_cache("llama"), "bd3lm", block_size=48, data={"sequence_length": 240})
 
 
 @pytest.mark.parametrize("block", [1, 256])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.modeling.loading import load_checkpoint
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.pipeline.run import run
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.sampling.run import load_checkpoint
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gemma2"])
@@ -25,8 +25,10 @@ def test_rows_are_what_they_are_alone(
         "data": {"sequence_length": 32},
     }
     out = tmp_path / "out"
-    run(Recipe.model_validate(recipe), out, Reporter(quiet=True), how=How(verify=Depth.FILES))
-    model, _ = load_checkpoint(out)
+    run(
+        Recipe.model_validate(recipe), out, Reporter(quiet=True), how=RunOptions(verify=Depth.FILES)
+    )
+    model = load_checkpoint(out).model
     settings = {"max_new_tokens": 8, "max_denoising_steps": 2, "eos_token_id": []}
     generator = torch.Generator().manual_seed(1)
     for width in (10, 16, *(20,) * 8):

@@ -113,12 +113,12 @@ def test_the_same_data_named_again_keeps_its_subset(tmp_path: Path) -> None:
 def test_a_preset_that_is_typed_beats_the_file(preset: str, tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        "source: a/b\ninherits: single-gpu\nblock_size: 7\ntraining: {steps: 3, batch_size: 7}",
+        "source: a/b\ninherits: single-gpu\nblock_size: 64\ntraining: {steps: 3, batch_size: 7}",
     )
     from_file = load_recipe(path, overrides={}, preset=preset)
     alone = load_recipe("a/b", overrides={}, preset=preset)
     assert from_file.training.steps == alone.training.steps != 3
-    assert from_file.block_size == (7 if preset == "single-gpu" else alone.block_size)
+    assert from_file.block_size == (64 if preset == "single-gpu" else alone.block_size)
     assert from_file.training.batch_size == alone.training.batch_size
     assert from_file.source == alone.source == "a/b"
     over = load_recipe(path, overrides={"training.steps": 5}, preset=preset)

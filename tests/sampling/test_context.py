@@ -160,10 +160,12 @@ def test_a_recipe_that_writes_more_than_the_context_is_refused(
 
 
 def test_a_runs_own_sample_fits(folders: Callable[[str], Path]) -> None:
+    from dllm_convert.modeling.loading import load_checkpoint
     from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.run import decode_sample, fit, load_checkpoint
+    from dllm_convert.sampling.run import decode_sample, fit
 
-    model, tokenizer = load_checkpoint(folders("bert"))
+    loaded = load_checkpoint(folders("bert"))
+    model, tokenizer = loaded.model, loaded.tokenizer
     assert fit(model, tokenizer, DEFAULT_PROMPT, 32) == (DEFAULT_PROMPT, 32)
     for context in (40, 20, 12, 5, 2):
         model.config.max_position_embeddings = context
@@ -192,10 +194,10 @@ def test_evaluation_says_it(folders: Callable[[str], Path]) -> None:
     from lm_eval.api.instance import Instance
 
     from dllm_convert.evaluation.harness import DiffusionLM
-    from dllm_convert.evaluation.subject import Subject
+    from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 
     for family in ("bert", "llama"):
-        subject, told = Subject.load(folders(family)), Told()
+        subject, told = EvaluatedCheckpoint.load(folders(family)), Told()
         if family == "bert":
             with pytest.raises(IncompatibleError, match="max_length is 500, and the context is 66"):
                 DiffusionLM(subject=subject, max_length=500, reporter=told)

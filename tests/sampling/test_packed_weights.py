@@ -15,7 +15,7 @@ from tiny_decoders import DECODERS, prompt, tiny
 from torch import nn
 
 from dllm_convert.sampling import packing
-from dllm_convert.sampling.packing import available_bytes, can_pack, packed_linears
+from dllm_convert.sampling.packing import can_pack, packed_linears
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
 
@@ -138,14 +138,6 @@ def test_too_little_memory_packs_nothing(room: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packing, "available_bytes", lambda: 4 * 3840)
     with packed_linears(layer):
         assert replaced(layer) == 1
-
-
-def test_available_bytes_are_the_systems(tmp_path: Path) -> None:
-    (tmp_path / "info").write_text("MemTotal: 9 kB\nMemAvailable:    7 kB\n")
-    assert available_bytes(tmp_path / "info") == 7 * 1024
-    (tmp_path / "info").write_text("MemTotal: 9 kB\n")
-    assert available_bytes(tmp_path / "info") == 0
-    assert available_bytes(tmp_path / "none") == 0
 
 
 @torch.no_grad()

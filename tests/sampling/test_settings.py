@@ -12,7 +12,6 @@ import pytest
 from conversion import convert, converted_once, sample
 
 from dllm_convert.cli.commands import decoding
-from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.options import ORDERS, REMASKING, DecodingOptions
 from dllm_convert.recipe.decoding import Order, Remasking
 from dllm_convert.recipe.fields import fields_of
@@ -62,7 +61,8 @@ def test_names_are_those_of_decoding() -> None:
     ],
 )
 def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: str) -> None:
-    from dllm_convert.sampling.run import decode_sample, load_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
+    from dllm_convert.sampling.run import decode_sample
 
     options, settings = SETTINGS[setting]
     folder = checkpoint(family)
@@ -72,7 +72,8 @@ def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: s
         )
         return
     found = json.loads(sample(folder, "--prompt", "A name", *options, "--json").stdout)
-    model, tokenizer = load_checkpoint(folder)
+    loaded = load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     given: dict[str, Any] = {"seed": 3 if "--seed" in options else None, "max_new_tokens": 12}
     right = decode_sample(model, tokenizer, "A name", **given, **settings)
     assert found | {"seconds": 0} == right.as_dict() | {"seconds": 0}
@@ -169,7 +170,7 @@ def test_a_recipe_saves_them_in_the_checkpoint(
 ) -> None:
     from transformers import GenerationConfig
 
-    from dllm_convert.sampling.run import load_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
 
     folder = tmp_path / "out"
     convert(source_cache(family), folder, target, generation=SAVED[target])
@@ -181,26 +182,5 @@ def test_a_recipe_saves_them_in_the_checkpoint(
     read = GenerationConfig.from_pretrained(folder)
     read.validate(strict=True)
     assert {name: getattr(read, name) for name in SAVED[target]} == SAVED[target]
-    model, _ = load_checkpoint(folder)
+    model = load_checkpoint(folder).model
     assert model.generation_config.unmasking == SAVED[target]["unmasking"]
-
-
-@pytest.mark.parametrize(
-    ("target", "generation", "said"),
-    [
-        ("bd3lm", {"top_p": 0.5}, "generation.top_p does nothing"),
-        ("bd3lm", {"block_length": 8}, "block_length is for mdlm"),
-        ("mdlm", {"approximate_cache": True}, "approximate_cache needs block_length"),
-        ("mdlm", {"block_length": 8, "remasking": "random"}, "do not go together"),
-        ("mdlm", {"remasking_ratio": 0.5}, "remasking_ratio does nothing"),
-    ],
-)
-def test_a_recipe_that_contradicts_itself_is_not_planned(
-    source_cache: Callable[..., Path],
-    tmp_path: Path,
-    target: str,
-    generation: dict[str, Any],
-    said: str,
-) -> None:
-    with pytest.raises(IncompatibleError, match=said):
-        convert(source_cache("llama"), tmp_path / "out", target, generation=generation)

@@ -174,7 +174,7 @@ def test_the_bodys_name_may_be_left_out(
         for name in list(tensors):
             tensors[name.removeprefix(prefix)] = tensors.pop(name)
     convert(folder, tmp_path / "out")
-    model = load_base(folder, get_adapter(family), dtype=torch.float32)
+    model = load_base(folder, get_adapter(family))
     assert model.config.model_type == family
 
 
@@ -260,7 +260,7 @@ class TestFlags:
         made, config = convert(folder, tmp_path / "out")
         assert config[flag] is stored
         assert any(flag in note for note in made.notes)
-        base = load_base(folder, made.adapter, dtype=torch.float32)
+        base = load_base(folder, made.adapter)
         held = [name for name, _ in base.named_parameters() if name.endswith("_proj.bias")]
         assert bool(held) is stored
 

@@ -18,10 +18,11 @@ from transformers import Qwen2Config
 
 from dllm_convert.adapters import get_adapter
 from dllm_convert.modeling.published.modeling import DiffusionQwen2ForCausalLM
+from dllm_convert.planning.estimate import has_flex
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training import checkpointing, gpu_attention
 from dllm_convert.training.asked import process_of, weights_of
-from dllm_convert.training.gpu_attention import FLEX, has_flex, register_flex
+from dllm_convert.training.gpu_attention import FLEX, register_flex
 from dllm_convert.training.run import _arguments
 from dllm_convert.training.setup import make_trainable
 from dllm_convert.training.trainer import DiffusionTrainer

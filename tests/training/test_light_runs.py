@@ -17,7 +17,7 @@ from conftest import SourceFactory
 from running import Launcher
 
 from dllm_convert.common.copying import sha256_files
-from dllm_convert.common.manifest import file_names
+from dllm_convert.common.manifest import checkpoint_files
 
 CHANGES_BY_TIME = ("dllm_convert.json", "README.md", "report.html")
 """Files that say when they were made, or how long that took."""
@@ -25,7 +25,7 @@ CHANGES_BY_TIME = ("dllm_convert.json", "README.md", "report.html")
 
 def state(folder: Path) -> dict[str, str]:
     """Return every file with its hash, but for those that hold times."""
-    names = [name for name in file_names(folder) if name not in CHANGES_BY_TIME]
+    names = [name for name in checkpoint_files(folder) if name not in CHANGES_BY_TIME]
     return sha256_files({name: folder / name for name in names})
 
 

@@ -17,16 +17,17 @@ from dllm_convert.common.tables import text_of
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
+from dllm_convert.modeling.converted_config import read_section
 from dllm_convert.modeling.published.masks import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint
 from dllm_convert.verification.catalogue import CATALOGUE
 from dllm_convert.verification.instruments.divergence import Trace
-from dllm_convert.verification.opening import Asked, opened
+from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.probes.gradient import measure_gradient
 from dllm_convert.verification.probes.influence import first_wrong, probe_columns, probe_length
 from dllm_convert.verification.report import at_most, first_items, largest, none_wrong, skipped
 from dllm_convert.verification.shown import verification_blocks
-from dllm_convert.verification.subject import Claim
+from dllm_convert.verification.subject import claimed_mask
 
 ROOT = Path(__file__).parents[2]
 SECTION = {
@@ -45,7 +46,7 @@ def draw(mask: torch.Tensor) -> list[str]:
 
 
 def test_claimed_mask_of_blocks_of_two() -> None:
-    assert draw(Claim.from_config({"diffusion": SECTION}).mask(5)) == [
+    assert draw(claimed_mask(read_section({"diffusion": SECTION}), 5)) == [
         "##...",
         "##...",
         "####.",
@@ -56,15 +57,15 @@ def test_claimed_mask_of_blocks_of_two() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 16])
 def test_claimed_mask_agrees_with_the_mask_in_use(size: int) -> None:
-    claim = Claim.from_config({"diffusion": {**SECTION, "block_size": size}})
+    claim = read_section({"diffusion": {**SECTION, "block_size": size}})
     positions = torch.arange(16)[None]
     used = block_causal_mask(positions, torch.ones_like(positions).bool(), size, 16)[0, 0]
-    assert torch.equal(claim.mask(16), used)
+    assert torch.equal(claimed_mask(claim, 16), used)
 
 
 def test_claimed_mask_of_mdlm_is_full() -> None:
     section = {**SECTION, "objective": "mdlm", "attention": "bidirectional", "block_size": None}
-    assert Claim.from_config({"diffusion": section}).mask(4).all()
+    assert claimed_mask(read_section({"diffusion": section}), 4).all()
 
 
 @pytest.mark.parametrize(
@@ -83,14 +84,14 @@ def test_claimed_mask_of_mdlm_is_full() -> None:
 )
 def test_claim_that_contradicts_itself(change: dict[str, Any]) -> None:
     with pytest.raises(IncompatibleError, match="diffusion"):
-        Claim.from_config({"diffusion": {**SECTION, **change}})
+        read_section({"diffusion": {**SECTION, **change}})
 
 
 @pytest.mark.parametrize("key", ["objective", "block_size", "mask_token_id", "attention"])
 def test_claim_that_is_incomplete(key: str) -> None:
     section = {name: value for name, value in SECTION.items() if name != key}
     with pytest.raises(IncompatibleError, match=key):
-        Claim.from_config({"diffusion": section})
+        read_section({"diffusion": section})
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 16, 32, 64, 100, 128, 512])
@@ -298,7 +299,7 @@ def test_a_checkpoint_is_measured_on_its_own_schedule(
     config = json.loads((folder / "config.json").read_text())
     config["diffusion"] |= added
     (folder / "config.json").write_text(json.dumps(config))
-    with opened(folder, Asked(None)) as subject:
+    with opened(folder, VerificationRequest(None)) as subject:
         objective = subject.objective
     assert objective.schedule == expected
     loaded = SimpleNamespace(diffusion=config["diffusion"], vocab_size=config["vocab_size"])

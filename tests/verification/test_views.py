@@ -35,7 +35,7 @@ from dllm_convert.verification.observe.curves import (
 )
 from dllm_convert.verification.observe.heatmaps import FEWEST_COLUMNS, TOKENS_AT_MOST, map_grid
 from dllm_convert.verification.observe.views import observe_checkpoint
-from dllm_convert.verification.opening import Asked
+from dllm_convert.verification.opening import VerificationRequest
 
 MEASURED = {"probes": [{"name": "attention-sdpa", "passed": True, "measured": "0 wrong"}]}
 OBJECTIVES = {
@@ -66,7 +66,7 @@ def test_the_base_is_a_triangle_and_the_conversion_is_open(
     family: str, target: str, converted_cache: Callable[..., Any]
 ) -> None:
     made = converted_cache(family, target)
-    seen = observe_checkpoint(made.folder, Asked(made.base), MEASURED)
+    seen = observe_checkpoint(made.folder, VerificationRequest(made.base), MEASURED)
     influence = seen.influence
     assert influence is not None
     assert influence.base is not None
@@ -86,7 +86,7 @@ def test_a_conversion_that_stayed_causal_is_told(converted: Callable[..., Any]) 
     made = converted("llama", "mdlm")
     config = made.folder / "config.json"
     config.write_text(config.read_text().replace('"is_causal": false', '"is_causal": true'))
-    seen = observe_checkpoint(made.folder, Asked(), MEASURED)
+    seen = observe_checkpoint(made.folder, VerificationRequest(), MEASURED)
     assert seen.influence is not None
     assert seen.influence.base is None
     assert not seen.influence.opened_as_claimed
@@ -108,15 +108,20 @@ def test_attention_that_could_not_be_verified_is_not_drawn(
     probe: dict[str, Any], converted_cache: Callable[..., Any]
 ) -> None:
     made = converted_cache("llama", "bd3lm")
-    assert observe_checkpoint(made.folder, Asked(made.base), {"probes": [probe]}).influence is None
+    assert (
+        observe_checkpoint(
+            made.folder, VerificationRequest(made.base), {"probes": [probe]}
+        ).influence
+        is None
+    )
 
 
 def test_the_base_of_the_manifest_stands_in(converted: Callable[..., Any]) -> None:
     made = converted("llama", "bd3lm")
-    first = observe_checkpoint(made.folder, Asked(made.base), MEASURED)
+    first = observe_checkpoint(made.folder, VerificationRequest(made.base), MEASURED)
     manifest = {"measurements": first.as_dict() | {"nelbo_after": {"nats_per_token": 2.0}}}
     (made.folder / "dllm_convert.json").write_text(json.dumps(manifest))
-    again = observe_checkpoint(made.folder, Asked(), MEASURED)
+    again = observe_checkpoint(made.folder, VerificationRequest(), MEASURED)
     assert again.influence == first.influence
     assert again.held_out == {"nelbo_after": 2.0}
 

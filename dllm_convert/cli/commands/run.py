@@ -1,4 +1,4 @@
-"""`run` and `check`: convert a checkpoint, or say what would happen."""
+"""`run`: convert a checkpoint, or say what would happen."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from dllm_convert.cli import options as option
-from dllm_convert.cli import output
-from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done, typed
+from dllm_convert.cli.commands.check import show_plan
+from dllm_convert.cli.commands.shared import (
+    asked_recipe,
+    exit_if_failed,
+    make_reporter,
+    show_done,
+)
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Place
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.options import Depth, RunOptions
+from dllm_convert.recipe.typed import default_out
 
 Link = Annotated[
     bool,
@@ -21,12 +27,6 @@ Link = Annotated[
         "--link",
         help="Hard-link weight files that do not change, instead of copying them. Whatever "
         "overwrites one in place then changes both.",
-    ),
-]
-AllowPickle = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle", help="Read pickled weights (.bin), without running code in them."
     ),
 ]
 Verify = Annotated[
@@ -54,27 +54,7 @@ if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
 
 
-_GENERIC = "Families without an adapter"
-Probe = Annotated[
-    bool,
-    typer.Option(
-        "--probe",
-        rich_help_panel=_GENERIC,
-        help="Measure on a small random instance whether the family can be converted; check only.",
-    ),
-]
-AllowGeneric = Annotated[
-    bool,
-    typer.Option(
-        "--allow-generic",
-        rich_help_panel=_GENERIC,
-        help="Convert a family that has no adapter, if it passes what --probe measures.",
-    ),
-]
-
-
 def run(
-    ctx: typer.Context,
     source: option.Source,
     to: option.To = None,
     block: option.Block = None,
@@ -90,7 +70,7 @@ def run(
     no_train: option.NoTrain = False,
     keep_adapter: option.KeepAdapter = False,
     source_revision: option.SourceRevision = None,
-    allow_pickle: AllowPickle = False,
+    allow_pickle: option.AllowPickle = False,
     link: Link = False,
     verify: Verify = Depth.AUTO,
     extend: Extend = False,
@@ -99,8 +79,8 @@ def run(
     num_processes: option.Processes = None,
     launch_config: option.LaunchConfig = None,
     dry_run: option.DryRun = False,
-    probe: Probe = False,
-    allow_generic: AllowGeneric = False,
+    probe: option.Probe = False,
+    allow_generic: option.AllowGeneric = False,
     push_to_hub: option.PushToHub = None,
     public: option.Public = None,
     revision: option.PushRevision = None,
@@ -109,42 +89,39 @@ def run(
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Convert a checkpoint; as `check` or with `--dry-run`, only say how."""
-    from dllm_convert.pipeline.api.conversion import load_recipe
+    """Convert a checkpoint; with `--dry-run`, only say how."""
     from dllm_convert.pipeline.launch import launch
-    from dllm_convert.recipe.typed import default_out
 
     place = Place.from_environment()
     processes = num_processes or place.world
     push = push_options(
         push_to_hub, public=public, revision=revision, create_pr=create_pr, commit_message=message
     )
-    with typed():
-        recipe = load_recipe(
-            source,
-            to=cast("Target | None", to),
-            block=block,
-            data=data,
-            steps=steps,
-            tokens=tokens,
-            max_time=max_time,
-            global_batch=global_batch,
-            preset=preset,
-            lora=lora,
-            full=full,
-            train=not no_train,
-            keep_adapter=keep_adapter,
-            revision=source_revision,
-            allow_pickle=allow_pickle,
-            allow_generic=allow_generic,
-            report_to=report_to,
-            overrides=parse_assignments(assignments or ()),
-            processes=processes,
-        )
+    recipe = asked_recipe(
+        source,
+        to=cast("Target | None", to),
+        block=block,
+        data=data,
+        steps=steps,
+        tokens=tokens,
+        max_time=max_time,
+        global_batch=global_batch,
+        preset=preset,
+        lora=lora,
+        full=full,
+        train=not no_train,
+        keep_adapter=keep_adapter,
+        revision=source_revision,
+        allow_pickle=allow_pickle,
+        allow_generic=allow_generic,
+        report_to=report_to,
+        overrides=parse_assignments(assignments or ()),
+        processes=processes,
+    )
     folder = out or default_out(recipe)
     refuse_in_source(folder, recipe.source)
-    if dry_run or ctx.info_name == "check":
-        _show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
+    if dry_run:
+        show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
         return
     if probe:
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
@@ -152,23 +129,8 @@ def run(
         raise typer.BadParameter("--extend trains on; leave out --no-train")
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(launch(num_processes, launch_config, sys.argv[1:]))
-    how = How(link=link, verify=verify, extend=extend)
+    how = RunOptions(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
-
-
-def _show_plan(
-    recipe: Recipe,
-    folder: Path,
-    push: PushOptions | None,
-    processes: int,
-    *,
-    probe: bool,
-    as_json: bool,
-) -> None:
-    """Say what a run would do."""
-    from dllm_convert.pipeline.check import check
-
-    output.show(check(recipe, folder, push, processes, probe=probe), as_json=as_json)
 
 
 def _convert(
@@ -176,7 +138,7 @@ def _convert(
     folder: Path,
     push: PushOptions | None,
     place: Place,
-    how: How,
+    how: RunOptions,
     *,
     quiet: bool,
     as_json: bool,

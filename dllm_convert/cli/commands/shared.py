@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import typer
 
 from dllm_convert.cli import output
-from dllm_convert.cli.errors import tell_line
-from dllm_convert.errors import OutputError, RequestError, VerificationError
+from dllm_convert.cli.errors import flag, tell_line
+from dllm_convert.errors import OutputError, RequestError, VerificationError, spelt
 
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
     from dllm_convert.common.tables import Printed
+    from dllm_convert.pipeline.asked import ConversionRequest
+    from dllm_convert.recipe.schema import Recipe
 
 
 def make_reporter(*, quiet: bool) -> Reporter:
@@ -39,7 +41,24 @@ def typed() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise typer.BadParameter(str(error), param_hint=error.option) from error
+        argument = None if error.argument is None else flag(error.argument)
+        raise typer.BadParameter(spelt(str(error), flag), param_hint=argument) from error
+
+
+def asked_recipe(source: str, **asked: Unpack[ConversionRequest]) -> Recipe:
+    """Return the recipe that the options of `run` and `check` ask for.
+
+    Args:
+        source: Recipe, Hub id, folder or file.
+        **asked: The options, as `dllm_convert.plan` takes them.
+
+    Raises:
+        typer.BadParameter: Options contradict each other, or would change nothing.
+    """
+    from dllm_convert.pipeline.api.conversion import load_recipe
+
+    with typed():
+        return load_recipe(source, **asked)
 
 
 def show_done(result: Printed, *, as_json: bool) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from dllm_convert.cli import options as option
-from dllm_convert.cli.commands.run import AllowPickle
 from dllm_convert.cli.commands.shared import exit_if_failed, make_reporter, show_done, typed
 from dllm_convert.cli.types import count, named, path_of
 from dllm_convert.cli.values import output_file
@@ -72,7 +71,7 @@ def verify(
     checkpoint: Checkpoint,
     against: Against = None,
     files: Files = False,
-    allow_pickle: AllowPickle = False,
+    allow_pickle: option.AllowPickle = False,
     report: Report = None,
     revision: Revision = None,
     block: Block = None,

@@ -12,8 +12,8 @@ from dllm_convert.common.ranks import Place
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.pipeline.api.publication import push_options
-from dllm_convert.pipeline.asked import Asked
-from dllm_convert.pipeline.options import Depth, How
+from dllm_convert.pipeline.asked import ConversionRequest
+from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.recipe.typed import default_out
@@ -55,7 +55,7 @@ class Conversion(Printed):
         return run_blocks(self.as_dict())
 
 
-def load_recipe(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
+def load_recipe(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> Recipe:
     """Resolve a recipe, the presets it inherits and what is asked into one value.
 
     Args:
@@ -72,7 +72,9 @@ def load_recipe(source: str | Path | Recipe, **asked: Unpack[Asked]) -> Recipe:
     return resolve(source, **asked)
 
 
-def plan(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -> ConversionPlan:
+def plan(
+    source: str | Path | Recipe | ConversionPlan, **asked: Unpack[ConversionRequest]
+) -> ConversionPlan:
     """Decide everything a conversion will do; reads headers only. Printed, it is what `check` says.
 
     Args:
@@ -81,7 +83,7 @@ def plan(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -
         **asked: `to` and `block` (what to convert to), `data`, `steps`, `tokens`, `max_time`,
             `global_batch`, `preset`, `lora`, `full`, `train`, `keep_adapter`, `revision`,
             `allow_pickle`, `allow_generic`, `report_to`, and `overrides` for every other field of
-            a recipe by its dotted name; see `dllm_convert.pipeline.asked.Asked`.
+            a recipe by its dotted name; see `dllm_convert.pipeline.asked.ConversionRequest`.
 
     Raises:
         DllmConvertError: The source cannot be read, or cannot be converted as asked.
@@ -91,7 +93,9 @@ def plan(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -
     return plan_conversion(_recipe_of(source, asked))
 
 
-def probe(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) -> ProbeReport:
+def probe(
+    source: str | Path | Recipe | ConversionPlan, **asked: Unpack[ConversionRequest]
+) -> ProbeReport:
     """Measure on a small random instance whether a family can be converted; loads no weights.
 
     Args:
@@ -109,7 +113,7 @@ def probe(source: str | Path | Recipe | ConversionPlan, **asked: Unpack[Asked]) 
     return probe_recipe(_recipe_of(source, asked))
 
 
-def _recipe_of(source: str | Path | Recipe | ConversionPlan, asked: Asked) -> Recipe:
+def _recipe_of(source: str | Path | Recipe | ConversionPlan, asked: ConversionRequest) -> Recipe:
     return load_recipe(source.recipe if isinstance(source, ConversionPlan) else source, **asked)
 
 
@@ -124,7 +128,7 @@ def convert(
     num_processes: int | None = None,
     launch_config: str | Path | None = None,
     reporter: Reporter | None = None,
-    **asked: Unpack[Asked],
+    **asked: Unpack[ConversionRequest],
 ) -> Conversion:
     """Convert, train, verify and document a checkpoint; the same call goes on where it stopped.
 
@@ -151,14 +155,14 @@ def convert(
     if verify not in list(Depth):
         raise RequestError(f"verify is {verify!r}, expected one of {', '.join(Depth)}")
     if extend and recipe.training.method == "none":
-        raise RequestError("extend trains on; leave out train=False")
+        raise RequestError("`extend` trains on; leave out `train=False`")
     if Place.from_environment().world > 1:
         raise IncompatibleError(
             "this is one of several processes, and convert() works in one",
             hint="convert(..., num_processes=N) starts several; or torchrun -m dllm_convert run",
         )
     options = push_options(push) if isinstance(push, str) else push
-    how = How(link=link, verify=Depth(verify), extend=extend)
+    how = RunOptions(link=link, verify=Depth(verify), extend=extend)
     folder = default_out(recipe) if out is None else Path(out)
     teller = reporter or Reporter()
     if num_processes is not None or launch_config is not None:
@@ -172,7 +176,7 @@ def _convert_together(
     out: Path,
     reporter: Reporter,
     push: PushOptions | None,
-    how: How,
+    how: RunOptions,
     processes: int | None,
     config: Path | None,
 ) -> Conversion:
@@ -205,12 +209,14 @@ def convert_recipe(
     *,
     push: PushOptions | None = None,
     place: Place | None = None,
-    how: How | None = None,
+    how: RunOptions | None = None,
 ) -> Conversion:
     """Convert as a resolved recipe says, in the first of perhaps several processes."""
     from dllm_convert.pipeline import run as pipeline
     from dllm_convert.verification.report import VerificationReport
 
-    done = pipeline.run(recipe, out, reporter, push=push, place=place or Place(), how=how or How())
+    done = pipeline.run(
+        recipe, out, reporter, push=push, place=place or Place(), how=how or RunOptions()
+    )
     report = VerificationReport.from_dict(done.manifest["verification"])
     return Conversion(done.path, done.manifest, report, done.pushed)

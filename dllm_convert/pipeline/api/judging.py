@@ -46,7 +46,7 @@ def verify(
     """
     teller = reporter or Reporter(quiet=True)
     if page is not None and files:
-        raise RequestError("--report shows what the model does; leave --files out")
+        raise RequestError("`page` shows what the model does; leave `files` out")
     if files:
         from dllm_convert.verification.bytes import verify_folder
 
@@ -67,11 +67,10 @@ def verify(
         )
         if page is not None:
             from dllm_convert.pipeline.page import write_page
-            from dllm_convert.verification.opening import Asked as Opened
-            from dllm_convert.verification.opening import local_checkpoint
+            from dllm_convert.verification.opening import VerificationRequest, local_checkpoint
 
             folder = local_checkpoint(checkpoint, revision, teller)
-            asked = Opened(base, trust_remote_code=trust_remote_code, block_size=block)
+            asked = VerificationRequest(base, trust_remote_code=trust_remote_code, block_size=block)
             report = write_page(Path(page), folder, asked, report, teller)
     return report
 
@@ -140,7 +139,7 @@ def evaluate(
     if isinstance(tasks, str):
         tasks = [tasks]
     merged = merge(find_settings(published), settings or {})
-    require_decoding(Path(checkpoint), merged.generation, "--set")
+    require_decoding(Path(checkpoint), merged.generation, "settings")
     request = Request(
         checkpoint=Path(checkpoint),
         tasks=tuple(tasks),

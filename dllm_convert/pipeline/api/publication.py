@@ -69,11 +69,11 @@ def push_options(
     from dllm_convert.publishing.reshard import parse_size
 
     if given.get("create_pr") and given.get("revision"):
-        raise RequestError("give --create-pr or --revision, a pull request has its own")
+        raise RequestError("give `create_pr` or `revision`, a pull request has its own")
     try:
         size = parse_size(str(max_shard_size)) if max_shard_size else None
     except ValueError as error:
-        raise RequestError(str(error), option="--max-shard-size") from error
+        raise RequestError(str(error), argument="max_shard_size") from error
     return PushOptions(repo_id, max_shard_size=size, **given)
 
 

@@ -44,19 +44,24 @@ def load(
     import torch
 
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.sampling.run import open_checkpoint
+    from dllm_convert.modeling.loading import load_checkpoint
 
     held = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(held, torch.dtype) and held.is_floating_point):
         raise RequestError(f"dtype is {dtype!r}, expected one such as 'bfloat16' or 'float32'")
     with quiet_libraries():
         folder = _folder(checkpoint, reporter or Reporter(quiet=True), revision)
-        return open_checkpoint(folder, device=device, dtype=held)
+        loaded = load_checkpoint(
+            folder,
+            device=None if device is None else str(device),
+            dtype=None if held is None else str(held).removeprefix("torch."),
+        )
+    return loaded.model, loaded.tokenizer
 
 
 def _folder(checkpoint: str | Path, reporter: Reporter, revision: str | None = None) -> Path:
     """Return a checkpoint's folder, downloaded if what is named is a Hub id and no folder."""
-    from dllm_convert.common.hub_ids import is_hub_id
+    from dllm_convert.common.hub_names import is_hub_id
 
     named = isinstance(checkpoint, str) and "/" in checkpoint and is_hub_id(checkpoint)
     if revision is None and not named:
@@ -115,7 +120,7 @@ def sample(
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
     from dllm_convert.sampling.checking import require_decoding, require_settings
-    from dllm_convert.sampling.run import Shown, run_sample
+    from dllm_convert.sampling.run import Display, run_sample
 
     if prompt is None or isinstance(prompt, str):
         prompts = [DEFAULT_PROMPT if prompt is None else prompt]
@@ -129,7 +134,7 @@ def sample(
     how = {**given, "chat": chat, "mark": infill, "seed": seed}
     # What is watched is drawn by a reporter that draws.
     teller = reporter or Reporter(quiet=not watch)
-    shown = Shown(watch, _film(record))
+    shown = Display(watch, _film(record))
     with quiet_libraries():
         if isinstance(checkpoint, str | Path):
             folder = _folder(checkpoint, teller)
@@ -153,5 +158,5 @@ def sample(
 def _film(record: str | Path | None) -> Path | None:
     path = None if record is None else Path(record)
     if path is not None and path.suffix.lower() not in (".gif", ".html"):
-        raise RequestError(f"{path} does not end in .gif or .html", option="--record")
+        raise RequestError(f"{path} does not end in .gif or .html", argument="record")
     return path

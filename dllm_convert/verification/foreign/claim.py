@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.source.config_numbers import is_id, is_size
 from dllm_convert.source.info import TokenizerInfo
 from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.source.tokenizer_files import read_tokenizer
-from dllm_convert.verification.foreign.layout import Layout
-from dllm_convert.verification.subject import Claim, is_count
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 
 @dataclass(frozen=True)
-class Stated:
+class Claim:
     """A claim, with its grounds.
 
     Attributes:
@@ -26,15 +27,15 @@ class Stated:
         contradictions: What the files say against it or leave out.
     """
 
-    claim: Claim
+    claim: DiffusionSection
     mask_text: str | None
     grounds: tuple[str, ...]
     contradictions: tuple[str, ...]
 
 
 def read_claim(
-    layout: Layout, folder: Path, config: Mapping[str, Any], block_size: int | None
-) -> Stated:
+    layout: ForeignLayout, folder: Path, config: Mapping[str, Any], block_size: int | None
+) -> Claim:
     """Read what a checkpoint of a known layout claims.
 
     Args:
@@ -49,17 +50,21 @@ def read_claim(
     size, size_ground = _block_size(layout, config, block_size)
     tokenizer, problem = _tokenizer(folder, config)
     mask, mask_ground, against = _mask(layout, folder, config, tokenizer)
-    objective = "mdlm" if size is None else "bd3lm"
-    attention = "bidirectional" if size is None else "block-causal"
+    claim = DiffusionSection(
+        objective="mdlm" if size is None else "bd3lm",
+        block_size=size,
+        mask_token_id=mask,
+        token_shift=layout.token_shift,
+    )
     shift = "with" if layout.token_shift else "without"
     contradictions = [*against]
     if problem:
         contradictions.append(problem)
     if config.get("is_causal") is True:
-        contradictions.append(f"config.json has is_causal true, {layout.name} is {attention}")
+        contradictions.append(f"config.json has is_causal true, {layout.name} is {claim.attention}")
     vocabulary = tokenizer.vocab if tokenizer else {}
-    return Stated(
-        Claim(objective, size, mask, attention, layout.token_shift),
+    return Claim(
+        claim,
         next((text for text, number in vocabulary.items() if number == mask), None),
         (size_ground, f"mask {mask} ({mask_ground})", f"{shift} token shift ({layout.name})"),
         tuple(contradictions),
@@ -67,7 +72,7 @@ def read_claim(
 
 
 def _block_size(
-    layout: Layout, config: Mapping[str, Any], given: int | None
+    layout: ForeignLayout, config: Mapping[str, Any], given: int | None
 ) -> tuple[int | None, str]:
     stated = config.get("block_size")
     if layout.blocks == "never":
@@ -77,7 +82,7 @@ def _block_size(
                 hint="Leave --block out",
             )
         return None, "bidirectional"
-    if stated is not None and (not is_count(stated) or not stated):
+    if stated is not None and (not is_size(stated)):
         raise IncompatibleError(
             f"config.json: block_size is {stated!r}, expected a whole number of at least 1"
         )
@@ -103,7 +108,7 @@ def _tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[TokenizerInfo |
 
 
 def _places(
-    layout: Layout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
+    layout: ForeignLayout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
 ) -> Iterator[tuple[str, Any]]:
     """Yield where a mask id is stated, with the id, the most trusted place first."""
     path = folder / "generation_config.json"
@@ -119,7 +124,7 @@ def _places(
 
 
 def _mask(
-    layout: Layout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
+    layout: ForeignLayout, folder: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo | None
 ) -> tuple[int, str, list[str]]:
     """Return the mask's id, where it is stated, and what speaks against it."""
     stated = {
@@ -128,9 +133,9 @@ def _mask(
         if found is not None
     }
     wrong = [
-        f"{place} has mask id {found!r}" for place, found in stated.items() if not is_count(found)
+        f"{place} has mask id {found!r}" for place, found in stated.items() if not is_id(found)
     ]
-    ids = {place: found for place, found in stated.items() if is_count(found)}
+    ids = {place: found for place, found in stated.items() if is_id(found)}
     if tokenizer is not None and not any("tokenizer" in place for place in ids):
         wrong.append(f"the tokenizer has no mask token, neither declared nor as {layout.mask_text}")
     if not ids:

@@ -12,7 +12,7 @@ BlockMask = Literal["none", "3d", "4d"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ForeignLayout:
     """A layout: how config.json shows it, what it claims, what computes it.
 
     The defaults are those of weights shaped like Llama under their usual names.

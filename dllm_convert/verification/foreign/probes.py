@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.verification.foreign.claim import Stated
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.claim import Claim
+from dllm_convert.verification.foreign.layout import ForeignLayout
 from dllm_convert.verification.foreign.remote import check_own_code
 from dllm_convert.verification.memory import WITHOUT_MODEL
 from dllm_convert.verification.probes.files import check_files, check_finite, check_hashes
@@ -34,8 +34,8 @@ class Foreign:
 
     folder: Path
     config: Mapping[str, Any]
-    layout: Layout
-    stated: Stated
+    layout: ForeignLayout
+    stated: Claim
     unmapped: str | None
 
     def group(

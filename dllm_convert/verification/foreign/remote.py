@@ -54,7 +54,7 @@ def check_own_code(subject: Subject) -> list[Probe]:
     length = probe_length(subject)
     columns = probe_columns(length, subject.claim.block_size)
     texts = _texts(subject, length, columns)
-    mask = subject.claim.mask(length)
+    mask = subject.allowed(length)
     try:
         facts, found = _run(foreign, auto_class, {"texts": texts, "mask": mask})
     except DataError as error:

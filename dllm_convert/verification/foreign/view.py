@@ -7,7 +7,6 @@ Nothing of the folder's code is in it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter, get_adapter
+from dllm_convert.common.json_files import write_config
 from dllm_convert.errors import DataError
 from dllm_convert.source.folder import file_names, matching
 from dllm_convert.source.safetensors_header import (
@@ -26,17 +26,16 @@ from dllm_convert.source.safetensors_header import (
     read_checkpoint,
 )
 from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES
-from dllm_convert.verification.foreign.claim import Stated
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.claim import Claim
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_FILES = (*VOCABULARY_FILES, *SIDE_FILES, "additional_chat_templates/*.jinja")
-_FORMAT = 1
 _STAND_IN = "llama"
 """Family whose names a layout gets that no class computes; no model of it is ever loaded."""
 
 
-def stand_in(layout: Layout, *, unmapped: bool) -> Adapter:
+def stand_in(layout: ForeignLayout, *, unmapped: bool) -> Adapter:
     """Return the adapter under which a layout's headers and tokens are read.
 
     Args:
@@ -49,7 +48,7 @@ def stand_in(layout: Layout, *, unmapped: bool) -> Adapter:
 
 
 def stock_config(
-    layout: Layout, adapter: Adapter, config: Mapping[str, Any], stated: Stated
+    layout: ForeignLayout, adapter: Adapter, config: Mapping[str, Any], stated: Claim
 ) -> dict[str, Any]:
     """Return config.json in this package's terms.
 
@@ -71,15 +70,7 @@ def stock_config(
         "is_causal": False,
         "mask_token_id": claim.mask_token_id,
         "block_size": claim.block_size,
-        "diffusion": {
-            "objective": claim.objective,
-            "block_size": claim.block_size,
-            "mask_token_id": claim.mask_token_id,
-            "attention": claim.attention,
-            "token_shift": claim.token_shift,
-            "noise_schedule": "linear",
-            "format_version": _FORMAT,
-        },
+        "diffusion": claim.as_dict(),
     }
     return fields | own
 
@@ -88,8 +79,8 @@ def build_view(
     view: Path,
     folder: Path,
     config: Mapping[str, Any],
-    stated: Stated,
-    layout: Layout,
+    stated: Claim,
+    layout: ForeignLayout,
     *,
     rename: bool,
 ) -> None:
@@ -107,18 +98,14 @@ def build_view(
         DataError: A file of the checkpoint cannot be read.
         OSError: The disk is full.
     """
-    _write(view / "config.json", config)
-    _write(view / "generation_config.json", _generation(folder, config))
+    write_config(view / "config.json", config)
+    write_config(view / "generation_config.json", _generation(folder, config))
     _link_weights(view, folder, layout, rename=rename)
     for name in matching(file_names(folder), _TOKENIZER_FILES):
         if name != TOKENIZER_CONFIG:
             (view / name).parent.mkdir(exist_ok=True)
             _link(view / name, folder / name)
-    _write(view / TOKENIZER_CONFIG, _tokenizer_config(folder, stated, layout))
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_config(view / TOKENIZER_CONFIG, _tokenizer_config(folder, stated, layout))
 
 
 def _link(link: Path, target: Path) -> None:
@@ -140,7 +127,7 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {name: own[name] for name in names if own.get(name) is not None}
 
 
-def _tokenizer_config(folder: Path, stated: Stated, layout: Layout) -> dict[str, Any]:
+def _tokenizer_config(folder: Path, stated: Claim, layout: ForeignLayout) -> dict[str, Any]:
     """Name a stock tokenizer class, and the mask token where the tokenizer only contains it."""
     settings = _optional(folder / TOKENIZER_CONFIG)
     brought_code = settings.pop("auto_map", None) is not None
@@ -153,7 +140,7 @@ def _tokenizer_config(folder: Path, stated: Stated, layout: Layout) -> dict[str,
     return settings
 
 
-def _link_weights(view: Path, folder: Path, layout: Layout, *, rename: bool) -> None:
+def _link_weights(view: Path, folder: Path, layout: ForeignLayout, *, rename: bool) -> None:
     try:
         headers = read_checkpoint(folder) if rename and layout.renames else {}
     except DataError:
@@ -164,13 +151,13 @@ def _link_weights(view: Path, folder: Path, layout: Layout, *, rename: bool) -> 
         if SINGLE_FILE not in headers:
             index = load_json_object(folder / INDEX_FILE)
             names = {layout.stock_name(n): file for n, file in index["weight_map"].items()}
-            _write(view / INDEX_FILE, {**index, "weight_map": names})
+            write_config(view / INDEX_FILE, {**index, "weight_map": names})
         return
     for name in matching(file_names(folder), ("*.safetensors", INDEX_FILE)):
         _link(view / name, folder / name)
 
 
-def _rewrite(target: Path, source: Path, header: Header, layout: Layout) -> None:
+def _rewrite(target: Path, source: Path, header: Header, layout: ForeignLayout) -> None:
     """Write a safetensors file with stock names; shapes, types and bytes stay."""
     entries = {
         layout.stock_name(name): (entry.dtype, entry.shape, entry.end - entry.start)

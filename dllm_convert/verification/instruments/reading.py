@@ -12,26 +12,9 @@ from pathlib import Path
 import torch
 
 from dllm_convert.errors import DataError
-from dllm_convert.source.safetensors_header import Header
+from dllm_convert.source.safetensors_header import TORCH_NAMES, Header
 
-_TYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+_TYPES = {dtype: getattr(torch, name) for dtype, name in TORCH_NAMES.items()}
 
 
 def read_rows(

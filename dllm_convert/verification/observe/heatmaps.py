@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dllm_convert.behaviour.influence import STILL, measure_influence
-from dllm_convert.modeling.classes import diffusion_class
-from dllm_convert.modeling.converted_config import diffusion_section
-from dllm_convert.modeling.loading import load_base as load_stock
-from dllm_convert.modeling.loading import load_complete
-from dllm_convert.source.folder import read_config
 from dllm_convert.verification.observe.observations import InfluenceMap
 from dllm_convert.verification.subject import Subject
 
@@ -66,18 +60,6 @@ def influence_map(
 def _level(share: float) -> float | None:
     # The probes' own limit; not-a-number is no influence that could be drawn.
     return round(math.log10(share), 1) if share > STILL else None
-
-
-def load_base(base: Path, subject: Subject) -> Any:
-    """Load the base as stock transformers does, in float32; one that is a conversion as what it is.
-
-    The stock class would let a block diffusion model look ahead across its blocks.
-    """
-    adapter = subject.adapter
-    settings = {"dtype": torch.float32, "attn_implementation": adapter.implementations[0]}
-    if diffusion_section(read_config(base)) is not None:
-        return load_complete(diffusion_class(adapter), base, **settings)
-    return load_stock(base, adapter, **settings)
 
 
 def map_of(subject: Subject, model: Any) -> InfluenceMap:

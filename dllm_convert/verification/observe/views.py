@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.modeling.loading import device_and_dtype
+from dllm_convert.modeling.loading import device_and_dtype, load_base
 from dllm_convert.verification.memory import group_refusal
 from dllm_convert.verification.observe.curves import measure_decoding, measure_rates
-from dllm_convert.verification.observe.heatmaps import load_base, map_of
+from dllm_convert.verification.observe.heatmaps import map_of
 from dllm_convert.verification.observe.observations import Influence, Observations, RatePoint
-from dllm_convert.verification.opening import Asked, opened
+from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.subject import Subject
 
 
@@ -44,9 +44,9 @@ def observe_run(
         before = measure_rates(model, batches, objective, seed=seed)
         # Freed before the next is loaded: a device need not hold both.
         del model, batches
-    with opened(weights, Asked(base)) as subject:
+    with opened(weights, VerificationRequest(base)) as subject:
         # The base first, and freed before ours is loaded.
-        shown = map_of(subject, load_base(base, subject).to(device_and_dtype()[0]))
+        shown = map_of(subject, load_base(base, subject.adapter, device=device_and_dtype()[0]))
         model = load(weights)
         influence = Influence(map_of(subject, model), shown, subject.claim.block_size)
         batches = [batch.to(model.device) for batch in held_out]
@@ -57,7 +57,9 @@ def observe_run(
         return Observations(influence, before, after, decoding)
 
 
-def observe_checkpoint(folder: Path, asked: Asked, verification: Mapping[str, Any]) -> Observations:
+def observe_checkpoint(
+    folder: Path, asked: VerificationRequest, verification: Mapping[str, Any]
+) -> Observations:
     """Measure who sees whom in a checkpoint; the curves are those its manifest holds.
 
     Without a base at hand its map is the manifest's, if that is of the same text. A checkpoint
@@ -74,7 +76,7 @@ def observe_checkpoint(folder: Path, asked: Asked, verification: Mapping[str, An
             return replace(known, influence=None)
         base = None
         if asked.against is not None and _fits_beside(subject, verification):
-            base = map_of(subject, load_base(asked.against, subject))
+            base = map_of(subject, load_base(asked.against, subject.adapter))
         found = Influence(map_of(subject, subject.model), base, subject.claim.block_size)
     if found.base is None and known.influence is not None and _alike(found, known.influence):
         found = replace(found, base=known.influence.base)

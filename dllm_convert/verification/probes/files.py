@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dllm_convert.errors import DataError
+from dllm_convert.modeling.bundle import auto_map
 from dllm_convert.planning.attention import layer_types
 from dllm_convert.planning.layers import SLIDING
 from dllm_convert.source.tensor_names import stored_names
@@ -38,11 +39,10 @@ def check_files(subject: Subject) -> list[Probe]:
 def _config(subject: Subject) -> Probe:
     """Fields that other programs act on must say what the diffusion section says."""
     config, claim, adapter = subject.config, subject.claim, subject.adapter
-    class_name = adapter.diffusion_class
     required: dict[str, Any] = {
         "is_causal": False,
-        "architectures": [class_name],
-        "auto_map": {adapter.auto_class: f"modeling_dllm.{class_name}"},
+        "architectures": [adapter.diffusion_class],
+        "auto_map": auto_map(adapter),
         "mask_token_id": claim.mask_token_id,
         "block_size": claim.block_size,
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import Adapter
-from dllm_convert.modeling.bundle import MODELING_FILE, published_code
+from dllm_convert.modeling.bundle import MODELING_FILE, auto_map, published_code
 
 FLAG = "--trust-remote-code"
 _PROGRAMS = ("custom_generate", "adapter_config.json")
@@ -25,8 +25,7 @@ def strange_code(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> s
         config: Its config.json.
         adapter: Its family.
     """
-    own_map = {adapter.auto_class: f"{MODELING_FILE.removesuffix('.py')}.{adapter.diffusion_class}"}
-    if config.get("auto_map") != own_map:
+    if config.get("auto_map") != auto_map(adapter):
         return f"config.json names other code than {MODELING_FILE} (auto_map)"
     strange = [name for name in _PROGRAMS if (folder / name).exists()]
     if strange:

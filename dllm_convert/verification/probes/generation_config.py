@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.source.tokenizer_files import ID_ROLES
 from dllm_convert.verification.report import Probe, first_items, skipped
 from dllm_convert.verification.subject import Subject
 
@@ -41,7 +42,7 @@ def check_generation_config(subject: Subject, tokenizer: Any) -> Probe:
         if value is not None and not (_is_number(value) and value >= least):
             wrong[name] = f"is {value!r}, expected at least {least:g}"
     rows = subject.shapes[subject.adapter.embedding][0]
-    for role in ("bos", "eos", "pad"):
+    for role in ID_ROLES:
         ids = _ids(found.get(f"{role}_token_id"))
         known = _known(subject, tokenizer, role)
         if any(not 0 <= token < rows for token in ids):

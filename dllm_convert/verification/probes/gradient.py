@@ -48,7 +48,7 @@ def check_gradient(subject: Subject) -> list[Probe]:
 
 
 def _observe(subject: Subject, rows: list[int], length: int) -> Pattern:
-    allowed = subject.claim.mask(length)[rows]
+    allowed = subject.allowed(length)[rows]
     moved = torch.zeros(allowed.shape)
     for draw in range(DRAWS):
         tokens = subject.tokens(1, length, draw=draw)[0]
@@ -109,7 +109,7 @@ def _by_layer(subject: Subject) -> Probe:
     """Differentiate every attention module alone: an open layer before it hides nothing."""
     length = probe_length(subject)
     rows = probe_columns(length, subject.claim.block_size)
-    allowed = subject.claim.mask(length)[rows]
+    allowed = subject.allowed(length)[rows]
     wrong, count, first = 0, 0, ""
     names = [name for name in BY_LAYER if name in subject.adapter.implementations]
     for name in names:

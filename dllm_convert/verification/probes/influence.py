@@ -106,7 +106,7 @@ def _end_to_end(subject: Subject, model: Any, name: str) -> Probe:
         if found:
             columns = sorted({0, length - 1, *(c for c in columns if c + 1 in (size, length - 1))})
         text = partial(_text, subject, length)
-        allowed = subject.claim.mask(length)[:, columns]
+        allowed = subject.allowed(length)[:, columns]
         found[length] = observe(subject, model, text, columns, allowed)
     return pattern_probe(name, found)
 
@@ -144,7 +144,7 @@ def _by_layer(subject: Subject, model: Any, length: int) -> Probe:
     """Look at every layer's weights: one closed layer hides behind an open one end to end."""
     tokens = subject.tokens(2, length)
     layers = model(tokens, use_cache=False, output_attentions=True).attentions or ()
-    allowed = subject.claim.mask(length)
+    allowed = subject.allowed(length)
     wrong = 0
     first = ""
     for number, weights in enumerate(layers):

@@ -203,12 +203,7 @@ class _Comparison:
             inputs["attention_mask"] = mask
         if adapter.auto_class == "AutoModelForCausalLM":
             inputs["use_cache"] = False
-        base = load_base(
-            self._base_folder,
-            adapter,
-            dtype=torch.float32,
-            attn_implementation=adapter.implementations[0],
-        )
+        base = load_base(self._base_folder, adapter)
         trace = Trace(base, inputs, base.get_output_embeddings())
         logits, wrong, first = trace.compare(self._subject.model, inputs)
         kept = torch.arange(self._base_rows)

@@ -188,7 +188,7 @@ def _fresh_process(
         scratch = Path(name)
         inputs = {"input_ids": tokens}
         if subject.claim.block_size:
-            mask = subject.claim.mask(tokens.shape[1])[None, None].contiguous()
+            mask = subject.allowed(tokens.shape[1])[None, None].contiguous()
             if subject.adapter.implementations[0] == "eager":
                 # Eager attention adds its mask to the scores.
                 mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)

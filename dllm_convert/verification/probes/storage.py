@@ -11,10 +11,12 @@ from typing import Any
 from dllm_convert.adapters import Adapter
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.safetensors_header import (
+    FLOATS,
     INDEX_FILE,
     SINGLE_FILE,
-    Entry,
+    TORCH_NAMES,
     Header,
+    TensorEntry,
     load_json_object,
     read_checkpoint,
 )
@@ -27,8 +29,7 @@ _WEIGHTS = re.compile(
 )
 """Names that transformers has loaded weights by, now or before."""
 _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_FLOATING = frozenset(_DTYPES.values())
+_DTYPES = {TORCH_NAMES[dtype]: dtype for dtype in FLOATS}
 
 
 def check_storage(subject: Subject) -> list[Probe]:
@@ -80,14 +81,14 @@ def _numbers(files: list[str]) -> dict[str, str]:
     }
 
 
-def _matrices(headers: Mapping[str, Header], adapter: Adapter) -> dict[str, Entry]:
+def _matrices(headers: Mapping[str, Header], adapter: Adapter) -> dict[str, TensorEntry]:
     """Return the floating-point matrices by the names that transformers loads them by."""
     names = stored_names((n for header in headers.values() for n in header.entries), adapter)
     return {
         names[name]: entry
         for header in headers.values()
         for name, entry in header.entries.items()
-        if entry.dtype in _FLOATING and len(entry.shape) > 1
+        if entry.dtype in FLOATS and len(entry.shape) > 1
     }
 
 
@@ -109,7 +110,7 @@ def _dtypes(subject: Subject) -> Probe:
     stored = sizes.most_common(1)[0][0] if sizes else ""
     declared = _declared(subject.config)
     expected = stored if declared is None else _DTYPES.get(str(declared), str(declared))
-    kept: Mapping[str, Entry] = {}
+    kept: Mapping[str, TensorEntry] = {}
     if subject.against is not None and (
         expected == stored or _declared(read_config(subject.against)) == declared
     ):

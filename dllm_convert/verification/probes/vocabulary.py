@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from dllm_convert.source.tokenizer_files import KEPT_ROLES
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 from dllm_convert.verification.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verification.subject import Subject
 from dllm_convert.weights.tokenizer import SAMPLES
-
-ROLES = ("bos", "eos", "pad", "unk", "sep", "cls")
 
 
 def check_text(subject: Subject, tokenizer: Any) -> Probe:
@@ -52,7 +51,7 @@ def check_vocabulary(subject: Subject, tokenizer: Any) -> list[Probe]:
 
 def _special_tokens(tokenizer: Any, base: Any) -> Probe:
     wrong: dict[str, str] = {}
-    for role in ROLES:
+    for role in KEPT_ROLES:
         ours, theirs = (getattr(t, f"{role}_token_id", None) for t in (tokenizer, base))
         # A base without a padding token is given one of its own vocabulary: batches need it.
         named = role == "pad" and theirs is None and ours in base.get_vocab().values()
@@ -71,7 +70,8 @@ def _special_tokens(tokenizer: Any, base: Any) -> Probe:
     return Probe(
         "special-tokens",
         none_wrong(len(wrong), len(known)),
-        f"{len(wrong)} of {len(known)} tokens, {len(ROLES)} roles and {len(SAMPLES)} texts changed",
+        f"{len(wrong)} of {len(known)} tokens, {len(KEPT_ROLES)} roles and {len(SAMPLES)} texts "
+        "changed",
         "0",
         first_items(wrong),
     )

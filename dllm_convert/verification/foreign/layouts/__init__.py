@@ -6,11 +6,11 @@ import importlib
 import pkgutil
 from functools import cache
 
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 
 @cache
-def all_layouts() -> tuple[Layout, ...]:
+def all_layouts() -> tuple[ForeignLayout, ...]:
     """Return every declared layout, in the order in which they are tried."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = (importlib.import_module(f"{__name__}.{name}") for name in names)

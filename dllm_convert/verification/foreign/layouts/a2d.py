@@ -8,10 +8,10 @@ added to the tokenizer when it is loaded, and the embedding does not grow with i
 
 from __future__ import annotations
 
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 LAYOUTS = tuple(
-    Layout(
+    ForeignLayout(
         name=f"a2d-{family}",
         model_types=(f"a2d-{family}",),
         family=family,

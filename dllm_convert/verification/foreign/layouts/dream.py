@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 # Where DreamConfig's defaults differ from those of Qwen2Config.
 _DEFAULTS = {"num_key_value_heads": 32, "intermediate_size": 22016, "mask_token_id": 151666}
@@ -23,7 +23,7 @@ def _stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 LAYOUTS = (
-    Layout(
+    ForeignLayout(
         name="Dream",
         model_types=("Dream",),
         architectures=("DreamModel",),

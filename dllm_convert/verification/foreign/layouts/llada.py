@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 _BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
 _PARTS = {
@@ -61,7 +61,7 @@ def _stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 LAYOUTS = (
-    Layout(
+    ForeignLayout(
         name="LLaDA",
         model_types=("llada",),
         architectures=("LLaDAModelLM",),
@@ -89,13 +89,13 @@ LAYOUTS = (
         },
         embedding="model.transformer.wte.weight",
     ),
-    Layout(
+    ForeignLayout(
         name="LLaDA-MoE",
         model_types=("llada", "lladamoe"),
         architectures=("LLaDAMoEModel", "LLaDAMoEModelLM"),
         mask_text="<|mask|>",
     ),
-    Layout(
+    ForeignLayout(
         name="LLaDA 2",
         model_types=("llada2_moe",),
         mask_text="<|mask|>",

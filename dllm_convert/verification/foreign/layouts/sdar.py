@@ -7,10 +7,10 @@ block size; `generate.py` takes 4. The sampler reads the mask's id from the toke
 
 from __future__ import annotations
 
-from dllm_convert.verification.foreign.layout import Layout
+from dllm_convert.verification.foreign.layout import ForeignLayout
 
 LAYOUTS = (
-    Layout(
+    ForeignLayout(
         name="SDAR",
         model_types=("sdar",),
         family="qwen3",
@@ -20,7 +20,7 @@ LAYOUTS = (
         default_block_size=4,
         block_mask="3d",
     ),
-    Layout(
+    ForeignLayout(
         name="SDAR-MoE",
         model_types=("sdar_moe",),
         mask_text="<|MASK|>",

@@ -1,0 +1,87 @@
+"""The `diffusion` section of config.json: what a converted model was made to be.
+
+Written once, by the plan, and read here by everybody but the published modelling file, which stands
+alone and reads three keys of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dllm_convert.common.terms import Context, Kernel, Target
+
+FORMAT_VERSION = 1
+ATTENTION: Mapping[str, str] = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
+"""Objective to the attention it means."""
+
+
+@dataclass(frozen=True)
+class DiffusionSection:
+    """What a converted model is.
+
+    Attributes:
+        objective: mdlm or bd3lm.
+        block_size: Tokens per block; None for mdlm.
+        mask_token_id: Id of the mask.
+        token_shift: Whether position i is predicted from the hidden state of i-1.
+        noise_schedule: linear, cosine or polynomial.
+        noise_power: Exponent of the polynomial.
+        noise_kernel: What corrupts a token.
+        discrete_steps: T of the bound in discrete time; None: continuous time.
+        context: What a clean token of bd3lm sees of its own block.
+    """
+
+    objective: Target
+    block_size: int | None
+    mask_token_id: int
+    token_shift: bool
+    noise_schedule: str = "linear"
+    noise_power: float = 2.0
+    noise_kernel: Kernel = "absorbing"
+    discrete_steps: int | None = None
+    context: Context = "block"
+
+    @property
+    def attention(self) -> str:
+        """Attention of the noisy tokens: bidirectional or block-causal."""
+        return ATTENTION[self.objective]
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> DiffusionSection:
+        """Read a section that is known to be sound; what it leaves out has its default.
+
+        Args:
+            section: As config.json has it. Of another origin it is checked first, by
+                `modeling.converted_config.read_section`.
+        """
+        return cls(**{key: section[key] for key in cls.__dataclass_fields__ if key in section})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section as config.json has it: what is at its default is left out."""
+        section: dict[str, Any] = {
+            "objective": self.objective,
+            "block_size": self.block_size,
+            "mask_token_id": self.mask_token_id,
+            "token_shift": self.token_shift,
+            "noise_schedule": self.noise_schedule,
+            "attention": self.attention,
+            "format_version": FORMAT_VERSION,
+        }
+        if self.noise_schedule == "polynomial":
+            section["noise_power"] = self.noise_power
+        if self.noise_kernel == "uniform":
+            section |= {"noise_kernel": self.noise_kernel, "discrete_steps": self.discrete_steps}
+        if self.context == "causal":
+            section["context"] = self.context
+        return section
+
+
+def diffusion_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a conversion wrote into config.json, None if the model is no conversion.
+
+    The values are as they stand there: nobody has checked them yet.
+    """
+    section = config.get("diffusion")
+    return section if isinstance(section, Mapping) else None

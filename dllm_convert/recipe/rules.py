@@ -1,0 +1,169 @@
+"""What the fields of a recipe have to do with each other; each rule is written here once.
+
+They need no checkpoint. What has to do with one is asked when a conversion is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dllm_convert.errors import names_in, spelt
+
+if TYPE_CHECKING:
+    from dllm_convert.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Fields that do not go together.
+
+    Attributes:
+        message: What is wrong, one sentence without a final full stop.
+        hint: What to change.
+        fields: Dotted fields that say so.
+    """
+
+    message: str
+    hint: str
+    fields: tuple[str, ...]
+
+
+class UnsoundError(ValueError):
+    """A recipe whose fields contradict each other, as the schema raises it.
+
+    Args:
+        found: The first contradiction.
+    """
+
+    def __init__(self, found: Contradiction) -> None:
+        super().__init__(found.message)
+        self.found = found
+
+
+def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
+    """Yield what in a recipe does not go together."""
+    yield from _lengths(recipe)
+    yield from _noise(recipe)
+    yield from _generation(recipe)
+
+
+def _lengths(recipe: Recipe) -> Iterator[Contradiction]:
+    block, length = recipe.block_size, recipe.data.sequence_length
+    if recipe.target == "mdlm" and block is not None:
+        yield Contradiction(
+            f"block_size {block} is for bd3lm, the target is mdlm",
+            "Leave the block size out, or use --to bd3lm",
+            ("target", "block_size"),
+        )
+    elif recipe.target == "bd3lm" and block is None:
+        yield Contradiction(
+            "bd3lm needs a block size", "Add --block 32, for instance", ("target", "block_size")
+        )
+    elif block is not None and length % block:
+        nearest = max(block, length // block * block)
+        yield Contradiction(
+            f"block size {block} does not divide data.sequence_length {length}: a training "
+            "sequence must be a whole number of blocks",
+            f"--set data.sequence_length={nearest}, or another block size",
+            ("block_size", "data.sequence_length"),
+        )
+
+
+def _noise(recipe: Recipe) -> Iterator[Contradiction]:
+    noise, training = recipe.noise, recipe.training
+    if noise.min_time >= noise.max_time:
+        yield Contradiction(
+            f"noise.min_time {noise.min_time} is not below noise.max_time {noise.max_time}",
+            "Times lie in (0, 1], the smaller one first",
+            ("noise.min_time", "noise.max_time"),
+        )
+    if noise.kernel == "uniform":
+        if noise.discrete_steps is None:
+            yield Contradiction(
+                "the uniform kernel has a bound in discrete time only",
+                "--set noise.discrete_steps=1000, for instance",
+                ("noise.kernel", "noise.discrete_steps"),
+            )
+        of_masks = {
+            "noise.draw": noise.draw != "time",
+            "noise.position_bias": noise.position_bias != 0,
+            "noise.complementary": noise.complementary,
+            "training.loss_weight": training.loss_weight != "elbo",
+            "training.mask_noise_steps": training.mask_noise_steps > 0,
+        }
+        for name, found in of_masks.items():
+            if found:
+                yield Contradiction(
+                    f"{name} is about masked tokens, and the uniform kernel masks none",
+                    f"Leave {name} at its default, or noise.kernel at absorbing",
+                    (name, "noise.kernel"),
+                )
+    elif noise.discrete_steps is not None and (noise.complementary or noise.draw == "count"):
+        other = "noise.complementary" if noise.complementary else "noise.draw=count"
+        yield Contradiction(
+            f"noise.discrete_steps and {other} exclude each other: the one draws times from a "
+            "grid, the other has its own",
+            "Leave noise.discrete_steps out",
+            ("noise.discrete_steps", other.partition("=")[0]),
+        )
+    if training.ar_loss_weight and recipe.target == "mdlm":
+        yield Contradiction(
+            "training.ar_loss_weight needs a clean stream, which mdlm does not have",
+            "--to bd3lm, or leave training.ar_loss_weight out",
+            ("training.ar_loss_weight", "target"),
+        )
+
+
+def _generation(recipe: Recipe) -> Iterator[Contradiction]:
+    chosen = recipe.generation
+    found = decoding_contradictions(
+        {name for name, value in chosen if value is not None},
+        chosen,
+        blocks=recipe.target == "bd3lm",
+        masks=recipe.noise.kernel == "absorbing",
+    )
+    for message, hint, names in found:
+        yield Contradiction(
+            spelt(message, "generation.{}".format), hint, tuple(f"generation.{n}" for n in names)
+        )
+
+
+def decoding_contradictions(
+    given: Collection[str], settings: Any, *, blocks: bool, masks: bool
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield which settings of decoding do not go together, or do nothing beside the others.
+
+    The published modelling file stands alone and refuses by itself what it cannot compute; here
+    that is refused before there is a model, and what would do nothing besides.
+
+    Args:
+        given: Settings that somebody chose.
+        settings: All of them, by attribute, as they will be used.
+        blocks: Whether the model has blocks of its own (bd3lm).
+        masks: Whether it was trained with a mask (the absorbing kernel).
+
+    Yields:
+        What is wrong, the settings in backquotes (`errors.spelt`); what to change; the settings.
+    """
+    warmer, fewer = "--set generation.temperature=0.7, for instance", "Leave one out"
+    for name in ("top_k", "top_p", "min_p"):
+        if name in given and not settings.temperature:
+            message = f"`{name}` does nothing without a `temperature` above 0"
+            yield message, warmer, (name, "temperature")
+    wrong = {
+        "`block_length` is for mdlm": settings.block_length and blocks,
+        "`approximate_cache` needs `block_length`": settings.approximate_cache
+        and not settings.block_length,
+        "`remasking` and `block_length` do not go together": settings.remasking
+        and settings.block_length,
+        "`remasking_ratio` does nothing without `remasking`": "remasking_ratio" in given
+        and not settings.remasking,
+        "`guidance_scale` hides the prompt behind masks, which the uniform kernel has not": (
+            settings.guidance_scale not in (None, 1) and not masks
+        ),
+    }
+    for message, found in wrong.items():
+        if found:
+            yield message, fewer, names_in(message)
