@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -262,11 +261,11 @@ def host(results: Results, length: int, repeats: int) -> None:
     """What of a micro-step the host does, and what lays rows out."""
     for method in ("full", "lora"):
         what = f"host: micro-step of 28 layers, {method}"
-        median = statistics.median(micro_steps(method, "off", repeats))
+        median = micro_steps(method, "off", repeats).median
         limit = GOAL_MS.get(f"{method}, off")
         goal, ok = (f"< {limit:g}", median < limit) if limit else ("", None)
         results.add(GROUP, what, median, "ms", goal=goal, ok=ok)
     for name, times in layout(4, length, repeats).items():
-        limit, median = GOAL_MS.get(name), statistics.median(times)
+        limit, median = GOAL_MS.get(name), times.median
         goal, ok = (f"< {limit:g}", median < limit) if limit else ("", None)
         results.add(GROUP, f"host: {name}, 4 x {length}", median, "ms", goal=goal, ok=ok)

@@ -110,5 +110,5 @@ def test_host_times_are_of_all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found) == {
         "full, off", "lora, off", "noise", "two streams", "who sees whom", "block mask",
     }  # fmt: skip
-    assert all(times == sorted(times) and times[0] > 0 for times in found.values())
+    assert all(0 < times.wall[0] <= times.median <= times.wall[-1] for times in found.values())
     assert set(host.GOAL_MS) <= set(found)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import correctness, models, training
+from benchmarks.gpu import correctness, models, plan, training
 from benchmarks.gpu.checks import Check, run_checks
 from benchmarks.gpu.table import CORRECTNESS, Results
 from dllm_convert.modeling.published import modeling
@@ -259,3 +259,10 @@ def test_kernels_side_by_side_count_once(
     intervals: list[tuple[float, float]], length: float
 ) -> None:
     assert training.covered(intervals) == length
+
+
+def test_the_page_shows_what_the_plan_says() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    command = "python -m benchmarks.gpu.plan --write docs/gpu.md"
+    assert plan.written(page) == page, f"run `{command}`"
+    assert command in page
