@@ -103,9 +103,11 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
 
 def batch(options: argparse.Namespace, number: int, size: int | None = None) -> Columns:
     """Random tokens: the time of a step does not depend on what they are."""
+    config = json.loads((options.converted / "config.json").read_text())
     generator = torch.Generator().manual_seed(number)
     shape = (size or options.batch, options.length)
-    return rows(torch.randint(100, 40_000, shape, generator=generator))
+    above = min(40_000, config["vocab_size"])
+    return rows(torch.randint(100, above, shape, generator=generator))
 
 
 def serve(options: argparse.Namespace) -> None:

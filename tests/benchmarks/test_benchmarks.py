@@ -43,7 +43,7 @@ def test_both_kinds_of_step_learn(converted: Path, kind: str, method: str) -> No
     torch.manual_seed(0)
     model, run = step.prepare(options, kind)
     assert model.device == current_device()
-    text = columns(2, 64, vocabulary=300)
+    text = step.batch(options, 0)
     losses = [float(run(text)) for _ in range(2)]
     assert all(loss > 0 for loss in losses)
     held, (took, _) = held_bytes(), seconds(lambda: run(text))
