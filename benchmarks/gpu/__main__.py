@@ -97,8 +97,6 @@ def run(options: argparse.Namespace) -> int:
     ends, left = time.monotonic() + 60 * options.minutes, dict(SHARES)
     for name in dict.fromkeys(options.phases.split(",")):
         if name == "quality":
-            if options.weights is None:
-                continue
             budget = QUALITY_S
         else:
             rest = max(ends - time.monotonic(), 1.0)
@@ -126,7 +124,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-check"))
     parser.add_argument("--minutes", type=float, default=7.5, help="of all phases but quality")
-    parser.add_argument("--phases", default=",".join(PHASES), help="some of these")
+    parser.add_argument("--phases", help=f"some of {','.join(PHASES)}")
     parser.add_argument("--weights", type=Path, help="an untrained conversion, for quality")
     parser.add_argument("--data", default="pydoc", help="text for quality")
     parser.add_argument("--tiny", action="store_true", help="tiny models: for a CPU")
@@ -134,11 +132,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.phases is None:
+        options.phases = ",".join(PHASES if options.weights else SHARES)
     unknown = set(options.phases.split(",")) - set(PHASES)
     if unknown:
         parser.error(f"no phase {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
     if not torch.cuda.is_available() and not options.tiny and not options.reference:
         parser.error("there is no CUDA GPU; --tiny runs the logic of this program on a CPU")
+    if "quality" in options.phases.split(",") and options.weights is None:
+        parser.error("the phase quality trains a model: give its folder with --weights")
     if options.weights is not None and not (options.weights / "config.json").is_file():
         parser.error(f"--weights {options.weights} is no folder with a config.json")
     if not (options.reference or options.phase):

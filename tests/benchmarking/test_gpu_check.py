@@ -110,11 +110,27 @@ def test_exit_code(
         return fake_phase(tmp_path, name, budget, wrong=wrong, hangs=hangs)
 
     monkeypatch.setattr(gpu, "run_phase", phase)
-    chosen = ",".join((*gpu.PHASES, "training"))
+    chosen = ",".join((*gpu.SHARES, "training"))
     options = Namespace(out=tmp_path, minutes=1.0, phases=chosen, weights=None, tiny=True)
     (tmp_path / "results.json").write_text("of an earlier check, and damaged")
     assert gpu.run(options) == code
     assert phases == ["correctness", "training", "decoding"]
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [("exit 0", None), ("exit 3", "ended with 3"), ("exec sleep 60", "after 1 s")],
+)
+def test_a_phase_that_dies_or_hangs_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, said: str | None
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gpu, "_GRACE_S", 0.5)
+    failure = gpu.run_phase("training", 0.5)
+    assert failure is None if said is None else said in str(failure)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +139,7 @@ def test_exit_code(
         ([], "--tiny"),
         (["--tiny", "--phases", "training,speed"], "no phase speed; there are correctness"),
         (["--tiny", "--weights", "/nowhere"], "no folder with a config.json"),
+        (["--tiny", "--phases", "quality"], "give its folder with --weights"),
     ],
 )
 def test_wrong_arguments(
