@@ -17,7 +17,7 @@ DEMO_GGUF := $(CACHE)/$(DEMO_NAME)
 DEMO_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-oldest test test-oldest test-real demo demo-weights lint format docs clean
+.PHONY: help venv venv-oldest venv-engines test test-oldest test-serving test-real demo demo-weights lint format docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/'
@@ -49,6 +49,20 @@ venv-oldest: $(OLDEST)/.installed ## make .venv-oldest with the oldest supported
 
 test-oldest: $(OLDEST)/.installed ## run the Hub's tests with the oldest supported releases
 	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/publishing tests/source/test_source_hub.py
+
+# Engines' own code, beside the environment and not in it: what they depend on is heavy, and not
+# needed to compute a forward on a CPU. Where a package cannot be had, its tests say so.
+ENGINES := $(CACHE)/engines
+$(ENGINES)/.installed: $(INSTALLED)
+	rm -rf $(ENGINES)
+	mkdir -p $(ENGINES)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) 'mlx==0.32.4' 'mlx-cpu==0.32.4' 'mlx-vlm==0.7.10' || echo "mlx-vlm cannot be had: its proofs are skipped"
+	touch $@
+
+venv-engines: $(ENGINES)/.installed ## fetch the code of serving engines
+
+test-serving: $(ENGINES)/.installed ## prove exports by engines' own code
+	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest $(PYTEST_ARGS) -rs -k "mlx or engine" tests/serving
 
 test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
 	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)

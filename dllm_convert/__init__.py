@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dllm_convert.pipeline.api.conversion import probe as probe
     from dllm_convert.pipeline.api.judging import evaluate as evaluate
     from dllm_convert.pipeline.api.judging import verify as verify
+    from dllm_convert.pipeline.api.publication import export as export
     from dllm_convert.pipeline.api.publication import push as push
     from dllm_convert.pipeline.api.publication import write_card as write_card
     from dllm_convert.pipeline.api.writing import load as load
@@ -39,6 +40,7 @@ _HOMES = {
     "write_card": "dllm_convert.pipeline.api.publication",
     "convert": "dllm_convert.pipeline.api.conversion",
     "evaluate": "dllm_convert.pipeline.api.judging",
+    "export": "dllm_convert.pipeline.api.publication",
     "load": "dllm_convert.pipeline.api.writing",
     "load_recipe": "dllm_convert.pipeline.api.conversion",
     "plan": "dllm_convert.pipeline.api.conversion",
@@ -79,6 +81,7 @@ __all__ = [
     "convert",
     "diffusion",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "plan",

@@ -9,7 +9,7 @@ from dllm_convert.cli.commands.check import check
 from dllm_convert.cli.commands.evaluate import evaluate
 from dllm_convert.cli.commands.lists import architectures, recipes
 from dllm_convert.cli.commands.lm_eval import PASS_ON, lm_eval
-from dllm_convert.cli.commands.push import card, push
+from dllm_convert.cli.commands.push import card, export, push
 from dllm_convert.cli.commands.run import run
 from dllm_convert.cli.commands.sample import sample
 from dllm_convert.cli.commands.verify import verify
@@ -47,6 +47,6 @@ def _root(version: option.Version = False) -> None:
 
 
 app.command(help="Convert, train, verify and document a checkpoint.")(run)
-for _command in (check, verify, evaluate, sample, card, push, recipes, architectures):
+for _command in (check, verify, evaluate, sample, card, export, push, recipes, architectures):
     app.command()(_command)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)

@@ -186,6 +186,35 @@ LaunchConfig = Annotated[
 ]
 
 _HUB = "Publishing"
+ExportTarget = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="LAYOUT",
+        parser=named,
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm) or a2d (dLLM).",
+        show_default=False,
+    ),
+]
+ExportOut = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", parser=path_of, help="Output folder; CHECKPOINT-LAYOUT."),
+]
+ExportData = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        parser=path_of,
+        help="Text to measure on how likely the mask is; Python's reference.",
+    ),
+]
+Prove = Annotated[
+    bool,
+    typer.Option(
+        "--prove", help="Compare logits and decoded tokens with an engine's own, installed code."
+    ),
+]
 RepoId = Annotated[
     str,
     typer.Argument(

@@ -243,6 +243,18 @@ def fits_text(device: Mapping[str, Any]) -> str:
     return f"does not fit {bytes_text(device['room'])}{more}"
 
 
+def _serving(layouts: Mapping[str, Any]) -> list[str]:
+    """Return a line per layout of `export`: who reads it, or what stands in the way."""
+    lines = []
+    for name, found in layouts.items():
+        engines = " and ".join(found["engines"])
+        if not found["refused"]:
+            lines += _wrapped([f"{engines}: yes, export --to {name}"])
+        else:
+            lines += _wrapped([f"{engines}: no, {found['refused'][0]}. {found['way_out']}"])
+    return lines
+
+
 def _more(plan: Mapping[str, Any]) -> list[str]:
     lines = []
     if "launch" in plan:
@@ -268,6 +280,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
         *_section("Measured in small", probe_blocks(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
         *_section("Training", _training(plan)),
+        *_section("Engines that can serve it", _serving(plan.get("serving", {}))),
         *_section("Then", _more(plan)),
         *_section("Warnings", _wrapped(warnings)),
     ]

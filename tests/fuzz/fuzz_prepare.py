@@ -62,4 +62,12 @@ def fuzz(
     line = [sys.executable, str(PROGRAM), str(prepared), kind, str(first), str(count), str(log)]
     environment = hub.environment(home, TOKEN) | {"OMP_NUM_THREADS": "1"}
     strangers = ("forks:fork_strangers", {"address": forks.FORKS.strangers()})
-    return forks.run(line, env=environment, modules=MODULES, before=[strangers], timeout=GIVEN_UP)
+    # Whatever a command records lies beside the log, not where the tests were started.
+    return forks.run(
+        line,
+        env=environment,
+        cwd=log.parent,
+        modules=MODULES,
+        before=[strangers],
+        timeout=GIVEN_UP,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dllm_convert.cli import options as option
-from dllm_convert.cli.commands.shared import make_reporter, show_done
+from dllm_convert.cli.commands.shared import make_reporter, show_done, typed
 from dllm_convert.cli.values import push_options
 
 
@@ -12,6 +12,24 @@ def card(checkpoint: option.Checkpoint, as_json: option.Json = False) -> None:
     from dllm_convert.pipeline.api.publication import write_card
 
     show_done(write_card(checkpoint), as_json=as_json)
+
+
+def export(
+    checkpoint: option.Checkpoint,
+    to: option.ExportTarget,
+    out: option.ExportOut = None,
+    data: option.ExportData = None,
+    prove: option.Prove = False,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Write a converted checkpoint in the layout of a serving engine, proven byte for byte."""
+    reporter = make_reporter(quiet=quiet or as_json)
+    from dllm_convert.pipeline.api.publication import export as exported
+
+    with typed():
+        result = exported(checkpoint, to, out, data=data, prove=prove, reporter=reporter)
+    show_done(result, as_json=as_json)
 
 
 def push(

@@ -12,6 +12,7 @@ from dllm_convert.errors import RequestError
 
 if TYPE_CHECKING:
     from dllm_convert.publishing import PushOptions, PushResult
+    from dllm_convert.serving.run import Export
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,46 @@ def write_card(checkpoint: str | Path) -> Documents:
     # The card links to the report where there is one.
     report = write_report(Path(checkpoint))
     return Documents(readme.write_card(Path(checkpoint)), report)
+
+
+def export(
+    checkpoint: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    prove: bool = False,
+    reporter: Reporter | None = None,
+) -> Export:
+    """Write a converted checkpoint in the layout of a serving engine, proven byte for byte.
+
+    Args:
+        checkpoint: The folder; only read.
+        to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `a2d` (dLLM).
+        out: Folder to create; None: beside the checkpoint, with the layout's name behind.
+        data: Text file to measure on how likely the mask is; None: Python's language reference.
+        prove: Whether an engine's own code, which has to be installed, must agree in logits and
+            in decoded tokens.
+        reporter: Progress; by default silent.
+
+    Raises:
+        DataError: A file is broken or missing, the folder is there, or the disk is full.
+        IncompatibleError: The engine would read the model wrong.
+        RequestError: There is no such layout, or no engine to prove it by.
+        VerificationError: The engine reads another model.
+    """
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.serving.run import export as exported
+
+    with quiet_libraries():
+        return exported(
+            Path(checkpoint),
+            to,
+            None if out is None else Path(out),
+            data=None if data is None else Path(data),
+            proven=prove,
+            reporter=reporter,
+        )
 
 
 def push_options(

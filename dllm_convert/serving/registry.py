@@ -1,0 +1,36 @@
+"""The targets by name, in the order in which they are listed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+
+from dllm_convert.errors import RequestError
+from dllm_convert.serving import a2d, llada2, sdar
+from dllm_convert.serving.target import Converted, Refusal, Target
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target for target in (sdar.TARGET, llada2.TARGET, a2d.TARGET)
+}
+
+
+def target_of(name: str) -> Target:
+    """Return a target.
+
+    Raises:
+        RequestError: There is none of that name.
+    """
+    if name not in TARGETS:
+        close = difflib.get_close_matches(name, TARGETS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise RequestError(
+            f"there is no export to {name!r}, expected one of {', '.join(TARGETS)}{meant}",
+            argument="to",
+        )
+    return TARGETS[name]
+
+
+def reachable(converted: Converted) -> Iterator[tuple[Target, tuple[Refusal, ...]]]:
+    """Yield every target with what stands in its way; nothing if it can be had."""
+    for target in TARGETS.values():
+        yield target, tuple(target.refusals(converted))

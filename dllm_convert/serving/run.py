@@ -1,0 +1,356 @@
+"""Write a conversion in an engine's layout: refuse, describe, write, prove, explain."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.copying import sha256_files
+from dllm_convert.common.disk import sync_tree, writing
+from dllm_convert.common.json_files import write_config
+from dllm_convert.common.tables import Block, Printed
+from dllm_convert.common.version import __version__
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.converted_config import (
+    check_converted_config,
+    read_converted_config,
+    read_section,
+)
+from dllm_convert.serving.dangers import Dangers, check, measure
+from dllm_convert.serving.guide import guide
+from dllm_convert.serving.proof import prove_by_engine, require_engine
+from dllm_convert.serving.registry import target_of
+from dllm_convert.serving.spans import (
+    Piece,
+    Vocabulary,
+    entries_of,
+    moved,
+    shut,
+    unused,
+    whole,
+)
+from dllm_convert.serving.target import Converted, Target
+from dllm_convert.serving.writing import prove, write_pieces
+from dllm_convert.source.folder import LICENCE_FILES, file_names, matching
+from dllm_convert.source.safetensors_header import Header, TensorEntry, read_checkpoint
+from dllm_convert.source.tokenizer_files import read_tokenizer
+
+RECORD = "dllm_export.json"
+"""What was exported from what, with hashes of both."""
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"),
+)
+_SHOWN_TOPICS = 6
+
+
+@dataclass(frozen=True)
+class Export(Printed):
+    """What an export is.
+
+    Attributes:
+        path: The folder.
+        target: Name of the layout.
+        engines: Who reads it.
+        ways: Name of a weight file to how it came about.
+        checked: What was checked, and what came of it.
+        launch: How to start an engine.
+    """
+
+    path: Path
+    target: str
+    engines: tuple[str, ...]
+    ways: Mapping[str, str]
+    checked: Mapping[str, str]
+    launch: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `export --json` prints."""
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "engines": list(self.engines),
+            "ways": dict(self.ways),
+            "checked": dict(self.checked),
+            "launch": list(self.launch),
+        }
+
+    def as_blocks(self) -> list[Block]:
+        """Return what a person sees."""
+        checked = [f"  {what}: {found}" for what, found in self.checked.items()]
+        return [
+            f"Export for {' and '.join(self.engines)}: {self.path}",
+            "Checked",
+            *checked,
+            "Start it with",
+            *(f"  {line}" for line in self.launch),
+        ]
+
+
+def read_converted(folder: Path) -> tuple[Converted, dict[str, Header]]:
+    """Read what the headers and configs of a conversion tell; no weight is loaded.
+
+    Raises:
+        DataError: There is no such folder, or a file is broken.
+        IncompatibleError: It is no conversion, or its config contradicts itself.
+    """
+    config = read_converted_config(folder)
+    adapter = check_converted_config(config, folder)
+    headers = dict(read_checkpoint(folder))
+    tokenizer = read_tokenizer(folder, config)
+    return (
+        Converted(
+            config=config,
+            section=read_section(config),
+            adapter=adapter,
+            entries=entries_of(headers),
+            tokens=1 + max(tokenizer.vocab.values()),
+        ),
+        headers,
+    )
+
+
+def refuse(target: Target, converted: Converted) -> None:
+    """Refuse what the engine would read wrong.
+
+    Raises:
+        IncompatibleError: Something stands in the way; says all of it.
+    """
+    found = tuple(target.refusals(converted))
+    if found:
+        raise IncompatibleError(
+            f"it cannot be exported to {target.name} ({', '.join(target.engines)}): "
+            + "; ".join(refusal.reason for refusal in found),
+            hint=found[0].way_out,
+        )
+
+
+def pieces_of(
+    target: Target,
+    converted: Converted,
+    vocabulary: Vocabulary,
+    closed: bytes | None,
+    *,
+    unties: bool,
+) -> list[Piece]:
+    """Describe every tensor of the export.
+
+    Args:
+        target: The layout.
+        converted: The conversion.
+        vocabulary: Rows of the export, and of the mask in both.
+        closed: Row of the head that takes the place of those that must not be predicted; None to
+            leave them as they are.
+        unties: Whether a head that is the embedding is written beside it.
+
+    Raises:
+        DataError: A tensor of the conversion would be lost.
+    """
+    adapter, entries = converted.adapter, converted.entries
+    stacks: dict[str, list[tuple[str, TensorEntry]]] = {}
+    for name in sorted(entries, key=_in_order):
+        stacks.setdefault(target.names(name), []).append((name, entries[name]))
+    heads = {adapter.head: (adapter.head, entries.get(adapter.head))}
+    if unties and converted.tied:
+        heads = {adapter.head: (adapter.embedding, entries[adapter.embedding])}
+    pieces = []
+    for name, sources in stacks.items():
+        source, entry = sources[0]
+        if source == adapter.embedding:
+            pieces.append(_with_mask(name, source, entry, vocabulary))
+        elif source != adapter.head:
+            pieces.append(whole(name, entry, sources))
+    for name, (source, found) in heads.items():
+        if found is None:
+            continue
+        if closed is None:
+            pieces.append(_with_mask(name, source, found, vocabulary))
+        else:
+            tokens = converted.tokens
+            pieces.append(shut(name, source, found, vocabulary, tokens=tokens, row=closed))
+    lost = [name for name in unused(pieces, entries) if closed is None or name != adapter.head]
+    if lost:
+        raise DataError(
+            f"{lost[0]} would be lost in the layout of {target.name}",
+            hint="Nothing was written; this layout does not fit the checkpoint",
+        )
+    return pieces
+
+
+def _row_bytes(row: Any, dtype: str) -> bytes | None:
+    """Return a row of numbers as a tensor's type has it."""
+    if row is None:
+        return None
+    import torch
+
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return bytes(row.to(kinds[dtype]).view(torch.uint8).numpy().tobytes())
+
+
+def _with_mask(name: str, source: str, entry: TensorEntry, vocabulary: Vocabulary) -> Piece:
+    if vocabulary.rows == entry.shape[0] and vocabulary.new == vocabulary.old:
+        return whole(name, entry, [(source, entry)])
+    return moved(name, source, entry, vocabulary)
+
+
+def _in_order(name: str) -> tuple[str, int]:
+    """Sort queries before keys before values: in that order they are stacked."""
+    for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
+        if f".{part}." in name:
+            return name.replace(part, "q_proj"), number
+    return name, 0
+
+
+def export(
+    folder: Path,
+    to: str,
+    out: Path | None = None,
+    *,
+    data: Path | None = None,
+    proven: bool = False,
+    reporter: Reporter | None = None,
+) -> Export:
+    """Write a conversion in the layout of an engine, and prove that it is the same model.
+
+    Args:
+        folder: A converted checkpoint; only read.
+        to: Name of the target.
+        out: Folder to create; None: beside the checkpoint, with the target's name behind.
+        data: A text file to measure the mask's probability on; None: the language reference that
+            comes with CPython.
+        proven: Whether an engine's own code has to agree, in logits and in decoded tokens.
+        reporter: Progress; None: silent.
+
+    Raises:
+        DataError: A file is broken or missing, or the disk is full.
+        IncompatibleError: The engine would read it wrong.
+        RequestError: There is no such target, or no engine to prove it by.
+        VerificationError: The engine reads another model.
+    """
+    teller = reporter or Reporter(quiet=True)
+    target = target_of(to)
+    if proven:
+        require_engine(target.name)
+    converted, headers = read_converted(folder)
+    refuse(target, converted)
+    place = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DataError(f"{place} is not empty, expected a new folder", hint="Give another --out")
+    embedding = converted.entries[converted.adapter.embedding]
+    old = converted.section.mask_token_id
+    new = old if target.mask_row is None else target.mask_row
+    rows = max(embedding.shape[0], target.rows, new + 1)
+    found = measure(folder, _texts(data), tokens=converted.tokens, rows=rows)
+    unties = target.unties or (target.may_untie and converted.tied and not found.sound)
+    closes = target.mask_row is not None and (unties or not converted.tied)
+    row = _row_bytes(found.closed, embedding.dtype) if closes else None
+    checked = dict(check(found, repaired=row is not None, tied=converted.tied))
+    pieces = pieces_of(target, converted, Vocabulary(old, new, rows), row, unties=unties)
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    size = sum(piece.row_bytes * piece.shape[0] for piece in pieces)
+    try:
+        with writing(partial, size), teller.task("write", total=size) as task:
+            partial.mkdir(parents=True)
+            made = write_pieces(pieces, folder, partial, headers, task.advance)
+            config = target.config(converted, rows, new)
+            config["tie_word_embeddings"] = converted.tied and not unties
+            write_config(partial / "config.json", config)
+            compared = prove(pieces, folder, partial, headers)
+            checked["bytes"] = f"{compared:,} compared with the conversion's, all equal"
+            if proven:
+                proof = prove_by_engine(
+                    folder, partial, target.name, mask=new, tokens=converted.tokens
+                )
+                checked[f"by the code of {proof.engine}"] = proof.in_words()
+            _write_others(target, converted, folder, partial, checked, new)
+            _record(target, folder, partial, headers, made, checked, found)
+            sync_tree(partial)
+        if place.exists():
+            place.rmdir()
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    launch = tuple(
+        line.format(
+            out=place,
+            block=converted.section.block_size,
+            sampler="BD3LMSampler" if converted.section.objective == "bd3lm" else "MDLMSampler",
+            shift=converted.section.token_shift,
+        )
+        for line in target.launch
+    )
+    return Export(
+        path=place,
+        target=target.name,
+        engines=target.engines,
+        ways={name: way for name, (way, _) in made.items()},
+        checked=checked,
+        launch=launch,
+    )
+
+
+def _texts(data: Path | None) -> Sequence[str]:
+    if data is not None:
+        try:
+            text = data.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{data} cannot be read as text ({error})") from error
+        return [text[start : start + 2000] for start in range(0, min(len(text), 12000), 2000)]
+    from pydoc_data.topics import topics
+
+    longest = sorted(topics.values(), key=len)[-_SHOWN_TOPICS:]
+    return [text[:2000] for text in longest]
+
+
+def _write_others(
+    target: Target,
+    converted: Converted,
+    folder: Path,
+    out: Path,
+    checked: Mapping[str, str],
+    mask: int,
+) -> None:
+    names = file_names(folder)
+    for name in (*(n for n in _TOKENIZER_FILES if n in names), *matching(names, LICENCE_FILES)):
+        shutil.copyfile(folder / name, out / name)
+    ends = {
+        key: converted.config[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if converted.config.get(key) is not None
+    }
+    write_config(out / "generation_config.json", ends)
+    for name, text in target.files(converted).items():
+        (out / name).write_text(text, encoding="utf-8")
+    readme = guide(target, converted, checked, folder.resolve().name, mask)
+    (out / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _record(
+    target: Target,
+    folder: Path,
+    out: Path,
+    headers: Mapping[str, Header],
+    made: Mapping[str, tuple[str, str]],
+    checked: Mapping[str, str],
+    found: Dangers,
+) -> None:
+    others = [path.name for path in sorted(out.iterdir()) if path.name not in made]
+    read = {name: folder / name for name in ("config.json", *headers)}
+    write_config(
+        out / RECORD,
+        {
+            "dllm_convert": __version__,
+            "target": target.name,
+            "engines": list(target.engines),
+            "source": {"name": folder.resolve().name, "files": sha256_files(read)},
+            "files": {name: digest for name, (_, digest) in made.items()}
+            | sha256_files({name: out / name for name in others}),
+            "checked": dict(checked),
+            "probabilities": found.as_dict(),
+        },
+    )

@@ -1,0 +1,211 @@
+"""What an engine's layout is, as a small declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dllm_convert.adapters.base import Adapter
+from dllm_convert.common.diffusion_section import DiffusionSection
+from dllm_convert.source.safetensors_header import TensorEntry
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint, as far as its headers and configs tell.
+
+    Attributes:
+        config: Its config.json.
+        section: The `diffusion` section of that.
+        adapter: Its family.
+        entries: Its tensors by name.
+        tokens: Ids that its tokenizer has, the mask's included.
+    """
+
+    config: Mapping[str, Any]
+    section: DiffusionSection
+    adapter: Adapter
+    entries: Mapping[str, TensorEntry] = field(repr=False)
+    tokens: int
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.adapter.head not in self.entries
+
+    @property
+    def rope(self) -> Mapping[str, Any]:
+        """The rotary embedding's parameters, the older flat field read like the newer one."""
+        newer = self.config.get("rope_parameters")
+        if isinstance(newer, Mapping):
+            return newer
+        older = self.config.get("rope_scaling") or {}
+        return {"rope_type": "default", **older, "rope_theta": self.config.get("rope_theta", 1e4)}
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        width, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        return int(self.config.get("head_dim") or width // heads)
+
+    def has(self, ending: str) -> bool:
+        """Whether some tensor's name ends so."""
+        return any(name.endswith(ending) for name in self.entries)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a checkpoint cannot be served in a layout.
+
+    Attributes:
+        reason: What was found and what the engine does.
+        way_out: What to type, or which other target takes it.
+    """
+
+    reason: str
+    way_out: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layout that engines read.
+
+    Attributes:
+        name: As `--to` takes it.
+        engines: Who reads it, for people.
+        summary: What it is, in a line.
+        refusals: What stands in the way, given the checkpoint.
+        config: config.json of the export, given the checkpoint and the row of the mask.
+        names: Name in the export of each tensor, or of the stack it is a part of.
+        mask_row: Row that the engine takes for the mask; None: the config's own.
+        rows: Least rows of its vocabulary; 0 for those there are.
+        unties: Whether the head is written although it is the embedding.
+        may_untie: Whether it can be, where the tied one would predict what is no token.
+        launch: How to start an engine, lines that name the folder `{out}`, and the block.
+        files: More files, name to text, given the checkpoint.
+        keeps_code: Whether our own modelling files go along.
+    """
+
+    name: str
+    engines: tuple[str, ...]
+    summary: str
+    refusals: Callable[[Converted], Iterator[Refusal]]
+    config: Callable[[Converted, int, int], dict[str, Any]]
+    names: Callable[[str], str]
+    launch: tuple[str, ...]
+    mask_row: int | None = None
+    rows: int = 0
+    unties: bool = False
+    may_untie: bool = False
+    files: Callable[[Converted], Mapping[str, str]] = lambda _: {}
+    keeps_code: bool = False
+
+
+_SHIFT = "--set token_shift=drop"
+
+
+def no_shift(converted: Converted) -> Iterator[Refusal]:
+    """Refuse a model that predicts position i from i - 1."""
+    if converted.section.token_shift:
+        yield Refusal(
+            "it predicts a token at the position before (token_shift), and the engine reads logits "
+            "at the token's own",
+            f"Convert with {_SHIFT}, or export --to a2d",
+        )
+
+
+def blocks_only(converted: Converted) -> Iterator[Refusal]:
+    """Refuse what has no blocks."""
+    if converted.section.objective != "bd3lm":
+        yield Refusal(
+            f"it is {converted.section.objective}, and the engine decodes block by block",
+            "Convert with --to bd3lm --block 32",
+        )
+
+
+def masks_only(converted: Converted) -> Iterator[Refusal]:
+    """Refuse the uniform kernel: engines unmask, they do not correct."""
+    if converted.section.noise_kernel != "absorbing":
+        yield Refusal(
+            "it was trained to correct replaced tokens (noise.kernel: uniform), and engines only "
+            "fill masks in",
+            "Convert with --set noise.kernel=absorbing",
+        )
+
+
+def default_rope(converted: Converted) -> Iterator[Refusal]:
+    """Refuse rotary embeddings that the engine would take for plain ones."""
+    kind = converted.rope.get("rope_type", "default")
+    if kind != "default":
+        yield Refusal(
+            f"its rotary embedding is of type {kind}, which the engine ignores without a word",
+            "No export of it is right; sample it with dllm-convert",
+        )
+
+
+def no_window(converted: Converted) -> Iterator[Refusal]:
+    """Refuse sliding windows."""
+    kinds = converted.config.get("layer_types") or ()
+    if "sliding_attention" in kinds:
+        yield Refusal(
+            "some of its layers have a sliding window, and the engine has none",
+            "Convert it again; --to bd3lm drops the window where that is exact",
+        )
+
+
+def mask_row_is_free(row: int, converted: Converted) -> Iterator[Refusal]:
+    """Refuse where the engine's mask is a token of the text."""
+    mask = converted.section.mask_token_id
+    if mask != row and row < converted.tokens:
+        yield Refusal(
+            f"the engine's mask is row {row}, which is a token of this tokenizer "
+            f"({converted.tokens} of them)",
+            "Another target has its mask elsewhere: llada2 takes any tokenizer below 156,895",
+        )
+
+
+def families(names: tuple[str, ...], why: str, converted: Converted) -> Iterator[Refusal]:
+    """Refuse other families than those of a list."""
+    family = converted.adapter.model_type
+    if family not in names:
+        yield Refusal(f"it is {family}, and {why}", f"This layout takes {', '.join(names)}")
+
+
+def common_config(converted: Converted, rows: int, mask: int) -> dict[str, Any]:
+    """Return the fields that all engines read.
+
+    `rope_theta` stands flat beside `rope_parameters`: engines and transformers before 5 read 10,000
+    where it is missing, without a word. No `rope_scaling`: as null it erases the parameters.
+    """
+    config = converted.config
+    kept = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("max_position_embeddings", "rms_norm_eps", "initializer_range", "hidden_act"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "attention_dropout"),
+    )
+    heads = config["num_attention_heads"]
+    return {
+        **{key: config[key] for key in kept if config.get(key) is not None},
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": converted.head_dim,
+        "hidden_act": config.get("hidden_act", "silu"),
+        "vocab_size": rows,
+        "rope_theta": converted.rope["rope_theta"],
+        "rope_parameters": dict(converted.rope),
+        "mask_token_id": mask,
+        "block_size": converted.section.block_size,
+        "tie_word_embeddings": converted.tied,
+        "torch_dtype": config.get("dtype"),
+        "use_cache": True,
+    }
+
+
+def config_class(name: str, model_type: str) -> str:
+    """Return the code of a config that transformers does not know by itself."""
+    return (
+        f'"""Config of {model_type}, for engines that ask transformers for it."""\n\n'
+        "from transformers import PretrainedConfig\n\n\n"
+        f"class {name}(PretrainedConfig):\n"
+        f'    """Keeps every field as config.json has it."""\n\n    model_type = "{model_type}"\n'
+    )
