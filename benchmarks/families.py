@@ -40,8 +40,8 @@ def measure(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     from dllm_convert.adapters import has_adapter
+    from dllm_convert.modeling.loading import BROKEN
     from dllm_convert.probing.family import measure_family
-    from dllm_convert.probing.measure import BROKEN
 
     try:
         config = CONFIG_MAPPING[model_type](**FIELDS.get(model_type, {}))
@@ -83,8 +83,9 @@ def measure_all(out: Path, seconds: float) -> None:
     import dllm_convert.probing.family  # noqa: F401
 
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     began = time.monotonic()
     done = {entry["model_type"] for entry in read(out)}
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dllm_convert.cli.output import write
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.common.tables import table
+from dllm_convert.common.tables import Table
 from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import peak_memory
@@ -119,7 +119,7 @@ def main() -> None:
             for method in options.methods
             for batch in options.batches
         ]
-    write(table(("method", "batch", "estimate", "peak", "estimate / peak"), rows))
+    write(str(Table(("method", "batch", "estimate", "peak", "estimate / peak"), rows)))
 
 
 if __name__ == "__main__":

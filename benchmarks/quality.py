@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, get_scheduler
 
-from benchmarks.sampling import seconds
-from benchmarks.step import Step, load, ours, textbooks
-from dllm_convert.adapters import adapter_of
+from benchmarks.devices import add_device, chosen_device, current_device, seconds
+from benchmarks.step import load, planned
+from benchmarks.steps import Step, ours, textbooks
 from dllm_convert.cli.values import parse_assignments
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.console import Reporter
@@ -36,7 +36,6 @@ from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import TextData, prepare_data
-from dllm_convert.training.setup import make_trainable
 
 
 class Contestant:
@@ -67,15 +66,14 @@ class Contestant:
             fields |= {"training.learning_rate": 1e-4, "training.lr_schedule": "cosine"}
             fields["training.batch_size"] = options.rows
         self.kind = kind
-        self.recipe = load_recipe(folder, overrides=fields)
-        config = json.loads((options.converted / "config.json").read_text())
-        self.adapter = adapter_of(config)
+        fields |= parse_assignments(options.common)
+        plan = planned(load_recipe(folder, overrides=fields))
+        self.recipe, self.adapter = plan.recipe, plan.adapter
         torch.manual_seed(0)
-        base = load(options.converted, self.recipe, self.adapter, is_ours=kind == "ours")
-        self.objective = Objective.from_config(base.config)
+        self.model = load(options.converted, plan, is_ours=kind == "ours")
+        self.objective = Objective.from_config(self.model.config)
         if kind != "ours":
             self.objective = replace(self.objective, token_shift=False)
-        self.model = make_trainable(base, self.adapter, self.recipe.training)
         if kind == "textbook-lora":
             for name, weight in self.model.named_parameters():
                 weight.requires_grad_("lora_" in name)
@@ -108,7 +106,7 @@ def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[di
     trial = Contestant(options, kind)
     tokenizer = AutoTokenizer.from_pretrained(options.converted)
     data = prepare_data(trial.recipe, tokenizer, Reporter(quiet=True))
-    size = trial.recipe.training.batch_size
+    size = trial.recipe.training.sequences_per_forward
     step, text = trial.steps(10), batches(data, size)
     taken = [seconds(lambda: step(next(text)))[0] for _ in range(6)]
     planned = int(budgets[-1] / statistics.median(taken[1:]))
@@ -133,7 +131,7 @@ def run(options: argparse.Namespace, kind: str, budgets: list[float]) -> list[di
         )
         print(json.dumps(found[-1]), flush=True)
     if kind == "ours" and options.base:
-        base = load_model(options.converted, contestant.adapter)
+        base = load_model(options.converted, contestant.adapter).to(current_device())
         rows = base.get_input_embeddings().num_embeddings
         for name, value in (
             ("untrained", nelbo(base, data.held_out, contestant.objective, seed=0)),
@@ -149,13 +147,16 @@ def main() -> None:
     parser.add_argument("converted", type=Path)
     parser.add_argument("--data", default="pydoc")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--common", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--kinds", default="ours,textbook-full,textbook-lora")
     parser.add_argument("--budgets", default="120,300", help="seconds")
     parser.add_argument("--rows", type=int, default=2, help="rows of a step of the textbook")
     parser.add_argument("--seed", type=int, default=0, help="order of the text, noise of ours")
     parser.add_argument("--base", action="store_true", help="also measure the untrained model")
     parser.add_argument("--out", type=Path)
+    add_device(parser)
     options = parser.parse_args()
+    chosen_device(options)
     budgets = [float(part) for part in options.budgets.split(",")]
     results: list[dict[str, Any]] = []
     with quiet_libraries():

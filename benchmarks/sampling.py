@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import textbook_sampling
+from benchmarks.devices import (
+    add_device,
+    chosen_device,
+    current_device,
+    peak_bytes,
+    seconds,
+)
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.modeling.loading import load_checkpoint
@@ -37,13 +42,6 @@ from dllm_convert.sampling.packing import packed_linears
 
 THRESHOLDS = (0.7, 0.9, 0.95)
 Run = Callable[[], Any]
-
-
-def seconds(run: Run) -> tuple[float, Any]:
-    """Wall time of a run and what it returned."""
-    started = time.perf_counter()
-    result = run()
-    return time.perf_counter() - started, result
 
 
 def alternate(first: Run, second: Run, pairs: int) -> tuple[dict[str, Any], Any, Any]:
@@ -76,9 +74,8 @@ class Stopwatch:
         self.seconds, self.calls, forward = 0.0, 0, model.forward
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            output = forward(*args, **kwargs)
-            self.seconds += time.perf_counter() - started
+            spent, output = seconds(lambda: forward(*args, **kwargs))
+            self.seconds += spent
             self.calls += 1
             return output
 
@@ -91,7 +88,8 @@ def prompt_of(tokenizer: Any, length: int, rows: int = 1) -> torch.Tensor:
 
     text = "\n".join(topics[name] for name in sorted(topics))[: 40 * length * rows + 20_000]
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    return torch.stack([ids[row * length : (row + 1) * length] for row in range(rows)])
+    prompts = torch.stack([ids[row * length : (row + 1) * length] for row in range(rows)])
+    return prompts.to(current_device())
 
 
 def generate(model: Any, *args: Any, **settings: Any) -> Any:
@@ -146,11 +144,12 @@ def peak_memory(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[st
         generate(
             model, prompt, max_new_tokens=64, max_denoising_steps=args.steps, eos_token_id=None
         )
-        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        return {"mib": peak_bytes() / 2**20}
     found = {}
     for steps in (1, 8, 32):
         command = [sys.executable, "-m", "benchmarks.sampling", args.converted, "memory"]
         command += ["--child", "--steps", str(steps), "--prompt", str(args.prompt)]
+        command += ["--device", args.device]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[f"{steps} steps per block"] = json.loads(done.stdout.splitlines()[-1])["mib"]
     return found
@@ -160,15 +159,17 @@ def nelbo(model: Any, text: torch.Tensor, given: int) -> float:
     """The model's own NELBO of the tokens behind `given`, nats per token, 16 draws per block."""
     size, mask = model.config.block_size, model.config.mask_token_id
     shift = int(model.config.diffusion["token_shift"])
-    generator, total = torch.Generator().manual_seed(0), 0.0
+    device, total = text.device, 0.0
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for start in range(given // size * size, len(text), size):
             block = text[start : start + size]
-            places = torch.arange(start, start + len(block))
+            places = torch.arange(start, start + len(block), device=device)
             new = places >= given
             for draw in range(16):
-                t = (draw + torch.rand(1, generator=generator)) / 16
-                hidden = new & (torch.rand(len(block), generator=generator) < t)
+                t = (draw + torch.rand(1, generator=generator, device=device)) / 16
+                drawn = torch.rand(len(block), generator=generator, device=device)
+                hidden = new & (drawn < t)
                 noisy = torch.cat([text[:start], block.masked_fill(hidden, mask)])
                 logits = model(noisy[None], use_cache=False).logits[0]
                 if hidden.any():
@@ -185,6 +186,7 @@ def against_base(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[s
     base: Any = AutoModelForCausalLM.from_pretrained(
         args.base, config=config, dtype=torch.float32, trust_remote_code=False
     )
+    base = base.to(current_device())
     prompt = prompt_of(tokenizer, args.prompt)
     own = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -263,13 +265,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--base")
+    add_device(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    device = chosen_device(args)
     torch.set_num_threads(2)
     keep_freed_memory()  # as `dllm-convert sample` does
     with quiet_libraries():
         folder = Path(args.converted)
-        loaded = load_checkpoint(folder, device="cpu")
+        loaded = load_checkpoint(folder, device=str(device))
         figures = MODES[args.mode](loaded.model, loaded.tokenizer, args)
     print(json.dumps({"mode": args.mode, **figures}), flush=True)
 

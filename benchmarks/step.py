@@ -11,37 +11,37 @@ least and largest. Memory is the peak above weights, gradients and moments.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import textbook
-from dllm_convert.adapters import Adapter, adapter_of
+from benchmarks.devices import (
+    add_device,
+    chosen_device,
+    current_device,
+    held_bytes,
+    peak_bytes,
+    seconds,
+)
+from benchmarks.steps import Columns, Step, ours, textbooks
 from dllm_convert.cli.values import parse_assignments
 from dllm_convert.common.allocator import keep_freed_memory
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.modeling.loading import load_model
+from dllm_convert.pipeline.run import plan_conversion
+from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.asked import annealing_of, process_of, weights_of
-from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.data.rows import collate
-from dllm_convert.training.run import _arguments
-from dllm_convert.training.setup import attention_implementation, make_trainable, use_bf16
-from dllm_convert.training.trainer import DiffusionTrainer
-
-Columns = dict[str, torch.Tensor]
-Step = Callable[[Columns], float]
+from dllm_convert.training.setup import make_trainable, settled_plan, trainable_model
 
 
 def rows(tokens: torch.Tensor) -> Columns:
@@ -60,75 +60,26 @@ def rows(tokens: torch.Tensor) -> Columns:
     )
 
 
-def ours(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
-    """The package's step, through its own Trainer."""
-    arguments = _arguments(recipe, Path("unused/.work/trainer"), use_bf16(recipe.training), False)
-    trainer = DiffusionTrainer(
-        model,
-        arguments,
-        objective=objective,
-        process=process_of(recipe.noise),
-        weights=weights_of(recipe.training),
-        annealing=annealing_of(recipe.training),
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    # Mixed precision is wrapped around the model when a training begins.
-    prepared = trainer.accelerator.prepare_model(model)
-
-    def step(columns: Columns) -> float:
-        batches, _ = trainer.get_batch_samples(iter([columns]), 1, torch.device("cpu"))
-        loss = trainer.training_step(prepared, batches[0])
-        _update(model, optimizer)
-        trainer.state.global_step += 1
-        return float(loss)
-
-    return step
-
-
-def textbooks(model: Any, recipe: Any, objective: Objective, optimizer: Any) -> Step:
-    """The textbook's step."""
-    generator = torch.Generator().manual_seed(0)
-    bf16 = use_bf16(recipe.training)
-
-    def step(columns: Columns) -> float:
-        model.train()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            loss = textbook.loss(
-                model,
-                columns["input_ids"],
-                objective.mask_token_id,
-                objective.block_size,
-                generator,
-            )
-        loss.backward()
-        _update(model, optimizer)
-        return float(loss.detach())
-
-    return step
-
-
-def _update(model: Any, optimizer: Any) -> None:
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 KINDS = {"textbook": textbooks, "ours": ours}
 
 
-def load(folder: Path, recipe: Recipe, adapter: Adapter, *, is_ours: bool) -> Any:
-    """Load the model as the package trains it, or as the textbook does."""
-    if not is_ours:
-        return load_model(folder, adapter)
-    model = load_model(folder, adapter, attention=attention_implementation(recipe, adapter))
-    checkpoint_activations(model, recipe.training.gradient_checkpointing)
-    return model
+def planned(recipe: Recipe) -> ConversionPlan:
+    """Plan a training, with what the recipe leaves to the device chosen for the one there is."""
+    return settled_plan(plan_conversion(recipe))
+
+
+def load(folder: Path, plan: ConversionPlan, *, is_ours: bool) -> Any:
+    """Load the model as the package trains it, or as the textbook does, where it is to run."""
+    if is_ours:
+        model = trainable_model(plan, folder)
+    else:
+        model = make_trainable(load_model(folder, plan.adapter), plan.adapter, plan.recipe.training)
+    return model.to(current_device())
 
 
 def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
     """Load the model and return it with the step of a kind."""
     config = json.loads((options.converted / "config.json").read_text())
-    adapter = adapter_of(config)
     target = config["diffusion"]["objective"]
     recipe = load_recipe(
         str(options.converted),
@@ -142,24 +93,21 @@ def prepare(options: argparse.Namespace, kind: str) -> tuple[Any, Step]:
             **parse_assignments(options.set),
         },
     )
-    model = load(options.converted, recipe, adapter, is_ours=kind == "ours")
+    plan = planned(recipe)
+    model = load(options.converted, plan, is_ours=kind == "ours")
     objective = Objective.from_config(model.config)
-    model = make_trainable(model, adapter, recipe.training)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)
-    return model, KINDS[kind](model, recipe, objective, optimizer)
+    return model, KINDS[kind](model, plan.recipe, objective, optimizer)
 
 
 def batch(options: argparse.Namespace, number: int, size: int | None = None) -> Columns:
     """Random tokens: the time of a step does not depend on what they are."""
+    config = json.loads((options.converted / "config.json").read_text())
     generator = torch.Generator().manual_seed(number)
     shape = (size or options.batch, options.length)
-    return rows(torch.randint(100, 40_000, shape, generator=generator))
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+    above = min(40_000, config["vocab_size"])
+    return rows(torch.randint(100, above, shape, generator=generator))
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -174,19 +122,16 @@ def serve(options: argparse.Namespace) -> None:
     # Moments are made in the first step; a short one leaves the least behind.
     step(batch(options, 0, 1))
     weights = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    # Ours keeps freed memory, that of this step's gradients too: it is not to count twice.
-    ctypes.CDLL(None).malloc_trim(0)
-    at_rest = _status("VmRSS") + 4 * weights  # gradients are gone by now
-    Path("/proc/self/clear_refs").write_text("5")
+    at_rest = held_bytes() + 4 * weights  # gradients are gone by now
     print("ready", flush=True)
     for line in sys.stdin:
         if line.startswith("memory"):
-            print(_status("VmHWM") - at_rest, flush=True)
+            print(peak_bytes() - at_rest, flush=True)
             continue
         columns = batch(options, int(line.split()[1]))
-        started, used = time.perf_counter(), time.process_time()
-        step(columns)
-        print(time.perf_counter() - started, time.process_time() - used, flush=True)
+        used = time.process_time()
+        wall, _ = seconds(partial(step, columns))
+        print(wall, time.process_time() - used, flush=True)
 
 
 class Worker:
@@ -259,8 +204,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--method", choices=["full", "lora"], default="full")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_device(parser)
     parser.add_argument("--serve", choices=list(KINDS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    chosen_device(options)
     with quiet_libraries():
         if options.serve:
             serve(options)

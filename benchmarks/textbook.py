@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 
 
-def dense_mask(length: int, block: int | None) -> torch.Tensor:
+def dense_mask(length: int, block: int | None, device: torch.device) -> torch.Tensor:
     """Boolean mask (1, 1, n, n): everything, or BD3LM's over both streams."""
     if block is None:
-        return torch.ones(1, 1, length, length, dtype=torch.bool)
-    index = torch.arange(2 * length)
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+    index = torch.arange(2 * length, device=device)
     clean = index >= length
     number = (index % length) // block
     query, key = number[:, None], number[None, :]
@@ -42,17 +42,17 @@ def loss(
         tokens: Clean text without padding.
         mask_token_id: The mask.
         block: Tokens per block, None for MDLM.
-        generator: Source of noise.
+        generator: Source of noise, on the device of the tokens.
         shift: Read position i from the hidden state of i-1; a block's first from the clean stream.
     """
-    batch, length = tokens.shape
-    t = torch.rand(batch, 1, generator=generator) * 0.999 + 1e-3
-    masked = torch.rand(batch, length, generator=generator) < t
+    (batch, length), device = tokens.shape, tokens.device
+    t = torch.rand(batch, 1, generator=generator, device=device) * 0.999 + 1e-3
+    masked = torch.rand(batch, length, generator=generator, device=device) < t
     noisy = torch.where(masked, mask_token_id, tokens)
-    places = torch.arange(length).expand(batch, -1)
+    places = torch.arange(length, device=device).expand(batch, -1)
     if block is not None:
         noisy, places = torch.cat([noisy, tokens], 1), places.repeat(1, 2)
-    mask = dense_mask(length, block).expand(batch, -1, -1, -1)
+    mask = dense_mask(length, block, device).expand(batch, -1, -1, -1)
     logits = model(
         input_ids=noisy, attention_mask=mask, position_ids=places, use_cache=False
     ).logits
@@ -68,5 +68,5 @@ def _shifted(logits: torch.Tensor, length: int, block: int | None) -> torch.Tens
     before = logits[:, :length].roll(1, dims=1)
     if block is None:
         return before
-    first = torch.arange(length) % block == 0
+    first = torch.arange(length, device=logits.device) % block == 0
     return torch.where(first[:, None], logits[:, length:].roll(1, dims=1), before)

@@ -29,16 +29,17 @@ def decode(model: Any, prompt: torch.Tensor, new: int, steps: int) -> torch.Tens
     """
     size, mask = model.config.block_size, model.config.mask_token_id
     shift, length = model.config.diffusion["token_shift"], prompt.shape[1]
+    device = prompt.device
     canvas = prompt
     for start in range(length // size * size, length + new, size):
-        block = torch.full((1, size), mask)
+        block = torch.full((1, size), mask, device=device)
         tail = canvas[:, start:]
         block[:, : tail.shape[1]] = tail
         cache, before = DynamicCache(), None
         if start:
             clean = canvas[:, :start]
             before = model(clean, past_key_values=cache, use_cache=True).logits[:, -1:]
-        positions = torch.arange(start, start + size)[None]
+        positions = torch.arange(start, start + size, device=device)[None]
         for left in range(steps, 0, -1):
             masked = block == mask
             if not masked.any():

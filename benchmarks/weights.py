@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def write_weights(folder: Path, model: dict[str, Any], *, holes: bool) -> None:
             groups.append([])
         groups[-1].append((name, shape))
         filled += 2 * prod(shape)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         total += write_shard(folder / file, group, holes=holes)
@@ -206,7 +207,7 @@ def compare(source: Path, pairs: int, *, cold: bool) -> None:
         cold: Whether each has to read the checkpoint from the disk.
     """
     out = source.with_name(source.name + "-out")
-    ways = {
+    ways: dict[str, Callable[[], dict[str, float]]] = {
         "cp -r": lambda: timed(["cp", "-r", str(source), str(out)]),
         "run --no-train": lambda: convert(source, out),
         "run --no-train --link": lambda: convert(source, out, "--link"),
