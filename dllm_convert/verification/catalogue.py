@@ -35,7 +35,7 @@ _STILL = (
 _BITS = "a closed pair has weight exactly 0: no more than equal rows of one batch differ, 0 bits"
 _TYPE = (
     "4 times the largest difference that the type alone makes on the CPU, measured on these "
-    "weights; at least the family's tolerance"
+    "weights; at least the family's tolerance, at most half the largest logit"
 )
 _EXACT = "a token is exact"
 

@@ -146,6 +146,21 @@ def test_not_a_number(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_a_type_that_ruins_the_model_everywhere(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DiffusionMixin.forward
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        output = real(self, *inputs, **options)
+        if self.dtype == torch.bfloat16:
+            output.logits = output.logits.roll(1, -1)
+        return output
+
+    monkeypatch.setattr(DiffusionMixin, "forward", forward)
+    assert found_wrong(llama.folder) >= {"device-logits"}
+
+
 def in_bfloat16(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any], None]) -> None:
     """Let a forward of the model put out something else in bfloat16."""
     real = DiffusionMixin.forward

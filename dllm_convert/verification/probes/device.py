@@ -41,6 +41,8 @@ from dllm_convert.verification.subject import SEED, Subject
 ROUNDINGS = 4.0
 """How many times the type's own rounding two passes may differ by: each of them is rounded, and the
 largest of a few thousand differences is compared with the largest of as many."""
+MOST = 0.5
+"""Share of the largest logit that is no rounding, whatever the type does on the CPU."""
 
 
 def check_device(subject: Subject) -> list[Probe]:
@@ -83,7 +85,8 @@ def _too_large_for(subject: Subject, accelerator: Accelerator) -> str | None:
 
 def _probes(subject: Subject, accelerator: Accelerator) -> list[Probe]:
     there, rounding = _placed(subject, accelerator)
-    limit = max(subject.adapter.tolerance, ROUNDINGS * rounding.alone)
+    most = MOST * float(rounding.exact.abs().max())
+    limit = max(subject.adapter.tolerance, min(ROUNDINGS * rounding.alone, most))
     allowed_for = f"{ROUNDINGS:g} times what {accelerator.dtype} alone does to the logits"
 
     def judge(_: Subject, name: str, measure: Callable[[], float], first: float | None) -> Probe:
