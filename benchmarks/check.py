@@ -16,7 +16,7 @@ import sys
 import time
 
 from dllm_convert.cli.output import write
-from dllm_convert.common.tables import table
+from dllm_convert.common.tables import Table, text_of
 
 COUNT = """
 import json, sys
@@ -53,7 +53,7 @@ def main() -> None:
     ]
     shown = (min(times), statistics.median(times), max(times))
     write("wall seconds, least, median, largest: " + ", ".join(f"{t:.2f}" for t in shown))
-    write(table(("package", "modules"), modules(arguments).most_common(8)))
+    write(text_of([Table(("package", "modules"), modules(arguments).most_common(8))]))
 
 
 if __name__ == "__main__":

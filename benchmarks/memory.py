@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dllm_convert.cli.output import write
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.common.tables import table
+from dllm_convert.common.tables import Table, text_of
 from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import peak_memory
@@ -45,7 +45,8 @@ def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionP
     return plan_conversion(load_recipe(str(options.converted), overrides=overrides))
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """Return the most resident memory that this process ever had, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise SystemExit("the system does not say VmHWM")
@@ -66,7 +67,7 @@ def serve(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         train(plan, data, options.converted, work / "trained", work, Reporter(quiet=True))
-    write(str(_high_water()))
+    write(str(high_water()))
 
 
 def measure(work: Path, method: str, batch: int) -> int:
@@ -119,7 +120,7 @@ def main() -> None:
             for method in options.methods
             for batch in options.batches
         ]
-    write(table(("method", "batch", "estimate", "peak", "estimate / peak"), rows))
+    write(text_of([Table(("method", "batch", "estimate", "peak", "estimate / peak"), rows)]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ what the type alone does to the model on the CPU, in attention written out.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ from functools import partial
 import torch
 
 from dllm_convert.behaviour.influence import Pattern, equal_rows
-from dllm_convert.common.memory import in_words
+from dllm_convert.common.memory import free_memory, in_words
 from dllm_convert.diffusion.attention import TILE
 from dllm_convert.diffusion.corruption import NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import measured_process
@@ -56,10 +55,7 @@ def check_device(subject: Subject) -> list[Probe]:
     try:
         probes = _probes(subject, accelerator)
     finally:
-        # Whatever comes next finds the device empty.
-        gc.collect()
-        if accelerator.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        free_memory()
     return [
         probe
         if probe.passed is None
