@@ -44,8 +44,8 @@ class DeviceEstimate:
         gpu: Whether it is a GPU, of which there can be several.
         room: Bytes of memory of one; None if they are not known.
         memory: Peak bytes of one device that trains alone.
-        fits: Whether one is enough; None if its memory is not known.
-        devices_needed: Least number that fits, weights and states shared; None if none does.
+        fits: Whether one is enough for every stage; None if its memory is not known.
+        devices_needed: Least number that trains it, weights and states shared; None if none does.
         tokens_per_second: Of one device, clean tokens.
         hours: For all steps of the recipe, on one device.
         tokens: That one device trains on: all of the budget, or what `max_minutes` leaves of it.
@@ -231,8 +231,8 @@ def estimate_device(
     alone = largest_stage(stages, alone=True)
     if device.gpu:
         measured = alone.device <= device.memory * USABLE_MEMORY
-        needed = devices_needed(shape, recipe, device) if measured else None
-        fits: bool | None = needed == 1
+        needed = devices_needed(shape, recipe, device)
+        fits: bool | None = needed == 1 and measured
         if not measured:
             largest = alone
     else:

@@ -257,14 +257,16 @@ def fits_text(device: Mapping[str, Any]) -> str:
         return "memory unknown"
     if device["fits"]:
         return "1 is enough"
+    if device["gpu"] and device["stage"] != "train":
+        # No number of devices helps: what is measured runs on one.
+        trained = f", {device['devices_needed']} train it" if device["devices_needed"] else ""
+        return f"{device['stage']} takes {bytes_text(device['stage_memory'])} on one{trained}"
     if device["devices_needed"]:
         other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
         return f"{device['devices_needed']} needed{other}"
     if device["fits_with"]:
         return f"1 with {device['fits_with']}"
     more = ": a smaller batch or shorter rows" if device["gpu"] else ""
-    if device["stage"] != "train":
-        more = f": {device['stage']} takes {bytes_text(device['stage_memory'])}"
     return f"does not fit {bytes_text(device['room'])}{more}"
 
 
