@@ -26,7 +26,7 @@ _INFLUENCE = 3 * 512
 """Tokens whose logits an influence map or a probe holds at once: text, changed, difference."""
 _RATES, _RATES_WIDTH = 5, 128
 """Views of a row that is masked at five rates, and its least width."""
-_ADAPT = 64 << 20
+_ADAPT = 16 << 20
 """Bytes that the untrained conversion takes: files are copied in pieces, rows are written alone."""
 DURING = ("adapt", "baseline", "train", "measure", "views", "sample", "verify")
 """The stages, in the order of a run, as its journal names them."""
