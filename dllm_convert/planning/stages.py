@@ -74,6 +74,8 @@ def stage_memory(
     # Decoding on a CPU keeps a second copy of the matrices, in the order that they are read.
     packed = 0 if gpu else _FLOAT32 * (shape.stored_matrices + shape.vocabulary_matrix)
     probes = _INFLUENCE * shape.vocabulary
+    # A fresh process runs the folder's own code while the first waits for it.
+    beside = CPU_RUNTIME + _FLOAT32 * shape.parameters
     devices = {
         "adapt": 0 if gpu else CPU_RUNTIME + _ADAPT,
         "baseline": weights
@@ -82,14 +84,13 @@ def stage_memory(
         "measure": weights + nelbo,
         "views": weights + max(_rates_bytes(shape, recipe, held, gpu=gpu), probes * held, packed),
         "sample": weights + packed,
-        # On a CPU a process of its own holds a second one, which is the folder's own code.
-        "verify": weights + probes * held + (0 if gpu else held * shape.parameters),
+        "verify": weights + probes * held + (0 if gpu else beside),
     }
     loaded = CPU_RUNTIME + held * shape.parameters
     hosts = dict.fromkeys(DURING, loaded) | {
         "adapt": CPU_RUNTIME + _ADAPT,
         "train": CPU_RUNTIME + _host_of_training(shape, recipe, held),
-        "verify": CPU_RUNTIME + 2 * _FLOAT32 * shape.parameters + probes * _FLOAT32,
+        "verify": 2 * beside + probes * _FLOAT32,
     }
     names = {_FLOAT32: "float32", _BF16: "bfloat16"}
     lora = recipe.training.method == "lora"

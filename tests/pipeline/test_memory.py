@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,9 @@ from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.pipeline.run import plan_conversion, run
 from dllm_convert.planning.devices import GPUS, cpu
 from dllm_convert.planning.estimate import stages_on
+from dllm_convert.planning.stages import DURING
 
+ROOT = Path(__file__).parents[2]
 Seen = list[tuple[str, str, int]]
 
 
@@ -97,3 +101,17 @@ def test_on_a_gpu_it_is_measured_in_the_type_that_is_planned(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     found = measured_in(Run(plan, None, Reporter(quiet=True)))  # type: ignore[arg-type]
     assert found == {"device": "cuda", "dtype": getattr(torch, held)}
+
+
+@pytest.mark.slow
+@pytest.mark.stranger
+def test_stages_take_what_is_planned(source_factory: Callable[..., Path]) -> None:
+    # Large enough for its weights and logits to show beside the interpreter and its libraries.
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "vocab_padding": 32_000}
+    source = source_factory("llama", tied=True, layers=4, **sizes)
+    line = [sys.executable, "-m", "benchmarks.stages", str(source), "--batch", "8"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [row.split() for row in done.stdout.splitlines() if row.split()[-1:] != ["peak"]]
+    ratios = {row[0]: float(row[-1]) for row in rows if len(row) == 4}
+    assert list(ratios) == list(DURING)
+    assert all(0.85 < ratio < 1.2 for ratio in ratios.values()), ratios
