@@ -79,7 +79,7 @@ def stage_memory(
     devices = {
         "adapt": 0 if gpu else CPU_RUNTIME + _ADAPT,
         "baseline": weights
-        + max(nelbo, _autoregressive_bytes(shape, recipe, held, gpu=gpu) if causal else 0),
+        + max(nelbo, _autoregressive_bytes(shape, recipe, held) if causal else 0),
         "train": training.total,
         "measure": weights + nelbo,
         "views": weights + max(_rates_bytes(shape, recipe, held, gpu=gpu), probes * held, packed),
@@ -150,9 +150,8 @@ def _nelbo_bytes(shape: ModelShape, recipe: Recipe, held: int, *, gpu: bool) -> 
     return round(max(_layer_bytes(shape, rows * width, held), logits) + mask)
 
 
-def _autoregressive_bytes(shape: ModelShape, recipe: Recipe, held: int, *, gpu: bool) -> int:
+def _autoregressive_bytes(shape: ModelShape, recipe: Recipe, held: int) -> int:
     """Bytes of the base's own likelihood: logits of all tokens, in float32, and of those logs."""
-    del gpu
     rows, length = recipe.training.sequences_per_forward, recipe.data.sequence_length
     copies = held + _FLOAT32 + (_FLOAT32 if held < _FLOAT32 else 0)
     logits = rows * length * shape.vocabulary * copies
