@@ -45,7 +45,8 @@ def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionP
     return plan_conversion(load_recipe(str(options.converted), overrides=overrides))
 
 
-def _high_water() -> int:
+def high_water() -> int:
+    """Return the most resident memory that this process ever had, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise SystemExit("the system does not say VmHWM")
@@ -66,7 +67,7 @@ def serve(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         train(plan, data, options.converted, work / "trained", work, Reporter(quiet=True))
-    write(str(_high_water()))
+    write(str(high_water()))
 
 
 def measure(work: Path, method: str, batch: int) -> int:

@@ -23,26 +23,45 @@ def measure_influence(
 
     Args:
         model: Any model with logits.
-        tokens: A text, shape (length,).
+        tokens: A text, shape (length,), where the model computes.
         other: What each token is changed to, shape (length,).
         columns: Tokens to change.
 
     Returns:
-        Largest change of a logit, shape (length, columns), and the largest logit of the text.
+        Largest change of a logit, shape (length, columns), on the CPU, and the largest logit of
+        the text.
     """
-    length = len(tokens)
-    per_chunk = max(1, TOKENS_AT_ONCE // length - 1)
+    device = tokens.device
+    per_chunk = _changed_rows(len(tokens))
     moved: list[torch.Tensor] = []
     scale = 0.0
     for first in range(0, len(columns), per_chunk):
-        chunk = torch.tensor(columns[first : first + per_chunk])
+        chunk = torch.tensor(columns[first : first + per_chunk], device=device)
         # Row 0 is the text itself: compared inside one batch, equal rows are equal to the bit.
         rows = tokens.repeat(len(chunk) + 1, 1)
-        rows[torch.arange(len(chunk)) + 1, chunk] = other[chunk]
+        rows[torch.arange(len(chunk), device=device) + 1, chunk] = other[chunk]
         logits = model(rows, use_cache=False).logits
         scale = max(scale, float(logits[0].abs().max()))
-        moved.append((logits[1:] - logits[0]).abs().amax(-1).T)
+        moved.append((logits[1:] - logits[0]).abs().amax(-1).T.cpu())
     return torch.cat(moved, dim=1), scale
+
+
+def _changed_rows(length: int) -> int:
+    return max(1, TOKENS_AT_ONCE // length - 1)
+
+
+@torch.no_grad()
+def equal_rows(model: Any, tokens: torch.Tensor) -> float:
+    """Return by how much equal rows of one batch, as `measure_influence` runs it, differ.
+
+    Nothing, to the bit, where a kernel adds up every row in the same order.
+
+    Args:
+        model: As for `measure_influence`.
+        tokens: A text, shape (length,).
+    """
+    logits = model(tokens.repeat(_changed_rows(len(tokens)) + 1, 1), use_cache=False).logits
+    return float((logits - logits[0]).abs().max())
 
 
 @dataclass(frozen=True)

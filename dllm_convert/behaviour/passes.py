@@ -74,7 +74,7 @@ def block_by_block(
     for first in range(0, length, size):
         span = slice(first, min(first + size, length))
         state: dict[str, Any] = {
-            "position_ids": torch.arange(length)[None, span],
+            "position_ids": torch.arange(length, device=tokens.device)[None, span],
             "past_key_values": cache,
         }
         for text, clean in ((noisy, False), (tokens, True)):

@@ -1,7 +1,8 @@
-"""Memory that this process may still take, and bytes in words."""
+"""Memory that this process may still take, or gives back, and bytes in words."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,19 @@ def available_bytes() -> int:
     free = int(psutil.virtual_memory().available)
     limit = cgroup_available()
     return free if limit is None else min(free, limit)
+
+
+def free_memory() -> None:
+    """Give back what a model and its training held, before the next is loaded.
+
+    The Trainer, its optimizer and callbacks hold each other: weights, gradients and moments stay
+    until the collector happens to run, and what it frees stays with torch's allocator.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def in_words(count: int) -> str:

@@ -72,8 +72,14 @@ def load_complete(cls: Any, source: Path | str, *, device: str = "cpu", **settin
     return (model if device == "cpu" else model.to(device)).eval()
 
 
-def load_base(folder: Path, adapter: Adapter, *, device: str = "cpu") -> Any:
-    """Load a base in float32 as stock transformers does, its config saying what its files say.
+def load_base(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a base as stock transformers does, its config saying what its files say.
 
     One that is a conversion itself is loaded as what it is: the stock class would let a block
     diffusion model look ahead across its blocks.
@@ -82,6 +88,7 @@ def load_base(folder: Path, adapter: Adapter, *, device: str = "cpu") -> Any:
         folder: Folder of safetensors.
         adapter: Its family.
         device: Where the model goes.
+        dtype: Type the weights are held in.
 
     Raises:
         DataError: It cannot be loaded, or not completely.
@@ -90,13 +97,13 @@ def load_base(folder: Path, adapter: Adapter, *, device: str = "cpu") -> Any:
     import transformers
 
     if diffusion_section(read_config(folder)) is not None:
-        return load_model(folder, adapter, device=device)
+        return load_model(folder, adapter, device=device, dtype=dtype)
     return load_complete(
         getattr(transformers, adapter.stock_class),
         folder,
         device=device,
         config=base_config(folder, adapter),
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation=adapter.implementations[0],
     )
 

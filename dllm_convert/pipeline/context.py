@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.memory import free_memory
 from dllm_convert.common.ranks import ALONE, Place
 from dllm_convert.pipeline.options import DEFAULT, RunOptions
 from dllm_convert.pipeline.results import StageResult
@@ -46,8 +47,16 @@ class Run:
         Raises:
             DataError: Another version of the program recorded it.
         """
-        record = self.workspace.stage(stage.name, lambda: stage.work(self).as_dict())
+        record = self.workspace.stage(stage.name, lambda: self._work(stage).as_dict())
         return stage.kind.from_dict(record, self.workspace.journal)
+
+    def _work(self, stage: Stage[Result]) -> Result:
+        """Do a stage, and give its memory back before the next one loads a model."""
+        try:
+            return stage.work(self)
+        finally:
+            if stage.loads and not self.light:
+                free_memory()
 
     def found(self, stage: Stage[Result]) -> Result | None:
         """Return what a stage found, None if it was not done."""
@@ -112,8 +121,10 @@ class Stage(Generic[Result]):
         name: What the journal calls it.
         kind: What it finds.
         work: Does it.
+        loads: Whether it loads models, as the training does, which frees its own.
     """
 
     name: str
     kind: type[Result]
     work: Callable[[Run], Result]
+    loads: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,33 @@ from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
 
 
-def load(run: Run, folder: Path) -> Any:
-    """Load a model of this run to measure it: one at a time, as large as its training has it."""
+def measured_in(run: Run) -> dict[str, Any]:
+    """Return the device and the type in which this run is measured, as `planning/stages.py` plans.
+
+    On a GPU that is the type of the training's matrix products, and never its 4 bits: what is
+    measured is what will be published.
+    """
     import torch
 
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "dtype": torch.float32}
+    from dllm_convert.training.setup import use_bf16
+
+    bf16 = use_bf16(run.plan.recipe.training)
+    return {"device": "cuda", "dtype": torch.bfloat16 if bf16 else torch.float32}
+
+
+def load(run: Run, folder: Path) -> Any:
+    """Load a model of this run to measure it; one at a time."""
     from dllm_convert.modeling.loading import load_model
 
-    if not torch.cuda.is_available():
-        return load_model(folder, run.plan.adapter)
-    from dllm_convert.training.setup import training_dtype
+    return load_model(folder, run.plan.adapter, **measured_in(run))
 
-    # float32 would take twice the memory that the plan names for the training.
-    dtype = training_dtype(run.plan.recipe.training)
-    return load_model(folder, run.plan.adapter, device="cuda", dtype=dtype)
+
+def _load_base(run: Run, folder: Path) -> Any:
+    from dllm_convert.modeling.loading import load_base
+
+    return load_base(folder, run.plan.adapter, **measured_in(run))
 
 
 def _baseline(run: Run) -> Baseline:
@@ -98,7 +113,8 @@ def _views(run: Run) -> Recorded:
             run.source.folder,
             untrained=run.untrained if run.trains else None,
             held_out=run.data.held_out if run.trains else (),
-            load=lambda folder: load(run, folder),
+            load=partial(load, run),
+            load_base=partial(_load_base, run),
             seed=run.plan.recipe.training.seed,
         )
     curves = read_curves(run.workspace.work / "metrics.jsonl") if run.trains else {}
@@ -121,7 +137,7 @@ def _sample(run: Run) -> Recorded:
     return Recorded(sample.as_dict())
 
 
-BASELINE = Stage("baseline", Baseline, _baseline)
-MEASURE = Stage("measure", Measured, _measure)
-VIEWS = Stage("views", Recorded, _views)
-SAMPLE = Stage("sample", Recorded, _sample)
+BASELINE = Stage("baseline", Baseline, _baseline, loads=True)
+MEASURE = Stage("measure", Measured, _measure, loads=True)
+VIEWS = Stage("views", Recorded, _views, loads=True)
+SAMPLE = Stage("sample", Recorded, _sample, loads=True)

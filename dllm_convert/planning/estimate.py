@@ -18,6 +18,7 @@ from dllm_convert.planning.costs import (
 )
 from dllm_convert.planning.devices import GPUS, USABLE_MEMORY, Device
 from dllm_convert.planning.model_shape import ModelShape
+from dllm_convert.planning.stages import StageMemory, largest_stage, stage_memory
 from dllm_convert.recipe.schema import Checkpointing, Recipe
 
 MOST_GPUS = 1024
@@ -43,12 +44,15 @@ class DeviceEstimate:
         gpu: Whether it is a GPU, of which there can be several.
         room: Bytes of memory of one; None if they are not known.
         memory: Peak bytes of one device that trains alone.
-        fits: Whether one is enough; None if its memory is not known.
-        devices_needed: Least number that fits, weights and states shared; None if none does.
+        fits: Whether one is enough for every stage; None if its memory is not known.
+        devices_needed: Least number that trains it, weights and states shared; None if none does.
         tokens_per_second: Of one device, clean tokens.
         hours: For all steps of the recipe, on one device.
         tokens: That one device trains on: all of the budget, or what `max_minutes` leaves of it.
         source: Where speed and memory of the device are from.
+        stage: Which stage of the run takes the most there, alone on one device; it decides what
+            fits.
+        stage_memory: Peak bytes of that stage.
         checkpointing: What is computed again there: off, selective or full.
         sequences_per_forward: Rows of one forward there.
         fits_with: The setting with which one is enough where it is not; None for none.
@@ -64,6 +68,8 @@ class DeviceEstimate:
     hours: float
     tokens: int
     source: str
+    stage: str
+    stage_memory: int
     checkpointing: str
     sequences_per_forward: int
     fits_with: str | None
@@ -181,19 +187,56 @@ def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | N
     return high
 
 
-def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> DeviceEstimate:
-    """Estimate the recipe's training on one kind of device."""
+def stages_on(
+    shape: ModelShape, recipe: Recipe, device: Device, *, causal: bool
+) -> tuple[StageMemory, ...]:
+    """Estimate the peak of every stage of the recipe's run on one device.
+
+    Args:
+        shape: The model.
+        recipe: The resolved recipe.
+        device: Where it runs.
+        causal: Whether the base has an autoregressive likelihood, which is measured too.
+    """
+    return stage_memory(
+        shape,
+        recipe,
+        _memory(shape, settled(shape, recipe, device), device),
+        gpu=device.gpu,
+        bf16=uses_bf16(recipe, device),
+        causal=causal,
+    )
+
+
+def estimate_device(
+    shape: ModelShape, recipe: Recipe, device: Device, *, causal: bool = True
+) -> DeviceEstimate:
+    """Estimate the recipe's training on one kind of device.
+
+    Args:
+        shape: The model.
+        recipe: The resolved recipe.
+        device: The device.
+        causal: Whether the base has an autoregressive likelihood, which is measured too.
+    """
     chosen = settled(shape, recipe, device)
     flops = flops_per_token(shape, chosen, sparse=skips_shut_pairs(chosen, gpu=device.gpu))
     rate, planned = device.flops / flops, recipe.training_tokens
     minutes = recipe.training.max_minutes
     reached = planned if minutes is None else min(planned, int(rate * minutes * 60))
     memory = _memory(shape, chosen, device).total
+    stages = stages_on(shape, recipe, device, causal=causal)
+    largest = largest_stage(stages)
+    # Only a training is shared by several devices; whatever is measured runs on one.
+    alone = largest_stage(stages, alone=True)
     if device.gpu:
+        measured = alone.device <= device.memory * USABLE_MEMORY
         needed = devices_needed(shape, recipe, device)
-        fits: bool | None = needed == 1
+        fits: bool | None = needed == 1 and measured
+        if not measured:
+            largest = alone
     else:
-        fits = memory <= device.memory if device.memory else None
+        fits = largest.device <= device.memory if device.memory else None
         needed = 1 if fits else None
     return DeviceEstimate(
         device=device.name,
@@ -206,9 +249,11 @@ def estimate_device(shape: ModelShape, recipe: Recipe, device: Device) -> Device
         hours=_rounded(planned / rate / 3600),
         tokens=reached,
         source=device.source,
+        stage=largest.stage,
+        stage_memory=largest.device,
         checkpointing=chosen.training.gradient_checkpointing,
         sequences_per_forward=chosen.training.sequences_per_forward,
-        fits_with=None if fits else _fits_with(shape, recipe, device),
+        fits_with=None if fits or largest is alone else _fits_with(shape, recipe, device),
     )
 
 
@@ -270,6 +315,7 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
     if shape is None or recipe.training.method == "none":
         return None
     devices = (cpu, *GPUS)
+    causal = plan.adapter.attention == "causal"
     return {
         "method": recipe.training.method,
         "trainable_parameters": trainable_parameters(shape, recipe.training),
@@ -285,6 +331,13 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
         "sequences_per_forward": recipe.training.sequences_per_forward,
         "sequence_length": recipe.data.sequence_length,
         "memory": _memory_by_method(shape, recipe, devices),
-        "devices": [asdict(estimate_device(shape, recipe, device)) for device in devices],
+        "stages": [
+            {"on": "gpu" if device.gpu else "cpu", **stage.as_dict()}
+            for device in devices[:2]
+            for stage in stages_on(shape, recipe, device, causal=causal)
+        ],
+        "devices": [
+            asdict(estimate_device(shape, recipe, device, causal=causal)) for device in devices
+        ],
         "assumptions": list(ASSUMPTIONS),
     }

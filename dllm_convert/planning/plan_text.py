@@ -183,6 +183,9 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
         f"{estimate['sequence_length']} tokens per forward",
         _memory(estimate["memory"]),
         "",
+        "Peak memory of every stage, one model at a time",
+        _stages(estimate["stages"]),
+        "",
         f"The budget of {estimate['tokens']:,} tokens on one device",
         _devices(estimate["devices"], limited=bool(training["max_minutes"])),
         *_wrapped(["Assumed: " + "; ".join(estimate["assumptions"]) + "."]),
@@ -210,6 +213,26 @@ def _memory(rows: Iterable[Mapping[str, Any]]) -> Table:
     )
 
 
+def _stages(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Show each stage on a CPU, on a GPU, and in host memory beside that."""
+    by_stage: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_stage.setdefault(row["stage"], {})[row["on"]] = row
+    return Table(
+        ("stage", "on a CPU", "on a GPU", "held in", "host memory beside it"),
+        [
+            (
+                name,
+                bytes_text(on["cpu"]["device"]),
+                bytes_text(on["gpu"]["device"]),
+                on["gpu"]["held"] or "-",
+                bytes_text(on["gpu"]["host"]),
+            )
+            for name, on in by_stage.items()
+        ],
+    )
+
+
 def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> Table:
     rows = []
     for device in devices:
@@ -217,7 +240,7 @@ def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> Table:
         rows.append(
             (
                 device["device"],
-                bytes_text(device["memory"]),
+                bytes_text(device["stage_memory"]),
                 fits_text(device),
                 _rate(device["tokens_per_second"]),
                 hours_text(device["hours"]),
@@ -234,6 +257,10 @@ def fits_text(device: Mapping[str, Any]) -> str:
         return "memory unknown"
     if device["fits"]:
         return "1 is enough"
+    if device["gpu"] and device["stage"] != "train":
+        # No number of devices helps: what is measured runs on one.
+        trained = f", {device['devices_needed']} train it" if device["devices_needed"] else ""
+        return f"{device['stage']} takes {bytes_text(device['stage_memory'])} on one{trained}"
     if device["devices_needed"]:
         other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
         return f"{device['devices_needed']} needed{other}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import Interruption
+from dllm_convert.common.memory import free_memory
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
@@ -147,17 +147,6 @@ def train(
         return _train(settled_plan(plan), data, untrained, out, work, reporter, start)
     finally:
         free_memory()
-
-
-def free_memory() -> None:
-    """Give back what a training held, before the next stage loads a model.
-
-    The Trainer, its optimizer and callbacks hold each other: weights, gradients and moments stay
-    until the collector happens to run, and what it frees stays with torch's allocator.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _train(

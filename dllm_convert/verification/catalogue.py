@@ -32,6 +32,12 @@ _ZERO = "a closed pair has weight exactly 0 in the softmax, so its derivative is
 _STILL = (
     "1e-5 of the largest logit, about 80 float32 roundings; text and changed text run in one batch"
 )
+_BITS = "a closed pair has weight exactly 0: no more than equal rows of one batch differ, 0 bits"
+_TYPE = (
+    "4 times the largest difference that the type alone makes on the CPU, measured on these "
+    "weights; at least the family's tolerance, at most half the largest logit"
+)
+_EXACT = "a token is exact"
 
 CATALOGUE: Mapping[str, Entry] = {
     "config": Entry("do the fields other programs act on say what the claim says?", _CLAIM),
@@ -93,8 +99,8 @@ CATALOGUE: Mapping[str, Entry] = {
         "1e-5 of the largest output, about 80 float32 roundings; by layer, because deep models "
         "magnify the rounding of the first layers",
     ),
-    "generate": Entry("is everything written, and the prompt unchanged?", "a token is exact"),
-    "generate-end": Entry("does a row stop at its end of text?", "a token is exact"),
+    "generate": Entry("is everything written, and the prompt unchanged?", _EXACT),
+    "generate-end": Entry("does a row stop at its end of text?", _EXACT),
     "generate-batch": Entry(
         "does a batch of different lengths equal one by one?",
         "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
@@ -114,6 +120,27 @@ CATALOGUE: Mapping[str, Entry] = {
 }
 """In the order in which they run."""
 
+DEVICE: Mapping[str, Entry] = {
+    "device-logits": Entry("does the device compute the same model?", _TYPE),
+    "device-attention": Entry("which closed pairs move there, by perturbation?", _BITS),
+    "device-gradient": Entry("which tokens do logits depend on there?", _ZERO),
+    "device-training": Entry(
+        "which closed pairs move in the forward and the attention that train there?", _BITS
+    ),
+    "device-training-gradient": Entry("which tokens does that forward depend on?", _ZERO),
+    "device-cache": Entry("there, block by block against all at once, the same logits?", _TYPE),
+    "device-cache-clean": Entry(
+        "there, does denoising leave the cache alone?", "states are compared by bits"
+    ),
+    "device-padding-left": Entry("there, does padding on the left change nothing?", _TYPE),
+    "device-padding-right": Entry("there, does padding on the right change nothing?", _TYPE),
+    "device-batch": Entry("there, do neighbours in the batch change nothing?", _TYPE),
+    "device-generate": Entry("there, is everything written, the prompt unchanged?", _EXACT),
+    "device-generate-end": Entry("there, does a row stop at its end of text?", _EXACT),
+}
+"""Run besides, where a checkpoint will be used on another device than the CPU or in another type
+than float32; in the order in which they run, after all others."""
+
 THIRD_PARTY: Mapping[str, Entry] = {
     "claim": Entry("what does the checkpoint say it is, and do all places agree?", _CLAIM),
     "own-code-attention": Entry("which tokens move which positions in its own code?", _STILL),
@@ -124,5 +151,5 @@ THIRD_PARTY: Mapping[str, Entry] = {
 
 def with_origin(probe: Probe) -> Probe:
     """Return the probe with the origin of its tolerance."""
-    entry = CATALOGUE.get(probe.name) or THIRD_PARTY.get(probe.name)
+    entry = CATALOGUE.get(probe.name) or DEVICE.get(probe.name) or THIRD_PARTY.get(probe.name)
     return replace(probe, origin=entry.origin) if entry else probe

@@ -54,11 +54,25 @@ def model_refusal(headers: Mapping[str, Header], *, copies: int, rows: int = 0) 
         copies: How many times it is held at once.
         rows: Tokens of the vocabulary, for the logits.
     """
-    shapes = (entry.shape for header in headers.values() for entry in header.entries.values())
-    weights = copies * sum(map(prod, shapes)) * _FLOAT32
     return _too_large(
-        "the model in float32", weights + _LOGIT_TENSORS * TOKENS_AT_ONCE * rows * _FLOAT32
+        "the model in float32", model_bytes(headers, _FLOAT32, copies=copies, rows=rows)
     )
+
+
+def model_bytes(
+    headers: Mapping[str, Header], itemsize: int, *, copies: int = 1, rows: int = 0
+) -> int:
+    """Return what a model and the logits of a probe take.
+
+    Args:
+        headers: Headers of its weights.
+        itemsize: Bytes of a number.
+        copies: How many times it is held at once.
+        rows: Tokens of the vocabulary, for the logits.
+    """
+    shapes = (entry.shape for header in headers.values() for entry in header.entries.values())
+    logits = _LOGIT_TENSORS * TOKENS_AT_ONCE * rows
+    return (copies * sum(map(prod, shapes)) + logits) * itemsize
 
 
 def tensor_refusal(headers: Mapping[str, Header]) -> str | None:

@@ -21,6 +21,7 @@ from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
+from dllm_convert.verification.accelerator import Accelerator
 from dllm_convert.verification.foreign import ForeignLayout, all_layouts, find_layout
 from dllm_convert.verification.foreign.claim import read_claim
 from dllm_convert.verification.foreign.probes import Foreign
@@ -41,6 +42,7 @@ class VerificationRequest:
         untrained: Whether the weights are the base's; None for what the manifest says.
         trust_remote_code: Whether code of the folder that is not ours may run.
         block_size: Tokens per block of a checkpoint that does not say so itself.
+        accelerator: Where the checkpoint will be used; None for the CPU, in float32.
     """
 
     against: Path | None = None
@@ -48,6 +50,7 @@ class VerificationRequest:
     untrained: bool | None = None
     trust_remote_code: bool = False
     block_size: int | None = None
+    accelerator: Accelerator | None = None
 
 
 def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Reporter) -> Path:
@@ -143,6 +146,7 @@ def _ours(folder: Path, config: Mapping[str, Any], asked: VerificationRequest) -
         quality=asked.quality if asked.quality is not None else manifest.get("measurements") or {},
         untrained=untrained,
         trust_remote_code=asked.trust_remote_code,
+        accelerator=asked.accelerator,
     )
 
 
@@ -169,6 +173,7 @@ def _foreign(
         untrained=asked.untrained,
         trust_remote_code=asked.trust_remote_code,
         foreign=Foreign(folder, config, layout, stated, unmapped),
+        accelerator=asked.accelerator,
     )
 
 

@@ -12,10 +12,12 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.source.tokenizer_loading import RustErrors
+from dllm_convert.verification.accelerator import Accelerator, accelerator_here
 from dllm_convert.verification.catalogue import with_origin
 from dllm_convert.verification.memory import group_refusal
 from dllm_convert.verification.opening import VerificationRequest, local_checkpoint, opened
 from dllm_convert.verification.probes.decoding import check_generate
+from dllm_convert.verification.probes.device import check_device
 from dllm_convert.verification.probes.files import check_files
 from dllm_convert.verification.probes.gradient import check_gradient
 from dllm_convert.verification.probes.influence import check_influence
@@ -61,9 +63,10 @@ _GROUPS: Mapping[str, _Group] = {
     "generate": _Group(check_generate, _LOADED),
     "quality": _Group(check_quality),
     "likelihood": _Group(check_likelihood, _LOADED),
+    "device": _Group(check_device, _LOADED),
 }
 GROUPS = tuple(_GROUPS)
-"""Names of the groups of probes, in the order they run."""
+"""Names of the groups of probes, in the order they run; `device` only where there is one."""
 
 
 def verify_checkpoint(
@@ -76,9 +79,12 @@ def verify_checkpoint(
     trust_remote_code: bool = False,
     block_size: int | None = None,
     groups: Collection[str] = GROUPS,
+    accelerator: Accelerator | None = None,
     reporter: Reporter | None = None,
 ) -> VerificationReport:
     """Verify a converted checkpoint, or one of a known third-party layout, in float32 on the CPU.
+
+    Where it will be used on another device, or in another type, that is looked at besides.
 
     Modelling code of the folder runs only if it is the very file this package writes, or with
     `trust_remote_code`; then in a separate process without secrets. What does not fit memory is
@@ -93,6 +99,7 @@ def verify_checkpoint(
         trust_remote_code: Whether code of the folder that is not ours may run.
         block_size: Tokens per block of a third-party checkpoint that does not record it.
         groups: Which groups of probes to run; the others count as skipped.
+        accelerator: Where it will be used, and in what; by default the GPU of this machine.
         reporter: Progress; by default silent.
 
     Raises:
@@ -104,14 +111,22 @@ def verify_checkpoint(
     started = time.monotonic()
     reporter = reporter or Reporter(quiet=True)
     folder = local_checkpoint(checkpoint, revision, reporter)
-    asked = VerificationRequest(against, quality, untrained, trust_remote_code, block_size)
+    asked = VerificationRequest(
+        against=against,
+        quality=quality,
+        untrained=untrained,
+        trust_remote_code=trust_remote_code,
+        block_size=block_size,
+        accelerator=accelerator or accelerator_here(),
+    )
+    applicable = {n: g for n, g in _GROUPS.items() if n != "device" or asked.accelerator}
     probes: list[Probe] = []
     seconds: dict[str, float] = {}
     with (
         opened(folder, asked) as subject,
-        reporter.task("verify", total=len(_GROUPS)) as task,
+        reporter.task("verify", total=len(applicable)) as task,
     ):
-        for name, group in _GROUPS.items():
+        for name, group in applicable.items():
             if name in groups:
                 begun = time.monotonic()
                 probes += map(with_origin, _run(name, group, subject, probes))

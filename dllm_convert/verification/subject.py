@@ -21,6 +21,7 @@ from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.tokenizer_files import ID_ROLES
 from dllm_convert.source.tokenizer_loading import load_tokenizer
+from dllm_convert.verification.accelerator import HOST, Accelerator
 
 if TYPE_CHECKING:
     from dllm_convert.verification.foreign.probes import Foreign
@@ -58,6 +59,8 @@ class Subject:
         untrained: Whether the weights are the base's; None if that is not known.
         trust_remote_code: Whether code of the folder that is not ours may run.
         foreign: What is known of a third-party checkpoint; None for one of ours.
+        accelerator: Where the checkpoint will be used, None if that is the CPU.
+        runs_on: Where its model is, and in what.
     """
 
     folder: Path
@@ -70,6 +73,8 @@ class Subject:
     untrained: bool | None
     trust_remote_code: bool = False
     foreign: Foreign | None = None
+    accelerator: Accelerator | None = None
+    runs_on: Accelerator = HOST
 
     @cached_property
     def headers(self) -> Mapping[str, Header]:
@@ -98,12 +103,14 @@ class Subject:
 
     @cached_property
     def model(self) -> Any:
-        """The diffusion class in float32, on the CPU, with its family's first implementation.
+        """The diffusion class where it runs, with its family's first implementation.
 
         Raises:
             DataError: It does not load, or not completely.
         """
-        return load_model(self.folder, self.adapter).requires_grad_(False)
+        where, dtype = self.runs_on.device, self.runs_on.torch_dtype
+        model = load_model(self.folder, self.adapter, device=where, dtype=dtype)
+        return model.requires_grad_(False)
 
     @cached_property
     def objective(self) -> Objective:
@@ -148,13 +155,17 @@ class Subject:
         return torch.tensor([token for token in range(count) if token not in special])
 
     def tokens(self, rows: int, length: int, *, draw: int = 0) -> torch.Tensor:
-        """Return random ordinary tokens, shape (rows, length); the same for the same arguments."""
+        """Return random ordinary tokens, shape (rows, length), where the model runs.
+
+        They are the same for the same arguments, whatever the device.
+        """
         generator = torch.Generator().manual_seed(SEED + draw)
         ids = self._ordinary_ids
-        return ids[torch.randint(len(ids), (rows, length), generator=generator)]
+        drawn = ids[torch.randint(len(ids), (rows, length), generator=generator)]
+        return drawn.to(self.runs_on.device)
 
     def other_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return tokens that differ from `tokens` everywhere, same shape."""
-        index = torch.searchsorted(self._ordinary_ids, tokens)
+        index = torch.searchsorted(self._ordinary_ids, tokens.cpu())
         step = 1 + len(self._ordinary_ids) // 3
-        return self._ordinary_ids[(index + step) % len(self._ordinary_ids)]
+        return self._ordinary_ids[(index + step) % len(self._ordinary_ids)].to(tokens.device)

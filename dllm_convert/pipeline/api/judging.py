@@ -22,6 +22,8 @@ def verify(
     page: str | Path | None = None,
     revision: str | None = None,
     block: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     reporter: Reporter | None = None,
@@ -35,6 +37,8 @@ def verify(
         page: An .html file to write what was found to, with pictures.
         revision: Branch, tag or commit of a Hub id.
         block: Tokens per block of a third-party checkpoint that does not record them.
+        device: Where it will be used, which is looked at besides the CPU; a GPU if there is one.
+        dtype: In what, as torch names it; bfloat16 on a GPU, else float32.
         trust_remote_code: Run modelling code of the checkpoint that this version did not write.
         allow_pickle: Read pickled weights of the base.
         reporter: Progress; by default silent.
@@ -42,11 +46,14 @@ def verify(
     Raises:
         DataError: There is no such folder, or no config in it.
         IncompatibleError: It is not a diffusion checkpoint, or one that contradicts itself.
-        RequestError: A page is asked for of what is not measured.
+        RequestError: A page or a device is asked for of what is not measured, or the device or the
+            type is none.
     """
     teller = reporter or Reporter(quiet=True)
     if page is not None and files:
         raise RequestError("`page` shows what the model does; leave `files` out")
+    if files and (device is not None or dtype is not None):
+        raise RequestError("`device` and `dtype` say where the model runs; leave `files` out")
     if files:
         from dllm_convert.verification.bytes import verify_folder
 
@@ -54,6 +61,7 @@ def verify(
         return verify_folder(Path(checkpoint), base, teller)
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.verification import verify_checkpoint
+    from dllm_convert.verification.accelerator import asked_for
 
     with quiet_libraries():
         base = _base(against, teller, allow_pickle=allow_pickle)
@@ -63,6 +71,7 @@ def verify(
             against=base,
             trust_remote_code=trust_remote_code,
             block_size=block,
+            accelerator=asked_for(device, dtype),
             reporter=teller,
         )
         if page is not None:

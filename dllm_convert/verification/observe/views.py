@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common.memory import free_memory
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.modeling.loading import device_and_dtype, load_base
+from dllm_convert.modeling import loading
 from dllm_convert.verification.memory import group_refusal
 from dllm_convert.verification.observe.curves import measure_decoding, measure_rates
 from dllm_convert.verification.observe.heatmaps import map_of
@@ -24,9 +25,12 @@ def observe_run(
     untrained: Path | None,
     held_out: Sequence[TextBatch],
     load: Callable[[Path], Any],
+    load_base: Callable[[Path], Any],
     seed: int,
 ) -> Observations:
     """Measure influence, and with held-out text the curves, on what a run has made.
+
+    Three models are loaded, each when the one before it is freed: a device need not hold two.
 
     Args:
         weights: The converted checkpoint as it will be published.
@@ -34,6 +38,7 @@ def observe_run(
         untrained: The conversion before training, None if it was not trained.
         held_out: Text that was not trained on; empty for none.
         load: Loads a converted checkpoint onto the device it is measured on.
+        load_base: Loads the base there, in the same type.
         seed: Seed of the noise.
     """
     before: tuple[RatePoint, ...] = ()
@@ -42,11 +47,11 @@ def observe_run(
         batches = [batch.to(model.device) for batch in held_out]
         objective = Objective.from_config(model.config)
         before = measure_rates(model, batches, objective, seed=seed)
-        # Freed before the next is loaded: a device need not hold both.
         del model, batches
+        free_memory()
     with opened(weights, VerificationRequest(base)) as subject:
-        # The base first, and freed before ours is loaded.
-        shown = map_of(subject, load_base(base, subject.adapter, device=device_and_dtype()[0]))
+        shown = map_of(subject, load_base(base))
+        free_memory()
         model = load(weights)
         influence = Influence(map_of(subject, model), shown, subject.claim.block_size)
         batches = [batch.to(model.device) for batch in held_out]
@@ -76,7 +81,7 @@ def observe_checkpoint(
             return replace(known, influence=None)
         base = None
         if asked.against is not None and _fits_beside(subject, verification):
-            base = map_of(subject, load_base(asked.against, subject.adapter))
+            base = map_of(subject, loading.load_base(asked.against, subject.adapter))
         found = Influence(map_of(subject, subject.model), base, subject.claim.block_size)
     if found.base is None and known.influence is not None and _alike(found, known.influence):
         found = replace(found, base=known.influence.base)

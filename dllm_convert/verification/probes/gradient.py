@@ -38,13 +38,18 @@ BY_LAYER = tuple(name for name in IMPLEMENTATIONS if name != "flex")
 
 def check_gradient(subject: Subject) -> list[Probe]:
     """Return the probes `gradient` and `gradient-layers`."""
+    return [end_to_end(subject, "gradient"), _by_layer(subject)]
+
+
+def end_to_end(subject: Subject, name: str) -> Probe:
+    """Differentiate the whole model, with the attention that it has."""
     patterns: dict[int, Pattern] = {}
     for length in probe_lengths(subject):
         rows = probe_columns(length, subject.claim.block_size)
         if patterns:
             rows = sorted({0, length - 1, *(r for r in rows if r + 1 == subject.claim.block_size)})
         patterns[length] = _observe(subject, rows, length)
-    return [pattern_probe("gradient", patterns), _by_layer(subject)]
+    return pattern_probe(name, patterns)
 
 
 def _observe(subject: Subject, rows: list[int], length: int) -> Pattern:
@@ -52,28 +57,28 @@ def _observe(subject: Subject, rows: list[int], length: int) -> Pattern:
     moved = torch.zeros(allowed.shape)
     for draw in range(DRAWS):
         tokens = subject.tokens(1, length, draw=draw)[0]
-        moved = torch.maximum(moved, measure_gradient(subject.model, tokens, rows))
+        embedded = subject.model.get_input_embeddings()(tokens).detach()
+        moved = torch.maximum(moved, measure_gradient(subject.model, embedded, rows))
         if not (allowed & (moved == 0)).any():
             break
     return Pattern(moved, allowed, 0.0, list(range(length)), rows)
 
 
-def measure_gradient(model: Any, tokens: torch.Tensor, positions: list[int]) -> torch.Tensor:
+def measure_gradient(model: Any, embedded: torch.Tensor, positions: list[int]) -> torch.Tensor:
     """Differentiate the logits at each position by the embedding of each token.
 
     Args:
-        model: A diffusion model.
-        tokens: A text, shape (length,).
+        model: A diffusion model, or one with more inputs bound.
+        embedded: Embeddings of a text, shape (length, hidden).
         positions: Where logits are read.
 
     Returns:
-        Norm of the gradient of a random sum of logits, shape (positions, length).
+        Norm of the gradient of a random sum of logits, shape (positions, length), on the CPU.
     """
-    length = len(tokens)
-    embedded = model.get_input_embeddings()(tokens).detach()
+    length = len(embedded)
 
     def logits(hidden: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        flat = torch.arange(len(at)) * length + at
+        flat = torch.arange(len(at), device=at.device) * length + at
         found: torch.Tensor = model(inputs_embeds=hidden, logits_at=flat, use_cache=False).logits
         return found
 
@@ -95,13 +100,13 @@ def _norms(
     per_chunk = max(1, TOKENS_AT_ONCE // len(hidden))
     norms: list[torch.Tensor] = []
     for first in range(0, len(positions), per_chunk):
-        at = torch.tensor(positions[first : first + per_chunk])
+        at = torch.tensor(positions[first : first + per_chunk], device=hidden.device)
         inputs = hidden.expand(len(at), -1, -1).clone().requires_grad_()
         found = outputs(inputs, at)
         generator = torch.Generator().manual_seed(SEED)
-        direction = torch.randn(found.shape[-1], generator=generator).to(found.dtype)
+        direction = torch.randn(found.shape[-1], generator=generator).to(found)
         (gradient,) = torch.autograd.grad((found * direction).sum(), inputs)
-        norms.append(gradient.norm(dim=-1))
+        norms.append(gradient.float().norm(dim=-1).cpu())
     return torch.cat(norms)
 
 
@@ -148,6 +153,6 @@ def _layer_norms(
 
 def _attention_norms(call: AttentionCall, rows: list[int]) -> torch.Tensor:
     def outputs(inputs: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        return call.run(inputs)[torch.arange(len(at)), at]
+        return call.run(inputs)[torch.arange(len(at), device=at.device), at]
 
     return _norms(outputs, call.hidden[0], rows)

@@ -29,7 +29,7 @@ def check_influence(subject: Subject) -> list[Probe]:
             probes.append(skipped(f"attention-{name}", "0 pairs wrong", reason))
             continue
         with running(subject, name) as model:
-            probes.append(_end_to_end(subject, model, f"attention-{name}"))
+            probes.append(pattern_probe(f"attention-{name}", end_to_end(subject, model)))
             if name == "eager":
                 probes.append(_by_layer(subject, model, probe_length(subject)))
     return probes
@@ -98,7 +98,8 @@ def first_wrong(pattern: Pattern) -> str:
     return f"{first}, and should{'' if 'does not see' in first else ' not'}"
 
 
-def _end_to_end(subject: Subject, model: Any, name: str) -> Probe:
+def end_to_end(subject: Subject, model: Any) -> dict[int, Pattern]:
+    """Return who moves whom, by length of the text."""
     size = subject.claim.block_size
     found: dict[int, Pattern] = {}
     for length in probe_lengths(subject):
@@ -108,7 +109,7 @@ def _end_to_end(subject: Subject, model: Any, name: str) -> Probe:
         text = partial(_text, subject, length)
         allowed = subject.allowed(length)[:, columns]
         found[length] = observe(subject, model, text, columns, allowed)
-    return pattern_probe(name, found)
+    return found
 
 
 def _text(subject: Subject, length: int, draw: int) -> torch.Tensor:

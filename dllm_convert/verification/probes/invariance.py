@@ -17,6 +17,9 @@ from dllm_convert.verification.probes.influence import probe_length
 from dllm_convert.verification.report import Probe, at_most, largest, skipped
 from dllm_convert.verification.subject import Subject
 
+Judge = Callable[[Subject, str, Callable[[], float], float | None], Probe]
+"""Says whether a difference is rounding; the arguments are those of `invariant`."""
+
 
 def invariant(
     subject: Subject, name: str, measure: Callable[[], float], first: float | None = None
@@ -49,7 +52,7 @@ def invariant(
 
 
 @torch.no_grad()
-def check_padding(subject: Subject) -> list[Probe]:
+def check_padding(subject: Subject, judge: Judge = invariant) -> list[Probe]:
     """Return the probes `padding-left` and `padding-right`: a mixed batch against one by one."""
     longest = min(probe_length(subject), 48)
     lengths = sorted({longest, max(longest // 2, 1)})
@@ -57,7 +60,7 @@ def check_padding(subject: Subject) -> list[Probe]:
     probes = []
     for side in ("left", "right"):
         measure = partial(_padded, subject, side, texts)
-        probes.append(invariant(subject, f"padding-{side}", measure))
+        probes.append(judge(subject, f"padding-{side}", measure, None))
     return probes
 
 
@@ -65,12 +68,12 @@ def check_padding(subject: Subject) -> list[Probe]:
 def check_batch(subject: Subject) -> list[Probe]:
     """Return the probes `batch` and `implementations`."""
     return [
-        invariant(subject, "batch", partial(_with_neighbours, subject)),
+        invariant(subject, "batch", partial(with_neighbours, subject)),
         _across_implementations(subject),
     ]
 
 
-def _with_neighbours(subject: Subject) -> float:
+def with_neighbours(subject: Subject) -> float:
     """Return the largest difference that neighbours in the batch, or their order, make."""
     texts = subject.tokens(3, min(probe_length(subject), 48))
     together = subject.model(texts, use_cache=False).logits
@@ -129,7 +132,7 @@ def _padded(subject: Subject, side: str, texts: list[torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def check_cache(subject: Subject) -> list[Probe]:
+def check_cache(subject: Subject, judge: Judge = invariant) -> list[Probe]:
     """Return the probes `cache` and `cache-clean`: block by block against all at once."""
     size = subject.claim.block_size
     if size is None:
@@ -137,11 +140,12 @@ def check_cache(subject: Subject) -> list[Probe]:
         return [skipped(name, "no difference", reason) for name in ("cache", "cache-clean")]
     tokens = subject.tokens(1, probe_length(subject))
     # As a decoding of this length: some rotary frequencies depend on it.
-    with final_lengths(subject.model, lambda: torch.tensor([tokens.shape[1]])):
-        return _check_cache(subject, tokens, size)
+    length = torch.tensor([tokens.shape[1]], device=tokens.device)
+    with final_lengths(subject.model, lambda: length):
+        return _check_cache(subject, tokens, size, judge)
 
 
-def _check_cache(subject: Subject, tokens: torch.Tensor, size: int) -> list[Probe]:
+def _check_cache(subject: Subject, tokens: torch.Tensor, size: int, judge: Judge) -> list[Probe]:
     difference, dirt = _decode_with_cache(subject, tokens, size)
 
     def measure() -> float:
@@ -150,7 +154,7 @@ def _check_cache(subject: Subject, tokens: torch.Tensor, size: int) -> list[Prob
     clean = Probe("cache-clean", dirt == 0, f"{dirt} states changed by denoising", "0")
     if tokens.shape[1] <= size:
         clean = skipped("cache-clean", "0", f"a context of {subject.context} tokens is one block")
-    return [invariant(subject, "cache", measure, difference), clean]
+    return [judge(subject, "cache", measure, difference), clean]
 
 
 def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tuple[float, int]:
@@ -162,7 +166,7 @@ def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tup
     """
     whole = subject.model(tokens, use_cache=False).logits
     # Of every block the first token and every second after it.
-    masked = torch.arange(tokens.shape[1]) % size % 2 == 0
+    masked = torch.arange(tokens.shape[1], device=tokens.device) % size % 2 == 0
     noisy = tokens.masked_fill(masked, subject.claim.mask_token_id)
     differences: list[torch.Tensor] = []
     before: list[torch.Tensor] = []

@@ -6,10 +6,14 @@ noisy block that sees its own clean tokens learns to copy, and its loss looks wo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
+from dllm_convert.behaviour.influence import Pattern
 from dllm_convert.diffusion.attention import StreamMask
 from dllm_convert.diffusion.corruption import Corruption, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import measured_process
@@ -123,13 +127,45 @@ def _influence(
     subject: Subject, forward: Prediction, mask: StreamMask, objective: Objective
 ) -> Probe:
     """Change one token of every document, stream and block; look at all real positions."""
+    pattern, first = observe_training(subject, forward, mask, objective, mask.dense())
+    return Probe(
+        "training-influence",
+        not pattern.wrong.any(),
+        f"{int(pattern.wrong.sum())} of {pattern.allowed.numel()} pairs wrong",
+        f"0 pairs: closed up to {pattern.limit:.2g}, open above",
+        first(pattern.wrong),
+    )
+
+
+def observe_training(
+    subject: Subject,
+    forward: Prediction,
+    mask: StreamMask,
+    objective: Objective,
+    attention_mask: Any,
+) -> tuple[Pattern, Callable[[torch.Tensor], str]]:
+    """Measure who moves whom in a training forward.
+
+    Args:
+        subject: The checkpoint.
+        forward: The forward of one row, where the subject's model is.
+        mask: Its mask, on the CPU.
+        objective: What is trained.
+        attention_mask: The same mask as the model's attention takes it.
+
+    Returns:
+        The pattern of all real positions, and what describes the first of its pairs that are wrong.
+    """
     allowed, real = claimed_mask(mask, objective), _real(mask)
     keys = torch.stack([mask.streams[0], mask.segments[0], mask.blocks[0]], dim=-1)
     groups: dict[tuple[int, ...], int] = {}
     for column in real.nonzero().flatten().tolist():
         groups[tuple(keys[column].tolist())] = column
     columns = sorted(groups.values())
-    settings = {"attention_mask": mask.dense(), "position_ids": forward.inputs["position_ids"]}
+    settings = {
+        "attention_mask": attention_mask,
+        "position_ids": forward.inputs["position_ids"],
+    }
 
     def text(draw: int) -> torch.Tensor:
         row = forward.inputs["input_ids"][0]
@@ -138,16 +174,20 @@ def _influence(
 
     model = partial(subject.model, **settings)
     pattern = observe(subject, model, text, columns, allowed[:, columns] & real[:, None])
-    wrong = pattern.wrong & real[:, None]
-    everywhere = torch.zeros_like(allowed)
-    everywhere[:, columns] = wrong
-    return Probe(
-        "training-influence",
-        not wrong.any(),
-        f"{int(wrong.sum())} of {int(real.sum()) * len(columns)} pairs wrong",
-        f"0 pairs: closed up to {pattern.limit:.2g}, open above",
-        _first(mask, everywhere, allowed),
+    rows = real.nonzero().flatten()
+    pattern = replace(
+        pattern,
+        moved=pattern.moved[rows],
+        allowed=pattern.allowed[rows],
+        rows=rows.tolist(),
     )
+
+    def first(wrong: torch.Tensor) -> str:
+        everywhere = torch.zeros_like(allowed)
+        everywhere[rows[:, None], torch.tensor(columns)] = wrong
+        return _first(mask, everywhere, allowed)
+
+    return pattern, first
 
 
 @torch.no_grad()
