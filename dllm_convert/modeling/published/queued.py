@@ -1,0 +1,561 @@
+"""Decoding on a GPU: steps are queued one behind the other, and the host rarely asks for a result.
+
+The same tokens as `decoding.py` writes, otherwise laid out. There the host looks after every step
+which masks are left, and runs no row and no logit too much: on a CPU that is free, and saves most.
+Here looking costs more than what it saves. So every row and every column of a block takes part in
+every step, what is written is kept by `torch.where`, and rows go from block to block in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .cache import BlockCache
+from .canvas import Canvas
+from .choosing import choose_among, doubted_most, make_warpers, rate_all
+from .draws import Draws
+from .graphs import Graphs, Late, sent
+from .options import Decoded, DecodingOptions, Observer
+from .regions import Region, commits_one, is_foreseeable, plan_regions, plan_steps
+from .rope import depends_on_length, final_lengths
+
+_SHORTEST = 256
+"""Columns of the cache that a recorded forward reads at the least; the next lengths are doubled."""
+_LOOK = 8
+"""Steps of one region after which the host looks whether all rows have ended."""
+
+
+class QueuedDecoder:
+    """The rows of a batch that are still written, and what runs on them.
+
+    Each region of columns has its tokens and what is `closed` in it, (rows, n), in buffers that stay
+    where they are, so that a recorded step finds them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        canvas: Canvas,
+        lengths: list[int],
+        limits: list[int],
+        graphs: Graphs,
+        *,
+        with_order: bool,
+    ) -> None:
+        self.model, self.canvas, self.options, self.graphs = model, canvas, canvas.options, graphs
+        self.device, self.limits = canvas.tokens.device, limits
+        self.with_order = with_order or self.options.remasking is not None
+        self.columns_at_hand, self.regions = plan_regions(
+            canvas.masked.cpu(), lengths, limits, self.options
+        )
+        self.steps = [plan_steps(region.counts, self.options) for region in self.regions]
+        tables = [(region.starts, region.begins, region.ends) for region in self.regions]
+        self.tables = sent(tables, self.device)  # (regions, 3, rows)
+        numbers = [row for steps in self.steps for row in steps]
+        self.numbers = sent(numbers, self.device)  # (steps, rows): quotas, or steps left
+        self.keeps = list(range(len(lengths)))
+        forbidden = [self.options.mask_token_id, *self.options.suppress_tokens]
+        self.forbidden = sent(forbidden, self.device)
+        self.warpers = make_warpers(self.options)
+        self.draws = Draws(self.options, self.device)
+        self.places = torch.arange(self.columns_at_hand, device=self.device)
+        self.forward_number = torch.zeros((), dtype=torch.long, device=self.device)
+        # Once known to be finished there is nothing to look for.
+        self.may_end = bool(self.options.eos_token_ids)
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        rows, n = len(self.keeps), self.columns_at_hand
+        new = self.canvas.tokens.new_zeros
+        self.block, self.columns, self.order = new(rows, n), new(rows, n), new(rows, n)
+        self.closed = torch.ones(rows, n, dtype=torch.bool, device=self.device)
+        self.sure = torch.zeros(rows, n, device=self.device)
+        self.number = new(rows)  # of this step: the quota, or how many steps are left
+        # Logits of the region, float32, (rows, n, vocab), with guidance (2 * rows, n, vocab); made
+        # when the model says how many tokens it knows.
+        self.logits: torch.Tensor | None = None
+        self.race: torch.Tensor | None = None
+        self.ranked: torch.Tensor | None = None
+        self.doubt: torch.Tensor | None = None
+        self.noise: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows that take part."""
+        return len(self.keeps)
+
+    def doubled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows and, with guidance, the same rows once more for the text without its prompt."""
+        return torch.cat([rows, rows]) if self.options.guided else rows
+
+    def enter(self, number: int) -> None:
+        """Take the columns of a region at hand."""
+        canvas, (starts, begins, ends) = self.canvas, self.tables[number]
+        torch.add(starts[:, None], self.places, out=self.columns)
+        at = canvas.rows[:, None], self.columns
+        self.block.copy_(canvas.tokens[at])
+        inside = (self.columns >= begins[:, None]) & (self.columns < ends[:, None])
+        torch.logical_not(canvas.masked[at] & inside, out=self.closed)
+        if self.with_order:
+            self.order.copy_(canvas.order[at])
+
+    def put_back(self) -> None:
+        """Write what is at hand into the canvas."""
+        canvas = self.canvas
+        at = canvas.rows[:, None], self.columns
+        canvas.tokens[at] = self.block
+        # The mask is never written: where it stands, something is still to be.
+        limits = canvas.limits[canvas.rows, None]
+        canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < limits)
+        if self.with_order:
+            canvas.order[at] = self.order
+
+    def draw(self, region: int, step: int) -> None:
+        """Draw all that a step needs, outside of what is recorded."""
+        options, n = self.options, self.columns_at_hand
+        here, place = self.regions[region], (region, step)
+        parts = [
+            slice(here.begins[row] - here.starts[row], here.ends[row] - here.starts[row])
+            for row in range(self.rows)
+        ]
+        if options.temperature:
+            if self.race is None:
+                shape = self.rows, n, int(self.model.config.vocab_size)
+                self.race = torch.ones(shape, device=self.device)
+            self.draws.fill(self.race, _exponential, "token", place, self.keeps, parts)
+        for name, kind, wanted in (
+            ("ranked", "order", options.unmasking == "random"),
+            ("doubt", "remask", options.remasking == "random"),
+        ):
+            if wanted:
+                if getattr(self, name) is None:
+                    setattr(self, name, torch.zeros(self.rows, n, device=self.device))
+                self.draws.fill(getattr(self, name), _uniform, kind, place, self.keeps, parts)
+        if options.noise_tokens:
+            if not options.block_size:
+                # The model sees all of the text, whatever of it is at hand.
+                n = self.canvas.tokens.shape[1]
+                parts = [slice(0, self.limits[row]) for row in range(self.rows)]
+            if self.noise is None:
+                self.noise = self.block.new_zeros(self.rows, n)
+            self.draws.fill(self.noise, self._any_token, "noise", place, self.keeps, parts)
+
+    def _any_token(self, buffer: torch.Tensor, generator: torch.Generator | None) -> None:
+        # Any token but the mask, each as likely: ids from the mask's on are one further up.
+        buffer.random_(0, self.options.noise_tokens - 1, generator=generator)
+        buffer.add_((buffer >= self.options.mask_token_id).long())
+
+    def shown(
+        self, tokens: torch.Tensor, masked: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model sees of tokens (rows, n), with guidance without the prompts as well."""
+        options, canvas = self.options, self.canvas
+        if options.guided:
+            given = columns < canvas.lengths[canvas.rows, None]
+            return torch.cat([tokens, tokens.masked_fill(given, options.mask_token_id)])
+        return tokens if self.noise is None else torch.where(masked, self.noise, tokens)
+
+    def keep(self, logits: torch.Tensor, first: int = 0) -> None:
+        """Take logits (rows, up to n, vocab) as those of the columns at hand from `first` on."""
+        if self.logits is None:
+            shape = logits.shape[0], self.columns_at_hand, logits.shape[-1]
+            self.logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self.logits[:, first : first + logits.shape[1]].copy_(logits)
+
+    def denoise(self) -> None:
+        """Commit what this step commits of the columns at hand."""
+        options, logits = self.options, self.logits
+        assert logits is not None
+        if options.guided:
+            given, hidden = logits.chunk(2)
+            logits = hidden + options.guidance_scale * (given - hidden)
+        logits.index_fill_(-1, self.forbidden, -torch.inf)
+        ratings = rate_all(logits, options, self.warpers, race=self.race, drawn=self.ranked)
+        token, quota, closed = ratings.token, None, self.closed
+        assert token is not None
+        # The recorded step works on copies of neither: all of this is in place.
+        remaining = None
+        if is_foreseeable(options):
+            quota = None if commits_one(options) else self.number
+        elif not commits_one(options):
+            remaining = (~closed).sum(-1)
+            quota = (remaining + self.number - 1) // self.number
+        chosen = choose_among(ratings, closed, quota, options)
+        torch.where(chosen, token, self.block, out=self.block)
+        torch.logical_or(closed, chosen, out=closed)
+        if self.with_order:
+            torch.where(chosen, self.forward_number, self.order, out=self.order)
+        if options.remasking is not None and remaining is not None:
+            torch.where(chosen, ratings.confidence, self.sure, out=self.sure)
+            self._take_back((self.number > 1) & (remaining > 0))
+
+    def _take_back(self, may: torch.Tensor) -> None:
+        # Never of a row whose region is written: its states are kept.
+        written = (self.order > 0) & (self.order < self.forward_number) & may[:, None]
+        doubt = -self.sure if self.doubt is None else self.doubt
+        back = doubted_most(doubt, written, self.options)
+        self.block.masked_fill_(back, self.options.mask_token_id)
+        self.closed.masked_fill_(back, False)
+        self.order.masked_fill_(back, 0)
+
+    def run(self, key: str, work: Any, *shape: int) -> None:
+        """Run a forward and what follows it, and count it."""
+        with final_lengths(self.model, self._final_lengths):
+            self.graphs.run((key, self.rows, *shape), work)
+        self.canvas.forwards += 1
+
+    def _final_lengths(self) -> torch.Tensor:
+        return self.doubled(torch.tensor([self.limits[row] for row in range(self.rows)]))
+
+    def select(self, places: list[int]) -> torch.Tensor:
+        """Let only these of the rows go on; return the places as a tensor."""
+        kept = sent(places, self.device)
+        held = self.block, self.columns, self.order, self.closed, self.sure
+        logits, count = self.logits, self.rows
+        self.canvas.rows = self.canvas.rows[kept]
+        self.keeps = [self.keeps[place] for place in places]
+        self.limits = [self.limits[place] for place in places]
+        self.regions = [
+            Region(**{name: tuple(value[p] for p in places) for name, value in vars(one).items()})
+            for one in self.regions
+        ]
+        self.tables, self.numbers = self.tables[..., kept], self.numbers[..., kept]
+        self._make_buffers()
+        for new, old in zip(
+            (self.block, self.columns, self.order, self.closed, self.sure), held, strict=True
+        ):
+            new.copy_(old[kept])
+        both = torch.cat([kept, kept + count]) if self.options.guided else kept
+        self.logits = None if logits is None else logits[both]
+        self.graphs.forget()
+        return both
+
+    def advance(self, number: int) -> None:
+        """Go to a region."""
+        raise NotImplementedError
+
+    def step(self, first_of_region: bool) -> None:
+        """Run one forward, and commit."""
+        raise NotImplementedError
+
+    def decode(self) -> Decoded:
+        """Write all regions."""
+        canvas, foreseeable, taken = self.canvas, is_foreseeable(self.options), 0
+        canvas.show()
+        looked: Late | None = None
+        for number, steps in enumerate(self.steps):
+            self.advance(number)
+            for step in range(len(steps)):
+                self.number.copy_(self.numbers[taken + step])
+                self.forward_number.fill_(canvas.forwards + 1)
+                self.draw(number, step)
+                self.step(step == 0)
+                if canvas.observer is not None:
+                    self.put_back()
+                    canvas.show()
+                if looked is not None:
+                    # One step late: the device went on with it, and the host does not wait.
+                    if not self._go_on(looked.read()):
+                        return canvas.result()
+                    looked = None
+                if not foreseeable and bool(self.closed.all()):
+                    break
+                if self.may_end and step % _LOOK == _LOOK - 1 and self.options.remasking is None:
+                    self.put_back()
+                    looked = Late(self._finished())
+            taken += len(steps)
+            self.put_back()
+            if self.may_end and number + 1 < len(self.steps):
+                looked = Late(self._finished())
+        return canvas.result()
+
+    def _finished(self) -> torch.Tensor:
+        # Nothing of a region that is left is taken back.
+        return self.canvas.finished(torch.ones_like(self.canvas.rows, dtype=torch.bool))
+
+    def _go_on(self, done: list[bool]) -> bool:
+        """Whether some row is not done; where few are left, only they go on."""
+        places = [place for place, ended in enumerate(done) if not ended]
+        if len(places) <= self.rows // 2 and places:
+            self.put_back()
+            self.select(places)
+        return bool(places)
+
+
+def _exponential(buffer: torch.Tensor, generator: torch.Generator | None) -> None:
+    buffer.exponential_(generator=generator)
+
+
+def _uniform(buffer: torch.Tensor, generator: torch.Generator | None) -> None:
+    buffer.uniform_(generator=generator)
+
+
+class QueuedCanvas(QueuedDecoder):
+    """MDLM: every forward runs the whole text, and has logits of the columns at hand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.wanted = self.columns  # flat places in (rows * width) of the logits
+        self.mask: torch.Tensor | None = None
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        width = self.canvas.tokens.shape[1]
+        self.positions = self.doubled(self.canvas.index.expand(self.rows, -1))
+        self.mask = None
+        if any(limit < width for limit in self.limits):
+            # Behind its end a row has no text; no mask is the faster forward.
+            valid = self.canvas.index < self.canvas.limits[self.canvas.rows, None]
+            seen = valid[:, None, None].expand(-1, 1, width, -1)
+            self.mask = self.doubled(seen).contiguous()
+
+    def select(self, places: list[int]) -> torch.Tensor:
+        """Let only these of the rows go on."""
+        both = super().select(places)
+        self._lay_out()
+        self._aim()
+        return both
+
+    def _aim(self) -> None:
+        width = self.canvas.tokens.shape[1]
+        line = torch.arange(self.rows, device=self.device)[:, None] * width
+        shifted = (self.columns - int(self.options.token_shift)).clamp(min=0)
+        flat = (line + shifted).flatten()
+        both = [flat, flat + self.rows * width] if self.options.guided else [flat]
+        self.wanted = torch.cat(both)
+
+    def advance(self, number: int) -> None:
+        """Go to a window."""
+        self.enter(number)
+        wanted = self.wanted
+        self._aim()
+        if wanted.shape == self.wanted.shape:
+            # Where a recorded step looks.
+            self.wanted = wanted.copy_(self.wanted)
+
+    def step(self, first_of_region: bool) -> None:
+        """Run the whole text, and commit."""
+        self.run("text", self._work)
+
+    def _work(self) -> None:
+        canvas = self.canvas
+        rows = canvas.rows
+        tokens = canvas.tokens[rows]
+        masked = canvas.masked[rows] if self.options.noise_tokens else tokens
+        output = self.model(
+            self.shown(tokens, masked, canvas.index),
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            logits_at=self.wanted,
+            use_cache=False,
+        )
+        self.keep(output.logits.view(-1, self.columns_at_hand, output.logits.shape[-1]))
+        self.denoise()
+        at = rows[:, None], self.columns
+        canvas.tokens[at] = self.block
+        if self.options.noise_tokens:
+            limits = canvas.limits[rows, None]
+            canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < limits)
+
+
+class QueuedBlocks(QueuedDecoder):
+    """BD3LM: a forward runs one block of every row behind its clean ones, or two at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.room = self._bucket(self.canvas.tokens.shape[1], self.graphs.wanted)
+        self.cache = BlockCache(self.room)
+        self.cache.frozen = True
+        self.keys = torch.arange(self.room, device=self.device)
+        # Other implementations would build a mask of their own where none is given.
+        self.may_be_bare = self.model.config._attn_implementation == "sdpa"
+        self.behind = torch.zeros_like(self.columns)  # the columns of the block before
+        self.written = torch.zeros_like(self.block)  # and its tokens
+        self.visible, self.region = 0, 0
+        self.masks: dict[str, torch.Tensor] = {}
+        self._read_prompt()
+
+    def _bucket(self, width: int, in_buckets: bool) -> int:
+        # A recorded forward reads as many columns in every replay: more than there are yet.
+        length = _SHORTEST
+        while in_buckets and length < width:
+            length *= 2
+        return length if in_buckets else width
+
+    def _read_prompt(self) -> None:
+        """Run the clean blocks of the prompts into the cache, all in one forward."""
+        starts = self.regions[0].starts
+        width = max(starts)
+        if not width:
+            return
+        # One forward for all: (rows, width) up to the latest start. What a row has past its own is
+        # rubbish, and is written over when the row's blocks are run.
+        columns = self.canvas.index[:width].expand(self.rows, -1)
+        mask, at = None, None
+        if self.options.causal_context:
+            mask = (columns[:1, :, None] >= columns[:1, None])[:, None]
+            mask = self.doubled(mask.expand(self.rows, -1, -1, -1))
+        tokens, last = self.canvas.tokens[:, :width], self.columns[:0, 0]
+        if self.options.token_shift:
+            # The last clean token of a row predicts the first one of its block.
+            last = sent([row * width + max(at - 1, 0) for row, at in enumerate(starts)], self.device)
+        if self.options.guided:
+            given = columns < self.canvas.lengths[:, None]
+            tokens = torch.cat([tokens, tokens.masked_fill(given, self.options.mask_token_id)])
+            last = torch.cat([last, last + self.rows * width])
+        self.cache.put(None, width)
+
+        def work() -> None:
+            logits = self.model(
+                tokens,
+                attention_mask=mask,
+                position_ids=self.doubled(columns),
+                logits_at=last,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits
+            if len(logits):
+                self.keep(logits[:, None])
+
+        self.run("prompt", work, width)
+
+    def advance(self, number: int) -> None:
+        """Go to the next block of every row."""
+        self.region = number
+        fused = bool(self.steps[number]) and not self.options.causal_context
+        if number:
+            if not fused:
+                # Nothing to denoise, or read otherwise than denoised: the block alone.
+                self._see("clean", self.columns, causal=self.options.causal_context)
+                self.run("clean", self._run_clean, self.visible)
+            self.behind.copy_(self.columns)
+            self.written.copy_(self.block)
+        self.enter(number)
+        self.ahead = fused and number > 0
+        if self.ahead:
+            self._see("ahead", torch.cat([self.behind, self.columns], 1))
+        self._see("open", self.columns)
+
+    def _see(self, name: str, columns: torch.Tensor, *, causal: bool = False) -> None:
+        """Make the mask of a forward over columns (rows, queries): up to the end of a block."""
+        n, region = self.columns_at_hand, self.regions[self.region]
+        if name == "clean":
+            region = self.regions[self.region - 1]
+        self.visible = self._bucket(region.width, self.graphs.wanted)
+        bare = self.may_be_bare and not causal and name != "ahead" and not self.graphs.wanted
+        if bare and len(set(region.starts)) == 1:
+            self.masks.pop(name, None)
+            return
+        ends = columns.unflatten(1, (-1, n))[..., -1:].expand(-1, -1, n).flatten(1)
+        last = columns if causal else ends
+        seen = (self.keys[: self.visible] <= last[..., None])[:, None]
+        seen = self.doubled(seen)
+        held = self.masks.get(name)
+        if held is None or held.shape != seen.shape:
+            self.masks[name] = seen
+        else:
+            held.copy_(seen)
+
+    def step(self, first_of_region: bool) -> None:
+        """Run the block, in its first step behind the one before, and commit."""
+        if first_of_region and self.ahead:
+            self.run("ahead", self._run_ahead, self.visible)
+        else:
+            self.run("open", self._run_open, self.visible)
+
+    def _forward(self, name: str, tokens: torch.Tensor, columns: torch.Tensor, at: Any) -> Any:
+        mask, both = self.masks.get(name), self.doubled(columns)
+        self.cache.put(both, self.visible)
+        return self.model(
+            tokens,
+            attention_mask=mask,
+            position_ids=both,
+            logits_at=at,
+            past_key_values=self.cache,
+            use_cache=True,
+            sees_all=mask is None,
+        ).logits
+
+    def _run_open(self) -> None:
+        tokens = self.shown(self.block, ~self.closed, self.columns)
+        logits = self._forward("open", tokens, self.columns, None)
+        # Shifted, a place predicts the next one; the first was predicted before.
+        shift = int(self.options.token_shift)
+        self.keep(logits[:, : logits.shape[1] - shift], first=shift)
+        self.denoise()
+
+    def _run_clean(self) -> None:
+        logits = self._forward("clean", self.shown_clean(), self.columns, None)
+        if self.options.token_shift:
+            self.keep(logits[:, -1:])
+
+    def shown_clean(self) -> torch.Tensor:
+        """A written block as the model sees it: no noise in it."""
+        return self.shown(self.block, torch.zeros_like(self.closed), self.columns)
+
+    def _run_ahead(self) -> None:
+        n, shift = self.columns_at_hand, int(self.options.token_shift)
+        tokens = torch.cat([self.written, self.block], 1)
+        columns = torch.cat([self.behind, self.columns], 1)
+        if self.options.guided:
+            tokens = self.shown(tokens, tokens, columns)
+        elif self.noise is not None:
+            shown = self.shown(self.block, ~self.closed, self.columns)
+            tokens = torch.cat([self.written, shown], 1)
+        logits = self._forward("ahead", tokens, columns, None)
+        self.keep(logits[:, n - shift : 2 * n - shift])
+        self.denoise()
+
+    def select(self, places: list[int]) -> torch.Tensor:
+        """Let only these of the rows go on."""
+        behind, written = self.behind, self.written
+        both = super().select(places)
+        kept = both[: self.rows]
+        self.behind, self.written = behind[kept], written[kept]
+        self.cache.batch_select_indices(both)
+        self.masks.clear()
+        self._see("open", self.columns)
+        return both
+
+
+def is_queued(device: torch.device, options: DecodingOptions) -> bool:
+    """Whether a decoding is queued: not on a CPU, nor with states that are kept of a text."""
+    return device.type != "cpu" and not options.approximate_cache
+
+
+def decode_queued(
+    model: Any,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    options: DecodingOptions,
+    observer: Observer | None = None,
+    *,
+    with_order: bool = True,
+    record: bool = True,
+) -> Decoded:
+    """Decode on a device that works while the host does something else.
+
+    The arguments are those of `decode_blocks` and `decode_canvas`.
+
+    Args:
+        model: A diffusion model.
+        prompts: Right-padded prompts, shape (batch, width).
+        lengths: Tokens of each, shape (batch,).
+        options: How text is denoised.
+        observer: Called after the prompt and after every denoising forward.
+        with_order: Whether somebody asks when each token was committed.
+        record: Whether steps may be recorded as CUDA graphs.
+    """
+    size = options.block_size or 1
+    told = lengths.tolist()
+    ends = [(length + options.max_new_tokens + size - 1) // size * size for length in told]
+    limits = sent(ends, prompts.device)
+    canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer, width=max(ends))
+    graphs = Graphs(prompts.device, wanted=record and not depends_on_length(model))
+    kind = QueuedBlocks if options.block_size else QueuedCanvas
+    decoder = kind(model, canvas, told, ends, graphs, with_order=with_order)
+    decoded = decoder.decode()
+    model.graph_replays = graphs.replays
+    return decoded
