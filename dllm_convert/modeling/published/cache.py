@@ -92,13 +92,17 @@ class BlockCache(Cache):
         first = columns[:, 0].tolist()
         level = min(first) == max(first) and columns.shape[1] == int(columns[0, -1]) - first[0] + 1
         seen = int(columns.max()) + 1 if visible is None else visible
-        self.put(None if level else columns, seen, first[0])
+        row = torch.arange(len(columns), device=columns.device)[:, None]
+        self.put(None if level else (row, columns), seen, first[0])
 
-    def put(self, columns: torch.Tensor | None, visible: int, first: int = 0) -> None:
-        """Say the same without a look at `columns`; None are those from `first` on, in each row."""
-        self._first, self._visible, self._at = first, visible, None
-        if columns is not None:
-            self._at = torch.arange(len(columns), device=columns.device)[:, None], columns
+    def put(
+        self, at: tuple[torch.Tensor, torch.Tensor] | None, visible: int, first: int = 0
+    ) -> None:
+        """Say the same without a look at any column.
+
+        `at` are rows (batch, 1) and columns (batch, n); None those from `first` on, in each row.
+        """
+        self._first, self._visible, self._at = first, visible, at
 
     def keep(self, length: int) -> None:
         """Let the first `length` columns be the clean tokens."""

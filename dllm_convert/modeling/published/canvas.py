@@ -14,7 +14,7 @@ from .choosing import (
     row_generators,
     show_noise,
 )
-from .graphs import sent
+from .moving import sent
 from .options import Decoded, DecodingOptions, Observer, Progress
 
 

@@ -185,10 +185,9 @@ def rate_tokens(
             token[piece] = drawn.squeeze(-1)
     # On the logits as they are, not the warped ones: how sure the model itself is.
     confidence, entropy, margin = _rate(logits, token, options)
-    drawn = None
-    if options.unmasking == "random":
-        drawn = draw_uniform(counts, generators, logits.device)
-    score = _score(confidence, entropy, margin, drawn, options)
+    is_random = options.unmasking == "random"
+    places = draw_uniform(counts, generators, logits.device) if is_random else None
+    score = _score(confidence, entropy, margin, places, options)
     return Ratings(confidence=confidence, score=score, entropy=entropy, token=token)
 
 
@@ -199,8 +198,8 @@ def rate_all(
     *,
     race: torch.Tensor | None,
     drawn: torch.Tensor | None,
-) -> Ratings:
-    """Rate a token for every position, as `rate_tokens` does without asking which are masked.
+) -> tuple[torch.Tensor, Ratings]:
+    """Take and rate a token for every position, as `rate_tokens` does for those that are masked.
 
     Args:
         logits: Those of the model, the mask ruled out, shape (..., vocab).
@@ -209,10 +208,14 @@ def rate_all(
         race: Exponential numbers, shape (..., vocab), where tokens are drawn: the token whose
             number is the smallest beside its probability is distributed as the probabilities are.
         drawn: What a random order ranks by, shape (...).
+
+    Returns:
+        Tokens, shape (...), and what the model thinks of them.
     """
     own = logits.softmax(-1)
     if race is None:
-        token, confidence = logits.argmax(-1), own.amax(-1)
+        token = logits.argmax(-1)
+        confidence = own.amax(-1)
     else:
         likely = own
         if warpers:
@@ -223,7 +226,7 @@ def rate_all(
         confidence = own.gather(-1, token[..., None]).squeeze(-1)
     entropy, margin = _describe(own, options)
     score = _score(confidence, entropy, margin, drawn, options)
-    return Ratings(confidence=confidence, score=score, entropy=entropy, token=token)
+    return token, Ratings(confidence=confidence, score=score, entropy=entropy)
 
 
 def _score(
@@ -275,18 +278,20 @@ def choose_commits(
 def choose_among(
     ratings: Ratings,
     closed: torch.Tensor,
-    quota: torch.Tensor | None,
+    quota: torch.Tensor,
     options: DecodingOptions,
+    *,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose as `choose_commits` does, where `ratings` are of every position (batch, length).
 
-    None of those that are `closed`, of the same shape; without a `quota` each row's best one.
+    None of those that are `closed`, of the same shape. `places`, the numbers of the positions
+    (length,), are given where the quota is one: sorting takes longer than to find the best.
     """
     score = ratings.score.masked_fill(closed, -torch.inf)
-    if quota is None:
+    if places is not None:
         # Of equal ones the left one, as sorting has it.
-        best = score.argmax(-1, keepdim=True)
-        chosen = torch.arange(score.shape[-1], device=score.device) == best
+        chosen = places == score.argmax(-1, keepdim=True)
     else:
         chosen = _ranks(score) < quota[:, None]
     if options.confidence_threshold is not None:

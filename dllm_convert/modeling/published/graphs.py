@@ -1,4 +1,4 @@
-"""Work for a device: sent to it without waiting, recorded once and replayed."""
+"""Work that a device does again and again: recorded once, and replayed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,20 @@ _WARM = 2
 """Times that a piece of work is run before it is recorded: what it needs is then made."""
 
 
-def sent(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    """Return numbers as a tensor on a device, without waiting for it to arrive."""
-    made = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        # Memory that can be swapped out is copied while the host waits.
-        made = made.pin_memory()
-    return made.to(device, non_blocking=True)
+def can_record(device: torch.device) -> bool:
+    """Whether work on a device can be recorded."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
-class Late:
-    """A tensor that is on its way to the host while the device goes on working."""
+def recorded(work: Callable[[], None], pool: Any) -> Any:
+    """Record a piece of work, without doing it, as something that is replayed.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._here = tensor.to("cpu", non_blocking=True)
-        self._arrived: Any = None
-        if tensor.device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> Any:
-        """Return its numbers: a wait only if the device has not come so far."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._here.tolist()
+    Raises a RuntimeError if the work asks the device for numbers on its way.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph
 
 
 class Graphs:
@@ -53,7 +43,7 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device, *, wanted: bool) -> None:
-        self.wanted = wanted and device.type == "cuda" and torch.cuda.is_available()
+        self.wanted = wanted and can_record(device)
         self.replays = 0
         self._made: dict[Hashable, Any] = {}
         self._seen: Counter[Hashable] = Counter()
@@ -74,15 +64,13 @@ class Graphs:
         """Drop all recordings: the buffers are others."""
         self._made.clear()
         self._seen.clear()
+        self._pool = None
 
     def _record(self, key: Hashable, work: Callable[[], None]) -> None:
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
+            graph = recorded(work, self._pool)
         except RuntimeError:
-            # A model that asks the device for numbers on its way: recording runs nothing, so the
-            # work is done as before.
+            # Recording ran nothing: the work is done as before.
             self.wanted = False
             return
         self._made[key], self._pool = graph, graph.pool()

@@ -248,22 +248,24 @@ class DiffusionMixin:
             return_dict_in_generate = getattr(given, "return_dict_in_generate", None)
         mask = left_open(prompts, mask, getattr(own, "closing_token_ids", None))
         lengths = mask.sum(-1)
-        check_context(self, lengths, options.max_new_tokens, options.block_size)
         order = mask.argsort(dim=-1, descending=True, stable=True)
         packed = prompts.gather(1, order)
-        if options.token_shift:
-            first = packed[:, :1] == options.mask_token_id
-            if bool((lengths == 0).any()) or bool(first.any()):
-                raise ValueError(
-                    "this model predicts a token from the one before: give at least one token, "
-                    "and no mask in its place"
-                )
+        begins_masked = (packed[:, :1] == options.mask_token_id).any(-1)
+        # Once to the host: (rows,) each.
+        told, masked = torch.stack([lengths, begins_masked.to(lengths.dtype)]).tolist()
+        check_context(self, told, options.max_new_tokens, options.block_size)
+        if options.token_shift and (0 in told or any(masked)):
+            raise ValueError(
+                "this model predicts a token from the one before: give at least one token, "
+                "and no mask in its place"
+            )
         decode: Any = decode_blocks if options.block_size else decode_canvas
-        if is_queued(prompts.device, options):
-            decode = partial(decode_queued, with_order=output_order, record=self.record_graphs)
+        if rows and is_queued(prompts.device, options):
+            record = self.record_graphs
+            decode = partial(decode_queued, told=told, with_order=output_order, record=record)
         if streamer is not None:
-            width = int(lengths[0]) if rows else 0
-            observer = streamer = StreamerFeed(streamer, packed[:, :width], options, observer)
+            first = packed[:, : told[0] if rows else 0]
+            observer = streamer = StreamerFeed(streamer, first, options, observer)
         decoded = decode(self, packed, lengths, options, observer)
         if streamer is not None:
             streamer.finish(decoded.rows)

@@ -1,13 +1,15 @@
 """Decoding on a GPU: steps are queued one behind the other, and the host rarely asks for a result.
 
-The same tokens as `decoding.py` writes, otherwise laid out. There the host looks after every step
-which masks are left, and runs no row and no logit too much: on a CPU that is free, and saves most.
-Here looking costs more than what it saves. So every row and every column of a block takes part in
-every step, what is written is kept by `torch.where`, and rows go from block to block in step.
+The same tokens as `decode_blocks` and `decode_canvas` write, otherwise laid out. There the host
+looks after every step which masks are left, and runs no row and no logit too much: on a CPU that is
+free, and saves most. Here looking costs more than what it saves. So every row and every column of a
+block takes part in every step, what is written is kept by `torch.where`, and rows go from block to
+block in step.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -16,22 +18,60 @@ from .cache import BlockCache
 from .canvas import Canvas
 from .choosing import choose_among, doubted_most, make_warpers, rate_all
 from .draws import Draws
-from .graphs import Graphs, Late, sent
+from .graphs import Graphs
+from .moving import Late, sent
 from .options import Decoded, DecodingOptions, Observer
 from .regions import Region, commits_one, is_foreseeable, plan_regions, plan_steps
 from .rope import depends_on_length, final_lengths
 
 _SHORTEST = 256
-"""Columns of the cache that a recorded forward reads at the least; the next lengths are doubled."""
+"""Columns of the cache that a recorded forward reads at the least; the next lengths are doubled,"""
+_LONGEST = 1024
+"""from here on they are multiples."""
+_RECENT = 4
+"""Regions whose number of steps tells what the next takes,"""
+_SHARE = 0.75
+"""and after which share of them the host looks whether it is written."""
 _LOOK = 8
 """Steps of one region after which the host looks whether all rows have ended."""
+
+
+class Pace:
+    """Foresees when a region may be written, where that depends on what the model says.
+
+    To look after every step would have the device stand still as often; a step for nothing costs
+    more than several looks. So the host looks first when the shortest of the last regions was about
+    to be written, and again when this one may be, if steps go on committing as much as they did.
+
+    Args:
+        recent: Steps that the last regions took; goes on from region to region.
+        masks: What is to be written in this one.
+    """
+
+    def __init__(self, recent: deque[int], masks: int) -> None:
+        self.recent, self.remaining, self.most = recent, masks, 1.0
+        self.steps, self.looked = 0, 0
+        self.next = max(1, int(_SHARE * min(recent, default=1)))
+
+    def is_written(self, closed: torch.Tensor) -> bool:
+        """Whether nothing is left of what is `closed` (rows, n) after one more step, if known."""
+        self.steps += 1
+        if self.steps < self.next:
+            return False
+        before, self.remaining = self.remaining, int((~closed).sum())
+        self.most = max(self.most, (before - self.remaining) / (self.steps - self.looked))
+        self.looked = self.steps
+        self.next = self.steps + max(1, int(_SHARE * self.remaining / self.most))
+        if not self.remaining:
+            self.recent.append(self.steps)
+        return not self.remaining
 
 
 class QueuedDecoder:
     """The rows of a batch that are still written, and what runs on them.
 
-    Each region of columns has its tokens and what is `closed` in it, (rows, n), in buffers that stay
-    where they are, so that a recorded step finds them.
+    A region's tokens, and what is `closed` in it, (rows, n), are in buffers that stay where they
+    are, so that a recorded step finds them.
     """
 
     def __init__(
@@ -58,12 +98,16 @@ class QueuedDecoder:
         self.keeps = list(range(len(lengths)))
         forbidden = [self.options.mask_token_id, *self.options.suppress_tokens]
         self.forbidden = sent(forbidden, self.device)
+        # The same as what is added to logits, (vocab,), so that one kernel copies and forbids.
+        self.penalty = torch.zeros(int(model.config.vocab_size), device=self.device)
+        self.penalty.index_fill_(0, self.forbidden, -torch.inf)
         self.warpers = make_warpers(self.options)
         self.draws = Draws(self.options, self.device)
         self.places = torch.arange(self.columns_at_hand, device=self.device)
         self.forward_number = torch.zeros((), dtype=torch.long, device=self.device)
-        # Once known to be finished there is nothing to look for.
         self.may_end = bool(self.options.eos_token_ids)
+        self.looked: Late | None = None  # which rows are done, on its way to the host
+        self.recent: deque[int] = deque(maxlen=_RECENT)
         self._make_buffers()
 
     def _make_buffers(self) -> None:
@@ -148,41 +192,49 @@ class QueuedDecoder:
         buffer.add_((buffer >= self.options.mask_token_id).long())
 
     def shown(
-        self, tokens: torch.Tensor, masked: torch.Tensor, columns: torch.Tensor
+        self, tokens: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor | None = None
     ) -> torch.Tensor:
         """What the model sees of tokens (rows, n), with guidance without the prompts as well."""
         options, canvas = self.options, self.canvas
         if options.guided:
             given = columns < canvas.lengths[canvas.rows, None]
             return torch.cat([tokens, tokens.masked_fill(given, options.mask_token_id)])
-        return tokens if self.noise is None else torch.where(masked, self.noise, tokens)
+        if self.noise is None or masked is None:
+            return tokens
+        return torch.where(masked, self.noise, tokens)
+
+    @property
+    def is_open(self) -> torch.Tensor | None:
+        """Where noise is shown of the columns at hand, (rows, n); None where none is."""
+        return ~self.closed if self.options.noise_tokens else None
 
     def keep(self, logits: torch.Tensor, first: int = 0) -> None:
         """Take logits (rows, up to n, vocab) as those of the columns at hand from `first` on."""
         if self.logits is None:
             shape = logits.shape[0], self.columns_at_hand, logits.shape[-1]
             self.logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        self.logits[:, first : first + logits.shape[1]].copy_(logits)
+        here = self.logits[:, first : first + logits.shape[1]]
+        if self.options.guided:
+            here.copy_(logits)
+        else:
+            torch.add(logits, self.penalty, out=here)
 
     def denoise(self) -> None:
         """Commit what this step commits of the columns at hand."""
         options, logits = self.options, self.logits
-        assert logits is not None
+        if logits is None:
+            raise RuntimeError("nothing was run yet")
         if options.guided:
             given, hidden = logits.chunk(2)
             logits = hidden + options.guidance_scale * (given - hidden)
-        logits.index_fill_(-1, self.forbidden, -torch.inf)
-        ratings = rate_all(logits, options, self.warpers, race=self.race, drawn=self.ranked)
-        token, quota, closed = ratings.token, None, self.closed
-        assert token is not None
-        # The recorded step works on copies of neither: all of this is in place.
-        remaining = None
-        if is_foreseeable(options):
-            quota = None if commits_one(options) else self.number
-        elif not commits_one(options):
-            remaining = (~closed).sum(-1)
+            logits.index_fill_(-1, self.forbidden, -torch.inf)
+        token, ratings = rate_all(logits, options, self.warpers, race=self.race, drawn=self.ranked)
+        quota, closed = self.number, self.closed
+        places, remaining = self.places if commits_one(options) else None, None
+        if places is None and not is_foreseeable(options):
+            remaining = (~closed).sum(-1)  # (rows,), to be written in as many steps as are left
             quota = (remaining + self.number - 1) // self.number
-        chosen = choose_among(ratings, closed, quota, options)
+        chosen = choose_among(ratings, closed, quota, options, places=places)
         torch.where(chosen, token, self.block, out=self.block)
         torch.logical_or(closed, chosen, out=closed)
         if self.with_order:
@@ -242,34 +294,45 @@ class QueuedDecoder:
 
     def decode(self) -> Decoded:
         """Write all regions."""
-        canvas, foreseeable, taken = self.canvas, is_foreseeable(self.options), 0
+        canvas = self.canvas
         canvas.show()
-        looked: Late | None = None
-        for number, steps in enumerate(self.steps):
+        for number in range(len(self.steps)):
             self.advance(number)
-            for step in range(len(steps)):
-                self.number.copy_(self.numbers[taken + step])
-                self.forward_number.fill_(canvas.forwards + 1)
-                self.draw(number, step)
-                self.step(step == 0)
-                if canvas.observer is not None:
-                    self.put_back()
-                    canvas.show()
-                if looked is not None:
-                    # One step late: the device went on with it, and the host does not wait.
-                    if not self._go_on(looked.read()):
-                        return canvas.result()
-                    looked = None
-                if not foreseeable and bool(self.closed.all()):
-                    break
-                if self.may_end and step % _LOOK == _LOOK - 1 and self.options.remasking is None:
-                    self.put_back()
-                    looked = Late(self._finished())
-            taken += len(steps)
+            if not self._write(number):
+                break
             self.put_back()
             if self.may_end and number + 1 < len(self.steps):
-                looked = Late(self._finished())
+                self.looked = Late(self._finished())
         return canvas.result()
+
+    def _write(self, region: int) -> bool:
+        """Write a region; return whether some row goes on."""
+        steps, canvas, options = self.steps[region], self.canvas, self.options
+        pace = (
+            None if is_foreseeable(options) else Pace(self.recent, sum(self.regions[region].counts))
+        )
+        for step in range(len(steps)):
+            if not commits_one(options):
+                self.number.copy_(self.numbers[sum(map(len, self.steps[:region])) + step])
+            if self.with_order:
+                self.forward_number.fill_(canvas.forwards + 1)
+            self.draw(region, step)
+            self.step(step == 0)
+            if canvas.observer is not None:
+                self.put_back()
+                canvas.show()
+            if self.looked is not None:
+                # One step late: the device goes on with that one, and the host need not wait.
+                done, self.looked = self.looked.read(), None
+                if not self._go_on(done):
+                    return False
+            if pace is not None and pace.is_written(self.closed):
+                break
+            is_inside = step % _LOOK == _LOOK - 1 and step + 1 < len(steps)
+            if self.may_end and is_inside and options.remasking is None:
+                self.put_back()
+                self.looked = Late(self._finished())
+        return True
 
     def _finished(self) -> torch.Tensor:
         # Nothing of a region that is left is taken back.
@@ -342,10 +405,11 @@ class QueuedCanvas(QueuedDecoder):
     def _work(self) -> None:
         canvas = self.canvas
         rows = canvas.rows
-        tokens = canvas.tokens[rows]
-        masked = canvas.masked[rows] if self.options.noise_tokens else tokens
+        is_whole = len(rows) == len(canvas.tokens)
+        tokens = canvas.tokens if is_whole else canvas.tokens[rows]
+        masked = canvas.masked[rows] if self.options.noise_tokens else None
         output = self.model(
-            self.shown(tokens, masked, canvas.index),
+            self.shown(tokens, canvas.index, masked),
             attention_mask=self.mask,
             position_ids=self.positions,
             logits_at=self.wanted,
@@ -373,16 +437,24 @@ class QueuedBlocks(QueuedDecoder):
         self.may_be_bare = self.model.config._attn_implementation == "sdpa"
         self.behind = torch.zeros_like(self.columns)  # the columns of the block before
         self.written = torch.zeros_like(self.block)  # and its tokens
+        self.line = self._line()
         self.visible, self.region = 0, 0
         self.masks: dict[str, torch.Tensor] = {}
         self._read_prompt()
 
+    def _line(self) -> torch.Tensor:
+        # The number of each row of the cache, (rows, 1).
+        count = self.rows * 2 if self.options.guided else self.rows
+        return torch.arange(count, device=self.device)[:, None]
+
     def _bucket(self, width: int, in_buckets: bool) -> int:
         # A recorded forward reads as many columns in every replay: more than there are yet.
+        if not in_buckets:
+            return width
         length = _SHORTEST
-        while in_buckets and length < width:
+        while length < min(width, _LONGEST):
             length *= 2
-        return length if in_buckets else width
+        return max(length, -(-width // _LONGEST) * _LONGEST) if width > _LONGEST else length
 
     def _read_prompt(self) -> None:
         """Run the clean blocks of the prompts into the cache, all in one forward."""
@@ -393,14 +465,16 @@ class QueuedBlocks(QueuedDecoder):
         # One forward for all: (rows, width) up to the latest start. What a row has past its own is
         # rubbish, and is written over when the row's blocks are run.
         columns = self.canvas.index[:width].expand(self.rows, -1)
-        mask, at = None, None
+        mask = None
         if self.options.causal_context:
             mask = (columns[:1, :, None] >= columns[:1, None])[:, None]
             mask = self.doubled(mask.expand(self.rows, -1, -1, -1))
         tokens, last = self.canvas.tokens[:, :width], self.columns[:0, 0]
         if self.options.token_shift:
             # The last clean token of a row predicts the first one of its block.
-            last = sent([row * width + max(at - 1, 0) for row, at in enumerate(starts)], self.device)
+            last = sent(
+                [row * width + max(at - 1, 0) for row, at in enumerate(starts)], self.device
+            )
         if self.options.guided:
             given = columns < self.canvas.lengths[:, None]
             tokens = torch.cat([tokens, tokens.masked_fill(given, self.options.mask_token_id)])
@@ -448,7 +522,7 @@ class QueuedBlocks(QueuedDecoder):
         if bare and len(set(region.starts)) == 1:
             self.masks.pop(name, None)
             return
-        ends = columns.unflatten(1, (-1, n))[..., -1:].expand(-1, -1, n).flatten(1)
+        ends = columns[:, n - 1 :: n].repeat_interleave(n, 1, output_size=columns.shape[1])
         last = columns if causal else ends
         seen = (self.keys[: self.visible] <= last[..., None])[:, None]
         seen = self.doubled(seen)
@@ -465,46 +539,40 @@ class QueuedBlocks(QueuedDecoder):
         else:
             self.run("open", self._run_open, self.visible)
 
-    def _forward(self, name: str, tokens: torch.Tensor, columns: torch.Tensor, at: Any) -> Any:
+    def _forward(self, name: str, tokens: torch.Tensor, columns: torch.Tensor) -> Any:
         mask, both = self.masks.get(name), self.doubled(columns)
-        self.cache.put(both, self.visible)
+        self.cache.put((self.line, both), self.visible)
         return self.model(
             tokens,
             attention_mask=mask,
             position_ids=both,
-            logits_at=at,
             past_key_values=self.cache,
             use_cache=True,
             sees_all=mask is None,
         ).logits
 
     def _run_open(self) -> None:
-        tokens = self.shown(self.block, ~self.closed, self.columns)
-        logits = self._forward("open", tokens, self.columns, None)
+        tokens = self.shown(self.block, self.columns, self.is_open)
+        logits = self._forward("open", tokens, self.columns)
         # Shifted, a place predicts the next one; the first was predicted before.
         shift = int(self.options.token_shift)
         self.keep(logits[:, : logits.shape[1] - shift], first=shift)
         self.denoise()
 
     def _run_clean(self) -> None:
-        logits = self._forward("clean", self.shown_clean(), self.columns, None)
+        logits = self._forward("clean", self.shown(self.block, self.columns), self.columns)
         if self.options.token_shift:
             self.keep(logits[:, -1:])
 
-    def shown_clean(self) -> torch.Tensor:
-        """A written block as the model sees it: no noise in it."""
-        return self.shown(self.block, torch.zeros_like(self.closed), self.columns)
-
     def _run_ahead(self) -> None:
         n, shift = self.columns_at_hand, int(self.options.token_shift)
-        tokens = torch.cat([self.written, self.block], 1)
         columns = torch.cat([self.behind, self.columns], 1)
         if self.options.guided:
-            tokens = self.shown(tokens, tokens, columns)
-        elif self.noise is not None:
-            shown = self.shown(self.block, ~self.closed, self.columns)
+            tokens = self.shown(torch.cat([self.written, self.block], 1), columns)
+        else:
+            shown = self.shown(self.block, self.columns, self.is_open)
             tokens = torch.cat([self.written, shown], 1)
-        logits = self._forward("ahead", tokens, columns, None)
+        logits = self._forward("ahead", tokens, columns)
         self.keep(logits[:, n - shift : 2 * n - shift])
         self.denoise()
 
@@ -515,6 +583,7 @@ class QueuedBlocks(QueuedDecoder):
         kept = both[: self.rows]
         self.behind, self.written = behind[kept], written[kept]
         self.cache.batch_select_indices(both)
+        self.line = self._line()
         self.masks.clear()
         self._see("open", self.columns)
         return both
@@ -532,6 +601,7 @@ def decode_queued(
     options: DecodingOptions,
     observer: Observer | None = None,
     *,
+    told: list[int],
     with_order: bool = True,
     record: bool = True,
 ) -> Decoded:
@@ -545,11 +615,11 @@ def decode_queued(
         lengths: Tokens of each, shape (batch,).
         options: How text is denoised.
         observer: Called after the prompt and after every denoising forward.
+        told: The same lengths, which the host knows already.
         with_order: Whether somebody asks when each token was committed.
         record: Whether steps may be recorded as CUDA graphs.
     """
     size = options.block_size or 1
-    told = lengths.tolist()
     ends = [(length + options.max_new_tokens + size - 1) // size * size for length in told]
     limits = sent(ends, prompts.device)
     canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer, width=max(ends))

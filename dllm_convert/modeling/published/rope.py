@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .graphs import sent
+from .moving import sent
 
 _LENGTHS: ContextVar[torch.Tensor | None] = ContextVar("dllm_final_lengths", default=None)
 
