@@ -1,15 +1,16 @@
 """Decoding on a GPU: steps are queued one behind the other, and the host rarely asks for a result.
 
 The same tokens as `decode_blocks` and `decode_canvas` write, otherwise laid out. There the host
-looks after every step which masks are left, and runs no row and no logit too much: on a CPU that is
-free, and saves most. Here looking costs more than what it saves. So every row and every column of a
-block takes part in every step, what is written is kept by `torch.where`, and rows go from block to
-block in step.
+looks after every step which masks are left, and runs no row and no logit too much: on a CPU that
+costs nothing, and saves most. Here a look costs more than what it saves. So every row and every
+column of a block takes part in every step, what is written is kept by `torch.where`, and rows go
+from block to block in step.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class QueuedDecoder:
         self.tables = sent(tables, self.device)  # (regions, 3, rows)
         numbers = [row for steps in self.steps for row in steps]
         self.numbers = sent(numbers, self.device)  # (steps, rows): quotas, or steps left
+        self.taken = list(accumulate(map(len, self.steps), initial=0))  # before each region
         self.keeps = list(range(len(lengths)))
         forbidden = [self.options.mask_token_id, *self.options.suppress_tokens]
         self.forbidden = sent(forbidden, self.device)
@@ -308,12 +310,11 @@ class QueuedDecoder:
     def _write(self, region: int) -> bool:
         """Write a region; return whether some row goes on."""
         steps, canvas, options = self.steps[region], self.canvas, self.options
-        pace = (
-            None if is_foreseeable(options) else Pace(self.recent, sum(self.regions[region].counts))
-        )
+        masks = sum(self.regions[region].counts)
+        pace = None if is_foreseeable(options) else Pace(self.recent, masks)
         for step in range(len(steps)):
             if not commits_one(options):
-                self.number.copy_(self.numbers[sum(map(len, self.steps[:region])) + step])
+                self.number.copy_(self.numbers[self.taken[region] + step])
             if self.with_order:
                 self.forward_number.fill_(canvas.forwards + 1)
             self.draw(region, step)
