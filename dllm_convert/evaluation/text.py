@@ -75,7 +75,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"data": data})
     subject = Subject.load(request.checkpoint, block_size=request.settings.block_size)
     text = prepare_data(recipe, subject.tokenizer, reporter)
-    batches = [batch.to(subject.model.device) for batch in text.held_out]
+    batches = text.held_out
     source = recipe.data.source
     names = ", ".join(data_names(source, data_kind(source)))
     counts = {key: value for key, value in text.facts.items() if isinstance(value, int)}

@@ -210,18 +210,20 @@ def test_rows_that_end_leave(block: int | None, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("block", [None, 4])
 def test_an_observer_sees_every_step(block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (ids, mask) = tiny("llama", block=block), ragged([3, 11])
-    seen: list[Any] = []
+    model = tiny("llama", block=block)
+    ids = torch.cat([prompt(6, seed=seed) for seed in range(3)])
+    free = model.generate(ids, max_new_tokens=NEW, eos_token_id=None)[:, 6:]
+    for end in (None, int(free[0, 2])):
+        shown: list[list[Any]] = [[], []]
+        for is_queued, seen in enumerate(shown):
 
-    def look(progress: Any) -> None:
-        seen.append((progress.forwards, int(progress.committed.sum())))
-        written = progress.canvas.masked_fill(~progress.committed, 0)
-        assert not (written == MASK).any()
+            def look(progress: Any, seen: list[Any] = seen) -> None:
+                written = progress.canvas.masked_fill(~progress.committed, MASK).tolist()
+                seen.append((progress.forwards, progress.rows.tolist(), written))
 
-    given = {"attention_mask": mask, "eos_token_id": None, "observer": look}
-    got = generate(monkeypatch, True, model, ids, **given)
-    assert seen[-1][0] == got.forwards
-    assert [count for _, count in seen] == sorted(count for _, count in seen)
+            given = {"eos_token_id": end, "observer": look}
+            generate(monkeypatch, bool(is_queued), model, ids, **given)
+        assert shown[0] == shown[1]
 
 
 @pytest.mark.parametrize(("block", "settings"), CASES)

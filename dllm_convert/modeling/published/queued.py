@@ -34,7 +34,11 @@ _RECENT = 4
 _SHARE = 0.75
 """and after which share of them the host looks whether it is written."""
 _LOOK = 8
-"""Steps of one region after which the host looks whether all rows have ended."""
+"""Steps of one region after which the host looks whether all rows have ended,"""
+_LOOK_AT_THE_END = 4
+"""the same where the last region goes beyond the tokens that were asked for,"""
+_NEVER = 1 << 30
+"""and where there is nothing to see."""
 
 
 class Pace:
@@ -108,6 +112,11 @@ class QueuedDecoder:
         self.places = torch.arange(self.columns_at_hand, device=self.device)
         self.forward_number = torch.zeros((), dtype=torch.long, device=self.device)
         self.may_end = bool(self.options.eos_token_ids)
+        # Whether what is written last goes beyond what was asked for.
+        self.ends_inside = any(
+            limit != length + self.options.max_new_tokens
+            for limit, length in zip(limits, lengths, strict=True)
+        )
         self.looked: Late | None = None  # which rows are done, on its way to the host
         self.recent: deque[int] = deque(maxlen=_RECENT)
         self._make_buffers()
@@ -303,8 +312,9 @@ class QueuedDecoder:
             if not self._write(number):
                 break
             self.put_back()
-            if self.may_end and number + 1 < len(self.steps):
-                self.looked = Late(self._finished())
+            is_last = number + 1 == len(self.steps)
+            if self.may_end and canvas.observer is None and not is_last:
+                self.looked = Late(self._done())
         return canvas.result()
 
     def _write(self, region: int) -> bool:
@@ -320,29 +330,39 @@ class QueuedDecoder:
             self.draw(region, step)
             self.step(step == 0)
             if canvas.observer is not None:
+                # Whoever is shown every step waits for every step, and sees no row beyond its end.
                 self.put_back()
                 canvas.show()
-            if self.looked is not None:
+                if not self._go_on(self._done().tolist(), fewest=1):
+                    return False
+            elif self.looked is not None:
                 # One step late: the device goes on with that one, and the host need not wait.
                 done, self.looked = self.looked.read(), None
-                if not self._go_on(done):
+                if not self._go_on(done, fewest=(self.rows + 1) // 2):
                     return False
             if pace is not None and pace.is_written(self.closed):
                 break
-            is_inside = step % _LOOK == _LOOK - 1 and step + 1 < len(steps)
-            if self.may_end and is_inside and options.remasking is None:
+            if (step + 1) % self._looks_every(region) == 0 and step + 1 < len(steps):
                 self.put_back()
-                self.looked = Late(self._finished())
+                self.looked = Late(self._done())
         return True
 
-    def _finished(self) -> torch.Tensor:
-        # Nothing of a region that is left is taken back.
-        return self.canvas.finished(torch.ones_like(self.canvas.rows, dtype=torch.bool))
+    def _looks_every(self, region: int) -> int:
+        """After how many steps the host asks which rows are done, besides at the end."""
+        if self.canvas.observer is not None or self.options.remasking is not None:
+            return _NEVER
+        if region + 1 == len(self.steps) and self.ends_inside:
+            return _LOOK_AT_THE_END
+        return _LOOK if self.may_end else _NEVER
 
-    def _go_on(self, done: list[bool]) -> bool:
-        """Whether some row is not done; where few are left, only they go on."""
+    def _done(self) -> torch.Tensor:
+        # Which rows need no further forward, (rows,): nothing is taken back of a written region.
+        return self.canvas.finished(self.closed.all(-1))
+
+    def _go_on(self, done: list[bool], fewest: int) -> bool:
+        """Whether some row is not done; where as many as `fewest` are, the others go on alone."""
         places = [place for place, ended in enumerate(done) if not ended]
-        if len(places) <= self.rows // 2 and places:
+        if len(done) - len(places) >= fewest and places:
             self.put_back()
             self.select(places)
         return bool(places)
