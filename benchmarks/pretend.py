@@ -35,21 +35,23 @@ HOST = torch.device("cpu")
 DEVICE_INDEX = 0
 
 _PACKAGES = ("dllm_convert", "transformers", "peft", "accelerate")
-_LAUNCH_NOTHING = frozenset(
-    "view _unsafe_view reshape expand slice select transpose t permute unsqueeze squeeze detach "
-    "alias as_strided split split_with_sizes chunk unbind narrow empty empty_like new_empty "
-    "empty_strided new_empty_strided _reshape_alias unfold diagonal lift_fresh is_same_size "
-    "sym_size sym_stride set_ resize_ is_pinned".split()
-)
+_LAUNCH_NOTHING = frozenset({
+    "view", "_unsafe_view", "reshape", "expand", "slice", "select", "transpose", "t", "permute",
+    "unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "chunk",
+    "unbind", "narrow", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
+    "_reshape_alias", "unfold", "diagonal", "lift_fresh", "is_same_size", "sym_size", "sym_stride",
+    "set_", "resize_", "is_pinned",
+})  # fmt: skip
 """Operations on shapes and memory only."""
-_WAIT = frozenset(
-    "_local_scalar_dense nonzero masked_select equal is_nonzero unique_dim _unique2 "
-    "unique_consecutive multinomial bincount repeat_interleave allclose argwhere".split()
-)
+_WAIT = frozenset({
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim",
+    "_unique2", "unique_consecutive", "multinomial", "bincount", "repeat_interleave", "allclose",
+    "argwhere",
+})  # fmt: skip
 """Operations whose result the host needs to go on: a number, or how many there are."""
-_INDEXING = frozenset(
-    "index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split()
-)
+_INDEXING = frozenset({
+    "index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put",
+})  # fmt: skip
 
 
 @dataclass
@@ -122,7 +124,7 @@ class PretendTensor(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> PretendTensor:
+    def __new__(cls: type[PretendTensor], inner: torch.Tensor) -> PretendTensor:
         """Wrap a tensor of the CPU."""
         made: Any = torch.Tensor._make_wrapper_subclass(
             cls,

@@ -3,9 +3,10 @@
     python -m benchmarks.walk                    # all of it, a line of JSON per case
     python -m benchmarks.walk decode train       # some of it
 
-Tiny models with random weights. `waits` and `kernels` are of one unit: a forward of decoding, a step
-of training behind the first one, a call of anything else. Of decoding `small` are the kernels that
-the model's own forward does not launch, and `blocks` the regions that were written in turn.
+Tiny models with random weights, blocks of 8. `waits` and `kernels` are of one step of training
+behind the first ones, or of one call. Of decoding they are of one forward more: what a longer text
+takes beyond a shorter one; `once` is the rest. Kernels that the stock model launches are left out
+there, its head's stays in. `late` are copies to the host that it did not wait for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.modeling.loading import load_model
 
 MODELS = (("qwen2", "bd3lm"), ("qwen2", "mdlm"), ("bert", "mdlm"))
-NEW = 32
+NEW = (32, 64)
+"""Tokens of the shorter text and of the longer one."""
 DECODING: dict[str, tuple[int, dict[str, Any]]] = {
     "greedy": (1, {}),
     "greedy, 4 rows": (4, {}),
@@ -47,9 +50,11 @@ DECODING: dict[str, tuple[int, dict[str, Any]]] = {
     "random order and seed, 4 rows": (4, {"unmasking": "random", "seed": 1}),
     "guidance, 4 rows": (4, {"guidance_scale": 1.5}),
     "remasking, 4 rows": (4, {"remasking": "low_confidence", "max_denoising_steps": 8}),
-    "recorded forms, 4 rows": (4, {}),
 }
-WINDOWS: dict[str, tuple[int, dict[str, Any]]] = {
+WHOLE: dict[str, tuple[int, dict[str, Any]]] = {
+    name: DECODING[name]
+    for name in ("greedy", "greedy, 4 rows", "threshold, 4 rows", "temperature and seed, 4 rows")
+} | {
     "windows, 4 rows": (4, {"block_length": 8}),
     "windows and threshold, 4 rows": (4, {"block_length": 8, "confidence_threshold": 0.05}),
     "windows, approximate cache, 4 rows": (4, {"block_length": 8, "approximate_cache": True}),
@@ -142,7 +147,7 @@ def line(group: str, name: str, seen: pretend.Seen, units: int, **more: Any) -> 
         "kernels": seen.kernels.total() / units,
         "late": seen.late.total() / units,
         **more,
-        "waited": {f"{kind} at {where}": n for (kind, where), n in seen.waits.most_common()},
+        "waited": {f"{kind} at {where}": n for (kind, where), n in seen.waits.most_common() if n},
     }
 
 
@@ -150,7 +155,7 @@ def decode(made: Checkpoints) -> Iterator[dict[str, Any]]:
     """Every way to decode: the tokens of the CPU where nothing is drawn."""
     for target in ("bd3lm", "mdlm"):
         model, plain = made.moved("qwen2", target), made.plain["qwen2", target]
-        cases = DECODING if target == "bd3lm" else DECODING | WINDOWS
+        cases = DECODING if target == "bd3lm" else WHOLE
         for name, (rows, options) in cases.items():
             yield _decoded(model, plain, f"{target}: {name}", rows, options)
     yield _decoded(made.moved("bert", "mdlm"), made.plain["bert", "mdlm"], "bert: greedy", 2, {})
@@ -159,29 +164,35 @@ def decode(made: Checkpoints) -> Iterator[dict[str, Any]]:
 def _decoded(model: Any, plain: Any, name: str, rows: int, options: Any) -> dict[str, Any]:
     ids, mask = tokens(rows, 11), torch.ones(rows, 11, dtype=torch.long)
     mask[1:, :3] = 0
-    settings = {"max_new_tokens": NEW, "return_dict_in_generate": True, **options}
-    on_device = {"attention_mask": pretend.moved_tensor(mask), **settings}
-    prompt = pretend.moved_tensor(ids)
-    # What is launched, and waited for, once for a text is what two tokens more do not add.
-    with forwards_apart(model) as inside, pretend.watching() as seen:
-        output = model.generate(prompt, **on_device)
-    expected = plain.generate(ids, attention_mask=mask, **settings)
     drawn = bool(options.get("temperature") or options.get("unmasking") == "random")
-    size = getattr(model.config, "block_size", None) or options.get("block_length") or NEW
-    return line(
-        "decode",
-        name,
-        seen,
-        output.forwards,
-        inside={"waits": inside.waits.total(), "kernels": inside.kernels.total()},
-        small=seen.kernels.total() / output.forwards,
-        launched=dict(seen.kernels.most_common()),
-        forwards=output.forwards,
-        forwards_on_cpu=expected.forwards,
-        blocks=-(-NEW // size) + 1,
-        waits_in_all=seen.waits.total() + inside.waits.total(),
-        same=None if drawn else torch.equal(output.sequences.cpu(), expected.sequences),
-    )
+    size = getattr(model.config, "block_size", None) or options.get("block_length")
+    # Ends of text are looked for, and never there.
+    common = {"suppress_tokens": [2], "eos_token_id": 2, "return_dict_in_generate": True, **options}
+    pairs, forwards, same = [], [], []
+    for new in NEW:
+        given = {"max_new_tokens": new, **common}
+        with forwards_apart(model) as inside, pretend.watching() as seen:
+            output = model.generate(
+                pretend.moved_tensor(ids), attention_mask=pretend.moved_tensor(mask), **given
+            )
+        expected = plain.generate(ids, attention_mask=mask, **given)
+        seen.waits.update(inside.waits)
+        pairs.append(seen)
+        forwards.append(output.forwards)
+        same.append(torch.equal(output.sequences.cpu(), expected.sequences))
+    shorter, longer = pairs
+    more = max(forwards[1] - forwards[0], 1)
+    for part in ("waits", "kernels", "late"):
+        getattr(longer, part).subtract(getattr(shorter, part))
+    per_forward = line("decode", name, longer, more)
+    blocks = (NEW[1] - NEW[0]) / size if size else None
+    return per_forward | {
+        "waits_per_block": None if blocks is None else longer.waits.total() / blocks,
+        "launched": {name: n / more for name, n in longer.kernels.most_common() if n},
+        "once": shorter.waits.total() - longer.waits.total() / more * forwards[0],
+        "forwards": forwards,
+        "same": None if drawn else all(same),
+    }
 
 
 def train(made: Checkpoints) -> Iterator[dict[str, Any]]:
@@ -247,36 +258,55 @@ def measure(made: Checkpoints) -> Iterator[dict[str, Any]]:
     from dllm_convert.diffusion.likelihood import autoregressive_nll, nats_at_rate, nelbo
     from dllm_convert.diffusion.objective import Objective, TextBatch
     from dllm_convert.evaluation.continuation import Continuation, Estimator, score_round
-    from dllm_convert.training.consensus import Consensus
+    from dllm_convert.sampling.run import decode_samples, recorder_of
+    from dllm_convert.source.tokenizer_loading import load_tokenizer
 
     text = tokens(2, 48)
     batch = TextBatch(text, torch.zeros_like(text), torch.arange(48).expand(2, -1))
+    texts = [Continuation(tuple(tokens(1, 20 + 3 * n)[0].tolist()), 9 + n, n) for n in range(3)]
     for target in ("bd3lm", "mdlm"):
         model = made.moved("qwen2", target)
         objective = Objective.from_config(model.config)
-        texts = [
-            Continuation(tuple(tokens(1, 20 + 3 * n)[0].tolist()), 9 + n, n) for n in range(3)
-        ]
         works: dict[str, Callable[[], Any]] = {
-            "nelbo": lambda m=model, o=objective: nelbo(m, [batch], o, seed=0),
-            "nats_at_rate": lambda m=model, o=objective: nats_at_rate(
-                m, [batch], o, (0.1, 0.5), seed=0
-            ),
-            "score_round": lambda m=model, o=objective: score_round(m, texts, o, Estimator(draws=2)),
-            "autoregressive_nll": lambda m=model: autoregressive_nll(
-                m, [batch], m.config.vocab_size
+            "nelbo": partial(nelbo, model, [batch], objective, seed=0),
+            "nats_at_rate": partial(nats_at_rate, model, [batch], objective, (0.1, 0.5), seed=0),
+            "score_round": partial(score_round, model, texts, objective, Estimator(draws=2)),
+            "autoregressive_nll": partial(
+                autoregressive_nll, model, [batch], model.config.vocab_size
             ),
         }
         for name, work in works.items():
             with pretend.watching() as seen:
                 work()
             yield line("measure", f"{target}: {name}", seen, 1)
-    flag = torch.zeros((), dtype=torch.bool, device=pretend.NAME)
-    consensus = Consensus(flag.device)
-    for number in range(2):
+        tokenizer = load_tokenizer(made.folders["qwen2", target], int(model.config.vocab_size))
+        for name, observer in (("", None), (", recorded", recorder_of(model))):
+            with pretend.watching() as seen:
+                found = decode_samples(
+                    model, tokenizer, ["a b c", "line 1 of"], max_new_tokens=16, observer=observer
+                )
+            yield line("measure", f"{target}: decode_samples{name}", seen, found[0].forwards)
+    consensus, flag = _consensus_of_cuda(), torch.zeros((), device=pretend.NAME)
+    for number in range(3):
         with pretend.watching() as seen:
             consensus.any(flag, False, True)
         yield line("measure", f"Consensus.any, call {number + 1}", seen, 1)
+
+
+def _consensus_of_cuda() -> Any:
+    # It waits for nothing on CUDA alone, whose events are the ones it knows.
+    from dllm_convert.training.consensus import Consensus
+
+    class OnThisDevice(Consensus):
+        def _on_device(self, answer: bool | torch.Tensor) -> torch.Tensor:
+            self._device = torch.device(pretend.NAME, 0)
+            found = super()._on_device(answer)
+            self._device = torch.device("cuda", 0)
+            return found
+
+    cuda: Any = torch.cuda
+    cuda.Event = type("Event", (), {"record": lambda self: None, "synchronize": lambda self: None})
+    return OnThisDevice(torch.device("cuda", 0))
 
 
 GROUPS = {"decode": decode, "train": train, "measure": measure}
@@ -285,13 +315,13 @@ GROUPS = {"decode": decode, "train": train, "measure": measure}
 def main() -> None:
     """Run some groups and print a line of JSON per case."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], default=list(GROUPS))
+    parser.add_argument("groups", nargs="*", choices=list(GROUPS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         made = Checkpoints(Path(folder))
         pretend.register()
-        for group in asked.groups:
+        for group in asked.groups or GROUPS:
             for found in GROUPS[group](made):
                 print(json.dumps(found), flush=True)
 
