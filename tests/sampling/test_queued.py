@@ -328,3 +328,13 @@ def test_the_host_looks_seldom_and_runs_little_for_nothing() -> None:
         assert done
     assert looks < 24 * 4
     assert nothing <= 24 * 0.25
+
+
+def test_layers_on_several_devices_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("llama", block=4), prompt(6)
+    record_on_a_cpu(monkeypatch)
+    generate(monkeypatch, True, model, ids)
+    assert model.graph_replays > 0
+    model.somewhere_else = torch.nn.Parameter(torch.zeros(1, device="meta"))
+    generate(monkeypatch, True, model, ids)
+    assert model.graph_replays == 0

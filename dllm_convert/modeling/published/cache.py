@@ -36,7 +36,8 @@ class BlockLayer(DynamicLayer):
             if at is None:
                 buffer[:, :, first : first + new.shape[-2]] = new
             else:
-                row, column = at  # (batch, 1), (batch, n)
+                # (batch, 1), (batch, n); layers may be on several devices.
+                row, column = (index.to(new.device) for index in at)
                 buffer[row, :, column] = new.transpose(1, 2)
         keys, values = (buffer[:, :, :visible] for buffer in buffers)
         return keys, values

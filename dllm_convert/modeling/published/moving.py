@@ -10,7 +10,7 @@ import torch
 def sent(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
     """Return numbers as a tensor on a device, without waiting for it to arrive."""
     made = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
+    if device.type == "cuda" and made.device.type == "cpu":
         # Memory that can be swapped out is copied while the host waits.
         made = made.pin_memory()
     return made.to(device, non_blocking=True)

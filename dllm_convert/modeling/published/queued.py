@@ -644,6 +644,8 @@ def decode_queued(
     ends = [(length + options.max_new_tokens + size - 1) // size * size for length in told]
     limits = sent(ends, prompts.device)
     canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer, width=max(ends))
+    # A graph is of one device, and what depends on the length is looked up on the host.
+    record = record and len({weight.device for weight in model.parameters()}) == 1
     graphs = Graphs(prompts.device, wanted=record and not depends_on_length(model))
     kind = QueuedBlocks if options.block_size else QueuedCanvas
     decoder = kind(model, canvas, told, ends, graphs, with_order=with_order)
