@@ -255,9 +255,12 @@ def _step_of(made: Checkpoints, family: str, target: str, overrides: Any) -> Cal
 
 def measure(made: Checkpoints) -> Iterator[dict[str, Any]]:
     """Likelihoods, scores, and what the ranks of a training ask each other."""
+    from transformers import AutoModelForCausalLM
+
     from dllm_convert.diffusion.likelihood import autoregressive_nll, nats_at_rate, nelbo
     from dllm_convert.diffusion.objective import Objective, TextBatch
     from dllm_convert.evaluation.continuation import Continuation, Estimator, score_round
+    from dllm_convert.evaluation.text import Stock
     from dllm_convert.sampling.run import decode_samples, recorder_of
     from dllm_convert.source.tokenizer_loading import load_tokenizer
 
@@ -275,6 +278,12 @@ def measure(made: Checkpoints) -> Iterator[dict[str, Any]]:
                 autoregressive_nll, model, [batch], model.config.vocab_size
             ),
         }
+        if target == "bd3lm":
+            base = AutoModelForCausalLM.from_pretrained(made.root / "base-qwen2-bd3lm")
+            stock, rows = Stock(pretend.move(base)), base.config.vocab_size
+            works["autoregressive_nll of the base"] = partial(
+                autoregressive_nll, stock, [batch], rows
+            )
         for name, work in works.items():
             with pretend.watching() as seen:
                 work()
@@ -315,8 +324,10 @@ GROUPS = {"decode": decode, "train": train, "measure": measure}
 def main() -> None:
     """Run some groups and print a line of JSON per case."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", choices=list(GROUPS))
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     asked = parser.parse_args()
+    if unknown := sorted(set(asked.groups) - set(GROUPS)):
+        parser.error(f"unknown groups {unknown}; known: {list(GROUPS)}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, quiet_libraries():
         made = Checkpoints(Path(folder))

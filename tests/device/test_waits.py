@@ -76,6 +76,7 @@ def test_a_measurement_waits_for_its_result_only(walk: Walk) -> None:
         # Of each token how likely it was, and whether it was the likeliest.
         assert lines[f"{target}: autoregressive_nll"]["waits"] == 2
         assert lines[f"{target}: decode_samples"]["waits"] < 1
+    assert lines["bd3lm: autoregressive_nll of the base"]["waits"] == 2
 
 
 def test_decoding_on_a_device_writes_what_a_cpu_writes(walk: Walk) -> None:
