@@ -34,7 +34,7 @@ CODE_FILES = {
         "streaming.py",
         "moving.py",
     ),
-    "device_dllm.py": ("queued.py", "regions.py", "draws.py", "graphs.py"),
+    "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
     "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""

@@ -12,7 +12,7 @@ from recording import record_on_a_cpu
 from tiny_decoders import DECODERS, MASK, WORDS, Forwards, prompt, ragged, tiny
 from transformers import PreTrainedModel
 
-from dllm_convert.modeling.published import modeling, queued
+from dllm_convert.modeling.published import lockstep, modeling
 from dllm_convert.modeling.published.draws import Draws
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.modeling.published.queued import Pace
@@ -235,7 +235,7 @@ def test_recorded_steps_write_the_same(
     expected = generate(monkeypatch, True, model, ids, **given)
     assert model.graph_replays == 0
     record_on_a_cpu(monkeypatch)
-    monkeypatch.setattr(queued, "_SHORTEST", 16)
+    monkeypatch.setattr(lockstep, "_SHORTEST", 16)
     got = generate(monkeypatch, True, model, ids, **given)
     assert torch.equal(expected.sequences, got.sequences)
     assert expected.forwards == got.forwards

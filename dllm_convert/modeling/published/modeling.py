@@ -27,10 +27,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .decoding import decode_blocks, decode_canvas
 from .inputs import given_prompts, left_open
 from .limits import check_context
+from .lockstep import decode_queued, is_queued
 from .masks import block_causal_mask
 from .options import Observer
 from .output import DiffusionOutput, put_together
-from .queued import decode_queued, is_queued
 from .rope import own_lengths
 from .settings import decoding_options
 from .streaming import StreamerFeed
