@@ -23,7 +23,7 @@ PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
 """Text that two vocabularies are unlikely to cut alike."""
 
 
-class Stock:
+class Stock(torch.nn.Module):
     """A stock causal model, called as `autoregressive_nll` calls a conversion.
 
     Args:
@@ -31,9 +31,10 @@ class Stock:
     """
 
     def __init__(self, model: Any) -> None:
+        super().__init__()
         self.model = model
 
-    def __call__(
+    def forward(
         self, *, logits_at: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
     ) -> SimpleNamespace:
         """Return logits at flat positions only, shape (positions, rows).
@@ -75,7 +76,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"data": data})
     subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)
     text = prepare_data(recipe, subject.tokenizer, reporter)
-    batches = [batch.to(subject.model.device) for batch in text.held_out]
+    batches = text.held_out
     source = recipe.data.source
     names = ", ".join(data_names(source, data_kind(source)))
     counts = {key: value for key, value in text.facts.items() if isinstance(value, int)}

@@ -1,4 +1,4 @@
-"""Write the code that is published beside the weights: three files, joined from many modules.
+"""Write the code that is published beside the weights: four files, joined from many modules.
 
 Somebody who opens `modeling_dllm.py` finds the model first, then its masks, the decoding loops and
 their forward passes. What it imports relatively travels with it: transformers copies such files out
@@ -26,7 +26,15 @@ CODE_FILES = {
         "reading.py",
         "output.py",
     ),
-    "decoding_dllm.py": ("canvas.py", "choosing.py", "cache.py", "rope.py", "streaming.py"),
+    "decoding_dllm.py": (
+        "canvas.py",
+        "choosing.py",
+        "cache.py",
+        "rope.py",
+        "streaming.py",
+        "moving.py",
+    ),
+    "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
     "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
@@ -41,12 +49,16 @@ _DOCS = {
     MODELING_FILE: """Diffusion language model classes, written by dllm-convert {version}.
 
 Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which runs
-`decoding_dllm.py` and `settings_dllm.py` too; without it the same weights load as the stock class,
-whose block-causal masks and denoising are then the caller's business.
+`decoding_dllm.py`, `device_dllm.py` and `settings_dllm.py` too; without it the same weights load as
+the stock class, whose block-causal masks and denoising are then the caller's business.
 """,
     "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
 
 The text so far, which tokens become final, the cache behind it; `modeling_dllm.py` runs the steps.
+""",
+    "device_dllm.py": """Decoding on a GPU, written by dllm-convert {version}.
+
+The same steps, queued one behind the other without a look at what became of them.
 """,
     "settings_dllm.py": """Settings of decoding, written by dllm-convert {version}.
 

@@ -21,11 +21,11 @@ class BlockLayer(DynamicLayer):
         self,
         states: tuple[torch.Tensor, torch.Tensor],
         first: int,
-        columns: torch.Tensor | None,
+        at: tuple[torch.Tensor, torch.Tensor] | None,
         visible: int,
         room: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write states (batch, heads, n, width) from column `first` on, or at `columns` (batch, n).
+        """Write states (batch, heads, n, width) from column `first` on, or `at` rows and columns.
 
         Returns views of the first `visible` columns; new buffers have `room` of them.
         """
@@ -33,11 +33,12 @@ class BlockLayer(DynamicLayer):
         if buffers is None or buffers[0].shape[-2] < visible:
             buffers = self.buffers = self._make_room(states, max(room, visible))
         for buffer, new in zip(buffers, states, strict=True):
-            if columns is None:
+            if at is None:
                 buffer[:, :, first : first + new.shape[-2]] = new
             else:
-                row = torch.arange(len(new), device=new.device)[:, None]
-                buffer[row, :, columns] = new.transpose(1, 2)
+                # (batch, 1), (batch, n); layers may be on several devices.
+                row, column = (index.to(new.device) for index in at)
+                buffer[row, :, column] = new.transpose(1, 2)
         keys, values = (buffer[:, :, :visible] for buffer in buffers)
         return keys, values
 
@@ -81,7 +82,7 @@ class BlockCache(Cache):
         super().__init__(layer_class_to_replicate=BlockLayer)
         self.room = room
         self._first: int | None = None
-        self._columns: torch.Tensor | None = None
+        self._at: tuple[torch.Tensor, torch.Tensor] | None = None
         self._visible = 0
 
     def place(self, columns: torch.Tensor, visible: int | None = None) -> None:
@@ -91,8 +92,18 @@ class BlockCache(Cache):
         """
         first = columns[:, 0].tolist()
         level = min(first) == max(first) and columns.shape[1] == int(columns[0, -1]) - first[0] + 1
-        self._first, self._columns = first[0], None if level else columns
-        self._visible = int(columns.max()) + 1 if visible is None else visible
+        seen = int(columns.max()) + 1 if visible is None else visible
+        row = torch.arange(len(columns), device=columns.device)[:, None]
+        self.put(None if level else (row, columns), seen, first[0])
+
+    def put(
+        self, at: tuple[torch.Tensor, torch.Tensor] | None, visible: int, first: int = 0
+    ) -> None:
+        """Say the same without a look at any column.
+
+        `at` are rows (batch, 1) and columns (batch, n); None those from `first` on, in each row.
+        """
+        self._first, self._visible, self._at = first, visible, at
 
     def keep(self, length: int) -> None:
         """Let the first `length` columns be the clean tokens."""
@@ -112,11 +123,11 @@ class BlockCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(BlockLayer())
         layer: Any = self.layers[layer_idx]
-        first, columns, visible = self._first, self._columns, self._visible
+        first, at, visible = self._first, self._at, self._visible
         if first is None:
-            first, columns = layer.get_seq_length(), None
+            first, at = layer.get_seq_length(), None
             visible = first + key_states.shape[-2]
-        keys, values = layer.write((key_states, value_states), first, columns, visible, self.room)
+        keys, values = layer.write((key_states, value_states), first, at, visible, self.room)
         if not self.frozen:
             layer.keep(visible)
         return keys, values

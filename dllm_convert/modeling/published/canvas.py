@@ -14,6 +14,7 @@ from .choosing import (
     row_generators,
     show_noise,
 )
+from .moving import sent
 from .options import Decoded, DecodingOptions, Observer, Progress
 
 
@@ -35,12 +36,13 @@ class Canvas:
         options: DecodingOptions,
         limits: torch.Tensor,
         observer: Observer | None = None,
+        width: int | None = None,
     ) -> None:
         self.options, self.lengths, self.observer = options, lengths, observer
         self.limits = limits
         self.prompt_width = prompts.shape[1]
         self.ends = lengths + options.max_new_tokens
-        batch, width = len(prompts), int(limits.max())
+        batch, width = len(prompts), int(limits.max()) if width is None else width
         self.index = torch.arange(width, device=prompts.device)
         self.given = self.index < lengths[:, None]
         self.tokens = prompts.new_full((batch, width), options.mask_token_id)
@@ -58,8 +60,8 @@ class Canvas:
         self._generators = row_generators(batch, options, prompts.device)
         self._token_generators = row_generators(batch, options, prompts.device, tokens=True)
         self._warpers = make_warpers(options)
-        self._eos = torch.tensor(options.eos_token_ids, device=prompts.device)
-        self._never = torch.tensor(options.suppress_tokens, dtype=torch.long, device=prompts.device)
+        self._eos = sent(options.eos_token_ids, prompts.device)
+        self._never = sent(options.suppress_tokens, prompts.device)
 
     def show(self) -> None:
         """Tell the observer, if there is one."""

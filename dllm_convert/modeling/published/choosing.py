@@ -125,14 +125,14 @@ def show_noise(
 def _describe(
     probabilities: torch.Tensor, options: DecodingOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Of probabilities (n, vocab) the entropy of each position and the margin between its two
-    # likeliest tokens, (n,): each computed only where an option asks for it, and empty otherwise.
+    # Of probabilities (..., vocab) the entropy of each position and the margin between its two
+    # likeliest tokens, (...): each computed only where an option asks for it, and empty otherwise.
     entropy = margin = probabilities.new_empty(0)
     if options.entropy_bound is not None or options.unmasking == "entropy":
         entropy = torch.special.entr(probabilities).sum(-1)
     if options.unmasking == "margin":
         two = probabilities.topk(2, -1).values
-        margin = two[:, 0] - two[:, 1]
+        margin = two[..., 0] - two[..., 1]
     return entropy, margin
 
 
@@ -185,14 +185,63 @@ def rate_tokens(
             token[piece] = drawn.squeeze(-1)
     # On the logits as they are, not the warped ones: how sure the model itself is.
     confidence, entropy, margin = _rate(logits, token, options)
-    score = confidence
-    if options.unmasking == "margin":
-        score = margin
-    elif options.unmasking == "random":
-        score = draw_uniform(counts, generators, logits.device)
-    elif options.unmasking == "entropy":
-        score = -entropy
+    is_random = options.unmasking == "random"
+    places = draw_uniform(counts, generators, logits.device) if is_random else None
+    score = _score(confidence, entropy, margin, places, options)
     return Ratings(confidence=confidence, score=score, entropy=entropy, token=token)
+
+
+def rate_all(
+    logits: torch.Tensor,
+    options: DecodingOptions,
+    warpers: LogitsProcessorList,
+    *,
+    race: torch.Tensor | None,
+    drawn: torch.Tensor | None,
+) -> tuple[torch.Tensor, Ratings]:
+    """Take and rate a token for every position, as `rate_tokens` does for those that are masked.
+
+    Args:
+        logits: Those of the model, the mask ruled out, shape (..., vocab).
+        options: How text is denoised.
+        warpers: What temperature, top-k and the like make of logits (n, vocab).
+        race: Exponential numbers, shape (..., vocab), where tokens are drawn: the token whose
+            number is the smallest beside its probability is distributed as the probabilities are.
+        drawn: What a random order ranks by, shape (...).
+
+    Returns:
+        Tokens, shape (...), and what the model thinks of them.
+    """
+    own = logits.softmax(-1)
+    if race is None:
+        token = logits.argmax(-1)
+        confidence = own.amax(-1)
+    else:
+        likely = own
+        if warpers:
+            empty: Any = torch.empty(0, 0, dtype=torch.long, device=logits.device)
+            flat = (logits - logits.amax(-1, keepdim=True)).flatten(0, -2)
+            likely = warpers(empty, flat).softmax(-1).view_as(logits)
+        token = (likely / race).argmax(-1)
+        confidence = own.gather(-1, token[..., None]).squeeze(-1)
+    entropy, margin = _describe(own, options)
+    score = _score(confidence, entropy, margin, drawn, options)
+    return token, Ratings(confidence=confidence, score=score, entropy=entropy)
+
+
+def _score(
+    confidence: torch.Tensor,
+    entropy: torch.Tensor,
+    margin: torch.Tensor,
+    drawn: torch.Tensor | None,
+    options: DecodingOptions,
+) -> torch.Tensor:
+    # What positions are ranked by, the larger the earlier; all of one shape.
+    if options.unmasking == "margin":
+        return margin
+    if options.unmasking == "entropy":
+        return -entropy
+    return confidence if drawn is None else drawn
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
@@ -213,23 +262,50 @@ def choose_commits(
     `masked` positions (batch, length), row after row; what is returned has that shape.
     """
 
-    def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
-        # From (n,) to (batch, length), with what sorts last where nothing is masked.
-        return values.new_full(masked.shape, fill).masked_scatter_(masked, values)
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        # From (n,) to (batch, length); what stands where nothing is masked is not looked at.
+        return values.new_zeros(masked.shape).masked_scatter_(masked, values)
 
-    chosen = _ranks(spread(ratings.score, -torch.inf)) < quota[:, None]
+    bounded = options.entropy_bound is not None
+    everywhere = Ratings(
+        confidence=spread(ratings.confidence),
+        score=spread(ratings.score),
+        entropy=spread(ratings.entropy) if bounded else ratings.entropy,
+    )
+    return choose_among(everywhere, ~masked, quota, options)
+
+
+def choose_among(
+    ratings: Ratings,
+    closed: torch.Tensor,
+    quota: torch.Tensor,
+    options: DecodingOptions,
+    *,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Choose as `choose_commits` does, where `ratings` are of every position (batch, length).
+
+    None of those that are `closed`, of the same shape. `places`, the numbers of the positions
+    (length,), are given where the quota is one: sorting takes longer than to find the best.
+    """
+    score = ratings.score.masked_fill(closed, -torch.inf)
+    if places is not None:
+        # Of equal ones the left one, as sorting has it.
+        chosen = places == score.argmax(-1, keepdim=True)
+    else:
+        chosen = _ranks(score) < quota[:, None]
     if options.confidence_threshold is not None:
-        chosen |= spread(ratings.confidence, 0.0) >= options.confidence_threshold
+        chosen = chosen | (ratings.confidence >= options.confidence_threshold)
     if options.entropy_bound is not None:
-        order = spread(ratings.score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        entropy = spread(ratings.entropy, torch.inf).gather(-1, order)
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        entropy = ratings.entropy.masked_fill(closed, torch.inf).gather(-1, order)
         # The sum of all but the largest bounds what joint writing can lose (arXiv 2505.24857);
         # added up without it, for a difference would lose small ones beside a large one.
         largest = torch.nn.functional.pad(entropy.cummax(-1).values[:, :-1], (1, 0))
         within = torch.minimum(entropy, largest).cumsum(-1) <= options.entropy_bound
         # From the order of `unmasking` back to columns.
-        chosen |= torch.zeros_like(within).scatter_(-1, order, within)
-    return chosen & masked
+        chosen = chosen | torch.zeros_like(within).scatter_(-1, order, within)
+    return chosen > closed  # and not closed, in one kernel
 
 
 def choose_remasked(
@@ -242,11 +318,18 @@ def choose_remasked(
 
     `confidence` is what each was written with.
     """
-    counts = written.sum(-1)  # (batch,)
     doubt = -confidence
     if options.remasking == "random":
-        drawn = draw_uniform(counts.tolist(), generators, written.device)
+        drawn = draw_uniform(written.sum(-1).tolist(), generators, written.device)
         doubt = doubt.masked_scatter(written, drawn)
+    return doubted_most(doubt, written, options)
+
+
+def doubted_most(
+    doubt: torch.Tensor, written: torch.Tensor, options: DecodingOptions
+) -> torch.Tensor:
+    """Choose the share of the `written` tokens that is doubted most, each (batch, length)."""
+    counts = written.sum(-1)  # (batch,)
     # Those that must stay are ranked behind all others, and never reached: a share below 1 of the
     # written ones is taken back.
     ranks = _ranks(doubt.masked_fill(~written, -torch.inf))

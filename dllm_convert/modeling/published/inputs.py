@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .ends import read_ids
+from .moving import sent
 
 
 def given_prompts(
@@ -50,6 +51,6 @@ def left_open(prompts: torch.Tensor, mask: torch.Tensor, closing: Any) -> torch.
     lengths = mask.sum(-1, keepdim=True)
     places = (lengths - count + torch.arange(count, device=mask.device)).clamp(min=0)
     columns = order.gather(1, places)
-    expected = torch.tensor(ids, device=prompts.device)
+    expected = sent(ids, prompts.device)
     closed = (prompts.gather(1, columns) == expected).all(-1, keepdim=True) & (lengths > count)
     return torch.where(closed, mask.scatter(1, columns, 0), mask)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 _BESIDE = 4
@@ -39,12 +38,12 @@ def has_position_table(model: Any) -> bool:
     )
 
 
-def check_context(model: Any, lengths: torch.Tensor, new: int, block_size: int | None) -> None:
+def check_context(model: Any, lengths: list[int], new: int, block_size: int | None) -> None:
     """Look whether the longest prompt and the new tokens, in whole blocks, fit into the context.
 
     Raises a ContextError if not and positions are looked up in a table; else it warns.
     """
-    longest = max(lengths.tolist(), default=0)
+    longest = max(lengths, default=0)
     context, total = context_of(model), longest + new
     blocks = -(-total // block_size) * block_size if block_size else total
     if context is None or blocks <= context:

@@ -5,6 +5,7 @@ One mixin and one line per family. The same classes train, sample and verify.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .decoding import decode_blocks, decode_canvas
 from .inputs import given_prompts, left_open
 from .limits import check_context
+from .lockstep import decode_queued, is_queued
 from .masks import block_causal_mask
 from .options import Observer
 from .output import DiffusionOutput, put_together
@@ -57,8 +59,14 @@ class DiffusionMixin:
 
     What the checkpoint is stands in the config: `is_causal: false`, `mask_token_id`, `block_size`
     (BD3LM only) and the `diffusion` section.
+
+    Attributes:
+        record_graphs: Whether decoding on a CUDA device may record its steps as graphs.
+        graph_replays: How many steps of the last decoding were replayed from a graph.
     """
 
+    record_graphs = True
+    graph_replays = 0
     _head = "lm_head"
     _goes_without_mask = True
 
@@ -120,7 +128,7 @@ class DiffusionMixin:
         arguments = {name: value for name, value in kwargs.items() if name != "return_dict"} | {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "position_ids": positions + self._first_position,
+            "position_ids": positions + first if (first := self._first_position) else positions,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
@@ -151,10 +159,12 @@ class DiffusionMixin:
     ) -> tuple[Any, torch.Tensor]:
         """Return the mask as the attention implementation takes it, and positions."""
         batch, length = tokens.shape[:2]
+        is_full = attention_mask is not None and len(attention_mask.shape) == 4
+        if is_full and position_ids is not None:
+            return self._in_form(attention_mask), position_ids
         counted = torch.arange(cached + length, device=tokens.device).expand(batch, -1)
-        if attention_mask is not None and len(attention_mask.shape) == 4:
-            positions = counted[:, cached:] if position_ids is None else position_ids
-            return self._in_form(attention_mask), positions
+        if is_full:
+            return self._in_form(attention_mask), counted[:, cached:]
         if attention_mask is None:
             every = counted if position_ids is None or cached else position_ids.expand(batch, -1)
         else:
@@ -238,20 +248,24 @@ class DiffusionMixin:
             return_dict_in_generate = getattr(given, "return_dict_in_generate", None)
         mask = left_open(prompts, mask, getattr(own, "closing_token_ids", None))
         lengths = mask.sum(-1)
-        check_context(self, lengths, options.max_new_tokens, options.block_size)
         order = mask.argsort(dim=-1, descending=True, stable=True)
         packed = prompts.gather(1, order)
-        if options.token_shift:
-            first = packed[:, :1] == options.mask_token_id
-            if bool((lengths == 0).any()) or bool(first.any()):
-                raise ValueError(
-                    "this model predicts a token from the one before: give at least one token, "
-                    "and no mask in its place"
-                )
-        decode = decode_blocks if options.block_size else decode_canvas
+        begins_masked = (packed[:, :1] == options.mask_token_id).any(-1)
+        # Once to the host: (rows,) each.
+        told, masked = torch.stack([lengths, begins_masked.to(lengths.dtype)]).tolist()
+        check_context(self, told, options.max_new_tokens, options.block_size)
+        if options.token_shift and (0 in told or any(masked)):
+            raise ValueError(
+                "this model predicts a token from the one before: give at least one token, "
+                "and no mask in its place"
+            )
+        decode: Any = decode_blocks if options.block_size else decode_canvas
+        if rows and is_queued(prompts.device, options):
+            record = self.record_graphs
+            decode = partial(decode_queued, told=told, with_order=output_order, record=record)
         if streamer is not None:
-            width = int(lengths[0]) if rows else 0
-            observer = streamer = StreamerFeed(streamer, packed[:, :width], options, observer)
+            first = packed[:, : told[0] if rows else 0]
+            observer = streamer = StreamerFeed(streamer, first, options, observer)
         decoded = decode(self, packed, lengths, options, observer)
         if streamer is not None:
             streamer.finish(decoded.rows)

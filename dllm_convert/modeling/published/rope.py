@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .moving import sent
+
 _LENGTHS: ContextVar[torch.Tensor | None] = ContextVar("dllm_final_lengths", default=None)
 
 
@@ -51,7 +53,7 @@ def _turned_for(module: Any, layer: str | None, length: int) -> Any:
         module.config,
         old.device,
         # As transformers calls it: with a number, the last bits differ.
-        seq_len=torch.tensor(length, device=old.device),
+        seq_len=sent(length, old.device),
         **({} if layer is None else {"layer_type": layer}),
     )
     stand_in = copy.copy(module)
@@ -73,11 +75,12 @@ def _rotate(
     kept = lengths.clamp(min=limit)
     if _kinds(module)[layer] == "longrope":
         kept = kept.clamp(max=limit + 1)
-    kept = kept.to(position_ids.device).expand(rows)
+    # Which rows have which length: (rows,) on the host, where a decoding has them already.
+    kept = kept.expand(rows).cpu()
     parts: tuple[torch.Tensor, ...] | None = None
     with torch.no_grad():
         for length in sorted(set(kept.tolist())):
-            at = (kept == length).nonzero().squeeze(-1)
+            at = sent((kept == length).nonzero().squeeze(-1), position_ids.device)
             found = forward(_turned_for(module, layer, length), x, position_ids[at], *args, **named)
             if len(at) == rows:
                 return found
