@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -93,7 +93,7 @@ class Interruption:
                 self._escape.daemon = True
                 self._escape.start()
                 raise KeyboardInterrupt
-        elif now - self._first >= (SAME_REQUEST_S if Place.from_environment().world > 1 else 0.0):
+        elif now - self._first >= (SAME_REQUEST_S if Rank.from_environment().world > 1 else 0.0):
             if not self._gently:
                 self._end()
             self._restore()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """A process among several.
 
     Attributes:
@@ -23,7 +23,7 @@ class Place:
     launched: bool = False
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Rank:
         """Read what torchrun, `accelerate launch` and Slurm scripts around them set."""
         if "RANK" not in environment:
             return cls()
@@ -35,5 +35,5 @@ class Place:
         return self.rank == 0
 
 
-ALONE = Place()
+ALONE = Rank()
 """A process that trains by itself."""

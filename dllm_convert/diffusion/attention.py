@@ -66,7 +66,7 @@ class StreamMask:
         segments: Number of each token's document, rising along the row, -1 at padding.
         positions: Position of each token in its document, from 0.
         causal_clean: A clean query sees of its own block only what stands before it.
-        shut: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
+        closed: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
     """
 
     streams: torch.Tensor
@@ -74,12 +74,12 @@ class StreamMask:
     segments: torch.Tensor
     positions: torch.Tensor
     causal_clean: bool = False
-    shut: torch.Tensor | None = None
+    closed: torch.Tensor | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether everybody sees everybody in their row: one view of one whole document."""
-        if self.shut is not None:
+        if self.closed is not None:
             return False
         columns = (self.streams, self.blocks, self.segments)
         alike = all(bool((column == column[:, :1]).all()) for column in columns)
@@ -109,7 +109,7 @@ class StreamMask:
         alone = -_NOBODY - 1 - torch.arange(code.shape[1], device=code.device)
         low = torch.where(unseen, _NOBODY, before * step + 1)
         return Rule(
-            torch.where(unseen, alone, code).int(), low.int(), self.positions.int(), self.shut
+            torch.where(unseen, alone, code).int(), low.int(), self.positions.int(), self.closed
         )
 
     def dense(self) -> torch.Tensor:
@@ -138,13 +138,13 @@ class Rule:
         code: Shape (batch, width), int32.
         low: Where what a query may see begins: its document; shape (batch, width), int32.
         positions: Position of each token in its document, shape (batch, width), int32.
-        shut: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
+        closed: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
     """
 
     code: torch.Tensor
     low: torch.Tensor
     positions: torch.Tensor
-    shut: torch.Tensor | None = None
+    closed: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Rule:
         """Return the same rule on a device, without waiting for it."""
@@ -154,9 +154,9 @@ class Rule:
     def allows(self, row: Any, query: Any, key: Any) -> Any:
         """The rule, for indices that are numbers or broadcast together."""
         seen = _sees(self.code[row, query], self.low[row, query], self.code[row, key])
-        if self.shut is None:
+        if self.closed is None:
             return seen
-        closed = self.shut[self.positions[row, query], self.positions[row, key]]
+        closed = self.closed[self.positions[row, query], self.positions[row, key]]
         return (seen & ~closed) | (query == key)
 
     def dense(self) -> torch.Tensor:
@@ -165,9 +165,9 @@ class Rule:
         seen: torch.Tensor = _sees(
             self.code[:, :, None], self.low[:, :, None], self.code[:, None, :]
         )
-        if self.shut is not None:
+        if self.closed is not None:
             places = self.positions.long()
-            closed = self.shut[places[:, :, None], places[:, None, :]]
+            closed = self.closed[places[:, :, None], places[:, None, :]]
             itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
             seen = (seen & ~closed) | itself
         return seen.unsqueeze(1)
@@ -182,7 +182,7 @@ class Rule:
             device: Where to put it; None for where the rule is.
         """
         rows, width = self.code.shape
-        if self.shut is not None:
+        if self.closed is not None:
             # Pairs that were drawn have no runs; only the first steps of a training have them.
             there = self if device is None else self.to(device)
             allows, where = there.allows, str(there.code.device)
@@ -231,7 +231,7 @@ class Rule:
 
     def equals(self, other: Rule) -> bool:
         """Whether both let the same tokens see each other."""
-        if (self.shut is None) != (other.shut is None):
+        if (self.closed is None) != (other.closed is None):
             return False
         return all(
             mine is None or yours is None or torch.equal(mine, yours)

@@ -154,7 +154,7 @@ def predict(
     objective: Objective,
     *,
     ar_loss: bool = False,
-    shut: torch.Tensor | None = None,
+    closed: torch.Tensor | None = None,
     multiple: int = WIDTH_MULTIPLE,
 ) -> Prediction:
     """Lay out the forward that predicts the corrupted tokens of `batch`.
@@ -169,14 +169,14 @@ def predict(
         objective: mdlm or bd3lm.
         ar_loss: Also predict each clean token from the clean ones before it; bd3lm with a strictly
             causal clean stream.
-        shut: Pairs of positions that stay closed, see `shut_pairs`; (length, length), bool.
+        closed: Pairs of positions that stay closed, see `closed_pairs`; (length, length), bool.
         multiple: What the width of a row is a multiple of, filled up with tokens that nobody sees.
 
     Returns:
         Model inputs, targets and weights.
     """
     if objective.target == "mdlm":
-        return _one_stream(batch, views, objective, shut, multiple)
+        return _one_stream(batch, views, objective, closed, multiple)
     # In what follows L is the length of a row, K the number of views, N = (K + 1) * L.
     length, count = batch.tokens.shape[1], len(views)
     blocks = batch.blocks(objective.size)
@@ -218,7 +218,7 @@ def predict(
     return _prediction(
         batch, views, objective, used,
         (torch.cat(numbers), torch.cat(rows), torch.cat(places)),
-        torch.cat(reads), ar_targets, shut,
+        torch.cat(reads), ar_targets, closed,
     )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _one_stream(
     batch: TextBatch,
     views: Sequence[Corruption],
     objective: Objective,
-    shut: torch.Tensor | None,
+    closed: torch.Tensor | None,
     multiple: int,
 ) -> Prediction:
     # Views are rows: (K * batch, L), view by view. There is no clean stream; who is not padding has
@@ -249,7 +249,7 @@ def _one_stream(
     read = at - 1 if objective.token_shift else at
     return _prediction(
         batch, views, objective, streams, (number, row, at),
-        (number * size + row) * length + read, batch.tokens.new_empty(0), shut,
+        (number * size + row) * length + read, batch.tokens.new_empty(0), closed,
     )  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def _prediction(
     scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     reads: torch.Tensor,
     ar_targets: torch.Tensor,
-    shut: torch.Tensor | None,
+    closed: torch.Tensor | None,
 ) -> Prediction:
     """Put inputs and targets together; `scored` are view, row and column of the scored tokens."""
     number, row, column = scored
@@ -271,7 +271,7 @@ def _prediction(
         used.segments,
         used.positions,
         objective.context == "causal",
-        shut,
+        closed,
     )
     # (views, batch, length) indexed by (view, row, place): what each scored token was turned into.
     replaced = [(view.tokens, view.kept) for view in views]
@@ -291,7 +291,7 @@ def _prediction(
     )
 
 
-def shut_pairs(length: int, share: float, generator: torch.Generator) -> torch.Tensor:
+def closed_pairs(length: int, share: float, generator: torch.Generator) -> torch.Tensor:
     """Draw which pairs that look ahead stay closed (attention annealing).
 
     DiffuLLaMA (arXiv 2410.17891) opens a causal mask a growing share at a time.

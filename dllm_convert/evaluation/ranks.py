@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ranks:
         Args:
             device: Where to run; a GPU if there is one.
         """
-        if Place.from_environment().world > 1:
+        if Rank.from_environment().world > 1:
             from accelerate import Accelerator
 
             own = Accelerator(cpu=not torch.accelerator.is_available() or device == "cpu")

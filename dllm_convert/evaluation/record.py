@@ -16,7 +16,7 @@ from dllm_convert.common.manifest import (
     refuse_other_version,
     write_manifest,
 )
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.request import Request
@@ -44,7 +44,7 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
             "nothing to evaluate",
             hint="Name tasks, as in --tasks dllm_copy,dllm_last_word, or text, as in --data pydoc",
         )
-    if Place.from_environment().world > 1:
+    if Rank.from_environment().world > 1:
         raise IncompatibleError(
             "evaluate runs in one process",
             hint="accelerate launch -m dllm_convert lm-eval takes several",

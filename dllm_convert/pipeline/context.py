@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.memory import free_memory
-from dllm_convert.common.ranks import ALONE, Place
+from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.pipeline.options import DEFAULT, RunOptions
 from dllm_convert.pipeline.results import StageResult
 from dllm_convert.pipeline.workspace import Workspace
@@ -38,7 +38,7 @@ class Run:
     plan: ConversionPlan
     workspace: Workspace
     reporter: Reporter
-    place: Place = ALONE
+    place: Rank = ALONE
     how: RunOptions = DEFAULT
 
     def do(self, stage: Stage[Result]) -> Result:

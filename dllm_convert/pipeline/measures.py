@@ -82,11 +82,11 @@ def _base_nll(run: Run, model: Any) -> Section | None:
 
 def _survey(run: Run, model: Any, measured: dict[str, Any]) -> Section:
     """Say what to expect of the training, and what looks wrong before it."""
-    from dllm_convert.training.data.text_facts import look_at
+    from dllm_convert.training.data.text_facts import text_statistics
     from dllm_convert.training.expectation import explain, survey
 
     recipe, batches = run.plan.recipe, _held_out(run, model)
-    text = look_at(batches, run.tokenizer, filled=recipe.data.supervise_padding)
+    text = text_statistics(batches, run.tokenizer, filled=recipe.data.supervise_padding)
     known = {name: value for name, value in measured.items() if value is not None}
     start = survey(model, batches, known, text, seed=recipe.training.seed)
     for problem in explain(start):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import read_manifest
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.common.ranks import ALONE, Place
+from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.errors import DllmConvertError, VerificationError
 from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
@@ -86,7 +86,7 @@ def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
     return replace(plan, warnings=(warning, *plan.warnings)) if warning else plan
 
 
-def follow(out: Path, place: Place) -> None:
+def follow(out: Path, place: Rank) -> None:
     """Take part in the training of a run that the first process does; any other process's work.
 
     Args:
@@ -122,7 +122,7 @@ def run(
     reporter: Reporter,
     *,
     push: PushOptions | None = None,
-    place: Place = ALONE,
+    place: Rank = ALONE,
     how: RunOptions = DEFAULT,
 ) -> RunResult:
     """Convert, train, verify and document a checkpoint.

@@ -12,7 +12,7 @@ from dllm_convert import errors
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import INTERRUPTED, Interruption
 from dllm_convert.common.json_files import write_json
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline.launch import launch
 from dllm_convert.pipeline.options import Depth, RunOptions
@@ -67,7 +67,7 @@ def _told(folder: Path) -> DllmConvertError | None:
     return None
 
 
-def take_part(job: Path, place: Place) -> None:
+def take_part(job: Path, place: Rank) -> None:
     """Do one process's share of a conversion: the first does it, the others train with it.
 
     Raises:
@@ -94,7 +94,7 @@ def main(job: Path) -> int:
     Returns:
         The exit code.
     """
-    place = Place.from_environment()
+    place = Rank.from_environment()
     try:
         with Interruption(gently=False):
             take_part(job, place)

@@ -16,7 +16,7 @@ from dllm_convert.common.console import Task
 from dllm_convert.common.interruption import Interruption
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.training.consensus import Consensus, barrier
-from dllm_convert.training.expectation import Opening
+from dllm_convert.training.expectation import StartCheck
 from dllm_convert.training.metrics import GIB, Metrics, peak_memory
 from dllm_convert.training.resume import (
     Resumption,
@@ -46,7 +46,7 @@ class Rules:
     rate_field: str = "training.learning_rate"
 
 
-class Watch(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Writes a line per log, shows progress, saves and stops on request, on time and on NaN.
 
     Every process has one. They decide together: what one of them notices all act on at one step.
@@ -70,7 +70,7 @@ class Watch(TrainerCallback):
         task: Task,
         interruption: Interruption,
         unsound: Callable[[], torch.Tensor],
-        opening: Opening | None = None,
+        opening: StartCheck | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._metrics = metrics

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from dllm_convert.common.interruption import heard
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import IncompatibleError
 
 PATIENCE = timedelta(hours=24)
@@ -35,7 +35,7 @@ _ASKED = {
 }
 
 
-def meet(place: Place, job: Job | None = None) -> Job | None:
+def meet(place: Rank, job: Job | None = None) -> Job | None:
     """Wait for all processes; return what the first one hands out, or leave the group.
 
     Args:

@@ -172,7 +172,7 @@ def _shift(model: Any, batches: Sequence[TextBatch], objective: Objective, seed:
     ]
 
 
-class Opening:
+class StartCheck:
     """Watches the first lines of a training for a loss that starts elsewhere than expected.
 
     The median of the first three: weights of 1/t make single steps jump.

@@ -20,11 +20,11 @@ from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.asked import annealing_of, process_of, schedule_of, weights_of
-from dllm_convert.training.callbacks import Rules, Watch
+from dllm_convert.training.callbacks import ProgressCallback, Rules
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import TextData
 from dllm_convert.training.distributed import check_strategy
-from dllm_convert.training.expectation import Opening, Start, noise_variance
+from dllm_convert.training.expectation import Start, StartCheck, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import (
@@ -176,7 +176,9 @@ def _train(
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
         unsound, warn = (lambda: trainer.unsound), reporter.warn
-        watch = Watch(metrics, resumed, rules, task, interruption, unsound, opening, warn)
+        watch = ProgressCallback(
+            metrics, resumed, rules, task, interruption, unsound, opening, warn
+        )
         trainer.add_callback(watch)
         _run(trainer, resumed)
         seconds = watch.seconds
@@ -219,7 +221,7 @@ def _rules(recipe: Recipe, rows: int) -> Rules:
 
 def _result(
     trainer: DiffusionTrainer,
-    watch: Watch,
+    watch: ProgressCallback,
     plan: ConversionPlan,
     trainable: int,
     seconds: float,
@@ -254,12 +256,12 @@ def _rows(data: TextData, start: int, total: int) -> Dataset[dict[str, Any]]:
 
 def _opening(
     start: Start | None, recipe: Recipe, tokens: int, reporter: Reporter
-) -> Opening | None:
+) -> StartCheck | None:
     """Say what to expect of a training that begins; None if nothing is known of that."""
     if start is None:
         return None
     variance = noise_variance(schedule_of(recipe.noise), by_count=recipe.noise.draw == "count")
-    opening = Opening(start, tokens * recipe.training.log_steps, variance)
+    opening = StartCheck(start, tokens * recipe.training.log_steps, variance)
     reporter.line(opening.announce())
     return opening
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from dllm_convert.diffusion.attention import TILE, Rule, open_rule
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, Prediction, predict, shut_pairs
+from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, Prediction, closed_pairs, predict
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
@@ -59,7 +59,7 @@ class ForwardNoise:
     Attributes:
         batch: Clean text.
         views: Draws of noise over its text.
-        shut: Pairs of positions that attention annealing keeps closed; None for none.
+        closed: Pairs of positions that attention annealing keeps closed; None for none.
         key: Where the noise was drawn.
         scored: Scorable tokens of this forward, over all views.
         items: Positions the optimised loss is a mean over, of all forwards and processes of the
@@ -69,7 +69,7 @@ class ForwardNoise:
 
     batch: TextBatch
     views: tuple[Corruption, ...]
-    shut: torch.Tensor | None
+    closed: torch.Tensor | None
     key: NoiseKey
     scored: int
     items: float
@@ -158,7 +158,7 @@ class DiffusionTrainer(Trainer):
             views = corrupt(batch, self._objective, self._process, key)
             texts = int(batch.scorable.sum())
             scored = texts * len(views)
-            drawn.append((batch, views, self._shut(batch.tokens.shape[1], key), key, scored))
+            drawn.append((batch, views, self._closed(batch.tokens.shape[1], key), key, scored))
             if self._weights.masked == "uniform":
                 sums += torch.tensor([sum(int(view.scored.sum()) for view in views), texts])
             else:
@@ -199,7 +199,7 @@ class DiffusionTrainer(Trainer):
             noise.views,
             self._objective,
             ar_loss=ar_weight > 0,
-            shut=noise.shut,
+            closed=noise.closed,
             multiple=TILE if self._flex else WIDTH_MULTIPLE,
         ).to(self.args.device)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
@@ -246,13 +246,13 @@ class DiffusionTrainer(Trainer):
         reduced: Any = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
         return reduced.double().cpu()  # type: ignore[no-any-return]
 
-    def _shut(self, length: int, key: NoiseKey) -> torch.Tensor | None:
+    def _closed(self, length: int, key: NoiseKey) -> torch.Tensor | None:
         steps = self._annealing.attention_steps
         share = 1 - key.step / steps if steps else 0.0
         if share <= 0:
             return None
         # One draw per step, whatever forward and process: the same pairs are open in all of them.
-        return shut_pairs(length, share, key.generator())
+        return closed_pairs(length, share, key.generator())
 
     def _in_form(self, forward: Prediction) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""

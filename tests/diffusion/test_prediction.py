@@ -12,7 +12,7 @@ from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseK
 from dllm_convert.diffusion.likelihood import autoregressive_nll
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.diffusion.prediction import Prediction, predict, shut_pairs
+from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 
 COUNT = ForwardProcess(draw="count")
 
@@ -164,7 +164,9 @@ def test_annealing_closes_all_pairs_that_look_ahead_then_none() -> None:
             opened = dense(predict(batch, [view], objective))
         generator = torch.Generator().manual_seed(0)
         masks = {
-            share: dense(predict(batch, [view], objective, shut=shut_pairs(12, share, generator)))
+            share: dense(
+                predict(batch, [view], objective, closed=closed_pairs(12, share, generator))
+            )
             for share in (1.0, 0.5, 0.0)
         }
         ahead = torch.ones(12, 12).triu(1).bool()

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dllm_convert.diffusion.attention import CLEAN, TILE, UNUSED, StreamMask
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.diffusion.prediction import predict, shut_pairs
+from dllm_convert.diffusion.prediction import closed_pairs, predict
 
 MASK = 5
 
@@ -43,8 +43,8 @@ def stated(mask: StreamMask) -> torch.Tensor:
                 if mask.causal_clean and stream == s == CLEAN:
                     here = here and place <= position
                 opened = opened and (here or (s == CLEAN and b < block))
-                if mask.shut is not None:
-                    opened = opened and not bool(mask.shut[position, place])
+                if mask.closed is not None:
+                    opened = opened and not bool(mask.closed[position, place])
                 seen[row, q, k] = opened or q == k
     return seen
 
@@ -59,15 +59,15 @@ CASES = [
 NAMES = ["block", "views", "causal", "one-token", "mdlm"]
 
 
-@pytest.mark.parametrize("shut", [False, True], ids=["open", "annealed"])
+@pytest.mark.parametrize("anneals", [False, True], ids=["open", "annealed"])
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_two_integers_say_who_sees_whom(case: tuple[object, ...], shut: bool) -> None:
+def test_two_integers_say_who_sees_whom(case: tuple[object, ...], anneals: bool) -> None:
     objective, process, settings = case
-    closed = shut_pairs(40, 0.5, torch.Generator().manual_seed(3)) if shut else None
+    closed = closed_pairs(40, 0.5, torch.Generator().manual_seed(3)) if anneals else None
     for seed in range(3):
         batch = rows(3, 40, seed)
         views = corrupt(batch, objective, process, NoiseKey(seed, 0, 0, 3))  # type: ignore[arg-type]
-        forward = predict(batch, views, objective, shut=closed, **settings)  # type: ignore[arg-type]
+        forward = predict(batch, views, objective, closed=closed, **settings)  # type: ignore[arg-type]
         mask = forward.mask
         assert mask is not None
         # Rows of one column differ from what nobody reads: those see themselves alone.

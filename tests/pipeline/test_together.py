@@ -13,7 +13,7 @@ from conftest import SourceFactory
 
 import dllm_convert as dc
 from dllm_convert.common.json_files import write_json
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline import together
 from dllm_convert.recipe.schema import Recipe
@@ -125,7 +125,7 @@ def test_the_others_follow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     job = tmp_path / "job.json"
     asked = {"link": False, "verify": "auto", "extend": False, "quiet": True}
     write_json(job, {"recipe": recipe.model_dump(mode="json"), "out": "out", **asked})
-    place = Place(rank=1, world=2, launched=True)
+    place = Rank(rank=1, world=2, launched=True)
     together.take_part(job, place)
     assert followed == [(Path("out"), place)]
 

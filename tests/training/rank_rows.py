@@ -14,7 +14,7 @@ from accelerate import skip_first_batches
 from transformers import AutoTokenizer, Trainer
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import prepare_data
@@ -29,7 +29,7 @@ def main() -> None:
         AutoTokenizer.from_pretrained(tokenizer),
         Reporter(quiet=True),
         Path(folder),
-        Place.from_environment(),
+        Rank.from_environment(),
     )
     arguments = _arguments(recipe, out_folder, False, data.streaming)
     training = recipe.training

@@ -21,8 +21,8 @@ from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.modeling.loading import load_model
-from dllm_convert.training.data.text_facts import Text, look_at
-from dllm_convert.training.expectation import Opening, Start, explain, noise_variance, survey
+from dllm_convert.training.data.text_facts import Text, text_statistics
+from dllm_convert.training.expectation import Start, StartCheck, explain, noise_variance, survey
 from dllm_convert.training.run import train
 
 SOUND = Text((0, 0.05), 0.0, 0.0)
@@ -165,20 +165,23 @@ def rows(tokens: torch.Tensor, padded: int = 0) -> list[TextBatch]:
 
 def test_text_that_is_not_text_is_named() -> None:
     varied = torch.arange(400).view(4, 100) + 10
-    assert look_at(rows(varied), Tokenizer()).problems == []
+    assert text_statistics(rows(varied), Tokenizer()).problems == []
     same, unknown = varied.clone(), varied.clone()
     same[:, ::2] = 7
     unknown[:, ::5] = 3
-    assert "49% of the scored tokens are token 7" in look_at(rows(same), Tokenizer()).problems[0]
-    (problem,) = look_at(rows(unknown), Tokenizer()).problems
+    assert (
+        "49% of the scored tokens are token 7"
+        in text_statistics(rows(same), Tokenizer()).problems[0]
+    )
+    (problem,) = text_statistics(rows(unknown), Tokenizer()).problems
     assert "19% of the scored tokens are unknown" in problem
-    (problem,) = look_at(rows(varied, padded=80), Tokenizer()).problems
+    (problem,) = text_statistics(rows(varied, padded=80), Tokenizer()).problems
     assert "80% of the rows is padding" in problem
     # End tokens that fill a row, and are learnt on purpose, are no fault.
     filled = varied.clone()
     filled[:, 40:] = Tokenizer.eos_token_id
-    assert look_at(rows(filled), Tokenizer()).problems
-    assert look_at(rows(filled), Tokenizer(), filled=True).problems == []
+    assert text_statistics(rows(filled), Tokenizer()).problems
+    assert text_statistics(rows(filled), Tokenizer(), filled=True).problems == []
 
 
 @pytest.mark.parametrize("word", ["a", "\N{SNOWMAN}"])
@@ -229,7 +232,7 @@ def test_the_noise_of_a_batch_is_that_of_the_masks() -> None:
     ],
 )
 def test_where_the_loss_starts(values: tuple[float, ...], said: str | None) -> None:
-    opening = Opening(START, tokens=500, variance=0.0)
+    opening = StartCheck(START, tokens=500, variance=0.0)
     low, high = opening.range
     assert low < 6 < high
     heard = [opening.see(value) for value in values]
@@ -242,6 +245,6 @@ def test_where_the_loss_starts(values: tuple[float, ...], said: str | None) -> N
 
 
 def test_a_known_problem_is_the_explanation() -> None:
-    opening = Opening(replace(START, problems=("mask row: none",)), tokens=500, variance=0.0)
+    opening = StartCheck(replace(START, problems=("mask row: none",)), tokens=500, variance=0.0)
     heard = [opening.see(value) for value in (9.0, 9.0, 9.0)]
     assert str(heard[-1]).endswith("; mask row: none")

@@ -8,7 +8,7 @@ from dllm_convert.cli import options as option
 from dllm_convert.cli import output
 from dllm_convert.cli.commands.shared import asked_recipe
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.recipe.typed import default_out
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check(
     as_json: option.Json = False,
 ) -> None:
     """Show what run would do, loading no weights; run --dry-run takes every option of run."""
-    processes = num_processes or Place.from_environment().world
+    processes = num_processes or Rank.from_environment().world
     push = push_options(push_to_hub, public=public, revision=revision, create_pr=create_pr)
     recipe = asked_recipe(
         source,

@@ -17,7 +17,7 @@ from dllm_convert.cli.commands.shared import (
     show_done,
 )
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.recipe.typed import default_out
 
@@ -92,7 +92,7 @@ def run(
     """Convert a checkpoint; with `--dry-run`, only say how."""
     from dllm_convert.pipeline.launch import launch
 
-    place = Place.from_environment()
+    place = Rank.from_environment()
     processes = num_processes or place.world
     push = push_options(
         push_to_hub, public=public, revision=revision, create_pr=create_pr, commit_message=message
@@ -137,7 +137,7 @@ def _convert(
     recipe: Recipe,
     folder: Path,
     push: PushOptions | None,
-    place: Place,
+    place: Rank,
     how: RunOptions,
     *,
     quiet: bool,

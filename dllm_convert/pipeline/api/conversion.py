@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.ranks import Place
+from dllm_convert.common.ranks import Rank
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.pipeline.api.publication import push_options
@@ -156,7 +156,7 @@ def convert(
         raise RequestError(f"verify is {verify!r}, expected one of {', '.join(Depth)}")
     if extend and recipe.training.method == "none":
         raise RequestError("`extend` trains on; leave out `train=False`")
-    if Place.from_environment().world > 1:
+    if Rank.from_environment().world > 1:
         raise IncompatibleError(
             "this is one of several processes, and convert() works in one",
             hint="convert(..., num_processes=N) starts several; or torchrun -m dllm_convert run",
@@ -208,7 +208,7 @@ def convert_recipe(
     reporter: Reporter,
     *,
     push: PushOptions | None = None,
-    place: Place | None = None,
+    place: Rank | None = None,
     how: RunOptions | None = None,
 ) -> Conversion:
     """Convert as a resolved recipe says, in the first of perhaps several processes."""
@@ -216,7 +216,7 @@ def convert_recipe(
     from dllm_convert.verification.report import VerificationReport
 
     done = pipeline.run(
-        recipe, out, reporter, push=push, place=place or Place(), how=how or RunOptions()
+        recipe, out, reporter, push=push, place=place or Rank(), how=how or RunOptions()
     )
     report = VerificationReport.from_dict(done.manifest["verification"])
     return Conversion(done.path, done.manifest, report, done.pushed)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.common.json_files import write_json
-from dllm_convert.common.ranks import ALONE, Place
+from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data, Recipe
@@ -89,7 +89,7 @@ class Preparation:
     tokenizer: Any
     folder: Path
     advance: Callable[[int], None]
-    place: Place = ALONE
+    place: Rank = ALONE
 
     def finish(self) -> Text:
         """Read and split.

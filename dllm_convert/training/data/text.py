@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dllm_convert.common.console import Reporter
-from dllm_convert.common.ranks import ALONE, Place
+from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.packing import Layout, pack
@@ -71,7 +71,7 @@ def prepare_data(
     tokenizer: Any,
     reporter: Reporter,
     folder: Path | None = None,
-    place: Place = ALONE,
+    place: Rank = ALONE,
 ) -> TextData:
     """Read, tokenise, split and pack the recipe's text.
 

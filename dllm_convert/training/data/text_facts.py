@@ -46,7 +46,7 @@ class Text:
         return found
 
 
-def look_at(batches: Sequence[TextBatch], tokenizer: Any, *, filled: bool = False) -> Text:
+def text_statistics(batches: Sequence[TextBatch], tokenizer: Any, *, filled: bool = False) -> Text:
     """Count what text is made of.
 
     Args:
