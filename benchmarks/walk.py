@@ -64,7 +64,12 @@ TRAINING: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("qwen2", "bd3lm", "uniform weights", {"training.loss_weight": "uniform"}),
     ("qwen2", "bd3lm", "complementary views", {"noise.complementary": True, "noise.views": 2}),
     ("qwen2", "bd3lm", "counts, bias", {"noise.draw": "count", "noise.position_bias": 0.1}),
-    ("qwen2", "bd3lm", "uniform kernel", {"noise.kernel": "uniform", "noise.discrete_steps": 8}),
+    (
+        "qwen2",
+        "bd3lm",
+        "uniform kernel",
+        {"noise.kernel": "uniform", "noise.discrete_steps": 8, "noise.draw": "time"},
+    ),
     ("qwen2", "bd3lm", "checkpointing off", {"training.gradient_checkpointing": "off"}),
     ("qwen2", "bd3lm", "checkpointing full", {"training.gradient_checkpointing": "full"}),
     ("qwen2", "bd3lm", "lora", {"training.method": "lora"}),

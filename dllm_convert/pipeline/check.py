@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.pipeline.family import probe_recipe
 from dllm_convert.pipeline.run import plan_conversion
-from dllm_convert.pipeline.servable import servable
 from dllm_convert.planning.conversion import source_facts
 from dllm_convert.planning.document import plan_document
 from dllm_convert.planning.plan_text import plan_blocks
@@ -58,7 +57,7 @@ def check(
     if probe:
         recipe, measured = _probed(recipe)
     plan = plan_conversion(recipe)
-    document = plan_document(plan, folder, processes, **measured) | {"serving": servable(plan)}
+    document = plan_document(plan, folder, processes, **measured)
     if push is None:
         return Check(document)
     from dllm_convert.publishing.run import licence_warnings

@@ -25,12 +25,14 @@ def plan_document(
     from dllm_convert.planning.conversion import plan_as_dict
     from dllm_convert.planning.devices import this_cpu
     from dllm_convert.planning.estimate import estimate
+    from dllm_convert.planning.servable import servable
 
     recipe = plan.recipe
     document = {
         "out": str(out or default_out(recipe)),
         **plan_as_dict(plan),
         "estimate": estimate(plan, this_cpu()),
+        "serving": servable(plan),
         **measured,
     }
     if recipe.training.method != "none" and processes > 1:

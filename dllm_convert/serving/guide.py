@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dllm_convert.common.version import __version__
-from dllm_convert.serving.target import Converted, Target
+from dllm_convert.planning.layouts.target import Converted, Target
 
 _REQUEST = """curl http://localhost:30000/v1/completions -H 'Content-Type: application/json' \\
   -d '{"model": "default", "prompt": "A list is", "max_tokens": 64}'"""

@@ -20,10 +20,11 @@ from dllm_convert.modeling.converted_config import (
     read_converted_config,
     read_section,
 )
+from dllm_convert.planning.layouts.registry import target_of
+from dllm_convert.planning.layouts.target import Converted, Target
 from dllm_convert.serving.dangers import Dangers, check, measure
 from dllm_convert.serving.guide import guide
 from dllm_convert.serving.proof import prove_by_engine, require_engine
-from dllm_convert.serving.registry import target_of
 from dllm_convert.serving.spans import (
     Piece,
     Vocabulary,
@@ -33,7 +34,6 @@ from dllm_convert.serving.spans import (
     unused,
     whole,
 )
-from dllm_convert.serving.target import Converted, Target
 from dllm_convert.serving.writing import prove, write_pieces
 from dllm_convert.source.folder import LICENCE_FILES, file_names, matching
 from dllm_convert.source.safetensors_header import Header, TensorEntry, read_checkpoint

@@ -76,11 +76,9 @@ class FusedHead:
 
 def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Return matrix and biases of a projection as they are now; None if it is none."""
-    # FSDP derives a class of its own from Linear; so do layers whose weights are packed in 4 bits.
-    if isinstance(head, torch.nn.Linear) and head.weight.shape == (
-        head.out_features,
-        head.in_features,
-    ):
+    # FSDP derives a class of its own from Linear; so do layers whose weights are packed in 4 bits,
+    # which are no floats. PEFT's tied heads have their two sizes the wrong way round.
+    if isinstance(head, torch.nn.Linear) and head.weight.is_floating_point():
         return head.weight, head.bias
     if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
         return _weights(head.modules_to_save[head.active_adapters[0]])

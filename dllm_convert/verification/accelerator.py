@@ -58,15 +58,15 @@ def asked_for(device: str | None, dtype: str | None) -> Accelerator | None:
     if device is None and dtype is None:
         return None
     if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"`dtype` is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise RequestError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     where, held = device_and_dtype(device, dtype)
     try:
         torch.empty(0, device=where)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         raise RequestError(
-            f"`device` is {where!r}, which does not work here "
+            f"device is {where!r}, which does not work here "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
     if torch.device(where).type == "meta":
-        raise RequestError("`device` is 'meta', which holds no numbers")
+        raise RequestError("device is 'meta', which holds no numbers")
     return Accelerator(where, held)

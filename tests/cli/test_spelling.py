@@ -33,7 +33,7 @@ def requests() -> Iterator[tuple[str, str]]:
 
 
 def arguments() -> set[str]:
-    functions = (dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push)
+    functions = (dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push, dc.export)
     names = {name for one in functions for name in inspect.signature(one).parameters}
     return (
         names

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import dllm_convert as dc
 from dllm_convert.cli.app import app
 from dllm_convert.errors import DataError, IncompatibleError, RequestError
+from dllm_convert.planning.layouts.registry import TARGETS, reachable
 from dllm_convert.serving import dangers, run
-from dllm_convert.serving.registry import TARGETS, reachable
 from dllm_convert.serving.run import export, read_converted
 from dllm_convert.serving.writing import prove
 

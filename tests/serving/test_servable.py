@@ -12,8 +12,8 @@ from conversion import convert
 from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
-from dllm_convert.pipeline.servable import servable
-from dllm_convert.serving.registry import reachable
+from dllm_convert.planning.layouts.registry import reachable
+from dllm_convert.planning.servable import servable
 from dllm_convert.serving.run import read_converted
 
 CASES: dict[str, dict[str, Any]] = {

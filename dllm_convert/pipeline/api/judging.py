@@ -53,7 +53,7 @@ def verify(
     if page is not None and files:
         raise RequestError("`page` shows what the model does; leave `files` out")
     if files and (device is not None or dtype is not None):
-        raise RequestError("`device` and `dtype` say where the model runs; leave `files` out")
+        raise RequestError("a device or a dtype says where the model runs; leave `files` out")
     if files:
         from dllm_convert.verification.bytes import verify_folder
 

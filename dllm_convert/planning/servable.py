@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.diffusion_section import DiffusionSection
-from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.serving.registry import reachable
-from dllm_convert.serving.target import Converted
+from dllm_convert.planning.layouts.registry import reachable
+from dllm_convert.planning.layouts.target import Converted
 from dllm_convert.source.safetensors_header import TensorEntry
+
+if TYPE_CHECKING:
+    from dllm_convert.planning.conversion import ConversionPlan
 
 
 def servable(plan: ConversionPlan) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dllm_convert.serving.target import (
+from dllm_convert.planning.layouts.target import (
     Converted,
     Refusal,
     Target,

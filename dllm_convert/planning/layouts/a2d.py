@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dllm_convert.serving.target import Converted, Refusal, Target, families, masks_only, no_window
+from dllm_convert.planning.layouts.target import (
+    Converted,
+    Refusal,
+    Target,
+    families,
+    masks_only,
+    no_window,
+)
 
 _CLASSES = {
     "llama": "A2DLlamaLMHeadModel",
