@@ -68,7 +68,12 @@ TRAINING: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         "qwen2",
         "bd3lm",
         "uniform kernel",
-        {"noise.kernel": "uniform", "noise.discrete_steps": 8, "noise.draw": "time"},
+        {
+            "noise.kernel": "uniform",
+            "noise.discrete_steps": 8,
+            "noise.draw": "time",
+            "noise.complementary": False,
+        },
     ),
     ("qwen2", "bd3lm", "checkpointing off", {"training.gradient_checkpointing": "off"}),
     ("qwen2", "bd3lm", "checkpointing full", {"training.gradient_checkpointing": "full"}),

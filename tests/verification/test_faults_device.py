@@ -345,11 +345,11 @@ def test_what_is_asked_for_in_python(llama: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "int8"}, "`dtype` is 'int8', expected one of bfloat16, float16, float32"),
-        ({"dtype": "nonsense"}, "`dtype` is 'nonsense'"),
-        ({"device": "nowhere"}, "`device` is 'nowhere', which does not work here"),
-        ({"device": "cuda:99"}, "`device` is 'cuda:99', which does not work here"),
-        ({"device": "meta"}, "`device` is 'meta', which holds no numbers"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of bfloat16, float16, float32"),
+        ({"dtype": "nonsense"}, "dtype is 'nonsense'"),
+        ({"device": "nowhere"}, "device is 'nowhere', which does not work here"),
+        ({"device": "cuda:99"}, "device is 'cuda:99', which does not work here"),
+        ({"device": "meta"}, "device is 'meta', which holds no numbers"),
         ({"device": "cpu", "files": True}, "leave `files` out"),
     ],
     ids=str,
