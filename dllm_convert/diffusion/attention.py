@@ -182,14 +182,13 @@ class Rule:
             device: Where to put it; None for where the rule is.
         """
         rows, width = self.code.shape
+        there = self if device is None else self.to(device)
         if self.closed is not None:
             # Pairs that were drawn have no runs; only the first steps of a training have them.
-            there = self if device is None else self.to(device)
             allows, where = there.allows, str(there.code.device)
             return create_block_mask(
                 lambda b, _, q, k: allows(b, q, k), rows, None, width, width, device=where
             )
-        there = self if device is None else self.to(device)
         code, low = there.code, there.low
         some, every = self.tiles()
         mask = BlockMask.from_kv_blocks(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from dllm_convert.diffusion.attention import UNUSED, StreamMask, open_rule
+from dllm_convert.diffusion.attention import UNUSED, Rule, StreamMask, open_rule
 from dllm_convert.diffusion.corruption import Corruption
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
@@ -63,14 +63,18 @@ class Prediction:
             self, inputs=inputs, **{name: moved(getattr(self, name), device) for name in named}
         )
 
+    @property
+    def rule(self) -> Rule:
+        """Who sees whom, where it was laid out; of an open mask, too."""
+        return open_rule(self.inputs["input_ids"]) if self.mask is None else self.mask.rule
+
     def dense_mask(self) -> torch.Tensor | None:
         """The mask as sdpa and eager attention take it, (batch, 1, width, width); None if open."""
         return None if self.mask is None else self.mask.rule.to(self.device).dense()
 
     def block_mask(self) -> BlockMask:
         """The mask as flex attention takes it; an open one, too: without any it would build one."""
-        rule = open_rule(self.inputs["input_ids"]) if self.mask is None else self.mask.rule
-        return rule.block_mask(self.device)
+        return self.rule.block_mask(self.device)
 
     def nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Unweighted loss of each scored position, shape (n,), of logits (n + m, vocab)."""

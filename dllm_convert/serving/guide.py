@@ -32,11 +32,6 @@ def guide(
         "mask": f"id {mask}" + (f", {section.mask_token_id} in the conversion"
                                 if mask != section.mask_token_id else ""),
     }  # fmt: skip
-    sampler = "BD3LMSampler" if section.objective == "bd3lm" else "MDLMSampler"
-    launch = [
-        line.format(out=".", block=block, sampler=sampler, shift=section.token_shift)
-        for line in target.launch
-    ]
     served = "SGLang" in target.engines
     parts = [
         f"# {source} for {' and '.join(target.engines)}",
@@ -44,7 +39,7 @@ def guide(
         "the weights are those of the conversion, byte for byte.",
         _table(("of the conversion", ""), facts),
         "## Start",
-        *(f"```sh\n{line}\n```" for line in launch),
+        *(f"```sh\n{line}\n```" for line in target.started(converted, ".")),
         *(("A request to SGLang:", f"```sh\n{_REQUEST}\n```") if served else ()),
         "## Checked",
         _table(("what", "found"), checked),

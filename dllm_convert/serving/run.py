@@ -36,15 +36,16 @@ from dllm_convert.serving.spans import (
 )
 from dllm_convert.serving.writing import prove, write_pieces
 from dllm_convert.source.folder import LICENCE_FILES, file_names, matching
-from dllm_convert.source.safetensors_header import Header, TensorEntry, read_checkpoint
-from dllm_convert.source.tokenizer_files import read_tokenizer
+from dllm_convert.source.safetensors_header import (
+    TORCH_NAMES,
+    Header,
+    TensorEntry,
+    read_checkpoint,
+)
+from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES, read_tokenizer
 
 RECORD = "dllm_export.json"
 """What was exported from what, with hashes of both."""
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja"),
-)
 _SHOWN_TOPICS = 6
 
 
@@ -187,8 +188,8 @@ def _row_bytes(row: Any, dtype: str) -> bytes | None:
         return None
     import torch
 
-    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return bytes(row.to(kinds[dtype]).view(torch.uint8).numpy().tobytes())
+    stored = row.to(getattr(torch, TORCH_NAMES[dtype]))
+    return bytes(stored.view(torch.uint8).numpy().tobytes())
 
 
 def _with_mask(name: str, source: str, entry: TensorEntry, vocabulary: Vocabulary) -> Piece:
@@ -275,22 +276,13 @@ def export(
         partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    launch = tuple(
-        line.format(
-            out=place,
-            block=converted.section.block_size,
-            sampler="BD3LMSampler" if converted.section.objective == "bd3lm" else "MDLMSampler",
-            shift=converted.section.token_shift,
-        )
-        for line in target.launch
-    )
     return Export(
         path=place,
         target=target.name,
         engines=target.engines,
         ways={name: way for name, (way, _) in made.items()},
         checked=checked,
-        launch=launch,
+        launch=target.started(converted, place),
     )
 
 
@@ -316,7 +308,7 @@ def _write_others(
     mask: int,
 ) -> None:
     names = file_names(folder)
-    for name in (*(n for n in _TOKENIZER_FILES if n in names), *matching(names, LICENCE_FILES)):
+    for name in matching(names, (*VOCABULARY_FILES, *SIDE_FILES, *LICENCE_FILES)):
         shutil.copyfile(folder / name, out / name)
     ends = {
         key: converted.config[key]

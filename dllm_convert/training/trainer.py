@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from dllm_convert.diffusion.attention import TILE, Rule, open_rule
+from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, Prediction, closed_pairs, predict
@@ -258,7 +258,7 @@ class DiffusionTrainer(Trainer):
         """The mask as the model's attention reads it; a block mask is built when it changes."""
         if not self._flex:
             return forward.dense_mask()
-        rule = forward.mask.rule if forward.mask else open_rule(forward.inputs["input_ids"])
+        rule = forward.rule
         if self._block_mask is None or not self._block_mask[0].equals(rule):
             self._block_mask = (rule, rule.block_mask(forward.device))
         return self._block_mask[1]

@@ -6,18 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dllm_convert.planning.layouts.target import (
+    SGLANG,
     Converted,
     Refusal,
     Target,
-    blocks_only,
     common_config,
     config_class,
-    default_rope,
+    decoded_by_blocks,
     families,
     mask_row_is_free,
-    masks_only,
-    no_shift,
-    no_window,
+    sglang_files,
 )
 
 _MASK, _ROWS = 156895, 157184
@@ -36,8 +34,7 @@ _RENAMED = {
 
 def _refusals(converted: Converted) -> Iterator[Refusal]:
     yield from families(_FAMILIES, "this layout has the layers of Llama's relatives", converted)
-    for rule in (blocks_only, no_shift, masks_only, default_rope, no_window):
-        yield from rule(converted)
+    yield from decoded_by_blocks(converted)
     biased = [end for end in ("o_proj.bias", "up_proj.bias", "q_proj.bias") if converted.has(end)]
     if biased and biased != ["q_proj.bias"]:
         yield Refusal(
@@ -112,11 +109,10 @@ TARGET = Target(
     may_untie=True,
     files=lambda converted: {
         "configuration_llada2_moe.py": config_class("LLaDA2MoeConfig", "llada2_moe"),
-        "sglang_dllm.yaml": f"block_size: {converted.section.block_size}\nthreshold: 0.95\n",
+        **sglang_files(converted),
     },
     launch=(
-        "python -m sglang.launch_server --model-path {out} --trust-remote-code "
-        "--dllm-algorithm LowConfidence --dllm-algorithm-config {out}/sglang_dllm.yaml",
+        SGLANG,
         "python -m mlx_vlm.generate --model {out} --prompt 'A list is' --max-tokens 64",
     ),
 )

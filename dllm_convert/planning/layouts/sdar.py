@@ -6,18 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dllm_convert.planning.layouts.target import (
+    SGLANG,
     Converted,
     Refusal,
     Target,
-    blocks_only,
     common_config,
     config_class,
-    default_rope,
+    decoded_by_blocks,
     families,
     mask_row_is_free,
-    masks_only,
-    no_shift,
-    no_window,
+    sglang_files,
 )
 
 _MASK, _ROWS = 151669, 151936
@@ -26,8 +24,7 @@ _MASK, _ROWS = 151669, 151936
 
 def _refusals(converted: Converted) -> Iterator[Refusal]:
     yield from families(("qwen3",), "SDAR has the norms of queries and keys of Qwen3", converted)
-    for rule in (blocks_only, no_shift, masks_only, default_rope, no_window):
-        yield from rule(converted)
+    yield from decoded_by_blocks(converted)
     yield from mask_row_is_free(_MASK, converted)
 
 
@@ -49,7 +46,7 @@ def _config(converted: Converted, rows: int, mask: int) -> dict[str, Any]:
 def _files(converted: Converted) -> Mapping[str, str]:
     return {
         "configuration_sdar.py": config_class("SDARConfig", "sdar"),
-        "sglang_dllm.yaml": f"block_size: {converted.section.block_size}\nthreshold: 0.95\n",
+        **sglang_files(converted),
     }
 
 
@@ -65,8 +62,7 @@ TARGET = Target(
     unties=True,
     files=_files,
     launch=(
-        "python -m sglang.launch_server --model-path {out} --trust-remote-code "
-        "--dllm-algorithm LowConfidence --dllm-algorithm-config {out}/sglang_dllm.yaml",
+        SGLANG,
         "lmdeploy serve api_server {out} --trust-remote-code --dllm-block-length {block}",
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
@@ -82,9 +83,8 @@ class Target:
         rows: Least rows of its vocabulary; 0 for those there are.
         unties: Whether the head is written although it is the embedding.
         may_untie: Whether it can be, where the tied one would predict what is no token.
-        launch: How to start an engine, lines that name the folder `{out}`, and the block.
+        launch: How to start an engine: lines with `{out}`, `{block}`, `{sampler}`, `{shift}`.
         files: More files, name to text, given the checkpoint.
-        keeps_code: Whether our own modelling files go along.
     """
 
     name: str
@@ -99,7 +99,19 @@ class Target:
     unties: bool = False
     may_untie: bool = False
     files: Callable[[Converted], Mapping[str, str]] = lambda _: {}
-    keeps_code: bool = False
+
+    def started(self, converted: Converted, out: Path | str) -> tuple[str, ...]:
+        """Return how to start an engine on an export of a checkpoint that lies at `out`."""
+        section = converted.section
+        return tuple(
+            line.format(
+                out=out,
+                block=section.block_size,
+                sampler="BD3LMSampler" if section.objective == "bd3lm" else "MDLMSampler",
+                shift=section.token_shift,
+            )
+            for line in self.launch
+        )
 
 
 _SHIFT = "--set token_shift=drop"
@@ -163,6 +175,23 @@ def mask_row_is_free(row: int, converted: Converted) -> Iterator[Refusal]:
             f"({converted.tokens} of them)",
             "Another target has its mask elsewhere: llada2 takes any tokenizer below 156,895",
         )
+
+
+def decoded_by_blocks(converted: Converted) -> Iterator[Refusal]:
+    """Refuse what engines that fill in masks block by block, at their own position, read wrong."""
+    for rule in (blocks_only, no_shift, masks_only, default_rope, no_window):
+        yield from rule(converted)
+
+
+SGLANG = (
+    "python -m sglang.launch_server --model-path {out} --trust-remote-code "
+    "--dllm-algorithm LowConfidence --dllm-algorithm-config {out}/sglang_dllm.yaml"
+)
+
+
+def sglang_files(converted: Converted) -> dict[str, str]:
+    """Return the file that `SGLANG` names: its server reads no block size from config.json."""
+    return {"sglang_dllm.yaml": f"block_size: {converted.section.block_size}\nthreshold: 0.95\n"}
 
 
 def families(names: tuple[str, ...], why: str, converted: Converted) -> Iterator[Refusal]:
