@@ -1,4 +1,4 @@
-"""Write the code that is published beside the weights: four files, joined from many modules.
+"""Write the code that is published beside the weights: five files, joined from many modules.
 
 Somebody who opens `modeling_dllm.py` finds the model first, then its masks, the decoding loops and
 their forward passes. What it imports relatively travels with it: transformers copies such files out
@@ -35,6 +35,7 @@ CODE_FILES = {
         "moving.py",
     ),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
+    "lossless_dllm.py": ("lossless.py", "drafting.py"),
     "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
@@ -49,8 +50,9 @@ _DOCS = {
     MODELING_FILE: """Diffusion language model classes, written by dllm-convert {version}.
 
 Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which runs
-`decoding_dllm.py`, `device_dllm.py` and `settings_dllm.py` too; without it the same weights load as
-the stock class, whose block-causal masks and denoising are then the caller's business.
+`decoding_dllm.py`, `device_dllm.py`, `lossless_dllm.py` and `settings_dllm.py` too; without it the
+same weights load as the stock class, whose block-causal masks and denoising are then the caller's
+business.
 """,
     "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
 
@@ -59,6 +61,10 @@ The text so far, which tokens become final, the cache behind it; `modeling_dllm.
     "device_dllm.py": """Decoding on a GPU, written by dllm-convert {version}.
 
 The same steps, queued one behind the other without a look at what became of them.
+""",
+    "lossless_dllm.py": """Decoding whose text is the verifier's own, by dllm-convert {version}.
+
+Drafts are denoised, and kept as far as autoregressive decoding would write the same.
 """,
     "settings_dllm.py": """Settings of decoding, written by dllm-convert {version}.
 

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 Order = Literal["confidence", "margin", "entropy", "random"]
 Remasking = Literal["low_confidence", "random"]
 
+Verifier = Literal["self", "base"]
 Kind = Literal["count", "number", "choice", "switch"]
 MORE = "Decoding"
 """Panel of the help that holds what is rarely needed."""
@@ -67,6 +68,13 @@ SETTINGS: Mapping[str, Setting] = {
         panel=None,
     ),
     "temperature": Setting("0 takes the likeliest token", "number", "T", panel=None),
+    "verify_with": Setting(
+        "write what autoregressive decoding would, and denoise only to draft it: by the same "
+        "weights, or by the base a gated adapter leaves as it was",
+        "choice",
+        empty="what is denoised is written",
+        choices=get_args(Verifier),
+    ),
     "entropy_bound": Setting(
         "commit the surest tokens whose entropies in nats, the largest left out, sum to at most "
         "this",

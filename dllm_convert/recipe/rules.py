@@ -118,6 +118,12 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
 
 def _generation(recipe: Recipe) -> Iterator[Contradiction]:
     chosen = recipe.generation
+    if chosen.verify_with == "self" and not recipe.training.ar_loss_weight:
+        yield Contradiction(
+            "generation.verify_with=self needs a model that goes on from clean tokens by itself",
+            "--set training.ar_loss_weight=1.0 trains that beside the denoising",
+            ("generation.verify_with", "training.ar_loss_weight"),
+        )
     found = decoding_contradictions(
         {name for name, value in chosen if value is not None},
         chosen,
@@ -152,7 +158,7 @@ def decoding_contradictions(
         if name in given and not settings.temperature:
             message = f"`{name}` does nothing without a `temperature` above 0"
             yield message, warmer, (name, "temperature")
-    wrong = {
+    wrong: dict[str, object] = {
         "`block_length` is for mdlm": settings.block_length and blocks,
         "`approximate_cache` needs `block_length`": settings.approximate_cache
         and not settings.block_length,
@@ -164,6 +170,10 @@ def decoding_contradictions(
             settings.guidance_scale not in (None, 1) and not masks
         ),
     }
+    for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
+        wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
+            name in given and settings.verify_with
+        )
     for message, found in wrong.items():
         if found:
             yield message, fewer, names_in(message)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 from dllm_convert.common.terms import Kernel, Target
-from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking
+from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
 from dllm_convert.recipe.rules import UnsoundError, contradictions
 
 Method = Literal["full", "lora", "none"]
@@ -240,6 +240,7 @@ class Generation(_Section):
     max_denoising_steps: PositiveInt | None = _setting("max_denoising_steps")
     confidence_threshold: float | None = _setting("confidence_threshold", gt=0, le=1)
     temperature: NonNegativeFloat = _setting("temperature", 0.0)
+    verify_with: Verifier | None = _setting("verify_with")
     entropy_bound: NonNegativeFloat | None = _setting("entropy_bound")
     unmasking: Order | None = _setting("unmasking")
     remasking: Remasking | None = _setting("remasking")

@@ -130,5 +130,15 @@ def require_settings(model: Any, given: Mapping[str, Any]) -> None:
         raise RequestError(str(error)) from error
 
 
+def verifier_of(checkpoint: Path | Mapping[str, Any]) -> str:
+    """Return which verifier of lossless decoding a checkpoint's folder, or config, holds.
+
+    The base, where an adapter leaves it as it was; else the weights that draft.
+    """
+    found = _read(checkpoint / "config.json") if isinstance(checkpoint, Path) else checkpoint
+    section = diffusion_section(found) or {}
+    return "base" if section.get("acts_on") == "noisy" else "self"
+
+
 def _read(path: Path) -> dict[str, Any]:
     return load_json_object(path) if path.is_file() else {}

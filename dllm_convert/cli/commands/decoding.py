@@ -29,6 +29,14 @@ Infill = Annotated[
     ),
 ]
 
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="Write what autoregressive decoding would, and denoise only to draft it.",
+    ),
+]
+
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Offer an option for each setting of decoding where a command has a parameter `settings`.
@@ -83,6 +91,13 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
         default=False if switch else None,
         annotation=Annotated[kind if switch else kind | None, typer.Option(FLAGS[name], **how)],
     )
+
+
+def verifier_of(folder: Path) -> str:
+    """Return which verifier of lossless decoding a checkpoint holds; no weights are read."""
+    from dllm_convert.sampling.checking import verifier_of as found
+
+    return found(folder)
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -71,12 +71,15 @@ def sample(
     watch: Watch = False,
     record: Record = None,
     infill: decoding.Infill = None,
+    lossless: decoding.Lossless = False,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
+    if lossless and "verify_with" not in settings:
+        settings["verify_with"] = decoding.verifier_of(checkpoint)
     decoding.check_settings(checkpoint, settings)
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}

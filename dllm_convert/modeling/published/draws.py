@@ -15,7 +15,7 @@ Draw = Callable[[torch.Tensor, torch.Generator | None], object]
 """Fills a tensor in place with numbers of a generator, or of torch's global one."""
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """Return a seed out of several numbers (SplitMix64: each bit changes half of the others)."""
     state = 0
     for number in numbers:
@@ -61,5 +61,5 @@ class Draws:
             return
         for line, row, part in zip(buffer, rows, parts, strict=True):
             generator = self._generators[row]
-            generator.manual_seed(_mixed(self._seeds[row], KINDS.index(kind), *place))
+            generator.manual_seed(mixed(self._seeds[row], KINDS.index(kind), *place))
             draw(line[part], generator)

@@ -28,6 +28,7 @@ from .decoding import decode_blocks, decode_canvas
 from .inputs import given_prompts, left_open
 from .limits import check_context
 from .lockstep import decode_queued, is_queued
+from .lossless import check_lossless, decode_lossless
 from .masks import block_causal_mask
 from .options import Observer
 from .output import DiffusionOutput, put_together
@@ -260,7 +261,10 @@ class DiffusionMixin:
                 "and no mask in its place"
             )
         decode: Any = decode_blocks if options.block_size else decode_canvas
-        if rows and is_queued(prompts.device, options):
+        if options.verify_with:
+            check_lossless(self, packed, lengths, options)
+            decode = decode_lossless
+        elif rows and is_queued(prompts.device, options):
             record = self.record_graphs
             decode = partial(decode_queued, told=told, with_order=output_order, record=record)
         if streamer is not None:

@@ -11,6 +11,7 @@ import torch
 
 ORDERS = ("confidence", "margin", "entropy", "random")
 REMASKING = ("low_confidence", "random")
+VERIFIERS = ("self", "base")
 
 _LIMITS = {
     "confidence_threshold": (0, math.inf),
@@ -67,6 +68,9 @@ class DecodingOptions:
         noise_tokens: What stands where nothing is written yet: 0 the mask; n, for the uniform
             kernel (D3PM, arXiv 2107.03006), tokens drawn anew in every forward from ids below n.
         causal_context: Whether finished blocks are read strictly causally, as they were trained.
+        verify_with: Write what autoregressive decoding would write, token for token, and denoise
+            only to draft it: `self` by the weights that draft, `base` by the model that was
+            converted, which a gated adapter leaves as it was; None: what is denoised is written.
 
     Raises:
         ValueError: If a value is out of its range or two do not go together.
@@ -95,6 +99,7 @@ class DecodingOptions:
     seeds: tuple[int, ...] = ()
     noise_tokens: int = 0
     causal_context: bool = False
+    verify_with: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_denoising_steps", "block_length"):
@@ -115,6 +120,10 @@ class DecodingOptions:
             raise ValueError(f"unmasking is {self.unmasking!r}, expected one of {list(ORDERS)}")
         if self.remasking not in (None, *REMASKING):
             raise ValueError(f"remasking is {self.remasking!r}, expected one of {list(REMASKING)}")
+        if self.verify_with not in (None, *VERIFIERS):
+            raise ValueError(
+                f"verify_with is {self.verify_with!r}, expected one of {list(VERIFIERS)}"
+            )
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if value is None and name not in ("remasking_ratio", "temperature", "guidance_scale"):
@@ -137,6 +146,15 @@ class DecodingOptions:
             raise ValueError("remasking and block_length do not go together: leave one out")
         if self.guided and self.noise_tokens:
             raise ValueError("guidance_scale needs a mask to hide the prompt; this model has none")
+        if self.verify_with and not self.causal_context:
+            raise ValueError(
+                "verify_with needs clean tokens that are read strictly causally, as "
+                "training.ar_loss_weight or a gated adapter trains them; this model's are not"
+            )
+        if self.verify_with and (self.guided or self.remasking):
+            raise ValueError(
+                "verify_with writes what the verifier says: leave guidance_scale and remasking out"
+            )
 
     @property
     def guided(self) -> bool:
@@ -160,6 +178,8 @@ class Decoded:
         prompt_order: The same for `prompts`; 0 where a token was given.
         forwards: Forward passes run, those that fill the cache included.
         tokens: New tokens written, summed over rows, the end-of-text token included.
+        close: Of lossless decoding: how many of them stood so near another token's logit that a
+            forward of a single token may have rounded otherwise, summed over rows.
     """
 
     rows: torch.Tensor
@@ -168,6 +188,7 @@ class Decoded:
     prompt_order: torch.Tensor
     forwards: int
     tokens: int
+    close: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ class DiffusionOutput(ModelOutput):
         tokens_per_forward: New tokens divided by forwards and rows.
         order: Where it was asked for: the forward, counted from 1, in which each token of
             `sequences` was committed; 0 at tokens that were given and at padding.
+        close: Of lossless decoding: tokens that stood so near another one's logit that a forward of
+            a single token may have rounded otherwise.
     """
 
     sequences: torch.Tensor | None = None
     forwards: int | None = None
     tokens_per_forward: float | None = None
     order: torch.Tensor | None = None
+    close: int | None = None
 
 
 def put_together(
@@ -49,4 +52,5 @@ def put_together(
         forwards=decoded.forwards,
         tokens_per_forward=per_row / max(decoded.forwards, 1),
         order=torch.cat([earlier, decoded.order], dim=1) if with_order else None,
+        close=decoded.close,
     )

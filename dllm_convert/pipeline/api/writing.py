@@ -88,6 +88,7 @@ def sample(
     max_new_tokens: int | None = None,
     chat: bool = False,
     infill: str | None = None,
+    lossless: bool = False,
     seed: int | None = None,
     watch: bool = False,
     record: str | Path | None = None,
@@ -102,6 +103,8 @@ def sample(
         max_new_tokens: Tokens to write; None is the checkpoint's default.
         chat: Put each prompt into the chat template, and write the reply.
         infill: Text that stands for a token to be written wherever it is in a prompt.
+        lossless: Write what autoregressive decoding would write, and denoise only to draft it: the
+            setting `verify_with`, by whichever verifier the checkpoint holds.
         seed: Seed for temperatures above 0.
         watch: Show the text on stderr while it is denoised.
         record: A .gif or .html file to write how the first text was denoised to.
@@ -119,7 +122,7 @@ def sample(
     """
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.checking import require_decoding, require_settings
+    from dllm_convert.sampling.checking import require_decoding, require_settings, verifier_of
     from dllm_convert.sampling.run import Display, run_sample
 
     if prompt is None or isinstance(prompt, str):
@@ -131,15 +134,17 @@ def sample(
     given = {name: value for name, value in decoding.items() if value is not None}
     if max_new_tokens is not None:
         given["max_new_tokens"] = max_new_tokens
-    how = {**given, "chat": chat, "mark": infill, "seed": seed}
+    how: dict[str, Any] = {"chat": chat, "mark": infill, "seed": seed}
     # What is watched is drawn by a reporter that draws.
     teller = reporter or Reporter(quiet=not watch)
     shown = Display(watch, _film(record))
     with quiet_libraries():
         if isinstance(checkpoint, str | Path):
             folder = _folder(checkpoint, teller)
+            if lossless:
+                given["verify_with"] = verifier_of(folder)
             require_decoding(folder, given)
-            samples = run_sample(folder, prompts, teller, shown, **how)
+            samples = run_sample(folder, prompts, teller, shown, **how, **given)
         else:
             from dllm_convert.sampling.run import sample_with
 
@@ -150,8 +155,10 @@ def sample(
                     f"sample takes a folder or a pair (model, tokenizer), not "
                     f"{type(checkpoint).__name__}"
                 ) from error
+            if lossless:
+                given["verify_with"] = verifier_of(model.config.to_dict())
             require_settings(model, given)
-            samples = sample_with(model, tokenizer, prompts, teller, shown, **how)
+            samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
     return samples[0] if prompt is None or isinstance(prompt, str) else list(samples)
 
 
