@@ -144,6 +144,14 @@ Assignments = Annotated[
 KeepAdapter = Annotated[
     bool, typer.Option("--keep-adapter", help="Write the LoRA adapter beside the merged weights.")
 ]
+KeepBase = Annotated[
+    bool,
+    typer.Option(
+        "--keep-base",
+        help="With --lora: leave the base as it is; the adapter acts on noisy tokens only, and lies "
+        "beside it.",
+    ),
+]
 SourceRevision = Annotated[
     str | None,
     typer.Option(

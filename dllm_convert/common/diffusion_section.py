@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.common.terms import Context, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Context, Kernel, Target
 
 FORMAT_VERSION = 1
 ATTENTION: Mapping[str, str] = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
@@ -31,6 +31,12 @@ class DiffusionSection:
         noise_kernel: What corrupts a token.
         discrete_steps: T of the bound in discrete time; None: continuous time.
         context: What a clean token of bd3lm sees of its own block.
+        acts_on: Which tokens the adapter acts on: `noisy` where the weights are the base's and an
+            adapter lies beside them; `all` where there is one set of weights.
+        adapter_rank: Rank of the adapter's matrices; this and the next two where it acts on noisy
+            tokens.
+        adapter_alpha: Their product is multiplied with alpha / rank.
+        adapter_targets: Names of the linear layers that have one.
     """
 
     objective: Target
@@ -42,6 +48,15 @@ class DiffusionSection:
     noise_kernel: Kernel = "absorbing"
     discrete_steps: int | None = None
     context: Context = "block"
+    acts_on: ActsOn = "all"
+    adapter_rank: int | None = None
+    adapter_alpha: int | None = None
+    adapter_targets: tuple[str, ...] = ()
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the weights are the base's, and an adapter acts on noisy tokens only."""
+        return self.acts_on == "noisy"
 
     @property
     def attention(self) -> str:
@@ -56,7 +71,8 @@ class DiffusionSection:
             section: As config.json has it. Of another origin it is checked first, by
                 `modeling.converted_config.read_section`.
         """
-        return cls(**{key: section[key] for key in cls.__dataclass_fields__ if key in section})
+        known = {key: section[key] for key in cls.__dataclass_fields__ if key in section}
+        return cls(**known | {"adapter_targets": tuple(known.get("adapter_targets", ()))})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section as config.json has it: what is at its default is left out."""
@@ -75,6 +91,13 @@ class DiffusionSection:
             section |= {"noise_kernel": self.noise_kernel, "discrete_steps": self.discrete_steps}
         if self.context == "causal":
             section["context"] = self.context
+        if self.is_gated:
+            section |= {
+                "acts_on": self.acts_on,
+                "adapter_rank": self.adapter_rank,
+                "adapter_alpha": self.adapter_alpha,
+                "adapter_targets": list(self.adapter_targets),
+            }
         return section
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from dllm_convert.modeling.published.choosing import forbid
+
 
 def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     # In place, if it is float32 already, and unseen by autograd: another copy of the logits or of
     # their gradient is as large as all of a small model. The gradient there is zero by itself.
     scores = logits.float()
     with torch.no_grad():
-        scores[:, mask_token_id] = -torch.inf
+        forbid(scores, mask_token_id)
     return scores
 
 
@@ -40,7 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
         pieces = (torch.split(part, size) for part in (logits, targets, total, nats))
         for rows, target, sums, out in zip(*pieces, strict=True):
             scores = rows.to(torch.float32, copy=True)
-            scores[:, mask_token_id] = -torch.inf
+            forbid(scores, mask_token_id)
             torch.logsumexp(scores, dim=-1, out=sums)
             torch.sub(sums, scores.gather(-1, target[:, None]).squeeze(-1), out=out)
         ctx.save_for_backward(logits, targets, total)
@@ -54,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         pieces = (part.split(size) for part in (logits, result, targets, total, gradients[0]))
         for rows, out, target, sums, gradient in zip(*pieces, strict=True):
             scores = rows.to(torch.float32, copy=True).sub_(sums[:, None]).exp_()
-            scores[:, ctx.mask_token_id] = 0
+            scores[:, ctx.mask_token_id : ctx.mask_token_id + 1] = 0
             scores.scatter_add_(-1, target[:, None], scores.new_full((len(target), 1), -1.0))
             out.copy_(scores.mul_(gradient[:, None]))
         return result, None, None
@@ -155,7 +157,7 @@ def _to_gradients(
         rows = slice(first, first + size)
         target = targets[rows, None]
         scores = logits[rows].float()
-        scores[:, mask_token_id] = -torch.inf
+        forbid(scores, mask_token_id)
         sums = torch.logsumexp(scores, dim=-1)
         nats[rows] = sums - scores.gather(-1, target).squeeze(-1)
         # d nats / d logits is the softmax, less one at the target; 0 at the mask.

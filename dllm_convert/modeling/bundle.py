@@ -19,6 +19,7 @@ MODELING_FILE = "modeling_dllm.py"
 CODE_FILES = {
     MODELING_FILE: (
         "modeling.py",
+        "gated.py",
         "masks.py",
         "inputs.py",
         "limits.py",

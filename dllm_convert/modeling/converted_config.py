@@ -73,12 +73,13 @@ def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:
     adapter = adapter_of(config)
     check_numbers(config, adapter, 0)
     section, rows = read_section(config), config.get("vocab_size")
-    mask, size = section.mask_token_id, section.block_size
+    mask, size, gated = section.mask_token_id, section.block_size, section.is_gated
     given = config.get("max_position_embeddings")
     context = given if isinstance(given, int) and is_size(given) else LARGEST
     _check(
         ("vocab_size", rows, is_size(rows), "a whole number of at least 1"),
-        ("diffusion.mask_token_id", mask, is_size(rows) and mask < int(rows or 0),
+        # The mask of a gated model is a vector of its own and needs no row.
+        ("diffusion.mask_token_id", mask, is_size(rows) and (gated or mask < int(rows or 0)),
          f"an id below the {rows} rows of the embedding"),
         ("mask_token_id", config.get("mask_token_id"), _same(config.get("mask_token_id"), mask),
          f"{shown(mask)} as in diffusion"),
@@ -87,7 +88,9 @@ def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:
          f"a whole number from 1 to the context of {context}"),
         ("block_size", config.get("block_size"), _same(config.get("block_size"), size),
          f"{shown(size)} as in diffusion"),
-        ("is_causal", config.get("is_causal"), config.get("is_causal") is False, "false"),
+        # Without our class a gated model is its base.
+        ("is_causal", config.get("is_causal"), (config.get("is_causal") is False) is not gated,
+         "true, or nothing" if gated else "false"),
     )  # fmt: skip
     return adapter
 
@@ -116,6 +119,8 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         ("diffusion.discrete_steps", steps, steps is None or is_size(steps), "a whole number"),
         ("diffusion.noise_power", power, is_number(power) and power > 0, "a number above 0"),
     )  # fmt: skip
+    if section.get("acts_on", "all") != "all":
+        _check_gated(section)
     for key, allowed, may_lack in (
         ("attention", (ATTENTION[str(objective)],), False),
         # A checkpoint of somebody else need not say its noise: MDLM's own is linear, of masks.
@@ -127,6 +132,23 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         sound = may_lack if absent else value in allowed
         _check((f"diffusion.{key}", value, sound, " or ".join(allowed)))
     return DiffusionSection.of(section)
+
+
+def _check_gated(section: Mapping[str, Any]) -> None:
+    rank, alpha = section.get("adapter_rank"), section.get("adapter_alpha")
+    targets, context = section.get("adapter_targets"), section.get("context")
+    named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    _check(
+        ("diffusion.acts_on", section["acts_on"], section["acts_on"] == "noisy", "all or noisy"),
+        ("diffusion.objective", section.get("objective"), section.get("objective") == "bd3lm",
+         "bd3lm: mdlm has no clean tokens for the base"),
+        ("diffusion.context", context, context == "causal", "causal, as the base reads"),
+        ("diffusion.token_shift", section.get("token_shift"), section.get("token_shift") is True,
+         "true, as the base predicts"),
+        ("diffusion.adapter_rank", rank, is_size(rank), "a whole number of at least 1"),
+        ("diffusion.adapter_alpha", alpha, is_size(alpha), "a whole number of at least 1"),
+        ("diffusion.adapter_targets", targets, named and bool(targets), "names of linear layers"),
+    )  # fmt: skip
 
 
 def _check(*fields: tuple[str, Any, bool, str]) -> None:

@@ -245,5 +245,8 @@ def load_checkpoint(
     refuse_other_version(folder)
     where, held = device_and_dtype(device, dtype)
     model = load_model(folder, adapter, device=where, dtype=getattr(torch, held))
-    tokenizer = load_tokenizer(folder, int(model.config.vocab_size))
+    rows = int(model.config.vocab_size)
+    # The mask of a gated model needs no row.
+    known = max(rows, int(model.config.mask_token_id) + 1) if model.is_gated else rows
+    tokenizer = load_tokenizer(folder, known)
     return Checkpoint(model=model, tokenizer=tokenizer, config=config, adapter=adapter)

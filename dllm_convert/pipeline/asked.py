@@ -38,6 +38,7 @@ class ConversionRequest(TypedDict, total=False):
         full: Train all weights.
         train: False converts without training.
         keep_adapter: Write the LoRA adapter beside the merged weights.
+        keep_base: Leave the base as it is: LoRA acts on noisy tokens only and lies beside it.
         revision: Branch, tag or commit of a source on the Hub.
         allow_pickle: Read pickled weights, without running code in them.
         allow_generic: Convert a family that has no adapter, if it passes what is measured.
@@ -58,6 +59,7 @@ class ConversionRequest(TypedDict, total=False):
     full: bool
     train: bool
     keep_adapter: bool
+    keep_base: bool
     revision: str | None
     allow_pickle: bool
     allow_generic: bool
@@ -123,6 +125,7 @@ def _fields(asked: ConversionRequest) -> dict[str, Any]:
         "training.method": method(lora, full=full, no_train=not train),
         "training.lora.rank": lora,
         "training.keep_adapter": asked.get("keep_adapter") or None,
+        "training.lora.acts_on": "noisy" if asked.get("keep_base") else None,
         "training.report_to": None if logged is None else list(logged),
         "revision": asked.get("revision"),
         "allow_generic": asked.get("allow_generic") or None,

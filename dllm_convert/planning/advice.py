@@ -42,7 +42,7 @@ def _learning_rate(recipe: Recipe) -> str | None:
 
 def _lora(recipe: Recipe) -> str | None:
     lora = recipe.training.lora
-    if recipe.training.method != "lora":
+    if recipe.training.method != "lora" or recipe.training.keeps_base:
         return None
     if lora.embeddings == "mask_row" or not lora.norms:
         return (

@@ -23,6 +23,7 @@ from dllm_convert.planning.config_code import (
     code_warnings,
 )
 from dllm_convert.planning.environment import check_converted, check_transformers
+from dllm_convert.planning.gated import check_kept_base, kept_attention, without_row
 from dllm_convert.planning.ids import check_token_ids
 from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
@@ -105,7 +106,16 @@ def _keeps_shift(recipe: Recipe, adapter: Adapter) -> bool:
 def _diffusion_section(
     recipe: Recipe, adapter: Adapter, mask: MaskTokenDecision
 ) -> DiffusionSection:
-    noise = recipe.noise
+    noise, training = recipe.noise, recipe.training
+    lora = training.lora
+    adapter_facts: dict[str, Any] = {}
+    if training.keeps_base:
+        adapter_facts = {
+            "acts_on": lora.acts_on,
+            "adapter_rank": lora.rank,
+            "adapter_alpha": lora.alpha or 2 * lora.rank,
+            "adapter_targets": adapter.lora_targets,
+        }
     return DiffusionSection(
         objective=recipe.target,
         block_size=recipe.block_size,
@@ -115,7 +125,8 @@ def _diffusion_section(
         noise_power=noise.power,
         noise_kernel=noise.kernel,
         discrete_steps=noise.discrete_steps,
-        context="causal" if recipe.training.ar_loss_weight else "block",
+        context="causal" if training.ar_loss_weight or training.keeps_base else "block",
+        **adapter_facts,
     )
 
 
@@ -127,6 +138,15 @@ def _config_updates(
     opened: Mapping[str, Any],
     stored: Mapping[str, Any],
 ) -> dict[str, Any]:
+    if recipe.training.keeps_base:
+        # To everybody who does not load our class the folder is the base.
+        return {
+            **stored,
+            "auto_map": auto_map(adapter),
+            "mask_token_id": mask.id,
+            "diffusion": _diffusion_section(recipe, adapter, mask).as_dict(),
+            "block_size": recipe.block_size,
+        }
     updates: dict[str, Any] = {
         **stored,
         "architectures": [adapter.diffusion_class],
@@ -178,13 +198,17 @@ def make_plan(
     tokenizer = check_tokenizer(source)
     fit, source, files = fit_source(source, adapter)
     mask = decide_mask_token(recipe, source, adapter)
+    kept = recipe.training.keeps_base
+    if kept:
+        check_kept_base(source, adapter)
+        mask = without_row(mask)
     check_padding(source.config, mask.rows_after)
     check_token_ids(source, mask.rows_after)
     shift = _keeps_shift(recipe, adapter)
     converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)
     check_context(recipe, context, source.config)
-    attention = open_attention(recipe, source, adapter)
+    attention = (kept_attention if kept else open_attention)(recipe, source, adapter)
     changed = fit.vocabulary if mask.write_row or mask.rows_after != mask.rows_before else ()
     known = (converted, side_file_warning(source), *code_warnings(source, adapter), *fit.warnings)
     return ConversionPlan(

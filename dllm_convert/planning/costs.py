@@ -81,6 +81,8 @@ def trainable_parameters(shape: ModelShape, training: Training) -> int:
     if training.method == "full":
         return shape.parameters
     lora = training.lora
+    if training.keeps_base:
+        return lora_parameters(shape, training) + shape.hidden
     trained = lora_parameters(shape, training) + (shape.norms if lora.norms else 0)
     if lora.embeddings == "mask_row":
         return trained + shape.hidden
@@ -109,8 +111,12 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float
     layers = matrices * (2 if lora else 3) + attention * 3
     if lora:
         layers += 3 * 2.0 * lora_parameters(shape, training) * run.tokens
-    head_trained = not lora or training.lora.embeddings == "full"
+    head_trained = not lora or (training.lora.embeddings == "full" and not training.keeps_base)
     total = layers + head * (3 if head_trained else 2)
+    if training.keeps_base:
+        # The clean stream runs forward once; of it no gradient is asked for.
+        read = 4.0 * shape.layers * shape.queries * run.read_pairs
+        total += 2.0 * shape.matrices * run.read + read
     if training.gradient_checkpointing == "full":
         total += matrices + attention
     return total / run.clean
@@ -165,6 +171,8 @@ def activation_bytes(
         how = "selective"
     # What is computed again lives together with its gradients.
     tokens = (held[how] + 2 * again[how]) * run.tokens
+    # Keys and values of a clean stream that runs beforehand; at most as wide as the queries.
+    tokens += 2 * compute * shape.queries * shape.layers * run.read
     mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
     cast_weights = copies * compute if cast and how != "full" else 0.0
     return round(tokens + mask + cast_weights)
@@ -212,7 +220,8 @@ def peak_memory(
     compute = _BF16 if bf16 else _FLOAT32
     lora = training.method == "lora"
     # What is trained is float32, and so is what it adds to: the embeddings, if they are.
-    residual = frozen if lora and training.lora.embeddings != "full" else _FLOAT32
+    whole = training.lora.embeddings == "full" and not training.keeps_base
+    residual = frozen if lora and not whole else _FLOAT32
     weights = _weight_bytes(shape, training, trained, frozen=frozen)
     gradients, moments = _FLOAT32 * trained, _moment_bytes(shape, training, trained)
     activations = activation_bytes(
@@ -244,7 +253,8 @@ def peak_memory(
 def _moment_bytes(shape: ModelShape, training: Training, trained: int) -> int:
     """Bytes of the optimizer's moments; transformers keeps those of embeddings in float32."""
     full, chosen = _MOMENTS["adamw"], _MOMENTS[training.optimizer]
-    whole = training.method == "full" or training.lora.embeddings == "full"
+    trains = training.lora.embeddings == "full" and not training.keeps_base
+    whole = training.method == "full" or trains
     embedding = shape.embedding if whole and chosen < full else 0
     return full * embedding + chosen * (trained - embedding)
 
@@ -263,7 +273,7 @@ def _vocabulary_gradients(shape: ModelShape, training: Training, compute: int) -
     matrix in that; of a tied matrix the embedding's is added to it at the end.
     """
     copy = compute if compute < _FLOAT32 else 0
-    if training.method == "lora" and training.lora.embeddings != "full":
+    if training.keeps_base or (training.method == "lora" and training.lora.embeddings != "full"):
         return copy * shape.vocabulary_matrix
     copies = _FLOAT32 + copy + (_FLOAT32 if shape.tied else 0)
     return copies * shape.vocabulary_matrix

@@ -103,17 +103,24 @@ def _conversion(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _mask(mask: Mapping[str, Any]) -> list[str]:
+def _keeps_base(plan: Mapping[str, Any]) -> bool:
+    training = plan["training"]
+    return bool(training["method"] == "lora" and training["lora"]["acts_on"] == "noisy")
+
+
+def _mask(plan: Mapping[str, Any]) -> list[str]:
+    mask = plan["mask"]
+    named = f"{mask['token']}, id {mask['id']}, by the rule {mask['rule']}"
+    if _keeps_base(plan):
+        vector = "a vector beside the base stands for it; the embedding stays as it is"
+        return [named, *_wrapped([mask["reason"], vector])]
     row = (
         f"its row becomes the mean of the {mask['used_rows']:,} used ones"
         if mask["write_row"]
         else "its row stays as it was trained"
     )
     kept = "" if mask["rows_after"] != mask["rows_before"] else "; the embedding keeps its rows"
-    return [
-        f"{mask['token']}, id {mask['id']}, by the rule {mask['rule']}",
-        *_wrapped([mask["reason"], row + kept]),
-    ]
+    return [named, *_wrapped([mask["reason"], row + kept])]
 
 
 def _attention(plan: Mapping[str, Any]) -> list[Block]:
@@ -154,6 +161,11 @@ def _writes(plan: Mapping[str, Any]) -> list[str]:
         for kind, count in kinds.items()
     ]
     total, unchanged = writes["weights_bytes"], writes["unchanged_bytes"]
+    if _keeps_base(plan):
+        return [
+            f"{bytes_text(total)} of weights, equal to the source's; training writes adapter/",
+            *dropped,
+        ]
     return [
         f"{bytes_text(total)} of weights, {bytes_text(unchanged)} of them equal to the source's"
         " until training",
@@ -166,11 +178,12 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
     estimate, training = plan["estimate"], plan["training"]
     if training["method"] == "none":
         return ["none"]
+    acts_on = " on noisy tokens, the base is kept" if _keeps_base(plan) else ""
     own = training["lora"]["learning_rate"] if training["method"] == "lora" else None
     rate = f"rate {own or training['learning_rate']:g}"
     steps = f"{training['steps']:,} steps, {plan['training_tokens']:,} tokens"
     limit = f", at most {training['max_minutes']:g} minutes" if training["max_minutes"] else ""
-    lines = [f"{training['method']}, {rate}, {steps}{limit}, data {plan['data']['source']}"]
+    lines = [f"{training['method']}{acts_on}, {rate}, {steps}{limit}, data {plan['data']['source']}"]
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]
     flops = estimate["flops_per_token"]
@@ -302,7 +315,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
         plan["source"]["given"],
         *(f"  {line}" for line in _source(plan["source"])),
         *_section("Becomes", _conversion(plan)),
-        *_section("Mask token", _mask(plan["mask"])),
+        *_section("Mask token", _mask(plan)),
         *_section("Attention", _attention(plan)),
         *_section("Measured in small", probe_blocks(plan.get("probe"))),
         *_section("Weights", _writes(plan)),

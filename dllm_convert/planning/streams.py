@@ -18,6 +18,8 @@ class Streams:
         clean: Clean tokens that the batch stands for.
         scored: Positions that logits are computed at.
         pairs: Pairs of query and key that attention looks at, over all rows.
+        read: Clean tokens that run beforehand, without a gradient, where the base is kept.
+        read_pairs: Pairs that attention looks at there.
     """
 
     rows: int
@@ -25,6 +27,8 @@ class Streams:
     clean: int
     scored: float
     pairs: float
+    read: int = 0
+    read_pairs: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -54,7 +58,8 @@ def streams(recipe: Recipe, *, sparse: bool) -> Streams:
     """Count what one forward runs, for text that fills its rows with whole documents.
 
     Block diffusion runs K noisy views and one clean stream without its last block, which nobody
-    looks at: (K + 1) L - b tokens a row. The views of masked diffusion are rows of their own.
+    looks at: (K + 1) L - b tokens a row. The views of masked diffusion are rows of their own. Where
+    the base is kept, its clean stream runs beforehand, and the K views alone are what is trained.
 
     Args:
         recipe: The resolved recipe.
@@ -77,6 +82,13 @@ def streams(recipe: Recipe, *, sparse: bool) -> Streams:
         rows = batch * views
         return Streams(rows, length, clean, scored, rows * length**2)
     block = recipe.block_size or 1
+    if recipe.training.keeps_base:
+        # A block's first token is the base's to predict.
+        scored *= 1 - 1 / block
+        width, seen = views * length, (length + block) / 2
+        pairs = width * seen if sparse else width * (width + length)
+        read_pairs = length**2 / 2 if sparse else length**2
+        return Streams(batch, width, clean, scored, batch * pairs, clean, batch * read_pairs)
     ar_loss = recipe.training.ar_loss_weight > 0
     width = (views + 1) * length - (0 if ar_loss else block)
     scored += clean if ar_loss else 0

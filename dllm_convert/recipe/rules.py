@@ -47,6 +47,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _lengths(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
+    yield from _kept_base(recipe)
 
 
 def _lengths(recipe: Recipe) -> Iterator[Contradiction]:
@@ -114,6 +115,43 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "--to bd3lm, or leave training.ar_loss_weight out",
             ("training.ar_loss_weight", "target"),
         )
+
+
+def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
+    """What an adapter that acts on noisy tokens only (`--keep-base`) rules out."""
+    if not recipe.training.keeps_base:
+        return
+    field, training = "training.lora.acts_on", recipe.training
+    out = f"--set {field}=all trains an adapter that is merged into the weights"
+    guidance = recipe.generation.guidance_scale
+    rules = (
+        ("target", recipe.target == "mdlm",
+         "the base reads clean tokens, and mdlm has none", "--to bd3lm --block 32"),
+        ("token_shift", recipe.token_shift == "drop",
+         "the base predicts the next token, so the token shift is kept",
+         "--set token_shift=keep"),
+        ("noise.kernel", recipe.noise.kernel == "uniform",
+         "a vector of its own stands for the mask, and the uniform kernel has none",
+         "--set noise.kernel=absorbing"),
+        ("training.ar_loss_weight", training.ar_loss_weight > 0,
+         "a next-token loss trains what reads clean tokens, and that is the base, which stays",
+         "Leave training.ar_loss_weight out"),
+        ("training.attention_annealing_steps", training.attention_annealing_steps > 0,
+         "only noisy tokens of one block see ahead, and nothing is opened step by step",
+         "Leave training.attention_annealing_steps out"),
+        ("training.lora.dropout", training.lora.dropout > 0,
+         "the gated adapter has no dropout", "Leave training.lora.dropout out"),
+        ("generation.guidance_scale", guidance not in (None, 1),
+         "guidance hides the prompt behind masks, and the base, which reads it, knows no mask",
+         "Leave generation.guidance_scale out"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{field}=noisy (--keep-base) does not go with {name}: {why}",
+                f"{hint}; or {out}",
+                (field, name),
+            )
 
 
 def _generation(recipe: Recipe) -> Iterator[Contradiction]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
-from dllm_convert.common.terms import Kernel, Target
+from dllm_convert.common.terms import ActsOn, Kernel, Target
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
 from dllm_convert.recipe.rules import UnsoundError, contradictions
 
@@ -133,6 +133,11 @@ class Lora(_Section):
         "none",
         description="nf4: frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes",
     )
+    acts_on: ActsOn = Field(
+        "all",
+        description="noisy: the base stays as it is and reads clean tokens, the adapter and a mask "
+        "vector act on noisy ones and lie beside it (bd3lm); all: merged into the weights",
+    )
 
 
 class Training(_Section):
@@ -205,6 +210,11 @@ class Training(_Section):
     )
     lora: Lora = Lora()
     keep_adapter: bool = Field(False, description="also write the LoRA adapter to adapter/")
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base stays as it is beside an adapter that acts on noisy tokens only."""
+        return self.method == "lora" and self.lora.acts_on == "noisy"
 
     @property
     def sequences_per_step(self) -> int:

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 _SOURCE = "source"
 _OF_A_MODEL = tuple(f"training.{n}" for n in ("method", "seed", "precision", "attention"))
 """What of a training counts where nothing is trained: how the model runs when it is measured."""
+_OF_A_MERGED_ADAPTER = (
+    *(f"training.lora.{n}" for n in ("embeddings", "norms")),
+    "training.keep_adapter",
+)
+"""What is said of an adapter that ends in the weights."""
 _OF_DATASETS = ("data.subset", "data.split", "data.revision", "data.held_out_split")
 
 
@@ -86,6 +91,8 @@ def _idle_training(field: str, training: Training) -> str | None:
     of_lora = field.startswith("training.lora.") or field == "training.keep_adapter"
     if of_lora and training.method != "lora":
         return f"the training method is {training.method}; add `lora={training.lora.rank}`"
+    if training.keeps_base and field in _OF_A_MERGED_ADAPTER:
+        return "the base stays as it is (`keep_base`), and the adapter lies beside it anyway"
     if training.method == "none" and field not in _OF_A_MODEL:
         return "nothing is trained (`train=False`, or training.method none)"
     if field == "training.mask_noise_std" and not training.mask_noise_steps:

@@ -221,6 +221,10 @@ def adapt(
         made = weights.write(
             reporter, lambda: _write_others(plan, source_dir, out, weights.fit, light=light)
         )
+        if plan.recipe.training.keeps_base:
+            from dllm_convert.weights.gated import write_untrained_adapter
+
+            write_untrained_adapter(plan, out)
     names = {file.name for file in made}
     others = [name for name in matching(file_names(source_dir), SMALL_FILES) if name not in names]
     if SINGLE_FILE not in names:

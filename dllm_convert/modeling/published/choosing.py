@@ -154,6 +154,11 @@ def _rate(
     return confidence, entropy, margin
 
 
+def forbid(logits: torch.Tensor, token: int) -> None:
+    """Have a token never be written: its logits (n, vocab) are overwritten, if it has any."""
+    logits[:, token : token + 1] = -torch.inf
+
+
 def rate_tokens(
     logits: torch.Tensor,
     counts: list[int],
@@ -172,7 +177,7 @@ def rate_tokens(
     `logits` (n, vocab) are row after row, `counts` of each row; the mask's are overwritten.
     """
     # What is written is never the mask, however likely the model finds it.
-    logits[:, options.mask_token_id] = -torch.inf
+    forbid(logits, options.mask_token_id)
     token = None  # the likeliest, which only the positions that are committed are asked for
     if options.temperature:
         empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)

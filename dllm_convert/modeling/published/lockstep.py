@@ -99,7 +99,8 @@ class QueuedBlocks(QueuedDecoder):
         self.cache.frozen = True
         self.keys = torch.arange(self.room, device=self.device)
         # Other implementations would build a mask of their own where none is given.
-        self.may_be_bare = self.model.config._attn_implementation == "sdpa"
+        self.gated = self.model.is_gated
+        self.may_be_bare = self.model.config._attn_implementation == "sdpa" and not self.gated
         self.behind = torch.zeros_like(self.columns)  # the columns of the block before
         self.written = torch.zeros_like(self.block)  # and its tokens
         self.line = self._line()
@@ -207,6 +208,9 @@ class QueuedBlocks(QueuedDecoder):
     def _forward(self, name: str, tokens: torch.Tensor, columns: torch.Tensor) -> Any:
         mask, both = self.masks.get(name), self.doubled(columns)
         self.cache.put((self.line, both), self.visible)
+        noisy = {}
+        if self.gated and name == "open":
+            noisy = {"noisy": torch.ones_like(both, dtype=torch.bool)}
         return self.model(
             tokens,
             attention_mask=mask,
@@ -214,6 +218,7 @@ class QueuedBlocks(QueuedDecoder):
             past_key_values=self.cache,
             use_cache=True,
             sees_all=mask is None,
+            **noisy,
         ).logits
 
     def _run_open(self) -> None:

@@ -25,11 +25,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .decoding import decode_blocks, decode_canvas
+from .gated import gated_mask, is_gated, load_adapter
 from .inputs import given_prompts, left_open
 from .limits import check_context
 from .lockstep import decode_queued, is_queued
 from .lossless import check_lossless, decode_lossless
-from .masks import block_causal_mask
+from .masks import block_causal_mask, see_self
 from .options import Observer
 from .output import DiffusionOutput, put_together
 from .rope import own_lengths
@@ -59,21 +60,39 @@ class DiffusionMixin:
     """Opened attention, logits where they are needed, and decoding by denoising.
 
     What the checkpoint is stands in the config: `is_causal: false`, `mask_token_id`, `block_size`
-    (BD3LM only) and the `diffusion` section.
+    (BD3LM only) and the `diffusion` section. Where that says `acts_on: noisy` the model is gated:
+    causal, the base itself, but for tokens that `forward` is told are noisy.
 
     Attributes:
         record_graphs: Whether decoding on a CUDA device may record its steps as graphs.
         graph_replays: How many steps of the last decoding were replayed from a graph.
+        gate: Of a gated model, what tells its layers which tokens are noisy.
     """
 
     record_graphs = True
     graph_replays = 0
+    gate: Any = None
     _head = "lm_head"
     _goes_without_mask = True
 
     @property
     def _first_position(self) -> int:
         return 0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an adapter acts on noisy tokens only, and clean ones are the base's."""
+        return is_gated(self.config)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **settings: Any) -> Any:
+        """Load a checkpoint, and of a gated one the adapter that lies in it."""
+        stock: Any = super()
+        loaded = stock.from_pretrained(source, *args, **settings)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.is_gated:
+            load_adapter(model, source, settings)
+        return loaded
 
     def forward(
         self,
@@ -87,6 +106,7 @@ class DiffusionMixin:
         logits_to_keep: int | torch.Tensor = 0,
         logits_at: torch.LongTensor | None = None,
         sees_all: bool = False,
+        noisy: torch.BoolTensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model with the attention its config claims.
@@ -106,16 +126,21 @@ class DiffusionMixin:
                 (n, vocab). The loss needs masked positions only; the rest is most of the memory.
             sees_all: Every query sees every key, those in the cache included, and no mask is built:
                 one block behind clean ones.
+            noisy: Of a gated model: where the adapter acts, and the mask vector stands for the
+                mask, shape (batch, length); without a 4-D mask such tokens see their block. None is
+                nowhere: the base, bit for bit.
             **kwargs: Passed to the base model.
 
         Returns:
             Logits, shape (batch, length, vocab), and the cache.
 
         Raises:
-            ValueError: If `labels` is given.
+            ValueError: If `labels` is given, or `noisy` where there is no gate.
         """
         if labels is not None:
             raise ValueError("this model takes no labels: its loss needs noise (dllm_convert)")
+        if noisy is not None and self.gate is None:
+            raise ValueError("noisy is for a gated model that was loaded with its adapter")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("give input_ids or inputs_embeds")
@@ -125,7 +150,7 @@ class DiffusionMixin:
         if sees_all and self._goes_without_mask and position_ids is not None:
             positions = position_ids
         else:
-            mask, positions = self._open(tokens, attention_mask, position_ids, cached)
+            mask, positions = self._open(tokens, attention_mask, position_ids, cached, noisy)
         arguments = {name: value for name, value in kwargs.items() if name != "return_dict"} | {
             "input_ids": input_ids,
             "attention_mask": mask,
@@ -134,8 +159,11 @@ class DiffusionMixin:
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        with own_lengths(self, positions):
-            return self._run_model(arguments, logits_to_keep, logits_at)
+        if self.gate is None:
+            with own_lengths(self, positions):
+                return self._run_model(arguments, logits_to_keep, logits_at)
+        with own_lengths(self, positions), self.gate.at(input_ids, noisy) as ids:
+            return self._run_model({**arguments, "input_ids": ids}, logits_to_keep, logits_at)
 
     def _run_model(
         self, arguments: dict[str, Any], keep: int | torch.Tensor, at: torch.Tensor | None
@@ -157,6 +185,7 @@ class DiffusionMixin:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cached: int,
+        noisy: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor]:
         """Return the mask as the attention implementation takes it, and positions."""
         batch, length = tokens.shape[:2]
@@ -172,10 +201,15 @@ class DiffusionMixin:
             every = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = every[:, -length:] if position_ids is None else position_ids.expand(batch, -1)
         block_size = getattr(self.config, "block_size", None)
-        if not block_size:
+        if not block_size or (self.is_gated and noisy is None):
             return attention_mask, positions
-        valid = torch.ones_like(every) if attention_mask is None else attention_mask
-        mask = block_causal_mask(every, valid.bool(), block_size, length)
+        valid = (torch.ones_like(every) if attention_mask is None else attention_mask).bool()
+        if noisy is None:
+            mask = block_causal_mask(every, valid, block_size, length)
+        else:
+            # What is cached is clean.
+            among = torch.cat([noisy.new_zeros(batch, every.shape[1] - length), noisy], dim=1)
+            mask = see_self(gated_mask(every, valid, among, block_size, length))
         return self._in_form(mask), positions
 
     def _in_form(self, mask: Any) -> Any:

@@ -97,10 +97,12 @@ class QueuedDecoder:
         self.numbers = sent(numbers, self.device)  # (steps, rows): quotas, or steps left
         self.taken = list(accumulate(map(len, self.steps), initial=0))  # before each region
         self.keeps = list(range(len(lengths)))
+        rows = int(model.config.vocab_size)
         forbidden = [self.options.mask_token_id, *self.options.suppress_tokens]
-        self.forbidden = sent(forbidden, self.device)
+        # The mask of a gated model may have no logit.
+        self.forbidden = sent([token for token in forbidden if token < rows], self.device)
         # The same as what is added to logits, (vocab,), so that one kernel copies and forbids.
-        self.penalty = torch.zeros(int(model.config.vocab_size), device=self.device)
+        self.penalty = torch.zeros(rows, device=self.device)
         self.penalty.index_fill_(0, self.forbidden, -torch.inf)
         self.warpers = make_warpers(self.options)
         self.draws = Draws(self.options, self.device)

@@ -71,8 +71,10 @@ class BlockReader:
         self.cache.frozen = True
         # With token shift: logits of each row's next first token, (rows, vocab).
         self.previous: torch.Tensor | None = None
-        # Other implementations would build a mask of their own where none is given.
-        self.may_be_bare = model.config._attn_implementation == "sdpa"
+        # Other implementations would build a mask of their own where none is given, and so would
+        # the base that a gated model is.
+        self.gated = model.is_gated
+        self.may_be_bare = model.config._attn_implementation == "sdpa" and not self.gated
 
     def columns(self) -> torch.Tensor:
         """Columns of the block each active row is at, shape (rows, block)."""
@@ -113,7 +115,7 @@ class BlockReader:
         row, place = masked.nonzero(as_tuple=True)  # each (n,), row after row
         at = row * self.size + place  # flat, in (rows * block)
         if not self.options.token_shift:
-            logits = self._run(columns, self._mask(clean), at)
+            logits = self._run(columns, self._mask(clean), at, clean)
             self._go_on(clean)
             return logits
         # Shifted, a place predicts the next one. A block's first token is predicted by the last
@@ -122,7 +124,7 @@ class BlockReader:
         # Two things of one forward: at each mask the place before it (at a block's first its own,
         # only to keep the count), and behind them the last place of each clean block, for later.
         wanted = torch.cat([at - (~begins).long(), (ending + 1) * self.size - 1])
-        logits = self._run(columns, self._mask(clean), wanted)
+        logits = self._run(columns, self._mask(clean), wanted, clean)
         if self.previous is None:
             self.previous = logits.new_zeros(len(_doubled(clean, self.options)), logits.shape[-1])
         # With guidance logits come twice, (2 * n, vocab): with the prompt, then without.
@@ -218,10 +220,15 @@ class BlockReader:
         columns: torch.Tensor,
         mask: torch.Tensor | None,
         at: torch.Tensor,
+        clean: torch.Tensor | None = None,
         *,
         is_prompt: bool = False,
     ) -> torch.Tensor:
         self.cache.place(_doubled(columns, self.options))
+        noisy = {}
+        if self.gated and clean is not None:
+            # All of an open block, (rows, block): what is written in it was noisy in training, too.
+            noisy = {"noisy": (~clean)[:, None].expand(-1, self.size)}
         return _forward(
             self.model,
             self.canvas,
@@ -234,6 +241,7 @@ class BlockReader:
             past_key_values=self.cache,
             use_cache=True,
             sees_all=mask is None and not is_prompt,
+            **noisy,
         )
 
 

@@ -168,7 +168,7 @@ def decoding_options(
     settings["suppress_tokens"] = never
     may_be_none = {"max_denoising_steps", "confidence_threshold"}
     facts = config.diffusion
-    return DecodingOptions(
+    options = DecodingOptions(
         **{
             name: settings[name]
             for name in _SETTINGS - {"do_sample", "eos_token_id", "max_length"}
@@ -182,6 +182,12 @@ def decoding_options(
         eos_token_ids=ends,
         seeds=_seeds(seed, rows),
     )
+    if options.guided and facts.get("acts_on") == "noisy":
+        raise ValueError(
+            "guidance_scale hides the prompt behind masks, and what reads the prompt here is the "
+            "base, which knows no mask"
+        )
+    return options
 
 
 def _seeds(seed: int | list[int] | None, rows: int) -> tuple[int, ...]:

@@ -1,0 +1,245 @@
+"""A gate: low-rank layers and a mask vector that act on noisy tokens; clean ones pass the base.
+
+LoRA (arXiv 2106.09685) that is multiplied in where a token is noisy and nowhere else (I-DLM, arXiv
+2604.11035; FLUID, 2605.27387): the base stays what it is, and is what a clean token is computed by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import load_state_dict
+from transformers.utils.hub import cached_file
+
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter lies. Not beside the weights: there transformers would look for an adapter of
+PEFT, and whoever loads the base alone would get it with one on."""
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's tensors."""
+_PARTS = ("lora_A.weight", "lora_B.weight", "mask_vector")
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
+
+
+def is_gated(config: Any) -> bool:
+    """Whether a model's adapter acts on noisy tokens only, as its config says."""
+    section = getattr(config, "diffusion", None) or {}
+    return section.get("acts_on", "all") == "noisy"
+
+
+def gated_mask(
+    positions: torch.Tensor, valid: torch.Tensor, noisy: torch.Tensor, block_size: int, queries: int
+) -> torch.Tensor:
+    """Causal, but for the noisy tokens of one block, which see each other.
+
+    Args:
+        positions: Position of each key in its text, counted from 0, shape (batch, keys), int.
+        valid: False at padding, shape (batch, keys), bool.
+        noisy: Where a token is noisy, shape (batch, keys), bool.
+        block_size: Tokens per block.
+        queries: The last `queries` keys are also the queries.
+
+    Returns:
+        Which queries see which keys, themselves included, shape (batch, queries, keys), bool. No
+        clean query sees a noisy key.
+    """
+    block = positions // block_size
+    own, theirs = positions[:, -queries:, None], positions[:, None, :]
+    together = block[:, -queries:, None] == block[:, None, :]
+    among = noisy[:, -queries:, None] & noisy[:, None, :] & together
+    before = (theirs <= own) & ~noisy[:, None, :]
+    return (among | before) & valid[:, None, :]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the layers are told of a forward.
+
+    Attributes:
+        noisy: Where the adapter acts, shape (batch, length, 1), bool; None for nowhere.
+        everywhere: Whether that is everywhere.
+        masked: Where the mask vector stands, shape (batch, length, 1), bool; None for nowhere.
+    """
+
+    noisy: torch.Tensor | None = None
+    everywhere: bool = False
+    masked: torch.Tensor | None = None
+
+
+class Gate:
+    """Which tokens of the forward that is running are noisy.
+
+    Args:
+        mask_token_id: The mask.
+        rows: Rows of the base's embedding, which need not have one for the mask.
+    """
+
+    def __init__(self, mask_token_id: int, rows: int) -> None:
+        self.mask_token_id, self.rows = mask_token_id, rows
+        self.seen = _Seen()
+
+    @contextmanager
+    def at(
+        self, tokens: torch.Tensor | None, noisy: torch.Tensor | None
+    ) -> Iterator[torch.Tensor | None]:
+        """Tell the layers of a forward while the block runs.
+
+        Args:
+            tokens: Token ids, shape (batch, length); None if embeddings are given.
+            noisy: Where tokens are noisy, of the same shape, bool; None for nowhere.
+
+        Yields:
+            Ids that all have a row, shape (batch, length).
+        """
+        seen = _Seen()
+        if noisy is not None:
+            # Looking on a device would have the host wait for it.
+            everywhere = noisy.device.type == "cpu" and bool(noisy.all())
+            seen = _Seen(noisy[..., None], everywhere)
+        if tokens is not None and (noisy is not None or self.mask_token_id >= self.rows):
+            masked = tokens == self.mask_token_id
+            if self.mask_token_id >= self.rows:
+                # A mask where nothing is noisy is what nobody reads: a column that is written over.
+                tokens = tokens.masked_fill(masked, 0)
+            else:
+                masked = masked & noisy
+            seen = replace(seen, masked=masked[..., None])
+        with self._told(seen):
+            yield tokens
+
+    @contextmanager
+    def _told(self, seen: _Seen) -> Iterator[None]:
+        before, self.seen = self.seen, seen
+        try:
+            yield
+        finally:
+            self.seen = before
+
+    def again(self) -> Any:
+        """A context in which layers are computed a second time as they are computed now."""
+        return self._told(self.seen)
+
+
+class _LowRank:
+    """Adds B A x to what a linear layer returns for noisy tokens; a hook of that layer."""
+
+    def __init__(self, gate: Gate, scale: float) -> None:
+        self.gate, self.scale = gate, scale
+
+    def __call__(
+        self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        seen = self.gate.seen
+        if seen.noisy is None:
+            return None
+        # (batch, length, rank); scaled there, since that is the smallest.
+        low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale
+        changed = output + layer.lora_B(low).to(output.dtype)
+        return changed if seen.everywhere else torch.where(seen.noisy, changed, output)
+
+
+class _MaskVector:
+    """Puts the mask vector where the mask is noisy; a hook of the embedding."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(
+        self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        masked = self.gate.seen.masked
+        if masked is None:
+            return None
+        return torch.where(masked, layer.mask_vector.to(output.dtype), output)
+
+
+def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
+    """Give a base its gate and an adapter that is not filled yet.
+
+    Args:
+        model: A diffusion model whose config says rank, alpha and targets.
+        dtype: Type of the adapter's numbers; None for the model's.
+    """
+    facts, embedding = model.config.diffusion, model.get_input_embeddings()
+    rank, targets = facts["adapter_rank"], tuple(facts["adapter_targets"])
+    gate = Gate(int(model.config.mask_token_id), embedding.num_embeddings)
+    hook = _LowRank(gate, facts["adapter_alpha"] / rank)
+    held = dtype or model.dtype
+    adapted = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+    ]
+    for layer in adapted:
+        settings: dict[str, Any] = {"bias": False, "device": layer.weight.device, "dtype": held}
+        layer.lora_A = nn.Linear(layer.in_features, rank, **settings)
+        layer.lora_B = nn.Linear(rank, layer.out_features, **settings)
+        layer.register_forward_hook(hook)
+    width = embedding.embedding_dim
+    vector = torch.zeros(width, dtype=held, device=embedding.weight.device)
+    embedding.mask_vector = nn.Parameter(vector)
+    embedding.register_forward_hook(_MaskVector(gate))
+    model.gate = gate
+
+
+def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """Return what the adapter of a gated model consists of, by its names in the model."""
+    return {
+        name: weight for name, weight in model.named_parameters() if name.endswith(_PARTS)
+    }
+
+
+def fill_adapter(model: Any, states: Mapping[str, torch.Tensor]) -> None:
+    """Put numbers into the adapter of a gated model.
+
+    Args:
+        model: A model with an adapter attached.
+        states: Its tensors by the names that PEFT gives them.
+
+    Raises:
+        ValueError: They are not those of this adapter.
+    """
+    own = {PREFIX + name: weight for name, weight in adapter_parameters(model).items()}
+    wrong = sorted(own.keys() ^ states.keys())
+    both = own.keys() & states.keys()
+    wrong += sorted(name for name in both if own[name].shape != states[name].shape)
+    if wrong:
+        raise ValueError(
+            f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS} is not the adapter of this model: {wrong[0]} is "
+            f"missing, unknown or of another shape ({len(wrong)} such tensors)"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(states[name])
+
+
+def load_adapter(
+    model: Any, source: Any, options: Mapping[str, Any], *, dtype: torch.dtype | None = None
+) -> None:
+    """Attach the adapter that lies in a gated checkpoint, without gradients.
+
+    Args:
+        model: The base, loaded from the same place.
+        source: Folder or Hub id.
+        options: Arguments of `from_pretrained`; those of the Hub are read.
+        dtype: Type of the adapter's numbers; None for the model's.
+
+    Raises:
+        ValueError: There is none, or it is another model's.
+    """
+    known = {name: options[name] for name in _HUB if options.get(name) is not None}
+    known["subfolder"] = "/".join(filter(None, (known.get("subfolder"), ADAPTER_FOLDER)))
+    try:
+        path = cached_file(source, ADAPTER_WEIGHTS, **known)
+    except OSError as error:
+        raise ValueError(f"{source} has no {ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}") from error
+    attach_adapter(model, dtype=dtype)
+    fill_adapter(model, load_state_dict(str(path)))
+    for weight in adapter_parameters(model).values():
+        weight.requires_grad_(False)
+
