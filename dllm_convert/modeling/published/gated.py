@@ -189,9 +189,7 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
 
 def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
     """Return what the adapter of a gated model consists of, by its names in the model."""
-    return {
-        name: weight for name, weight in model.named_parameters() if name.endswith(_PARTS)
-    }
+    return {name: weight for name, weight in model.named_parameters() if name.endswith(_PARTS)}
 
 
 def fill_adapter(model: Any, states: Mapping[str, torch.Tensor]) -> None:
@@ -242,4 +240,3 @@ def load_adapter(
     fill_adapter(model, load_state_dict(str(path)))
     for weight in adapter_parameters(model).values():
         weight.requires_grad_(False)
-
