@@ -183,7 +183,9 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
     rate = f"rate {own or training['learning_rate']:g}"
     steps = f"{training['steps']:,} steps, {plan['training_tokens']:,} tokens"
     limit = f", at most {training['max_minutes']:g} minutes" if training["max_minutes"] else ""
-    lines = [f"{training['method']}{acts_on}, {rate}, {steps}{limit}, data {plan['data']['source']}"]
+    lines = [
+        f"{training['method']}{acts_on}, {rate}, {steps}{limit}, data {plan['data']['source']}"
+    ]
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]
     flops = estimate["flops_per_token"]
