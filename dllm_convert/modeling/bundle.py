@@ -50,8 +50,8 @@ _DOCS = {
     MODELING_FILE: """Diffusion language model classes, written by dllm-convert {version}.
 
 Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which runs
-the other `*_dllm.py` too; without it the same weights load as the stock class, whose block-causal
-masks and denoising are then the caller's business.
+the other `*_dllm.py` too; without it the same weights load as the stock class, whose masks and
+denoising are then the caller's business.
 """,
     "gated_dllm.py": """An adapter that acts on noisy tokens only, written by dllm-convert {version}.
 

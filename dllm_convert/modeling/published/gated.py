@@ -1,7 +1,7 @@
 """A gate: low-rank layers and a mask vector that act on noisy tokens; clean ones pass the base.
 
-LoRA (arXiv 2106.09685) that is multiplied in where a token is noisy and nowhere else (I-DLM, arXiv
-2604.11035; FLUID, 2605.27387): the base stays what it is, and is what a clean token is computed by.
+LoRA (arXiv 2106.09685) where a token is noisy and nowhere else (I-DLM, arXiv 2604.11035; FLUID,
+arXiv 2605.27387): the base stays what it is, and is what clean tokens are computed by.
 """
 
 from __future__ import annotations
