@@ -24,7 +24,8 @@ from dllm_convert.behaviour.influence import STILL, Pattern, measure_influence
 from dllm_convert.diffusion.attention import TILE
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, predict
+from dllm_convert.diffusion.prediction import predict
+from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.training.cpu_attention import register_tiles
 from dllm_convert.training.data.rows import text_batch
 from dllm_convert.training.gpu_attention import register_flex

@@ -148,8 +148,8 @@ KeepBase = Annotated[
     bool,
     typer.Option(
         "--keep-base",
-        help="With --lora: leave the base as it is; the adapter acts on noisy tokens only, and lies "
-        "beside it.",
+        help="With --lora: leave the base as it is; the adapter lies beside it and acts on noisy "
+        "tokens only.",
     ),
 ]
 SourceRevision = Annotated[

@@ -159,20 +159,20 @@ class Rule:
         closed = self.closed[self.positions[row, query], self.positions[row, key]]
         return (seen & ~closed) | (query == key)
 
-    def dense(self) -> torch.Tensor:
-        """Boolean mask, shape (batch, 1, width, width)."""
-        # (batch, width, 1) against (batch, 1, width).
+    def dense(self, first: int = 0) -> torch.Tensor:
+        """Boolean mask, shape (batch, 1, width - first, width): queries from the `first` on."""
+        # (batch, queries, 1) against (batch, 1, width).
         seen: torch.Tensor = _sees(
-            self.code[:, :, None], self.low[:, :, None], self.code[:, None, :]
+            self.code[:, first:, None], self.low[:, first:, None], self.code[:, None, :]
         )
         if self.closed is not None:
             places = self.positions.long()
-            closed = self.closed[places[:, :, None], places[:, None, :]]
-            itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
-            seen = (seen & ~closed) | itself
+            closed = self.closed[places[:, first:, None], places[:, None, :]]
+            itself = torch.eye(self.code.shape[1], dtype=torch.bool, device=seen.device)
+            seen = (seen & ~closed) | itself[first:]
         return seen.unsqueeze(1)
 
-    def block_mask(self, device: torch.device | None = None) -> BlockMask:
+    def block_mask(self, device: torch.device | None = None, first: int = 0) -> BlockMask:
         """The mask as flex attention reads it.
 
         Blocks are found on the CPU from runs of tokens that are alike, of which a row has a few
@@ -180,6 +180,7 @@ class Rule:
 
         Args:
             device: Where to put it; None for where the rule is.
+            first: Queries begin at this column, a multiple of `TILE`.
         """
         rows, width = self.code.shape
         there = self if device is None else self.to(device)
@@ -187,16 +188,18 @@ class Rule:
             # Pairs that were drawn have no runs; only the first steps of a training have them.
             allows, where = there.allows, str(there.code.device)
             return create_block_mask(
-                lambda b, _, q, k: allows(b, q, k), rows, None, width, width, device=where
+                lambda b, _, q, k: allows(b, q + first, k),
+                *(rows, None, width - first, width),
+                device=where,
             )
         code, low = there.code, there.low
-        some, every = self.tiles()
+        some, every = (tiles[:, first // TILE :] for tiles in self.tiles())
         mask = BlockMask.from_kv_blocks(
             *_ordered(some & ~every),
             *_ordered(every),
             BLOCK_SIZE=TILE,
-            mask_mod=lambda b, _, q, k: _sees(code[b, q], low[b, q], code[b, k]),
-            seq_lengths=(width, width),
+            mask_mod=lambda b, _, q, k: _sees(code[b, q + first], low[b, q + first], code[b, k]),
+            seq_lengths=(width - first, width),
         )
         if code.device.type == "cpu":
             return mask

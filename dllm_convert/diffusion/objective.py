@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dllm_convert.common.diffusion_section import DiffusionSection
-from dllm_convert.common.terms import Context, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Context, Kernel, Target
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.schedule import Schedule
 
@@ -33,6 +33,7 @@ class Objective:
         context: What a clean token of bd3lm sees of its own block: all of it (`block`) or what
             stands before it (`causal`).
         schedule: Discrete-time schedule in which the bound of the uniform kernel is measured.
+        acts_on: Which tokens an adapter acts on: `noisy` where clean ones are the base's.
     """
 
     target: Target
@@ -43,6 +44,12 @@ class Objective:
     vocabulary: int = 0
     context: Context = "block"
     schedule: Schedule = field(default_factory=Schedule)
+    acts_on: ActsOn = "all"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether clean tokens are read by the base, and an adapter acts on noisy ones."""
+        return self.acts_on == "noisy"
 
     @classmethod
     def from_config(cls, config: Any) -> Objective:
@@ -70,6 +77,7 @@ class Objective:
                 section.noise_power,
                 discrete_steps=section.discrete_steps,
             ),
+            acts_on=section.acts_on,
         )
 
     @property

@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from dllm_convert.diffusion.attention import UNUSED, Rule, StreamMask, open_rule
+from dllm_convert.diffusion.attention import CLEAN, UNUSED, Rule, StreamMask, open_rule
 from dllm_convert.diffusion.corruption import Corruption
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
 from dllm_convert.diffusion.objective import Objective, TextBatch
-
-WIDTH_MULTIPLE = 16
-"""Rows are as wide as a multiple of this many tokens, so that few widths occur; with flex attention
-as one of its blocks."""
+from dllm_convert.diffusion.streams import WIDTH_MULTIPLE, Streams, corrupted, needed_columns
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Prediction:
         ar_targets: Next tokens of the clean stream, shape (m,).
         noisy: Corrupted tokens at the scored positions, shape (n,); uniform kernel only.
         kept: As in `Corruption`, shape (n, 2); uniform kernel only.
+        read: Columns that the mask has before those of the inputs: keys that are there already.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -46,6 +44,7 @@ class Prediction:
     ar_targets: torch.Tensor
     noisy: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    read: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -69,12 +68,15 @@ class Prediction:
         return open_rule(self.inputs["input_ids"]) if self.mask is None else self.mask.rule
 
     def dense_mask(self) -> torch.Tensor | None:
-        """The mask as sdpa and eager attention take it, (batch, 1, width, width); None if open."""
-        return None if self.mask is None else self.mask.rule.to(self.device).dense()
+        """The mask as sdpa and eager attention take it; None if open.
+
+        Its shape is (batch, 1, width, read + width).
+        """
+        return None if self.mask is None else self.mask.rule.to(self.device).dense(self.read)
 
     def block_mask(self) -> BlockMask:
         """The mask as flex attention takes it; an open one, too: without any it would build one."""
-        return self.rule.block_mask(self.device)
+        return self.rule.block_mask(self.device, self.read)
 
     def nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Unweighted loss of each scored position, shape (n,), of logits (n + m, vocab)."""
@@ -89,67 +91,6 @@ class Prediction:
         """Cross-entropy of the clean stream's next tokens, shape (m,), of logits (n + m, vocab)."""
         tail = logits[len(self.targets) :]
         return cross_entropy(tail, self.ar_targets, objective.mask_token_id)
-
-
-@dataclass(frozen=True)
-class _Streams:
-    """Noisy views and, in BD3LM, the clean text, side by side in each row: (batch, width)."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    blocks: torch.Tensor
-    segments: torch.Tensor
-    streams: torch.Tensor
-
-    def compact(self, keep: torch.Tensor, multiple: int) -> tuple[_Streams, torch.Tensor]:
-        """Drop what nobody needs; return the rest and each column's new column."""
-        # As wide as the row that keeps most, (batch, width).
-        needed = max(int(keep.sum(-1).max()), 1)
-        width = -(-needed // multiple) * multiple
-        if multiple == WIDTH_MULTIPLE:
-            width = min(width, keep.shape[1])
-        # Kept columns first, in their order (the sort is stable): positions stay ascending.
-        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
-        order = torch.nn.functional.pad(order, (0, width - order.shape[1]))
-        # Rows that keep fewer are filled up with columns that nobody sees.
-        unused = torch.arange(width, device=keep.device) >= keep.sum(-1, keepdim=True)
-        columns = {name: values.gather(1, order) for name, values in vars(self).items()}
-        columns["streams"] = columns["streams"].masked_fill(unused, UNUSED)
-        # Where each old column stands now: the number of kept columns before it.
-        return _Streams(**columns), keep.long().cumsum(-1) - 1
-
-
-def _corrupted(batch: TextBatch, corruption: Corruption, objective: Objective) -> torch.Tensor:
-    if corruption.tokens is not None:
-        return corruption.tokens
-    return batch.tokens.masked_fill(corruption.scored, objective.mask_token_id)
-
-
-def _needed(
-    batch: TextBatch, blocks: torch.Tensor, views: Sequence[Corruption], *, all_clean: bool
-) -> torch.Tensor:
-    """Which columns of `[views ; clean]` have to run, (batch, (views + 1) * length), bool.
-
-    A noisy block without a scored token, padding, and clean tokens that no scored block of their
-    document comes after reach no loss: prompts of a chat, a document's last block.
-    """
-    text = batch.segments >= 0
-    count = int(blocks.max()) + 1
-    noisy = []
-    for view in views:
-        # (batch, blocks): whether any token of a block is scored; then back to its columns.
-        scored = torch.zeros(len(blocks), count, dtype=torch.long, device=blocks.device)
-        scored.scatter_reduce_(1, blocks, view.scored.long(), "amax")
-        noisy.append(scored.gather(1, blocks).bool() & text)
-    if all_clean:
-        return torch.cat([*noisy, text], dim=1)
-    # Clean text is read by later noisy blocks only. `last`, (batch, documents): the last block of a
-    # document that runs in some view; what stands before it has a reader.
-    runs = torch.stack(noisy).any(0)
-    segments = batch.segments.clamp(min=0)
-    last = torch.full((len(blocks), int(segments.max()) + 1), -1, device=blocks.device)
-    last.scatter_reduce_(1, segments, torch.where(runs, blocks, -1), "amax")
-    return torch.cat([*noisy, (blocks < last.gather(1, segments)) & text], dim=1)
 
 
 def predict(
@@ -188,15 +129,15 @@ def predict(
     stream = torch.arange(1, count + 2, device=blocks.device) % (count + 1)
     # [view 1 ; ... ; view K ; clean], each (batch, N). A token has the same position in all of
     # them, so rotary positions and block boundaries agree between streams.
-    everything = _Streams(
-        torch.cat([*(_corrupted(batch, view, objective) for view in views), batch.tokens], dim=1),
+    everything = Streams(
+        torch.cat([*(corrupted(batch, view, objective) for view in views), batch.tokens], dim=1),
         batch.positions.repeat(1, count + 1),
         blocks.repeat(1, count + 1),
         batch.segments.repeat(1, count + 1),
         stream.repeat_interleave(length).expand(len(blocks), -1),
     )
     # Prompts and last blocks have no reader: without them the row is (batch, width) with width < N.
-    needed = _needed(batch, blocks, views, all_clean=ar_loss)
+    needed = needed_columns(batch, blocks, views, all_clean=ar_loss)
     used, column = everything.compact(needed, multiple)
     reads, rows, places, numbers = [], [], [], []
     for number, view in enumerate(views):
@@ -236,8 +177,8 @@ def _one_stream(
     # Views are rows: (K * batch, L), view by view. There is no clean stream; who is not padding has
     # stream 1, and all of a document see each other.
     size, length = batch.tokens.shape
-    streams = _Streams(
-        torch.cat([_corrupted(batch, view, objective) for view in views]),
+    streams = Streams(
+        torch.cat([corrupted(batch, view, objective) for view in views]),
         batch.positions.repeat(len(views), 1),
         batch.noise_groups(objective).repeat(len(views), 1),
         batch.segments.repeat(len(views), 1),
@@ -261,7 +202,7 @@ def _prediction(
     batch: TextBatch,
     views: Sequence[Corruption],
     objective: Objective,
-    used: _Streams,
+    used: Streams,
     scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     reads: torch.Tensor,
     ar_targets: torch.Tensor,
@@ -283,8 +224,11 @@ def _prediction(
     if objective.kernel == "uniform":
         noisy = torch.stack([tokens for tokens, _ in replaced if tokens is not None])[scored]
         kept = torch.stack([kept for _, kept in replaced if kept is not None])[scored]
+    inputs = {"input_ids": used.tokens, "position_ids": used.positions, "logits_at": reads}
+    if objective.is_gated:
+        inputs["noisy"] = used.streams != CLEAN
     return Prediction(
-        {"input_ids": used.tokens, "position_ids": used.positions, "logits_at": reads},
+        inputs,
         None if mask.is_open else mask,
         batch.tokens[row, column],
         torch.stack([view.weight for view in views])[number, row, column],

@@ -19,7 +19,6 @@ MODELING_FILE = "modeling_dllm.py"
 CODE_FILES = {
     MODELING_FILE: (
         "modeling.py",
-        "gated.py",
         "masks.py",
         "inputs.py",
         "limits.py",
@@ -27,6 +26,7 @@ CODE_FILES = {
         "reading.py",
         "output.py",
     ),
+    "gated_dllm.py": ("gated.py",),
     "decoding_dllm.py": (
         "canvas.py",
         "choosing.py",
@@ -50,10 +50,13 @@ _MINIMUM = 'MIN_TRANSFORMERS = "'
 _DOCS = {
     MODELING_FILE: """Diffusion language model classes, written by dllm-convert {version}.
 
-Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which runs
-`decoding_dllm.py`, `device_dllm.py`, `lossless_dllm.py` and `settings_dllm.py` too; without it the
-same weights load as the stock class, whose block-causal masks and denoising are then the caller's
-business.
+Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which
+runs the other `*_dllm.py` too; without it the same weights load as the stock class, whose masks and
+denoising are then the caller's business.
+""",
+    "gated_dllm.py": """An adapter that acts on noisy tokens only, written by dllm-convert {version}.
+
+Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
 """,
     "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
 

@@ -127,7 +127,7 @@ def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
     rules = (
         ("target", recipe.target == "mdlm",
          "the base reads clean tokens, and mdlm has none", "--to bd3lm --block 32"),
-        ("token_shift", recipe.token_shift == "drop",
+        ("token_shift", recipe.token_shift == "drop",  # noqa: S105
          "the base predicts the next token, so the token shift is kept",
          "--set token_shift=keep"),
         ("noise.kernel", recipe.noise.kernel == "uniform",

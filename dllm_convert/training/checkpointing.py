@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from dllm_convert.recipe.schema import Checkpointing
+from dllm_convert.training.gated import gated_again, may_checkpoint
 
 _KEPT = frozenset(
     {
@@ -37,12 +40,20 @@ def _keep(context: Any, operation: Any, *inputs: Any, **options: Any) -> Checkpo
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+
+def _nothing_kept() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), nullcontext()
+
+
 def checkpoint_activations(model: Any, how: Checkpointing) -> None:
     """Make a model keep less for the backward pass; its results and gradients stay the same.
 
     `selective` keeps what matrix products and attention return, and computes norms, activations and
     rotations again (Korthikanti et al., arXiv 2205.05198, section 5). `full` keeps one tensor per
     layer and computes the layer again (Chen et al., arXiv 1604.06174).
+    A gated model keeps all with a transformers whose layers are not computed again beside a cache.
 
     Args:
         model: A transformers model.
@@ -50,9 +61,14 @@ def checkpoint_activations(model: Any, how: Checkpointing) -> None:
     """
     if how == "off":
         return
-    settings: dict[str, Any] = {"use_reentrant": False}
+    if model.is_gated and not may_checkpoint(model):
+        return
+    contexts: Contexts = _nothing_kept
     if how != "full":
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
+        contexts = partial(create_selective_checkpoint_contexts, _keep)
+    settings: dict[str, Any] = {"use_reentrant": False, "context_fn": contexts}
+    if model.is_gated:
+        settings["context_fn"] = lambda: gated_again(model, contexts())
     # The older name until transformers 5.2, the newer one since.
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)(settings)

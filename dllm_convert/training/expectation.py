@@ -36,12 +36,16 @@ FIRST_LINES = 3
 
 @torch.no_grad()
 def mask_row_ratio(
-    embeddings: torch.Tensor, mask_token_id: int, batches: Sequence[TextBatch]
+    embeddings: torch.Tensor,
+    mask: torch.Tensor,
+    mask_token_id: int,
+    batches: Sequence[TextBatch],
 ) -> float:
     """Return the norm of the mask's row over the mean norm of the rows that the text uses.
 
     Args:
         embeddings: Input embeddings, shape (vocabulary, hidden).
+        mask: What stands for the mask: its row, or a vector of its own; (hidden,).
         mask_token_id: The mask.
         batches: Text that says which rows are used.
     """
@@ -49,7 +53,7 @@ def mask_row_ratio(
     used = torch.unique(tokens)
     used = used[used != mask_token_id].to(embeddings.device)
     norms = embeddings[used].float().norm(dim=-1)
-    return float(embeddings[mask_token_id].float().norm() / norms.mean())
+    return float(mask.float().norm() / norms.mean())
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,10 @@ def survey(
     """
     objective = Objective.from_config(model.config)
     before, base = measured["nelbo_before"], measured.get("ar_nll")
-    embeddings = model.get_input_embeddings().weight
-    row = mask_row_ratio(embeddings, objective.mask_token_id, batches)
+    layer = model.get_input_embeddings()
+    embeddings, mask = layer.weight, objective.mask_token_id
+    vector = layer.mask_vector if objective.is_gated else embeddings[mask]
+    row = mask_row_ratio(embeddings, vector, mask, batches)
     start = Start(
         before["nats_per_token"],
         math.inf if before["stderr"] is None else before["stderr"],
@@ -143,7 +149,7 @@ def survey(
         row,
     )
     problems = [] if MASK_ROW[0] <= row <= MASK_ROW[1] else [_mask_row(row, objective)]
-    if start.nelbo > start.guess:
+    if start.nelbo > start.guess and not objective.is_gated:
         problems += _shift(model, batches[:1], objective, seed)
     return replace(start, problems=(*problems, *text.problems))
 

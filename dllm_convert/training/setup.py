@@ -19,7 +19,9 @@ from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.cpu_attention import register_tiles
 from dllm_convert.training.distributed import shares_states
+from dllm_convert.training.gated import train_adapter
 from dllm_convert.training.gpu_attention import register_flex
+from dllm_convert.training.masters import keep_masters
 from dllm_convert.training.reporting import is_installed
 
 
@@ -188,19 +190,6 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
     return keep_masters(wrapped)
 
 
-def keep_masters(model: Any) -> Any:
-    """Hold all that is trained in float32, whatever the frozen weights are held in.
-
-    A step of AdamW moves a weight by about the learning rate, and bfloat16 has no number between a
-    weight and its 1/256th more: at 1e-4 all norms of a model and half its embeddings stay as they
-    are, step after step. PEFT casts the matrices that it adds, not the layers it copies to train.
-    """
-    for weight in model.parameters():
-        if weight.requires_grad and weight.is_floating_point():
-            weight.data = weight.data.float()
-    return model
-
-
 def count_trainable(model: Any) -> int:
     """Number of parameters that receive gradients."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -228,7 +217,10 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
         prepare: Any = prepare_model_for_kbit_training
         base = prepare(base, use_gradient_checkpointing=False)
     checkpoint_activations(base, training.gradient_checkpointing)
-    model = make_trainable(base, plan.adapter, training)
+    if training.keeps_base:
+        model = train_adapter(base, untrained)
+    else:
+        model = make_trainable(base, plan.adapter, training)
     if training.compile:
         compile_layers(base)
     return model

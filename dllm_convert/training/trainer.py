@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,16 @@ from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.gated import CleanReading, predict_beside_base
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, Prediction, closed_pairs, predict
+from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
+from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
 from dllm_convert.training.distributed import reduce_in_float32
 from dllm_convert.training.fused_head import FusedHead
+from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
 
 
@@ -127,7 +131,7 @@ class DiffusionTrainer(Trainer):
         self._flex = inner.config._attn_implementation in ("flex_attention", FLEX)
         self.sparse = self._flex or inner.config._attn_implementation == TILED
         self._fused = FusedHead(self.model, self._objective.mask_token_id)
-        self._block_mask: tuple[Rule, Any] | None = None
+        self._block_masks: dict[str, tuple[Rule, Any]] = {}
         # Nats and scored tokens since the last line of the log. They stay on the device until then:
         # asking for a number there and then has every forward wait for the one before it.
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
@@ -194,14 +198,7 @@ class DiffusionTrainer(Trainer):
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
         ar_weight = self._weights.ar
-        forward = predict(
-            noise.batch,
-            noise.views,
-            self._objective,
-            ar_loss=ar_weight > 0,
-            closed=noise.closed,
-            multiple=TILE if self._flex else WIDTH_MULTIPLE,
-        ).to(self.args.device)
+        forward, beside = self._lay_out(model, noise)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         times = self.args.world_size * self.current_gradient_accumulation_steps
         weight = forward.weight
@@ -210,7 +207,8 @@ class DiffusionTrainer(Trainer):
         # Of each logit's cross-entropy in the loss: (n,) of corrupted tokens, (m,) of next ones.
         scale = weight * (times / noise.items)
         ar_scale = ar_weight * times / noise.texts
-        inputs = {**forward.inputs, "attention_mask": self._in_form(forward), "use_cache": False}
+        mask = self._in_form("trained", forward)
+        inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
         if self._fused.works and self._objective.kernel == "absorbing":
             targets = torch.cat([forward.targets, forward.ar_targets])
             scale = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
@@ -228,6 +226,46 @@ class DiffusionTrainer(Trainer):
         self._sums[0] += total.detach()
         self._sums[1] += noise.scored
         return (loss, output) if return_outputs else loss
+
+    def _lay_out(self, model: Any, noise: ForwardNoise) -> tuple[Prediction, dict[str, Any]]:
+        """Return the forward that is trained, and what else it is given.
+
+        Where clean text is the base's it is read here, and what the base makes of the first token
+        of each block is counted, once for each view.
+        """
+        batch, views, objective = noise.batch, noise.views, self._objective
+        device = self.args.device
+        multiple = TILE if self._flex else WIDTH_MULTIPLE
+        if not objective.is_gated:
+            forward = predict(
+                batch,
+                views,
+                objective,
+                ar_loss=self._weights.ar > 0,
+                closed=noise.closed,
+                multiple=multiple,
+            )
+            return forward.to(device), {}
+        laid_out, forward = predict_beside_base(batch, views, objective, multiple=multiple)
+        reading = laid_out.to(device)
+        states, nats = read_clean(model, reading, self._in_form("read", reading), objective)
+        self._sums[0] += len(views) * nats.sum()
+        return forward.to(device), {"past_key_values": states}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what is trained; of a gated model that is its adapter."""
+        inner: Any = self.model
+        if not self._objective.is_gated:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_states(inner, Path(str(output_dir or self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read what `_save` wrote."""
+        if self._objective.is_gated:
+            load_states(self.model if model is None else model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the NELBO since the last line, over all processes, in nats per token."""
@@ -254,11 +292,11 @@ class DiffusionTrainer(Trainer):
         # One draw per step, whatever forward and process: the same pairs are open in all of them.
         return closed_pairs(length, share, key.generator())
 
-    def _in_form(self, forward: Prediction) -> Any:
+    def _in_form(self, which: str, forward: Prediction | CleanReading) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""
         if not self._flex:
             return forward.dense_mask()
-        rule = forward.rule
-        if self._block_mask is None or not self._block_mask[0].equals(rule):
-            self._block_mask = (rule, rule.block_mask(forward.device))
-        return self._block_mask[1]
+        rule, held = forward.rule, self._block_masks.get(which)
+        if held is None or not held[0].equals(rule):
+            held = self._block_masks[which] = (rule, forward.block_mask())
+        return held[1]

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dllm_convert.common.disk import sync_tree
+from dllm_convert.common.disk import link, sync_tree
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.modeling.gated_files import write_adapter_weights
 from dllm_convert.modeling.loading import load_model
+from dllm_convert.modeling.published.gated import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    adapter_parameters,
+    is_adapter,
+)
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import read_checkpoint
 from dllm_convert.training.adapter_files import ADAPTER, save_adapter
@@ -38,6 +47,9 @@ def write_result(trainer: Any, untrained: Path, out: Path, plan: ConversionPlan)
     if not main:
         return
     training = plan.recipe.training
+    if training.keeps_base:
+        write_gated(adapter_parameters(model) if weights is None else weights, untrained, out)
+        return
     if weights is not None or is_quantized(training):
         whole = load_model(untrained, plan.adapter, dtype=training_dtype(training))
         whole = make_trainable(whole, plan.adapter, training)
@@ -47,6 +59,26 @@ def write_result(trainer: Any, untrained: Path, out: Path, plan: ConversionPlan)
             whole.load_state_dict(weights)
         model = whole
     write_trained(model, untrained, out, plan)
+
+
+def write_gated(weights: Mapping[str, torch.Tensor], untrained: Path, out: Path) -> None:
+    """Write a trained adapter beside the base, whose files are linked, not written.
+
+    Args:
+        weights: At least the adapter's, by their names in the model.
+        untrained: The conversion before training.
+        out: Folder to write; replaced if it exists.
+    """
+    partial = out.with_name(out.name + ".partial")
+    for leftover in (partial, out):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(untrained, partial, copy_function=link)
+    folder = partial / ADAPTER_FOLDER
+    (folder / ADAPTER_WEIGHTS).unlink()
+    states = {PREFIX + name: weight for name, weight in weights.items() if is_adapter(name)}
+    write_adapter_weights(folder, states)
+    sync_tree(partial)
+    partial.rename(out)
 
 
 def write_trained(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:

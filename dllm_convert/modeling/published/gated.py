@@ -1,7 +1,7 @@
 """A gate: low-rank layers and a mask vector that act on noisy tokens; clean ones pass the base.
 
-LoRA (arXiv 2106.09685) that is multiplied in where a token is noisy and nowhere else (I-DLM, arXiv
-2604.11035; FLUID, 2605.27387): the base stays what it is, and is what a clean token is computed by.
+LoRA (arXiv 2106.09685) where a token is noisy and nowhere else (I-DLM, arXiv 2604.11035; FLUID,
+arXiv 2605.27387): the base stays what it is, and is what clean tokens are computed by.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", 
 def is_gated(config: Any) -> bool:
     """Whether a model's adapter acts on noisy tokens only, as its config says."""
     section = getattr(config, "diffusion", None) or {}
-    return section.get("acts_on", "all") == "noisy"
+    return bool(section.get("acts_on", "all") == "noisy")
 
 
 def gated_mask(
@@ -101,14 +101,12 @@ class Gate:
             # Looking on a device would have the host wait for it.
             everywhere = noisy.device.type == "cpu" and bool(noisy.all())
             seen = _Seen(noisy[..., None], everywhere)
-        if tokens is not None and (noisy is not None or self.mask_token_id >= self.rows):
+        if tokens is not None and self.mask_token_id >= self.rows:
             masked = tokens == self.mask_token_id
-            if self.mask_token_id >= self.rows:
-                # A mask where nothing is noisy is what nobody reads: a column that is written over.
-                tokens = tokens.masked_fill(masked, 0)
-            else:
-                masked = masked & noisy
-            seen = replace(seen, masked=masked[..., None])
+            # Where nothing is noisy a mask is what nobody reads: a column that is written over.
+            tokens, seen = tokens.masked_fill(masked, 0), replace(seen, masked=masked[..., None])
+        elif tokens is not None and noisy is not None:
+            seen = replace(seen, masked=((tokens == self.mask_token_id) & noisy)[..., None])
         with self._told(seen):
             yield tokens
 
@@ -187,9 +185,14 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
     model.gate = gate
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of a gated model, by its name there, belongs to the adapter."""
+    return name.endswith(_PARTS)
+
+
 def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
     """Return what the adapter of a gated model consists of, by its names in the model."""
-    return {name: weight for name, weight in model.named_parameters() if name.endswith(_PARTS)}
+    return {name: weight for name, weight in model.named_parameters() if is_adapter(name)}
 
 
 def fill_adapter(model: Any, states: Mapping[str, torch.Tensor]) -> None:

@@ -94,6 +94,19 @@ class DiffusionMixin:
             load_adapter(model, source, settings)
         return loaded
 
+    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
+        """Write a checkpoint.
+
+        Raises:
+            ValueError: The model is gated: its files are its base's, and an adapter beside them.
+        """
+        if self.gate is not None:
+            raise ValueError(
+                "a gated model is its base's own files and an adapter: copy its folder"
+            )
+        stock: Any = super()
+        return stock.save_pretrained(*args, **settings)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -18,7 +18,8 @@ from dllm_convert.common.memory import free_memory, in_words
 from dllm_convert.diffusion.attention import TILE
 from dllm_convert.diffusion.corruption import NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import measured_process
-from dllm_convert.diffusion.prediction import WIDTH_MULTIPLE, predict
+from dllm_convert.diffusion.prediction import predict
+from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.planning.estimate import has_flex
 from dllm_convert.training.cpu_attention import register_tiles
 from dllm_convert.training.gpu_attention import FLEX, register_flex
