@@ -24,7 +24,8 @@ class ForwardProcess:
 
     Attributes:
         schedule: Noise schedule.
-        draw: `time`: draw t per group; `count`: draw how many of its tokens are masked.
+        draw: `time`: draw t per group; `count`: draw how many of its tokens are masked; `draft`:
+            masks behind clean tokens, which `diffusion.drafts` draws.
         position_bias: Position-dependent masking (Efficient-DLM): of a group, token i is masked
             before others with weight exp(bias * (1 - level) * i). 0 masks all alike; with any other
             value the loss is no longer a bound.
@@ -34,7 +35,7 @@ class ForwardProcess:
     """
 
     schedule: Schedule = field(default_factory=Schedule)
-    draw: Literal["time", "count"] = "time"
+    draw: Literal["time", "count", "draft"] = "time"
     position_bias: float = 0.0
     views: int = 1
     complementary: bool = False
@@ -90,12 +91,15 @@ class Corruption:
         tokens: The corrupted text, shape (batch, length); None: scored tokens become the mask.
         kept: Probability that a token is still clean before and at its time, alpha(t - 1/T) and
             alpha(t), shape (batch, length, 2), float64; uniform kernel only.
+        behind: How many masks stand behind each token, shape (batch, length); drafts only, see
+            `diffusion.drafts`.
     """
 
     scored: torch.Tensor
     weight: torch.Tensor
     tokens: torch.Tensor | None = None
     kept: torch.Tensor | None = None
+    behind: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Corruption:
         """Return the same noise on a device."""

@@ -44,6 +44,9 @@ def mean_masked_share(noise: Noise) -> float:
     """
     if noise.draw == "count":
         return 0.5
+    if noise.draw == "draft":
+        # On average a text has as many masks as tokens.
+        return 1.0
     a, b = noise.min_time, noise.max_time
     if noise.schedule == "linear":
         return (a + b) / 2

@@ -47,6 +47,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _lengths(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
+    yield from _drafts(recipe)
     yield from _kept_base(recipe)
 
 
@@ -115,6 +116,30 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "--to bd3lm, or leave training.ar_loss_weight out",
             ("training.ar_loss_weight", "target"),
         )
+
+
+def _drafts(recipe: Recipe) -> Iterator[Contradiction]:
+    """What training to draft (`noise.draw: draft`) needs."""
+    if recipe.noise.draw != "draft":
+        return
+    noise = recipe.noise
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("training.lora.acts_on", not recipe.training.keeps_base,
+         "drafts are verified by a base that stays as it is", "--keep-base"),
+        ("block_size", (recipe.block_size or 1) < 2,
+         "a block holds the base's own token and at least one draft", "--block 4"),
+        ("noise.complementary", noise.complementary,
+         "all that is drafted is masked", "Leave noise.complementary out"),
+        ("noise.views", noise.views > 1,
+         "a text has one draw of groups", "Leave noise.views out"),
+        ("noise.position_bias", noise.position_bias != 0,
+         "all that is drafted is masked", "Leave noise.position_bias out"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"noise.draw=draft and {name} do not go together: {why}", hint, ("noise.draw", name)
+            )
 
 
 def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:

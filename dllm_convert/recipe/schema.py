@@ -53,10 +53,11 @@ class Noise(_Section):
     )
     min_time: float = Field(1e-3, ge=0, lt=1, description="lower end of the interval of t")
     max_time: float = Field(1.0, gt=0, le=1, description="upper end of the interval of t")
-    draw: Literal["time", "count"] = Field(
+    draw: Literal["time", "count", "draft"] = Field(
         "time",
         description="time: draw t, mask each token with 1-alpha(t); count: draw how many of a "
-        "block's tokens are masked, the same bound with less variance",
+        "block's tokens are masked, the same bound with less variance; draft: masks behind clean "
+        "tokens, up to block_size - 1, as lossless decoding has them (keeps the base; no bound)",
     )
     position_bias: float = Field(
         0.0,

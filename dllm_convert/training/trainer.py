@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
 from dllm_convert.diffusion.gated import CleanReading, predict_beside_base
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
@@ -159,7 +160,10 @@ class DiffusionTrainer(Trainer):
             size = len(batch.tokens)
             first = (micro * world + self.args.process_index) * size
             key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
-            views = corrupt(batch, self._objective, self._process, key)
+            if self._process.draw == "draft":
+                views = draft_groups(batch, self._objective, key)
+            else:
+                views = corrupt(batch, self._objective, self._process, key)
             texts = int(batch.scorable.sum())
             scored = texts * len(views)
             drawn.append((batch, views, self._closed(batch.tokens.shape[1], key), key, scored))
@@ -246,7 +250,8 @@ class DiffusionTrainer(Trainer):
                 multiple=multiple,
             )
             return forward.to(device), {}
-        laid_out, forward = predict_beside_base(batch, views, objective, multiple=multiple)
+        lay_out = predict_drafts if self._process.draw == "draft" else predict_beside_base
+        laid_out, forward = lay_out(batch, views, objective, multiple=multiple)
         reading = laid_out.to(device)
         states, nats = read_clean(model, reading, self._in_form("read", reading), objective)
         self._sums[0] += len(views) * nats.sum()

@@ -37,11 +37,13 @@ class _Choice:
     arXiv 2408.07978).
     """
 
-    def __init__(self, options: DecodingOptions, rows: int, device: torch.device) -> None:
+    def __init__(
+        self, options: DecodingOptions, rows: int, device: torch.device, vocabulary: int
+    ) -> None:
         self._options, self._warpers = options, make_warpers(options)
-        self._never = torch.tensor(
-            sorted({options.mask_token_id, *options.suppress_tokens}), device=device
-        )
+        never = {options.mask_token_id, *options.suppress_tokens}
+        # The mask of a gated model need not have a row.
+        self._never = sent(sorted(token for token in never if token < vocabulary), device)
         self._generator = torch.Generator(device)
         seeds = options.seeds
         if options.temperature and not seeds:
@@ -283,7 +285,8 @@ def decode_lossless(
         _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
     ]
     policy = DraftPolicy(prompts.device.type, max(len(rows), 1), int(not options.token_shift))
-    choice, reader = _Choice(options, len(rows), prompts.device), _Reader(model, canvas)
+    choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
+    reader = _Reader(model, canvas)
     close = 0
     if rows:
         reader.read_prompt(rows)
