@@ -192,7 +192,7 @@ ExportTarget = Annotated[
         "--to",
         metavar="LAYOUT",
         parser=named,
-        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm) or a2d (dLLM).",
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), gguf (llama.cpp) or a2d (dLLM).",
         show_default=False,
     ),
 ]
@@ -213,6 +213,15 @@ Prove = Annotated[
     bool,
     typer.Option(
         "--prove", help="Compare logits and decoded tokens with an engine's own, installed code."
+    ),
+]
+Outtype = Annotated[
+    str | None,
+    typer.Option(
+        "--outtype",
+        metavar="TYPE",
+        parser=named,
+        help="Matrices of a GGUF file: f32, f16, bf16, q8_0; auto, as the checkpoint has them.",
     ),
 ]
 RepoId = Annotated[
