@@ -69,6 +69,15 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT", parser=path_of, help="Folder that `run` wrote.", show_default=False
     ),
 ]
+CheckpointOrGguf = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        parser=path_of,
+        help="Folder that `run` wrote, or GGUF file that `export` wrote.",
+        show_default=False,
+    ),
+]
 RecipeName = Annotated[
     str | None, typer.Argument(metavar="[NAME]", help="Show this one, with every field.")
 ]

@@ -307,17 +307,20 @@ def _same_rows(handle: int, start: int, stored: Stored, kind: str, weights: Weig
     return True
 
 
+def holds(header: GgufHeader, key: str, value: Any) -> bool:
+    """Whether a file has a value under a key, numbers as float32 has them."""
+    found, expected = header.metadata.get(key), value
+    if isinstance(value, float):
+        expected = _single((value,))[0]
+    elif isinstance(value, list) and value and isinstance(value[0], float):
+        expected = list(_single(value))
+    return found == expected and isinstance(found, bool) == isinstance(expected, bool)
+
+
 def _prove_keys(header: GgufHeader, keys: Mapping[str, Any]) -> None:
     for key, value in keys.items():
-        if not value and isinstance(value, str | list):
-            continue  # the writer leaves empty ones out
-        found = header.metadata.get(key)
-        expected = value
-        if isinstance(value, float):
-            expected = _single((value,))[0]
-        elif isinstance(value, list) and value and isinstance(value[0], float):
-            expected = list(_single(value))
-        if found != expected or isinstance(found, bool) != isinstance(expected, bool):
+        # The writer leaves empty ones out.
+        if (value or not isinstance(value, str | list)) and not holds(header, key, value):
             raise _differs(key, "is not what was to be written")
 
 

@@ -22,6 +22,8 @@ SHIFT_KEY = "diffusion.shift_logits"
 """Read by llama.cpp's diffusion example, which takes it for true where it is absent."""
 BLOCK_KEY = "diffusion.block_size"
 """Ours: nothing in llama.cpp knows of blocks."""
+FACTORS = "rope_freqs.weight"
+"""Tensor of factors of rotary frequencies, which no tensor of a conversion is."""
 _EPS = 1e-6
 """What the four classes take where config.json says nothing."""
 _YARN = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
@@ -155,7 +157,7 @@ def model_tensors(architecture: str, converted: Converted) -> tuple[Stored, ...]
         )
     if converted.rope.get("rope_type") == "llama3":
         factors = llama3_factors(converted.rope, width)
-        found.append(Stored("rope_freqs.weight", None, (len(factors),), 0, factors, exact=True))
+        found.append(Stored(FACTORS, None, (len(factors),), 0, factors, exact=True))
     return tuple(sorted(found, key=_place))
 
 
