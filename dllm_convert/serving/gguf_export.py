@@ -26,7 +26,7 @@ from dllm_convert.serving.gguf_writing import (
     prove_gguf,
     write_gguf,
 )
-from dllm_convert.serving.run import Export, Source, new_folder, write_record
+from dllm_convert.serving.run import Export, Source, held_out_texts, new_folder, write_record
 from dllm_convert.source.folder import LICENCE_FILES, file_names, matching
 from dllm_convert.source.safetensors_header import Header, load_json_object
 from dllm_convert.source.tokenizer_loading import load_tokenizer
@@ -79,13 +79,21 @@ def export_gguf(
     with new_folder(place, file.size) as partial:
         compared = write_file(file, folder, source.headers, partial, reporter)
         checked = {"bytes": _compared(file, compared)}
+        more: dict[str, Any] = {"outtype": file.type_name}
+        if proven:
+            # It needs torch, and the binding.
+            from dllm_convert.serving.gguf_proof import prove_by_llama_cpp
+
+            path, texts = partial / file.name, held_out_texts(data)
+            proof = prove_by_llama_cpp(folder, path, file.type_name, texts)
+            checked[f"by {proof.engine}"] = proof.in_words()
+            more["proof"] = proof.as_dict()
         for licence in matching(file_names(folder), LICENCE_FILES):
             shutil.copyfile(folder / licence, partial / licence)
         launch = layout.started(converted, file.name)
         readme = gguf_guide(layout, converted, file, checked, name, launch)
         (partial / "README.md").write_text(readme, encoding="utf-8")
         made = {file.name: ("rewritten", sha256_file(partial / file.name))}
-        more = {"outtype": file.type_name}
         write_record(layout, folder, partial, source.headers, made, checked, more)
     return Export(
         path=place,

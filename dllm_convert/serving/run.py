@@ -26,6 +26,7 @@ from dllm_convert.planning.layouts.registry import target_of
 from dllm_convert.planning.layouts.target import Converted, Layout, Target
 from dllm_convert.serving.dangers import check, measure
 from dllm_convert.serving.guide import guide
+from dllm_convert.serving.llama_cpp import require_llama_cpp
 from dllm_convert.serving.proof import prove_by_engine, require_engine
 from dllm_convert.serving.spans import (
     Piece,
@@ -255,7 +256,9 @@ def export(
     target = target_of(to)
     if outtype is not None and not isinstance(target, GgufLayout):
         raise RequestError(f"`outtype` is for GGUF files, not for {to}", argument="outtype")
-    if proven:
+    if proven and isinstance(target, GgufLayout):
+        require_llama_cpp("prove")
+    elif proven:
         require_engine(target.name)
     converted, headers = read_converted(folder)
     refuse(target, converted)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import SourceFactory
 from conversion import convert
+from gguf_cases import FAMILIES, LLAMA3, Make, file_of, maker, with_rope
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -32,29 +33,13 @@ from dllm_convert.source.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GRAPHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-Make = Callable[..., Path]
 
 
 @pytest.fixture
 def converted(tmp_path: Path, source_cache: SourceFactory) -> Make:
     """Return a maker of tiny conversions."""
-
-    def make(family: str, *, target: str = "bd3lm", shift: str = "keep", **source: Any) -> Path:
-        recipe = source.pop("recipe", {})
-        out = tmp_path / f"{family}-{target}-{shift}-{len(list(tmp_path.iterdir()))}"
-        made = source_cache(family, **source)
-        convert(made, out, target, block=4, token_shift=shift, **recipe)
-        return out
-
-    return make
-
-
-def file_of(folder: Path) -> Path:
-    """Return the one GGUF file of an export."""
-    (file,) = folder.glob("*.gguf")
-    return file
+    return maker(tmp_path, source_cache)
 
 
 def rows_of(file: Path, header: GgufHeader, name: str) -> np.ndarray[Any, Any]:
@@ -162,19 +147,6 @@ def test_shards_are_put_together_and_rows_past_a_part_are_read(
     for name, tensor in one.tensors.items():
         assert tensor.kind == other.tensors[name].kind
         assert np.array_equal(rows_of(whole, one, name), rows_of(sharded, other, name)), name
-
-
-def with_rope(folder: Path, **rope: Any) -> Path:
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {"rope_theta": 1e4, **rope}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
 
 
 def test_factors_of_llama3_are_those_of_transformers() -> None:
