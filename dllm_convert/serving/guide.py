@@ -37,12 +37,12 @@ def guide(
         f"# {source} for {' and '.join(target.engines)}",
         f"{target.summary}. Written by dllm-convert {__version__} (`export --to {target.name}`); "
         "the weights are those of the conversion, byte for byte.",
-        _table(("of the conversion", ""), facts),
+        table(("of the conversion", ""), facts),
         "## Start",
         *(f"```sh\n{line}\n```" for line in target.started(converted, ".")),
         *(("A request to SGLang:", f"```sh\n{_REQUEST}\n```") if served else ()),
         "## Checked",
-        _table(("what", "found"), checked),
+        table(("what", "found"), checked),
         "## Limits",
         *(f"- {line}" for line in _limits(target, converted)),
     ]
@@ -68,6 +68,7 @@ def _limits(target: Target, converted: Converted) -> list[str]:
     return lines
 
 
-def _table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
+def table(header: tuple[str, str], rows: Mapping[str, str]) -> str:
+    """Return a table of two columns in Markdown."""
     lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {key} | {value} |" for key, value in rows.items())])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from dllm_convert.common.disk import sync_tree, writing
 from dllm_convert.common.json_files import write_config
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.common.version import __version__
-from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.errors import DataError, IncompatibleError, RequestError
 from dllm_convert.modeling.converted_config import (
     check_converted_config,
     read_converted_config,
     read_section,
 )
+from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.registry import target_of
-from dllm_convert.planning.layouts.target import Converted, Target
-from dllm_convert.serving.dangers import Dangers, check, measure
+from dllm_convert.planning.layouts.target import Converted, Layout, Target
+from dllm_convert.serving.dangers import check, measure
 from dllm_convert.serving.guide import guide
+from dllm_convert.serving.llama_cpp import require_llama_cpp
 from dllm_convert.serving.proof import prove_by_engine, require_engine
 from dllm_convert.serving.spans import (
     Piece,
@@ -92,6 +95,21 @@ class Export(Printed):
         ]
 
 
+@dataclass(frozen=True)
+class Source:
+    """A conversion that is exported.
+
+    Attributes:
+        folder: Where it is.
+        converted: What its headers and configs tell.
+        headers: Headers of its weight files.
+    """
+
+    folder: Path
+    converted: Converted
+    headers: Mapping[str, Header]
+
+
 def read_converted(folder: Path) -> tuple[Converted, dict[str, Header]]:
     """Read what the headers and configs of a conversion tell; no weight is loaded.
 
@@ -115,7 +133,7 @@ def read_converted(folder: Path) -> tuple[Converted, dict[str, Header]]:
     )
 
 
-def refuse(target: Target, converted: Converted) -> None:
+def refuse(target: Layout, converted: Converted) -> None:
     """Refuse what the engine would read wrong.
 
     Raises:
@@ -213,6 +231,7 @@ def export(
     *,
     data: Path | None = None,
     proven: bool = False,
+    outtype: str | None = None,
     reporter: Reporter | None = None,
 ) -> Export:
     """Write a conversion in the layout of an engine, and prove that it is the same model.
@@ -224,6 +243,7 @@ def export(
         data: A text file to measure the mask's probability on; None: the language reference that
             comes with CPython.
         proven: Whether an engine's own code has to agree, in logits and in decoded tokens.
+        outtype: Type of the matrices of a GGUF file; None: as they are.
         reporter: Progress; None: silent.
 
     Raises:
@@ -234,48 +254,48 @@ def export(
     """
     teller = reporter or Reporter(quiet=True)
     target = target_of(to)
-    if proven:
+    if outtype is not None and not isinstance(target, GgufLayout):
+        raise RequestError(f"`outtype` is for GGUF files, not for {to}", argument="outtype")
+    if proven and isinstance(target, GgufLayout):
+        require_llama_cpp("prove")
+    elif proven:
         require_engine(target.name)
     converted, headers = read_converted(folder)
     refuse(target, converted)
     place = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise DataError(f"{place} is not empty, expected a new folder", hint="Give another --out")
+    if isinstance(target, GgufLayout):
+        # It builds on what stands here.
+        from dllm_convert.serving.gguf_export import export_gguf
+
+        source = Source(folder, converted, headers)
+        return export_gguf(target, source, place, outtype or "auto", data, proven, teller)
     embedding = converted.entries[converted.adapter.embedding]
     old = converted.section.mask_token_id
     new = old if target.mask_row is None else target.mask_row
     rows = max(embedding.shape[0], target.rows, new + 1)
-    found = measure(folder, _texts(data), tokens=converted.tokens, rows=rows)
+    found = measure(folder, held_out_texts(data), tokens=converted.tokens, rows=rows)
     unties = target.unties or (target.may_untie and converted.tied and not found.sound)
     closes = target.mask_row is not None and (unties or not converted.tied)
     row = _row_bytes(found.closed, embedding.dtype) if closes else None
     checked = dict(check(found, repaired=row is not None, tied=converted.tied))
     pieces = pieces_of(target, converted, Vocabulary(old, new, rows), row, unties=unties)
-    partial = place.with_name(place.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     size = sum(piece.row_bytes * piece.shape[0] for piece in pieces)
-    try:
-        with writing(partial, size), teller.task("write", total=size) as task:
-            partial.mkdir(parents=True)
+    with new_folder(place, size) as partial:
+        with teller.task("write", total=size) as task:
             made = write_pieces(pieces, folder, partial, headers, task.advance)
-            config = target.config(converted, rows, new)
-            config["tie_word_embeddings"] = converted.tied and not unties
-            write_config(partial / "config.json", config)
-            compared = prove(pieces, folder, partial, headers)
-            checked["bytes"] = f"{compared:,} compared with the conversion's, all equal"
-            if proven:
-                proof = prove_by_engine(
-                    folder, partial, target.name, mask=new, tokens=converted.tokens
-                )
-                checked[f"by the code of {proof.engine}"] = proof.in_words()
-            _write_others(target, converted, folder, partial, checked, new)
-            _record(target, folder, partial, headers, made, checked, found)
-            sync_tree(partial)
-        if place.exists():
-            place.rmdir()
-        partial.rename(place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        config = target.config(converted, rows, new)
+        config["tie_word_embeddings"] = converted.tied and not unties
+        write_config(partial / "config.json", config)
+        compared = prove(pieces, folder, partial, headers)
+        checked["bytes"] = f"{compared:,} compared with the conversion's, all equal"
+        if proven:
+            proof = prove_by_engine(folder, partial, target.name, mask=new, tokens=converted.tokens)
+            checked[f"by the code of {proof.engine}"] = proof.in_words()
+        _write_others(target, converted, folder, partial, checked, new)
+        more = {"probabilities": found.as_dict()}
+        write_record(target, folder, partial, headers, made, checked, more)
     return Export(
         path=place,
         target=target.name,
@@ -286,7 +306,37 @@ def export(
     )
 
 
-def _texts(data: Path | None) -> Sequence[str]:
+@contextmanager
+def new_folder(place: Path, size: int) -> Iterator[Path]:
+    """Make a folder that is there whole or not at all: it is renamed once the block ends.
+
+    Args:
+        place: The folder.
+        size: Bytes that will be written.
+
+    Raises:
+        DataError: The disk is full.
+    """
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with writing(partial, size):
+            partial.mkdir(parents=True)
+            yield partial
+            sync_tree(partial)
+        if place.exists():
+            place.rmdir()
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def held_out_texts(data: Path | None) -> Sequence[str]:
+    """Return texts that nothing was trained on: of a file, or of Python's language reference.
+
+    Raises:
+        DataError: The file is not text.
+    """
     if data is not None:
         try:
             text = data.read_text(encoding="utf-8")
@@ -322,15 +372,26 @@ def _write_others(
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _record(
-    target: Target,
+def write_record(
+    target: Layout,
     folder: Path,
     out: Path,
     headers: Mapping[str, Header],
     made: Mapping[str, tuple[str, str]],
     checked: Mapping[str, str],
-    found: Dangers,
+    more: Mapping[str, Any],
 ) -> None:
+    """Write what was exported from what.
+
+    Args:
+        target: The layout.
+        folder: The conversion.
+        out: The export, whole but for this file.
+        headers: Headers of the conversion's files.
+        made: Weight file to how it came about and its SHA-256.
+        checked: What was checked, and what came of it.
+        more: Numbers behind that.
+    """
     others = [path.name for path in sorted(out.iterdir()) if path.name not in made]
     read = {name: folder / name for name in ("config.json", *headers)}
     write_config(
@@ -343,6 +404,6 @@ def _record(
             "files": {name: digest for name, (_, digest) in made.items()}
             | sha256_files({name: out / name for name in others}),
             "checked": dict(checked),
-            "probabilities": found.as_dict(),
+            **more,
         },
     )

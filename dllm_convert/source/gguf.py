@@ -13,7 +13,7 @@ from dllm_convert.source.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source.info import SourceInfo, TensorInfo, TokenizerInfo
 from dllm_convert.source.tokenizer_files import ID_ROLES, build_info, config_ids
 
-_CONFIG_KEYS = {
+CONFIG_KEYS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
@@ -24,6 +24,7 @@ _CONFIG_KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
+"""Keys behind the name of an architecture, to fields of config.json."""
 
 _TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -42,6 +43,8 @@ _TENSOR_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_GGML_NAMES = {stock: name for name, stock in _TENSOR_NAMES.items()}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 _NAMED_IDS = {
     "bos_token_id": "bos",
@@ -64,9 +67,21 @@ def stock_name(name: str) -> str:
     return f"{_TENSOR_NAMES.get(stem, stem)}{dot}{suffix}"
 
 
+def ggml_name(name: str) -> str:
+    """Return the name in a GGUF file of a tensor of a decoder of transformers, or the name itself.
+
+    The inverse of `stock_name`.
+    """
+    stem, dot, suffix = name.rpartition(".")
+    layer = _LAYER.fullmatch(stem)
+    if layer:
+        return f"blk.{layer[1]}.{_GGML_NAMES.get(layer[2], layer[2])}{dot}{suffix}"
+    return f"{_GGML_NAMES.get(stem, stem)}{dot}{suffix}"
+
+
 def _config(header: GgufHeader, architecture: str) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": architecture}
-    for key, name in _CONFIG_KEYS.items():
+    for key, name in CONFIG_KEYS.items():
         value = header.metadata.get(f"{architecture}.{key}")
         if value is not None:
             config[name] = value

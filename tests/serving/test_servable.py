@@ -50,5 +50,5 @@ def test_check_says_which_engines_and_what_to_change(source_cache: SourceFactory
     dropped = [*line, "--set", "token_shift=drop", "--json"]
     said = json.loads(CliRunner().invoke(app, dropped).stdout)["serving"]
     assert {name: found["refused"] for name, found in said.items()} == {
-        "sdar": [], "llada2": [], "a2d": [],
+        "sdar": [], "llada2": [], "gguf": [], "a2d": [],
     }  # fmt: skip

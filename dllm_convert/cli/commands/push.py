@@ -20,6 +20,7 @@ def export(
     out: option.ExportOut = None,
     data: option.ExportData = None,
     prove: option.Prove = False,
+    outtype: option.Outtype = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -28,7 +29,9 @@ def export(
     from dllm_convert.pipeline.api.publication import export as exported
 
     with typed():
-        result = exported(checkpoint, to, out, data=data, prove=prove, reporter=reporter)
+        result = exported(
+            checkpoint, to, out, data=data, prove=prove, outtype=outtype, reporter=reporter
+        )
     show_done(result, as_json=as_json)
 
 

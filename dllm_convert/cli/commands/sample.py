@@ -13,7 +13,7 @@ from dllm_convert.cli import options as option
 from dllm_convert.cli import output
 from dllm_convert.cli.commands import decoding
 from dllm_convert.cli.commands.shared import make_reporter, typed
-from dllm_convert.cli.types import path_of, seed_of
+from dllm_convert.cli.types import count, path_of, seed_of
 from dllm_convert.cli.values import output_file
 from dllm_convert.common.shown_text import printable
 from dllm_convert.errors import DataError
@@ -61,15 +61,24 @@ Seed = Annotated[
 ]
 
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", parser=count, metavar="N", help="Threads of llama.cpp, of a GGUF file."
+    ),
+]
+
+
 @decoding.with_settings
 def sample(
-    checkpoint: option.Checkpoint,
+    checkpoint: option.CheckpointOrGguf,
     prompt: Prompts = None,
     chat: Chat = False,
     settings: Any = None,
     seed: Seed = None,
     watch: Watch = False,
     record: Record = None,
+    threads: Threads = None,
     infill: decoding.Infill = None,
     lossless: decoding.Lossless = False,
     as_json: option.Json = False,
@@ -83,6 +92,7 @@ def sample(
     decoding.check_settings(checkpoint, settings)
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
+    how["threads"] = threads
     found = _write(checkpoint, given, reporter, watch=watch, record=record, **how)
     _print(found, reporter, chat=chat, as_json=as_json)
 

@@ -17,15 +17,18 @@ def decode_canvas(
     lengths: torch.Tensor,
     options: DecodingOptions,
     observer: Observer | None = None,
+    *,
+    reader: Any = None,
 ) -> Decoded:
     """MDLM decoding (LLaDA, arXiv 2502.09992): all new positions start masked and are filled in.
 
     Prompts (batch, width) are right-padded, `lengths` (batch,) counts their tokens; masks in them
-    are filled in as well. Rows that are done leave the batch.
+    are filled in as well. Rows that are done leave the batch. `reader` makes what runs the
+    forwards, of the model and the canvas; by default a `CanvasReader`.
     """
     limits = lengths + options.max_new_tokens
     canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer)
-    reader = CanvasReader(model, canvas)
+    reader = (reader or CanvasReader)(model, canvas)
     # The window each row was in last, (batch,); none yet, so that every row begins one.
     window = torch.full_like(lengths, -(2**31))
     canvas.show()
@@ -64,6 +67,8 @@ def decode_blocks(
     lengths: torch.Tensor,
     options: DecodingOptions,
     observer: Observer | None = None,
+    *,
+    reader: Any = None,
 ) -> Decoded:
     """BD3LM decoding (arXiv 2503.09573): block after block, clean blocks in one KV cache.
 
@@ -71,13 +76,14 @@ def decode_blocks(
     the first decoded block; a prompt with masks is decoded from its first masked block on. Every
     row is at a block of its own: in one forward some are denoised and others, whose block is
     written, extend the cache; where all are written, the forward that extends the cache denoises
-    the next blocks as well. Arguments are those of `decode_canvas`.
+    the next blocks as well. Arguments are those of `decode_canvas`; `reader` makes a `BlockReader`,
+    of the block size too.
     """
     size = options.block_size or 1
     # Whole blocks: what a row writes behind its last new token is cut off in the end.
     limits = (lengths + options.max_new_tokens + size - 1) // size * size
     canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer)
-    reader = BlockReader(model, canvas, size)
+    reader = (reader or BlockReader)(model, canvas, size)
     reader.read_prompt()
     canvas.show()
     # Rows whose block is new to them, (rows,): their steps are counted from here.

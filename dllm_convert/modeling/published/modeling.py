@@ -67,11 +67,15 @@ class DiffusionMixin:
         record_graphs: Whether decoding on a CUDA device may record its steps as graphs.
         graph_replays: How many steps of the last decoding were replayed from a graph.
         gate: Of a gated model, what tells its layers which tokens are noisy.
+        reader: What runs the forwards of a decoding where that is other code than this model's:
+            makes, of the model and the text, what has the methods of `BlockReader`, or without
+            blocks of `CanvasReader`.
     """
 
     record_graphs = True
     graph_replays = 0
     gate: Any = None
+    reader: Any = None
     _head = "lm_head"
     _goes_without_mask = True
 
@@ -314,6 +318,8 @@ class DiffusionMixin:
         elif rows and is_queued(prompts.device, options):
             record = self.record_graphs
             decode = partial(decode_queued, told=told, with_order=output_order, record=record)
+        elif self.reader is not None:
+            decode = partial(decode, reader=self.reader)
         if streamer is not None:
             first = packed[:, : told[0] if rows else 0]
             observer = streamer = StreamerFeed(streamer, first, options, observer)

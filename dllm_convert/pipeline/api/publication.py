@@ -60,17 +60,21 @@ def export(
     *,
     data: str | Path | None = None,
     prove: bool = False,
+    outtype: str | None = None,
     reporter: Reporter | None = None,
 ) -> Export:
     """Write a converted checkpoint in the layout of a serving engine, proven byte for byte.
 
     Args:
         checkpoint: The folder; only read.
-        to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `a2d` (dLLM).
+        to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `gguf`
+            (llama.cpp), `a2d` (dLLM).
         out: Folder to create; None: beside the checkpoint, with the layout's name behind.
         data: Text file to measure on how likely the mask is; None: Python's language reference.
         prove: Whether an engine's own code, which has to be installed, must agree in logits and
             in decoded tokens.
+        outtype: Type of the matrices of a GGUF file: `f32`, `f16`, `bf16`, `q8_0`; None, or
+            `auto`, as the checkpoint has them.
         reporter: Progress; by default silent.
 
     Raises:
@@ -89,6 +93,7 @@ def export(
             None if out is None else Path(out),
             data=None if data is None else Path(data),
             proven=prove,
+            outtype=outtype,
             reporter=reporter,
         )
 

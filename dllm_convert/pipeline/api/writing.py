@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import RequestError
@@ -92,13 +92,15 @@ def sample(
     seed: int | None = None,
     watch: bool = False,
     record: str | Path | None = None,
+    threads: int | None = None,
     reporter: Reporter | None = None,
     **decoding: Any,
 ) -> Sample | list[Sample]:
     """Write text with a converted checkpoint.
 
     Args:
-        checkpoint: Its folder or Hub id, or a pair (model, tokenizer) as `load` returns it.
+        checkpoint: Its folder or Hub id, a GGUF file that `export` wrote, which llama.cpp runs, or
+            a pair (model, tokenizer) as `load` returns it.
         prompt: Text to go on from, or several, which are written in one batch.
         max_new_tokens: Tokens to write; None is the checkpoint's default.
         chat: Put each prompt into the chat template, and write the reply.
@@ -108,6 +110,7 @@ def sample(
         seed: Seed for temperatures above 0.
         watch: Show the text on stderr while it is denoised.
         record: A .gif or .html file to write how the first text was denoised to.
+        threads: Threads of llama.cpp, where it runs the model.
         reporter: Progress; by default silent.
         **decoding: Settings of decoding as `generate` takes them: `confidence_threshold`,
             `max_denoising_steps`, `temperature`, `top_p`, ...
@@ -139,6 +142,12 @@ def sample(
     teller = reporter or Reporter(quiet=not watch)
     shown = Display(watch, _film(record))
     with quiet_libraries():
+        if is_gguf(checkpoint):
+            checkpoint = _load_gguf(Path(checkpoint), threads, teller)
+        elif threads is not None:
+            raise RequestError(
+                "`threads` is for GGUF files; torch takes OMP_NUM_THREADS", argument="threads"
+            )
         if isinstance(checkpoint, str | Path):
             folder = _folder(checkpoint, teller)
             if lossless:
@@ -160,6 +169,19 @@ def sample(
             require_settings(model, given)
             samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
     return samples[0] if prompt is None or isinstance(prompt, str) else list(samples)
+
+
+def is_gguf(checkpoint: object) -> TypeGuard[str | Path]:
+    """Whether what is named is a GGUF file, by its ending as everybody names them."""
+    return isinstance(checkpoint, str | Path) and Path(checkpoint).suffix.lower() == ".gguf"
+
+
+def _load_gguf(path: Path, threads: int | None, reporter: Reporter) -> tuple[Any, Any]:
+    from dllm_convert.serving.gguf_model import load_gguf
+
+    with reporter.task("load"):
+        loaded = load_gguf(path, threads)
+    return loaded.model, loaded.tokenizer
 
 
 def _film(record: str | Path | None) -> Path | None:

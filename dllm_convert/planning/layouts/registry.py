@@ -6,15 +6,16 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from dllm_convert.errors import RequestError
-from dllm_convert.planning.layouts import a2d, llada2, sdar
+from dllm_convert.planning.layouts import a2d, gguf, llada2, sdar
+from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.target import Converted, Refusal, Target
 
-TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (sdar.TARGET, llada2.TARGET, a2d.TARGET)
+TARGETS: Mapping[str, Target | GgufLayout] = {
+    target.name: target for target in (sdar.TARGET, llada2.TARGET, gguf.TARGET, a2d.TARGET)
 }
 
 
-def target_of(name: str) -> Target:
+def target_of(name: str) -> Target | GgufLayout:
     """Return a target.
 
     Raises:
@@ -30,7 +31,7 @@ def target_of(name: str) -> Target:
     return TARGETS[name]
 
 
-def reachable(converted: Converted) -> Iterator[tuple[Target, tuple[Refusal, ...]]]:
+def reachable(converted: Converted) -> Iterator[tuple[Target | GgufLayout, tuple[Refusal, ...]]]:
     """Yield every target with what stands in its way; nothing if it can be had."""
     for target in TARGETS.values():
         yield target, tuple(target.refusals(converted))

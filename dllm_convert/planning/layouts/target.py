@@ -42,7 +42,9 @@ class Converted:
         if isinstance(newer, Mapping):
             return newer
         older = self.config.get("rope_scaling") or {}
-        return {"rope_type": "default", **older, "rope_theta": self.config.get("rope_theta", 1e4)}
+        # Before it was `rope_type` the field was `type`.
+        kind = {"rope_type": older.get("type", "default")}
+        return {**kind, **older, "rope_theta": self.config.get("rope_theta", 1e4)}
 
     @property
     def head_dim(self) -> int:
@@ -69,36 +71,22 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A layout that engines read.
+class Layout:
+    """What engines read, and what stands in the way.
 
     Attributes:
         name: As `--to` takes it.
         engines: Who reads it, for people.
         summary: What it is, in a line.
         refusals: What stands in the way, given the checkpoint.
-        config: config.json of the export, given the checkpoint and the row of the mask.
-        names: Name in the export of each tensor, or of the stack it is a part of.
-        mask_row: Row that the engine takes for the mask; None: the config's own.
-        rows: Least rows of its vocabulary; 0 for those there are.
-        unties: Whether the head is written although it is the embedding.
-        may_untie: Whether it can be, where the tied one would predict what is no token.
         launch: How to start an engine: lines with `{out}`, `{block}`, `{sampler}`, `{shift}`.
-        files: More files, name to text, given the checkpoint.
     """
 
     name: str
     engines: tuple[str, ...]
     summary: str
     refusals: Callable[[Converted], Iterator[Refusal]]
-    config: Callable[[Converted, int, int], dict[str, Any]]
-    names: Callable[[str], str]
     launch: tuple[str, ...]
-    mask_row: int | None = None
-    rows: int = 0
-    unties: bool = False
-    may_untie: bool = False
-    files: Callable[[Converted], Mapping[str, str]] = lambda _: {}
 
     def started(self, converted: Converted, out: Path | str) -> tuple[str, ...]:
         """Return how to start an engine on an export of a checkpoint that lies at `out`."""
@@ -112,6 +100,29 @@ class Target:
             )
             for line in self.launch
         )
+
+
+@dataclass(frozen=True)
+class Target(Layout):
+    """A layout of safetensors: other names, under a config of the engine's.
+
+    Attributes:
+        config: config.json of the export, given the checkpoint and the row of the mask.
+        names: Name in the export of each tensor, or of the stack it is a part of.
+        mask_row: Row that the engine takes for the mask; None: the config's own.
+        rows: Least rows of its vocabulary; 0 for those there are.
+        unties: Whether the head is written although it is the embedding.
+        may_untie: Whether it can be, where the tied one would predict what is no token.
+        files: More files, name to text, given the checkpoint.
+    """
+
+    config: Callable[[Converted, int, int], dict[str, Any]]
+    names: Callable[[str], str]
+    mask_row: int | None = None
+    rows: int = 0
+    unties: bool = False
+    may_untie: bool = False
+    files: Callable[[Converted], Mapping[str, str]] = lambda _: {}
 
 
 _SHIFT = "--set token_shift=drop"

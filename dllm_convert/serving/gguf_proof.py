@@ -1,0 +1,227 @@
+"""Proof by llama.cpp: it computes our logits, writes our tokens and cuts text as we do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_convert.diffusion.attention import CLEAN, StreamMask
+from dllm_convert.errors import VerificationError
+from dllm_convert.modeling.loading import load_checkpoint
+from dllm_convert.serving.gguf_model import LlamaCppModel, load_gguf
+from dllm_convert.serving.llama_cpp import PACKAGE, LlamaCpp
+from dllm_convert.serving.proof import THRESHOLDS, TOLERANCE, Proof
+from dllm_convert.weights.tokenizer import SAMPLES
+
+KL_BOUNDS = {"F16": 1e-3, "BF16": 1e-2, "Q8_0": 0.1}
+"""Largest mean divergence, in nats, of matrices in fewer bits: above it, something else differs."""
+_NEW_TOKENS = 21
+_SHARE = 0.5
+"""Of the tokens that are masked where logits are compared."""
+_TEXT_TOKENS = 256
+_THREADS = 1
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How near a file with fewer bits is to the conversion, at masked tokens of held-out text.
+
+    Attributes:
+        engine: Name and version of who ran it.
+        divergence: Mean of KL(ours || the file's), nats.
+        agreement: Share of tokens whose likeliest token is ours.
+        positions: Tokens that were masked.
+        bound: Largest divergence that passes.
+    """
+
+    engine: str
+    divergence: float
+    agreement: float
+    positions: int
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether what differs can be rounding."""
+        return self.divergence <= self.bound
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self) | {"passed": self.passed}
+
+    def in_words(self) -> str:
+        """Return the result in a line."""
+        return (
+            f"KL {self.divergence:.2g} nats from the conversion in float32 (bound {self.bound:g}), "
+            f"the likeliest token is the same at {self.agreement:.1%} of {self.positions} masked "
+            "tokens of held-out text"
+        )
+
+
+def prove_by_llama_cpp(
+    folder: Path, path: Path, kind: str, texts: Sequence[str]
+) -> Proof | Closeness:
+    """Compare llama.cpp's logits and text with ours.
+
+    Args:
+        folder: The conversion.
+        path: The file.
+        kind: Type of its matrices.
+        texts: Held-out text.
+
+    Returns:
+        A proof of float32 matrices, of others how near they are.
+
+    Raises:
+        VerificationError: llama.cpp reads another model, or another text.
+    """
+    loaded = load_checkpoint(folder, device="cpu", dtype="float32")
+    theirs = load_gguf(path, _THREADS).model
+    version = importlib.metadata.version(PACKAGE)
+    engine = f"llama.cpp ({PACKAGE} {version})"
+    _same_tokens(loaded.tokenizer, theirs.engine, (*SAMPLES, *texts))
+    found: Proof | Closeness
+    if kind == "F32":
+        found = _exact(loaded.model, theirs, engine)
+    else:
+        encoded = [loaded.tokenizer(text)["input_ids"][:_TEXT_TOKENS] for text in texts]
+        found = _near(loaded.model, theirs, engine, KL_BOUNDS[kind], encoded)
+    if not found.passed:
+        raise VerificationError(
+            f"{engine} reads another model: {found.in_words()}",
+            hint="Nothing was written. Report it, with the versions of both",
+        )
+    return found
+
+
+def _same_tokens(tokenizer: Any, engine: LlamaCpp, texts: Sequence[str]) -> None:
+    """Compare how text is cut.
+
+    Raises:
+        VerificationError: llama.cpp makes other tokens of a text.
+    """
+    for text in texts:
+        # llama.cpp takes characters as they come; tokenizers that compose them do it first.
+        composed = unicodedata.normalize("NFC", text)
+        ours, theirs = tokenizer(composed)["input_ids"], engine.tokenize(composed)
+        if ours != theirs:
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            shared = min(len(ours), len(theirs))
+            place = next((number for number, (one, two) in pairs if one != two), shared)
+            said = tokenizer.decode(ours[max(0, place - 5) : place + 5])
+            raise VerificationError(
+                f"llama.cpp cuts text otherwise: from token {place} on, at {said!r}",
+                hint="Nothing was written. Report it, with the tokenizer's name",
+            )
+
+
+def _exact(model: Any, theirs: LlamaCppModel, engine: str) -> Proof:
+    """Compare logits and decoded tokens of three prompts, aligned with blocks and not."""
+    size, mask = getattr(model.config, "block_size", None) or 4, model.config.mask_token_id
+    draw = torch.Generator().manual_seed(0)
+    difference, equal, decoded, prompts = 0.0, 0, 0, []
+    for length in (2 * size, 2 * size + max(1, size * 3 // 4), max(1, size - 1)):
+        ids = torch.randint(model.config.vocab_size, (length,), generator=draw)
+        ids[ids == mask] = (mask + 1) % model.config.vocab_size
+        noisy = _masked(ids, mask, draw)
+        one, other = _logits_of(model, ids, noisy), _logits_by(theirs, ids, noisy)
+        difference = max(difference, float((one - other).abs().max()))
+        prompts.append(ids)
+    # Of another model the text says nothing more.
+    for ids in prompts if difference <= TOLERANCE else ():
+        for threshold in THRESHOLDS:
+            mine, written = (_text(one, ids, threshold) for one in (model, theirs))
+            decoded += len(mine)
+            equal += int((mine == written).sum())
+    return Proof(engine, difference, decoded, equal)
+
+
+def _text(model: Any, ids: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return the tokens that a model writes behind a prompt (length,)."""
+    written: torch.Tensor = model.generate(
+        ids[None],
+        max_new_tokens=_NEW_TOKENS,
+        confidence_threshold=threshold,
+        eos_token_id=None,
+    )
+    return written[0, len(ids) :]
+
+
+def _near(
+    model: Any, theirs: LlamaCppModel, engine: str, bound: float, encoded: Sequence[Sequence[int]]
+) -> Closeness:
+    """Compare distributions at masked tokens of texts."""
+    mask, draw = model.config.mask_token_id, torch.Generator().manual_seed(0)
+    shift = int(bool(model.config.diffusion["token_shift"]))
+    total, same, count = 0.0, 0, 0
+    for text in encoded:
+        ids = torch.tensor(text)
+        if len(ids) < 2:
+            continue
+        noisy = _masked(ids, mask, draw)
+        at = (noisy == mask).nonzero().squeeze(-1) - shift
+        at = at[at >= 0]
+        parts = []
+        for logits in (_logits_of(model, ids, noisy), _logits_by(theirs, ids, noisy)):
+            logits[:, mask] = -torch.inf  # it is never written
+            parts.append(logits[at].log_softmax(-1))
+        one, other = parts
+        each = (one.exp() * (one - other)).nan_to_num(nan=0.0)  # 0 * inf at the mask
+        total += float(each.sum())
+        same += int((one.argmax(-1) == other.argmax(-1)).sum())
+        count += len(at)
+    if not count:
+        raise VerificationError("there is no text to compare on", hint="Give some with --data FILE")
+    return Closeness(engine, total / count, same / count, count, bound)
+
+
+def _masked(ids: torch.Tensor, mask: int, draw: torch.Generator) -> torch.Tensor:
+    """Return tokens (length,) of which some are masked; the first has nothing before it."""
+    hit = torch.rand(ids.shape, generator=draw) < _SHARE
+    hit[0] = False
+    return ids.masked_fill(hit, mask)
+
+
+@torch.no_grad()
+def _logits_of(model: Any, ids: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+    """Return our logits at every place of a noisy text (length,), each block behind clean ones."""
+    size = getattr(model.config, "block_size", None)
+    if not size:
+        whole: torch.Tensor = model(noisy[None], use_cache=False).logits[0]
+        return whole.float()
+    places = torch.arange(len(ids))
+    # The noisy text, then the clean one: (1, 2 * length).
+    both = torch.cat([places, places])[None]
+    sees = StreamMask(
+        streams=torch.cat([torch.ones_like(places), torch.full_like(places, CLEAN)])[None],
+        blocks=both // size,
+        segments=torch.zeros_like(both),
+        positions=both,
+        causal_clean=model.config.diffusion.get("context") == "causal",
+    )
+    logits: torch.Tensor = model(
+        torch.cat([noisy, ids])[None],
+        attention_mask=sees.dense(),
+        position_ids=both,
+        use_cache=False,
+    ).logits[0, : len(ids)]
+    return logits.float()
+
+
+def _logits_by(theirs: LlamaCppModel, ids: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+    """Return llama.cpp's logits at every place of a noisy text (length,), as `_logits_of` does."""
+    size = getattr(theirs.config, "block_size", None) or len(ids)
+    causal = theirs.config.diffusion.get("context") == "causal"
+    cache, parts = theirs.engine.cache(len(ids), size), []
+    for first in range(0, len(ids), size):
+        part = noisy[first : first + size].tolist()
+        parts.append(torch.from_numpy(cache.run(0, part, first, range(len(part)))))
+        cache.forget(0, first)
+        cache.run(0, ids[first : first + size].tolist(), first, causal=causal)
+    return torch.cat(parts)
