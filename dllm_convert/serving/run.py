@@ -23,8 +23,9 @@ from dllm_convert.modeling.converted_config import (
 from dllm_convert.planning.layouts.registry import target_of
 from dllm_convert.planning.layouts.target import Converted, Target
 from dllm_convert.serving.dangers import Dangers, check, measure
+from dllm_convert.serving.engines import engines_of
 from dllm_convert.serving.guide import guide
-from dllm_convert.serving.proof import prove_by_engine, require_engine
+from dllm_convert.serving.proof import Proof, as_section, prove_by_engine
 from dllm_convert.serving.spans import (
     Piece,
     Vocabulary,
@@ -234,8 +235,7 @@ def export(
     """
     teller = reporter or Reporter(quiet=True)
     target = target_of(to)
-    if proven:
-        require_engine(target.name)
+    engines = engines_of(target.name) if proven else ()
     converted, headers = read_converted(folder)
     refuse(target, converted)
     place = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
@@ -263,13 +263,21 @@ def export(
             write_config(partial / "config.json", config)
             compared = prove(pieces, folder, partial, headers)
             checked["bytes"] = f"{compared:,} compared with the conversion's, all equal"
-            if proven:
-                proof = prove_by_engine(
-                    folder, partial, target.name, mask=new, tokens=converted.tokens
+            for name, text in target.files(converted).items():
+                (partial / name).write_text(text, encoding="utf-8")
+            proofs: list[Proof] = []
+            if engines:
+                proofs = prove_by_engine(
+                    folder,
+                    partial,
+                    engines,
+                    mask=new,
+                    tokens=converted.tokens,
+                    reporter=teller,
                 )
-                checked[f"by the code of {proof.engine}"] = proof.in_words()
+                checked |= {f"by the code of {proof.engine}": proof.in_words() for proof in proofs}
             _write_others(target, converted, folder, partial, checked, new)
-            _record(target, folder, partial, headers, made, checked, found)
+            _record(target, folder, partial, headers, made, checked, found, proofs)
             sync_tree(partial)
         if place.exists():
             place.rmdir()
@@ -316,8 +324,6 @@ def _write_others(
         if converted.config.get(key) is not None
     }
     write_config(out / "generation_config.json", ends)
-    for name, text in target.files(converted).items():
-        (out / name).write_text(text, encoding="utf-8")
     readme = guide(target, converted, checked, folder.resolve().name, mask)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
@@ -330,6 +336,7 @@ def _record(
     made: Mapping[str, tuple[str, str]],
     checked: Mapping[str, str],
     found: Dangers,
+    proofs: list[Proof],
 ) -> None:
     others = [path.name for path in sorted(out.iterdir()) if path.name not in made]
     read = {name: folder / name for name in ("config.json", *headers)}
@@ -344,5 +351,6 @@ def _record(
             | sha256_files({name: out / name for name in others}),
             "checked": dict(checked),
             "probabilities": found.as_dict(),
+            "proofs": as_section(proofs),
         },
     )
