@@ -40,6 +40,17 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
+class EngineName(StrEnum):
+    """Who can be asked to serve a conversion: the recipe's `Serve`, without importing pydantic."""
+
+    SGLANG = "sglang"
+    LMDEPLOY = "lmdeploy"
+    MLX_VLM = "mlx-vlm"
+    VLLM = "vllm"
+    LLAMA_CPP = "llama.cpp"
+    DLLM = "dllm"
+
+
 Version = Annotated[
     bool,
     typer.Option(
@@ -135,6 +146,14 @@ Preset = Annotated[
         "--preset",
         metavar="NAME",
         help="Take the settings of this preset; other options and --set win over it.",
+    ),
+]
+Serve = Annotated[
+    EngineName | None,
+    typer.Option(
+        "--serve",
+        metavar="|".join(EngineName),
+        help="Engine that is to serve the result: chooses what it needs to read it.",
     ),
 ]
 LoraRank = Annotated[

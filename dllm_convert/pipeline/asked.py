@@ -34,6 +34,8 @@ class ConversionRequest(TypedDict, total=False):
         max_time: Time after which training stops, as `"90m"` or `"1h30m"`.
         global_batch: Sequences per optimizer step, over all processes.
         preset: Name of a preset whose settings are taken.
+        serve: Engine that is to serve the result: `sglang`, `lmdeploy`, `mlx-vlm`, `vllm`,
+            `llama.cpp` or `dllm`; chooses target, token shift and AR loss.
         lora: Train LoRA of this rank.
         full: Train all weights.
         train: False converts without training.
@@ -55,6 +57,7 @@ class ConversionRequest(TypedDict, total=False):
     max_time: str | None
     global_batch: int | None
     preset: str | None
+    serve: str | None
     lora: int | None
     full: bool
     train: bool
@@ -120,6 +123,7 @@ def _fields(asked: ConversionRequest) -> dict[str, Any]:
     fields = {
         "target": asked.get("to"),
         "block_size": asked.get("block"),
+        "serve": asked.get("serve"),
         "data.source": None if data is None else str(data),
         "training.steps": asked.get("steps"),
         "training.method": method(lora, full=full, no_train=not train),

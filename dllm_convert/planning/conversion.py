@@ -28,6 +28,7 @@ from dllm_convert.planning.ids import check_token_ids
 from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.planning.model_shape import ModelShape, model_shape
+from dllm_convert.planning.servable import served
 from dllm_convert.planning.tokenizer import check_tokenizer
 from dllm_convert.planning.writes import Writes, count_writes
 from dllm_convert.recipe.schema import Recipe
@@ -211,7 +212,7 @@ def make_plan(
     attention = (kept_attention if kept else open_attention)(recipe, source, adapter)
     changed = fit.vocabulary if mask.write_row or mask.rows_after != mask.rows_before else ()
     known = (converted, side_file_warning(source), *code_warnings(source, adapter), *fit.warnings)
-    return ConversionPlan(
+    plan = ConversionPlan(
         recipe=recipe,
         source=source,
         adapter=adapter,
@@ -235,6 +236,8 @@ def make_plan(
         else None,
         shape=model_shape(source, adapter, mask),
     )
+    served(plan)
+    return plan
 
 
 def _main_dtype(source: SourceInfo) -> str | None:

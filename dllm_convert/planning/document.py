@@ -25,7 +25,7 @@ def plan_document(
     from dllm_convert.planning.conversion import plan_as_dict
     from dllm_convert.planning.devices import this_cpu
     from dllm_convert.planning.estimate import estimate
-    from dllm_convert.planning.servable import servable
+    from dllm_convert.planning.servable import servable, served
 
     recipe = plan.recipe
     document = {
@@ -33,6 +33,7 @@ def plan_document(
         **plan_as_dict(plan),
         "estimate": estimate(plan, this_cpu()),
         "serving": servable(plan),
+        "serve": served(plan),
         **measured,
     }
     if recipe.training.method != "none" and processes > 1:

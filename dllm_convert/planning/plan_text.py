@@ -285,9 +285,16 @@ def fits_text(device: Mapping[str, Any]) -> str:
     return f"does not fit {bytes_text(device['room'])}{more}"
 
 
-def _serving(layouts: Mapping[str, Any]) -> list[str]:
-    """Return a line per layout of `export`: who reads it, or what stands in the way."""
-    lines = []
+def _serving(plan: Mapping[str, Any]) -> list[str]:
+    """Return what the engine that was asked for needed; a line per layout of `export`."""
+    layouts, asked, lines = plan.get("serving", {}), plan.get("serve"), []
+    if asked is not None:
+        said = f"for {asked['engine']} with export --to {asked['layout']}:"
+        chosen = [
+            f"{name}={found['value']} (it {found['reason']})"
+            for name, found in asked["because"].items()
+        ]
+        lines += _wrapped([f"{said} {', '.join(chosen)}, mask in row {asked['mask_row']:,}"])
     for name, found in layouts.items():
         engines = " and ".join(found["engines"])
         if not found["refused"]:
@@ -322,7 +329,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
         *_section("Measured in small", probe_blocks(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
         *_section("Training", _training(plan)),
-        *_section("Engines that can serve it", _serving(plan.get("serving", {}))),
+        *_section("Engines that can serve it", _serving(plan)),
         *_section("Then", _more(plan)),
         *_section("Warnings", _wrapped(warnings)),
     ]

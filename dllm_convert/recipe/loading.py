@@ -17,6 +17,7 @@ from dllm_convert.common.nearest import nearest_place
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe import yaml_text as recipe_yaml
+from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.fields import describe_problem, field_path, fields_of, sections
 from dllm_convert.recipe.inherited import Fetch, handed_down
 from dllm_convert.recipe.precedence import NAMES, forgotten
@@ -235,6 +236,22 @@ class _Layers:
         said = {path for path, (value, _) in self.values.items() if value is not None}
         return forgotten({path: self.ranks[path] for path in said})
 
+    def _choose_for_engine(self) -> None:
+        """Set what the engine of `serve` asks for, but where it was said otherwise since.
+
+        A field that somebody wrote beside `serve`, or later, is left for the rules to refuse.
+        """
+        engine, origin = self.values.get("serve", (None, ""))
+        rank = self.ranks.get("serve", 0)
+        if not isinstance(engine, str):
+            return  # Nothing is asked for; or the schema says what could be.
+        for path, need in NEEDS.get(engine, {}).items():
+            said = path in self.typed and self.ranks.get(path, -1) >= rank
+            if path in self.values and (said or need.met_by(self.values[path][0])):
+                continue
+            self._put(path, need.value, origin)
+            self.ranks[path] = rank
+
     def validate(self) -> Recipe:
         """Check every field against the schema, and all of them against each other.
 
@@ -242,6 +259,7 @@ class _Layers:
             IncompatibleError: A field is unknown or no such value, or two contradict each other;
                 it says where that was written.
         """
+        self._choose_for_engine()
         for path in self._void():
             del self.values[path]
         bd3lm = self.values.get("target", (None,))[0] == "bd3lm"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import names_in, spelt
+from dllm_convert.recipe.engines import NEEDS
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
@@ -44,11 +46,26 @@ class UnsoundError(ValueError):
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Yield what in a recipe does not go together."""
+    yield from _serving(recipe)
     yield from _lengths(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
     yield from _drafts(recipe)
     yield from _kept_base(recipe)
+
+
+def _serving(recipe: Recipe) -> Iterator[Contradiction]:
+    if recipe.serve is None:
+        return
+    for name, need in NEEDS[recipe.serve].items():
+        value = attrgetter(name)(recipe)
+        if not need.met_by(value):
+            yield Contradiction(
+                f"serve: {recipe.serve} contradicts {name}: {value}, which was asked for: "
+                f"{recipe.serve} {need.reason}",
+                f"Leave {name} out, which makes it {need.value}; or ask for another engine",
+                ("serve", name),
+            )
 
 
 def _lengths(recipe: Recipe) -> Iterator[Contradiction]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 from dllm_convert.common.terms import ActsOn, Kernel, Target
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
+from dllm_convert.recipe.engines import Serve
 from dllm_convert.recipe.rules import UnsoundError, contradictions
 
 Method = Literal["full", "lora", "none"]
@@ -285,6 +286,11 @@ class Recipe(_Section):
     allow_generic: bool = Field(
         False, description="convert a family without an adapter if it passes what is measured"
     )
+    serve: Serve | None = Field(
+        None,
+        description="engine that is to serve the result: chooses target, token shift and AR loss "
+        "so that it can, and refuses what it could not read",
+    )
     mask_token: MaskToken = MaskToken()
     noise: Noise = Noise()
     data: Data = Data()
@@ -304,7 +310,8 @@ class Recipe(_Section):
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that what comes out depends on; the others may change in between."""
-        incidental: Any = {"training": set(INCIDENTAL), "allow_pickle": True}
+        # What `serve` chooses stands in the fields themselves.
+        incidental: Any = {"training": set(INCIDENTAL), "allow_pickle": True, "serve": True}
         return self.model_dump(mode="json", exclude=incidental)
 
     @property

@@ -148,21 +148,22 @@ class LlamaBlockReader(BlockReader):
         """Return nothing: two blocks of which one does not see the other are two calls."""
         return None
 
-    def _mask(self, clean: torch.Tensor) -> torch.Tensor:
-        # What `_run` has to know of the rows instead of a mask: which blocks are written, (rows,).
-        return clean
+    def _mask(self, clean: torch.Tensor) -> None:
+        # Who sees whom is llama.cpp's to know, by call.
+        return None
 
     def _run(
         self,
         columns: torch.Tensor,
         mask: torch.Tensor | None,
         at: torch.Tensor,
+        clean: torch.Tensor | None = None,
         *,
         is_prompt: bool = False,
     ) -> torch.Tensor:
         texts = self.canvas.read(columns).tolist()  # (streams * rows, block)
         rows = len(columns)
-        clean = [False] * rows if mask is None else mask.tolist()
+        written = [False] * rows if clean is None else clean.tolist()
         firsts = columns[:, 0].tolist()
         row, place = at // self.size, at % self.size
         found = torch.empty(len(texts) // rows, len(at), self.cache.vocabulary)
@@ -171,11 +172,11 @@ class LlamaBlockReader(BlockReader):
             here = (row == number).nonzero().squeeze(-1)
             # With token shift a place can be wanted for two positions.
             places, again = torch.unique(place[here], return_inverse=True)
-            causal = self.options.causal_context and clean[number]
+            causal = self.options.causal_context and written[number]
             first = firsts[number]
             logits = self.cache.run(line, text, first, places.tolist(), causal=causal)
             found[stream, here] = logits[again]
-            if not clean[number]:
+            if not written[number]:
                 self.cache.forget(line, first)
         self.canvas.forwards += 1
         return found.flatten(0, 1)

@@ -125,7 +125,7 @@ def _exact(model: Any, theirs: LlamaCppModel, engine: str) -> Proof:
     """Compare logits and decoded tokens of three prompts, aligned with blocks and not."""
     size, mask = getattr(model.config, "block_size", None) or 4, model.config.mask_token_id
     draw = torch.Generator().manual_seed(0)
-    difference, equal, decoded, prompts = 0.0, 0, 0, []
+    difference, equal, decoded, texts, prompts = 0.0, 0, 0, 0, []
     for length in (2 * size, 2 * size + max(1, size * 3 // 4), max(1, size - 1)):
         ids = torch.randint(model.config.vocab_size, (length,), generator=draw)
         ids[ids == mask] = (mask + 1) % model.config.vocab_size
@@ -139,7 +139,9 @@ def _exact(model: Any, theirs: LlamaCppModel, engine: str) -> Proof:
             mine, written = (_text(one, ids, threshold) for one in (model, theirs))
             decoded += len(mine)
             equal += int((mine == written).sum())
-    return Proof(engine, difference, decoded, equal)
+            texts += 1
+    planned = len(prompts) * len(THRESHOLDS)
+    return Proof(engine, difference, TOLERANCE, texts, planned, decoded, equal)
 
 
 def _text(model: Any, ids: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -25,9 +25,10 @@ from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.registry import target_of
 from dllm_convert.planning.layouts.target import Converted, Layout, Target
 from dllm_convert.serving.dangers import check, measure
+from dllm_convert.serving.engines import engines_of
 from dllm_convert.serving.guide import guide
 from dllm_convert.serving.llama_cpp import require_llama_cpp
-from dllm_convert.serving.proof import prove_by_engine, require_engine
+from dllm_convert.serving.proof import Proof, as_section, prove_by_engine
 from dllm_convert.serving.spans import (
     Piece,
     Vocabulary,
@@ -256,10 +257,10 @@ def export(
     target = target_of(to)
     if outtype is not None and not isinstance(target, GgufLayout):
         raise RequestError(f"`outtype` is for GGUF files, not for {to}", argument="outtype")
-    if proven and isinstance(target, GgufLayout):
+    in_gguf = isinstance(target, GgufLayout)
+    if proven and in_gguf:
         require_llama_cpp("prove")
-    elif proven:
-        require_engine(target.name)
+    engines = engines_of(target.name) if proven and not in_gguf else ()
     converted, headers = read_converted(folder)
     refuse(target, converted)
     place = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
@@ -290,11 +291,16 @@ def export(
         write_config(partial / "config.json", config)
         compared = prove(pieces, folder, partial, headers)
         checked["bytes"] = f"{compared:,} compared with the conversion's, all equal"
-        if proven:
-            proof = prove_by_engine(folder, partial, target.name, mask=new, tokens=converted.tokens)
-            checked[f"by the code of {proof.engine}"] = proof.in_words()
+        for name, text in target.files(converted).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        proofs: list[Proof] = []
+        if engines:
+            proofs = prove_by_engine(
+                folder, partial, engines, mask=new, tokens=converted.tokens, reporter=teller
+            )
+            checked |= {f"by the code of {proof.engine}": proof.in_words() for proof in proofs}
         _write_others(target, converted, folder, partial, checked, new)
-        more = {"probabilities": found.as_dict()}
+        more = {"probabilities": found.as_dict(), "proofs": as_section(proofs)}
         write_record(target, folder, partial, headers, made, checked, more)
     return Export(
         path=place,
@@ -366,8 +372,6 @@ def _write_others(
         if converted.config.get(key) is not None
     }
     write_config(out / "generation_config.json", ends)
-    for name, text in target.files(converted).items():
-        (out / name).write_text(text, encoding="utf-8")
     readme = guide(target, converted, checked, folder.resolve().name, mask)
     (out / "README.md").write_text(readme, encoding="utf-8")
 

@@ -1,0 +1,55 @@
+"""What an engine that is to serve a conversion asks of its recipe; `serve` chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Serve = Literal["sglang", "lmdeploy", "mlx-vlm", "vllm", "llama.cpp", "dllm"]
+"""Engines, their names in small letters as `export` has them."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A field of the recipe that an engine cares about.
+
+    Attributes:
+        value: What is chosen where nobody said otherwise.
+        reason: Why, as the end of "the engine ...".
+        above: Whether anything above 0 does as well.
+    """
+
+    value: Any
+    reason: str
+    above: bool = False
+
+    def met_by(self, value: Any) -> bool:
+        """Whether a field's value is one that the engine can do with."""
+        return bool(value) if self.above else value == self.value
+
+
+_MASKS = {"noise.kernel": Need("absorbing", "fills masks in, and corrects nothing")}
+_BLOCKS = {
+    "target": Need("bd3lm", "decodes block by block"),
+    "token_shift": Need("drop", "reads logits at a token's own position"),
+    **_MASKS,
+}
+_CAUSAL = {
+    **_BLOCKS,
+    "training.ar_loss_weight": Need(
+        1.0, "reads finished blocks strictly causally, and begins each with the next token", True
+    ),
+}
+NEEDS: Mapping[str, Mapping[str, Need]] = {
+    "sglang": _BLOCKS,
+    "lmdeploy": _BLOCKS,
+    "mlx-vlm": _BLOCKS,
+    "vllm": _CAUSAL,
+    "llama.cpp": _MASKS,
+    "dllm": _MASKS,
+}
+"""Engine to dotted fields of a recipe. What it asks of the family is not the recipe's: the plan
+says that. The mask's id is nobody's to choose here: an export moves the mask to where an engine has
+it, and a plan says where it cannot."""
+NAMES: tuple[str, ...] = get_args(Serve)
