@@ -6,6 +6,7 @@
     python -m benchmarks.sampling CONVERTED memory
     python -m benchmarks.sampling CONVERTED thresholds --base BASE
     python -m benchmarks.sampling CONVERTED approximate
+    python -m benchmarks.sampling CONVERTED lossless --rows 8 --text HELD_OUT.txt
 
 CONVERTED is a BD3LM that `dllm-convert run` wrote, BASE a folder with the weights it was made from.
 Prompts are the beginning of the Python language reference. What is compared runs in turn, the other
@@ -245,7 +246,93 @@ def approximate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[st
     }
 
 
+QUESTIONS = (
+    "What is a list comprehension?",
+    "Explain recursion simply.",
+    "Write a short story about a cat.",
+    "How do I open a file in Python?",
+    "What is the capital of France, and why is it famous?",
+    "Give me three tips for sleeping better.",
+    "What is photosynthesis?",
+    "Summarise the rules of chess.",
+)
+"""What a chat model is asked; nothing here is in any text that the demo trains on."""
+
+
+def lossless(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Drafts that the clean stream verifies, beside greedy decoding of the same weights alone."""
+    config = AutoConfig.from_pretrained(args.converted, trust_remote_code=False, is_causal=True)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        args.converted, config=config, dtype=torch.float32, trust_remote_code=False
+    )
+    base = base.to(current_device())
+    verifier = "base" if model.is_gated else "self"
+    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    found: dict[str, Any] = {}
+    for name, prompts in _prompts(tokenizer, text, args).items():
+        ratios, kept = [], {"tokens": 0, "forwards": 0, "equal": 0, "close": 0}
+        for prompt in prompts:
+            own = {"max_new_tokens": args.new, "eos_token_id": None}
+
+            def ours(ids: torch.Tensor = prompt, own: dict[str, Any] = own) -> Any:
+                more = {"verify_with": verifier, "return_dict_in_generate": True}
+                return generate(model, ids, **own, **more)
+
+            def alone(ids: torch.Tensor = prompt, own: dict[str, Any] = own) -> torch.Tensor:
+                more = {"do_sample": False, "pad_token_id": 0}
+                # Without its mask it would guess one from the padding token, which a text may hold.
+                with packed_linears(base):
+                    tokens: torch.Tensor = base.generate(
+                        ids, attention_mask=torch.ones_like(ids), **own, **more
+                    )
+                return tokens
+
+            figures, mine, theirs = alternate(ours, alone, args.pairs)
+            ratios.append(figures["ratio"])
+            same = mine.sequences[0, len(prompt[0]) :] == theirs[0, len(prompt[0]) :]
+            kept["tokens"] += len(same)
+            kept["equal"] += int(same.sum())
+            kept["forwards"] += mine.forwards
+            kept["close"] += mine.close
+        found[name] = {
+            "tokens_per_forward": kept["tokens"] / kept["forwards"],
+            "speed_over_the_base": statistics.median(ratios),
+            "least": min(ratios),
+            "largest": max(ratios),
+            **kept,
+        }
+    return found
+
+
+def _prompts(
+    tokenizer: Any, text: str | None, args: argparse.Namespace
+) -> dict[str, list[torch.Tensor]]:
+    """Prompts of each kind, shape (1, length) each: text to go on from, and questions."""
+    if text is None:
+        plain = [
+            prompt_of(tokenizer, args.prompt, args.rows)[row, None] for row in range(args.rows)
+        ]
+    else:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(current_device())
+        step = max((ids.shape[1] - args.prompt) // args.rows, 1)
+        plain = [ids[:, row * step :][:, : args.prompt] for row in range(args.rows)]
+    found = {"text": plain}
+    if tokenizer.chat_template:
+        asked = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )["input_ids"].to(current_device())
+            for question in QUESTIONS[: args.rows]
+        ]
+        found["chat"] = asked
+    return found
+
+
 MODES = {
+    "lossless": lossless,
     "reference": against_reference,
     "batch": against_one_row,
     "memory": peak_memory,
@@ -265,6 +352,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--base")
+    parser.add_argument("--text", help="a file of text that nothing was trained on")
     add_device(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
