@@ -77,6 +77,13 @@ def _task_blocks(evaluation: Mapping[str, Any]) -> list[Block]:
         names = ("threshold", "task", "metric", "score", "tokens per forward", "tokens/s")
         parts.append(Table(names, sweep))
     parts += _effort_lines(evaluation["effort"])
+    verifier = evaluation["settings"]["generation"].get("verify_with")
+    if verifier:
+        whose = "the base's" if verifier == "base" else "that of autoregressive decoding"
+        parts.append(
+            f"lossless: what was written is {whose}, token for token, and so is its score; "
+            "likelihoods are the diffusion's bound"
+        )
     return parts
 
 

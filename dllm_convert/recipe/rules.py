@@ -252,7 +252,7 @@ def decoding_contradictions(
     }
     for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
         wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
-            name in given and settings.verify_with
+            name in given and getattr(settings, name) is not None and settings.verify_with
         )
     for message, found in wrong.items():
         if found:

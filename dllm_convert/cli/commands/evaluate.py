@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dllm_convert.cli import options as option
+from dllm_convert.cli.commands import decoding
 from dllm_convert.cli.commands.shared import make_reporter, show_done, typed
 from dllm_convert.cli.types import count, count_from_zero, named, path_of
 from dllm_convert.cli.values import parse_assignments
@@ -93,6 +94,7 @@ def evaluate(
     thresholds: Thresholds = None,
     published: PublishedName = None,
     apply_chat_template: Chat = False,
+    lossless: decoding.Lossless = False,
     assignments: Assignments = None,
     confirm_run_unsafe_code: Unsafe = False,
     as_json: option.Json = False,
@@ -119,6 +121,7 @@ def evaluate(
             thresholds=[_threshold(text) for text in _names(thresholds or "")],
             published=published,
             chat=apply_chat_template,
+            lossless=lossless,
             include=include_path or (),
             settings=parse_assignments(assignments or ()),
             unsafe_code=confirm_run_unsafe_code,

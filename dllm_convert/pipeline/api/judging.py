@@ -111,6 +111,7 @@ def evaluate(
     thresholds: Sequence[float] = (),
     published: str | None = None,
     chat: bool = False,
+    lossless: bool = False,
     include: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
@@ -129,6 +130,8 @@ def evaluate(
         thresholds: Confidence thresholds to write with, each: accuracy against parallelism.
         published: Name of settings that a paper reports with.
         chat: Ask through the chat template.
+        lossless: Write what the verifier that the checkpoint holds would write, and denoise only to
+            draft it: what is written scores as the verifier's own text does.
         include: Folders with more tasks.
         settings: draws, rounds, confidence, masking, seed, or settings of decoding.
         unsafe_code: Let tasks run the code that the model wrote.
@@ -143,11 +146,14 @@ def evaluate(
     from dllm_convert.evaluation.request import Request
     from dllm_convert.evaluation.settings import find_published, find_settings, merge
     from dllm_convert.evaluation.shown import Evaluation
-    from dllm_convert.sampling.checking import require_decoding
+    from dllm_convert.sampling.checking import require_decoding, verifier_of
 
     if isinstance(tasks, str):
         tasks = [tasks]
-    merged = merge(find_settings(published), settings or {})
+    given = dict(settings or {})
+    if lossless:
+        given.setdefault("verify_with", verifier_of(Path(checkpoint)))
+    merged = merge(find_settings(published), given)
     require_decoding(Path(checkpoint), merged.generation, "settings")
     request = Request(
         checkpoint=Path(checkpoint),
