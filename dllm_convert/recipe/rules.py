@@ -204,6 +204,12 @@ def _generation(recipe: Recipe) -> Iterator[Contradiction]:
             "--set training.ar_loss_weight=1.0 trains that beside the denoising",
             ("generation.verify_with", "training.ar_loss_weight"),
         )
+    if chosen.verify_with == "base" and not recipe.training.keeps_base:
+        yield Contradiction(
+            "generation.verify_with=base needs a base that the training leaves as it is",
+            "--keep-base trains an adapter that acts on noisy tokens only",
+            ("generation.verify_with", "training.lora.acts_on"),
+        )
     found = decoding_contradictions(
         {name for name, value in chosen if value is not None},
         chosen,

@@ -14,9 +14,10 @@ import torch
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.tables import Block, Printed
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, RequestError
 from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
+from dllm_convert.modeling.published.lossless import VerifierError
 from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids, until_end
 from dllm_convert.sampling.checking import check_with_prompts
@@ -39,6 +40,8 @@ class Sample(Printed):
         forwards: Forward passes run.
         tokens_per_forward: New tokens divided by forwards.
         seconds: Wall time of decoding, loading not included.
+        close: Of lossless decoding: tokens of the batch that stood so near another one's logit that
+            a forward of a single token may have rounded otherwise; else None.
     """
 
     prompt: str
@@ -47,6 +50,7 @@ class Sample(Printed):
     forwards: int
     tokens_per_forward: float
     seconds: float
+    close: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a mapping."""
@@ -103,6 +107,8 @@ def decode_samples(
                 return_dict_in_generate=True,
                 **given,
             )
+    except VerifierError as error:
+        raise RequestError(str(error)) from error
     except ContextError as error:
         what, _, advice = str(error).partition(": ")
         raise DataError(what, hint=advice.capitalize()) from error
@@ -121,6 +127,7 @@ def decode_samples(
                 forwards=output.forwards,
                 tokens_per_forward=round(len(new) / max(output.forwards, 1), 3),
                 seconds=seconds,
+                close=output.close,
             )
         )
     return tuple(samples)

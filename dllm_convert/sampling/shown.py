@@ -8,4 +8,8 @@ from typing import Any
 
 def sample_facts(sample: Mapping[str, Any]) -> str:
     """Return how fast a sample was decoded, in words."""
-    return f"{sample['tokens_per_forward']:.2f} tokens per forward, {sample['seconds']:.1f} s"
+    said = f"{sample['tokens_per_forward']:.2f} tokens per forward, {sample['seconds']:.1f} s"
+    if sample.get("close") is None:
+        return said
+    near = f", {sample['close']} of them close calls" if sample["close"] else ""
+    return f"{said}; lossless: every token is the verifier's{near}"

@@ -28,6 +28,10 @@ _CLOSE = 8
 several tokens may round them the other way round than one of a single token."""
 
 
+class VerifierError(ValueError):
+    """Nothing can verify what would be written."""
+
+
 class _Choice:
     """Which token a distribution writes at a position: the likeliest, or the one that is drawn.
 
@@ -250,17 +254,17 @@ def check_lossless(
     """Refuse what cannot be verified: prompts (batch, width) of `lengths` (batch,) with masks.
 
     Raises:
-        ValueError: A prompt is empty or has masks, or the model holds no such verifier.
+        VerifierError: A prompt is empty or has masks, or the model holds no such verifier.
     """
     if options.verify_with == "base" and not getattr(model, "is_gated", False):
-        raise ValueError(
+        raise VerifierError(
             'verify_with="base" needs a gated adapter, which leaves the base as it was; this '
             'model\'s weights are its own: verify_with="self"'
         )
     inside = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
     masked = ((prompts == options.mask_token_id) & inside).any()
     if bool(masked | (lengths == 0).any()):
-        raise ValueError(
+        raise VerifierError(
             "verify_with writes from left to right behind a prompt of at least one token: masks "
             "in a prompt are written without it"
         )
