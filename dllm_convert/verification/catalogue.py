@@ -28,6 +28,7 @@ _ROUNDING = (
     "again in float64, where rounding vanishes and a fault does not"
 )
 _BYTES = "the conversion copies bytes; equal is equal"
+_BYTES_MOVE = "under one mask a difference is the adapter's; 0 is none"
 _ZERO = "a closed pair has weight exactly 0 in the softmax, so its derivative is exactly 0"
 _STILL = (
     "1e-5 of the largest logit, about 80 float32 roundings; text and changed text run in one batch"
@@ -82,6 +83,16 @@ CATALOGUE: Mapping[str, Entry] = {
     "training-mask": Entry("does training's mask show noise only its past?", "a mask is exact"),
     "training-influence": Entry("does the model obey it, by perturbation?", _STILL),
     "packed": Entry("does training predict what decoding predicts, text by text?", _ROUNDING),
+    "gated-base": Entry(
+        "where nothing is noisy, does it put out the bits of the stock class?",
+        "the same weights and operations: same bits",
+    ),
+    "gated-adapter": Entry("does the adapter move every noisy position?", _BYTES_MOVE),
+    "gated-clean": Entry(
+        "is every clean position what it is without the noise behind it?",
+        "rows of one batch with other noise: same bits; alone, the family's rounding",
+    ),
+    "gated-attention": Entry("who sees whom with a block noisy, by perturbation?", _STILL),
     "base-config": Entry("is every field the conversion does not mean to change kept?", _BYTES),
     "base-tensors": Entry("are the base's tensors there, byte for byte if untrained?", _BYTES),
     "base-logits": Entry(

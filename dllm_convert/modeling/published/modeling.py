@@ -220,7 +220,8 @@ class DiffusionMixin:
             mask = block_causal_mask(every, valid, block_size, length)
         else:
             # What is cached is clean.
-            among = torch.cat([noisy.new_zeros(batch, every.shape[1] - length), noisy], dim=1)
+            cached_ones = noisy.new_zeros(batch, every.shape[1] - length)
+            among = torch.cat([cached_ones, noisy.expand(batch, -1)], dim=1)
             mask = see_self(gated_mask(every, valid, among, block_size, length))
         return self._in_form(mask), positions
 
