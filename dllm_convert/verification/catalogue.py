@@ -83,16 +83,6 @@ CATALOGUE: Mapping[str, Entry] = {
     "training-mask": Entry("does training's mask show noise only its past?", "a mask is exact"),
     "training-influence": Entry("does the model obey it, by perturbation?", _STILL),
     "packed": Entry("does training predict what decoding predicts, text by text?", _ROUNDING),
-    "gated-base": Entry(
-        "where nothing is noisy, does it put out the bits of the stock class?",
-        "the same weights and operations: same bits",
-    ),
-    "gated-adapter": Entry("does the adapter move every noisy position?", _BYTES_MOVE),
-    "gated-clean": Entry(
-        "is every clean position what it is without the noise behind it?",
-        "rows of one batch with other noise: same bits; alone, the family's rounding",
-    ),
-    "gated-attention": Entry("who sees whom with a block noisy, by perturbation?", _STILL),
     "base-config": Entry("is every field the conversion does not mean to change kept?", _BYTES),
     "base-tensors": Entry("are the base's tensors there, byte for byte if untrained?", _BYTES),
     "base-logits": Entry(
@@ -131,6 +121,20 @@ CATALOGUE: Mapping[str, Entry] = {
 }
 """In the order in which they run."""
 
+GATED: Mapping[str, Entry] = {
+    "gated-base": Entry(
+        "where nothing is noisy, does it put out the bits of the stock class?",
+        "the same weights and operations: same bits",
+    ),
+    "gated-adapter": Entry("does the adapter move every noisy position?", _BYTES_MOVE),
+    "gated-clean": Entry(
+        "is every clean position what it is without the noise behind it?",
+        "rows of one batch with other noise: same bits; alone, the family's rounding",
+    ),
+    "gated-attention": Entry("who sees whom with a block noisy, by perturbation?", _STILL),
+}
+"""Run besides, before those of the base, where a model is gated."""
+
 DEVICE: Mapping[str, Entry] = {
     "device-logits": Entry("does the device compute the same model?", _TYPE),
     "device-attention": Entry("which closed pairs move there, by perturbation?", _BITS),
@@ -162,5 +166,6 @@ THIRD_PARTY: Mapping[str, Entry] = {
 
 def with_origin(probe: Probe) -> Probe:
     """Return the probe with the origin of its tolerance."""
-    entry = CATALOGUE.get(probe.name) or DEVICE.get(probe.name) or THIRD_PARTY.get(probe.name)
+    every = {**CATALOGUE, **GATED, **DEVICE, **THIRD_PARTY}
+    entry = every.get(probe.name)
     return replace(probe, origin=entry.origin) if entry else probe
