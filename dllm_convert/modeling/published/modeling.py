@@ -85,12 +85,19 @@ class DiffusionMixin:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **settings: Any) -> Any:
-        """Load a checkpoint, and of a gated one the adapter that lies in it."""
+        """Load a checkpoint, and of a gated one the adapter that lies in it.
+
+        Args:
+            source: Folder or Hub id of the weights.
+            *args: As transformers takes them.
+            **settings: The same; and `adapter`, where the adapter lies if not with the weights.
+        """
         stock: Any = super()
+        beside = settings.pop("adapter", None)
         loaded = stock.from_pretrained(source, *args, **settings)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.is_gated:
-            load_adapter(model, source, settings)
+            load_adapter(model, beside or source, {} if beside else settings)
         return loaded
 
     def save_pretrained(self, *args: Any, **settings: Any) -> Any:
