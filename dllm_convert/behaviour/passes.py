@@ -79,5 +79,8 @@ def block_by_block(
         }
         for text, clean in ((noisy, False), (tokens, True)):
             cache.frozen = not clean
+            if not clean and getattr(model, "is_gated", False):
+                state["noisy"] = torch.ones_like(text[:, span], dtype=torch.bool)
             logits = model(text[:, span], use_cache=True, **state).logits
+            state.pop("noisy", None)
             yield Pass(first, logits, cache, clean)

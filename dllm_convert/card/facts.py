@@ -48,6 +48,7 @@ class Facts:
         verification: The report, None if verification never ran.
         pictures: Pictures in the folder.
         animation: How the sample was denoised, None if that was not recorded.
+        keeps_base: Whether the weights are the base's, and an adapter acts on noisy tokens only.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         code_files: The modelling code that the folder brings.
         has_report: Whether report.html lies in the folder.
@@ -74,6 +75,7 @@ class Facts:
     verification: Mapping[str, Any] | None
     pictures: tuple[Picture, ...]
     animation: Picture | None
+    keeps_base: bool
     adapter_only: bool
     code_files: tuple[str, ...]
     has_report: bool
@@ -158,6 +160,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         verification=_verification(manifest.get("verification")),
         pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
         animation=DENOISING if (folder / DENOISING.file).is_file() else None,
+        keeps_base=(config.get("diffusion") or {}).get("acts_on") == "noisy",
         adapter_only=manifest.get("adapter_only") is True,
         code_files=tuple(name for name in CODE_FILES if (folder / name).is_file()),
         has_report=(folder / REPORT_FILE).is_file(),

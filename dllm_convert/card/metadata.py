@@ -30,7 +30,8 @@ def front_matter(facts: Facts, title: str) -> dict[str, Any]:
         title: Name of the model.
     """
     base, licence, data = facts.base, facts.base.licence, facts.data
-    relation = "adapter" if facts.adapter_only else "finetune"
+    # A folder that has the base's weights as they are adds an adapter to them.
+    relation = "adapter" if facts.adapter_only or facts.keeps_base else "finetune"
     values = {
         "language": list(base.languages),
         "license": licence.id,
@@ -39,7 +40,8 @@ def front_matter(facts: Facts, title: str) -> dict[str, Any]:
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,
         "datasets": list(data.text.names) if data and data.text.kind == "hub" else [],
-        "library_name": "peft" if facts.adapter_only else "transformers",
+        # PEFT alone would let a gated adapter act on every token.
+        "library_name": "peft" if facts.adapter_only and not facts.keeps_base else "transformers",
         "pipeline_tag": _PIPELINE_TAGS[facts.adapter.auto_class],
         "tags": _tags(facts),
         "model-index": model_index(facts, title),
@@ -67,7 +69,7 @@ def _tags(facts: Facts) -> list[str]:
     return [
         *("dllm-convert", "diffusion", "block-diffusion" if block else "masked-diffusion"),
         facts.objective,
-        *(["lora"] if facts.adapter_only else []),
+        *(["lora"] if facts.adapter_only or facts.keeps_base else []),
         *(["custom_code"] if facts.code_files else []),
     ]
 

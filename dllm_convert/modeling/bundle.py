@@ -50,8 +50,8 @@ _MINIMUM = 'MIN_TRANSFORMERS = "'
 _DOCS = {
     MODELING_FILE: """Diffusion language model classes, written by dllm-convert {version}.
 
-Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which
-runs the other `*_dllm.py` too; without it the same weights load as the stock class, whose masks and
+Needs torch and transformers >= {transformers} only. Load with `trust_remote_code=True`, which runs
+the other `*_dllm.py`, too; without it the same weights load as the stock class, whose masks and
 denoising are then the caller's business.
 """,
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.

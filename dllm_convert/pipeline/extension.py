@@ -131,11 +131,16 @@ def take_over(plan: ConversionPlan, out: Path, target: Path) -> Adapted:
         DataError: A file of the checkpoint is not what its manifest says.
         IncompatibleError: The checkpoint is another conversion.
     """
+    from dllm_convert.modeling.published.gated import ADAPTER_CONFIG, ADAPTER_FOLDER
+
     manifest = read_manifest(out)
     _check_same(plan, out, manifest)
     files = manifest.get("files") or {}
     target.mkdir(parents=True)
-    for name in matching((n for n in files if n not in WRITTEN_LAST), (*_TAKEN, *LICENCE_FILES)):
+    wanted = [*_TAKEN, *LICENCE_FILES]
+    if plan.recipe.training.keeps_base:
+        wanted.append(f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}")
+    for name in matching((n for n in files if n not in WRITTEN_LAST), wanted):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         place = link if matching([name], _WEIGHTS) else shutil.copyfile
         place(out / name, target / name)

@@ -126,7 +126,11 @@ class Workspace:
                 shutil.rmtree(target)
             if path.name == LAST:
                 sync(self.out)
-            path.replace(target)
+            if target.is_file() and path.samefile(target):
+                # One file by two names, as of a base that is kept: renamed, both would stay.
+                path.unlink()
+            else:
+                path.replace(target)
         sync(self.out)
         self.staged.rmdir()
         return {}

@@ -44,6 +44,11 @@ def check_converted(config: Mapping[str, Any], *, mask_id: int, token_shift: boo
     section = diffusion_section(config)
     if section is None:
         return None
+    if section.get("acts_on") == "noisy":
+        raise IncompatibleError(
+            "the source is a base with an adapter beside it, which another conversion would lose",
+            hint="Give the base it was made from; --extend with the same --out trains it on",
+        )
     shift, mask = section.get("token_shift"), section.get("mask_token_id")
     if shift is not None and shift is not token_shift:
         was, flag = ("with", "keep") if shift else ("without", "drop")

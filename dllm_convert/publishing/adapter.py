@@ -21,7 +21,7 @@ from dllm_convert.common.manifest import (
     write_manifest,
 )
 from dllm_convert.errors import DataError
-from dllm_convert.modeling.converted_config import read_converted_config
+from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.publishing.staging import check_recorded, is_weight, published_names
 from dllm_convert.training.adapter_files import ADAPTER
 
@@ -33,7 +33,8 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
     """Build the folder of an adapter: PEFT's files beside the code, config and tokenizer.
 
     The base's weights are not in it; the card shows how both are loaded together. Loaded as a plain
-    PEFT adapter on the stock class it would be a causal model, which the card says.
+    PEFT adapter on the stock class it would be a causal model, which the card says. A gated adapter
+    stays in its folder: it is no adapter of PEFT's.
 
     Args:
         folder: A checkpoint trained with LoRA that kept its adapter.
@@ -43,7 +44,7 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
     Raises:
         DataError: There is no adapter, or a file differs from the manifest.
     """
-    manifest = read_manifest(folder)
+    manifest, gated = read_manifest(folder), _is_gated(folder)
     if not (folder / ADAPTER / ADAPTER_CONFIG).is_file():
         raise DataError(
             f"{folder} has no {ADAPTER}/{ADAPTER_CONFIG}, which --adapter-only publishes",
@@ -56,13 +57,18 @@ def adapter_checkpoint(folder: Path, out: Path, reporter: Reporter) -> None:
             if is_weight(name) or name in (CARD_FILE, REPORT_FILE):
                 continue
             check_recorded(folder, name, recorded)
-            target = name.removeprefix(f"{ADAPTER}/")
+            # At the top of a folder transformers would put it on the base without a gate.
+            target = name if gated else name.removeprefix(f"{ADAPTER}/")
             if not fnmatch(target, "*.png") and target != DENOISING.file:
                 (out / target).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, out / target)
     (out / MANIFEST_FILE).unlink()
     files = hash_files(out, exclude=WRITTEN_LAST)
     write_manifest(out, manifest | {"adapter_only": True, "files": files})
+
+
+def _is_gated(folder: Path) -> bool:
+    return read_section(read_converted_config(folder)).is_gated
 
 
 def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter) -> dict[str, Any]:

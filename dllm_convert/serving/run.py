@@ -140,7 +140,7 @@ def refuse(target: Layout, converted: Converted) -> None:
     Raises:
         IncompatibleError: Something stands in the way; says all of it.
     """
-    found = tuple(target.refusals(converted))
+    found = tuple(target.stands_in_the_way(converted))
     if found:
         raise IncompatibleError(
             f"it cannot be exported to {target.name} ({', '.join(target.engines)}): "

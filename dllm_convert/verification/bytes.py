@@ -215,9 +215,12 @@ def verify_folder(
     config = read_converted_config(folder)
     adapter = adapter_of(config)
     manifest = read_manifest(folder, any_version=True) if (folder / MANIFEST_FILE).exists() else {}
+    section = read_section(config)
     mask = ((manifest.get("plan") or {}).get("mask") or {}).get("write_row", True)
     trained = ((manifest.get("recipe") or {}).get("training") or {}).get("method") != "none"
-    row = read_section(config).mask_token_id if mask else None
+    # Where the base is kept its weights are never trained, and have no row for the mask.
+    trained = trained and not section.is_gated
+    row = section.mask_token_id if mask and not section.is_gated else None
     with reporter.task("verify files"):
         return verify_bytes(
             folder,
@@ -251,7 +254,11 @@ def verify_bytes(
     started = time.monotonic()
     probes = [_weights_probe(folder, adapter)]
     if probes[0].passed:
-        probes.append(mask_row_probe(folder, adapter, read_section(config).mask_token_id))
+        section = read_section(config)
+        if section.is_gated:
+            probes.append(skipped("mask-row", "0", "a vector in adapter/ stands for the mask"))
+        else:
+            probes.append(mask_row_probe(folder, adapter, section.mask_token_id))
         if against is None:
             probes.append(skipped("base-tensors", "0", "no base to compare with: --against SOURCE"))
         else:

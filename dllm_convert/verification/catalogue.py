@@ -28,6 +28,7 @@ _ROUNDING = (
     "again in float64, where rounding vanishes and a fault does not"
 )
 _BYTES = "the conversion copies bytes; equal is equal"
+_BYTES_MOVE = "under one mask a difference is the adapter's; 0 is none"
 _ZERO = "a closed pair has weight exactly 0 in the softmax, so its derivative is exactly 0"
 _STILL = (
     "1e-5 of the largest logit, about 80 float32 roundings; text and changed text run in one batch"
@@ -120,6 +121,20 @@ CATALOGUE: Mapping[str, Entry] = {
 }
 """In the order in which they run."""
 
+GATED: Mapping[str, Entry] = {
+    "gated-base": Entry(
+        "where nothing is noisy, does it put out the bits of the stock class?",
+        "the same weights and operations: same bits",
+    ),
+    "gated-adapter": Entry("does the adapter move every noisy position?", _BYTES_MOVE),
+    "gated-clean": Entry(
+        "is every clean position what it is without the noise behind it?",
+        "rows of one batch with other noise: same bits; alone, the family's rounding",
+    ),
+    "gated-attention": Entry("who sees whom with a block noisy, by perturbation?", _STILL),
+}
+"""Run besides, before those of the base, where a model is gated."""
+
 DEVICE: Mapping[str, Entry] = {
     "device-logits": Entry("does the device compute the same model?", _TYPE),
     "device-attention": Entry("which closed pairs move there, by perturbation?", _BITS),
@@ -151,5 +166,6 @@ THIRD_PARTY: Mapping[str, Entry] = {
 
 def with_origin(probe: Probe) -> Probe:
     """Return the probe with the origin of its tolerance."""
-    entry = CATALOGUE.get(probe.name) or DEVICE.get(probe.name) or THIRD_PARTY.get(probe.name)
+    every = {**CATALOGUE, **GATED, **DEVICE, **THIRD_PARTY}
+    entry = every.get(probe.name)
     return replace(probe, origin=entry.origin) if entry else probe

@@ -19,6 +19,7 @@ from dllm_convert.verification.opening import VerificationRequest, local_checkpo
 from dllm_convert.verification.probes.decoding import check_generate
 from dllm_convert.verification.probes.device import check_device
 from dllm_convert.verification.probes.files import check_files
+from dllm_convert.verification.probes.gated import check_gated
 from dllm_convert.verification.probes.gradient import check_gradient
 from dllm_convert.verification.probes.influence import check_influence
 from dllm_convert.verification.probes.invariance import check_batch, check_cache, check_padding
@@ -56,6 +57,7 @@ _GROUPS: Mapping[str, _Group] = {
     "attention": _Group(check_influence, _LOADED),
     "gradient": _Group(check_gradient, _LOADED),
     "training": _Group(check_training, _LOADED),
+    "gated": _Group(check_gated, _LOADED),
     "base": _Group(check_parity, _LOADED),
     "cache": _Group(check_cache, _LOADED),
     "padding": _Group(check_padding, _LOADED),
@@ -66,7 +68,8 @@ _GROUPS: Mapping[str, _Group] = {
     "device": _Group(check_device, _LOADED),
 }
 GROUPS = tuple(_GROUPS)
-"""Names of the groups of probes, in the order they run; `device` only where there is one."""
+"""Names of the groups of probes, in the order they run; `device` only where there is one, `gated`
+only of a model that is."""
 
 
 def verify_checkpoint(
@@ -119,13 +122,11 @@ def verify_checkpoint(
         block_size=block_size,
         accelerator=accelerator or accelerator_here(),
     )
-    applicable = {n: g for n, g in _GROUPS.items() if n != "device" or asked.accelerator}
     probes: list[Probe] = []
     seconds: dict[str, float] = {}
-    with (
-        opened(folder, asked) as subject,
-        reporter.task("verify", total=len(applicable)) as task,
-    ):
+    with opened(folder, asked) as subject, reporter.task("verify", total=len(_GROUPS)) as task:
+        aside = {"device": asked.accelerator is None, "gated": not subject.claim.is_gated}
+        applicable = {n: g for n, g in _GROUPS.items() if not aside.get(n)}
         for name, group in applicable.items():
             if name in groups:
                 begun = time.monotonic()

@@ -39,6 +39,9 @@ def claimed_mask(claim: DiffusionSection, length: int) -> torch.Tensor:
         length: Tokens of the text.
     """
     position = torch.arange(length)
+    if claim.is_gated:
+        # Of clean text: the base's.
+        return position[:, None] >= position[None, :]
     if claim.block_size is None:
         return torch.ones(length, length, dtype=torch.bool)
     return position[:, None] >= position[None, :] // claim.block_size * claim.block_size

@@ -90,12 +90,19 @@ class DiffusionMixin:
 
     @classmethod
     def from_pretrained(cls, source: Any, *args: Any, **settings: Any) -> Any:
-        """Load a checkpoint, and of a gated one the adapter that lies in it."""
+        """Load a checkpoint, and of a gated one the adapter that lies in it.
+
+        Args:
+            source: Folder or Hub id of the weights.
+            *args: As transformers takes them.
+            **settings: The same; and `adapter`, where the adapter lies if not with the weights.
+        """
         stock: Any = super()
+        beside = settings.pop("adapter", None)
         loaded = stock.from_pretrained(source, *args, **settings)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.is_gated:
-            load_adapter(model, source, settings)
+            load_adapter(model, beside or source, {} if beside else settings)
         return loaded
 
     def save_pretrained(self, *args: Any, **settings: Any) -> Any:
@@ -225,7 +232,8 @@ class DiffusionMixin:
             mask = block_causal_mask(every, valid, block_size, length)
         else:
             # What is cached is clean.
-            among = torch.cat([noisy.new_zeros(batch, every.shape[1] - length), noisy], dim=1)
+            cached_ones = noisy.new_zeros(batch, every.shape[1] - length)
+            among = torch.cat([cached_ones, noisy.expand(batch, -1)], dim=1)
             mask = see_self(gated_mask(every, valid, among, block_size, length))
         return self._in_form(mask), positions
 

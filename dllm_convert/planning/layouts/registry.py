@@ -34,4 +34,4 @@ def target_of(name: str) -> Target | GgufLayout:
 def reachable(converted: Converted) -> Iterator[tuple[Target | GgufLayout, tuple[Refusal, ...]]]:
     """Yield every target with what stands in its way; nothing if it can be had."""
     for target in TARGETS.values():
-        yield target, tuple(target.refusals(converted))
+        yield target, tuple(target.stands_in_the_way(converted))

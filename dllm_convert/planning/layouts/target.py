@@ -88,6 +88,16 @@ class Layout:
     refusals: Callable[[Converted], Iterator[Refusal]]
     launch: tuple[str, ...]
 
+    def stands_in_the_way(self, converted: Converted) -> Iterator[Refusal]:
+        """Yield why a checkpoint cannot be had in this layout: nothing, and it can."""
+        if converted.section.is_gated:
+            yield Refusal(
+                "its adapter acts on noisy tokens only, beside a base that stays: merged into the "
+                "weights it would act on every token",
+                "Sample it with dllm-convert, or convert again without --keep-base",
+            )
+        yield from self.refusals(converted)
+
     def started(self, converted: Converted, out: Path | str) -> tuple[str, ...]:
         """Return how to start an engine on an export of a checkpoint that lies at `out`."""
         section = converted.section

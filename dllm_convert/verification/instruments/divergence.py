@@ -19,7 +19,10 @@ def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
 
 @contextmanager
 def _watch(model: Any, see: Callable[[str, tuple[torch.Tensor, ...]], None]) -> Iterator[None]:
-    """Hand the output of every module without children to `see`, in the order they run."""
+    """Hand the output of every module without children to `see`, in the order they run.
+
+    A linear layer is one, with an adapter on it or without.
+    """
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args, output: see(name, _tensors(output))
@@ -27,7 +30,7 @@ def _watch(model: Any, see: Callable[[str, tuple[torch.Tensor, ...]], None]) -> 
     hooks = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
-        if not any(module.children())
+        if isinstance(module, torch.nn.Linear) or not any(module.children())
     ]
     try:
         yield

@@ -23,6 +23,8 @@ CHANGED = frozenset(
     }
 )
 """Fields a conversion changes, or that say how a file is stored and not what is computed."""
+KEPT_BASE = frozenset({"architectures", "is_causal", "layer_types", "vocab_size"})
+"""Fields of those that stay as they are where the base is kept."""
 
 
 def check_base_config(subject: Subject, base: Path) -> Probe:
@@ -36,6 +38,8 @@ def check_base_config(subject: Subject, base: Path) -> Probe:
     ours = cls.from_pretrained(subject.folder).to_dict()
     theirs = base_config(base, adapter).to_dict()
     free = CHANGED | (set(adapter.window.overrides) if adapter.window else set())
+    if subject.claim.is_gated:
+        free = CHANGED - KEPT_BASE
     compared = sorted(theirs.keys() - free)
     wrong = {
         key: f"is {_short(ours.get(key))}, the base's {_short(theirs[key])}"

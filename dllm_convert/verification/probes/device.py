@@ -34,6 +34,7 @@ from dllm_convert.verification.probes.training_forward import (
     claimed_mask,
     observe_training,
     packed_row,
+    told_of_noise,
 )
 from dllm_convert.verification.report import Probe, at_most, largest, none_wrong, skipped
 from dllm_convert.verification.subject import SEED, Subject
@@ -208,6 +209,7 @@ def _training(there: Subject) -> list[Probe]:
     mask = forward.block_mask() if attention == FLEX else forward.dense_mask()
     with there.attention(attention) as model:
         settings = {"attention_mask": mask, "position_ids": forward.inputs["position_ids"]}
+        settings |= told_of_noise(forward)
         bound, tokens = partial(model, **settings), forward.inputs["input_ids"][0]
         floor = equal_rows(bound, tokens)
         pattern, describe = observe_training(there, forward, laid_out.mask, objective, mask)

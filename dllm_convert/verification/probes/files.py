@@ -39,9 +39,10 @@ def check_files(subject: Subject) -> list[Probe]:
 def _config(subject: Subject) -> Probe:
     """Fields that other programs act on must say what the diffusion section says."""
     config, claim, adapter = subject.config, subject.claim, subject.adapter
+    # Without our class a gated model is its base, and says so.
     required: dict[str, Any] = {
-        "is_causal": False,
-        "architectures": [adapter.diffusion_class],
+        "is_causal": None if claim.is_gated else False,
+        "architectures": [adapter.stock_class if claim.is_gated else adapter.diffusion_class],
         "auto_map": auto_map(adapter),
         "mask_token_id": claim.mask_token_id,
         "block_size": claim.block_size,

@@ -13,6 +13,7 @@ from dllm_convert.behaviour.passes import block_by_block, padded
 from dllm_convert.modeling.published.rope import final_lengths
 from dllm_convert.verification.instruments.attention import IMPLEMENTATIONS, missing, running
 from dllm_convert.verification.instruments.layers import attention_modules, record_calls
+from dllm_convert.verification.probes.gated import noisy_from
 from dllm_convert.verification.probes.influence import probe_length
 from dllm_convert.verification.report import Probe, at_most, largest, skipped
 from dllm_convert.verification.subject import Subject
@@ -185,7 +186,8 @@ def _decode_with_cache(subject: Subject, tokens: torch.Tensor, size: int) -> tup
     # The last block once more, noisy, behind the clean ones: what denoising must have seen.
     first = denoised.first
     text = torch.cat([tokens[:, :first], noisy[:, first:]], dim=1)
-    seen = subject.model(text, use_cache=False).logits[:, first:]
+    told = {"noisy": noisy_from(text, first)} if subject.claim.is_gated else {}
+    seen = subject.model(text, use_cache=False, **told).logits[:, first:]
     differences.append(denoised.logits - seen)
     return largest(differences), dirt
 

@@ -14,6 +14,7 @@ import torch
 
 from dllm_convert.diffusion.likelihood import nelbo
 from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.modeling.published.choosing import forbid
 from dllm_convert.verification.probes.outcome import NORMAL_95
 from dllm_convert.verification.report import Probe, skipped
 from dllm_convert.verification.subject import SEED, Subject
@@ -74,7 +75,8 @@ def _texts(subject: Subject) -> TextBatch:
 def _apart(subject: Subject, batch: TextBatch) -> tuple[float, float]:
     """Return by how many nats per token the two differ, and the autoregressive one."""
     mask = subject.claim.mask_token_id
-    objective = Objective("bd3lm", mask, token_shift=True, block_size=1)
+    acts_on = subject.claim.acts_on
+    objective = Objective("bd3lm", mask, token_shift=True, block_size=1, acts_on=acts_on)
     blocks = nelbo(subject.model, [batch], objective, seed=SEED).nats_per_token
     total, count = 0.0, 0
     for row, segments in zip(batch.tokens, batch.segments, strict=True):
@@ -82,7 +84,8 @@ def _apart(subject: Subject, batch: TextBatch) -> tuple[float, float]:
             text = row[segments == segment]
             seen = torch.ones(len(text), len(text)).tril().bool()[None, None]
             logits = subject.model(text[None], attention_mask=seen, use_cache=False).logits[0]
-            logits = logits.double().index_fill(-1, torch.tensor([mask]), -math.inf)
+            logits = logits.double()
+            forbid(logits, mask)
             found = logits[:-1].log_softmax(-1).gather(-1, text[1:, None])
             total, count = total - float(found.sum()), count + len(text) - 1
     return abs(blocks - total / count), total / count

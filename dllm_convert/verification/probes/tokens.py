@@ -8,6 +8,7 @@ import torch
 
 from dllm_convert.errors import DataError
 from dllm_convert.verification.instruments.reading import read_rows
+from dllm_convert.verification.probes.gated import mask_vector
 from dllm_convert.verification.probes.generation_config import (
     check_generation_config,
     read_generation_config,
@@ -57,13 +58,14 @@ def _ids(subject: Subject, tokenizer: Any) -> Probe:
         for place, found in places.items()
         if found != mask
     }
-    if mask >= rows:
+    gated = subject.claim.is_gated
+    if mask >= rows and not gated:
         wrong["the embedding"] = f"has {rows} rows"
     return Probe(
         "mask-id",
         not wrong,
         f"{mask} in {sum(found == mask for found in places.values())} of {len(places)} places",
-        f"the same in all, below {rows} rows",
+        "the same in all" if gated else f"the same in all, below {rows} rows",
         first_items(wrong),
     )
 
@@ -80,9 +82,13 @@ def _row(subject: Subject) -> Probe:
     required = f"{MASK_ROW_SHARE:g} to {MASK_ROW_TIMES:g}"
     norms = _row_norms(subject)
     mask = subject.claim.mask_token_id
-    if mask >= len(norms):
+    if subject.claim.is_gated:
+        norm = float(mask_vector(subject.folder).norm())
+    elif mask >= len(norms):
         return Probe("mask-row", False, f"no row {mask}", required)
-    norm, median = float(norms[mask]), float(norms.median())
+    else:
+        norm = float(norms[mask])
+    median = float(norms.median())
     share = norm / median if median else norm
     return Probe(
         "mask-row",
@@ -96,6 +102,8 @@ def _tokenizer(subject: Subject, tokenizer: Any) -> Probe:
     """Judge the round trip: the mask's text to its id, alone and inside a text, and back."""
     rows = subject.shapes[subject.adapter.embedding][0]
     claimed, mask = subject.claim.mask_token_id, tokenizer.mask_token
+    if subject.claim.is_gated:
+        rows = max(rows, claimed + 1)
     wrong: list[str] = []
     if len(tokenizer) > rows:
         wrong.append(f"{len(tokenizer)} tokens for {rows} embedding rows")

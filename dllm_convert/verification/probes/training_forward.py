@@ -137,6 +137,11 @@ def _influence(
     )
 
 
+def told_of_noise(forward: Prediction) -> dict[str, torch.Tensor]:
+    """Return what a gated model is told of a forward, nothing of any other."""
+    return {name: value for name, value in forward.inputs.items() if name == "noisy"}
+
+
 def observe_training(
     subject: Subject,
     forward: Prediction,
@@ -165,6 +170,7 @@ def observe_training(
     settings = {
         "attention_mask": attention_mask,
         "position_ids": forward.inputs["position_ids"],
+        **told_of_noise(forward),
     }
 
     def text(draw: int) -> torch.Tensor:
@@ -231,8 +237,10 @@ def _alone(
     for first in range(0, length, size):
         end = min(first + size, length)
         tokens = torch.cat([clean[:first], noisy[first:end]])[None]
-        mask = _decoding_mask(objective, first, end)
-        logits = subject.model(tokens, attention_mask=mask, use_cache=False).logits[0]
+        settings: dict[str, Any] = {"attention_mask": _decoding_mask(objective, first, end)}
+        if objective.is_gated:
+            settings["noisy"] = torch.arange(end)[None] >= first
+        logits = subject.model(tokens, use_cache=False, **settings).logits[0]
         if objective.token_shift:
             # The first token of a document follows nothing and is never scored.
             logits = torch.cat([logits[:1], logits[:-1]])
