@@ -84,6 +84,9 @@ def _block(recipe: Recipe, source: SourceInfo) -> str | None:
     block, size = recipe.block_size, source.parameters
     if block is None or not size or recipe.training.method == "none":
         return None
+    if recipe.noise.draw == "draft":
+        # What is drafted behind a token, no block of a diffusion.
+        return None
     of = f"blocks of {block} for {size / 1e9:.2g}B parameters: Efficient-DLM"
     if size <= SMALL_MODEL and block >= 128:
         return f"{of} (Qwen2.5-1.5B) measured 33.7 at 128 and 38.4 at 16, the best (--block 16)"
