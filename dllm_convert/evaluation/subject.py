@@ -12,6 +12,7 @@ import torch
 
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.denoising import denoised
 from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.modeling.text_bounds import (
     conversation_ids,
@@ -258,5 +259,5 @@ class EvaluatedCheckpoint:
         """Return what decoding one token per forward writes after a prompt."""
         ids = torch.tensor([list(prompt)], device=self.model.device)
         options = {"confidence_threshold": None, "max_denoising_steps": None, "temperature": 0.0}
-        output = self.model.generate(ids, max_new_tokens=new, **options)
+        output = self.model.generate(ids, max_new_tokens=new, **options, **denoised(self.model))
         return tuple(output[0, len(prompt) :].tolist())

@@ -13,6 +13,7 @@ import torch
 
 from dllm_convert.diffusion.attention import CLEAN, StreamMask
 from dllm_convert.errors import VerificationError
+from dllm_convert.modeling.denoising import denoised
 from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.serving.gguf_model import LlamaCppModel, load_gguf
 from dllm_convert.serving.llama_cpp import PACKAGE, LlamaCpp
@@ -151,6 +152,7 @@ def _text(model: Any, ids: torch.Tensor, threshold: float) -> torch.Tensor:
         max_new_tokens=_NEW_TOKENS,
         confidence_threshold=threshold,
         eos_token_id=None,
+        **denoised(model),
     )
     return written[0, len(ids) :]
 

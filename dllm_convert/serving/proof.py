@@ -148,6 +148,8 @@ class Subject:
         """Return what we write behind a prompt."""
         import torch
 
+        from dllm_convert.modeling.denoising import denoised
+
         config = self.model.config
         own, config.block_size = config.block_size, asked.block
         try:
@@ -157,6 +159,7 @@ class Subject:
                 max_denoising_steps=asked.block,
                 confidence_threshold=threshold,
                 eos_token_id=None,
+                **denoised(self.model),
             )
         finally:
             config.block_size = own

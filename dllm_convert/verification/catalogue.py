@@ -106,6 +106,10 @@ CATALOGUE: Mapping[str, Entry] = {
         "does a batch of different lengths equal one by one?",
         "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
     ),
+    "lossless": Entry(
+        "does lossless decoding write what one causal forward for each token writes?",
+        "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
+    ),
     "quality": Entry(
         "is the held-out bound below what it was before training?",
         "the run's own measurement, same text and same noise before and after",

@@ -24,6 +24,7 @@ from dllm_convert.verification.probes.gradient import check_gradient
 from dllm_convert.verification.probes.influence import check_influence
 from dllm_convert.verification.probes.invariance import check_batch, check_cache, check_padding
 from dllm_convert.verification.probes.likelihood import check_likelihood
+from dllm_convert.verification.probes.lossless import check_lossless, has_verifier
 from dllm_convert.verification.probes.outcome import check_quality
 from dllm_convert.verification.probes.parity import check_parity
 from dllm_convert.verification.probes.portability import check_portability
@@ -63,13 +64,14 @@ _GROUPS: Mapping[str, _Group] = {
     "padding": _Group(check_padding, _LOADED),
     "batch": _Group(check_batch, _LOADED),
     "generate": _Group(check_generate, _LOADED),
+    "lossless": _Group(check_lossless, _LOADED),
     "quality": _Group(check_quality),
     "likelihood": _Group(check_likelihood, _LOADED),
     "device": _Group(check_device, _LOADED),
 }
 GROUPS = tuple(_GROUPS)
 """Names of the groups of probes, in the order they run; `device` only where there is one, `gated`
-only of a model that is."""
+and `lossless` only of models that are, or can be."""
 
 
 def verify_checkpoint(
@@ -125,7 +127,11 @@ def verify_checkpoint(
     probes: list[Probe] = []
     seconds: dict[str, float] = {}
     with opened(folder, asked) as subject, reporter.task("verify", total=len(_GROUPS)) as task:
-        aside = {"device": asked.accelerator is None, "gated": not subject.claim.is_gated}
+        aside = {
+            "device": asked.accelerator is None,
+            "gated": not subject.claim.is_gated,
+            "lossless": not has_verifier(subject),
+        }
         applicable = {n: g for n, g in _GROUPS.items() if not aside.get(n)}
         for name, group in applicable.items():
             if name in groups:

@@ -10,6 +10,7 @@ import torch
 
 from dllm_convert.diffusion.likelihood import nats_at_rate
 from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.modeling.denoising import denoised
 from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.verification.observe.observations import DecodingPoint, RatePoint
 
@@ -121,6 +122,7 @@ def _decode(model: Any, prompts: Sequence[torch.Tensor], threshold: float | None
                 temperature=0.0,
                 eos_token_id=(),
                 return_dict_in_generate=True,
+                **denoised(model),
             )
         texts.append(output.sequences[0, prompt.shape[1] :].cpu())
         forwards += output.forwards

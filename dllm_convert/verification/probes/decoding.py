@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dllm_convert.modeling.denoising import denoised
 from dllm_convert.verification.report import Probe, first_items, none_wrong, skipped
 from dllm_convert.verification.subject import SEED, Subject
 
@@ -31,10 +32,7 @@ def check_generate(subject: Subject, *, others: bool = True) -> list[Probe]:
         reason = f"a context of {subject.context} tokens has no room for a prompt and a block"
         names = ("generate", "generate-end", *(["generate-batch"] if others else []))
         return [skipped(name, "0 wrong", reason) for name in names]
-    prompts = subject.tokens(2, width)
-    lengths = [width, width - width // 2]
-    mask = torch.ones_like(prompts)
-    mask[1, : width - lengths[1]] = 0
+    prompts, mask = ragged_prompts(subject, width)
     output = _generate(subject, prompts, mask, new)
     return [
         _whole(subject, prompts, output, new),
@@ -43,10 +41,18 @@ def check_generate(subject: Subject, *, others: bool = True) -> list[Probe]:
     ]
 
 
+def ragged_prompts(subject: Subject, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two prompts (2, width), the second half as long and padded on the left; the mask."""
+    prompts = subject.tokens(2, width)
+    mask = torch.ones_like(prompts)
+    mask[1, : width // 2] = 0
+    return prompts, mask
+
+
 def _generate(
     subject: Subject, prompts: torch.Tensor, mask: torch.Tensor, new: int, **settings: Any
 ) -> torch.Tensor:
-    """Decode greedily; without an end unless one is given."""
+    """Denoise greedily; without an end unless one is given."""
     output: torch.Tensor = subject.model.generate(
         prompts,
         attention_mask=mask,
@@ -54,7 +60,7 @@ def _generate(
         max_denoising_steps=STEPS,
         confidence_threshold=None,
         temperature=0.0,
-        **{"seed": SEED, "eos_token_id": [], **settings},
+        **{"seed": SEED, "eos_token_id": [], **denoised(subject.model), **settings},
     )
     return output
 
