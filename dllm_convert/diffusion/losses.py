@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         shift = None if bias is None else bias.to(compute)
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for_hidden = torch.empty_like(hidden)
-        for_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        for_weight: torch.Tensor | None = None
         learnt = bias is not None and bias.requires_grad
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if learnt else None  # type: ignore[arg-type]
         size = _rows_of_products(weight)
@@ -107,10 +107,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = torch.nn.functional.linear(states[rows], matrix, shift)
                 _to_gradients(logits, targets[rows], scale[rows], nats[rows], mask_token_id)
                 for_hidden[rows] = logits @ matrix
-                if for_weight is not None:
-                    for_weight += logits.T @ states[rows]
+                if weight.requires_grad:
+                    product = logits.T @ states[rows]
+                    # Of one piece there is nothing to add up.
+                    for_weight = product.float() if for_weight is None else for_weight.add_(product)
                 if for_bias is not None:
                     for_bias += logits.sum(0, dtype=torch.float32)
+        if weight.requires_grad and for_weight is None:
+            for_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.found = (for_hidden, for_weight, for_bias)
         ctx.types = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(nats)

@@ -44,6 +44,18 @@ class FusedHead:
         """Whether the head is a plain projection, and the last thing that is computed."""
         return self._head is not None
 
+    def pays(self, count: int) -> bool:
+        """Whether it takes less memory than the logits of `count` tokens.
+
+        The gradient of the head's matrix is there before the backward pass begins; logits and what
+        is made of them are 10 bytes for each token and word, 4 on a CPU, whose loss is made in
+        pieces anyway.
+        """
+        weight, _ = _weights(self._head) or (None, None)
+        if weight is None or not weight.requires_grad:
+            return True
+        return count * (4 if weight.device.type == "cpu" else 10) >= 4 * weight.shape[-1]
+
     @contextmanager
     def at(self, targets: torch.Tensor, scale: torch.Tensor) -> Iterator[list[torch.Tensor]]:
         """Compute the loss in place of the logits while the block runs.

@@ -213,7 +213,9 @@ class DiffusionTrainer(Trainer):
         ar_scale = ar_weight * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
-        if self._fused.works and self._objective.kernel == "absorbing":
+        count = len(forward.targets) + len(forward.ar_targets)
+        fuses = self._fused.works and self._fused.pays(count)
+        if fuses and self._objective.kernel == "absorbing":
             targets = torch.cat([forward.targets, forward.ar_targets])
             scale = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
             with self._mask_noise.at(noise.key), self._fused.at(targets, scale) as found:
