@@ -123,7 +123,7 @@ class Gate:
         return self._told(self.seen)
 
 
-class _LowRank:
+class LowRank:
     """Adds B A x to what a linear layer returns for noisy tokens; a hook of that layer."""
 
     def __init__(self, gate: Gate, scale: float) -> None:
@@ -132,6 +132,7 @@ class _LowRank:
     def __call__(
         self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
+        """Return what the layer returns instead; None where nothing is noisy."""
         seen = self.gate.seen
         if seen.noisy is None:
             return None
@@ -166,7 +167,7 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
     facts, embedding = model.config.diffusion, model.get_input_embeddings()
     rank, targets = facts["adapter_rank"], tuple(facts["adapter_targets"])
     gate = Gate(int(model.config.mask_token_id), embedding.num_embeddings)
-    hook = _LowRank(gate, facts["adapter_alpha"] / rank)
+    hook = LowRank(gate, facts["adapter_alpha"] / rank)
     held = dtype or model.dtype
     adapted = [
         module
