@@ -131,11 +131,13 @@ def activation_bytes(
     residual: int,
     flex: bool,
     cast: bool,
+    gpu: bool = False,
 ) -> int:
     """Bytes that the layers keep for the backward pass, and the layer that is computed again.
 
     Per token and layer, `selective` keeps what every matrix product and attention return and the
-    layer's input; `full` keeps the input only. LoRA adds two small products to each adapted matrix.
+    layer's input; `full` keeps the input only. LoRA adds two small products to each adapted matrix,
+    of which a kept base on a CPU has one in the same operation (`training/gated_linear.py`).
     Autocast keeps a copy of every matrix in its own type. Without flex a dense mask is held, of one
     byte a pair, and in the compute type inside attention.
 
@@ -147,11 +149,13 @@ def activation_bytes(
         residual: Bytes of a number of the residual stream.
         flex: Whether the mask is held as blocks.
         cast: Whether autocast keeps a copy of every matrix.
+        gpu: Whether it is a GPU.
     """
     outputs, copies = shape.outputs, float(shape.stored_matrices)
     if training.method == "lora":
         rank = training.lora.rank
-        outputs += shape.adapted_outputs + rank * shape.adapted_matrices
+        in_one = training.keeps_base and not gpu and compute == _FLOAT32
+        outputs += rank * shape.adapted_matrices + (0 if in_one else shape.adapted_outputs)
         copies += lora_parameters(shape, training)
     inputs = residual * shape.hidden * shape.layers
     # Attention also keeps the logarithm of each softmax's sum, per head, in float32.
@@ -233,6 +237,7 @@ def peak_memory(
         flex=flex,
         # What FSDP gathers is in the compute type already.
         cast=shards == 1 and compute < residual,
+        gpu=gpu,
     )
     logits = _logit_bytes(shape, run, compute=compute, gpu=gpu)
     vocabulary = _vocabulary_gradients(shape, training, compute)

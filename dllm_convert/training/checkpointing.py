@@ -25,6 +25,7 @@ _KEPT = frozenset(
         "_scaled_dot_product_attention_math",
         "flex_attention",
         "tiled_attention",
+        "gated_linear",
     }
 )
 """Operations whose results cost more to compute than to keep."""

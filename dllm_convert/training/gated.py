@@ -23,6 +23,7 @@ from dllm_convert.modeling.published.gated import (
     adapter_parameters,
     fill_adapter,
 )
+from dllm_convert.training.gated_linear import fuse_adapters
 from dllm_convert.training.masters import keep_masters
 
 
@@ -97,6 +98,7 @@ def train_adapter(model: Any, folder: Path) -> Any:
     keep_masters(model)
     # What was loaded in the type of the base may have been rounded.
     fill_adapter(model, load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS))
+    fuse_adapters(model)
     return model
 
 

@@ -92,7 +92,7 @@ def test_an_adapter_that_acts_on_clean_tokens(
     def everywhere(self: Any, layer: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output + layer.lora_B(layer.lora_A(inputs[0]))
 
-    monkeypatch.setattr(published._LowRank, "__call__", everywhere)
+    monkeypatch.setattr(published.LowRank, "__call__", everywhere)
     # `gated-clean` compares clean with clean, and all of it is as wrong.
     assert {"gated-base", "base-logits"} <= check(llama)
 

@@ -123,7 +123,7 @@ class Gate:
         return self._told(self.seen)
 
 
-class _LowRank:
+class LowRank:
     """Adds B A x to what a linear layer returns for noisy tokens; a hook of that layer."""
 
     def __init__(self, gate: Gate, scale: float) -> None:
@@ -132,6 +132,7 @@ class _LowRank:
     def __call__(
         self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
+        """Return what the layer returns instead; None where nothing is noisy."""
         seen = self.gate.seen
         if seen.noisy is None:
             return None
@@ -166,7 +167,7 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
     facts, embedding = model.config.diffusion, model.get_input_embeddings()
     rank, targets = facts["adapter_rank"], tuple(facts["adapter_targets"])
     gate = Gate(int(model.config.mask_token_id), embedding.num_embeddings)
-    hook = _LowRank(gate, facts["adapter_alpha"] / rank)
+    hook = LowRank(gate, facts["adapter_alpha"] / rank)
     held = dtype or model.dtype
     adapted = [
         module
@@ -243,3 +244,54 @@ def load_adapter(
     fill_adapter(model, load_state_dict(str(path)))
     for weight in adapter_parameters(model).values():
         weight.requires_grad_(False)
+
+
+class GatedMixin:
+    """What a diffusion class has more where its adapter acts on noisy tokens only.
+
+    Attributes:
+        gate: Of a gated model, what tells its layers which tokens are noisy.
+    """
+
+    config: Any
+    gate: Any = None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an adapter acts on noisy tokens only, and clean ones are the base's."""
+        return is_gated(self.config)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **settings: Any) -> Any:
+        """Load a checkpoint, and of a gated one the adapter that lies in it.
+
+        Args:
+            source: Folder or Hub id of the weights.
+            *args: As transformers takes them.
+            **settings: The same; and `adapter`, where the adapter lies if not with the weights.
+
+        Raises:
+            ValueError: An adapter is named, and the config is not of a gated model.
+        """
+        stock: Any = super()
+        beside = settings.pop("adapter", None)
+        loaded = stock.from_pretrained(source, *args, **settings)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.is_gated:
+            load_adapter(model, beside or source, {} if beside else settings)
+        elif beside is not None:
+            raise ValueError("adapter is for a gated model, and this config is not of one")
+        return loaded
+
+    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
+        """Write a checkpoint.
+
+        Raises:
+            ValueError: The model is gated: its files are its base's, and an adapter beside them.
+        """
+        if self.gate is not None:
+            raise ValueError(
+                "a gated model is its base's own files and an adapter: copy its folder"
+            )
+        stock: Any = super()
+        return stock.save_pretrained(*args, **settings)

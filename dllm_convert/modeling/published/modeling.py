@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .decoding import decode_blocks, decode_canvas
-from .gated import gated_mask, is_gated, load_adapter
+from .gated import GatedMixin, gated_mask
 from .inputs import given_prompts, left_open
 from .limits import check_context
 from .lockstep import decode_queued, is_queued
@@ -56,7 +56,7 @@ def _pick(hidden: torch.Tensor, keep: int | torch.Tensor, at: torch.Tensor | Non
     return hidden[:, -keep:] if keep else hidden
 
 
-class DiffusionMixin:
+class DiffusionMixin(GatedMixin):
     """Opened attention, logits where they are needed, and decoding by denoising.
 
     What the checkpoint is stands in the config: `is_causal: false`, `mask_token_id`, `block_size`
@@ -66,7 +66,6 @@ class DiffusionMixin:
     Attributes:
         record_graphs: Whether decoding on a CUDA device may record its steps as graphs.
         graph_replays: How many steps of the last decoding were replayed from a graph.
-        gate: Of a gated model, what tells its layers which tokens are noisy.
         reader: What runs the forwards of a decoding where that is other code than this model's:
             makes, of the model and the text, what has the methods of `BlockReader`, or without
             blocks of `CanvasReader`.
@@ -74,7 +73,6 @@ class DiffusionMixin:
 
     record_graphs = True
     graph_replays = 0
-    gate: Any = None
     reader: Any = None
     _head = "lm_head"
     _goes_without_mask = True
@@ -82,41 +80,6 @@ class DiffusionMixin:
     @property
     def _first_position(self) -> int:
         return 0
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether an adapter acts on noisy tokens only, and clean ones are the base's."""
-        return is_gated(self.config)
-
-    @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **settings: Any) -> Any:
-        """Load a checkpoint, and of a gated one the adapter that lies in it.
-
-        Args:
-            source: Folder or Hub id of the weights.
-            *args: As transformers takes them.
-            **settings: The same; and `adapter`, where the adapter lies if not with the weights.
-        """
-        stock: Any = super()
-        beside = settings.pop("adapter", None)
-        loaded = stock.from_pretrained(source, *args, **settings)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.is_gated:
-            load_adapter(model, beside or source, {} if beside else settings)
-        return loaded
-
-    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
-        """Write a checkpoint.
-
-        Raises:
-            ValueError: The model is gated: its files are its base's, and an adapter beside them.
-        """
-        if self.gate is not None:
-            raise ValueError(
-                "a gated model is its base's own files and an adapter: copy its folder"
-            )
-        stock: Any = super()
-        return stock.save_pretrained(*args, **settings)
 
     def forward(
         self,
