@@ -30,17 +30,19 @@ class Proof:
         difference: Largest difference of logits at a prompt, in float32.
         decoded: Tokens that were decoded.
         equal: How many of them are ours.
+        bound: Largest difference that passes.
     """
 
     engine: str
     difference: float
     decoded: int
     equal: int
+    bound: float = TOLERANCE
 
     @property
     def passed(self) -> bool:
         """Whether it is the same model to the engine."""
-        return self.difference <= TOLERANCE and self.equal == self.decoded
+        return self.difference <= self.bound and self.equal == self.decoded
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields."""
@@ -49,7 +51,7 @@ class Proof:
     def in_words(self) -> str:
         """Return the result in a line."""
         return (
-            f"logits differ by at most {self.difference:.1e} (bound {TOLERANCE:g}), "
+            f"logits differ by at most {self.difference:.1e} (bound {self.bound:.2g}), "
             f"{self.equal} of {self.decoded} decoded tokens equal"
         )
 
