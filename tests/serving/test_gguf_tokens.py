@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from factory import prose
-from gguf_cases import ENGINE
+from gguf_cases import ENGINE, engine_of
 from tokenizers import (
     Regex,
     Tokenizer,
@@ -25,11 +23,8 @@ from tokenizers import (
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from dllm_convert.errors import IncompatibleError
-from dllm_convert.planning.layouts.gguf import Stored
 from dllm_convert.serving import gguf_tokens
 from dllm_convert.serving.gguf_tokens import tokenizer_keys
-from dllm_convert.serving.gguf_writing import Weights, write_gguf
-from dllm_convert.serving.llama_cpp import LlamaCpp
 from dllm_convert.weights.tokenizer import SAMPLES
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -136,39 +131,12 @@ def fast(tokenizer: Tokenizer, *, begins: bool) -> PreTrainedTokenizerFast:
     return made
 
 
-def engine(path: Path, tokenizer: Any) -> LlamaCpp:
-    """Return llama.cpp with a tokenizer's keys in the file of a model that computes nothing."""
-    rows, size = len(tokenizer) + 5, 32
-    sizes = {
-        **dict.fromkeys(("context_length", "embedding_length", "feed_forward_length"), size),
-        **dict.fromkeys(("attention.head_count", "attention.head_count_kv"), 4),
-        "block_count": 1,
-        "attention.layer_norm_rms_epsilon": 1e-6,
-    }
-    keys = {
-        **{f"llama.{key}": value for key, value in sizes.items()},
-        **tokenizer_keys(tokenizer, rows=rows, mask=tokenizer.mask_token_id),
-    }
-    square, line = (size, size), (size,)
-    inside = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), square)
-    inside |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), square)
-    inside |= {"attn_norm": line, "ffn_norm": line}
-    shapes = {f"blk.0.{name}.weight": shape for name, shape in inside.items()}
-    shapes |= {"token_embd.weight": (rows, size), "output_norm.weight": line}
-    tensors = tuple(Stored(name, None, shape, exact=True) for name, shape in shapes.items())
-    with ExitStack() as stack:
-        nothing = Weights(path.parent, {}, stack)
-        kinds = dict.fromkeys(shapes, "F32")
-        write_gguf(path, "llama", keys, tensors, kinds, nothing, lambda count: None)
-    return LlamaCpp(path, 1)
-
-
 @ENGINE
 @pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_engine_cuts_text_as_we_do(name: str, begins: bool, tmp_path: Path) -> None:
     tokenizer = fast(TOKENIZERS[name](), begins=begins)
-    theirs = engine(tmp_path / "a.gguf", tokenizer)
+    theirs = engine_of(tokenizer, tmp_path / "a.gguf")
     assert theirs.rows == len(tokenizer) + 5
     apart = APART.get(name, lambda text: False)
     cases = [text for text in (*texts(), "a<|mask|>b <tool> c</s>") if not apart(text)]
