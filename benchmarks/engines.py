@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,28 @@ def _ratios(times: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
+def compare(
+    converted: Path, files: Sequence[Path], *, new: int, steps: int, pairs: int
+) -> dict[str, dict[str, Any]]:
+    """Compare the conversion with each of its files; a row per name of a file."""
+    loaded = load_checkpoint(converted, device="cpu", dtype="float32")
+    ids = torch.tensor([loaded.tokenizer(PROMPT)["input_ids"]])
+    settings = {
+        "max_new_tokens": new,
+        "max_denoising_steps": steps,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+    }
+    rows = {}
+    with packed_linears(loaded.model):
+        loaded.model.generate(ids, **settings)  # packs the weights
+        for file in files:
+            theirs: Any = load_gguf(file, 1).model
+            runs = (partial(model.generate, ids, **settings) for model in (loaded.model, theirs))
+            rows[file.name] = in_turn(*runs, pairs)
+    return rows
+
+
 def main() -> None:
     """Print a table as JSON, a row per file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,27 +98,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8, help="of a block, or of the text (MDLM)")
     parser.add_argument("--pairs", type=int, default=3)
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     with quiet_libraries():
-        loaded = load_checkpoint(arguments.converted, device="cpu", dtype="float32")
-        ids = torch.tensor([loaded.tokenizer(PROMPT)["input_ids"]])
-        settings = {
-            "max_new_tokens": arguments.new,
-            "max_denoising_steps": arguments.steps,
-            "eos_token_id": None,
-            "return_dict_in_generate": True,
-        }
-        rows = {}
-        with packed_linears(loaded.model):
-            loaded.model.generate(ids, **settings)  # packs the weights
-            for file in arguments.files:
-                theirs: Any = load_gguf(file, 1).model
-                ours, other = (
-                    partial(model.generate, ids, **settings) for model in (loaded.model, theirs)
-                )
-                rows[file.name] = in_turn(ours, other, arguments.pairs)
+        rows = compare(args.converted, args.files, new=args.new, steps=args.steps, pairs=args.pairs)
     print(json.dumps(rows, indent=2))
 
 

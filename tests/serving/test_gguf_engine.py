@@ -15,6 +15,7 @@ from gguf_cases import ENGINE, FAMILIES, LLAMA3, Make, file_of, maker, with_rope
 from typer.testing import CliRunner
 
 import dllm_convert as dc
+from benchmarks import engines
 from dllm_convert.cli.app import app
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.planning.layouts import gguf as layout
@@ -402,3 +403,12 @@ def test_what_a_diffusion_architecture_has_not_is_refused(converted: Make, tmp_p
             export(folder, "gguf-diffusion", tmp_path / "x")
         assert caught.value.hint
         assert not list(tmp_path.iterdir())
+
+
+def test_engine_is_timed_beside_ours(converted: Make, tmp_path: Path) -> None:
+    folder = converted("llama", block=32)
+    file = file_of(export(folder, "gguf", tmp_path / "x", outtype="f32").path)
+    row = engines.compare(folder, [file], new=8, steps=2, pairs=2)[file.name]
+    assert row["equal_tokens"] == row["of"]
+    for kind in ("wall", "processor"):
+        assert 0 < row[kind]["least"] <= row[kind]["ratio"] <= row[kind]["largest"]
