@@ -85,8 +85,10 @@ def compare(
         loaded.model.generate(ids, **settings)  # packs the weights
         for file in files:
             theirs: Any = load_gguf(file, 1).model
-            runs = (partial(model.generate, ids, **settings) for model in (loaded.model, theirs))
-            rows[file.name] = in_turn(*runs, pairs)
+            ours, other = (
+                partial(model.generate, ids, **settings) for model in (loaded.model, theirs)
+            )
+            rows[file.name] = in_turn(ours, other, pairs)
     return rows
 
 
