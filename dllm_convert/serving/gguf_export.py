@@ -10,7 +10,7 @@ from typing import Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
-from dllm_convert.common.foreign_files import read_text
+from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.errors import RequestError
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.planning.layouts.gguf import GgufLayout
@@ -188,7 +188,10 @@ def describe(
 def _carried(folder: Path, tokenizer: Any) -> dict[str, str]:
     """Return the small files of a checkpoint by the keys that they travel under."""
     whole = folder / _TOKENIZER
-    text = read_text(whole) if whole.is_file() else tokenizer.backend_tokenizer.to_str()
+    if whole.is_file():
+        text = read_text(whole, MAX_VOCABULARY_BYTES)
+    else:
+        text = tokenizer.backend_tokenizer.to_str()
     found = {FILES_KEY + name: read_text(folder / name) for name in CARRIED
              if (folder / name).is_file()}  # fmt: skip
     return {**found, TOKENIZER_KEY: text}
