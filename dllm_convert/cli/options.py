@@ -228,7 +228,8 @@ ExportTarget = Annotated[
         "--to",
         metavar="LAYOUT",
         parser=named,
-        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), gguf (llama.cpp) or a2d (dLLM).",
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), gguf, gguf-diffusion (llama.cpp) "
+        "or a2d (dLLM).",
         show_default=False,
     ),
 ]

@@ -10,11 +10,12 @@ from typing import Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
-from dllm_convert.common.foreign_files import read_text
+from dllm_convert.common.foreign_files import MAX_VOCABULARY_BYTES, read_text
 from dllm_convert.errors import RequestError
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.target import Converted
+from dllm_convert.serving.dangers import check, measure
 from dllm_convert.serving.gguf_guide import GgufFile, gguf_guide
 from dllm_convert.serving.gguf_tokens import tokenizer_keys
 from dllm_convert.serving.gguf_writing import (
@@ -75,11 +76,12 @@ def export_gguf(
     """
     folder, converted = source.folder, source.converted
     name = folder.resolve().name
+    checked, more = _dangers(layout, source, data)
     file = describe(layout, converted, folder, name, check_outtype(outtype))
     with new_folder(place, file.size) as partial:
         compared = write_file(file, folder, source.headers, partial, reporter)
-        checked = {"bytes": _compared(file, compared)}
-        more: dict[str, Any] = {"outtype": file.type_name}
+        checked["bytes"] = _compared(file, compared)
+        more["outtype"] = file.type_name
         if proven:
             # It needs torch, and the binding.
             from dllm_convert.serving.gguf_proof import prove_by_llama_cpp
@@ -103,6 +105,23 @@ def export_gguf(
         checked=checked,
         launch=layout.started(converted, place / file.name),
     )
+
+
+def _dangers(
+    layout: GgufLayout, source: Source, data: Path | None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Measure what who decodes does not rule out; return what to say of it, and its numbers.
+
+    Raises:
+        IncompatibleError: A probability is above its bound.
+    """
+    if layout.rules_out_mask:
+        return {}, {}
+    converted = source.converted
+    rows = converted.entries[converted.adapter.embedding].shape[0]
+    found = measure(source.folder, held_out_texts(data), tokens=converted.tokens, rows=rows)
+    said = check(found, repaired=False, tied=converted.tied)
+    return dict(said), {"probabilities": found.as_dict()}
 
 
 def _compared(file: GgufFile, count: int) -> str:
@@ -169,7 +188,10 @@ def describe(
 def _carried(folder: Path, tokenizer: Any) -> dict[str, str]:
     """Return the small files of a checkpoint by the keys that they travel under."""
     whole = folder / _TOKENIZER
-    text = read_text(whole) if whole.is_file() else tokenizer.backend_tokenizer.to_str()
+    if whole.is_file():
+        text = read_text(whole, MAX_VOCABULARY_BYTES)
+    else:
+        text = tokenizer.backend_tokenizer.to_str()
     found = {FILES_KEY + name: read_text(folder / name) for name in CARRIED
              if (folder / name).is_file()}  # fmt: skip
     return {**found, TOKENIZER_KEY: text}

@@ -129,6 +129,11 @@ def _warnings(header: GgufHeader, architecture: str) -> tuple[str, ...]:
             f"the weights are quantised ({', '.join(kinds)}): the conversion starts from their "
             "dequantised values, which are not the original ones"
         )
+    if header.metadata.get(f"{architecture}.attention.causal") is False:
+        found.append(
+            "the file says that its attention is open, as that of a conversion is: it is taken for "
+            "a base all the same. To convert a conversion again, give its folder"
+        )
     scaling = header.metadata.get(f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") or "rope_freqs.weight" in header.tensors:
         found.append(

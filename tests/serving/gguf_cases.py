@@ -6,11 +6,17 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conversion import convert
+
+from dllm_convert.planning.layouts.gguf import Stored
+from dllm_convert.serving.gguf_tokens import tokenizer_keys
+from dllm_convert.serving.gguf_writing import Weights, write_gguf
+from dllm_convert.serving.llama_cpp import LlamaCpp
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 Make = Callable[..., Path]
@@ -61,3 +67,30 @@ def file_of(folder: Path) -> Path:
     """Return the one GGUF file of an export."""
     (file,) = folder.glob("*.gguf")
     return file
+
+
+def engine_of(tokenizer: Any, path: Path) -> LlamaCpp:
+    """Return llama.cpp with a tokenizer's keys in the file of a model that computes nothing."""
+    rows, size = len(tokenizer) + 5, 32
+    sizes = {
+        **dict.fromkeys(("context_length", "embedding_length", "feed_forward_length"), size),
+        **dict.fromkeys(("attention.head_count", "attention.head_count_kv"), 4),
+        "block_count": 1,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+    }
+    keys = {
+        **{f"llama.{key}": value for key, value in sizes.items()},
+        **tokenizer_keys(tokenizer, rows=rows, mask=tokenizer.mask_token_id or 0),
+    }
+    square, line = (size, size), (size,)
+    inside = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), square)
+    inside |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), square)
+    inside |= {"attn_norm": line, "ffn_norm": line}
+    shapes = {f"blk.0.{name}.weight": shape for name, shape in inside.items()}
+    shapes |= {"token_embd.weight": (rows, size), "output_norm.weight": line}
+    tensors = tuple(Stored(name, None, shape, exact=True) for name, shape in shapes.items())
+    with ExitStack() as stack:
+        nothing = Weights(path.parent, {}, stack)
+        kinds = dict.fromkeys(shapes, "F32")
+        write_gguf(path, "llama", keys, tensors, kinds, nothing, lambda count: None)
+    return LlamaCpp(path, 1)

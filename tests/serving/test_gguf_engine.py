@@ -15,13 +15,15 @@ from gguf_cases import ENGINE, FAMILIES, LLAMA3, Make, file_of, maker, with_rope
 from typer.testing import CliRunner
 
 import dllm_convert as dc
+from benchmarks import engines
 from dllm_convert.cli.app import app
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.planning.layouts import gguf as layout
-from dllm_convert.serving import gguf_export, gguf_tokens
+from dllm_convert.serving import dangers, gguf_export, gguf_tokens
 from dllm_convert.serving.gguf_model import load_gguf
 from dllm_convert.serving.llama_cpp import LlamaCache
 from dllm_convert.serving.run import RECORD, export
+from dllm_convert.source.gguf_header import read_gguf_header
 
 pytestmark = ENGINE
 
@@ -339,3 +341,74 @@ def test_engine_finds_a_fault_that_the_bytes_do_not_show(
         with pytest.raises(DllmConvertError):
             export(folder, "gguf", tmp_path / "out", outtype="f32", proven=True)
     assert not list(tmp_path.iterdir())
+
+
+DIFFUSION = {"llama": "llada", "mistral": "llada", "qwen2": "dream", "qwen3": "rnd1"}
+
+
+@pytest.fixture
+def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let masks be as likely as they are: nobody trained these models."""
+    for bound in ("MASK_BOUND", "ROWS_BOUND"):
+        monkeypatch.setattr(dangers, bound, 1.0)
+
+
+@pytest.mark.usefixtures("anything_goes")
+@pytest.mark.parametrize("shift", ["keep", "drop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_reads_a_diffusion_architecture_of_its_own(
+    family: str, shift: str, converted: Make, tmp_path: Path
+) -> None:
+    folder = converted(family, target="mdlm", shift=shift)
+    made = export(folder, "gguf-diffusion", tmp_path / "x", outtype="f32", proven=True)
+    assert any("189 of 189" in found for found in made.checked.values())
+    header = read_gguf_header(file_of(made.path))
+    assert header.metadata["general.architecture"] == DIFFUSION[family]
+    assert header.metadata["diffusion.shift_logits"] is (shift == "keep")
+    assert "bound" in made.checked["mask"]
+    assert "llama-diffusion-cli -m" in made.launch[0]
+    assert dc.sample(file_of(made.path), "A list is", max_new_tokens=4, threads=1).new_tokens == 4
+
+
+@pytest.mark.usefixtures("anything_goes")
+@pytest.mark.parametrize("outtype", ["f16", "q8_0"])
+def test_engine_reads_an_expert_of_fewer_bits(
+    outtype: str, converted: Make, tmp_path: Path
+) -> None:
+    folder = converted("qwen3", target="mdlm")
+    made = export(folder, "gguf-diffusion", tmp_path / "x", outtype=outtype, proven=True)
+    kinds = {name: t.kind for name, t in read_gguf_header(file_of(made.path)).tensors.items()}
+    assert kinds["blk.0.ffn_up_exps.weight"] == outtype.upper()
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+def test_what_a_diffusion_architecture_has_not_is_refused(converted: Make, tmp_path: Path) -> None:
+    for folder, reason in (
+        (converted("llama"), "it is bd3lm, and llama-diffusion-cli lets every token see"),
+        (
+            with_rope(converted("llama", target="mdlm"), **LLAMA3),
+            "type llama3, which llama.cpp does not turn in a llada graph",
+        ),
+        (converted("llama", target="mdlm", attention_bias=True), r"llama adds none"),
+        (converted("llama", target="mdlm"), "the mask itself a probability of"),
+        (
+            converted(
+                "llama", target="mdlm", shift="drop",
+                recipe={"noise": {"kernel": "uniform", "discrete_steps": 8}},
+            ),
+            "only fill masks in",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(dc.IncompatibleError, match=reason) as caught:
+            export(folder, "gguf-diffusion", tmp_path / "x")
+        assert caught.value.hint
+        assert not list(tmp_path.iterdir())
+
+
+def test_engine_is_timed_beside_ours(converted: Make, tmp_path: Path) -> None:
+    folder = converted("llama", block=32)
+    file = file_of(export(folder, "gguf", tmp_path / "x", outtype="f32").path)
+    row = engines.compare(folder, [file], new=8, steps=2, pairs=2)[file.name]
+    assert row["equal_tokens"] == row["of"]
+    for kind in ("wall", "processor"):
+        assert 0 < row[kind]["least"] <= row[kind]["ratio"] <= row[kind]["largest"]

@@ -21,6 +21,7 @@ CASES: dict[str, dict[str, Any]] = {
     "keep": {"token_shift": "keep"},
     "mdlm": {"target": "mdlm", "token_shift": "drop"},
 }
+WHOLE_TEXTS = "it is bd3lm, and llama-diffusion-cli lets every token see the whole text"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,5 +51,5 @@ def test_check_says_which_engines_and_what_to_change(source_cache: SourceFactory
     dropped = [*line, "--set", "token_shift=drop", "--json"]
     said = json.loads(CliRunner().invoke(app, dropped).stdout)["serving"]
     assert {name: found["refused"] for name, found in said.items()} == {
-        "sdar": [], "llada2": [], "gguf": [], "a2d": [],
+        "sdar": [], "llada2": [], "gguf": [], "a2d": [], "gguf-diffusion": [WHOLE_TEXTS],
     }  # fmt: skip

@@ -173,7 +173,9 @@ def sample(
 
 def is_gguf(checkpoint: object) -> TypeGuard[str | Path]:
     """Whether what is named is a GGUF file, by its ending as everybody names them."""
-    return isinstance(checkpoint, str | Path) and Path(checkpoint).suffix.lower() == ".gguf"
+    if not isinstance(checkpoint, str | Path):
+        return False
+    return Path(checkpoint).suffix.lower() == ".gguf" and not Path(checkpoint).is_dir()
 
 
 def _load_gguf(path: Path, threads: int | None, reporter: Reporter) -> tuple[Any, Any]:

@@ -186,8 +186,8 @@ def llama3_factors(rope: Mapping[str, Any], width: int) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _ropes(architectures: Mapping[str, str], converted: Converted) -> Iterator[Refusal]:
-    """Refuse rotary embeddings that the graph would turn otherwise."""
+def ropes(architectures: Mapping[str, str], converted: Converted) -> Iterator[Refusal]:
+    """Refuse rotary embeddings that the graph of a family would turn otherwise."""
     rope = converted.rope
     kind, way_out = rope.get("rope_type", "default"), "Sample it with dllm-convert in torch"
     architecture = architectures.get(converted.adapter.model_type, "")
@@ -214,7 +214,7 @@ def _ropes(architectures: Mapping[str, str], converted: Converted) -> Iterator[R
             )
 
 
-def _as_in_the_graph(converted: Converted) -> Iterator[Refusal]:
+def as_in_the_graph(converted: Converted) -> Iterator[Refusal]:
     """Refuse what the graphs of llama.cpp do not compute."""
     way_out = "Sample it with dllm-convert in torch"
     act = converted.config.get("hidden_act") or "silu"
@@ -222,7 +222,7 @@ def _as_in_the_graph(converted: Converted) -> Iterator[Refusal]:
         yield Refusal(f"its activation is {act}, and llama.cpp computes silu", way_out)
 
 
-def _biases(allowed: Mapping[str, tuple[str, ...]], converted: Converted) -> Iterator[Refusal]:
+def biases(allowed: Mapping[str, tuple[str, ...]], converted: Converted) -> Iterator[Refusal]:
     """Refuse biases that the graph of a family does not add."""
     family = converted.adapter.model_type
     added = allowed.get(family, ())
@@ -241,18 +241,18 @@ def _biases(allowed: Mapping[str, tuple[str, ...]], converted: Converted) -> Ite
         )
 
 
-_QKV = ("q_proj", "k_proj", "v_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
 _STOCK_BIASES = {
-    "llama": (*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "qwen2": _QKV,
+    "llama": (*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "qwen2": QKV,
 }
 
 
 def _refusals(converted: Converted) -> Iterator[Refusal]:
     yield from families(tuple(STOCK), "llama.cpp has no graph that opens its attention", converted)
-    for rule in (no_window, partial(_ropes, STOCK), _as_in_the_graph):
+    for rule in (no_window, partial(ropes, STOCK), as_in_the_graph):
         yield from rule(converted)
-    yield from _biases(_STOCK_BIASES, converted)
+    yield from biases(_STOCK_BIASES, converted)
 
 
 def _stock(converted: Converted) -> str:

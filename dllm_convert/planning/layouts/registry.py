@@ -6,12 +6,19 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from dllm_convert.errors import RequestError
-from dllm_convert.planning.layouts import a2d, gguf, llada2, sdar
+from dllm_convert.planning.layouts import a2d, gguf, gguf_diffusion, llada2, sdar
 from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.target import Converted, Refusal, Target
 
 TARGETS: Mapping[str, Target | GgufLayout] = {
-    target.name: target for target in (sdar.TARGET, llada2.TARGET, gguf.TARGET, a2d.TARGET)
+    target.name: target
+    for target in (
+        sdar.TARGET,
+        llada2.TARGET,
+        gguf.TARGET,
+        gguf_diffusion.TARGET,
+        a2d.TARGET,
+    )
 }
 
 
