@@ -211,7 +211,8 @@ ExportTarget = Annotated[
         "--to",
         metavar="LAYOUT",
         parser=named,
-        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm) or a2d (dLLM).",
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), nemotron (vLLM, mlx-vlm) or a2d "
+        "(dLLM).",
         show_default=False,
     ),
 ]

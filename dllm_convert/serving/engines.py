@@ -74,6 +74,7 @@ LMDEPLOY = EngineCode(
 ENGINES: Mapping[str, tuple[EngineCode, ...]] = {
     "sdar": (SGLANG, LMDEPLOY),
     "llada2": (SGLANG, MLX_VLM),
+    "nemotron": (MLX_VLM,),
 }
 """Layout to the engines whose code proves it; every one that is installed is asked."""
 

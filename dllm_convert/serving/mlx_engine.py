@@ -35,7 +35,8 @@ class _Model:
         number = np.arange(len(text)) // self.block  # (length,)
         seen = self.mx.array((number[:, None] >= number[None])[None, None])
         ids = self.mx.array([[self.mask if one == MASK else one for one in text]])
-        return np.array(self.language(ids, mask=seen).logits[0])
+        # Of Nemotron's class only the mask decides what is seen, unless it is told to be causal.
+        return np.array(self.language(ids, mask=seen, use_causal_mask=False).logits[0])
 
     def write(self, prompt: Sequence[int], new: int, block: int, threshold: float) -> list[int]:
         """Return new tokens behind a prompt."""

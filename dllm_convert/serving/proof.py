@@ -145,10 +145,14 @@ class Subject:
             self.model.to(torch.float32)
 
     def write(self, prompt: tuple[int, ...], asked: Questions, threshold: float) -> list[int]:
-        """Return what we write behind a prompt."""
+        """Return what we write behind a prompt, by the rule of the engines it is made for."""
         import torch
 
         config = self.model.config
+        if config.diffusion.get("context") == "causal":
+            from dllm_convert.serving.nemotron_rule import write_causal
+
+            return write_causal(self.model, prompt, asked.new, asked.block, threshold)
         own, config.block_size = config.block_size, asked.block
         try:
             text = self.model.generate(

@@ -156,9 +156,10 @@ def pieces_of(
     stacks: dict[str, list[tuple[str, TensorEntry]]] = {}
     for name in sorted(entries, key=_in_order):
         stacks.setdefault(target.names(name), []).append((name, entries[name]))
-    heads = {adapter.head: (adapter.head, entries.get(adapter.head))}
+    head = target.names(adapter.head)
+    heads = {head: (adapter.head, entries.get(adapter.head))}
     if unties and converted.tied:
-        heads = {adapter.head: (adapter.embedding, entries[adapter.embedding])}
+        heads = {head: (adapter.embedding, entries[adapter.embedding])}
     pieces = []
     for name, sources in stacks.items():
         source, entry = sources[0]
@@ -247,7 +248,7 @@ def export(
     rows = max(embedding.shape[0], target.rows, new + 1)
     found = measure(folder, _texts(data), tokens=converted.tokens, rows=rows)
     unties = target.unties or (target.may_untie and converted.tied and not found.sound)
-    closes = target.mask_row is not None and (unties or not converted.tied)
+    closes = unties or (target.mask_row is not None and not converted.tied)
     row = _row_bytes(found.closed, embedding.dtype) if closes else None
     checked = dict(check(found, repaired=row is not None, tied=converted.tied))
     pieces = pieces_of(target, converted, Vocabulary(old, new, rows), row, unties=unties)

@@ -49,6 +49,6 @@ def test_check_says_which_engines_and_what_to_change(source_cache: SourceFactory
     assert said["sdar"]["refused"]
     dropped = [*line, "--set", "token_shift=drop", "--json"]
     said = json.loads(CliRunner().invoke(app, dropped).stdout)["serving"]
-    assert {name: found["refused"] for name, found in said.items()} == {
-        "sdar": [], "llada2": [], "a2d": [],
-    }  # fmt: skip
+    assert [name for name, found in said.items() if not found["refused"]] == [
+        "sdar", "llada2", "a2d",
+    ]  # fmt: skip

@@ -66,7 +66,8 @@ def export(
 
     Args:
         checkpoint: The folder; only read.
-        to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `a2d` (dLLM).
+        to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `nemotron` (vLLM,
+            mlx-vlm), `a2d` (dLLM).
         out: Folder to create; None: beside the checkpoint, with the layout's name behind.
         data: Text file to measure on how likely the mask is; None: Python's language reference.
         prove: Whether an engine's own code, which has to be installed, must agree in logits and

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from dllm_convert.errors import RequestError
-from dllm_convert.planning.layouts import a2d, llada2, sdar
+from dllm_convert.planning.layouts import a2d, llada2, nemotron, sdar
 from dllm_convert.planning.layouts.target import Converted, Refusal, Target
 
 TARGETS: Mapping[str, Target] = {
-    target.name: target for target in (sdar.TARGET, llada2.TARGET, a2d.TARGET)
+    target.name: target for target in (sdar.TARGET, llada2.TARGET, nemotron.TARGET, a2d.TARGET)
 }
 
 
