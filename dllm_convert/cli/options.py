@@ -211,8 +211,8 @@ ExportTarget = Annotated[
         "--to",
         metavar="LAYOUT",
         parser=named,
-        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), nemotron (vLLM, mlx-vlm) or a2d "
-        "(dLLM).",
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), nemotron (vLLM, mlx-vlm), a2d "
+        "(dLLM); or merged: an adapter and its base as one checkpoint.",
         show_default=False,
     ),
 ]
@@ -227,6 +227,15 @@ ExportData = Annotated[
         metavar="FILE",
         parser=path_of,
         help="Text to measure on how likely the mask is; Python's reference.",
+    ),
+]
+ExportBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="SOURCE",
+        parser=named,
+        help="Base of an adapter, for --to merged, where it is not where it was.",
     ),
 ]
 Prove = Annotated[

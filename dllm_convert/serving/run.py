@@ -116,6 +116,17 @@ def read_converted(folder: Path) -> tuple[Converted, dict[str, Header]]:
     )
 
 
+def refuse_full(place: Path) -> Path:
+    """Return where an export goes.
+
+    Raises:
+        DataError: Something is there.
+    """
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DataError(f"{place} is not empty, expected a new folder", hint="Give another --out")
+    return place
+
+
 def refuse(target: Target, converted: Converted) -> None:
     """Refuse what the engine would read wrong.
 
@@ -239,9 +250,7 @@ def export(
     engines = engines_of(target.name) if proven else ()
     converted, headers = read_converted(folder)
     refuse(target, converted)
-    place = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise DataError(f"{place} is not empty, expected a new folder", hint="Give another --out")
+    place = refuse_full(out or folder.with_name(f"{folder.resolve().name}-{target.name}"))
     embedding = converted.entries[converted.adapter.embedding]
     old = converted.section.mask_token_id
     new = old if target.mask_row is None else target.mask_row

@@ -20,6 +20,7 @@ def export(
     out: option.ExportOut = None,
     data: option.ExportData = None,
     prove: option.Prove = False,
+    base: option.ExportBase = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -28,7 +29,7 @@ def export(
     from dllm_convert.pipeline.api.publication import export as exported
 
     with typed():
-        result = exported(checkpoint, to, out, data=data, prove=prove, reporter=reporter)
+        result = exported(checkpoint, to, out, data=data, prove=prove, base=base, reporter=reporter)
     show_done(result, as_json=as_json)
 
 

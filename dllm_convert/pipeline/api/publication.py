@@ -60,6 +60,7 @@ def export(
     *,
     data: str | Path | None = None,
     prove: bool = False,
+    base: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Export:
     """Write a converted checkpoint in the layout of a serving engine, proven byte for byte.
@@ -67,11 +68,12 @@ def export(
     Args:
         checkpoint: The folder; only read.
         to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `nemotron` (vLLM,
-            mlx-vlm), `a2d` (dLLM).
+            mlx-vlm), `a2d` (dLLM); or `merged`, an adapter and its base as one checkpoint.
         out: Folder to create; None: beside the checkpoint, with the layout's name behind.
         data: Text file to measure on how likely the mask is; None: Python's language reference.
         prove: Whether an engine's own code, which has to be installed, must agree in logits and
             in decoded tokens.
+        base: Folder or Hub id of the base of an adapter, for `merged`; None: as the manifest says.
         reporter: Progress; by default silent.
 
     Raises:
@@ -81,8 +83,28 @@ def export(
         VerificationError: The engine reads another model.
     """
     from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.planning.layouts.registry import MERGED
     from dllm_convert.serving.run import export as exported
 
+    if to == MERGED:
+        from dllm_convert.serving.merged import merge
+
+        for argument, asked in (("data", data is not None), ("prove", prove)):
+            if asked:
+                raise RequestError(
+                    f"`{argument}` is about engines' layouts; {MERGED} is compared with the class "
+                    "in any case",
+                    argument=argument,
+                )
+        with quiet_libraries():
+            return merge(
+                Path(checkpoint),
+                None if out is None else Path(out),
+                base=None if base is None else str(base),
+                reporter=reporter,
+            )
+    if base is not None:
+        raise RequestError(f"`base` is for `to={MERGED}`", argument="base")
     with quiet_libraries():
         return exported(
             Path(checkpoint),

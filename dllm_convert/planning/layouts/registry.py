@@ -14,6 +14,10 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
+MERGED = "merged"
+"""No layout of an engine, but an adapter and its base as one folder; `export` knows it too."""
+
+
 def target_of(name: str) -> Target:
     """Return a target.
 
@@ -21,10 +25,11 @@ def target_of(name: str) -> Target:
         RequestError: There is none of that name.
     """
     if name not in TARGETS:
-        close = difflib.get_close_matches(name, TARGETS, n=1)
+        known = (*TARGETS, MERGED)
+        close = difflib.get_close_matches(name, known, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise RequestError(
-            f"there is no export to {name!r}, expected one of {', '.join(TARGETS)}{meant}",
+            f"there is no export to {name!r}, expected one of {', '.join(known)}{meant}",
             argument="to",
         )
     return TARGETS[name]
