@@ -323,6 +323,16 @@ ForceUnverified = Annotated[
         help="Publish what failed verification or was never verified; the card says so first.",
     ),
 ]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="REPO_ID",
+        parser=named,
+        rich_help_panel=_HUB,
+        help="Of an export: where its conversion is; not needed for a --revision of that.",
+    ),
+]
 AllowPickle = Annotated[
     bool,
     typer.Option(

@@ -12,6 +12,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_files
 from dllm_convert.common.disk import sync_tree, writing
 from dllm_convert.common.json_files import write_config
+from dllm_convert.common.manifest import EXPORT_FILE
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.common.version import __version__
 from dllm_convert.errors import DataError, IncompatibleError
@@ -25,6 +26,7 @@ from dllm_convert.planning.layouts.target import Converted, Target
 from dllm_convert.serving.dangers import Dangers, check, measure
 from dllm_convert.serving.engines import engines_of
 from dllm_convert.serving.guide import guide
+from dllm_convert.serving.origin import conversion_facts
 from dllm_convert.serving.proof import Proof, as_section, prove_by_engine
 from dllm_convert.serving.spans import (
     Piece,
@@ -45,7 +47,7 @@ from dllm_convert.source.safetensors_header import (
 )
 from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES, read_tokenizer
 
-RECORD = "dllm_export.json"
+RECORD = EXPORT_FILE
 """What was exported from what, with hashes of both."""
 _SHOWN_TOPICS = 6
 
@@ -356,7 +358,8 @@ def _record(
             "dllm_convert": __version__,
             "target": target.name,
             "engines": list(target.engines),
-            "source": {"name": folder.resolve().name, "files": sha256_files(read)},
+            "source": {"name": folder.resolve().name, "files": sha256_files(read)}
+            | conversion_facts(folder),
             "files": {name: digest for name, (_, digest) in made.items()}
             | sha256_files({name: out / name for name in others}),
             "checked": dict(checked),

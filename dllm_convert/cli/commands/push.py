@@ -44,10 +44,11 @@ def push(
     overwrite_card: option.OverwriteCard = False,
     adapter_only: option.AdapterOnly = False,
     force_unverified: option.ForceUnverified = False,
+    base_model: option.BaseModel = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Publish a converted checkpoint on the Hub, and check what arrived there."""
+    """Publish a converted checkpoint, or an export of one, and check what arrived there."""
     reporter = make_reporter(quiet=quiet or as_json)
     options = push_options(
         repo_id,
@@ -59,6 +60,7 @@ def push(
         overwrite_card=overwrite_card,
         adapter_only=adapter_only,
         force_unverified=force_unverified,
+        base_model=base_model,
     )
     from dllm_convert.pipeline.api.publication import push as pushed
 

@@ -148,14 +148,14 @@ def push(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> PushResult:
-    """Publish a converted checkpoint on the Hub, and check what arrived there.
+    """Publish a converted checkpoint, or an export of one, and check what arrived there.
 
     Args:
         checkpoint: The folder.
         repo_id: `namespace/name`, or a name in your own.
         reporter: Progress; None tells it on stderr.
         **options: `public`, `revision`, `create_pr`, `commit_message`, `max_shard_size`,
-            `overwrite_card`, `adapter_only`, `force_unverified`; see `PushOptions`.
+            `overwrite_card`, `adapter_only`, `force_unverified`, `base_model`; see `PushOptions`.
 
     Raises:
         VerificationError: It was not verified, or failed; or what was published does not work.
