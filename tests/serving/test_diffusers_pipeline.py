@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,16 @@ def test_the_pipeline_writes_what_we_write(
             )[0, length:]
             assert written.tolist()[-NEW:] == ours.tolist()
             assert mask not in written.tolist()
+
+
+def test_what_the_page_shows_runs(converted: Callable[..., Path], pipeline_of: Any) -> None:
+    """Beside the fixture's modules: the folder's code is what it was above."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    (shown,) = [
+        code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "LLaDA2" in code
+    ]
+    code = shown.replace('"smollm2-bd3lm"', repr(str(converted("llama"))))
+    found: dict[str, Any] = {}
+    exec(code.replace("gen_length=64", "gen_length=8"), found)
+    (text,) = found["text"].texts
+    assert text

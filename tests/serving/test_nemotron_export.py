@@ -60,6 +60,19 @@ def test_every_tensor_has_the_name_that_engines_read(
     assert not torch.equal(new["diffusion_head.weight"][mask], own[mask])
 
 
+def test_the_next_token_is_never_the_mask_either(converted: Make) -> None:
+    folder = converted("llama", **CAUSAL)
+    head = load_file(export(folder, "nemotron").path / "model.safetensors")["diffusion_head.weight"]
+    loaded = load_checkpoint(folder, device="cpu", dtype="float32")
+    ids = torch.tensor([loaded.tokenizer("A list is what stands in brackets.")["input_ids"]])
+    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        output = loaded.model(input_ids=ids, attention_mask=causal, output_hidden_states=True)
+    logits = output.hidden_states[-1][0] @ head.T  # (length, rows)
+    best = logits.max(-1).values
+    assert float((logits[:, loaded.model.config.mask_token_id] - best).max()) < -20
+
+
 @pytest.mark.parametrize(
     ("family", "source", "fields", "reason"),
     [
