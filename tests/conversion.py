@@ -50,6 +50,25 @@ def convert(
     return plan
 
 
+def convert_leaning(base: Path, folder: Path, target: str = "bd3lm", **fields: Any) -> Path:
+    """Convert a checkpoint whose hidden states lean to one side, as those of trained ones do.
+
+    Args:
+        base: Tiny checkpoint; written to.
+        folder: New folder.
+        target: mdlm or bd3lm.
+        **fields: Fields of the recipe, blocks of 4 and no token shift beside them.
+    """
+    from safetensors.torch import load_file, save_file
+
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"] += 1.0
+    save_file(weights, file, metadata={"format": "pt"})
+    convert(base, folder, target, **{"block": 4, "token_shift": "drop", **fields})
+    return folder
+
+
 def converted_once(
     source: Callable[[str], Path], new_folder: Callable[[str], Path], cases: Mapping[str, str]
 ) -> Callable[[str], Path]:

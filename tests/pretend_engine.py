@@ -27,8 +27,8 @@ TEXTS_BEFORE = 4
 def prepare(place: Path, subject: Any, asked: Questions) -> None:
     """Write down what an honest engine answers."""
     texts = {}
-    for prompt in asked.prompts:
-        np.save(place / f"{len(prompt)}.npy", subject.logits(prompt))
+    for prompt, text in zip(asked.prompts, asked.texts, strict=True):
+        np.save(place / f"{len(text)}.npy", subject.logits(text))
         for threshold in asked.thresholds:
             texts[f"{threshold} {len(prompt)}"] = subject.write(prompt, asked, threshold)
     (place / "texts.json").write_text(json.dumps(texts))

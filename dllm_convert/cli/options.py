@@ -228,8 +228,9 @@ ExportTarget = Annotated[
         "--to",
         metavar="LAYOUT",
         parser=named,
-        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), gguf, gguf-diffusion (llama.cpp) "
-        "or a2d (dLLM).",
+        help="sdar (SGLang, LMDeploy), llada2 (SGLang, mlx-vlm), gguf, gguf-diffusion (llama.cpp), "
+        "nemotron (vLLM, mlx-vlm), a2d (dLLM); or merged: an adapter and its base as one "
+        "checkpoint.",
         show_default=False,
     ),
 ]
@@ -244,6 +245,15 @@ ExportData = Annotated[
         metavar="FILE",
         parser=path_of,
         help="Text to measure on how likely the mask is; Python's reference.",
+    ),
+]
+ExportBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="SOURCE",
+        parser=named,
+        help="Base of an adapter, for --to merged, where it is not where it was.",
     ),
 ]
 Prove = Annotated[
@@ -338,6 +348,16 @@ ForceUnverified = Annotated[
         "--force-unverified",
         rich_help_panel=_HUB,
         help="Publish what failed verification or was never verified; the card says so first.",
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        metavar="REPO_ID",
+        parser=named,
+        rich_help_panel=_HUB,
+        help="Of an export: where its conversion is; not needed for a --revision of that.",
     ),
 ]
 AllowPickle = Annotated[

@@ -23,6 +23,8 @@ from dllm_convert.common.work_folder import WORK
 from dllm_convert.errors import DataError
 
 MANIFEST_FILE = "dllm_convert.json"
+EXPORT_FILE = "dllm_export.json"
+"""What stands in its place in an export for an engine."""
 RECIPE_FILE = "recipe.yaml"
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"

@@ -11,7 +11,14 @@ from dllm_convert.adapters import adapter_of
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.disk import writing
-from dllm_convert.common.manifest import WRITTEN_LAST, changed_files, read_manifest
+from dllm_convert.common.json_files import load_json_object
+from dllm_convert.common.manifest import (
+    EXPORT_FILE,
+    MANIFEST_FILE,
+    WRITTEN_LAST,
+    changed_files,
+    read_manifest,
+)
 from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.publishing.adapter import check_adapter
 from dllm_convert.source.folder import read_config
@@ -55,8 +62,12 @@ def confirm(
         VerificationError: It does not load or does not decode.
     """
     # The staged files were compared with these hashes: they are not read once more.
-    hashes = read_manifest(staged)["files"] | {
-        name: sha256_file(staged / name) for name in WRITTEN_LAST if (staged / name).is_file()
+    export = not (staged / MANIFEST_FILE).is_file()
+    known = load_json_object(staged / EXPORT_FILE) if export else read_manifest(staged)
+    hashes = known["files"] | {
+        name: sha256_file(staged / name)
+        for name in (*WRITTEN_LAST, EXPORT_FILE)
+        if (staged / name).is_file()
     }
     size = sum((staged / name).stat().st_size for name in hashes)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -71,7 +82,8 @@ def confirm(
                 f"{wrong[0]}{more} at {repo_id}@{commit[:12]} differs from what was sent",
                 hint="Run the same command again: it uploads what differs",
             )
-        probes = short_verification(folder, merged, scratch, reporter)
+        # An export is for an engine: it was compared with its conversion, byte for byte.
+        probes = () if export else short_verification(folder, merged, scratch, reporter)
         _raise_failed(probes)
         return Confirmation(len(hashes), size, probes)
     finally:

@@ -24,6 +24,8 @@ class PushOptions:
         overwrite_card: Replace a README.md that a person wrote or edited.
         adapter_only: Publish the LoRA adapter instead of the merged weights.
         force_unverified: Publish what failed verification or was never verified.
+        base_model: Of an export for an engine, the repository of its conversion; None: the one that
+            it becomes a revision of.
     """
 
     repo_id: str
@@ -35,6 +37,7 @@ class PushOptions:
     overwrite_card: bool = False
     adapter_only: bool = False
     force_unverified: bool = False
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)

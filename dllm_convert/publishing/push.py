@@ -125,7 +125,9 @@ def _survey(
     staged: Staged, target: Target, options: PushOptions, scratch: Path, reporter: Reporter
 ) -> tuple[RemoteState, PushChanges]:
     """Read the repository, settle which card it gets, and list what is missing there."""
-    remote = read_remote(target.repo_id, target.revision, scratch / "manifest")
+    remote = read_remote(target.repo_id, target.revision, scratch / "manifest", staged.record_file)
+    if staged.takes_the_place(remote, target.revision):
+        return remote, compare(remote, staged.folder, staged.manifest)
     if keeps_card(remote) and not options.overwrite_card:
         if not staged.verified:
             raise HubError(

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.copying import sha256_file
+from dllm_convert.common.json_files import load_json_object
 from dllm_convert.common.manifest import (
     CARD_FILE,
+    EXPORT_FILE,
     MANIFEST_FILE,
+    REPORT_FILE,
     checkpoint_files,
     git_blob,
     read_manifest,
@@ -88,13 +91,17 @@ class PushChanges:
         return bool(self.upload or self.delete)
 
 
-def read_remote(repo_id: str, revision: str, scratch: Path) -> RemoteState:
+def read_remote(
+    repo_id: str, revision: str, scratch: Path, record: str = MANIFEST_FILE
+) -> RemoteState:
     """List a repository at the commit a revision stands for now.
 
     Args:
         repo_id: Repository.
         revision: Branch, tag, commit or `refs/pr/N`.
         scratch: Folder to download the manifest into.
+        record: Where what is pushed says what it holds; a conversion's manifest is read where an
+            export is to take its place.
 
     Raises:
         huggingface_hub errors, to be read by `hub_errors`.
@@ -110,10 +117,12 @@ def read_remote(repo_id: str, revision: str, scratch: Path) -> RemoteState:
         if isinstance(entry, RepoFile)
     }
     manifest = None
-    if MANIFEST_FILE in files:
-        path = api.hf_hub_download(repo_id, MANIFEST_FILE, revision=commit, cache_dir=scratch)
+    name = next((name for name in (record, MANIFEST_FILE) if name in files), None)
+    if name is not None:
+        path = Path(api.hf_hub_download(repo_id, name, revision=commit, cache_dir=scratch))
         try:
-            manifest = read_manifest(Path(path).parent)
+            conversion = name == MANIFEST_FILE
+            manifest = read_manifest(path.parent) if conversion else load_json_object(path)
         except DataError:
             manifest = {}
     return RemoteState(repo_id, commit, bool(info.private), files, manifest)
@@ -163,7 +172,8 @@ def base_name(source: Mapping[str, Any]) -> str:
     Args:
         source: The `source` section of a manifest.
     """
-    return str(source.get("repo_id") or last_part(str(source.get("given") or "")))
+    given = source.get("given") or source.get("name") or ""
+    return str(source.get("repo_id") or last_part(str(given)))
 
 
 def keeps_card(remote: RemoteState) -> bool:
@@ -198,5 +208,8 @@ def compare(remote: RemoteState, staged: Path, manifest: Mapping[str, Any]) -> P
         if name not in found or not found[name].equals(staged / name, _recorded(manifest, name))
     )
     ours = {MANIFEST_FILE, *((remote.manifest or {}).get("files") or {})}
+    if EXPORT_FILE in names:
+        # On a branch of a conversion's repository everything of that is there at first.
+        ours.add(REPORT_FILE)
     delete = tuple(sorted(name for name in ours & found.keys() if name not in set(names)))
     return PushChanges(upload, delete, sum((staged / name).stat().st_size for name in upload))

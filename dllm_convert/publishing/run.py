@@ -14,8 +14,9 @@ from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.manifest import CARD_FILE, checkpoint_files, read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.work_folder import WORK, locked
-from dllm_convert.errors import VerificationError
+from dllm_convert.errors import RequestError, VerificationError
 from dllm_convert.publishing.adapter import adapter_checkpoint
+from dllm_convert.publishing.exported import is_export, push_export
 from dllm_convert.publishing.options import PushOptions, PushResult
 from dllm_convert.publishing.push import upload
 from dllm_convert.publishing.redaction import redact_folder
@@ -28,10 +29,10 @@ from dllm_convert.verification.report import files_only
 
 
 def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> PushResult:
-    """Publish a checkpoint that `run` wrote.
+    """Publish a checkpoint that `run` wrote, or what `export` made of one.
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint, or the export.
         options: Where and how.
         reporter: Progress.
 
@@ -41,6 +42,13 @@ def push_checkpoint(folder: Path, options: PushOptions, reporter: Reporter) -> P
         DataError: The folder is not what was verified, or its card is not sound.
         HubError: See `upload`.
     """
+    if is_export(folder):
+        return push_export(folder, options, reporter)
+    if options.base_model is not None:
+        raise RequestError(
+            "`base_model` is for exports: a conversion names the base it was made from",
+            argument="base_model",
+        )
     manifest = read_manifest(folder)
     require_verified(manifest, force=options.force_unverified)
     options = preflight(manifest, options, reporter)

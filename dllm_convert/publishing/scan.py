@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from dllm_convert.common.manifest import checkpoint_files, read_manifest
+from dllm_convert.common.manifest import MANIFEST_FILE, checkpoint_files, read_manifest
 from dllm_convert.common.secrets_found import Finding, find_homes, find_secrets, unescaped
 from dllm_convert.errors import DataError
 
@@ -46,7 +46,8 @@ def check_staged(folder: Path) -> None:
 
 
 def _findings(folder: Path) -> Iterator[tuple[str, Finding]]:
-    sample = read_manifest(folder).get("sample")
+    has_sample = (folder / MANIFEST_FILE).is_file()
+    sample = read_manifest(folder).get("sample") if has_sample else None
     written = "".join(map(str, sample.values())) if isinstance(sample, dict) else ""
     for name in checkpoint_files(folder):
         if _matches(name, _UNREAD):

@@ -15,13 +15,14 @@ def push_lines(result: Mapping[str, Any]) -> list[Block]:
         result: Fields of `PushResult`.
     """
     confirmed = result["confirmed"]
-    passed = sum(probe["passed"] is True for probe in confirmed["probes"])
+    probes = confirmed["probes"]
+    passed = sum(probe["passed"] is True for probe in probes)
     lines: list[Block] = [
         f"Uploaded: {len(result['uploaded'])} files, {result['uploaded_bytes']:,} bytes"
         if result["uploaded"]
         else "Uploaded: nothing, the Hub had every file",
-        f"Confirmed: {confirmed['files']} files downloaded again and equal, "
-        f"{passed} of {len(confirmed['probes'])} checks passed on the download",
+        f"Confirmed: {confirmed['files']} files downloaded again and equal"
+        + (f", {passed} of {len(probes)} checks passed on the download" if probes else ""),
         f"Commit: {result['commit_url']}",
     ]
     if result["deleted"]:

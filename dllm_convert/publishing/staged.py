@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from dllm_convert.common.manifest import CARD_FILE, read_manifest
+from dllm_convert.common.manifest import CARD_FILE, MANIFEST_FILE, read_manifest
+from dllm_convert.publishing.remote import RemoteState
 
 
 @dataclass
@@ -28,11 +29,22 @@ class Staged:
     description: str
     verified: bool
     card_kept: bool = False
+    record_file: ClassVar[str] = MANIFEST_FILE
+    """Where it says what it holds."""
 
     @property
     def manifest(self) -> dict[str, Any]:
         """Content of its dllm_convert.json."""
         return read_manifest(self.folder)
+
+    def takes_the_place(self, remote: RemoteState, revision: str) -> bool:
+        """Whether what a branch holds is of ours too, and gives way.
+
+        Args:
+            remote: The repository at the branch's commit.
+            revision: The branch.
+        """
+        return False
 
     def keep_card(self, content: bytes) -> None:
         """Put the repository's own README.md in the place of ours, so that it stays as it is."""

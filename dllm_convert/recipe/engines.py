@@ -30,10 +30,11 @@ class Need:
 
 
 _MASKS = {"noise.kernel": Need("absorbing", "fills masks in, and corrects nothing")}
+_OPEN = {**_MASKS, "training.ar_loss_weight": Need(0.0, "reads finished blocks open")}
 _BLOCKS = {
     "target": Need("bd3lm", "decodes block by block"),
     "token_shift": Need("drop", "reads logits at a token's own position"),
-    **_MASKS,
+    **_OPEN,
 }
 _CAUSAL = {
     **_BLOCKS,
@@ -47,7 +48,7 @@ NEEDS: Mapping[str, Mapping[str, Need]] = {
     "mlx-vlm": _BLOCKS,
     "vllm": _CAUSAL,
     "llama.cpp": _MASKS,
-    "dllm": _MASKS,
+    "dllm": _OPEN,
 }
 """Engine to dotted fields of a recipe. What it asks of the family is not the recipe's: the plan
 says that. The mask's id is nobody's to choose here: an export moves the mask to where an engine has

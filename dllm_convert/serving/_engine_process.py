@@ -1,6 +1,7 @@
 """Answer questions with an engine's own code: run as a process of its own, imported by nothing.
 
-Argument: the module that has `load`. Orders come in and answers go out as lines of JSON.
+Argument: the module that has `load`. Orders come in and answers go out as lines of JSON; when all
+texts are read, a line says whether to go on and write.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ BROKEN = (
 
 def _answers(load: Any, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     reader = load(Path(order["out"]))
-    for number, prompt in enumerate(order["prompts"]):
+    for number, given in enumerate(order["texts"]):
         path = Path(order["scratch"]) / f"{number}.npy"
-        np.save(path, np.asarray(reader.logits(prompt), dtype=np.float32))
+        np.save(path, np.asarray(reader.logits(given), dtype=np.float32))
         yield {"logits": str(path)}
+    yield {"read": True}
+    if not json.loads(sys.stdin.readline()):
+        yield {"done": True}
+        return
     for threshold in order["thresholds"]:
         for number, prompt in enumerate(order["prompts"]):
             text = reader.write(prompt, order["new"], order["block"], threshold)
@@ -48,7 +53,7 @@ def main(module: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     load = importlib.import_module(module).load
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         try:
             for answer in _answers(load, json.loads(line)):
                 answers.write(json.dumps(answer) + "\n")

@@ -73,6 +73,8 @@ def measure(
 
     loaded = load_checkpoint(folder, device=device, dtype="float32")
     model, mask = loaded.model, int(loaded.config["mask_token_id"])
+    # Behind a causal context clean tokens predict, too: the next one.
+    everywhere = loaded.config["diffusion"].get("context") == "causal"
     draw = torch.Generator().manual_seed(0)
     total = wins = spare = 0.0
     count, states = 0, []
@@ -87,8 +89,9 @@ def measure(
                     continue
                 noisy = ids.masked_fill(masked, mask).to(model.device)
                 output = model(input_ids=noisy, use_cache=False, output_hidden_states=True)
-                logits = output.logits[masked.to(model.device)]
-                states.append(output.hidden_states[-1][masked.to(model.device)].float().cpu())
+                at = (masked | everywhere).to(model.device)
+                logits = output.logits[at]
+                states.append(output.hidden_states[-1][at].float().cpu())
                 # Rows that the export adds to a tied head are zeros: each has logit 0.
                 added = max(0, rows - logits.shape[1])
                 alone = logits.float().logsumexp(-1)

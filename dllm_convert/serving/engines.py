@@ -23,6 +23,8 @@ ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
 """Engines' workers spin at barriers: beside anything else two are ten times slower than one."""
+MASK = -1
+"""Stands for the mask in a text to be read: every engine has a row of its own for it."""
 _AT_ONCE = 1 << 16
 
 
@@ -36,6 +38,7 @@ class EngineCode:
         distribution: What it is called in an index.
         extra: Extra of this package that installs it; None: it cannot be had that way.
         module: Module of this package that has `load`, which makes a `Reader` of a folder.
+        writes: Whether its sampler runs here too.
     """
 
     name: str
@@ -43,6 +46,7 @@ class EngineCode:
     distribution: str
     extra: str | None
     module: str
+    writes: bool = True
 
     @property
     def installed(self) -> bool:
@@ -64,9 +68,13 @@ MLX_VLM = EngineCode(
 SGLANG = EngineCode(
     "SGLang", "sglang", "sglang", "serve-sglang", "dllm_convert.serving.sglang_engine"
 )
+LMDEPLOY = EngineCode(
+    "LMDeploy", "lmdeploy", "lmdeploy", None, "dllm_convert.serving.lmdeploy_engine", writes=False
+)
 ENGINES: Mapping[str, tuple[EngineCode, ...]] = {
-    "sdar": (SGLANG,),
+    "sdar": (SGLANG, LMDEPLOY),
     "llada2": (SGLANG, MLX_VLM),
+    "nemotron": (MLX_VLM,),
 }
 """Layout to the engines whose code proves it; every one that is installed is asked."""
 
@@ -74,8 +82,8 @@ ENGINES: Mapping[str, tuple[EngineCode, ...]] = {
 class Reader(Protocol):
     """A model as an engine reads it from an export."""
 
-    def logits(self, prompt: Sequence[int]) -> Any:
-        """Return logits of a text that the model sees in its blocks, (length, rows), float32."""
+    def logits(self, text: Sequence[int]) -> Any:
+        """Return logits of a text with masks (`MASK`) in its blocks, (length, rows), float32."""
 
     def write(self, prompt: Sequence[int], new: int, block: int, threshold: float) -> list[int]:
         """Return `new` tokens as the engine's own sampler writes them behind a prompt."""
@@ -86,13 +94,15 @@ class Questions:
     """What an engine is asked of an export.
 
     Attributes:
-        prompts: Ids; all are read, and something is written behind each.
+        prompts: Ids; something is written behind each.
+        texts: The prompts with masks in them, to be read.
         thresholds: Of confidence; everything is written with each.
         new: Tokens to write.
         block: Tokens per block when something is written; a prompt is read in the export's own.
     """
 
     prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[tuple[int, ...], ...]
     thresholds: tuple[float, ...]
     new: int
     block: int
@@ -103,7 +113,7 @@ class Answers:
     """What an engine said, as far as it came in its time.
 
     Attributes:
-        logits: Of each prompt, at every position, (length, rows).
+        logits: Of each text, at every position, (length, rows).
         texts: New tokens, by threshold and number of the prompt.
         stopped: Whether time was up before all was answered.
     """
@@ -160,8 +170,18 @@ class EngineProcess:
         self._orders = cast(IO[bytes], self._process.stdin)
         self._answers = cast(IO[bytes], self._process.stdout)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked something."""
+        return self._process.poll() is None
+
     def ask(
-        self, out: Path, asked: Questions, seconds: float, advance: Callable[[], None]
+        self,
+        out: Path,
+        asked: Questions,
+        seconds: float,
+        advance: Callable[[], None],
+        agreed: Callable[[Answers], bool],
     ) -> Answers:
         """Have the engine read an export, and write with it.
 
@@ -170,6 +190,7 @@ class EngineProcess:
             asked: What to read and to write.
             seconds: Time after which what there is has to do.
             advance: Called at every answer.
+            agreed: Asked once everything is read: whether it is worth while to write.
 
         Raises:
             VerificationError: The engine cannot read the export; or said nothing in its time.
@@ -185,6 +206,9 @@ class EngineProcess:
                         f"{self.code.name} cannot read the export: {said['failed']}",
                         hint="Nothing was written. Report it, with the versions of both",
                     )
+                if "read" in said:
+                    self._send(agreed(found))
+                    continue
                 if "logits" in said:
                     found.logits.append(_array(Path(said["logits"])))
                 elif "text" in said:
@@ -197,14 +221,17 @@ class EngineProcess:
     ) -> Iterator[dict[str, Any] | None]:
         """Send the questions and yield answer after answer; None once time is up."""
         order = {"out": str(out.resolve()), "scratch": str(scratch), **vars(asked)}
-        with suppress(BrokenPipeError):  # It ended; its last words are read below.
-            self._orders.write(json.dumps(order).encode() + b"\n")
-            self._orders.flush()
+        self._send(order)
         for line in self._lines(time.monotonic() + seconds):
             said = None if line is None else json.loads(line)
             if said is not None and said.get("done"):
                 return
             yield said
+
+    def _send(self, said: Any) -> None:
+        with suppress(BrokenPipeError):  # It ended; its last words are read for its answer.
+            self._orders.write(json.dumps(said).encode() + b"\n")
+            self._orders.flush()
 
     def _lines(self, deadline: float) -> Iterator[bytes | None]:
         pipe, kept = self._answers.fileno(), b""

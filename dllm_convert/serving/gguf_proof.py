@@ -102,10 +102,12 @@ def prove_by_llama_cpp(
         raise DataError("there is no text to compare on", hint="Give some with --data FILE")
     found: Proof | Closeness
     if kind == "F32":
-        found = _exact(loaded.model, theirs, engine, encoded)
+        found = exact = _exact(loaded.model, theirs, engine, encoded)
+        passed = exact.difference <= exact.tolerance and exact.equal == exact.decoded > 0
     else:
-        found = _near(loaded.model, theirs, engine, KL_BOUNDS[kind], encoded)
-    if not found.passed:
+        found = near = _near(loaded.model, theirs, engine, KL_BOUNDS[kind], encoded)
+        passed = near.passed
+    if not passed:
         raise VerificationError(
             f"{engine} reads another model: {found.in_words()}",
             hint="Nothing was written. Report it, with the versions of both",

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dllm_convert.serving.engines import MASK
+
 
 @dataclass(frozen=True)
 class _Model:
@@ -20,17 +22,21 @@ class _Model:
         mx: Its arrays.
         language: Its language model.
         block: Tokens per block when a text is read.
+        mask: Row of the mask.
     """
 
     mx: Any
     language: Any
     block: int
+    mask: int
 
-    def logits(self, prompt: Sequence[int]) -> Any:
+    def logits(self, text: Sequence[int]) -> Any:
         """Return logits of a text, (length, rows), its blocks causal and open inside."""
-        number = np.arange(len(prompt)) // self.block  # (length,)
-        mask = self.mx.array((number[:, None] >= number[None])[None, None])
-        return np.array(self.language(self.mx.array([list(prompt)]), mask=mask).logits[0])
+        number = np.arange(len(text)) // self.block  # (length,)
+        seen = self.mx.array((number[:, None] >= number[None])[None, None])
+        ids = self.mx.array([[self.mask if one == MASK else one for one in text]])
+        # Of Nemotron's class only the mask decides what is seen, unless it is told to be causal.
+        return np.array(self.language(ids, mask=seen, use_causal_mask=False).logits[0])
 
     def write(self, prompt: Sequence[int], new: int, block: int, threshold: float) -> list[int]:
         """Return new tokens behind a prompt."""
@@ -57,7 +63,8 @@ def load(out: Path) -> _Model:
     mx.set_default_device(mx.cpu)
     raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
     home: Any = importlib.import_module(f"mlx_vlm.models.{raw['model_type']}")
-    model = home.Model(home.ModelConfig.from_dict(raw))
+    config = home.ModelConfig.from_dict(raw)
+    model = home.Model(config)
     weights: dict[str, Any] = {}
     for file in sorted(out.glob("*.safetensors")):
         weights |= mx.load(str(file))
@@ -65,4 +72,4 @@ def load(out: Path) -> _Model:
     weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
     model.load_weights(list(weights.items()), strict=True)
     mx.eval(model.parameters())
-    return _Model(mx, model.language_model, raw["block_size"])
+    return _Model(mx, model.language_model, raw["block_size"], config.mask_token_id)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import VerificationError
-from dllm_convert.serving.engines import Answers, EngineCode, Questions, running
+from dllm_convert.serving.engines import MASK, Answers, EngineCode, Questions, running
 
 TOLERANCE = 1e-4
 """Largest difference of float32 logits."""
@@ -55,23 +56,21 @@ class Proof:
     decoded: int
     equal: int
 
-    @property
-    def passed(self) -> bool:
-        """Whether it is the same model to the engine."""
-        return self.difference <= self.tolerance and self.equal == self.decoded > 0
-
     def as_dict(self) -> dict[str, Any]:
         """Return the fields."""
-        return asdict(self) | {"passed": self.passed}
+        return asdict(self)
 
     def in_words(self) -> str:
         """Return the result in a line."""
-        stopped = f", {self.texts} of {self.planned} texts in the time there was"
-        return (
-            f"logits differ by at most {self.difference:.1e} (bound {self.tolerance:.2g}), "
-            f"{self.equal} of {self.decoded} decoded tokens equal"
-            + (stopped if self.texts < self.planned else "")
-        )
+        said = f"logits differ by at most {self.difference:.1e} (bound {self.tolerance:.2g})"
+        if not self.planned:
+            return f"{said}; its sampler needs a GPU"
+        if not self.decoded:
+            return f"{said}; it was not asked to write"
+        said += f", {self.equal} of {self.decoded} decoded tokens equal"
+        if self.texts < self.planned:
+            said += f", {self.texts} of {self.planned} texts in the time there was"
+        return said
 
 
 @dataclass(frozen=True)
@@ -117,40 +116,45 @@ class Subject:
         own = int(self.model.config.block_size)
         return Questions(
             prompts=prompts,
+            texts=tuple(
+                tuple(MASK if at % 3 == 1 else one for at, one in enumerate(prompt))
+                for prompt in prompts
+            ),
             thresholds=THRESHOLDS,
             new=_NEW_TOKENS if small else _FEW,
             block=own if own <= _BLOCKS else _SMALLER,
         )
 
-    def logits(self, prompt: tuple[int, ...]) -> Any:
-        """Return our logits at a prompt, (length, rows)."""
+    def logits(self, text: Sequence[int]) -> Any:
+        """Return our logits of a text with masks (`MASK`) in it, (length, rows)."""
         import torch
 
+        mask = self.model.config.mask_token_id
+        ids = torch.tensor([[mask if one == MASK else one for one in text]])
         with torch.no_grad():
-            found = self.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
-        return found.float().numpy()
+            return self.model(input_ids=ids, use_cache=False).logits[0].numpy()
 
-    def exact(self, prompts: Sequence[tuple[int, ...]]) -> list[Any]:
-        """Return our logits at prompts as float64 has them; what ours lose is lost in float32."""
+    def exact(self, texts: Sequence[Sequence[int]]) -> list[Any]:
+        """Return our logits of texts as float64 has them; what ours lose is lost in float32."""
         import torch
 
         self.model.to(torch.float64)
         try:
-            with torch.no_grad():
-                return [
-                    self.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0].numpy()
-                    for prompt in prompts
-                ]
+            return [self.logits(text) for text in texts]
         finally:
             self.model.to(torch.float32)
 
     def write(self, prompt: tuple[int, ...], asked: Questions, threshold: float) -> list[int]:
-        """Return what we write behind a prompt."""
+        """Return what we write behind a prompt, by the rule of the engines it is made for."""
         import torch
 
         from dllm_convert.modeling.denoising import denoised
 
         config = self.model.config
+        if config.diffusion.get("context") == "causal":
+            from dllm_convert.serving.nemotron_rule import write_causal
+
+            return write_causal(self.model, prompt, asked.new, asked.block, threshold)
         own, config.block_size = config.block_size, asked.block
         try:
             text = self.model.generate(
@@ -188,64 +192,79 @@ def prove_by_engine(
     Raises:
         VerificationError: An engine reads another model, or does not answer in time.
     """
-    subject = Subject.load(folder, mask=mask, tokens=tokens)
-    asked = subject.questions()
-    ours: dict[tuple[float, int], list[int]] = {}
-    proofs = []
     with _one_thread():
-        for code in engines:
-            with running(code) as process:
-                planned = len(asked.prompts) * (1 + len(asked.thresholds))
-                with reporter.task(f"{code.name} reads and writes", total=planned) as task:
-                    answers = process.ask(out, asked, SECONDS, task.advance)
-            _refuse_silence(code, answers, asked)
-            with reporter.task("compare with ours", total=len(answers.texts)) as task:
-                proof = _compared(code, subject, asked, answers, ours, task.advance)
-            proofs.append(proof)
-    for proof in proofs:
-        if not proof.passed:
-            raise VerificationError(
-                f"{proof.engine} reads another model: {proof.in_words()}",
-                hint="Nothing was written. Report it, with the versions of both",
-            )
-    return proofs
+        subject = Subject.load(folder, mask=mask, tokens=tokens)
+        ours = _Ours(subject, subject.questions())
+        return [_prove(code, out, ours, reporter) for code in engines]
 
 
-def _refuse_silence(code: EngineCode, answers: Answers, asked: Questions) -> None:
-    """Refuse what proves too little: every prompt is to be read, and written behind once."""
-    if len(answers.texts) < len(asked.prompts):
-        raise VerificationError(
-            f"{code.name} answered {len(answers.texts)} of {len(asked.prompts)} prompts in "
-            f"{SECONDS:g} seconds, which proves too little",
-            hint="Try again on a machine that does nothing else, or leave --prove out: the bytes "
-            "are compared all the same",
-        )
+class _Ours:
+    """What we make of the questions, computed when it is first asked for.
+
+    Args:
+        subject: The conversion.
+        asked: The questions.
+    """
+
+    def __init__(self, subject: Subject, asked: Questions) -> None:
+        self.subject, self.asked = subject, asked
+        self._texts: dict[tuple[float, int], list[int]] = {}
+
+    @cached_property
+    def logits(self) -> list[Any]:
+        """Logits of the texts, (length, rows) each, float32."""
+        return [self.subject.logits(text) for text in self.asked.texts]
+
+    @cached_property
+    def exact(self) -> list[Any]:
+        """The same in float64."""
+        return self.subject.exact(self.asked.texts)
+
+    def text(self, threshold: float, prompt: int) -> list[int]:
+        """Return what we write behind a prompt, which is given by its number."""
+        key = threshold, prompt
+        if key not in self._texts:
+            given = self.asked.prompts[prompt]
+            self._texts[key] = self.subject.write(given, self.asked, threshold)
+        return self._texts[key]
+
+    def apart(self, logits: list[Any]) -> tuple[float, float]:
+        """Return how far an engine's logits are from ours at the most, and how far they may be."""
+        usable = self.subject.usable
+        difference = _apart(logits, self.logits, usable)
+        if difference <= TOLERANCE:
+            return difference, TOLERANCE
+        lost = _apart(self.logits, self.exact, usable)
+        return _apart(logits, self.exact, usable), max(TOLERANCE, ROUNDING * lost)
 
 
-def _compared(
-    code: EngineCode,
-    subject: Subject,
-    asked: Questions,
-    answers: Answers,
-    ours: dict[tuple[float, int], list[int]],
-    advance: Any,
-) -> Proof:
-    """Compare answers with ours, of which those that were computed already are kept."""
-    mine = [subject.logits(prompt) for prompt in asked.prompts]
-    difference, tolerance = _apart(answers.logits, mine, subject.usable), TOLERANCE
-    if difference > TOLERANCE:
-        exact = subject.exact(asked.prompts)
-        difference = _apart(answers.logits, exact, subject.usable)
-        tolerance = max(TOLERANCE, ROUNDING * _apart(mine, exact, subject.usable))
-    equal = decoded = 0
-    for (threshold, number), text in answers.texts.items():
-        if (threshold, number) not in ours:
-            ours[threshold, number] = subject.write(asked.prompts[number], asked, threshold)
-        known = ours[threshold, number]
-        decoded += len(known)
-        equal += sum(one == other for one, other in zip(known, text, strict=False))
-        advance()
-    return Proof(
+def _prove(code: EngineCode, out: Path, ours: _Ours, reporter: Reporter) -> Proof:
+    """Compare one engine's answers with ours.
+
+    Raises:
+        VerificationError: It reads another model, or does not answer in time.
+    """
+    asked = ours.asked if code.writes else replace(ours.asked, thresholds=())
+
+    def agreed(answers: Answers) -> bool:
+        difference, tolerance = ours.apart(answers.logits)
+        return difference <= tolerance
+
+    with running(code) as process:
+        planned = len(asked.texts) + len(asked.prompts) * len(asked.thresholds)
+        with reporter.task(f"{code.name} reads and writes", total=planned) as task:
+            answers = process.ask(out, asked, SECONDS, task.advance, agreed)
+    if len(answers.logits) < len(asked.texts):
+        raise _proves_too_little(code, f"{len(answers.logits)} of {len(asked.texts)} texts read")
+    difference, tolerance = ours.apart(answers.logits)
+    decoded = equal = 0
+    with reporter.task("compare with ours", total=len(answers.texts)) as task:
+        for (threshold, number), text in answers.texts.items():
+            known = ours.text(threshold, number)
+            decoded += len(known)
+            equal += sum(one == other for one, other in zip(known, text, strict=False))
+            task.advance()
+    proof = Proof(
         engine=f"{code.name} {code.version}",
         difference=difference,
         tolerance=tolerance,
@@ -254,10 +273,27 @@ def _compared(
         decoded=decoded,
         equal=equal,
     )
+    if difference > tolerance or equal != decoded:
+        raise VerificationError(
+            f"{proof.engine} reads another model: {proof.in_words()}",
+            hint="Nothing was written. Report it, with the versions of both",
+        )
+    if asked.thresholds and len(answers.texts) < len(asked.prompts):
+        raise _proves_too_little(code, f"{len(answers.texts)} of {proof.planned} texts written")
+    return proof
+
+
+def _proves_too_little(code: EngineCode, found: str) -> VerificationError:
+    """Return the refusal of an engine that was stopped before it had written behind each prompt."""
+    return VerificationError(
+        f"{code.name} had {found} in {SECONDS:g} seconds, which proves too little",
+        hint="Try again on a machine that does nothing else, or leave --prove out: the bytes are "
+        "compared all the same",
+    )
 
 
 def _apart(some: Sequence[Any], others: Sequence[Any], usable: list[int]) -> float:
-    """Return the largest difference of logits (length, rows) at tokens, over some prompts."""
+    """Return the largest difference of logits (length, rows) at tokens, over some texts."""
     pairs = zip(some, others, strict=True)
     return max(float(abs(one[:, usable] - other[:, usable]).max()) for one, other in pairs)
 

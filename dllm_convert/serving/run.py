@@ -13,6 +13,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_files
 from dllm_convert.common.disk import sync_tree, writing
 from dllm_convert.common.json_files import write_config
+from dllm_convert.common.manifest import EXPORT_FILE
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.common.version import __version__
 from dllm_convert.errors import DataError, IncompatibleError, RequestError
@@ -28,6 +29,7 @@ from dllm_convert.serving.dangers import check, measure
 from dllm_convert.serving.engines import engines_of
 from dllm_convert.serving.guide import guide
 from dllm_convert.serving.llama_cpp import require_llama_cpp
+from dllm_convert.serving.origin import conversion_facts
 from dllm_convert.serving.proof import Proof, as_section, prove_by_engine
 from dllm_convert.serving.spans import (
     Piece,
@@ -48,7 +50,7 @@ from dllm_convert.source.safetensors_header import (
 )
 from dllm_convert.source.tokenizer_files import SIDE_FILES, VOCABULARY_FILES, read_tokenizer
 
-RECORD = "dllm_export.json"
+RECORD = EXPORT_FILE
 """What was exported from what, with hashes of both."""
 _SHOWN_TOPICS = 6
 
@@ -134,6 +136,17 @@ def read_converted(folder: Path) -> tuple[Converted, dict[str, Header]]:
     )
 
 
+def refuse_full(place: Path) -> Path:
+    """Return where an export goes.
+
+    Raises:
+        DataError: Something is there.
+    """
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise DataError(f"{place} is not empty, expected a new folder", hint="Give another --out")
+    return place
+
+
 def refuse(target: Layout, converted: Converted) -> None:
     """Refuse what the engine would read wrong.
 
@@ -174,9 +187,10 @@ def pieces_of(
     stacks: dict[str, list[tuple[str, TensorEntry]]] = {}
     for name in sorted(entries, key=_in_order):
         stacks.setdefault(target.names(name), []).append((name, entries[name]))
-    heads = {adapter.head: (adapter.head, entries.get(adapter.head))}
+    head = target.names(adapter.head)
+    heads = {head: (adapter.head, entries.get(adapter.head))}
     if unties and converted.tied:
-        heads = {adapter.head: (adapter.embedding, entries[adapter.embedding])}
+        heads = {head: (adapter.embedding, entries[adapter.embedding])}
     pieces = []
     for name, sources in stacks.items():
         source, entry = sources[0]
@@ -263,9 +277,7 @@ def export(
     engines = engines_of(target.name) if proven and not in_gguf else ()
     converted, headers = read_converted(folder)
     refuse(target, converted)
-    place = out or folder.with_name(f"{folder.resolve().name}-{target.name}")
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise DataError(f"{place} is not empty, expected a new folder", hint="Give another --out")
+    place = refuse_full(out or folder.with_name(f"{folder.resolve().name}-{target.name}"))
     if isinstance(target, GgufLayout):
         # It builds on what stands here.
         from dllm_convert.serving.gguf_export import export_gguf
@@ -278,7 +290,7 @@ def export(
     rows = max(embedding.shape[0], target.rows, new + 1)
     found = measure(folder, held_out_texts(data), tokens=converted.tokens, rows=rows)
     unties = target.unties or (target.may_untie and converted.tied and not found.sound)
-    closes = target.mask_row is not None and (unties or not converted.tied)
+    closes = unties or (target.mask_row is not None and not converted.tied)
     row = _row_bytes(found.closed, embedding.dtype) if closes else None
     checked = dict(check(found, repaired=row is not None, tied=converted.tied))
     pieces = pieces_of(target, converted, Vocabulary(old, new, rows), row, unties=unties)
@@ -404,7 +416,8 @@ def write_record(
             "dllm_convert": __version__,
             "target": target.name,
             "engines": list(target.engines),
-            "source": {"name": folder.resolve().name, "files": sha256_files(read)},
+            "source": {"name": folder.resolve().name, "files": sha256_files(read)}
+            | conversion_facts(folder),
             "files": {name: digest for name, (_, digest) in made.items()}
             | sha256_files({name: out / name for name in others}),
             "checked": dict(checked),

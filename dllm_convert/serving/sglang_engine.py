@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from dllm_convert.serving.engines import MASK
+
 _ROOM = 256
 """Tokens that the pool of keys and values has room for."""
 _NEVER_RUN = ("IPython", "torchvision", "triton", "vllm")
@@ -96,6 +98,8 @@ class _Batch:
 
 def _start() -> None:
     """Prepare SGLang for one process and no GPU, once."""
+    if any(isinstance(finder, _Absent) for finder in sys.meta_path):
+        return
     missing = [name for name in _NEVER_RUN if importlib.util.find_spec(name) is None]
     if missing:
         sys.meta_path.append(_Absent())
@@ -111,7 +115,9 @@ def _start() -> None:
 
 
 def _distribute(out: Path) -> None:
-    """Make the groups of processes that SGLang's layers ask for: of this process alone."""
+    """Make the groups of processes that SGLang's layers ask for, once: of this process alone."""
+    if torch.distributed.is_initialized():
+        return
     context: Any = importlib.import_module("sglang.srt.runtime_context")
     arguments: Any = importlib.import_module("sglang.srt.server_args")
     state: Any = importlib.import_module("sglang.srt.distributed.parallel_state")
@@ -123,12 +129,10 @@ def _distribute(out: Path) -> None:
     )
     context.reset_context()
     context.publish(asked, role="test", ranks=context.SpawnRanks(world_rank=0))
-    if not torch.distributed.is_initialized():
-        home: Any = torch.distributed
-        store = home.HashStore()
-        home.init_process_group("gloo", store=store, rank=0, world_size=1)
-        state.init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo")
-        state.initialize_model_parallel(backend="gloo")
+    home: Any = torch.distributed
+    home.init_process_group("gloo", store=home.HashStore(), rank=0, world_size=1)
+    state.init_distributed_environment(world_size=1, rank=0, local_rank=0, backend="gloo")
+    state.initialize_model_parallel(backend="gloo")
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,12 @@ class _Model:
             found = self.model(batch.input_ids, batch.positions, batch)
         return types.SimpleNamespace(logits_output=found, can_run_graph=False)
 
-    def logits(self, prompt: Sequence[int]) -> Any:
+    def logits(self, text: Sequence[int]) -> Any:
         """Return logits of a text, (length, rows), block by block through the pool."""
+        ids = [self.mask if one == MASK else one for one in text]
         parts = [
-            self.forward(self._batch(prompt[start : start + self.block], start))
-            for start in range(0, len(prompt), self.block)
+            self.forward(self._batch(ids[start : start + self.block], start))
+            for start in range(0, len(ids), self.block)
         ]
         return torch.cat([part.logits_output.full_logits for part in parts]).float().numpy()
 

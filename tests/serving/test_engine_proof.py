@@ -74,7 +74,6 @@ def test_what_is_equal_is_told_where_everybody_looks(
     assert words in (made.path / "README.md").read_text()
     ((engine, record),) = json.loads((made.path / run.RECORD).read_text())["proofs"].items()
     assert engine == "Pretend of unknown version"
-    assert record["passed"]
     assert (record["texts"], record["planned"]) == (9, 9)
 
     pretends("other token")
@@ -91,14 +90,13 @@ def test_an_engine_that_is_slow_is_stopped_and_what_it_said_counts(
     began = time.monotonic()
     (made,) = prove(folder)
     assert time.monotonic() - began < 30
-    assert made.passed
     assert f"{pretend_engine.TEXTS_BEFORE} of 9 texts in the time there was" in made.in_words()
 
 
 @pytest.mark.parametrize(
     ("does", "seconds", "reason"),
     [
-        ("silent", 3.0, "answered 0 of 3 prompts in 3 seconds"),
+        ("silent", 3.0, "had 0 of 3 texts read in 3 seconds"),
         ("dies", 60.0, "cannot read the export: Segmentation fault"),
         ("raises", 60.0, "cannot read the export: KeyError: 'lm_head.weight'"),
         ("other logits", 60.0, "reads another model: logits differ by at most 1.0e-02"),
@@ -124,14 +122,14 @@ def test_what_proves_nothing_or_the_contrary_is_refused(
 def test_a_model_that_amplifies_rounding_is_held_against_float64(
     folder: Path, pretends: Pretends, subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = subject.exact(subject.questions().prompts)
+    exact = subject.exact(subject.questions().texts)
     pretends("other logits")
     # Where ours loses as much in float32, the engine's difference is rounding.
     monkeypatch.setattr(Subject, "exact", lambda *_: [found + 2e-3 for found in exact])
     (made,) = prove(folder)
     assert made.tolerance == pytest.approx(2e-2, rel=0.1)
     assert subject.model.dtype.is_floating_point
-    assert subject.logits(subject.questions().prompts[0]).dtype == "float32"
+    assert subject.logits(subject.questions().texts[0]).dtype == "float32"
 
 
 def test_a_proof_that_cannot_be_made_is_refused_first(

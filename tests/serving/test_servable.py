@@ -50,6 +50,7 @@ def test_check_says_which_engines_and_what_to_change(source_cache: SourceFactory
     assert said["sdar"]["refused"]
     dropped = [*line, "--set", "token_shift=drop", "--json"]
     said = json.loads(CliRunner().invoke(app, dropped).stdout)["serving"]
-    assert {name: found["refused"] for name, found in said.items()} == {
-        "sdar": [], "llada2": [], "gguf": [], "a2d": [], "gguf-diffusion": [WHOLE_TEXTS],
-    }  # fmt: skip
+    assert [name for name, found in said.items() if not found["refused"]] == [
+        "sdar", "llada2", "gguf", "a2d",
+    ]  # fmt: skip
+    assert said["gguf-diffusion"]["refused"] == [WHOLE_TEXTS]

@@ -21,6 +21,7 @@ def export(
     data: option.ExportData = None,
     prove: option.Prove = False,
     outtype: option.Outtype = None,
+    base: option.ExportBase = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -30,7 +31,14 @@ def export(
 
     with typed():
         result = exported(
-            checkpoint, to, out, data=data, prove=prove, outtype=outtype, reporter=reporter
+            checkpoint,
+            to,
+            out,
+            data=data,
+            prove=prove,
+            outtype=outtype,
+            base=base,
+            reporter=reporter,
         )
     show_done(result, as_json=as_json)
 
@@ -46,10 +54,11 @@ def push(
     overwrite_card: option.OverwriteCard = False,
     adapter_only: option.AdapterOnly = False,
     force_unverified: option.ForceUnverified = False,
+    base_model: option.BaseModel = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Publish a converted checkpoint on the Hub, and check what arrived there."""
+    """Publish a converted checkpoint, or an export of one, and check what arrived there."""
     reporter = make_reporter(quiet=quiet or as_json)
     options = push_options(
         repo_id,
@@ -61,6 +70,7 @@ def push(
         overwrite_card=overwrite_card,
         adapter_only=adapter_only,
         force_unverified=force_unverified,
+        base_model=base_model,
     )
     from dllm_convert.pipeline.api.publication import push as pushed
 

@@ -61,6 +61,7 @@ def export(
     data: str | Path | None = None,
     prove: bool = False,
     outtype: str | None = None,
+    base: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Export:
     """Write a converted checkpoint in the layout of a serving engine, proven byte for byte.
@@ -68,13 +69,15 @@ def export(
     Args:
         checkpoint: The folder; only read.
         to: The layout: `sdar` (SGLang, LMDeploy), `llada2` (SGLang, mlx-vlm), `gguf`
-            (llama.cpp), `gguf-diffusion` (llama-diffusion-cli), `a2d` (dLLM).
+            (llama.cpp), `gguf-diffusion` (llama-diffusion-cli), `nemotron` (vLLM, mlx-vlm), `a2d`
+            (dLLM); or `merged`, an adapter and its base as one checkpoint.
         out: Folder to create; None: beside the checkpoint, with the layout's name behind.
         data: Text file to measure on how likely the mask is; None: Python's language reference.
         prove: Whether an engine's own code, which has to be installed, must agree in logits and
             in decoded tokens.
         outtype: Type of the matrices of a GGUF file: `f32`, `f16`, `bf16`, `q8_0`; None, or
             `auto`, as the checkpoint has them.
+        base: Folder or Hub id of the base of an adapter, for `merged`; None: as the manifest says.
         reporter: Progress; by default silent.
 
     Raises:
@@ -84,8 +87,28 @@ def export(
         VerificationError: The engine reads another model.
     """
     from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.planning.layouts.registry import MERGED
     from dllm_convert.serving.run import export as exported
 
+    if to == MERGED:
+        from dllm_convert.serving.merged import merge
+
+        for argument, asked in (("data", data is not None), ("prove", prove)):
+            if asked:
+                raise RequestError(
+                    f"`{argument}` is about engines' layouts; {MERGED} is compared with the class "
+                    "in any case",
+                    argument=argument,
+                )
+        with quiet_libraries():
+            return merge(
+                Path(checkpoint),
+                None if out is None else Path(out),
+                base=None if base is None else str(base),
+                reporter=reporter,
+            )
+    if base is not None:
+        raise RequestError(f"`base` is for `to={MERGED}`", argument="base")
     with quiet_libraries():
         return exported(
             Path(checkpoint),
@@ -130,14 +153,14 @@ def push(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> PushResult:
-    """Publish a converted checkpoint on the Hub, and check what arrived there.
+    """Publish a converted checkpoint, or an export of one, and check what arrived there.
 
     Args:
         checkpoint: The folder.
         repo_id: `namespace/name`, or a name in your own.
         reporter: Progress; None tells it on stderr.
         **options: `public`, `revision`, `create_pr`, `commit_message`, `max_shard_size`,
-            `overwrite_card`, `adapter_only`, `force_unverified`; see `PushOptions`.
+            `overwrite_card`, `adapter_only`, `force_unverified`, `base_model`; see `PushOptions`.
 
     Raises:
         VerificationError: It was not verified, or failed; or what was published does not work.

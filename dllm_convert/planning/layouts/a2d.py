@@ -12,6 +12,7 @@ from dllm_convert.planning.layouts.target import (
     families,
     masks_only,
     no_window,
+    open_context,
 )
 
 _CLASSES = {
@@ -23,7 +24,7 @@ _CLASSES = {
 
 def _refusals(converted: Converted) -> Iterator[Refusal]:
     yield from families(tuple(_CLASSES), "dLLM has no a2d class of that family", converted)
-    for rule in (masks_only, no_window):
+    for rule in (masks_only, open_context, no_window):
         yield from rule(converted)
     if converted.section.mask_token_id >= converted.tokens:
         yield Refusal(

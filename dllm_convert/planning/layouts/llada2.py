@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dllm_convert.planning.layouts.target import (
+    MLX_VLM,
     SGLANG,
     Converted,
     Refusal,
@@ -111,8 +112,5 @@ TARGET = Target(
         "configuration_llada2_moe.py": config_class("LLaDA2MoeConfig", "llada2_moe"),
         **sglang_files(converted),
     },
-    launch=(
-        SGLANG,
-        "python -m mlx_vlm.generate --model {out} --prompt 'A list is' --max-tokens 64",
-    ),
+    launch=(SGLANG, MLX_VLM),
 )

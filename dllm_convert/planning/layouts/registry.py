@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 
 from dllm_convert.errors import RequestError
-from dllm_convert.planning.layouts import a2d, gguf, gguf_diffusion, llada2, sdar
+from dllm_convert.planning.layouts import a2d, gguf, gguf_diffusion, llada2, nemotron, sdar
 from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.target import Converted, Refusal, Target
 
@@ -17,9 +17,14 @@ TARGETS: Mapping[str, Target | GgufLayout] = {
         llada2.TARGET,
         gguf.TARGET,
         gguf_diffusion.TARGET,
+        nemotron.TARGET,
         a2d.TARGET,
     )
 }
+
+
+MERGED = "merged"
+"""No layout of an engine, but an adapter and its base as one folder; `export` knows it too."""
 
 
 def target_of(name: str) -> Target | GgufLayout:
@@ -29,10 +34,11 @@ def target_of(name: str) -> Target | GgufLayout:
         RequestError: There is none of that name.
     """
     if name not in TARGETS:
-        close = difflib.get_close_matches(name, TARGETS, n=1)
+        known = (*TARGETS, MERGED)
+        close = difflib.get_close_matches(name, known, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise RequestError(
-            f"there is no export to {name!r}, expected one of {', '.join(TARGETS)}{meant}",
+            f"there is no export to {name!r}, expected one of {', '.join(known)}{meant}",
             argument="to",
         )
     return TARGETS[name]

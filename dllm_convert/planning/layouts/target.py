@@ -167,6 +167,16 @@ def masks_only(converted: Converted) -> Iterator[Refusal]:
         )
 
 
+def open_context(converted: Converted) -> Iterator[Refusal]:
+    """Refuse a strictly causal context: engines keep the states that a block's last step made."""
+    if converted.section.context == "causal":
+        yield Refusal(
+            "its finished blocks were trained to be read strictly causally (ar_loss_weight), and "
+            "the engine reads them open",
+            "Export --to nemotron, or convert with --set training.ar_loss_weight=0",
+        )
+
+
 def default_rope(converted: Converted) -> Iterator[Refusal]:
     """Refuse rotary embeddings that the engine would take for plain ones."""
     kind = converted.rope.get("rope_type", "default")
@@ -200,7 +210,7 @@ def mask_row_is_free(row: int, converted: Converted) -> Iterator[Refusal]:
 
 def decoded_by_blocks(converted: Converted) -> Iterator[Refusal]:
     """Refuse what engines that fill in masks block by block, at their own position, read wrong."""
-    for rule in (blocks_only, no_shift, masks_only, default_rope, no_window):
+    for rule in (blocks_only, no_shift, masks_only, open_context, default_rope, no_window):
         yield from rule(converted)
 
 
@@ -208,6 +218,13 @@ SGLANG = (
     "python -m sglang.launch_server --model-path {out} --trust-remote-code "
     "--dllm-algorithm LowConfidence --dllm-algorithm-config {out}/sglang_dllm.yaml"
 )
+
+
+MLX_VLM = (
+    "python -m mlx_vlm.generate --model {out} --prompt 'A list is' --max-tokens 64 "
+    "--block-length {block} --max-denoising-steps {block}"
+)
+"""mlx-vlm takes blocks of 32 tokens and 32 steps unless it is told."""
 
 
 def sglang_files(converted: Converted) -> dict[str, str]:
