@@ -154,7 +154,7 @@ def activation_bytes(
     outputs, copies = shape.outputs, float(shape.stored_matrices)
     if training.method == "lora":
         rank = training.lora.rank
-        in_one = training.keeps_base and not gpu and compute == _FLOAT32
+        in_one = training.keeps_base and not gpu
         outputs += rank * shape.adapted_matrices + (0 if in_one else shape.adapted_outputs)
         copies += lora_parameters(shape, training)
     inputs = residual * shape.hidden * shape.layers
@@ -178,6 +178,9 @@ def activation_bytes(
     # Keys and values of a clean stream that runs beforehand; at most as wide as the queries.
     tokens += 2 * compute * shape.queries * shape.layers * run.read
     mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
+    if training.keeps_base and not gpu:
+        # Held in the compute type, see `training/gated_linear.py`.
+        copies = 0.0
     cast_weights = copies * compute if cast and how != "full" else 0.0
     return round(tokens + mask + cast_weights)
 

@@ -85,12 +85,13 @@ def read_clean(
     return states, cross_entropy(logits, reading.targets, objective.mask_token_id)
 
 
-def train_adapter(model: Any, folder: Path) -> Any:
+def train_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> Any:
     """Have only the adapter of a gated model be trained, in float32 and as its files say.
 
     Args:
         model: A gated model.
         folder: The checkpoint it was loaded from.
+        dtype: Type that matrices are multiplied in under autocast; None without.
     """
     trained = adapter_parameters(model)
     for name, weight in model.named_parameters():
@@ -98,7 +99,7 @@ def train_adapter(model: Any, folder: Path) -> Any:
     keep_masters(model)
     # What was loaded in the type of the base may have been rounded.
     fill_adapter(model, load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS))
-    fuse_adapters(model)
+    fuse_adapters(model, dtype)
     return model
 
 

@@ -27,6 +27,8 @@ def gated_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """W x + b + scale B A x, where W and b are not trained (LoRA, arXiv 2106.09685).
 
+    All of it is multiplied in the type of W, as autocast would.
+
     Args:
         x: Inputs, shape (n, inputs).
         weight: W, shape (outputs, inputs).
@@ -38,14 +40,17 @@ def gated_linear(
     Returns:
         Shape (n, outputs), and scale A x, (n, rank), which the backward pass needs.
     """
-    low = torch.mm(x, down.T).mul_(scale)
-    result = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-    return result.addmm_(low, up.T), low
+    kind = weight.dtype
+    rows = x.to(kind)
+    low = torch.mm(rows, down.to(kind).T).mul_(scale)
+    plain = torch.mm(rows, weight.T)
+    result = plain if bias is None else plain.add_(bias)
+    return result.addmm_(low, up.to(kind).T), low
 
 
 @gated_linear.register_fake
 def _(x: Any, weight: Any, bias: Any, down: Any, up: Any, scale: float) -> Any:
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(down))
+    return weight.new_empty(len(x), len(weight)), weight.new_empty(len(x), len(down))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
@@ -56,36 +61,50 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> Non
 
 def _backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
     x, weight, down, up, low = ctx.saved_tensors
+    kind = weight.dtype
     # dA = scale (g B)^T x, dB = g^T (scale A x), dx = g W + scale g B A.
-    back = torch.mm(gradient, up).mul_(ctx.scale)
-    for_x = torch.mm(gradient, weight).addmm_(back, down) if ctx.needs_input_grad[0] else None
-    return for_x, None, None, torch.mm(back.T, x), torch.mm(gradient.T, low), None
+    back = torch.mm(gradient, up.to(kind)).mul_(ctx.scale)
+    for_x = None
+    if ctx.needs_input_grad[0]:
+        for_x = torch.mm(gradient, weight).addmm_(back, down.to(kind)).to(x.dtype)
+    for_down, for_up = torch.mm(back.T, x.to(kind)), torch.mm(gradient.T, low)
+    return for_x, None, None, for_down.to(down.dtype), for_up.to(up.dtype), None
 
 
 gated_linear.register_autograd(_backward, setup_context=_remember)
 
 
 def _forward(layer: Any, hook: LowRank, x: torch.Tensor) -> torch.Tensor:
-    seen = hook.gate.seen
-    if not seen.everywhere or torch.is_autocast_enabled(x.device.type):
+    seen, kind = hook.gate.seen, x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        kind = torch.get_autocast_dtype(x.device.type)
+    if not seen.everywhere or layer.weight.dtype != kind:
         plain = nn.functional.linear(x, layer.weight, layer.bias)
         changed = hook(layer, (x,), plain)
         return plain if changed is None else changed
     rows = x.reshape(-1, x.shape[-1])
     matrices = layer.weight, layer.bias, layer.lora_A.weight, layer.lora_B.weight
-    result: torch.Tensor = gated_linear(rows, *matrices, hook.scale)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        result: torch.Tensor = gated_linear(rows, *matrices, hook.scale)[0]
     return result.view(*x.shape[:-1], -1)
 
 
-def fuse_adapters(model: Any) -> None:
-    """Have the adapted layers of a gated model be one operation each, on a CPU in float32.
+def fuse_adapters(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Have the adapted layers of a gated model be one operation each, on a CPU.
 
-    Where some tokens are clean, or autocast chooses the types, they are what they were.
+    Where some tokens are clean, or autocast chooses another type, they are what they were.
+
+    Args:
+        model: A gated model.
+        dtype: Type to hold the frozen matrices of those layers in, if they are multiplied in it:
+            autocast, which keeps no copy of what is not trained, would make one in every forward.
     """
     for layer in model.modules():
         hooks: dict[int, Any] = getattr(layer, "_forward_hooks", {})
         for number, hook in list(hooks.items()):
-            plain = isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32
+            plain = isinstance(layer, nn.Linear) and layer.weight.is_floating_point()
             if isinstance(hook, LowRank) and plain and layer.weight.device.type == "cpu":
+                if dtype is not None:
+                    layer.weight.data = layer.weight.data.to(dtype)
                 del hooks[number]
                 layer.forward = partial(_forward, layer, hook)

@@ -218,7 +218,8 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
         base = prepare(base, use_gradient_checkpointing=False)
     checkpoint_activations(base, training.gradient_checkpointing)
     if training.keeps_base:
-        model = train_adapter(base, untrained)
+        autocast = torch.bfloat16 if use_bf16(training) else None
+        model = train_adapter(base, untrained, dtype=autocast)
     else:
         model = make_trainable(base, plan.adapter, training)
     if training.compile:

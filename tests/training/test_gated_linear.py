@@ -77,3 +77,40 @@ def test_a_model_in_training_computes_the_same_with_it_and_without(
             gradients.append({n: w.grad for n, w in adapter_parameters(model).items()})
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_under_autocast_it_multiplies_what_autocast_would(
+    source_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Matrices held in bfloat16 are those that autocast would make of them in every forward."""
+    plan = gated_folder(source_cache("qwen3"), tmp_path / "g")
+    plain = load_model(tmp_path / "g", plan.adapter)
+    for weight in adapter_parameters(plain).values():
+        weight.requires_grad_(True)
+    half = torch.bfloat16
+    fused = train_adapter(load_model(tmp_path / "g", plan.adapter), tmp_path / "g", dtype=half)
+    kinds = {name: weight.dtype for name, weight in fused.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "proj.weight" in name} == {half}
+    assert {kind for name, kind in kinds.items() if "proj.weight" not in name} == {torch.float32}
+    ids = torch.randint(5, 380, (2, 24), generator=torch.Generator().manual_seed(1))
+    ids[:, ::3] = plan.mask.id
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    for noisy in (None, everywhere):
+        exact = plain(ids, noisy=noisy).logits
+        with torch.autocast("cpu", half):
+            one, other = (each(ids, noisy=noisy).logits for each in (fused, plain))
+        if noisy is None:
+            assert torch.equal(one, other)
+        # The sum of both products is rounded once, where apart it is rounded twice.
+        rounding = [float((logits - exact).abs().mean()) for logits in (one, other)]
+        assert rounding[0] < 1.25 * rounding[1]
+    for model, logits in ((fused, one), (plain, other)):
+        model.zero_grad()
+        logits.float().logsumexp(-1).sum().backward()
+    for (name, mine), theirs in zip(
+        adapter_parameters(fused).items(), adapter_parameters(plain).values(), strict=True
+    ):
+        assert mine.grad is not None and theirs.grad is not None
+        assert mine.grad.dtype == torch.float32
+        cosine = torch.cosine_similarity(mine.grad.flatten(), theirs.grad.flatten(), dim=0)
+        assert cosine > 0.98, name
