@@ -268,7 +268,8 @@ Outtype = Annotated[
         "--outtype",
         metavar="TYPE",
         parser=named,
-        help="Matrices of a GGUF file: f32, f16, bf16, q8_0; auto, as the checkpoint has them.",
+        help="Matrices of a GGUF file: f32, f16, bf16, q8_0; by llama.cpp's quantiser q4_0, "
+        "q4_k_m, q5_k_m, q6_k; auto, as the checkpoint has them.",
     ),
 ]
 RepoId = Annotated[

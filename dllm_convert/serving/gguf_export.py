@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dllm_convert.planning.layouts.gguf import GgufLayout
 from dllm_convert.planning.layouts.target import Converted
 from dllm_convert.serving.dangers import check, measure
 from dllm_convert.serving.gguf_guide import GgufFile, gguf_guide
+from dllm_convert.serving.gguf_quantised import QUANTISED, quantise
 from dllm_convert.serving.gguf_tokens import tokenizer_keys
 from dllm_convert.serving.gguf_writing import (
     AUTO,
@@ -27,6 +29,7 @@ from dllm_convert.serving.gguf_writing import (
     prove_gguf,
     write_gguf,
 )
+from dllm_convert.serving.llama_cpp import require_llama_cpp
 from dllm_convert.serving.run import Export, Source, held_out_texts, new_folder, write_record
 from dllm_convert.source.folder import LICENCE_FILES, file_names, matching
 from dllm_convert.source.safetensors_header import Header, load_json_object
@@ -77,10 +80,18 @@ def export_gguf(
     folder, converted = source.folder, source.converted
     name = folder.resolve().name
     checked, more = _dangers(layout, source, data)
-    file = describe(layout, converted, folder, name, check_outtype(outtype))
-    with new_folder(place, file.size) as partial:
+    asked = check_outtype(outtype)
+    fewer = asked in QUANTISED
+    file = describe(layout, converted, folder, name, AUTO if fewer else asked)
+    with new_folder(place, file.size * (2 if fewer else 1)) as partial:
         compared = write_file(file, folder, source.headers, partial, reporter)
         checked["bytes"] = _compared(file, compared)
+        if fewer:
+            lossless, file = file, _quantised(file, name, asked)
+            with reporter.task("quantise"):
+                near = quantise(partial / lossless.name, partial / file.name, asked)
+            (partial / lossless.name).unlink()
+            checked["quantised"] = f"{near:,} numbers by llama.cpp of that file, every row near"
         more["outtype"] = file.type_name
         if proven:
             # It needs torch, and the binding.
@@ -137,13 +148,16 @@ def check_outtype(outtype: str) -> str:
     """Return a type of matrices that can be written.
 
     Raises:
-        RequestError: There is none of that name.
+        RequestError: There is none of that name, or llama.cpp would have to make it and is not
+            installed.
     """
-    known = (AUTO, *OUTTYPES)
+    known = (AUTO, *OUTTYPES, *QUANTISED)
     if outtype.lower() not in known:
         raise RequestError(
             f"`outtype` is {outtype!r}, expected one of {', '.join(known)}", argument="outtype"
         )
+    if outtype.lower() in QUANTISED:
+        require_llama_cpp("outtype")
     return outtype.lower()
 
 
@@ -181,8 +195,16 @@ def describe(
         ),
         **_carried(folder, tokenizer),
     }
-    made = GgufFile("", layout.architecture(converted), keys, tensors, kinds)
-    return GgufFile(f"{name}-{made.type_name}.gguf", made.architecture, keys, tensors, kinds)
+    number = keys["general.file_type"]
+    kind = next(kind for kind, code in OUTTYPES.items() if code == number).upper()
+    return GgufFile(
+        f"{name}-{kind}.gguf", layout.architecture(converted), keys, tensors, kinds, kind
+    )
+
+
+def _quantised(file: GgufFile, name: str, outtype: str) -> GgufFile:
+    kind = outtype.upper()
+    return replace(file, name=f"{name}-{kind}.gguf", type_name=kind)
 
 
 def _carried(folder: Path, tokenizer: Any) -> dict[str, str]:

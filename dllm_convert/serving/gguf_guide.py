@@ -9,7 +9,6 @@ from typing import Any
 from dllm_convert.common.version import __version__
 from dllm_convert.planning.layouts.gguf import GgufLayout, Stored
 from dllm_convert.planning.layouts.target import Converted
-from dllm_convert.serving.gguf_writing import OUTTYPES
 from dllm_convert.serving.guide import table
 from dllm_convert.source.gguf_header import tensor_bytes
 
@@ -24,6 +23,7 @@ class GgufFile:
         keys: All metadata.
         tensors: All tensors in order.
         kinds: Type of each.
+        type_name: Type of most matrices, as people of llama.cpp write it.
     """
 
     name: str
@@ -31,17 +31,12 @@ class GgufFile:
     keys: Mapping[str, Any]
     tensors: tuple[Stored, ...]
     kinds: Mapping[str, str]
+    type_name: str
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor_bytes(self.kinds[stored.name], stored.shape) for stored in self.tensors)
-
-    @property
-    def type_name(self) -> str:
-        """Type of most matrices, as people of llama.cpp write it."""
-        number = self.keys["general.file_type"]
-        return next(name for name, code in OUTTYPES.items() if code == number).upper()
 
 
 def gguf_guide(

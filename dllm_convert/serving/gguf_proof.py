@@ -22,7 +22,10 @@ from dllm_convert.serving.llama_cpp import PACKAGE, LlamaCpp
 from dllm_convert.serving.proof import THRESHOLDS, TOLERANCE, Proof
 from dllm_convert.weights.tokenizer import SAMPLES
 
-KL_BOUNDS = {"F16": 0.02, "BF16": 0.05, "Q8_0": 0.2}
+KL_BOUNDS = {
+    **{"F16": 0.02, "BF16": 0.05, "Q8_0": 0.2},
+    **{"Q6_K": 0.5, "Q5_K_M": 0.7, "Q4_K_M": 1.0, "Q4_0": 1.5},
+}
 """Largest mean divergence, in nats, of matrices in fewer bits: above it, something else differs. Of
 SmolLM2 that nobody trained, which is worse than trained, it was 0.002, 0.011 and 0.073."""
 _LAST_BIT = 2.0**-23

@@ -158,6 +158,29 @@ class LlamaCache:
         self._context.memory_seq_rm(row, first, -1)
 
 
+def quantise_file(path: Path, out: Path, number: int) -> None:
+    """Have llama.cpp's quantiser write a file with fewer bits.
+
+    Args:
+        path: The file.
+        out: The new file.
+        number: What llama.cpp calls the mixture of types.
+
+    Raises:
+        DataError: It refuses.
+    """
+    home = _binding()
+    parameters = home.LlamaModelQuantizeParams()
+    parameters.ftype, parameters.nthread = number, 1
+    try:
+        home.model_quantize(str(path), str(out), parameters)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"llama.cpp cannot quantise {path.name} ({error})",
+            hint="Take --outtype q8_0, which is written here",
+        ) from error
+
+
 @cache
 def _with_vocabulary(home: ModuleType) -> Any:
     """Return the binding's class of models with what its contexts read of it and it has not."""

@@ -19,8 +19,9 @@ from benchmarks import engines
 from dllm_convert.cli.app import app
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.planning.layouts import gguf as layout
-from dllm_convert.serving import dangers, gguf_export, gguf_tokens
+from dllm_convert.serving import dangers, gguf_export, gguf_quantised, gguf_tokens
 from dllm_convert.serving.gguf_model import load_gguf
+from dllm_convert.serving.gguf_quantised import QUANTISED
 from dllm_convert.serving.llama_cpp import LlamaCache
 from dllm_convert.serving.run import RECORD, export
 from dllm_convert.source.gguf_header import read_gguf_header
@@ -87,6 +88,36 @@ def test_engine_says_how_near_fewer_bits_are(outtype: str, converted: Make, tmp_
     assert proof["agreement"] > 0.85
     assert proof["positions"] > 500
     assert "KL " in (made.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("outtype", list(QUANTISED))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_engine_quantises_what_was_proven(
+    family: str, outtype: str, converted: Make, tmp_path: Path
+) -> None:
+    made = export(converted(family), "gguf", tmp_path / "x", outtype=outtype, proven=True)
+    file = file_of(made.path)
+    assert file.name.endswith(f"-{outtype.upper()}.gguf")
+    kinds = {t.kind for name, t in read_gguf_header(file).tensors.items() if "ffn" in name}
+    assert kinds & {"Q4_0", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
+    record = json.loads((made.path / RECORD).read_text())
+    assert record["outtype"] == outtype.upper()
+    assert 0 < record["proof"]["divergence"] <= record["proof"]["bound"]
+    assert set(record["files"]) == {path.name for path in made.path.iterdir()} - {RECORD}
+
+
+def test_engine_is_not_believed_when_it_quantises(
+    converted: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = converted("llama")
+    other = file_of(export(converted("llama", seed=1), "gguf", tmp_path / "other").path)
+    plain = gguf_quantised.quantise_file
+    monkeypatch.setattr(
+        gguf_quantised, "quantise_file", lambda path, out, number: plain(other, out, number)
+    )
+    with pytest.raises(dc.DataError, match="quantiser made another model"):
+        export(folder, "gguf", tmp_path / "x", outtype="q4_k_m")
+    assert not (tmp_path / "x").exists()
 
 
 HOW: dict[str, dict[str, Any]] = {

@@ -227,10 +227,13 @@ def test_a_number_that_does_not_fit_is_refused(converted: Make) -> None:
     export(folder, "gguf", outtype="bf16")
 
 
-def test_requests_that_mean_nothing(converted: Make) -> None:
+def test_requests_that_mean_nothing(converted: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = converted("llama", shift="drop")
-    with pytest.raises(RequestError, match="expected one of auto, f32, f16, bf16, q8_0"):
+    with pytest.raises(RequestError, match="expected one of auto, f32, f16, bf16, q8_0, q4_0"):
         export(folder, "gguf", outtype="q4")
+    with monkeypatch.context() as patch, pytest.raises(RequestError, match="is not installed"):
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        export(folder, "gguf", outtype="q4_k_m")
     with pytest.raises(RequestError, match="is for GGUF files, not for llada2"):
         export(folder, "llada2", outtype="f16")
     line = ["export", str(folder), "--to", "gguf", "--outtype", "q4"]

@@ -75,8 +75,8 @@ def export(
         data: Text file to measure on how likely the mask is; None: Python's language reference.
         prove: Whether an engine's own code, which has to be installed, must agree in logits and
             in decoded tokens.
-        outtype: Type of the matrices of a GGUF file: `f32`, `f16`, `bf16`, `q8_0`; None, or
-            `auto`, as the checkpoint has them.
+        outtype: Type of the matrices of a GGUF file: `f32`, `f16`, `bf16`, `q8_0`, by llama.cpp's
+            quantiser `q4_0`, `q4_k_m`, `q5_k_m`, `q6_k`; None, or `auto`, as they are.
         base: Folder or Hub id of the base of an adapter, for `merged`; None: as the manifest says.
         reporter: Progress; by default silent.
 
