@@ -97,7 +97,7 @@ def acts_on_clean_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def noisy(self: Any, tokens: Any, *args: Any) -> Any:
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        return run(self, tokens, *args[:4], everywhere)
+        return run(self, tokens, *args[:3], everywhere)
 
     monkeypatch.setattr(lossless._Reader, "_run", noisy)
 

@@ -151,8 +151,8 @@ class _Reader:
         # What a shorter row has past its own tokens is rubbish that nobody sees, and written over.
         columns = self.canvas.index[:width].expand(len(rows), -1)
         seen = (columns[:1, :, None] >= columns[:1, None, :]).expand(len(rows), -1, -1)
-        tokens = self.canvas.tokens[:, :width]
-        self._run(tokens, columns, columns, seen, columns.new_empty(0))
+        self.cache.put(None, width)
+        self._run(self.canvas.tokens[:, :width], columns, seen, columns.new_empty(0))
         self.cache.keep(min(row.clean for row in rows))
 
     def read(
@@ -191,7 +191,10 @@ class _Reader:
         at = sent(wanted.nonzero().squeeze(-1).tolist(), device)
         at = (torch.arange(count, device=device)[:, None] * tree.size + at).flatten()
         noisy = (index >= nodes).expand(count, -1) if tree.size > nodes else None
-        logits = self._run(shown, columns, positions, seen, at, noisy)
+        level = min(starts) == max(starts)
+        line = torch.arange(count, device=device)[:, None]
+        self.cache.put(None if level else (line, columns), max(starts) + tree.size, starts[0])
+        logits = self._run(shown, positions, seen, at, noisy)
         logits = logits.view(count, -1, logits.shape[-1])
         drafted = logits[:, nodes:]
         if tree.groups:
@@ -224,13 +227,11 @@ class _Reader:
     def _run(
         self,
         tokens: torch.Tensor,
-        columns: torch.Tensor,
         positions: torch.Tensor,
         seen: torch.Tensor | None,
         at: torch.Tensor,
         noisy: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self.cache.place(columns)
         gate = {"noisy": noisy} if self.gated and noisy is not None else {}
         with final_lengths(self.model, self.canvas.final_lengths):
             output = self.model(
