@@ -17,6 +17,7 @@ from dllm_convert.cli.errors import classify, flag
 from dllm_convert.errors import RequestError, names_in, spelt
 from dllm_convert.pipeline.asked import ConversionRequest
 from dllm_convert.publishing import PushOptions
+from dllm_convert.recipe.decoding import SETTINGS
 
 PACKAGE = Path(dc.__file__).parent
 PAGE = (PACKAGE.parent / "docs/cli.md").read_text(encoding="utf-8")
@@ -39,6 +40,7 @@ def arguments() -> set[str]:
         names
         | set(ConversionRequest.__annotations__)
         | set(PushOptions.__annotations__)
+        | set(SETTINGS)
         | {"source"}
     )
 
