@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,35 @@ def test_who_sees_whom(family: str, folder: Folder) -> None:
         expected = noisy & (block == block[changed]) if noisy[changed] else position >= changed
         # A clean token moves later clean ones and so all noisy ones behind it.
         assert moved.tolist() == expected.tolist(), changed
+
+
+def test_threads_share_a_model_and_not_what_is_noisy(folder: Folder) -> None:
+    model, ids = own(folder("llama")), texts(1, 24)
+    noisy = last_block(ids, 16)
+    with torch.no_grad():
+        expected = {True: model(ids, noisy=noisy).logits, False: model(ids).logits}
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        # In the middle of a noisy forward the other thread runs a clean one.
+        inside.set()
+        assert done.wait(60)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(ids, noisy=noisy).logits
+        return found
+
+    handle = model.model.layers[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run)
+        assert inside.wait(60)
+        handle.remove()
+        with torch.no_grad():
+            clean = model(ids).logits
+        done.set()
+        assert torch.equal(job.result(), expected[True])
+    assert torch.equal(clean, expected[False])
 
 
 def test_the_mask_is_the_rule_for_any_draw() -> None:
