@@ -149,7 +149,7 @@ class LowRank:
             return None
         # (batch, length, rank); scaled there, since that is the smallest.
         low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale
-        changed = output + layer.lora_B(low).to(output.dtype)
+        changed: torch.Tensor = output + layer.lora_B(low).to(output.dtype)
         if seen.everywhere:
             return changed
         # Layers may be on several devices.
