@@ -27,10 +27,13 @@ from dllm_convert.training.gated_linear import fuse_adapters
 from dllm_convert.training.masters import keep_masters
 
 MASK_RATE = 10.0
-"""Learning rate of the mask's vector in units of the adapter's. It begins at the mean of all tokens,
-which is next to nothing, and a step of Adam is as large as the rate, whatever the gradient is.
-Measured (SmolLM2-135M, blocks of 32, 30 steps of 2 x 128 tokens of pydoc, the same noise): held-out
-NELBO 4.962 at 1 and 4.914 at 10 with a rate of 1e-3, 4.878 and 4.837 with one of 2e-3."""
+"""Learning rate of the mask's vector in units of the adapter's.
+
+It begins at the mean of all tokens, which is next to nothing, and a step of Adam is as large as the
+rate, whatever the gradient is. Measured (SmolLM2-135M, blocks of 32, 30 steps of 2 x 128 tokens of
+pydoc, the same noise): held-out NELBO 4.962 at 1 and 4.914 at 10 with a rate of 1e-3, 4.878 and
+4.837 with one of 2e-3.
+"""
 
 
 class CleanStates(Cache):
