@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.loading import load_checkpoint, load_model
+from dllm_convert.modeling.published import modeling
 from dllm_convert.modeling.published.gated import gated_mask
 
 Folder = Callable[..., Path]
@@ -230,6 +231,27 @@ def test_prompts_of_different_lengths(folder: Folder) -> None:
         mask[row, 17 - prompt.shape[1] :] = 1
     together = model.generate(padded, attention_mask=mask, max_new_tokens=20, eos_token_id=[])
     assert torch.equal(together[:, 17:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"confidence_threshold": 0.05}, {"max_denoising_steps": 2}, {"eos_token_id": None}],
+    ids=str,
+)
+def test_decoding_as_on_a_gpu_writes_the_same(
+    padded: bool, settings: dict[str, Any], folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = own(folder("qwen2", padded=padded))
+    prompts, mask = texts(3, 17, seed=5), torch.ones(3, 17, dtype=torch.long)
+    mask[1, :8] = 0
+    mask[2, :15] = 0
+    written = []
+    for queued in (False, True):
+        monkeypatch.setattr(modeling, "is_queued", lambda device, options, way=queued: way)
+        given = {"attention_mask": mask, "max_new_tokens": 21, **settings}
+        written.append(model.generate(prompts, **given)[:, 17:])
+    assert torch.equal(*written)
 
 
 def test_without_our_code_it_writes_what_the_base_writes(
