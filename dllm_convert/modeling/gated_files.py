@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.common.json_files import write_json
@@ -25,7 +25,8 @@ def write_adapter_weights(folder: Path, states: Mapping[str, torch.Tensor]) -> N
     held = {
         name: states[name].detach().float().cpu().contiguous().clone() for name in sorted(states)
     }
-    save_file(held, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    # The library's own writing to a file leaves it to its owner alone, whatever the umask says.
+    (folder / ADAPTER_WEIGHTS).write_bytes(save(held, {"format": "pt"}))
 
 
 def write_adapter_config(

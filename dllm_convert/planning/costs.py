@@ -179,8 +179,9 @@ def activation_bytes(
     tokens += 2 * compute * shape.queries * shape.layers * run.read
     mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
     if training.keeps_base and not gpu:
-        # Held in the compute type, see `training/gated_linear.py`.
-        copies = 0.0
+        # Held in the compute type, see `training/gated_linear.py`; what they were loaded as stays
+        # in the heap. The adapter's own copies are gone with the operation.
+        copies = float(shape.stored_matrices)
     cast_weights = copies * compute if cast and how != "full" else 0.0
     return round(tokens + mask + cast_weights)
 

@@ -181,6 +181,8 @@ def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
         ("training.attention_annealing_steps", training.attention_annealing_steps > 0,
          "only noisy tokens of one block see ahead, and nothing is opened step by step",
          "Leave training.attention_annealing_steps out"),
+        ("training.compile", training.compile,
+         "a compiled layer is not told which tokens are noisy", "Leave training.compile out"),
         ("training.lora.dropout", training.lora.dropout > 0,
          "the gated adapter has no dropout", "Leave training.lora.dropout out"),
         ("generation.guidance_scale", guidance not in (None, 1),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.loading import load_checkpoint, load_model
+from dllm_convert.modeling.published import modeling
 from dllm_convert.modeling.published.gated import gated_mask
 
 Folder = Callable[..., Path]
@@ -145,6 +148,35 @@ def test_who_sees_whom(family: str, folder: Folder) -> None:
         assert moved.tolist() == expected.tolist(), changed
 
 
+def test_threads_share_a_model_and_not_what_is_noisy(folder: Folder) -> None:
+    model, ids = own(folder("llama")), texts(1, 24)
+    noisy = last_block(ids, 16)
+    with torch.no_grad():
+        expected = {True: model(ids, noisy=noisy).logits, False: model(ids).logits}
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        # In the middle of a noisy forward the other thread runs a clean one.
+        inside.set()
+        assert done.wait(60)
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(ids, noisy=noisy).logits
+        return found
+
+    handle = model.model.layers[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run)
+        assert inside.wait(60)
+        handle.remove()
+        with torch.no_grad():
+            clean = model(ids).logits
+        done.set()
+        assert torch.equal(job.result(), expected[True])
+    assert torch.equal(clean, expected[False])
+
+
 def test_the_mask_is_the_rule_for_any_draw() -> None:
     draws = torch.Generator().manual_seed(3)
     for _ in range(20):
@@ -199,6 +231,27 @@ def test_prompts_of_different_lengths(folder: Folder) -> None:
         mask[row, 17 - prompt.shape[1] :] = 1
     together = model.generate(padded, attention_mask=mask, max_new_tokens=20, eos_token_id=[])
     assert torch.equal(together[:, 17:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"confidence_threshold": 0.05}, {"max_denoising_steps": 2}, {"eos_token_id": None}],
+    ids=str,
+)
+def test_decoding_as_on_a_gpu_writes_the_same(
+    padded: bool, settings: dict[str, Any], folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = own(folder("qwen2", padded=padded))
+    prompts, mask = texts(3, 17, seed=5), torch.ones(3, 17, dtype=torch.long)
+    mask[1, :8] = 0
+    mask[2, :15] = 0
+    written = []
+    for queued in (False, True):
+        monkeypatch.setattr(modeling, "is_queued", lambda device, options, way=queued: way)
+        given = {"attention_mask": mask, "max_new_tokens": 21, **settings}
+        written.append(model.generate(prompts, **given)[:, 17:])
+    assert torch.equal(*written)
 
 
 def test_without_our_code_it_writes_what_the_base_writes(

@@ -217,6 +217,20 @@ def test_no_source_lies_in_the_output(tmp_path: Path) -> None:
                 check_apart(out, given)
 
 
+def test_a_file_that_is_there_under_its_name_already_leaves_nothing_staged(tmp_path: Path) -> None:
+    """A base that is kept is one file by two names, which renaming would leave both."""
+    out = tmp_path / "out"
+    with open_workspace(out, "a") as workspace:
+        (out / "model.safetensors").write_text("base")
+        workspace.staged.mkdir()
+        (workspace.staged / "model.safetensors").hardlink_to(out / "model.safetensors")
+        (workspace.staged / "config.json").write_text("{}")
+        workspace.publish()
+        assert not workspace.staged.exists()
+        assert (out / "model.safetensors").read_text() == "base"
+        assert (out / "config.json").is_file()
+
+
 @pytest.mark.parametrize("name", ["../mine.txt", "linked/mine.txt", "{mine}"])
 def test_a_manifest_takes_nothing_away_outside_its_folder(tmp_path: Path, name: str) -> None:
     out, mine = tmp_path / "out", tmp_path / "mine.txt"

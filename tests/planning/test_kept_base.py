@@ -92,6 +92,7 @@ UNIFORM = {
         ({"training.ar_loss_weight": 0.5}, "that is the base, which stays"),
         ({"training.attention_annealing_steps": 5}, "opened step by step"),
         ({"training.lora.dropout": 0.1}, "no dropout"),
+        ({"training.compile": True}, "not told which tokens are noisy"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

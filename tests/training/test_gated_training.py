@@ -201,6 +201,8 @@ def test_training_lowers_the_bound_and_leaves_the_base(
     old, new = (load_file(tmp_path / name / NAME) for name in "ab")
     assert result.trainable_parameters == sum(value.numel() for value in new.values())
     assert all(value.dtype == torch.float32 for value in new.values())
+    modes = [(tmp_path / "b" / name).stat().st_mode for name in (NAME, "config.json")]
+    assert modes[0] == modes[1]
     assert all(not torch.equal(old[name], new[name]) for name in new)
     lines = [json.loads(line) for line in (tmp_path / "work/metrics.jsonl").open()]
     # First tokens count in the bound and not in the loss.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,11 @@ class _Seen:
     masked: torch.Tensor | None = None
 
 
+_SEEN: ContextVar[_Seen] = ContextVar("dllm_noisy")
+"""Of the forward that runs in this thread; a server has several run one model."""
+_NOTHING = _Seen()
+
+
 class Gate:
     """Which tokens of the forward that is running are noisy.
 
@@ -81,7 +87,11 @@ class Gate:
 
     def __init__(self, mask_token_id: int, rows: int) -> None:
         self.mask_token_id, self.rows = mask_token_id, rows
-        self.seen = _Seen()
+
+    @property
+    def seen(self) -> _Seen:
+        """What the layers are told."""
+        return _SEEN.get(_NOTHING)
 
     @contextmanager
     def at(
@@ -107,20 +117,21 @@ class Gate:
             tokens, seen = tokens.masked_fill(masked, 0), replace(seen, masked=masked[..., None])
         elif tokens is not None and noisy is not None:
             seen = replace(seen, masked=((tokens == self.mask_token_id) & noisy)[..., None])
-        with self._told(seen):
+        with _told(seen):
             yield tokens
-
-    @contextmanager
-    def _told(self, seen: _Seen) -> Iterator[None]:
-        before, self.seen = self.seen, seen
-        try:
-            yield
-        finally:
-            self.seen = before
 
     def again(self) -> Any:
         """A context in which layers are computed a second time as they are computed now."""
-        return self._told(self.seen)
+        return _told(self.seen)
+
+
+@contextmanager
+def _told(seen: _Seen) -> Iterator[None]:
+    token = _SEEN.set(seen)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
 
 
 class LowRank:
@@ -138,8 +149,11 @@ class LowRank:
             return None
         # (batch, length, rank); scaled there, since that is the smallest.
         low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale
-        changed = output + layer.lora_B(low).to(output.dtype)
-        return changed if seen.everywhere else torch.where(seen.noisy, changed, output)
+        changed: torch.Tensor = output + layer.lora_B(low).to(output.dtype)
+        if seen.everywhere:
+            return changed
+        # Layers may be on several devices.
+        return torch.where(seen.noisy.to(output.device), changed, output)
 
 
 class _MaskVector:
@@ -154,7 +168,7 @@ class _MaskVector:
         masked = self.gate.seen.masked
         if masked is None:
             return None
-        return torch.where(masked, layer.mask_vector.to(output.dtype), output)
+        return torch.where(masked.to(output.device), layer.mask_vector.to(output.dtype), output)
 
 
 def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
