@@ -27,7 +27,7 @@ from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError, RequestError
 from dllm_convert.planning.layouts.gguf import llama3_factors
-from dllm_convert.serving import gguf_export
+from dllm_convert.serving import dangers, gguf_export
 from dllm_convert.serving.run import RECORD, export
 from dllm_convert.source.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source.inspect import inspect_source
@@ -273,6 +273,7 @@ for folder, out, outtype in json.loads(sys.argv[1]):
     sys.argv = ["convert", folder, "--outfile", out, "--outtype", outtype]
     converter.main()
 """
+DIFFUSION = {"llama": "LLaDAModelLM", "qwen2": "DreamModel"}
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -285,6 +286,14 @@ THEIRS = frozenset(
     | {"tokenizer.ggml.add_sep_token"}
 )
 """Keys that it makes of the folder's name and of a card, and one that is false where it lacks."""
+
+
+def relabelled(folder: Path, architecture: str) -> Path:
+    """Have a conversion's config name another class, and rotary frequencies as all read them."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": [architecture], "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +314,17 @@ def theirs(
             out = root / f"{family}-{outtype}.gguf"
             found[family, outtype] = file_of(ours.path), out
             work.append((str(folder), str(out), outtype))
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"architectures": [ARCHITECTURES[family]], "rope_theta": 1e4}
-        (folder / "config.json").write_text(json.dumps(config))
+        relabelled(folder, ARCHITECTURES[family])
+    for family, name in DIFFUSION.items():
+        folder = root / f"{family}-diffusion"
+        convert(source_cache(family), folder, "mdlm")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dangers, "MASK_BOUND", 1.0)
+            patch.setattr(dangers, "ROWS_BOUND", 1.0)
+            ours = export(folder, "gguf-diffusion", root / f"{family}-d", outtype="f32")
+        out = root / f"{family}-d.gguf"
+        found[family, "diffusion"] = file_of(ours.path), out
+        work.append((str(relabelled(folder, name)), str(out), "f32"))
     environment = os.environ | {"PYTHONPATH": str(engine), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CONVERT, json.dumps(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -333,6 +350,21 @@ def test_engine_converter_of_llama_cpp_writes_the_same_tensors(
         if key not in THEIRS and one.metadata.get(key) != value
     }
     assert not different
+
+
+@pytest.mark.parametrize("family", DIFFUSION)
+def test_engine_converter_of_llama_cpp_writes_the_same_diffusion_graph(
+    family: str, theirs: dict[tuple[str, str], tuple[Path, Path]]
+) -> None:
+    mine, other = theirs[family, "diffusion"]
+    one, two = read_gguf_header(mine), read_gguf_header(other)
+    graph = one.metadata["general.architecture"]
+    assert graph == two.metadata["general.architecture"]
+    assert one.metadata[f"{graph}.attention.causal"] is False
+    assert two.metadata[f"{graph}.attention.causal"] is False
+    assert set(one.tensors) == set(two.tensors)
+    for name in one.tensors:
+        assert np.array_equal(rows_of(mine, one, name), rows_of(other, two, name)), name
 
 
 def test_a_broken_checkpoint_leaves_nothing(converted: Make) -> None:
