@@ -70,7 +70,7 @@ class LlamaCanvasReader:
     def __init__(self, engine: LlamaCpp, model: Any, canvas: Canvas) -> None:
         if canvas.options.approximate_cache:
             raise RequestError(
-                "`approximate_cache` writes states in the middle of a text, and llama.cpp's cache "
+                "the approximate cache writes states in the middle of a text, and llama.cpp's cache "
                 "takes them at its end only",
                 argument="approximate_cache",
             )
