@@ -332,7 +332,7 @@ FAULTS: dict[str, tuple[Callable[[Make], Path], Callable[..., None]]] = {
     ),
     "factors of Llama 3 dropped": (
         lambda make: with_rope(make("llama"), **LLAMA3),
-        lambda patch: patch.setattr(layout, "llama3_factors", lambda rope, width: (1.0,) * 4),
+        lambda patch: patch.setattr(layout, "llama3_factors", lambda rope, width, old: (1.0,) * 4),
     ),
     "queries and keys swapped": (
         lambda make: make("llama", **SAME_SIZE),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError, RequestError
 from dllm_convert.planning.layouts.gguf import llama3_factors
 from dllm_convert.serving import dangers, gguf_export
-from dllm_convert.serving.run import RECORD, export
+from dllm_convert.serving.run import RECORD, export, read_converted
 from dllm_convert.source.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
@@ -157,9 +159,37 @@ def test_factors_of_llama3_are_those_of_transformers() -> None:
     config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 5e5 ** (torch.arange(0, 64, 2) / 64)
-    factors = torch.tensor(llama3_factors(rope, 64))
+    factors = torch.tensor(llama3_factors(rope, 64, 64))
     assert torch.allclose(plain / factors, frequencies, rtol=1e-5, atol=0)
     assert len(set(factors.tolist())) > 3  # short, long and blended waves
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 7e5}},
+        {"rope_parameters": {"rope_theta": 7e5}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 7e5},
+        },
+    ],
+)
+def test_rotary_parameters_are_read_as_transformers_reads_them(
+    fields: dict[str, Any], converted: Make
+) -> None:
+    from transformers import LlamaConfig
+
+    found, _ = read_converted(converted("llama"))
+    found = dataclasses.replace(found, config={"max_position_embeddings": 256, **fields})
+    theirs = LlamaConfig(max_position_embeddings=256, **deepcopy(fields)).rope_parameters
+    assert {key: found.rope[key] for key in theirs} == theirs
 
 
 @pytest.mark.parametrize(
