@@ -70,8 +70,8 @@ class LlamaCanvasReader:
     def __init__(self, engine: LlamaCpp, model: Any, canvas: Canvas) -> None:
         if canvas.options.approximate_cache:
             raise RequestError(
-                "`approximate_cache` writes states in the middle of a text, and llama.cpp's cache "
-                "takes them at its end only",
+                "the approximate cache writes states in the middle of a text, and llama.cpp takes "
+                "them at its end only",
                 argument="approximate_cache",
             )
         self.canvas = canvas

@@ -159,12 +159,11 @@ def _exact(
             rounding = max(rounding, float((one - _logits_of(model, ids, noisy)).abs().max()))
     bound = max(TOLERANCE, _ROUNDINGS * rounding)
     # Of another model the text says nothing more.
-    for ids in prompts if difference <= bound else ():
-        for threshold in THRESHOLDS:
-            mine, written = (_text(one, ids, threshold) for one in (model, theirs))
-            decoded += len(mine)
-            equal += int((mine == written).sum())
-            texts += 1
+    for threshold in THRESHOLDS if difference <= bound else ():
+        mine, written = (_texts(one, prompts, threshold) for one in (model, theirs))
+        decoded += mine.numel()
+        equal += int((mine == written).sum())
+        texts += len(prompts)
     planned = len(prompts) * len(THRESHOLDS)
     return Proof(engine, difference, bound, texts, planned, decoded, equal)
 
@@ -186,16 +185,21 @@ def _rounded_once_more(model: Any, draw: torch.Generator) -> Iterator[None]:
         hook.remove()
 
 
-def _text(model: Any, ids: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return the tokens that a model writes behind a prompt (length,)."""
+def _texts(model: Any, prompts: Sequence[torch.Tensor], threshold: float) -> torch.Tensor:
+    """Return the tokens that a model writes behind prompts, (prompts, new), all in one batch."""
+    width = max(map(len, prompts))
+    ids, seen = torch.zeros(2, len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], seen[row, : len(prompt)] = prompt, 1
     written: torch.Tensor = model.generate(
-        ids[None],
+        ids,
+        attention_mask=seen,
         max_new_tokens=_NEW_TOKENS,
         confidence_threshold=threshold,
         eos_token_id=None,
         **denoised(model),
     )
-    return written[0, len(ids) :]
+    return written[:, width:]
 
 
 def _near(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError, IncompatibleError, RequestError
 from dllm_convert.planning.layouts.gguf import llama3_factors
-from dllm_convert.serving import gguf_export
-from dllm_convert.serving.run import RECORD, export
+from dllm_convert.serving import dangers, gguf_export
+from dllm_convert.serving.run import RECORD, export, read_converted
 from dllm_convert.source.gguf_header import GgufHeader, read_gguf_header
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
@@ -157,9 +159,37 @@ def test_factors_of_llama3_are_those_of_transformers() -> None:
     config = LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters=rope)
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 5e5 ** (torch.arange(0, 64, 2) / 64)
-    factors = torch.tensor(llama3_factors(rope, 64))
+    factors = torch.tensor(llama3_factors(rope, 64, 64))
     assert torch.allclose(plain / factors, frequencies, rtol=1e-5, atol=0)
     assert len(set(factors.tolist())) > 3  # short, long and blended waves
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 7e5}},
+        {"rope_parameters": {"rope_theta": 7e5}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 7e5},
+        },
+    ],
+)
+def test_rotary_parameters_are_read_as_transformers_reads_them(
+    fields: dict[str, Any], converted: Make
+) -> None:
+    from transformers import LlamaConfig
+
+    found, _ = read_converted(converted("llama"))
+    found = dataclasses.replace(found, config={"max_position_embeddings": 256, **fields})
+    theirs = LlamaConfig(max_position_embeddings=256, **deepcopy(fields)).rope_parameters
+    assert {key: found.rope[key] for key in theirs} == theirs
 
 
 @pytest.mark.parametrize(
@@ -273,6 +303,7 @@ for folder, out, outtype in json.loads(sys.argv[1]):
     sys.argv = ["convert", folder, "--outfile", out, "--outtype", outtype]
     converter.main()
 """
+DIFFUSION = {"llama": "LLaDAModelLM", "qwen2": "DreamModel"}
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -285,6 +316,14 @@ THEIRS = frozenset(
     | {"tokenizer.ggml.add_sep_token"}
 )
 """Keys that it makes of the folder's name and of a card, and one that is false where it lacks."""
+
+
+def relabelled(folder: Path, architecture: str) -> Path:
+    """Have a conversion's config name another class, and rotary frequencies as all read them."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": [architecture], "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +344,17 @@ def theirs(
             out = root / f"{family}-{outtype}.gguf"
             found[family, outtype] = file_of(ours.path), out
             work.append((str(folder), str(out), outtype))
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"architectures": [ARCHITECTURES[family]], "rope_theta": 1e4}
-        (folder / "config.json").write_text(json.dumps(config))
+        relabelled(folder, ARCHITECTURES[family])
+    for family, name in DIFFUSION.items():
+        folder = root / f"{family}-diffusion"
+        convert(source_cache(family), folder, "mdlm")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dangers, "MASK_BOUND", 1.0)
+            patch.setattr(dangers, "ROWS_BOUND", 1.0)
+            ours = export(folder, "gguf-diffusion", root / f"{family}-d", outtype="f32")
+        out = root / f"{family}-d.gguf"
+        found[family, "diffusion"] = file_of(ours.path), out
+        work.append((str(relabelled(folder, name)), str(out), "f32"))
     environment = os.environ | {"PYTHONPATH": str(engine), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CONVERT, json.dumps(work)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -333,6 +380,21 @@ def test_engine_converter_of_llama_cpp_writes_the_same_tensors(
         if key not in THEIRS and one.metadata.get(key) != value
     }
     assert not different
+
+
+@pytest.mark.parametrize("family", DIFFUSION)
+def test_engine_converter_of_llama_cpp_writes_the_same_diffusion_graph(
+    family: str, theirs: dict[tuple[str, str], tuple[Path, Path]]
+) -> None:
+    mine, other = theirs[family, "diffusion"]
+    one, two = read_gguf_header(mine), read_gguf_header(other)
+    graph = one.metadata["general.architecture"]
+    assert graph == two.metadata["general.architecture"]
+    assert one.metadata[f"{graph}.attention.causal"] is False
+    assert two.metadata[f"{graph}.attention.causal"] is False
+    assert set(one.tensors) == set(two.tensors)
+    for name in one.tensors:
+        assert np.array_equal(rows_of(mine, one, name), rows_of(other, two, name)), name
 
 
 def test_a_broken_checkpoint_leaves_nothing(converted: Make) -> None:

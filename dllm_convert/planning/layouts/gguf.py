@@ -84,7 +84,8 @@ _FACTORS = frozenset({"llama"})
 """Graphs that read factors of rotary frequencies."""
 
 
-def _size(converted: Converted, name: str) -> int:
+def size_of(converted: Converted, name: str) -> int:
+    """Return a size of the class, as it reads the config: what that leaves out has a default."""
     # Families of llama.cpp are all declared, which is asked first.
     return sizes_of(cast(ClassTensors, converted.adapter.tensors), converted.config)[name]
 
@@ -97,15 +98,15 @@ def model_keys(architecture: str, converted: Converted) -> dict[str, Any]:
         converted: The checkpoint.
     """
     section, rope = converted.section, converted.rope
-    width, eps = _size(converted, "head_dim"), converted.config.get("rms_norm_eps")
+    width, eps = size_of(converted, "head_dim"), converted.config.get("rms_norm_eps")
     known = {
         "rope_theta": float(rope.get("rope_theta", 1e4)),
         "rms_norm_eps": _EPS if eps is None else float(eps),
         "vocab_size": converted.entries[converted.adapter.embedding].shape[0],
-        "num_key_value_heads": _size(converted, "keys") // width,
+        "num_key_value_heads": size_of(converted, "keys") // width,
     }
     found = {
-        f"{architecture}.{key}": known[name] if name in known else _size(converted, name)
+        f"{architecture}.{key}": known[name] if name in known else size_of(converted, name)
         for key, name in CONFIG_KEYS.items()
     }
     found |= {
@@ -121,10 +122,7 @@ def model_keys(architecture: str, converted: Converted) -> dict[str, Any]:
             f"{architecture}.rope.scaling.factor": float(rope["factor"]),
         }
     if rope.get("rope_type") == "yarn":
-        original = rope.get("original_max_position_embeddings")
-        found[f"{architecture}.rope.scaling.original_context_length"] = int(
-            original or _size(converted, "max_position_embeddings")
-        )
+        found[f"{architecture}.rope.scaling.original_context_length"] = _trained_on(converted)
     if section.block_size:
         found[BLOCK_KEY] = section.block_size
     return found
@@ -137,10 +135,10 @@ def model_tensors(architecture: str, converted: Converted) -> tuple[Stored, ...]
         architecture: The graph.
         converted: The checkpoint.
     """
-    width = _size(converted, "head_dim")
+    width = size_of(converted, "head_dim")
     heads = {
-        ".attn_q.": _size(converted, "queries") // width,
-        ".attn_k.": _size(converted, "keys") // width,
+        ".attn_q.": size_of(converted, "queries") // width,
+        ".attn_k.": size_of(converted, "keys") // width,
     }
     found = []
     for source, entry in converted.entries.items():
@@ -156,7 +154,7 @@ def model_tensors(architecture: str, converted: Converted) -> tuple[Stored, ...]
             )
         )
     if converted.rope.get("rope_type") == "llama3":
-        factors = llama3_factors(converted.rope, width)
+        factors = llama3_factors(converted.rope, width, _trained_on(converted))
         found.append(Stored(FACTORS, None, (len(factors),), 0, factors, exact=True))
     return tuple(sorted(found, key=_place))
 
@@ -166,7 +164,13 @@ def _place(stored: Stored) -> tuple[int, str]:
     return (int(rest.partition(".")[0]) + 1 if first == "blk" else 0, stored.name)
 
 
-def llama3_factors(rope: Mapping[str, Any], width: int) -> tuple[float, ...]:
+def _trained_on(converted: Converted) -> int:
+    """Return the context in which positions were learnt, before they were stretched."""
+    told = converted.rope.get("original_max_position_embeddings")
+    return int(told or size_of(converted, "max_position_embeddings"))
+
+
+def llama3_factors(rope: Mapping[str, Any], width: int, old: int) -> tuple[float, ...]:
     """Return by what Llama 3 divides each rotary frequency, (width / 2,).
 
     Long waves are stretched by `factor`, short ones left alone; between, the two are blended.
@@ -174,8 +178,9 @@ def llama3_factors(rope: Mapping[str, Any], width: int) -> tuple[float, ...]:
     Args:
         rope: Parameters of the rotary embedding.
         width: Width of a head.
+        old: Context before positions were stretched.
     """
-    factor, old = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    factor = float(rope["factor"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     found = []
     for pair in range(0, width, 2):

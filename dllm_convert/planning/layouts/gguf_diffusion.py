@@ -20,6 +20,7 @@ from dllm_convert.planning.layouts.gguf import (
     model_keys,
     model_tensors,
     ropes,
+    size_of,
 )
 from dllm_convert.planning.layouts.target import (
     Converted,
@@ -48,12 +49,12 @@ def _whole_texts(converted: Converted) -> Iterator[Refusal]:
 
 
 def _square(converted: Converted) -> Iterator[Refusal]:
-    config, family = converted.config, converted.adapter.model_type
-    width = config["num_attention_heads"] * converted.head_dim
-    if family == "qwen2" and width != config["hidden_size"]:
+    if GRAPHS.get(converted.adapter.model_type) != "dream":
+        return
+    width, hidden = size_of(converted, "queries"), size_of(converted, "hidden_size")
+    if width != hidden:
         yield Refusal(
-            f"its heads are {width} wide together, and Dream's have the hidden size, "
-            f"{config['hidden_size']}",
+            f"its heads are {width} wide together, and Dream's have the hidden size, {hidden}",
             "Export --to gguf",
         )
 
@@ -91,7 +92,7 @@ def _tensors(converted: Converted) -> tuple[Stored, ...]:
 
 def _with_experts(tensors: tuple[Stored, ...], converted: Converted) -> Iterator[Stored]:
     """Yield matrices of a layer's network as those of its one expert, each behind its router's."""
-    width = converted.config["hidden_size"]
+    width = size_of(converted, "hidden_size")
     for stored in tensors:
         stem, _, suffix = stored.name.rpartition(".")
         layer, _, part = stem.rpartition(".")

@@ -37,14 +37,17 @@ class Converted:
 
     @property
     def rope(self) -> Mapping[str, Any]:
-        """The rotary embedding's parameters, the older flat field read like the newer one."""
-        newer = self.config.get("rope_parameters")
-        if isinstance(newer, Mapping):
-            return newer
-        older = self.config.get("rope_scaling") or {}
-        # Before it was `rope_type` the field was `type`.
-        kind = {"rope_type": older.get("type", "default")}
-        return {**kind, **older, "rope_theta": self.config.get("rope_theta", 1e4)}
+        """The rotary embedding's parameters, as transformers puts them together.
+
+        The older field wins where there are two, and older names stand where newer ones lack.
+        """
+        config = self.config
+        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        return {
+            "rope_type": given.get("type", "default"),
+            "rope_theta": config.get("rope_theta", 1e4),
+            **given,
+        }
 
     @property
     def head_dim(self) -> int:
