@@ -14,6 +14,7 @@ from conftest import SourceFactory
 from hub_server import LoopbackHub, serve
 from pushing import TOKEN, Done, checkpoint, command
 
+import dllm_convert as dc
 from dllm_convert.common.json_files import write_config
 from dllm_convert.common.manifest import (
     EXPORT_FILE,
@@ -22,6 +23,7 @@ from dllm_convert.common.manifest import (
     read_manifest,
     write_manifest,
 )
+from dllm_convert.errors import DataError
 from dllm_convert.serving import dangers
 from dllm_convert.serving.run import export
 
@@ -155,6 +157,27 @@ def test_what_is_missing_changed_or_not_said_is_refused(
     refused(push("--base-model", CONVERSION), 4, "was not verified when it was exported")
     assert not hub.store.repos
     assert push("--base-model", CONVERSION, "--force-unverified").code == 0
+
+
+DAMAGE: dict[str, Any] = {
+    "files": {"config.json": "short"},
+    "engines": "dLLM",
+    "target": None,
+    "source": {"name": "tiny", "language": "en"},
+    "card": [],
+}
+
+
+@pytest.mark.parametrize("key", DAMAGE)
+def test_a_record_that_export_did_not_write_is_refused(
+    key: str, folder: Path, tmp_path: Path
+) -> None:
+    record(folder, **{key: DAMAGE[key]})
+    with pytest.raises(DataError, match=rf"dllm_export\.json: {key} is not what"):
+        dc.push(folder, REPO, base_model=CONVERSION)
+    (folder / EXPORT_FILE).write_text("[")
+    with pytest.raises(DataError):
+        dc.push(folder, REPO, base_model=CONVERSION)
 
 
 def test_an_export_remembers_whether_its_conversion_was_verified(
