@@ -15,6 +15,7 @@ from hub_server import LoopbackHub, serve
 from pushing import TOKEN, Done, checkpoint, command
 
 import dllm_convert as dc
+from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.json_files import write_config
 from dllm_convert.common.manifest import (
     EXPORT_FILE,
@@ -111,12 +112,18 @@ def test_a_repository_of_its_own_names_the_conversion(
 def test_a_quantisation_says_that_it_is_one(
     hub: LoopbackHub, folder: Path, push: Callable[..., Done]
 ) -> None:
-    for outtype, relation in (("Q8_0", "quantized"), ("F16", None)):
-        record(folder, outtype=outtype)
+    # Its millions of bytes may spell anything: they are compared, not read.
+    whole = folder / "tiny.gguf"
+    whole.write_bytes(b"GGUF" + TOKEN.encode() + bytes(range(256)))
+    files = json.loads((folder / EXPORT_FILE).read_text())["files"]
+    for outtype, relation in (("Q8_0", "quantized"), ("Q4_K_M", "quantized"), ("F16", None)):
+        record(folder, outtype=outtype, files=files | {whole.name: sha256_file(whole)})
         repo_id = f"me/tiny-{outtype}"
         done = push("--base-model", CONVERSION, repo_id=repo_id)
         assert done.code == 0, done.stderr
-        assert metadata(held(hub, repo_id)).get("base_model_relation") == relation
+        published = held(hub, repo_id)
+        assert metadata(published).get("base_model_relation") == relation
+        assert published[whole.name] == whole.read_bytes()
 
 
 def test_a_revision_of_the_conversion_holds_the_export_alone(
