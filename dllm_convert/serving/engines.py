@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
+from dllm_convert.common.secrets_found import without_secrets
 from dllm_convert.errors import RequestError, VerificationError
 
 ONE_THREAD = dict.fromkeys(
@@ -164,7 +165,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"},
+            env=without_secrets(os.environ) | ONE_THREAD | {"HF_HUB_OFFLINE": "1"},
         )
         # Pipes, as asked for above.
         self._orders = cast(IO[bytes], self._process.stdin)
