@@ -112,8 +112,7 @@ def _base_model(options: PushOptions) -> str:
     if options.create_pr or revision == DEFAULT_REVISION:
         raise RequestError(
             "an export names the conversion that it was made from, and nothing says where that is",
-            hint="Give it with `--base-model namespace/name`, or push to a --revision of its "
-            "repository",
+            hint="Give `base_model`, as namespace/name, or push to a `revision` of its repository",
             argument="base_model",
         )
     return options.repo_id

@@ -147,7 +147,7 @@ def test_a_revision_of_the_conversion_holds_the_export_alone(
 def test_what_is_missing_changed_or_not_said_is_refused(
     hub: LoopbackHub, conversion: Path, folder: Path, push: Callable[..., Done]
 ) -> None:
-    refused(push(), 2, "--base-model namespace/name")
+    refused(push(), 2, "Give --base-model")
     refused(push("--base-model", "not a name"), 2, "expected namespace/name")
     refused(push("--adapter-only", "--base-model", CONVERSION), 2, "is for conversions")
     refused(push("--base-model", CONVERSION, of=conversion), 2, "is for exports")
