@@ -17,7 +17,7 @@ import numpy as np
 
 from dllm_convert.serving.engines import EngineCode, Questions
 
-CODE = EngineCode("Pretend", "pretend_engine", "pretend-engine", None, "pretend_engine")
+CODE = EngineCode("Pretend", "pretend_engine", "pretend-engine", "1.0", None, "pretend_engine")
 PLACE = "PRETEND"
 """Variable with the folder."""
 TEXTS_BEFORE = 4

@@ -48,6 +48,7 @@ class EngineName(StrEnum):
     MLX_VLM = "mlx-vlm"
     VLLM = "vllm"
     LLAMA_CPP = "llama.cpp"
+    LLAMA_DIFFUSION_CLI = "llama-diffusion-cli"
     DLLM = "dllm"
 
 

@@ -14,6 +14,8 @@ from dllm_convert.errors import IncompatibleError
 
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
+SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+"""Words in the names of variables that hold credentials."""
 _SECRETS = {
     "an access token of the Hub": r"\bhf_[A-Za-z0-9]{16,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
@@ -49,6 +51,15 @@ class Finding:
     what: str
     line: int
     found: str
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for code of others: without variables that hold credentials."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not any(word in name.upper() for word in SECRET_NAMES)
+    }
 
 
 def _known_tokens() -> Iterator[str]:

@@ -35,7 +35,7 @@ class ConversionRequest(TypedDict, total=False):
         global_batch: Sequences per optimizer step, over all processes.
         preset: Name of a preset whose settings are taken.
         serve: Engine that is to serve the result: `sglang`, `lmdeploy`, `mlx-vlm`, `vllm`,
-            `llama.cpp` or `dllm`; chooses target, token shift and AR loss.
+            `llama.cpp`, `llama-diffusion-cli` or `dllm`; chooses target, token shift and AR loss.
         lora: Train LoRA of this rank.
         full: Train all weights.
         train: False converts without training.

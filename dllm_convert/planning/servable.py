@@ -65,11 +65,13 @@ def served(plan: ConversionPlan) -> dict[str, Any] | None:
             f"this version writes no layout that {engine} reads",
             hint=f"Engines that one is written for: {', '.join(_engines())}",
         )
-    converted = _converted(plan)
-    refused = {target.name: tuple(target.refusals(converted)) for target in layouts}
+    refused = {target.name: why for target, why in reachable(_converted(plan))}
     found = next((target for target in layouts if not refused[target.name]), None)
     if found is None:
-        name, refusals = min(refused.items(), key=lambda item: len(item[1]))
+        name, refusals = min(
+            ((target.name, refused[target.name]) for target in layouts),
+            key=lambda item: len(item[1]),
+        )
         raise IncompatibleError(
             f"{engine} could not serve it ({name}): "
             + "; ".join(refusal.reason for refusal in refusals),

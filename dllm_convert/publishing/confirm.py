@@ -11,7 +11,6 @@ from dllm_convert.adapters import adapter_of
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.disk import writing
-from dllm_convert.common.json_files import load_json_object
 from dllm_convert.common.manifest import (
     EXPORT_FILE,
     MANIFEST_FILE,
@@ -21,6 +20,7 @@ from dllm_convert.common.manifest import (
 )
 from dllm_convert.errors import HubError, VerificationError
 from dllm_convert.publishing.adapter import check_adapter
+from dllm_convert.publishing.export_record import read_record
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.hub_errors import hub_errors
 from dllm_convert.verification.report import files_only
@@ -63,7 +63,7 @@ def confirm(
     """
     # The staged files were compared with these hashes: they are not read once more.
     export = not (staged / MANIFEST_FILE).is_file()
-    known = load_json_object(staged / EXPORT_FILE) if export else read_manifest(staged)
+    known = read_record(staged / EXPORT_FILE) if export else read_manifest(staged)
     hashes = known["files"] | {
         name: sha256_file(staged / name)
         for name in (*WRITTEN_LAST, EXPORT_FILE)

@@ -13,12 +13,13 @@ from dllm_convert.card.metadata import dump_front_matter
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.disk import link, write_whole
 from dllm_convert.common.hub_names import LICENCES, is_model_id, language_codes
-from dllm_convert.common.json_files import load_json_object, write_config
+from dllm_convert.common.json_files import write_config
 from dllm_convert.common.manifest import CARD_FILE, EXPORT_FILE, MANIFEST_FILE, git_blob
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.version import __version__
 from dllm_convert.common.work_folder import WORK, locked
 from dllm_convert.errors import DataError, RequestError, VerificationError
+from dllm_convert.publishing.export_record import read_record
 from dllm_convert.publishing.options import PushOptions, PushResult
 from dllm_convert.publishing.push import upload
 from dllm_convert.publishing.remote import RemoteState
@@ -45,7 +46,7 @@ class StagedExport(Staged):
     @property
     def manifest(self) -> dict[str, Any]:
         """Content of its dllm_export.json, its card as git names it."""
-        return load_json_object(self.folder / EXPORT_FILE)
+        return read_record(self.folder / EXPORT_FILE)
 
     def takes_the_place(self, remote: RemoteState, revision: str) -> bool:
         """Whether a new branch still holds the conversion, which stays on its own."""
@@ -71,7 +72,7 @@ def push_export(folder: Path, options: PushOptions, reporter: Reporter) -> PushR
     for name in ("adapter_only", "max_shard_size"):
         if getattr(options, name):
             raise RequestError(f"`{name}` is for conversions, not for exports", argument=name)
-    record = load_json_object(folder / EXPORT_FILE)
+    record = read_record(folder / EXPORT_FILE)
     source = record["source"]
     if not source.get("verified") and not options.force_unverified:
         raise VerificationError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.copying import sha256_file
-from dllm_convert.common.json_files import load_json_object
 from dllm_convert.common.manifest import (
     CARD_FILE,
     EXPORT_FILE,
@@ -20,6 +19,7 @@ from dllm_convert.common.manifest import (
 )
 from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import DataError, HubError
+from dllm_convert.publishing.export_record import read_record
 
 OWN_FILES = (".gitattributes", ".gitignore", CARD_FILE)
 """Files a repository may hold before anything was published: the Hub or its owner made them."""
@@ -122,7 +122,7 @@ def read_remote(
         path = Path(api.hf_hub_download(repo_id, name, revision=commit, cache_dir=scratch))
         try:
             conversion = name == MANIFEST_FILE
-            manifest = read_manifest(path.parent) if conversion else load_json_object(path)
+            manifest = read_manifest(path.parent) if conversion else read_record(path)
         except DataError:
             manifest = {}
     return RemoteState(repo_id, commit, bool(info.private), files, manifest)

@@ -15,7 +15,16 @@ PIECE = 1 << 22
 """Characters of a text that are looked at together, whatever its length."""
 OVERLAP = 1 << 12
 """Characters that two pieces share: longer than any credential."""
-_UNREAD = ("*.safetensors", "*.png", "*.gif", "tokenizer.json", "vocab.*", "merges.txt", "*.model")
+_UNREAD = (
+    "*.safetensors",
+    "*.gguf",
+    "*.png",
+    "*.gif",
+    "tokenizer.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 """Weights, pictures and vocabularies, whose millions of pieces spell anything."""
 _OF_THE_BASE = (
     *("chat_template*", "additional_chat_templates/*", "tokenizer_config.json", "*.py"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Serve = Literal["sglang", "lmdeploy", "mlx-vlm", "vllm", "llama.cpp", "dllm"]
+Serve = Literal["sglang", "lmdeploy", "mlx-vlm", "vllm", "llama.cpp", "llama-diffusion-cli", "dllm"]
 """Engines, their names in small letters as `export` has them."""
 
 
@@ -48,6 +48,7 @@ NEEDS: Mapping[str, Mapping[str, Need]] = {
     "mlx-vlm": _BLOCKS,
     "vllm": _CAUSAL,
     "llama.cpp": _MASKS,
+    "llama-diffusion-cli": {"target": Need("mdlm", "denoises a whole text at once"), **_MASKS},
     "dllm": _OPEN,
 }
 """Engine to dotted fields of a recipe. What it asks of the family is not the recipe's: the plan

@@ -251,6 +251,9 @@ class _Layers:
                 continue
             self._put(path, need.value, origin)
             self.ranks[path] = rank
+            if need.value == "mdlm" and self.ranks.get("block_size", -1) < rank:
+                # The size belonged to the bd3lm that this replaces.
+                self.values.pop("block_size", None)
 
     def validate(self) -> Recipe:
         """Check every field against the schema, and all of them against each other.

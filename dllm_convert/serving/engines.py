@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
+from dllm_convert.common.secrets_found import without_secrets
 from dllm_convert.errors import RequestError, VerificationError
 
 ONE_THREAD = dict.fromkeys(
@@ -36,6 +37,7 @@ class EngineCode:
         name: The engine.
         package: What is imported.
         distribution: What it is called in an index.
+        tried: Release that it was run with here; its insides are no interface.
         extra: Extra of this package that installs it; None: it cannot be had that way.
         module: Module of this package that has `load`, which makes a `Reader` of a folder.
         writes: Whether its sampler runs here too.
@@ -44,6 +46,7 @@ class EngineCode:
     name: str
     package: str
     distribution: str
+    tried: str
     extra: str | None
     module: str
     writes: bool = True
@@ -52,6 +55,17 @@ class EngineCode:
     def installed(self) -> bool:
         """Whether it can be imported here."""
         return importlib.util.find_spec(self.package) is not None
+
+    @property
+    def advice(self) -> str:
+        """What to do where it does not agree."""
+        if self.version == self.tried:
+            return "Nothing was written. Report it, with the versions of both"
+        return (
+            f"This was tried with {self.name} {self.tried}, here is {self.version}: pip install "
+            f"'{self.distribution}=={self.tried}'; without --prove the bytes are compared all the "
+            "same"
+        )
 
     @property
     def version(self) -> str:
@@ -63,13 +77,19 @@ class EngineCode:
 
 
 MLX_VLM = EngineCode(
-    "mlx-vlm", "mlx_vlm", "mlx-vlm", "serve-mlx", "dllm_convert.serving.mlx_engine"
+    "mlx-vlm", "mlx_vlm", "mlx-vlm", "0.7.10", "serve-mlx", "dllm_convert.serving.mlx_engine"
 )
 SGLANG = EngineCode(
-    "SGLang", "sglang", "sglang", "serve-sglang", "dllm_convert.serving.sglang_engine"
+    "SGLang", "sglang", "sglang", "0.5.23", "serve-sglang", "dllm_convert.serving.sglang_engine"
 )
 LMDEPLOY = EngineCode(
-    "LMDeploy", "lmdeploy", "lmdeploy", None, "dllm_convert.serving.lmdeploy_engine", writes=False
+    "LMDeploy",
+    "lmdeploy",
+    "lmdeploy",
+    "0.18.0",
+    None,
+    "dllm_convert.serving.lmdeploy_engine",
+    writes=False,
 )
 ENGINES: Mapping[str, tuple[EngineCode, ...]] = {
     "sdar": (SGLANG, LMDEPLOY),
@@ -164,7 +184,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"},
+            env=without_secrets(os.environ) | ONE_THREAD | {"HF_HUB_OFFLINE": "1"},
         )
         # Pipes, as asked for above.
         self._orders = cast(IO[bytes], self._process.stdin)
@@ -204,7 +224,7 @@ class EngineProcess:
                 if "failed" in said:
                     raise VerificationError(
                         f"{self.code.name} cannot read the export: {said['failed']}",
-                        hint="Nothing was written. Report it, with the versions of both",
+                        hint=self.code.advice,
                     )
                 if "read" in said:
                     self._send(agreed(found))

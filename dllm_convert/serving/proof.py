@@ -275,8 +275,7 @@ def _prove(code: EngineCode, out: Path, ours: _Ours, reporter: Reporter) -> Proo
     )
     if difference > tolerance or equal != decoded:
         raise VerificationError(
-            f"{proof.engine} reads another model: {proof.in_words()}",
-            hint="Nothing was written. Report it, with the versions of both",
+            f"{proof.engine} reads another model: {proof.in_words()}", hint=code.advice
         )
     if asked.thresholds and len(answers.texts) < len(asked.prompts):
         raise _proves_too_little(code, f"{len(answers.texts)} of {proof.planned} texts written")

@@ -93,7 +93,7 @@ class Export(Printed):
             f"Export for {' and '.join(self.engines)}: {self.path}",
             "Checked",
             *checked,
-            "Start it with",
+            *(["Start it with"] if self.launch else []),
             *(f"  {line}" for line in self.launch),
         ]
 

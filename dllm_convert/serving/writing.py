@@ -116,10 +116,9 @@ def _write(
 ) -> None:
     for span in piece.spans:
         if span.source is None:
-            row = span.own or bytes(piece.row_bytes)
-            for _ in range(span.rows):
-                hashes.written(row)
-                write_all(out, row)
+            for part in _repeated(span.own or bytes(piece.row_bytes), span.rows):
+                hashes.written(part)
+                write_all(out, part)
             continue
         handle, start = _place_of(span, piece.row_bytes, handles, headers)
         copy_part(handle, out, start, span.rows * piece.row_bytes, hashes, advance)
@@ -170,11 +169,10 @@ def prove(pieces: Sequence[Piece], source: Path, out: Path, headers: Mapping[str
             for span in piece.spans:
                 size = span.rows * piece.row_bytes
                 if span.source is None:
-                    row = span.own or bytes(piece.row_bytes)
-                    same = all(
-                        os.pread(handle, len(row), at + offset) == row
-                        for offset in range(0, size, len(row))
-                    )
+                    offset, same = at, True
+                    for part in _repeated(span.own or bytes(piece.row_bytes), span.rows):
+                        same = same and os.pread(handle, len(part), offset) == part
+                        offset += len(part)
                 else:
                     origin, start = _place_of(span, piece.row_bytes, old, headers)
                     same = all(
@@ -186,6 +184,16 @@ def prove(pieces: Sequence[Piece], source: Path, out: Path, headers: Mapping[str
                     raise _differs(name, "does not hold the rows of its source")
                 at, compared = at + size, compared + size
     return compared
+
+
+def _repeated(row: bytes, count: int) -> Iterator[bytes]:
+    """Yield a row so many times over, many at once: a vocabulary grows by a hundred thousand."""
+    together = max(1, min(count, _AT_ONCE // max(1, len(row))))
+    block, (whole, rest) = row * together, divmod(count, together)
+    for _ in range(whole):
+        yield block
+    if rest:
+        yield row * rest
 
 
 def _parts(size: int) -> Iterator[tuple[int, int]]:

@@ -14,6 +14,8 @@ from conftest import SourceFactory
 from hub_server import LoopbackHub, serve
 from pushing import TOKEN, Done, checkpoint, command
 
+import dllm_convert as dc
+from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.json_files import write_config
 from dllm_convert.common.manifest import (
     EXPORT_FILE,
@@ -22,6 +24,7 @@ from dllm_convert.common.manifest import (
     read_manifest,
     write_manifest,
 )
+from dllm_convert.errors import DataError
 from dllm_convert.serving import dangers
 from dllm_convert.serving.run import export
 
@@ -109,12 +112,18 @@ def test_a_repository_of_its_own_names_the_conversion(
 def test_a_quantisation_says_that_it_is_one(
     hub: LoopbackHub, folder: Path, push: Callable[..., Done]
 ) -> None:
-    for outtype, relation in (("Q8_0", "quantized"), ("F16", None)):
-        record(folder, outtype=outtype)
+    # Its millions of bytes may spell anything: they are compared, not read.
+    whole = folder / "tiny.gguf"
+    whole.write_bytes(b"GGUF" + TOKEN.encode() + bytes(range(256)))
+    files = json.loads((folder / EXPORT_FILE).read_text())["files"]
+    for outtype, relation in (("Q8_0", "quantized"), ("Q4_K_M", "quantized"), ("F16", None)):
+        record(folder, outtype=outtype, files=files | {whole.name: sha256_file(whole)})
         repo_id = f"me/tiny-{outtype}"
         done = push("--base-model", CONVERSION, repo_id=repo_id)
         assert done.code == 0, done.stderr
-        assert metadata(held(hub, repo_id)).get("base_model_relation") == relation
+        published = held(hub, repo_id)
+        assert metadata(published).get("base_model_relation") == relation
+        assert published[whole.name] == whole.read_bytes()
 
 
 def test_a_revision_of_the_conversion_holds_the_export_alone(
@@ -138,7 +147,7 @@ def test_a_revision_of_the_conversion_holds_the_export_alone(
 def test_what_is_missing_changed_or_not_said_is_refused(
     hub: LoopbackHub, conversion: Path, folder: Path, push: Callable[..., Done]
 ) -> None:
-    refused(push(), 2, "--base-model, as namespace/name")
+    refused(push(), 2, "Give --base-model")
     refused(push("--base-model", "not a name"), 2, "expected namespace/name")
     refused(push("--adapter-only", "--base-model", CONVERSION), 2, "is for conversions")
     refused(push("--base-model", CONVERSION, of=conversion), 2, "is for exports")
@@ -155,6 +164,27 @@ def test_what_is_missing_changed_or_not_said_is_refused(
     refused(push("--base-model", CONVERSION), 4, "was not verified when it was exported")
     assert not hub.store.repos
     assert push("--base-model", CONVERSION, "--force-unverified").code == 0
+
+
+DAMAGE: dict[str, Any] = {
+    "files": {"config.json": "short"},
+    "engines": "dLLM",
+    "target": None,
+    "source": {"name": "tiny", "language": "en"},
+    "card": [],
+}
+
+
+@pytest.mark.parametrize("key", DAMAGE)
+def test_a_record_that_export_did_not_write_is_refused(
+    key: str, folder: Path, tmp_path: Path
+) -> None:
+    record(folder, **{key: DAMAGE[key]})
+    with pytest.raises(DataError, match=rf"dllm_export\.json: {key} is not what"):
+        dc.push(folder, REPO, base_model=CONVERSION)
+    (folder / EXPORT_FILE).write_text("[")
+    with pytest.raises(DataError):
+        dc.push(folder, REPO, base_model=CONVERSION)
 
 
 def test_an_export_remembers_whether_its_conversion_was_verified(

@@ -116,7 +116,8 @@ def test_what_proves_nothing_or_the_contrary_is_refused(
     with pytest.raises(VerificationError, match=reason) as caught:
         prove(folder)
     assert caught.value.exit_code == 4
-    assert caught.value.hint
+    advised = "on a machine that does nothing else" if does == "silent" else "pretend-engine==1.0"
+    assert advised in str(caught.value.hint)
 
 
 def test_a_model_that_amplifies_rounding_is_held_against_float64(

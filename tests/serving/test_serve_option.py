@@ -26,6 +26,7 @@ READ = {
     "mlx-vlm": ("llama", "mistral", "qwen2", "qwen3"),
     "vllm": ("llama", "mistral"),
     "llama.cpp": ("llama", "mistral", "qwen2", "qwen3"),
+    "llama-diffusion-cli": ("llama", "mistral", "qwen2", "qwen3"),
     "dllm": ("llama", "qwen2", "qwen3"),
 }
 

@@ -35,7 +35,7 @@ def test_every_layout_has_a_row_and_its_engines() -> None:
     assert documented >= {"sdar", "llada2", "nemotron", "a2d"}
     for codes in ENGINES.values():
         for code in codes:
-            assert f"{code.name} " in PAGE
+            assert f"{code.name} {code.tried}" in PAGE
 
 
 @pytest.mark.parametrize("family", FAMILIES)

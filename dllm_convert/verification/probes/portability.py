@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 from safetensors.torch import load_file, save_file
 
 from dllm_convert.adapters import Adapter
+from dllm_convert.common.secrets_found import without_secrets
 from dllm_convert.errors import DataError
 from dllm_convert.verification.probes.gate import FLAG, strange_code
 from dllm_convert.verification.probes.influence import probe_length
@@ -26,7 +27,6 @@ from dllm_convert.verification.subject import Subject
 SCRIPT = Path(__file__).with_name("_fresh_process.py")
 TIMEOUT_S = 1800
 MAX_LENGTH = 48
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def check_portability(subject: Subject) -> list[Probe]:
@@ -132,12 +132,7 @@ def _compare(
 
 def _environment(scratch: Path) -> dict[str, str]:
     """Return the process's environment: offline, no cache but its own, and no secret to leak."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not any(word in name.upper() for word in _SECRET)
-    }
-    return kept | {
+    return without_secrets(os.environ) | {
         "HF_HOME": str(scratch / "home"),
         "HF_MODULES_CACHE": str(scratch / "modules"),
         "HF_HUB_OFFLINE": "1",
