@@ -287,11 +287,14 @@ class DiffusionTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the NELBO since the last line, over all processes, in nats per token."""
+        """Add the NELBO since the last line, over all processes, in nats per token.
+
+        What drafts are trained on is no bound: there the loss says all there is.
+        """
         if "loss" in logs:
             total, scored = self._total(self._sums).tolist()
             self._sums.zero_()
-            if scored:
+            if scored and self._process.draw != "draft":
                 logs = {**logs, "nelbo": total / scored}
         super().log(logs, *args, **kwargs)
 
