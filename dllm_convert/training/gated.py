@@ -26,15 +26,6 @@ from dllm_convert.modeling.published.gated import (
 from dllm_convert.training.gated_linear import fuse_adapters
 from dllm_convert.training.masters import keep_masters
 
-MASK_RATE = 10.0
-"""Learning rate of the mask's vector in units of the adapter's.
-
-It begins at the mean of all tokens, which is next to nothing, and a step of Adam is as large as the
-rate, whatever the gradient is. Measured (SmolLM2-135M, blocks of 32, 30 steps of 2 x 128 tokens of
-pydoc, the same noise): held-out NELBO 4.962 at 1 and 4.914 at 10 with a rate of 1e-3, 4.878 and
-4.837 with one of 2e-3.
-"""
-
 
 class CleanStates(Cache):
     """Keys and values of clean text, which noisy tokens read and add nothing to.
@@ -110,21 +101,6 @@ def train_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None)
     fill_adapter(model, load_file(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS))
     fuse_adapters(model, dtype)
     return model
-
-
-def hurry_mask_vector(optimizer: Any, model: Any) -> None:
-    """Give the mask's vector its own learning rate, `MASK_RATE` times that of the adapter.
-
-    Args:
-        optimizer: Of the training, before its schedule is made.
-        model: A gated model.
-    """
-    vector = model.get_input_embeddings().mask_vector
-    for group in list(optimizer.param_groups):
-        if any(weight is vector for weight in group["params"]):
-            group["params"] = [weight for weight in group["params"] if weight is not vector]
-            rate = group["lr"] * MASK_RATE
-            optimizer.add_param_group({**group, "params": [vector], "lr": rate})
 
 
 def save_states(model: Any, folder: Path) -> None:

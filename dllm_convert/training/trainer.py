@@ -23,12 +23,7 @@ from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
 from dllm_convert.training.distributed import reduce_in_float32
 from dllm_convert.training.fused_head import FusedHead
-from dllm_convert.training.gated import (
-    hurry_mask_vector,
-    load_states,
-    read_clean,
-    save_states,
-)
+from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
 
 
@@ -263,13 +258,6 @@ class DiffusionTrainer(Trainer):
         states, nats = read_clean(model, reading, self._in_form("read", reading), objective)
         self._sums[0] += len(views) * nats.sum()
         return forward.to(device), {"past_key_values": states}
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer; of a gated model the mask's vector has a rate of its own."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self._objective.is_gated:
-            hurry_mask_vector(optimizer, self.model)
-        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write what is trained; of a gated model that is its adapter."""
