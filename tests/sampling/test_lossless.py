@@ -199,6 +199,9 @@ def test_drafts_that_are_right_are_deep() -> None:
     assert policy.choose(8, 100).size <= LARGEST.size
     assert policy.choose(2, 100).depth == 2, "no more than was drafted"
     assert policy.choose(8, 1) == Tree((), 0), "nothing behind the last token"
+    shallow = DraftPolicy("cpu", rows=1, ahead=0, most=2)
+    shallow._seen, shallow._hits = policy._seen, policy._hits
+    assert shallow.choose(8, 100).depth == 2, "no deeper than it was trained"
 
 
 @pytest.mark.parametrize(

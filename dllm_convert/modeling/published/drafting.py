@@ -120,11 +120,12 @@ class DraftPolicy:
         rows: Rows of the batch.
         ahead: Masks that stand before the first drafted position: 1 without token shift, where
             the first mask of a group writes what the verifier says anyway.
+        most: Drafts behind a token at the most: a block less the token that the verifier writes.
     """
 
-    def __init__(self, kind: str, rows: int, ahead: int) -> None:
+    def __init__(self, kind: str, rows: int, ahead: int, most: int = _DEEPEST) -> None:
         self._costs = _COSTS.get(kind, _COSTS[""])
-        self._ahead = ahead
+        self._ahead, self._most = ahead, min(max(most, 1), _DEEPEST)
         seen, shares = _PRIOR
         self._seen = [seen] * _DEEPEST
         self._hits = [[seen * share for share in shares] for _ in range(_DEEPEST)]
@@ -159,7 +160,7 @@ class DraftPolicy:
 
     def _trees(self, most: int) -> Iterator[Tree]:
         yield Tree((), 0)
-        for depth in range(1, min(_DEEPEST, most) + 1):
+        for depth in range(1, min(self._most, most) + 1):
             for first in range(1, MOST_RANK + 1):
                 for second in (1, 2) if depth > 1 else (0,):
                     widths = (first, *((second,) if second else ()), *(1,) * (depth - 2))

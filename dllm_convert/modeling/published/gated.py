@@ -64,11 +64,14 @@ class _Seen:
     Attributes:
         noisy: Where the adapter acts, shape (batch, length, 1), bool; None for nowhere.
         everywhere: Whether that is everywhere.
+        first: Column from which on it is everywhere, in all rows, and nowhere before; None where
+            that is not so, or not known.
         masked: Where the mask vector stands, shape (batch, length, 1), bool; None for nowhere.
     """
 
     noisy: torch.Tensor | None = None
     everywhere: bool = False
+    first: int | None = None
     masked: torch.Tensor | None = None
 
 
@@ -109,8 +112,8 @@ class Gate:
         seen = _Seen()
         if noisy is not None:
             # Looking on a device would have the host wait for it.
-            everywhere = noisy.device.type == "cpu" and bool(noisy.all())
-            seen = _Seen(noisy[..., None], everywhere)
+            first = _begins(noisy) if noisy.device.type == "cpu" else None
+            seen = _Seen(noisy[..., None], first == 0, first)
         if tokens is not None and self.mask_token_id >= self.rows:
             masked = tokens == self.mask_token_id
             # Where nothing is noisy a mask is what nobody reads: a column that is written over.
@@ -123,6 +126,13 @@ class Gate:
     def again(self) -> Any:
         """A context in which layers are computed a second time as they are computed now."""
         return _told(self.seen)
+
+
+def _begins(noisy: torch.Tensor) -> int | None:
+    """The column (of batch, length) from which on all is noisy and nothing before; else None."""
+    first = int((~noisy[0]).sum()) if len(noisy) else 0
+    level = bool(noisy[:, first:].all()) and not bool(noisy[:, :first].any())
+    return first if level else None
 
 
 @contextmanager
@@ -146,6 +156,13 @@ class LowRank:
         """Return what the layer returns instead; None where nothing is noisy."""
         seen = self.gate.seen
         if seen.noisy is None:
+            return None
+        if seen.first is not None and not torch.is_grad_enabled():
+            # Decoding: a few tokens, and each operation more is as long as their arithmetic.
+            down, up = layer.lora_A.weight, layer.lora_B.weight
+            low = torch.nn.functional.linear(inputs[0][:, seen.first :].to(down.dtype), down)
+            change = torch.nn.functional.linear(low, up).to(output.dtype)
+            output[:, seen.first :].add_(change, alpha=self.scale)
             return None
         # (batch, length, rank); scaled there, since that is the smallest.
         low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale

@@ -289,7 +289,12 @@ def decode_lossless(
     rows = [
         _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
     ]
-    policy = DraftPolicy(prompts.device.type, max(len(rows), 1), int(not options.token_shift))
+    policy = DraftPolicy(
+        prompts.device.type,
+        max(len(rows), 1),
+        int(not options.token_shift),
+        most=(options.block_size or 1) - 1,
+    )
     choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
     reader = _Reader(model, canvas)
     close = 0
