@@ -112,7 +112,16 @@ class PackedLinears:
                     self._remove()
 
     def _install(self, model: nn.Module) -> None:
-        linears: list[Any] = [module for module in model.modules() if _is_eligible(module)]
+        # What lies inside a linear layer is an adapter of it, which is multiplied there.
+        inside = {
+            part
+            for module in model.modules()
+            if isinstance(module, nn.Linear)
+            for part in module.children()
+        }
+        linears: list[Any] = [
+            module for module in model.modules() if module not in inside and _is_eligible(module)
+        ]
         stale = [module for module in linears if not self._is_fresh(module)]
         for module in stale:
             self._packed.pop(module, None)

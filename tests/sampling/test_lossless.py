@@ -177,7 +177,7 @@ def test_drawn_tokens_have_the_verifiers_distribution(monkeypatch: pytest.Monkey
     assert chi < freedom + 4 * (2 * freedom) ** 0.5, (chi, freedom)
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "gated cpu", "cuda"])
 def test_drafts_that_are_never_right_cost_little(kind: str) -> None:
     policy = DraftPolicy(kind, rows=1, ahead=0)
     spent, tokens, available = 0.0, 256, 0

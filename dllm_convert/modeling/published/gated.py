@@ -161,8 +161,11 @@ class LowRank:
             # Decoding: a few tokens, and each operation more is as long as their arithmetic.
             down, up = layer.lora_A.weight, layer.lora_B.weight
             low = torch.nn.functional.linear(inputs[0][:, seen.first :].to(down.dtype), down)
-            change = torch.nn.functional.linear(low, up).to(output.dtype)
-            output[:, seen.first :].add_(change, alpha=self.scale)
+            if len(output) == 1 and output.dtype == up.dtype:
+                output[0, seen.first :].addmm_(low[0], up.T, alpha=self.scale)
+            else:
+                change = torch.nn.functional.linear(low, up).to(output.dtype)
+                output[:, seen.first :].add_(change, alpha=self.scale)
             return None
         # (batch, length, rank); scaled there, since that is the smallest.
         low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale

@@ -289,8 +289,9 @@ def decode_lossless(
     rows = [
         _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
     ]
+    kind = prompts.device.type
     policy = DraftPolicy(
-        prompts.device.type,
+        f"gated {kind}" if getattr(model, "is_gated", False) else kind,
         max(len(rows), 1),
         int(not options.token_shift),
         most=(options.block_size or 1) - 1,
