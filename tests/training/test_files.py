@@ -434,7 +434,7 @@ PRETTY = json.dumps([{"text": text} for text in TEXTS], indent=2).encode()
         ("a.md", b"\n" + lines() + b"\n\n", "a.jsonl"),
         ("a.b.txt", lines(["one"]).rstrip(), r"a\.b\.jsonl"),
         ("A.TXT", b"\xef\xbb\xbf" + lines(["caf\u00e9"] * 1000), "A.jsonl"),
-        ("a.txt.gz", gzip.compress(lines()), r"a\.jsonl\.gz"),
+        ("a.txt.gz", gzip.compress(lines(), mtime=0), r"a\.jsonl\.gz"),
         ("a.txt", rows(), r"a\.json;"),
         ("a.text", PRETTY, r"a\.json;"),
         ("a.txt", b'{\n "text": ["x"]\n}', r"a\.json;"),
