@@ -16,6 +16,7 @@ from dllm_convert.card.evaluation import Evaluation, evaluation_of
 from dllm_convert.card.licences import conforming_name
 from dllm_convert.card.pictures import DENOISING, PICTURES, Picture
 from dllm_convert.card.tables import MEASURES, Measure
+from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
@@ -160,7 +161,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         verification=_verification(manifest.get("verification")),
         pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
         animation=DENOISING if (folder / DENOISING.file).is_file() else None,
-        keeps_base=(config.get("diffusion") or {}).get("acts_on") == "noisy",
+        keeps_base=(diffusion_section(config) or {}).get("acts_on") == "noisy",
         adapter_only=manifest.get("adapter_only") is True,
         code_files=tuple(name for name in CODE_FILES if (folder / name).is_file()),
         has_report=(folder / REPORT_FILE).is_file(),

@@ -106,10 +106,6 @@ CATALOGUE: Mapping[str, Entry] = {
         "does a batch of different lengths equal one by one?",
         "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
     ),
-    "lossless": Entry(
-        "does lossless decoding write what one causal forward for each token writes?",
-        "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
-    ),
     "quality": Entry(
         "is the held-out bound below what it was before training?",
         "the run's own measurement, same text and same noise before and after",
@@ -124,6 +120,14 @@ CATALOGUE: Mapping[str, Entry] = {
     ),
 }
 """In the order in which they run."""
+
+VERIFIED: Mapping[str, Entry] = {
+    "lossless": Entry(
+        "does lossless decoding write what one causal forward for each token writes?",
+        "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
+    ),
+}
+"""Of a model that holds a verifier: a gated adapter's base, or weights trained to go on."""
 
 GATED: Mapping[str, Entry] = {
     "gated-base": Entry(
@@ -170,6 +174,6 @@ THIRD_PARTY: Mapping[str, Entry] = {
 
 def with_origin(probe: Probe) -> Probe:
     """Return the probe with the origin of its tolerance."""
-    every = {**CATALOGUE, **GATED, **DEVICE, **THIRD_PARTY}
+    every = {**CATALOGUE, **VERIFIED, **GATED, **DEVICE, **THIRD_PARTY}
     entry = every.get(probe.name)
     return replace(probe, origin=entry.origin) if entry else probe

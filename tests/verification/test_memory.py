@@ -18,7 +18,9 @@ from dllm_convert.verification.instruments.reading import read_rows, read_tensor
 from dllm_convert.verification.memory import WITHOUT_MODEL
 
 GIB = 1 << 30
-NEED_A_MODEL = [group for group in GROUPS if group not in {*WITHOUT_MODEL, "device", "gated"}]
+NEED_A_MODEL = [
+    group for group in GROUPS if group not in {*WITHOUT_MODEL, "device", "gated", "lossless"}
+]
 
 
 def verify(folder: Path, groups: Collection[str] = GROUPS, **options: Any) -> dict[str, Probe]:

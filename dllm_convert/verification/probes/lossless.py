@@ -13,7 +13,7 @@ NEW_TOKENS = 24
 
 def has_verifier(subject: Subject) -> bool:
     """Whether clean tokens are read strictly causally, so that something can verify."""
-    return subject.claim.is_gated or subject.objective.context == "causal"
+    return subject.claim.is_gated or subject.claim.context == "causal"
 
 
 def check_lossless(subject: Subject) -> list[Probe]:
