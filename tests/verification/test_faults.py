@@ -326,8 +326,8 @@ def test_padding_attended(
 
     real = DiffusionMixin._open
 
-    def leak(self: Any, tokens: Any, mask: Any, positions: Any, cached: int) -> Any:
-        return real(self, tokens, None, positions, cached)
+    def leak(self: Any, tokens: Any, mask: Any, *rest: Any) -> Any:
+        return real(self, tokens, None, *rest)
 
     monkeypatch.setattr(DiffusionMixin, "_open", leak)
     names = failed(converted("llama", target).folder, ["padding"])

@@ -117,17 +117,19 @@ class Mistaken:
     def to(self, device: torch.device) -> Mistaken:
         return self
 
-    def dense(self) -> torch.Tensor:
+    def dense(self, first: int = 0) -> torch.Tensor:
         rows, width = self.streams.shape
         index = torch.arange(width)
         row = torch.arange(rows)[:, None, None]
         mask: torch.Tensor = self._allows(self, row, index[None, :, None], index[None, None])
-        return mask.unsqueeze(1)
+        return mask[:, first:].unsqueeze(1)
 
-    def block_mask(self, device: torch.device | None = None) -> Any:
+    def block_mask(self, device: torch.device | None = None, first: int = 0) -> Any:
         rows, width = self.streams.shape
         return create_block_mask(
-            lambda b, _, q, k: self._allows(self, b, q, k), rows, None, width, width, device="cpu"
+            lambda b, _, q, k: self._allows(self, b, q + first, k),
+            *(rows, None, width - first, width),
+            device="cpu",
         )
 
     streams: torch.Tensor
