@@ -46,7 +46,9 @@ def test_engine_computes_and_writes_what_we_do(
     said = next(found for what, found in made.checked.items() if what.startswith("by llama.cpp"))
     assert "189 of 189 decoded tokens equal" in said
     record = json.loads((made.path / RECORD).read_text())
-    assert record["proof"]["passed"] is True
+    proof = record["proof"]
+    assert proof["equal"] == proof["decoded"] == 189
+    assert proof["difference"] <= proof["tolerance"]
     assert record["proof"]["difference"] < 1e-4
     assert said in (made.path / "README.md").read_text()
 
