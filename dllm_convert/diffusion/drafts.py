@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dllm_convert.diffusion.attention import CLEAN, StreamMask
+from dllm_convert.diffusion.attention import CLEAN
 from dllm_convert.diffusion.corruption import Corruption, NoiseKey
-from dllm_convert.diffusion.gated import CleanReading
+from dllm_convert.diffusion.gated import CleanReading, two_forwards
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE, Streams
@@ -107,34 +107,8 @@ def predict_drafts(
         spread(batch.segments),
         torch.ones(rows, length * most, dtype=torch.long, device=device),
     ).compact(needed, multiple)
-    both = {name: torch.cat([getattr(read, name), getattr(noisy, name)], 1) for name in vars(read)}
-    mask = StreamMask(
-        both["streams"], both["blocks"], both["segments"], both["positions"], causal_clean=True
-    )
     # View, row and token of the n predictions, each (n,), and the mask that makes them.
     number, row, at = torch.stack([view.scored for view in views]).nonzero(as_tuple=True)
     place = column[row, (at - number - 2) * most + number]
-    reading = CleanReading(
-        {
-            "input_ids": read.tokens,
-            "position_ids": read.positions,
-            "logits_at": row[:0],
-        },
-        StreamMask(read.streams, read.blocks, read.segments, read.positions, causal_clean=True),
-        row[:0],
-    )
-    prediction = Prediction(
-        {
-            "input_ids": noisy.tokens,
-            "position_ids": noisy.positions,
-            "logits_at": row * noisy.tokens.shape[1] + place,
-            "noisy": torch.ones_like(noisy.tokens, dtype=torch.bool),
-        },
-        mask,
-        batch.tokens[row, at],
-        torch.stack([view.weight for view in views])[number, row, at],
-        row,
-        batch.tokens.new_empty(0),
-        read=read.tokens.shape[1],
-    )
-    return reading, prediction
+    # Of the clean text no prediction is asked.
+    return two_forwards(batch, views, read, noisy, (row[:0], row[:0]), (number, row, at), place)

@@ -107,18 +107,41 @@ def predict_beside_base(
     ).compact(noisy_needed, multiple)
 
     row, at = given.nonzero(as_tuple=True)
-    reading = CleanReading(
-        {
-            "input_ids": read.tokens,
-            "position_ids": read.positions,
-            # Flat, in (batch * read): a first token follows the last one of the block before.
-            "logits_at": row * read.tokens.shape[1] + place[row, at - 1],
-        },
-        StreamMask(read.streams, read.blocks, read.segments, read.positions, causal_clean=True),
-        batch.tokens[row, at],
-    )
+    # Flat, in (batch * read): a first token follows the last one of the block before.
+    firsts = row * read.tokens.shape[1] + place[row, at - 1], batch.tokens[row, at]
     # View, row and place in the text of the n tokens that are learnt, each (n,).
     number, row, at = torch.stack([view.scored for view in learnt]).nonzero(as_tuple=True)
+    columns = column[row, number * length + at - 1]
+    return two_forwards(batch, views, read, noisy, firsts, (number, row, at), columns)
+
+
+def two_forwards(
+    batch: TextBatch,
+    views: Sequence[Corruption],
+    read: Streams,
+    noisy: Streams,
+    firsts: tuple[torch.Tensor, torch.Tensor],
+    scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    columns: torch.Tensor,
+) -> tuple[CleanReading, Prediction]:
+    """Put together what the base reads and, behind its keys and values, what is trained.
+
+    Args:
+        batch: Clean text.
+        views: Draws of noise over it, which weigh their predictions.
+        read: The clean text as it is read, (batch, read).
+        noisy: What is trained, (batch, width).
+        firsts: Flat places in (batch * read) whose predictions count as they are, and what they
+            predict, each (m,).
+        scored: View, row and place in the text of the tokens that are learnt, each (n,).
+        columns: Column of `noisy` that predicts each of them, shape (n,).
+    """
+    number, row, at = scored
+    reading = CleanReading(
+        {"input_ids": read.tokens, "position_ids": read.positions, "logits_at": firsts[0]},
+        StreamMask(read.streams, read.blocks, read.segments, read.positions, causal_clean=True),
+        firsts[1],
+    )
     both = {name: torch.cat([getattr(read, name), getattr(noisy, name)], 1) for name in vars(read)}
     mask = StreamMask(
         both["streams"], both["blocks"], both["segments"], both["positions"], causal_clean=True
@@ -127,7 +150,7 @@ def predict_beside_base(
         {
             "input_ids": noisy.tokens,
             "position_ids": noisy.positions,
-            "logits_at": row * noisy.tokens.shape[1] + column[row, number * length + at - 1],
+            "logits_at": row * noisy.tokens.shape[1] + columns,
             "noisy": torch.ones_like(noisy.tokens, dtype=torch.bool),
         },
         mask,
