@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dllm_convert.serving.engines import MASK
+from dllm_convert.serving.own_weights import load_whole
 
 
 class _Attention(torch.nn.Module):
@@ -89,7 +90,6 @@ def load(out: Path) -> _Model:
     sdar.Attention = _Attention
     devices: Any = importlib.import_module("lmdeploy.pytorch.devices")
     transformers: Any = importlib.import_module("transformers")
-    safetensors: Any = importlib.import_module("safetensors.torch")
     raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config = transformers.PretrainedConfig.from_dict(raw)
     # Told when it starts, see the launch line.
@@ -101,12 +101,5 @@ def load(out: Path) -> _Model:
     with manager.context(devices.DeviceContext("cpu")):
         context = types.SimpleNamespace(build_ctx=build)
         model = sdar.SDARForCausalLM(config, context, dtype=torch.float32, device="cpu").eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
-        files = sorted(out.glob("*.safetensors"))
-        model.load_weights(item for file in files for item in safetensors.load_file(file).items())
-    unread = [name for name, value in model.named_parameters() if bool(value.isnan().any())]
-    if unread:
-        raise ValueError(f"{unread[0]} is in no file of the export")
+        load_whole(model, out)
     return _Model(model, raw["num_hidden_layers"], raw["mask_token_id"])

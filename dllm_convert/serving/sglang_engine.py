@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from dllm_convert.serving.engines import MASK
+from dllm_convert.serving.own_weights import load_whole
 
 _ROOM = 256
 """Tokens that the pool of keys and values has room for."""
@@ -218,19 +219,11 @@ def load(out: Path) -> _Model:
     _distribute(out)
     raw = json.loads((out / "config.json").read_text(encoding="utf-8"))
     transformers: Any = importlib.import_module("transformers")
-    safetensors: Any = importlib.import_module("safetensors.torch")
     config = transformers.PretrainedConfig.from_dict(raw)
     (architecture,) = raw["architectures"]
     home: Any = importlib.import_module(f"sglang.srt.models.{_HOMES[architecture]}")
     model = getattr(home, architecture)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-    files = sorted(out.glob("*.safetensors"))
-    model.load_weights(item for file in files for item in safetensors.load_file(file).items())
-    unread = [name for name, value in model.named_parameters() if bool(value.isnan().any())]
-    if unread:
-        raise ValueError(f"{unread[0]} is in no file of the export")
+    load_whole(model, out)
     asked = _asked_of_server(out)
     return _Model(model, _attention(raw), asked.block_size, asked.mask_id)
 
