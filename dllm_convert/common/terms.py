@@ -12,3 +12,5 @@ Context = Literal["block", "causal"]
 """What a clean token of bd3lm sees of its own block: all of it, or what stands before it."""
 ActsOn = Literal["all", "noisy"]
 """Which tokens an adapter acts on: all, or the noisy ones, and clean ones are the base's."""
+Divergence = Literal["forward_kl", "reverse_kl", "total_variation"]
+"""What is made small between a teacher's distribution and the student's."""

@@ -84,7 +84,7 @@ def predict_drafts(
     clean = Streams(
         batch.tokens, batch.positions, index, batch.segments, torch.full_like(index, CLEAN)
     )
-    read, _ = clean.compact(batch.segments >= 0, multiple)
+    read, read_at = clean.compact(batch.segments >= 0, multiple)
 
     def spread(values: torch.Tensor, step: int = 0) -> torch.Tensor:
         # To the masks of a group one after the other, each `step` further: (rows, length * most).
@@ -111,4 +111,6 @@ def predict_drafts(
     number, row, at = torch.stack([view.scored for view in views]).nonzero(as_tuple=True)
     place = column[row, (at - number - 2) * most + number]
     # Of the clean text no prediction is asked.
-    return two_forwards(batch, views, read, noisy, (row[:0], row[:0]), (number, row, at), place)
+    return two_forwards(
+        batch, views, (read, read_at), noisy, (row[:0], row[:0]), (number, row, at), place
+    )

@@ -30,13 +30,17 @@ class CleanReading:
     Attributes:
         inputs: Keyword arguments of the model's `forward` but for the mask; `logits_at` are the
             places that predict the first token of a block, (m,).
+            Places behind those m predict what a student learns from a teacher.
         mask: Who sees whom: causal.
         targets: Those first tokens, shape (m,).
+        place: Column of `inputs` where each token of the text stands, if it is read; (batch,
+            length), on the CPU.
     """
 
     inputs: dict[str, torch.Tensor]
     mask: StreamMask
     targets: torch.Tensor
+    place: torch.Tensor
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +71,7 @@ def predict_beside_base(
     views: Sequence[Corruption],
     objective: Objective,
     *,
+    whole: bool = False,
     multiple: int = WIDTH_MULTIPLE,
 ) -> tuple[CleanReading, Prediction]:
     """Lay out the two forwards of a step: the base over clean text, and the noisy views behind it.
@@ -75,6 +80,7 @@ def predict_beside_base(
         batch: Clean text.
         views: Draws of noise over it, which share the clean text's keys and values.
         objective: Of a gated model.
+        whole: Read all of the text, also what no noisy token sees.
         multiple: What the width of a row is a multiple of, filled up with tokens that nobody sees.
 
     Returns:
@@ -95,7 +101,7 @@ def predict_beside_base(
     clean = Streams(
         batch.tokens, batch.positions, blocks, batch.segments, torch.full_like(blocks, CLEAN)
     )
-    read, place = clean.compact(read_needed, multiple)
+    read, place = clean.compact(batch.segments >= 0 if whole else read_needed, multiple)
     # Numbered from 1 on, view by view: (batch, views * length).
     numbers = torch.arange(1, count + 1, device=blocks.device).repeat_interleave(length)
     noisy, column = Streams(
@@ -112,13 +118,13 @@ def predict_beside_base(
     # View, row and place in the text of the n tokens that are learnt, each (n,).
     number, row, at = torch.stack([view.scored for view in learnt]).nonzero(as_tuple=True)
     columns = column[row, number * length + at - 1]
-    return two_forwards(batch, views, read, noisy, firsts, (number, row, at), columns)
+    return two_forwards(batch, views, (read, place), noisy, firsts, (number, row, at), columns)
 
 
 def two_forwards(
     batch: TextBatch,
     views: Sequence[Corruption],
-    read: Streams,
+    clean: tuple[Streams, torch.Tensor],
     noisy: Streams,
     firsts: tuple[torch.Tensor, torch.Tensor],
     scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -129,7 +135,7 @@ def two_forwards(
     Args:
         batch: Clean text.
         views: Draws of noise over it, which weigh their predictions.
-        read: The clean text as it is read, (batch, read).
+        clean: The clean text as it is read, (batch, read), and where its tokens stand there.
         noisy: What is trained, (batch, width).
         firsts: Flat places in (batch * read) whose predictions count as they are, and what they
             predict, each (m,).
@@ -137,10 +143,12 @@ def two_forwards(
         columns: Column of `noisy` that predicts each of them, shape (n,).
     """
     number, row, at = scored
+    read, place = clean
     reading = CleanReading(
         {"input_ids": read.tokens, "position_ids": read.positions, "logits_at": firsts[0]},
         StreamMask(read.streams, read.blocks, read.segments, read.positions, causal_clean=True),
         firsts[1],
+        place,
     )
     both = {name: torch.cat([getattr(read, name), getattr(noisy, name)], 1) for name in vars(read)}
     mask = StreamMask(
@@ -157,7 +165,40 @@ def two_forwards(
         batch.tokens[row, at],
         torch.stack([view.weight for view in views])[number, row, at],
         row,
+        at,
         batch.tokens.new_empty(0),
         read=read.tokens.shape[1],
     )
     return reading, prediction
+
+
+def lesson_reading(batch: TextBatch, forward: Prediction, *, multiple: int) -> CleanReading:
+    """Lay out a teacher's forward over clean text: it predicts what the student predicts.
+
+    Args:
+        batch: Clean text.
+        forward: The student's forward.
+        multiple: What the width of a row is a multiple of, filled up with tokens that nobody sees.
+
+    Returns:
+        A causal forward, (batch, read), whose `logits_at` are the places that predict the n tokens
+        of `forward`; nothing else is asked of it.
+    """
+    index = torch.arange(batch.tokens.shape[1]).expand(len(batch.tokens), -1)
+    clean = Streams(
+        batch.tokens, batch.positions, index, batch.segments, torch.full_like(index, CLEAN)
+    )
+    read, place = clean.compact(batch.segments >= 0, multiple)
+    mask = StreamMask(read.streams, read.blocks, read.segments, read.positions, causal_clean=True)
+    none = index.new_empty(0)
+    inputs = {"input_ids": read.tokens, "position_ids": read.positions, "logits_at": none}
+    return with_lesson(CleanReading(inputs, mask, none, place), forward)
+
+
+def with_lesson(reading: CleanReading, forward: Prediction) -> CleanReading:
+    """Ask a reading of all clean text for predictions of what the student predicts, too."""
+    # The token before stands in the same document: a document's first is never scored.
+    before = reading.place[forward.rows, forward.places - 1]
+    asked = forward.rows * reading.inputs["input_ids"].shape[1] + before
+    places = torch.cat([reading.inputs["logits_at"], asked])
+    return replace(reading, inputs={**reading.inputs, "logits_at": places})

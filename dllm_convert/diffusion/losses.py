@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.modeling.published.choosing import forbid
 
 
@@ -87,7 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         scale: torch.Tensor,
         mask_token_id: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lesson: Lesson | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         device = hidden.device.type
         compute = hidden.dtype
         if torch.is_autocast_enabled(device):
@@ -95,17 +98,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         states, matrix = hidden.to(compute), weight.to(compute)
         shift = None if bias is None else bias.to(compute)
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        apart = torch.zeros_like(nats)
         for_hidden = torch.empty_like(hidden)
         for_weight: torch.Tensor | None = None
         learnt = bias is not None and bias.requires_grad
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if learnt else None  # type: ignore[arg-type]
         size = _rows_of_products(weight)
         with torch.autocast(device, enabled=False):
-            for first in range(0, len(hidden), size):
-                rows = slice(first, first + size)
+            for rows in _pieces(len(hidden), size, lesson):
                 # (rows, vocab): logits, and in their place the gradient of each.
                 logits = torch.nn.functional.linear(states[rows], matrix, shift)
-                _to_gradients(logits, targets[rows], scale[rows], nats[rows], mask_token_id)
+                _to_gradients(logits, targets, scale, (nats, apart), rows, mask_token_id, lesson)
                 for_hidden[rows] = logits @ matrix
                 if weight.requires_grad:
                     product = logits.T @ states[rows]
@@ -117,12 +120,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.found = (for_hidden, for_weight, for_bias)
         ctx.types = (weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(nats)
-        return (nats * scale).sum(), nats
+        ctx.mark_non_differentiable(nats, apart)
+        return (_mixed(nats, apart, lesson) * scale).sum(), nats, apart
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         for_hidden, for_weight, for_bias = ctx.found
         # Whoever takes the only reference need not copy: of a large vocabulary that is a matrix.
         ctx.found = None
@@ -139,7 +142,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+class _TaughtCrossEntropy(torch.autograd.Function):
+    """The loss of logits that were computed; their gradient comes with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        scale: torch.Tensor,
+        mask_token_id: int,
+        lesson: Lesson,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        apart = torch.zeros_like(nats)
+        gradients = logits.detach().clone()
+        for rows in _pieces(len(logits), len(logits) or 1, lesson):
+            _to_gradients(
+                gradients[rows], targets, scale, (nats, apart), rows, mask_token_id, lesson
+            )
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(nats, apart)
+        return (_mixed(nats, apart, lesson) * scale).sum(), nats, apart
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * gradient, None, None, None, None
+
+
+def _pieces(total: int, size: int, lesson: Lesson | None) -> Iterator[slice]:
+    """Cut rows into pieces; a piece is one of a lesson's, which come first, or has none."""
+    taught = 0 if lesson is None else len(lesson)
+    for begin, end in ((0, taught), (taught, total)):
+        for first in range(begin, end, size):
+            yield slice(first, min(first + size, end))
+
+
+def _mixed(nats: torch.Tensor, apart: torch.Tensor, lesson: Lesson | None) -> torch.Tensor:
+    """Return the loss of each row: its cross-entropy, and what it has of a lesson."""
+    if lesson is None:
+        return nats
+    weight = torch.zeros_like(nats)
+    weight[: len(lesson)] = lesson.how.weight
+    return nats * (1 - weight) + apart * weight
 
 
 def _rows_of_products(weight: torch.Tensor) -> int:
@@ -152,22 +203,40 @@ def _to_gradients(
     logits: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor,
-    nats: torch.Tensor,
+    found: tuple[torch.Tensor, torch.Tensor],
+    rows: slice,
     mask_token_id: int,
+    lesson: Lesson | None,
 ) -> None:
-    """Write cross-entropies to `nats`, (n,), and their gradients over `logits`, (n, vocab)."""
+    """Write cross-entropies, and divergences from a lesson, and over the logits their gradients.
+
+    Args:
+        logits: Of some rows, (rows, vocab).
+        targets: Of all rows, as everything that follows, (n,).
+        scale: What is multiplied with the loss of a row.
+        found: Cross-entropies and divergences, which are written.
+        rows: Which rows.
+        mask_token_id: The mask.
+        lesson: Of a teacher; of all these rows, or of none.
+    """
+    nats, apart = found
+    # Logits of all these rows in one product, as the student's are.
+    taught = lesson.of(rows) if lesson is not None and rows.start < len(lesson) else None
     size = _rows_at_once(logits)
     for first in range(0, len(logits), size):
-        rows = slice(first, first + size)
-        target = targets[rows, None]
-        scores = logits[rows].float()
+        inside = slice(first, min(first + size, len(logits)))
+        piece, at = logits[inside], slice(rows.start + inside.start, rows.start + inside.stop)
+        target = targets[at, None]
+        scores = piece.float()
         forbid(scores, mask_token_id)
         sums = torch.logsumexp(scores, dim=-1)
-        nats[rows] = sums - scores.gather(-1, target).squeeze(-1)
+        nats[at] = sums - scores.gather(-1, target).squeeze(-1)
         # d nats / d logits is the softmax, less one at the target; 0 at the mask.
-        scores.sub_(sums[:, None]).exp_()
-        scores.scatter_add_(-1, target, scores.new_full(target.shape, -1.0))
-        logits[rows] = scores.mul_(scale[rows, None])
+        gradient = (scores - sums[:, None] if taught else scores.sub_(sums[:, None])).exp_()
+        gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
+        if taught is not None:
+            apart[at] = taught.mix(scores, gradient, inside, mask_token_id)
+        piece.copy_(gradient.mul_(scale[at, None]))
 
 
 def linear_cross_entropy(
@@ -177,7 +246,8 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     scale: torch.Tensor,
     mask_token_id: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    lesson: Lesson | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted cross-entropy of a projection that can never predict the mask.
 
     Args:
@@ -187,14 +257,28 @@ def linear_cross_entropy(
         targets: Shape (n,).
         scale: What each cross-entropy is multiplied with in the sum, shape (n,), float32.
         mask_token_id: The mask.
+        lesson: What a teacher says of the first of them.
 
     Returns:
-        The weighted sum, shape (), and, without a gradient, the cross-entropies in nats, shape
-        (n,), float32.
+        The weighted sum, shape (), and, without a gradient, the cross-entropies in nats and the
+        divergences from the lesson (0 behind it), each (n,), float32.
     """
     function: Any = _LinearCrossEntropy
-    loss, nats = function.apply(hidden, weight, bias, targets, scale, mask_token_id)
-    return loss, nats
+    loss, nats, apart = function.apply(hidden, weight, bias, targets, scale, mask_token_id, lesson)
+    return loss, nats, apart
+
+
+def taught_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor,
+    mask_token_id: int,
+    lesson: Lesson,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted loss of logits, shape (n, vocab), with a lesson; as `linear_cross_entropy`."""
+    function: Any = _TaughtCrossEntropy
+    loss, nats, apart = function.apply(logits, targets, scale, mask_token_id, lesson)
+    return loss, nats, apart
 
 
 def uniform_divergence(

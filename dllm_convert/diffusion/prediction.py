@@ -30,6 +30,7 @@ class Prediction:
         targets: Clean tokens at the scored positions, shape (n,).
         weight: NELBO weights at the scored positions, shape (n,).
         rows: Row of the text of each scored position, shape (n,).
+        places: Its place in that row, shape (n,), where it was laid out.
         ar_targets: Next tokens of the clean stream, shape (m,).
         noisy: Corrupted tokens at the scored positions, shape (n,); uniform kernel only.
         kept: As in `Corruption`, shape (n, 2); uniform kernel only.
@@ -41,6 +42,7 @@ class Prediction:
     targets: torch.Tensor
     weight: torch.Tensor
     rows: torch.Tensor
+    places: torch.Tensor
     ar_targets: torch.Tensor
     noisy: torch.Tensor | None = None
     kept: torch.Tensor | None = None
@@ -233,6 +235,7 @@ def _prediction(
         batch.tokens[row, column],
         torch.stack([view.weight for view in views])[number, row, column],
         row,
+        column,
         ar_targets,
         noisy,
         kept,

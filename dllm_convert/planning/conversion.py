@@ -15,7 +15,12 @@ from dllm_convert.common.tables import Block, Printed
 from dllm_convert.modeling.bundle import auto_map
 from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
-from dllm_convert.planning.checks import check_context, check_pickle, check_target
+from dllm_convert.planning.checks import (
+    check_context,
+    check_pickle,
+    check_target,
+    check_teacher,
+)
 from dllm_convert.planning.config_code import (
     check_adapter_beside,
     check_class,
@@ -199,6 +204,7 @@ def make_plan(
     tokenizer = check_tokenizer(source)
     fit, source, files = fit_source(source, adapter)
     mask = decide_mask_token(recipe, source, adapter)
+    check_teacher(recipe, source, adapter)
     kept = recipe.training.keeps_base
     if kept:
         check_kept_base(source, adapter)

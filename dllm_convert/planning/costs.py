@@ -44,6 +44,7 @@ class Memory:
     Attributes:
         runtime: Interpreter and libraries; of a GPU its context.
         weights: Weights, those that are trained twice where LoRA copies them.
+        teacher: A frozen copy of the base that a full training learns from; each device has all.
         gradients: Gradients at the end of the backward pass.
         moments: AdamW's two moments.
         activations: What the layers keep for the backward pass, with the weights' copies in
@@ -56,6 +57,7 @@ class Memory:
 
     runtime: int
     weights: int
+    teacher: int
     gradients: int
     moments: int
     activations: int
@@ -117,6 +119,12 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float
         # The clean stream runs forward once; of it no gradient is asked for.
         read = 4.0 * shape.layers * shape.queries * run.read_pairs
         total += 2.0 * shape.matrices * run.read + read
+    if training.distillation.weight:
+        # The base predicts every token that is learnt; a gated one has read the text already.
+        total += head
+        if not training.keeps_base:
+            seen = recipe.data.sequence_length / (2 if sparse else 1)
+            total += run.clean * (2.0 * shape.matrices + 4.0 * shape.layers * shape.queries * seen)
     if training.gradient_checkpointing == "full":
         total += matrices + attention
     return total / run.clean
@@ -231,6 +239,9 @@ def peak_memory(
     whole = training.lora.embeddings == "full" and not training.keeps_base
     residual = frozen if lora and not whole else _FLOAT32
     weights = _weight_bytes(shape, training, trained, frozen=frozen)
+    # Its copy has the type of the products, see `training/setup.py`.
+    taught = training.distillation.weight > 0 and training.method == "full"
+    teacher = compute * shape.parameters if taught else 0
     gradients, moments = _FLOAT32 * trained, _moment_bytes(shape, training, trained)
     activations = activation_bytes(
         shape,
@@ -253,9 +264,9 @@ def peak_memory(
         gathered = compute * max(two_layers, shape.vocabulary_matrix)
     runtime = GPU_RUNTIME if gpu else CPU_RUNTIME
     above = max(activations + logits + heap, gradients) + vocabulary + gathered
-    total = runtime + weights + moments + above
+    total = runtime + weights + teacher + moments + above
     return Memory(
-        runtime, weights, gradients, moments, activations, logits, vocabulary, heap, total
+        runtime, weights, teacher, gradients, moments, activations, logits, vocabulary, heap, total
     )
 
 

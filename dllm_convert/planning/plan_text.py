@@ -212,15 +212,20 @@ AGAIN = {"off": "nothing", "selective": "norms, gates", "full": "layers"}
 
 
 def _memory(rows: Iterable[Mapping[str, Any]]) -> Table:
-    header = ("method", "on", "peak", "weights", "gradients", "AdamW", "activations", "logits")
-    keys = ("total", "weights", "gradients", "moments", "activations", "logits")
+    columns = {
+        "peak": "total", "weights": "weights", "teacher": "teacher", "gradients": "gradients",
+        "AdamW": "moments", "activations": "activations", "logits": "logits",
+    }  # fmt: skip
+    rows = list(rows)
+    if not any(row["teacher"] for row in rows):
+        del columns["teacher"]
     return Table(
-        (*header, "again"),
+        ("method", "on", *columns, "again"),
         [
             (
                 row["method"],
                 row["on"],
-                *(bytes_text(row[key]) for key in keys),
+                *(bytes_text(row[key]) for key in columns.values()),
                 AGAIN[row["checkpointing"]],
             )
             for row in rows

@@ -50,6 +50,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _lengths(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
+    yield from _distillation(recipe)
     yield from _drafts(recipe)
     yield from _kept_base(recipe)
 
@@ -132,6 +133,41 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "training.ar_loss_weight needs a clean stream, which mdlm does not have",
             "--to bd3lm, or leave training.ar_loss_weight out",
             ("training.ar_loss_weight", "target"),
+        )
+
+
+def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
+    """What learning from the base needs."""
+    chosen, field = recipe.training.distillation, "training.distillation"
+    if not chosen.weight:
+        for name in sorted(chosen.model_fields_set - {"weight"}):
+            if getattr(chosen, name) != type(chosen).model_fields[name].default:
+                yield Contradiction(
+                    f"{field}.{name} does nothing while {field}.weight is 0",
+                    f"--set {field}.weight=0.5, for instance",
+                    (f"{field}.weight", f"{field}.{name}"),
+                )
+        return
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("training.method", recipe.training.method == "none",
+         "nothing is trained", f"Leave {field} out"),
+        ("noise.kernel", recipe.noise.kernel == "uniform",
+         "the base's prediction of a token takes the place of the token in a cross-entropy, and "
+         "the bound of the uniform kernel is none", "--set noise.kernel=absorbing"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{field}.weight and {name} do not go together: {why}",
+                hint,
+                (f"{field}.weight", name),
+            )
+    if chosen.divergence == "reverse_kl" and chosen.top_k is not None:
+        yield Contradiction(
+            f"{field}.divergence=reverse_kl and {field}.top_k do not go together: it is infinite "
+            "where the base gives a word no chance",
+            f"Leave {field}.top_k out, or --set {field}.divergence=forward_kl",
+            (f"{field}.divergence", f"{field}.top_k"),
         )
 
 

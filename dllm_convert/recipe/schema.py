@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
-from dllm_convert.common.terms import ActsOn, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Divergence, Kernel, Target
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
 from dllm_convert.recipe.engines import Serve
 from dllm_convert.recipe.rules import UnsoundError, contradictions
@@ -142,6 +142,27 @@ class Lora(_Section):
     )
 
 
+class Distilled(_Section):
+    """What is learnt from the base's own predictions (Hinton et al., arXiv 1503.02531)."""
+
+    weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the loss that draws predictions towards the base's of the next "
+        "token, which it makes from clean text; 0: none",
+    )
+    divergence: Divergence = Field(
+        "forward_kl",
+        description="forward_kl: KL(base || model); reverse_kl: KL(model || base); "
+        "total_variation: half the sum of differences",
+    )
+    temperature: float = Field(1.0, gt=0, description="softens both distributions")
+    top_k: PositiveInt | None = Field(
+        None, description="words of the base's that count, renormalised; empty: all"
+    )
+
+
 class Training(_Section):
     """Optimisation."""
 
@@ -172,6 +193,7 @@ class Training(_Section):
         description="weight of a next-token loss on the clean stream, which becomes strictly "
         "causal (bd3lm; Nemotron-Labs-Diffusion)",
     )
+    distillation: Distilled = Distilled()
     attention_annealing_steps: int = Field(
         0,
         ge=0,

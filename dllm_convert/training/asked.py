@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dllm_convert.diffusion.corruption import ForwardProcess
+from dllm_convert.diffusion.distillation import Distillation
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.recipe.schema import Noise, Training
 from dllm_convert.training.trainer import Annealing, LossWeights
@@ -32,7 +33,15 @@ def process_of(noise: Noise) -> ForwardProcess:
 
 def weights_of(training: Training) -> LossWeights:
     """Return what a recipe has the loss made of."""
-    return LossWeights(training.loss_weight, ar=training.ar_loss_weight)
+    return LossWeights(training.loss_weight, training.ar_loss_weight, distillation_of(training))
+
+
+def distillation_of(training: Training) -> Distillation | None:
+    """Return what a recipe has be learnt from the base."""
+    chosen = training.distillation
+    if not chosen.weight:
+        return None
+    return Distillation(chosen.weight, chosen.divergence, chosen.temperature, chosen.top_k)
 
 
 def annealing_of(training: Training) -> Annealing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 
+from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.losses import linear_cross_entropy
 from dllm_convert.modeling.published.modeling import DiffusionMixin
 
@@ -37,7 +38,7 @@ class FusedHead:
         # A class that was measured, not declared, may do something to its logits.
         own = getattr(type(inner), "_run_model", None) is DiffusionMixin._run_model
         head: Any = inner.get_output_embeddings() if own else None  # type: ignore[operator]
-        return None if _weights(head) is None else head
+        return None if head_weights(head) is None else head
 
     @property
     def works(self) -> bool:
@@ -51,47 +52,64 @@ class FusedHead:
         is made of them are 10 bytes for each token and word, 4 on a CPU, whose loss is made in
         pieces anyway.
         """
-        weight, _ = _weights(self._head) or (None, None)
+        weight, _ = head_weights(self._head) or (None, None)
         if weight is None or not weight.requires_grad:
             return True
         return count * (4 if weight.device.type == "cpu" else 10) >= 4 * weight.shape[-1]
 
     @contextmanager
-    def at(self, targets: torch.Tensor, scale: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    def at(
+        self, targets: torch.Tensor, scale: torch.Tensor, lesson: Lesson | None = None
+    ) -> Iterator[list[torch.Tensor]]:
         """Compute the loss in place of the logits while the block runs.
 
         Args:
             targets: Token at each place whose logits are asked for, shape (n,).
-            scale: What its cross-entropy is multiplied with, shape (n,), float32.
+            scale: What its loss is multiplied with, shape (n,), float32.
+            lesson: What a teacher says of the first of them.
 
         Yields:
-            A list that holds the cross-entropies in nats, shape (n,), after the forward. The
-            model's `logits` are the weighted sum, shape (1,).
+            A list that holds, after the forward, the cross-entropies in nats and the divergences
+            from the lesson, each (n,). The model's `logits` are the weighted sum, shape (1,).
         """
         found: list[torch.Tensor] = []
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            weights = _weights(self._head)
+        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+            weights = head_weights(self._head)
             if weights is None:
                 raise RuntimeError("the head is no projection any more")
-            loss, nats = linear_cross_entropy(hidden, *weights, targets, scale, self._mask_token_id)
-            found.append(nats)
+            loss, *parts = linear_cross_entropy(
+                hidden, *weights, targets, scale, self._mask_token_id, lesson
+            )
+            found.extend(parts)
             return loss.reshape(1)
 
-        # Over the class's own, so that hooks of whoever shards the model still run.
-        self._head.forward = forward
-        try:
+        with in_place_of(self._head, loss_of):
             yield found
-        finally:
-            del self._head.forward
 
 
-def _weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+@contextmanager
+def in_place_of(head: Any, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Have a head compute something else while the block runs.
+
+    Args:
+        head: A module.
+        compute: Given hidden states; returns what the model has for logits.
+    """
+    # Over the class's own, so that hooks of whoever shards the model still run.
+    head.forward = compute
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def head_weights(head: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """Return matrix and biases of a projection as they are now; None if it is none."""
     # FSDP derives a class of its own from Linear; so do layers whose weights are packed in 4 bits,
     # which are no floats. PEFT's tied heads have their two sizes the wrong way round.
     if isinstance(head, torch.nn.Linear) and head.weight.is_floating_point():
         return head.weight, head.bias
     if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
-        return _weights(head.modules_to_save[head.active_adapters[0]])
+        return head_weights(head.modules_to_save[head.active_adapters[0]])
     return None

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.gated import CleanReading
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective
@@ -25,6 +26,7 @@ from dllm_convert.modeling.published.gated import (
 )
 from dllm_convert.training.gated_linear import fuse_adapters
 from dllm_convert.training.masters import keep_masters
+from dllm_convert.training.teacher import Teacher
 
 
 class CleanStates(Cache):
@@ -60,8 +62,12 @@ class CleanStates(Cache):
 
 @torch.no_grad()
 def read_clean(
-    model: Any, reading: CleanReading, mask: Any, objective: Objective
-) -> tuple[CleanStates, torch.Tensor]:
+    model: Any,
+    reading: CleanReading,
+    mask: Any,
+    objective: Objective,
+    teacher: Teacher | None = None,
+) -> tuple[CleanStates, torch.Tensor, Lesson | None]:
     """Run the base over clean text.
 
     Args:
@@ -69,20 +75,29 @@ def read_clean(
         reading: What it reads, on the device.
         mask: Who sees whom, as its attention takes it.
         objective: What is learnt.
+        teacher: Has it predict what the adapter learns, too; None for no such lesson.
 
     Returns:
-        Its keys and values, and its cross-entropy of the first tokens of blocks in nats, (m,).
+        Its keys and values, its cross-entropy of the first tokens of blocks in nats, (m,), and the
+        lesson.
     """
     states, training = CleanStates(), model.training
-    model.eval()
-    try:
-        logits = model(
+
+    def run() -> torch.Tensor:
+        logits: torch.Tensor = model(
             **reading.inputs, attention_mask=mask, past_key_values=states, use_cache=False
         ).logits
+        return logits
+
+    model.eval()
+    try:
+        logits, lesson = (
+            (run(), None) if teacher is None else teacher.ask(run, len(reading.targets))
+        )
     finally:
         model.train(training)
     states.close()
-    return states, cross_entropy(logits, reading.targets, objective.mask_token_id)
+    return states, cross_entropy(logits, reading.targets, objective.mask_token_id), lesson
 
 
 def train_adapter(model: Any, folder: Path, *, dtype: torch.dtype | None = None) -> Any:

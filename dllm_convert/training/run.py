@@ -33,7 +33,13 @@ from dllm_convert.training.resume import (
     find_resumption,
     remove_unfinished,
 )
-from dllm_convert.training.setup import count_trainable, settled_plan, trainable_model, use_bf16
+from dllm_convert.training.setup import (
+    count_trainable,
+    settled_plan,
+    teaching_copy,
+    trainable_model,
+    use_bf16,
+)
 from dllm_convert.training.trainer import DiffusionTrainer
 from dllm_convert.training.writing import write_result
 
@@ -171,7 +177,8 @@ def _train(
         Interruption(gently=True) as interruption,
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
-        trainer = _trainer(model, arguments, text, recipe, work)
+        base = teaching_copy(plan, untrained)
+        trainer = _trainer((model, base), arguments, text, recipe, work)
         rules = _rules(recipe, rows)
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
@@ -190,11 +197,20 @@ def _train(
 
 
 def _trainer(
-    model: Any, arguments: TrainingArguments, rows: Dataset[Any], recipe: Recipe, work: Path
+    models: tuple[Any, Any],
+    arguments: TrainingArguments,
+    rows: Dataset[Any],
+    recipe: Recipe,
+    work: Path,
 ) -> DiffusionTrainer:
-    """Make the Trainer; refuse another strategy than was asked for."""
+    """Make the Trainer of a model and the base it learns from, if that is another.
+
+    Refuse another strategy than was asked for.
+    """
+    model, base = models
     trainer = DiffusionTrainer(
         model=model,
+        base=base,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,

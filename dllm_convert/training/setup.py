@@ -227,6 +227,27 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
     return model
 
 
+def teaching_copy(plan: ConversionPlan, untrained: Path) -> Any:
+    """Load the base once more, frozen, where a full training learns from it; None elsewhere.
+
+    A model with adapters holds its base: switched off, they leave it as it was.
+
+    Args:
+        plan: The conversion.
+        untrained: Its checkpoint, whose causal reading is the base's.
+    """
+    training = plan.recipe.training
+    if not training.distillation.weight or training.method != "full":
+        return None
+    copy = load_model(
+        untrained,
+        plan.adapter,
+        dtype=torch.bfloat16 if use_bf16(training) else torch.float32,
+        attention=attention_implementation(plan.recipe, plan.adapter),
+    )
+    return copy.requires_grad_(requires_grad=False)
+
+
 def compile_layers(model: Any, **settings: Any) -> None:
     """Compile the layers of a model one by one: one compilation serves all that are alike.
 

@@ -13,8 +13,15 @@ from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.distillation import Distillation, Lesson
 from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
-from dllm_convert.diffusion.gated import CleanReading, predict_beside_base
+from dllm_convert.diffusion.gated import (
+    CleanReading,
+    lesson_reading,
+    predict_beside_base,
+    with_lesson,
+)
+from dllm_convert.diffusion.losses import taught_cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
@@ -25,6 +32,7 @@ from dllm_convert.training.distributed import reduce_in_float32
 from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,12 @@ class LossWeights:
     Attributes:
         masked: `elbo`: a scored token weighs what it weighs in the NELBO; `uniform`: 1.
         ar: Weight of a next-token loss on the clean stream (bd3lm with causal context only).
+        distillation: What is learnt from the base beside the data; None for nothing.
     """
 
     masked: Literal["elbo", "uniform"] = "elbo"
     ar: float = 0.0
+    distillation: Distillation | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,8 @@ class DiffusionTrainer(Trainer):
         process: How text is corrupted.
         weights: What the optimised loss is made of.
         annealing: What fades over the first steps.
+        base: Frozen copy of the base that teaches (`weights.distillation`), in evaluation mode;
+            None where the model holds its base, as one with adapters does.
         **kwargs: Everything else that transformers' Trainer takes: `train_dataset` with a column
             `input_ids`, callbacks, optimizers. Rows with several documents have `segment_ids` and
             `position_ids` as well, and `loss_mask` says which tokens are learnt.
@@ -112,6 +124,7 @@ class DiffusionTrainer(Trainer):
         process: ForwardProcess | None = None,
         weights: LossWeights | None = None,
         annealing: Annealing | None = None,
+        base: Any = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("data_collator", collate)
@@ -132,11 +145,21 @@ class DiffusionTrainer(Trainer):
         self._flex = inner.config._attn_implementation in ("flex_attention", FLEX)
         self.sparse = self._flex or inner.config._attn_implementation == TILED
         self._fused = FusedHead(self.model, self._objective.mask_token_id)
+        self._teacher: Teacher | None = None
+        if self._weights.distillation is not None:
+            self._teacher = Teacher(
+                inner,
+                self._weights.distillation,
+                self._objective.mask_token_id,
+                copy=None if base is None else base.to(self.args.device),
+                sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            )
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
-        # Nats and scored tokens since the last line of the log. They stay on the device until then:
+        # Nats, scored tokens, and divergences from a teacher with the tokens it taught, since the
+        # last line of the log. They stay on the device until then:
         # asking for a number there and then has every forward wait for the one before it.
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(2, dtype=counts, device=self.args.device)
+        self._sums = torch.zeros(4, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -202,39 +225,52 @@ class DiffusionTrainer(Trainer):
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
         ar_weight = self._weights.ar
-        forward, beside = self._lay_out(model, noise)
+        forward, beside, lesson = self._lay_out(model, noise)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         times = self.args.world_size * self.current_gradient_accumulation_steps
         weight = forward.weight
         if self._weights.masked == "uniform":
             weight = torch.ones_like(weight)
-        # Of each logit's cross-entropy in the loss: (n,) of corrupted tokens, (m,) of next ones.
+        # Of each logit's loss in the whole: (n,) of corrupted tokens, (m,) of next ones.
         scale = weight * (times / noise.items)
         ar_scale = ar_weight * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
         count = len(forward.targets) + len(forward.ar_targets)
-        fuses = self._fused.works and self._fused.pays(count)
+        targets = torch.cat([forward.targets, forward.ar_targets])
+        scales = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
+        apart = None
+        # What a lesson costs is made piece by piece, so that it always pays.
+        fuses = self._fused.works and (lesson is not None or self._fused.pays(count))
         if fuses and self._objective.kernel == "absorbing":
-            targets = torch.cat([forward.targets, forward.ar_targets])
-            scale = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
-            with self._mask_noise.at(noise.key), self._fused.at(targets, scale) as found:
+            with self._mask_noise.at(noise.key), self._fused.at(targets, scales, lesson) as found:
                 output = model(**inputs)
-            loss, nats = output.logits.sum(), found[0][: len(forward.targets)]
+            loss, (nats, apart) = output.logits.sum(), found
         else:
             with self._mask_noise.at(noise.key):
                 output = model(**inputs)
-            nats = forward.nats(output.logits, self._objective)
-            loss = (nats * scale).sum()
-            if ar_weight:
-                loss = loss + ar_scale * forward.ar_nats(output.logits, self._objective).sum()
-        total = (nats * forward.weight).sum()
+            if lesson is not None:
+                loss, nats, apart = taught_cross_entropy(
+                    output.logits, targets, scales, self._objective.mask_token_id, lesson
+                )
+            else:
+                nats = forward.nats(output.logits, self._objective)
+                loss = (nats * scale).sum()
+                if ar_weight:
+                    of_next = forward.ar_nats(output.logits, self._objective)
+                    loss = loss + ar_scale * of_next.sum()
+        total = (nats[: len(forward.targets)] * forward.weight).sum()
         self._sums[0] += total.detach()
         self._sums[1] += noise.scored
+        if lesson is not None and apart is not None:
+            self._sums[2] += apart.sum()
+            self._sums[3] += len(lesson)
         return (loss, output) if return_outputs else loss
 
-    def _lay_out(self, model: Any, noise: ForwardNoise) -> tuple[Prediction, dict[str, Any]]:
-        """Return the forward that is trained, and what else it is given.
+    def _lay_out(
+        self, model: Any, noise: ForwardNoise
+    ) -> tuple[Prediction, dict[str, Any], Lesson | None]:
+        """Return the forward that is trained, what else it is given, and what a teacher says.
 
         Where clean text is the base's it is read here, and what the base makes of the first token
         of each block is counted, once for each view.
@@ -251,13 +287,24 @@ class DiffusionTrainer(Trainer):
                 closed=noise.closed,
                 multiple=multiple,
             )
-            return forward.to(device), {}
-        lay_out = predict_drafts if self._process.draw == "draft" else predict_beside_base
-        laid_out, forward = lay_out(batch, views, objective, multiple=multiple)
+            if self._teacher is None:
+                return forward.to(device), {}, None
+            asked = lesson_reading(batch, forward, multiple=multiple).to(device)
+            taught = self._teacher.teach(model, asked, self._in_form("taught", asked))
+            return forward.to(device), {}, taught
+        if self._process.draw == "draft":
+            laid_out, forward = predict_drafts(batch, views, objective, multiple=multiple)
+        else:
+            laid_out, forward = predict_beside_base(
+                batch, views, objective, whole=self._teacher is not None, multiple=multiple
+            )
+        if self._teacher is not None:
+            laid_out = with_lesson(laid_out, forward)
         reading = laid_out.to(device)
-        states, nats = read_clean(model, reading, self._in_form("read", reading), objective)
+        mask = self._in_form("read", reading)
+        states, nats, lesson = read_clean(model, reading, mask, objective, self._teacher)
         self._sums[0] += len(views) * nats.sum()
-        return forward.to(device), {"past_key_values": states}
+        return forward.to(device), {"past_key_values": states}, lesson
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write what is trained; of a gated model that is its adapter."""
@@ -275,15 +322,17 @@ class DiffusionTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the NELBO since the last line, over all processes, in nats per token.
+        """Add NELBO and divergence since the last line, over all processes, in nats per token.
 
         What drafts are trained on is no bound: there the loss says all there is.
         """
         if "loss" in logs:
-            total, scored = self._total(self._sums).tolist()
+            total, scored, apart, taught = self._total(self._sums).tolist()
             self._sums.zero_()
             if scored and self._process.draw != "draft":
                 logs = {**logs, "nelbo": total / scored}
+            if taught:
+                logs = {**logs, "divergence": apart / taught}
         super().log(logs, *args, **kwargs)
 
     def _total(self, sums: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ def test_a_group_sees_what_a_lossless_forward_shows_it(
     objective, batch = Objective.from_config(model.config), texts()
     views = draft_groups(batch, objective, NoiseKey(0, 0, 0, 3))
     reading, forward = predict_drafts(batch, views, objective)
-    states, first = read_clean(model, reading, reading.dense_mask(), objective)
+    states, first, _ = read_clean(model, reading, reading.dense_mask(), objective)
     assert not first.numel()
     logits = model(
         **forward.inputs, attention_mask=forward.dense_mask(), past_key_values=states,

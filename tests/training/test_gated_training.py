@@ -95,7 +95,7 @@ def test_two_forwards_are_one(
     model.zero_grad()
 
     reading, forward = predict_beside_base(batch, views, objective)
-    states, first = read_clean(model, reading, reading.dense_mask(), objective)
+    states, first, _ = read_clean(model, reading, reading.dense_mask(), objective)
     assert model.training
     logits = model(
         **forward.inputs,
@@ -148,7 +148,7 @@ def test_the_bound_counts_first_tokens_as_the_base_does(
         for number in range(draws):
             views = corrupt(batch, objective, process, NoiseKey(1, number, 0, 3, "measure"))
             reading, forward = predict_beside_base(batch, views, objective)
-            states, first = read_clean(model, reading, reading.dense_mask(), objective)
+            states, first, _ = read_clean(model, reading, reading.dense_mask(), objective)
             logits = model(
                 **forward.inputs,
                 attention_mask=forward.dense_mask(),
