@@ -111,4 +111,6 @@ def predict_drafts(
     number, row, at = torch.stack([view.scored for view in views]).nonzero(as_tuple=True)
     place = column[row, (at - number - 2) * most + number]
     # Of the clean text no prediction is asked.
-    return two_forwards(batch, views, read, noisy, (row[:0], row[:0]), (number, row, at), place)
+    return two_forwards(
+        batch, views, read, noisy, (row[:0], row[:0]), (number, row, at), place, objective
+    )
