@@ -16,9 +16,11 @@ ADAPTER = "adapter/adapter_model.safetensors"
 BLOCK = 8
 
 
-def gated_folder(base: Path, folder: Path, *, filled: bool = True, **fields: Any) -> ConversionPlan:
+def gated_folder(
+    base: Path, folder: Path, *, filled: bool = True, draft: str = "auto", **fields: Any
+) -> ConversionPlan:
     """Write a gated conversion; `filled` gives it an adapter that moves every noisy token."""
-    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy"}}
+    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy", "draft": draft}}
     plan = convert(base, folder, "bd3lm", block=BLOCK, **{"training": training, **fields})
     if filled:
         draws = torch.Generator().manual_seed(1)

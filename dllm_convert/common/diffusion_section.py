@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.common.terms import ActsOn, Context, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Context, Draft, Kernel, Target
 
 FORMAT_VERSION = 1
 ATTENTION: Mapping[str, str] = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
@@ -37,6 +37,7 @@ class DiffusionSection:
             tokens.
         adapter_alpha: Their product is multiplied with alpha / rank.
         adapter_targets: Names of the linear layers that have one.
+        draft: Whom a noisy token sees of its block, where the adapter acts on noisy ones.
     """
 
     objective: Target
@@ -52,6 +53,7 @@ class DiffusionSection:
     adapter_rank: int | None = None
     adapter_alpha: int | None = None
     adapter_targets: tuple[str, ...] = ()
+    draft: Draft = "open"
 
     @property
     def is_gated(self) -> bool:
@@ -98,6 +100,8 @@ class DiffusionSection:
                 "adapter_alpha": self.adapter_alpha,
                 "adapter_targets": list(self.adapter_targets),
             }
+        if self.draft == "causal":
+            section["draft"] = self.draft
         return section
 
 

@@ -10,6 +10,8 @@ Kernel = Literal["absorbing", "uniform"]
 """What corrupts a token: it becomes the mask, or any other token (D3PM, arXiv 2107.03006)."""
 Context = Literal["block", "causal"]
 """What a clean token of bd3lm sees of its own block: all of it, or what stands before it."""
+Draft = Literal["open", "causal"]
+"""Whom a noisy token beside a kept base sees of its block: all of it, or what stands before it."""
 ActsOn = Literal["all", "noisy"]
 """Which tokens an adapter acts on: all, or the noisy ones, and clean ones are the base's."""
 Divergence = Literal["forward_kl", "reverse_kl", "total_variation"]

@@ -6,7 +6,7 @@ look. Block diffusion's masks are those of BD3LM (arXiv 2503.09573, section 4 an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -66,6 +66,7 @@ class StreamMask:
         segments: Number of each token's document, rising along the row, -1 at padding.
         positions: Position of each token in its document, from 0.
         causal_clean: A clean query sees of its own block only what stands before it.
+        causal_noisy: So does a noisy one.
         closed: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
     """
 
@@ -75,11 +76,12 @@ class StreamMask:
     positions: torch.Tensor
     causal_clean: bool = False
     closed: torch.Tensor | None = None
+    causal_noisy: bool = False
 
     @property
     def is_open(self) -> bool:
         """Whether everybody sees everybody in their row: one view of one whole document."""
-        if self.closed is not None:
+        if self.closed is not None or self.causal_noisy:
             return False
         columns = (self.streams, self.blocks, self.segments)
         alike = all(bool((column == column[:, :1]).all()) for column in columns)
@@ -108,9 +110,8 @@ class StreamMask:
         unseen = (self.streams == UNUSED) | ~inside
         alone = -_NOBODY - 1 - torch.arange(code.shape[1], device=code.device)
         low = torch.where(unseen, _NOBODY, before * step + 1)
-        return Rule(
-            torch.where(unseen, alone, code).int(), low.int(), self.positions.int(), self.closed
-        )
+        code, positions = torch.where(unseen, alone, code).int(), self.positions.int()
+        return Rule(code, low.int(), positions, self.closed, self.causal_noisy)
 
     def dense(self) -> torch.Tensor:
         """Boolean mask, shape (batch, 1, width, width)."""
@@ -139,21 +140,24 @@ class Rule:
         low: Where what a query may see begins: its document; shape (batch, width), int32.
         positions: Position of each token in its document, shape (batch, width), int32.
         closed: Pairs of positions (query, key) that stay closed, shape (length, length), bool.
+        causal: Of the keys of its own code a query sees those that do not stand after it.
     """
 
     code: torch.Tensor
     low: torch.Tensor
     positions: torch.Tensor
     closed: torch.Tensor | None = None
+    causal: bool = False
 
     def to(self, device: torch.device) -> Rule:
         """Return the same rule on a device, without waiting for it."""
-        moved_ = {name: moved(value, device) for name, value in vars(self).items()}
-        return Rule(**moved_)
+        named = ("code", "low", "positions", "closed")
+        return replace(self, **{name: moved(getattr(self, name), device) for name in named})
 
     def allows(self, row: Any, query: Any, key: Any) -> Any:
         """The rule, for indices that are numbers or broadcast together."""
-        seen = _sees(self.code[row, query], self.low[row, query], self.code[row, key])
+        places = (self.positions[row, query], self.positions[row, key]) if self.causal else ()
+        seen = _sees(self.code[row, query], self.low[row, query], self.code[row, key], *places)
         if self.closed is None:
             return seen
         closed = self.closed[self.positions[row, query], self.positions[row, key]]
@@ -162,8 +166,12 @@ class Rule:
     def dense(self, first: int = 0) -> torch.Tensor:
         """Boolean mask, shape (batch, 1, width - first, width): queries from the `first` on."""
         # (batch, queries, 1) against (batch, 1, width).
+        stands = (self.positions[:, first:, None], self.positions[:, None, :])
         seen: torch.Tensor = _sees(
-            self.code[:, first:, None], self.low[:, first:, None], self.code[:, None, :]
+            self.code[:, first:, None],
+            self.low[:, first:, None],
+            self.code[:, None, :],
+            *(stands if self.causal else ()),
         )
         if self.closed is not None:
             places = self.positions.long()
@@ -192,13 +200,18 @@ class Rule:
                 *(rows, None, width - first, width),
                 device=where,
             )
-        code, low = there.code, there.low
+        code, low, place, causal = there.code, there.low, there.positions, self.causal
+
+        def sees(b: Any, _: Any, q: Any, k: Any) -> Any:
+            places = (place[b, q + first], place[b, k]) if causal else ()
+            return _sees(code[b, q + first], low[b, q + first], code[b, k], *places)
+
         some, every = (tiles[:, first // TILE :] for tiles in self.tiles())
         mask = BlockMask.from_kv_blocks(
             *_ordered(some & ~every),
             *_ordered(every),
             BLOCK_SIZE=TILE,
-            mask_mod=lambda b, _, q, k: _sees(code[b, q + first], low[b, q + first], code[b, k]),
+            mask_mod=sees,
             seq_lengths=(width - first, width),
         )
         if code.device.type == "cpu":
@@ -216,14 +229,19 @@ class Rule:
         every = np.zeros_like(some)
         whole = width // TILE
         codes, lows = self.code.cpu().numpy(), self.low.cpu().numpy()
+        stands = self.positions.cpu().numpy()
         for row in range(rows):
             # Tokens of one code and one document see and are seen alike. A run of them ends where
             # a tile does, so that each is of one tile: (runs,).
             changes = (np.diff(codes[row]) != 0) | (np.diff(lows[row]) != 0)
             changes[TILE - 1 :: TILE] = True
+            if self.causal:
+                changes |= np.diff(stands[row]) != 0
             starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
             code, low = codes[row, starts], lows[row, starts]
-            seen = _sees(code[:, None], low[:, None], code[None, :])
+            place = stands[row, starts]
+            places = (place[:, None], place[None, :]) if self.causal else ()
+            seen = _sees(code[:, None], low[:, None], code[None, :], *places)
             first = np.searchsorted(starts, np.arange(count) * TILE)
             for found, reduce in ((some, np.logical_or), (every, np.logical_and)):
                 found[row] = reduce.reduceat(reduce.reduceat(seen, first, 0), first, 1)
@@ -235,9 +253,10 @@ class Rule:
         """Whether both let the same tokens see each other."""
         if (self.closed is None) != (other.closed is None):
             return False
-        return all(
-            mine is None or yours is None or torch.equal(mine, yours)
-            for mine, yours in zip(vars(self).values(), vars(other).values(), strict=True)
+        named = ("code", "low", "positions", "closed")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in named]
+        return self.causal == other.causal and all(
+            mine is None or torch.equal(mine, yours) for mine, yours in pairs
         )
 
 
@@ -247,9 +266,12 @@ def open_rule(tokens: torch.Tensor) -> Rule:
     return Rule(same, same, same)
 
 
-def _sees(code: Any, low: Any, key: Any) -> Any:
-    """Whether queries of a code, whose document begins at `low`, see keys of the code `key`."""
-    return (code == key) | ((low <= key) & (key < abs(code)))
+def _sees(code: Any, low: Any, key: Any, place: Any = 0, of_key: Any = 0) -> Any:
+    """Whether queries of a code, whose document begins at `low`, see keys of the code `key`.
+
+    Of their own code they see keys whose place is not after theirs.
+    """
+    return ((code == key) & (of_key <= place)) | ((low <= key) & (key < abs(code)))
 
 
 def _ordered(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

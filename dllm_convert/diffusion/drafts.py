@@ -112,5 +112,12 @@ def predict_drafts(
     place = column[row, (at - number - 2) * most + number]
     # Of the clean text no prediction is asked.
     return two_forwards(
-        batch, views, (read, read_at), noisy, (row[:0], row[:0]), (number, row, at), place
+        batch,
+        views,
+        (read, read_at),
+        noisy,
+        (row[:0], row[:0]),
+        (number, row, at),
+        place,
+        objective,
     )

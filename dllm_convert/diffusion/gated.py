@@ -118,7 +118,9 @@ def predict_beside_base(
     # View, row and place in the text of the n tokens that are learnt, each (n,).
     number, row, at = torch.stack([view.scored for view in learnt]).nonzero(as_tuple=True)
     columns = column[row, number * length + at - 1]
-    return two_forwards(batch, views, (read, place), noisy, firsts, (number, row, at), columns)
+    return two_forwards(
+        batch, views, (read, place), noisy, firsts, (number, row, at), columns, objective
+    )
 
 
 def two_forwards(
@@ -129,6 +131,7 @@ def two_forwards(
     firsts: tuple[torch.Tensor, torch.Tensor],
     scored: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     columns: torch.Tensor,
+    objective: Objective,
 ) -> tuple[CleanReading, Prediction]:
     """Put together what the base reads and, behind its keys and values, what is trained.
 
@@ -141,6 +144,7 @@ def two_forwards(
             predict, each (m,).
         scored: View, row and place in the text of the tokens that are learnt, each (n,).
         columns: Column of `noisy` that predicts each of them, shape (n,).
+        objective: Of a gated model.
     """
     number, row, at = scored
     read, place = clean
@@ -152,7 +156,12 @@ def two_forwards(
     )
     both = {name: torch.cat([getattr(read, name), getattr(noisy, name)], 1) for name in vars(read)}
     mask = StreamMask(
-        both["streams"], both["blocks"], both["segments"], both["positions"], causal_clean=True
+        both["streams"],
+        both["blocks"],
+        both["segments"],
+        both["positions"],
+        causal_clean=True,
+        causal_noisy=objective.draft == "causal",
     )
     prediction = Prediction(
         {

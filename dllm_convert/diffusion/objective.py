@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dllm_convert.common.diffusion_section import DiffusionSection
-from dllm_convert.common.terms import ActsOn, Context, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Context, Draft, Kernel, Target
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.schedule import Schedule
 
@@ -34,6 +34,8 @@ class Objective:
             stands before it (`causal`).
         schedule: Discrete-time schedule in which the bound of the uniform kernel is measured.
         acts_on: Which tokens an adapter acts on: `noisy` where clean ones are the base's.
+        draft: Whom a noisy token sees of its block beside such a base: all of it (`open`) or what
+            stands before it (`causal`).
     """
 
     target: Target
@@ -45,6 +47,7 @@ class Objective:
     context: Context = "block"
     schedule: Schedule = field(default_factory=Schedule)
     acts_on: ActsOn = "all"
+    draft: Draft = "open"
 
     @property
     def is_gated(self) -> bool:
@@ -78,6 +81,7 @@ class Objective:
                 discrete_steps=section.discrete_steps,
             ),
             acts_on=section.acts_on,
+            draft=section.draft,
         )
 
     @property

@@ -219,6 +219,7 @@ def _prediction(
         used.positions,
         objective.context == "causal",
         closed,
+        objective.draft == "causal",
     )
     # (views, batch, length) indexed by (view, row, place): what each scored token was turned into.
     replaced = [(view.tokens, view.kept) for view in views]

@@ -28,6 +28,7 @@ from dllm_convert.source.safetensors_header import load_json_object
 _SCHEDULES = ("linear", "cosine", "polynomial")
 _KERNELS = ("absorbing", "uniform")
 _CONTEXTS = ("block", "causal")
+_DRAFTS = ("open", "causal")
 _HINT = "Put back the config.json that dllm-convert run wrote, or convert the model again"
 
 
@@ -121,12 +122,17 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
     )  # fmt: skip
     if section.get("acts_on", "all") != "all":
         _check_gated(section)
+    elif "draft" in section:
+        raise wrong(
+            "diffusion.draft", section["draft"], "nothing: no adapter acts on noisy tokens", _HINT
+        )
     for key, allowed, may_lack in (
         ("attention", (ATTENTION[str(objective)],), False),
         # A checkpoint of somebody else need not say its noise: MDLM's own is linear, of masks.
         ("noise_schedule", _SCHEDULES, True),
         ("noise_kernel", _KERNELS, True),
         ("context", _CONTEXTS, True),
+        ("draft", _DRAFTS, True),
     ):
         value, absent = section.get(key), key not in section
         sound = may_lack if absent else value in allowed

@@ -28,7 +28,7 @@ from dllm_convert.planning.config_code import (
     code_warnings,
 )
 from dllm_convert.planning.environment import check_converted, check_transformers
-from dllm_convert.planning.gated import check_kept_base, kept_attention, without_row
+from dllm_convert.planning.gated import check_kept_base, draft_of, kept_attention, without_row
 from dllm_convert.planning.ids import check_token_ids
 from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
@@ -121,6 +121,7 @@ def _diffusion_section(
             "adapter_rank": lora.rank,
             "adapter_alpha": lora.alpha or 2 * lora.rank,
             "adapter_targets": adapter.lora_targets,
+            "draft": draft_of(recipe, adapter),
         }
     return DiffusionSection(
         objective=recipe.target,

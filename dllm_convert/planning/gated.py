@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.common.terms import Draft
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.planning.attention import AttentionPlan, layer_types
 from dllm_convert.planning.layers import SLIDING, group_layers, kept_features
@@ -48,14 +49,23 @@ def check_kept_base(source: SourceInfo, adapter: Adapter) -> None:
         )
 
 
+def draft_of(recipe: Recipe, adapter: Adapter) -> Draft:
+    """Say whom a noisy token sees of its block: what the recipe asks for, else all of it."""
+    asked = recipe.training.lora.draft
+    return "open" if asked == "auto" else asked
+
+
 def kept_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> AttentionPlan:
     """Say what becomes of the attention: nothing for clean tokens."""
     kinds = layer_types(source.config, adapter)
+    if draft_of(recipe, adapter) == "causal":
+        whom, after = "those before them in their", "causal, noisy tokens too"
+    else:
+        whom, after = "the others of their", "causal, open among the noisy tokens of a block"
     change = (
-        f"clean tokens keep the base's causal attention; noisy ones also see the others of their "
-        f"block of {recipe.block_size}"
+        f"clean tokens keep the base's causal attention; noisy ones also see {whom} block of "
+        f"{recipe.block_size}"
     )
-    after = "causal, open among the noisy tokens of a block"
     layers = group_layers(kinds, before="causal", after=after)
     return AttentionPlan((change,), {}, kept_features(source), layers)
 

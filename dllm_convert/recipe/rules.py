@@ -198,6 +198,13 @@ def _drafts(recipe: Recipe) -> Iterator[Contradiction]:
 def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
     """What an adapter that acts on noisy tokens only (`--keep-base`) rules out."""
     if not recipe.training.keeps_base:
+        if recipe.training.lora.draft == "causal":
+            yield Contradiction(
+                "training.lora.draft=causal is about noisy tokens beside a base that stays as it "
+                "is, and here there is none",
+                "--keep-base, or leave training.lora.draft out",
+                ("training.lora.draft", "training.lora.acts_on"),
+            )
         return
     field, training = "training.lora.acts_on", recipe.training
     out = f"--set {field}=all trains an adapter that is merged into the weights"

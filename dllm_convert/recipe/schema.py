@@ -135,6 +135,11 @@ class Lora(_Section):
         "none",
         description="nf4: frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes",
     )
+    draft: Literal["auto", "open", "causal"] = Field(
+        "auto",
+        description="whom a noisy token beside a kept base sees of its block: open: all of it; "
+        "causal: what stands before it; auto: open where the family's attention can be opened",
+    )
     acts_on: ActsOn = Field(
         "all",
         description="noisy: the base stays as it is and reads clean tokens, the adapter and a mask "

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from dllm_convert.common.terms import Draft
 from dllm_convert.diffusion.attention import TILE
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.gated import predict_beside_base
@@ -38,21 +39,26 @@ def texts(rows: int, length: int, seed: int) -> TextBatch:
     return TextBatch(tokens, torch.stack(segments), torch.stack(positions), loss)
 
 
-def objective() -> Objective:
+DRAFTS: tuple[Draft, ...] = ("open", "causal")
+
+
+def objective(draft: Draft = "open") -> Objective:
     return Objective(
-        "bd3lm", MASK, token_shift=True, block_size=SIZE, context="causal", acts_on="noisy"
-    )
+        "bd3lm", MASK, token_shift=True, block_size=SIZE, context="causal", acts_on="noisy",
+        draft=draft,
+    )  # fmt: skip
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("multiple", [WIDTH_MULTIPLE, TILE])
 @pytest.mark.parametrize("seed", range(6))
-def test_who_sees_whom(seed: int, multiple: int) -> None:
+def test_who_sees_whom(seed: int, multiple: int, draft: Draft) -> None:
     """Against the rule, written out here once more from where each column stands in the text."""
     batch = texts(2, 60, seed)
     views = corrupt(
         batch, objective(), ForwardProcess(draw="count", complementary=True), NoiseKey(0, 0, 0, 2)
     )
-    reading, forward = predict_beside_base(batch, views, objective(), multiple=multiple)
+    reading, forward = predict_beside_base(batch, views, objective(draft), multiple=multiple)
     mask = forward.mask
     assert mask is not None
     stream, owner, place = mask.streams, mask.segments, mask.positions
@@ -61,6 +67,8 @@ def test_who_sees_whom(seed: int, multiple: int) -> None:
     same = (owner[:, :, None] == owner[:, None]) & real[:, None]
     clean = stream == 0
     own = (stream[:, :, None] == stream[:, None]) & (block[:, :, None] == block[:, None])
+    if draft == "causal":
+        own &= place[:, None] <= place[:, :, None]
     before = clean[:, None] & (block[:, None] < block[:, :, None])
     causal = clean[:, None] & (place[:, None] <= place[:, :, None])
     expected = same & torch.where(clean[:, :, None], causal, own | before)
@@ -86,12 +94,13 @@ def test_who_sees_whom(seed: int, multiple: int) -> None:
         assert text[at[index] + 1] == forward.targets[index]
 
 
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("seed", range(3))
-def test_flex_attention_reads_the_same_mask(seed: int) -> None:
+def test_flex_attention_reads_the_same_mask(seed: int, draft: Draft) -> None:
     batch = texts(2, 200, seed)
     process = ForwardProcess(draw="count", complementary=True)
     views = corrupt(batch, objective(), process, NoiseKey(0, 0, 0, 2))
-    reading, forward = predict_beside_base(batch, views, objective(), multiple=TILE)
+    reading, forward = predict_beside_base(batch, views, objective(draft), multiple=TILE)
     for one in (forward, reading):
         dense = one.dense_mask()
         assert dense is not None

@@ -125,6 +125,16 @@ def test_what_was_typed_and_contradicts_it_is_a_usage_error(
     assert said in " ".join(result.output.split())
 
 
+def test_causal_drafts_are_beside_a_kept_base(source_cache: Sources) -> None:
+    with pytest.raises(IncompatibleError, match="here there is none") as caught:
+        resolve(source_cache("llama"), lora=4, overrides={"training.lora.draft": "causal"})
+    assert caught.value.hint and "--keep-base" in caught.value.hint
+    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy", "draft": "causal"}}
+    kept = plan(source_cache("llama"), training=training)
+    assert kept.config_updates["diffusion"]["draft"] == "causal"
+    assert "those before them" in kept.attention_changes[0]
+
+
 def test_bases_that_cannot_be_kept(source_cache: Sources) -> None:
     with pytest.raises(UnsupportedError, match="both sides"):
         plan(source_cache("bert"), target="bd3lm")

@@ -47,8 +47,10 @@ def texts() -> TextBatch:
     return TextBatch(tokens, segments, torch.stack(rows), loss)
 
 
-def plan_of(source: Path, folder: Path, filled: bool = True, **training: Any) -> ConversionPlan:
-    lora = {"rank": 4, "acts_on": "noisy"}
+def plan_of(
+    source: Path, folder: Path, filled: bool = True, draft: str = "auto", **training: Any
+) -> ConversionPlan:
+    lora = {"rank": 4, "acts_on": "noisy", "draft": draft}
     settings = {"method": "lora", "lora": lora, "precision": "fp32", **training}
     return gated_folder(source, folder, filled=filled, training=settings)
 
@@ -59,25 +61,26 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("complementary", [True, False])
 @pytest.mark.parametrize(
-    ("family", "attention", "again"),
+    ("family", "attention", "again", "draft"),
     [
-        *((family, "tiles", "selective") for family in FAMILIES),
-        ("llama", "sdpa", "off"),
-        ("llama", "eager", "full"),
-        ("llama", "tiles", "full"),
+        *((family, "tiles", "selective", "auto") for family in FAMILIES),
+        ("llama", "sdpa", "off", "auto"),
+        ("llama", "eager", "full", "causal"),
+        ("llama", "tiles", "full", "causal"),
     ],
 )
 def test_two_forwards_are_one(
     family: str,
     attention: str,
     again: str,
+    draft: str,
     complementary: bool,
     tmp_path: Path,
     source_cache: SourceFactory,
 ) -> None:
     """Losses and gradients of both layouts: the plain one has noisy and clean tokens in a row."""
     settings = {"attention": attention, "gradient_checkpointing": again}
-    plan = plan_of(source_cache(family), tmp_path / "g", **settings)
+    plan = plan_of(source_cache(family), tmp_path / "g", draft=draft, **settings)
     model = trainable_model(plan, tmp_path / "g").train()
     objective, batch = Objective.from_config(model.config), texts()
     process = ForwardProcess(

@@ -29,11 +29,12 @@ def cases(
     """Return the gated folder of a family, not to be written into, and its base."""
     root, made = tmp_path_factory.mktemp("gated"), {}
 
-    def get(family: str) -> tuple[Path, Path]:
-        if family not in made:
-            made[family] = root / family, source_cache(family)
-            gated_folder(*reversed(made[family]))
-        return made[family]
+    def get(family: str, draft: str = "auto") -> tuple[Path, Path]:
+        place = f"{family}-{draft}"
+        if place not in made:
+            made[place] = root / place, source_cache(family)
+            gated_folder(*reversed(made[place]), draft=draft)
+        return made[place]
 
     return get
 
@@ -44,9 +45,13 @@ def llama(cases: Any, tmp_path: Path) -> tuple[Path, Path]:
     return Path(shutil.copytree(folder, tmp_path / "llama")), base
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_sound_folder_passes_every_probe(family: str, cases: Any, tmp_path: Path) -> None:
-    folder, base = cases(family)
+@pytest.mark.parametrize(
+    ("family", "draft"), [*((family, "auto") for family in FAMILIES), ("qwen3", "causal")]
+)
+def test_a_sound_folder_passes_every_probe(
+    family: str, draft: str, cases: Any, tmp_path: Path
+) -> None:
+    folder, base = cases(family, draft)
     folder = Path(shutil.copytree(folder, tmp_path / family))
     write_manifest(folder, {"format_version": 1, "files": hash_files(folder)})
     groups = [name for name in GROUPS if name != "portability"]
@@ -100,8 +105,8 @@ def test_an_adapter_that_acts_on_clean_tokens(
 def test_a_clean_token_that_sees_noise(
     llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaky(positions: Any, valid: Any, noisy: Any, block_size: int, queries: int) -> Any:
-        seen = published.gated_mask(positions, valid, noisy, block_size, queries)
+    def leaky(*arguments: Any, **settings: Any) -> Any:
+        seen = published.gated_mask(*arguments, **settings)
         return seen | torch.ones_like(seen)
 
     monkeypatch.setattr(modeling, "gated_mask", leaky)
@@ -111,9 +116,8 @@ def test_a_clean_token_that_sees_noise(
 def test_a_noisy_block_that_is_not_open(
     llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def closed(positions: Any, valid: Any, noisy: Any, block_size: int, queries: int) -> Any:
-        seen = published.gated_mask(positions, valid, noisy, block_size, queries)
-        return seen & (positions[:, None, :] <= positions[:, -queries:, None])
+    def closed(*arguments: Any, **_: Any) -> Any:
+        return published.gated_mask(*arguments, causal_drafts=True)
 
     monkeypatch.setattr(modeling, "gated_mask", closed)
     assert check(llama) == {"gated-attention"}

@@ -33,8 +33,20 @@ def is_gated(config: Any) -> bool:
     return bool(section.get("acts_on", "all") == "noisy")
 
 
+def has_causal_drafts(config: Any) -> bool:
+    """Whether a noisy token sees of its block only what stands before it, as a config says."""
+    section = getattr(config, "diffusion", None) or {}
+    return bool(section.get("draft") == "causal")
+
+
 def gated_mask(
-    positions: torch.Tensor, valid: torch.Tensor, noisy: torch.Tensor, block_size: int, queries: int
+    positions: torch.Tensor,
+    valid: torch.Tensor,
+    noisy: torch.Tensor,
+    block_size: int,
+    queries: int,
+    *,
+    causal_drafts: bool = False,
 ) -> torch.Tensor:
     """Causal, but for the noisy tokens of one block, which see each other.
 
@@ -44,6 +56,7 @@ def gated_mask(
         noisy: Where a token is noisy, shape (batch, keys), bool.
         block_size: Tokens per block.
         queries: The last `queries` keys are also the queries.
+        causal_drafts: Noisy tokens see those of their block that stand before them only.
 
     Returns:
         Which queries see which keys, themselves included, shape (batch, queries, keys), bool. No
@@ -53,6 +66,8 @@ def gated_mask(
     own, theirs = positions[:, -queries:, None], positions[:, None, :]
     together = block[:, -queries:, None] == block[:, None, :]
     among = noisy[:, -queries:, None] & noisy[:, None, :] & together
+    if causal_drafts:
+        among = among & (theirs <= own)
     before = (theirs <= own) & ~noisy[:, None, :]
     return (among | before) & valid[:, None, :]
 

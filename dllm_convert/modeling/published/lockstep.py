@@ -8,6 +8,7 @@ import torch
 
 from .cache import BlockCache
 from .canvas import Canvas
+from .gated import has_causal_drafts
 from .graphs import Graphs
 from .moving import sent
 from .options import Decoded, DecodingOptions, Observer
@@ -99,7 +100,7 @@ class QueuedBlocks(QueuedDecoder):
         self.cache.frozen = True
         self.keys = torch.arange(self.room, device=self.device)
         # Other implementations would build a mask of their own where none is given.
-        self.gated = self.model.is_gated
+        self.gated, self.causal_drafts = self.model.is_gated, has_causal_drafts(self.model.config)
         self.may_be_bare = self.model.config._attn_implementation == "sdpa" and not self.gated
         self.behind = torch.zeros_like(self.columns)  # the columns of the block before
         self.written = torch.zeros_like(self.block)  # and its tokens
@@ -176,7 +177,7 @@ class QueuedBlocks(QueuedDecoder):
         self.ahead = fused and number > 0
         if self.ahead:
             self._see("ahead", torch.cat([self.behind, self.columns], 1))
-        self._see("open", self.columns)
+        self._see("open", self.columns, causal=self.causal_drafts)
 
     def _see(self, name: str, columns: torch.Tensor, *, causal: bool = False) -> None:
         """Make the mask of a forward over columns (rows, queries): up to the end of a block."""

@@ -19,6 +19,7 @@ from .canvas import Canvas
 from .choosing import make_warpers
 from .drafting import LARGEST, MOST_RANK, DraftPolicy, Tree
 from .draws import mixed
+from .gated import has_causal_drafts
 from .moving import sent
 from .options import Decoded, DecodingOptions, Observer
 from .rope import final_lengths
@@ -140,7 +141,7 @@ class _Reader:
         self.cache.frozen = True
         self.gated = bool(getattr(model, "is_gated", False))
         self.may_be_bare = model.config._attn_implementation == "sdpa"
-        self.open_drafts = model.config.diffusion.get("draft") != "causal"
+        self.open_drafts = not has_causal_drafts(model.config)
         self._layouts: dict[Tree, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def read_prompt(self, rows: list[_Row]) -> None:

@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .decoding import decode_blocks, decode_canvas
-from .gated import GatedMixin, gated_mask
+from .gated import GatedMixin, gated_mask, has_causal_drafts
 from .inputs import given_prompts, left_open
 from .limits import check_context
 from .lockstep import decode_queued, is_queued
@@ -197,7 +197,10 @@ class DiffusionMixin(GatedMixin):
             # What is cached is clean.
             cached_ones = noisy.new_zeros(batch, every.shape[1] - length)
             among = torch.cat([cached_ones, noisy.expand(batch, -1)], dim=1)
-            mask = see_self(gated_mask(every, valid, among, block_size, length))
+            causal = has_causal_drafts(self.config)
+            mask = see_self(
+                gated_mask(every, valid, among, block_size, length, causal_drafts=causal)
+            )
         return self._in_form(mask), positions
 
     def _in_form(self, mask: Any) -> Any:

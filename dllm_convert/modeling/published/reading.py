@@ -8,6 +8,7 @@ import torch
 
 from .cache import BlockCache
 from .canvas import Canvas
+from .gated import has_causal_drafts
 from .options import DecodingOptions
 from .rope import final_lengths
 
@@ -73,7 +74,7 @@ class BlockReader:
         self.previous: torch.Tensor | None = None
         # Other implementations would build a mask of their own where none is given, and so would
         # the base that a gated model is.
-        self.gated = model.is_gated
+        self.gated, self.causal_drafts = model.is_gated, has_causal_drafts(model.config)
         self.may_be_bare = model.config._attn_implementation == "sdpa" and not self.gated
 
     def columns(self) -> torch.Tensor:
@@ -204,6 +205,8 @@ class BlockReader:
             return None
         # Last column each query sees, (rows, block): the end of its block.
         last = (self.starts + self.size - 1)[:, None].expand(-1, self.size)
+        if self.causal_drafts:
+            return self._seen(self.columns())
         if self.options.causal_context:
             # A block that goes into the cache is read as it was trained: up to the query itself.
             last = torch.where(clean[:, None], self.columns(), last)

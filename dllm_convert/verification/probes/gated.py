@@ -119,19 +119,25 @@ def _clean(subject: Subject, length: int, first: int) -> Probe:
     )
 
 
-def claimed(length: int, first: int) -> torch.Tensor:
+def claimed(length: int, first: int, *, causal: bool = False) -> torch.Tensor:
     """Return which token may reach which position where all from `first` on are one noisy block.
+
+    With `causal` its tokens reach only those that stand after them.
 
     Written out here a second time on purpose: verification must not trust the model's own mask.
     """
     place = torch.arange(length)
     noisy = place >= first
-    return (place[:, None] >= place[None]) & ~noisy[None] | (noisy[:, None] & noisy[None])
+    before = place[:, None] >= place[None]
+    if causal:
+        return before
+    return before & ~noisy[None] | (noisy[:, None] & noisy[None])
 
 
 def _attention(subject: Subject, length: int, first: int) -> Probe:
     columns = list(range(length)) if length <= 48 else sorted({0, first - 1, first, length - 1})
-    allowed = claimed(length, first)[:, columns]
+    causal = subject.claim.draft == "causal"
+    allowed = claimed(length, first, causal=causal)[:, columns]
     noisy = noisy_from(subject.tokens(1, length), first)
     model = partial(subject.model, noisy=noisy)
 

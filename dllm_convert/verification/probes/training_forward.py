@@ -79,7 +79,8 @@ def claimed_mask(mask: StreamMask, objective: Objective) -> torch.Tensor:
     earlier, own = block[:, None] > block[None], block[:, None] == block[None]
     upto = own & (position[:, None] >= position[None]) if objective.context == "causal" else own
     clean = stream == 0
-    noisy_query = (stream[:, None] == stream[None]) & own | (clean[None] & earlier)
+    among = own & (position[:, None] >= position[None]) if objective.draft == "causal" else own
+    noisy_query = (stream[:, None] == stream[None]) & among | (clean[None] & earlier)
     clean_query = clean[None] & (earlier | upto)
     seen = torch.where(clean[:, None], clean_query, noisy_query)
     real = (stream >= 0) & (segment >= 0)
@@ -254,5 +255,6 @@ def _decoding_mask(objective: Objective, first: int, end: int) -> torch.Tensor:
     block = position // (objective.block_size or end)
     seen = block[:, None] >= block[None]
     if objective.context == "causal":
-        seen &= (position[:, None] >= position[None]) | (position[:, None] >= first)
+        is_open = (position[:, None] >= first) & (objective.draft == "open")
+        seen &= (position[:, None] >= position[None]) | is_open
     return seen[None, None]
