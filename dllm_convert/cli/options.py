@@ -65,6 +65,9 @@ Json = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show every probe and all that was measured.")
+]
 
 Source = Annotated[
     str,

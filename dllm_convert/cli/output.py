@@ -8,7 +8,7 @@ from typing import Any
 from dllm_convert.cli.streams import lost, silence
 from dllm_convert.common import strict_json
 from dllm_convert.common.shown_text import json_safe, printable
-from dllm_convert.common.tables import Printed
+from dllm_convert.common.tables import TONES, Block, Printed, Toned, text_of
 
 
 def write_json(value: Any) -> None:
@@ -44,9 +44,33 @@ def write(text: str, *, verbatim: bool = False) -> None:
         raise lost(error) from error
 
 
-def show(result: Printed, *, as_json: bool) -> None:
-    """Write what a command found: as its one JSON document, or as text for people."""
+def show(result: Printed, *, as_json: bool, verbose: bool = False) -> None:
+    """Write what a command found: as its one JSON document, or as text for people.
+
+    Args:
+        result: What was found.
+        as_json: Whether a document is wanted.
+        verbose: Whether people want all of it.
+    """
     if as_json:
         write_json(result.as_dict())
+        return
+    blocks = result.as_details() if verbose else result.as_blocks()
+    if sys.stdout is not None and sys.stdout.isatty():
+        write("\n".join(map(_coloured, blocks)), verbatim=True)
     else:
-        write(result.as_text())
+        write(text_of(blocks))
+
+
+def _coloured(block: Block) -> str:
+    """Return a block for a terminal, in its tone if it has one and the terminal has colours."""
+    text = printable(str(block))
+    if not isinstance(block, Toned):
+        return text
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, soft_wrap=True)
+    with console.capture() as captured:
+        console.print(Text(text, TONES[block.tone]), end="")
+    return captured.get()

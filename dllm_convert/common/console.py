@@ -5,18 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from dllm_convert.common.bar import ENDS, NOTES, Bars, left_text
 from dllm_convert.common.shown_text import one_line
 
 PLAIN_INTERVAL_S = 5.0
@@ -39,35 +32,65 @@ class Task:
         self._total = total
         self._done = self._began = 0.0
         self._last_line = self._started = time.monotonic()
+        self._until: float | None = None
         bar = reporter.bar
-        self._id = bar.add_task(description, total=total, note="") if bar else None
+        fields: dict[str, Any] = {NOTES: (), ENDS: None}
+        self._id = bar.add_task(description, total=total, **fields) if bar else None
+
+    @property
+    def done(self) -> float:
+        """How much is done, what an earlier session did included."""
+        return self._done
 
     def begin(self, done: float) -> None:
         """Start from what an earlier session did; only what comes after says how fast it goes."""
         self._done = self._began = done
         self._started = time.monotonic()
         if self._reporter.bar is not None and self._id is not None:
-            self._reporter.bar.reset(self._id, completed=int(done), note="")
+            fields: dict[str, Any] = {NOTES: (), ENDS: None}
+            self._reporter.bar.reset(self._id, completed=int(done), **fields)
 
-    def advance(self, amount: float = 1.0, note: str = "") -> None:
-        """Count `amount` more, with an optional note such as the current loss."""
+    def expect(self, total: float | None = None, *, seconds: float | None = None) -> None:
+        """Say what is known by now of how much there is to do.
+
+        Args:
+            total: All of it, counted as `advance` does, if that is another number than was said.
+            seconds: How long it will take from now on, until the pace says more; None: the pace
+                says it.
+        """
+        self._total = self._total if total is None else total
+        self._until = None if seconds is None else time.monotonic() + seconds
+        if self._reporter.bar is not None and self._id is not None:
+            fields: dict[str, Any] = {ENDS: self._ends()}
+            self._reporter.bar.update(self._id, total=self._total, **fields)
+
+    def advance(self, amount: float = 1.0, *notes: str) -> None:
+        """Count `amount` more.
+
+        Args:
+            amount: How much was done.
+            *notes: What else is known, such as the loss; what matters most first.
+        """
         self._done += amount
         bar = self._reporter.bar
         if bar is not None and self._id is not None:
-            bar.update(self._id, advance=amount, note=note)
+            fields: dict[str, Any] = {NOTES: notes, ENDS: self._ends()}
+            bar.update(self._id, advance=amount, **fields)
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
             share = f"{self._done:g}/{self._total:g}" if self._total else f"{self._done:g}"
-            parts = [part for part in (share, note, self._remaining()) if part]
+            parts = [part for part in (share, *notes, left_text(self._ends())) if part]
             self._reporter.line(f"{self._description}: {', '.join(parts)}")
 
-    def _remaining(self) -> str:
-        """How long it will take at the pace so far, as in `1:02:03 left`."""
+    def _ends(self) -> float | None:
+        """When it will be done: at the pace so far, or as was told."""
+        if self._until is not None:
+            return self._until
         advanced = self._done - self._began
         if not self._total or advanced <= 0:
-            return ""
+            return None
         pace = (time.monotonic() - self._started) / advanced
-        return f"{timedelta(seconds=round(pace * (self._total - self._done)))} left"
+        return time.monotonic() + pace * max(self._total - self._done, 0)
 
 
 class Reporter:
@@ -80,7 +103,7 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self.quiet = quiet
-        self.bar: Progress | None = None
+        self.bar: Bars | None = None
 
     @property
     def live(self) -> bool:
@@ -107,16 +130,7 @@ class Reporter:
         started = time.monotonic()
         outer = self.bar is None and self.live
         if outer:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-                transient=True,
-            )
+            self.bar = Bars(console=self.console, transient=True)
             self.bar.start()
         elif not self.live:
             self.line(f"{description} ...")

@@ -42,11 +42,19 @@ class Interruption:
             all the same.
         farewell: Called before the process ends at once: at the second signal, or when the block
             does not end.
+        answer: Says that the signal was heard, and what happens now; called at once.
     """
 
-    def __init__(self, *, gently: bool, farewell: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        gently: bool,
+        farewell: Callable[[], None] = lambda: None,
+        answer: Callable[[], None] = lambda: None,
+    ) -> None:
         self._gently = gently
         self._farewell = farewell
+        self._answer = answer
         self._before: list[tuple[signal.Signals, object]] = []
         self._first: float | None = None
         self._escape: threading.Timer | None = None
@@ -88,6 +96,8 @@ class Interruption:
         now = time.monotonic()
         if self._first is None:
             self._first = now
+            # In a thread: what the signal came into may be writing to the same stream.
+            threading.Thread(target=self._answer, daemon=True).start()
             if not self._gently:
                 self._escape = threading.Timer(ESCAPE_S, self._end)
                 self._escape.daemon = True

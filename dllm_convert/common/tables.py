@@ -75,6 +75,26 @@ class Table:
         return "\n".join(["<table>", *lines, "</tbody></table>"])
 
 
+class Toned(str):
+    """A line that has a colour where there are any; its words say the same.
+
+    Args:
+        text: The line.
+        tone: Key of `TONES`.
+    """
+
+    tone: str
+
+    def __new__(cls, text: str, tone: str) -> Toned:
+        """Make a line."""
+        line = super().__new__(cls, text)
+        line.tone = tone
+        return line
+
+
+TONES = {"good": "bold green", "bad": "bold red", "head": "bold"}
+"""Styles of a terminal, as rich names them."""
+
 Block = str | Table
 """A line of text, or a table."""
 
@@ -113,6 +133,10 @@ class Printed(ABC):
     @abstractmethod
     def as_blocks(self) -> Sequence[Block]:
         """Return what the command shows, line by line and table by table."""
+
+    def as_details(self) -> Sequence[Block]:
+        """Return what the command shows with `--verbose`."""
+        return self.as_blocks()
 
     def as_text(self) -> str:
         """Return what the command shows."""

@@ -19,6 +19,7 @@ from dllm_convert.pipeline.family import measured_adapter, record_adapter
 from dllm_convert.pipeline.measures import BASELINE, MEASURE, SAMPLE, VIEWS
 from dllm_convert.pipeline.options import DEFAULT, RunOptions
 from dllm_convert.pipeline.resumed import check_resumed
+from dllm_convert.pipeline.shown import opening_lines, training_line
 from dllm_convert.pipeline.stages import (
     ADAPT,
     APPEAR,
@@ -37,6 +38,7 @@ from dllm_convert.pipeline.workspace import (
     read_workspace,
 )
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, source_facts
+from dllm_convert.planning.devices import Device, known_gpu, this_cpu
 from dllm_convert.recipe.loading import same_name_warning
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
@@ -155,6 +157,8 @@ def run(
     with open_workspace(out, run_id, asked, extend=extend) as workspace:
         plan = _of_this_run(plan, workspace)
         record_adapter(workspace.work, plan.adapter)
+        for line in opening_lines(plan, out):
+            reporter.line(line)
         for warning in plan.warnings:
             reporter.warn(warning)
         conversion = Run(plan, workspace, reporter, place, how)
@@ -180,6 +184,8 @@ def _finish(run: Run) -> None:
         from dllm_convert.training.setup import require_devices
 
         require_devices(run.plan.recipe.training)
+        if run.found(TRAIN) is None:
+            run.reporter.line(training_line(run.plan, _device(), run.place.world))
     check_resumed(run)
     assembled = run.found(ASSEMBLE) is not None
     if not assembled:
@@ -212,6 +218,15 @@ def _finish(run: Run) -> None:
     run.do(DOCUMENT)
     run.do(APPEAR)
     clean(run)
+
+
+def _device() -> Device | None:
+    """Return what is known of the device that will train."""
+    import torch
+
+    if torch.cuda.is_available():
+        return known_gpu(torch.cuda.get_device_name())
+    return None if torch.accelerator.is_available() else this_cpu()
 
 
 def _train_together(run: Run, *, needed: bool) -> None:

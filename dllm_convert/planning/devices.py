@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,14 @@ GPUS = (
     _gpu("H200 141GB", "H200 SXM", 989, 141),
     _gpu("B200 180GB", "DGX B200", 2250, 180),
 )
+
+
+def known_gpu(name: str) -> Device | None:
+    """Return what is known of a GPU by the name its driver has for it; None if nothing is."""
+    words = re.split(r"[\s-]+", name)
+    return next((gpu for gpu in GPUS if gpu.name.split()[0] in words), None)
+
+
 _CORE_FLOPS = {True: 1.8e11, False: 8.4e10}
 """Per core with bfloat16 instructions and without, measured: SmolLM2-135M, full steps of 2 x 128
 tokens with complementary masks, by the formulas of `costs.py`: 184 and 85 tokens per second (in

@@ -126,7 +126,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Move the bar; stop when the time is up, when asked to, or on a loss that is no number."""
         self._step = state.global_step
-        self._task.advance(1, self._note())
+        self._task.advance(1, *self._notes())
         unsound, asked, late = self._agree()
         if unsound:
             control.should_log = True
@@ -177,7 +177,7 @@ class ProgressCallback(TrainerCallback):
         if self._opening is not None and (problem := self._opening.see(logs.get("nelbo", loss))):
             self._warn(problem)
 
-    def _note(self) -> str:
+    def _notes(self) -> list[str]:
         line = self._metrics.last
         parts = [f"{name} {line[name]:.3f}" for name in ("loss", "nelbo") if name in line]
         elapsed = time.monotonic() - self._started
@@ -185,7 +185,7 @@ class ProgressCallback(TrainerCallback):
         if elapsed > 0:
             parts.append(f"{done * self._rules.tokens_per_step / elapsed:,.0f} tokens/s")
         parts.append(f"{peak_memory() / GIB:.2f} GiB")
-        return ", ".join(parts)
+        return parts
 
     def _diverged(
         self, folder: Path, state: TrainerState, logs: dict[str, float], rate: float

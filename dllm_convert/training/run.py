@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
-from dllm_convert.common.console import Reporter
+from dllm_convert.common.console import Reporter, Task
 from dllm_convert.common.interruption import Interruption
 from dllm_convert.common.memory import free_memory
 from dllm_convert.planning.conversion import ConversionPlan
@@ -174,7 +174,7 @@ def _train(
     rows = training.sequences_per_step * arguments.world_size
     with (
         reporter.task("train", total=training.steps) as task,
-        Interruption(gently=True) as interruption,
+        Interruption(gently=True, answer=lambda: reporter.line(_heard(task))) as interruption,
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         base = teaching_copy(plan, untrained)
@@ -194,6 +194,11 @@ def _train(
     result = _result(trainer, watch, plan, trainable, seconds)
     write_result(trainer, untrained, out, plan)
     return result
+
+
+def _heard(task: Task) -> str:
+    """Answer a first Ctrl-C: a step may take minutes."""
+    return f"finishing step {task.done + 1:g}, saving; again: lose it"
 
 
 def _trainer(

@@ -36,10 +36,10 @@ def verification_blocks(verification: Mapping[str, Any]) -> list[Block]:
         for number, probe in enumerate(probes)
         if probe["passed"] is False
     }
-    return [Table(("", "probe", "measured", "required"), rows, notes), "", _tally(verification)]
+    return [Table(("", "probe", "measured", "required"), rows, notes), "", tally(verification)]
 
 
-def _tally(verification: Mapping[str, Any]) -> str:
+def tally(verification: Mapping[str, Any]) -> str:
     """Return how many probes passed, failed and were not run, on one line."""
     verdicts = [probe["passed"] for probe in verification["probes"]]
     passed, failed, unknown = (verdicts.count(verdict) for verdict in (True, False, None))
@@ -48,11 +48,16 @@ def _tally(verification: Mapping[str, Any]) -> str:
     return f"{passed} of {len(verdicts)} probes passed, {failed} failed, {unknown} not run{took}"
 
 
-def failed_probes(verification: Mapping[str, Any]) -> str:
-    """Return the failed probes of a report on one line, with what was measured and required."""
-    return "; ".join(
+def failures(verification: Mapping[str, Any]) -> list[str]:
+    """Return a line for each failed probe of a report, with what was measured and required."""
+    return [
         f"{probe['name']}: measured {cell_text(probe.get('measured')) or 'nothing'}, "
         f"required {cell_text(probe.get('required')) or 'to pass'}"
         for probe in verification["probes"]
         if probe["passed"] is False
-    )
+    ]
+
+
+def failed_probes(verification: Mapping[str, Any]) -> str:
+    """Return the failed probes of a report on one line, with what was measured and required."""
+    return "; ".join(failures(verification))

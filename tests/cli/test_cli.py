@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from dllm_convert.cli.app import app
 from dllm_convert.cli.errors import redact
 from dllm_convert.cli.options import TargetName
-from dllm_convert.common.tables import text_of
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import (
     DataError,
@@ -241,10 +240,15 @@ def test_default_output_folder(source: str, out: str, ran: list[tuple[Recipe, Pa
     assert ran[0][1] == Path(out)
 
 
-def test_run_shows_verification_measurements_sample_and_path(
+def test_run_shows_what_came_of_it_and_with_verbose_every_probe(
     ran: list[tuple[Recipe, Path]],
 ) -> None:
-    text = invoke("run", "x/y", "--out", "there").stdout
+    short = invoke("run", "x/y", "--out", "there").stdout
+    for words in ("Verified: 1 of 2", "8.500 ± 0.125 nats", "Once upon", "1.50", "verify there"):
+        assert words in short
+    assert "influence" not in short
+    assert short.endswith("Checkpoint: there\n")
+    text = invoke("run", "x/y", "--out", "there", "--verbose").stdout
     rows = [line.split() for line in text.splitlines()]
     assert ["ok", "influence", "0.25", "==", "0"] in rows
     assert ["skipped", "cache", "no", "blocks"] in rows, "why it was not run"
@@ -388,7 +392,7 @@ def report_of(verification: Mapping[str, Any]) -> Any:
     return SimpleNamespace(
         passed=verification["passed"],
         as_dict=lambda: verification,
-        as_text=lambda: text_of(verification_blocks(verification)),
+        as_blocks=lambda: verification_blocks(verification),
     )
 
 

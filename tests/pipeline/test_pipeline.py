@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -170,7 +171,8 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == ""
-    assert "same command" in stderr
+    assert "same command goes on where" in stderr
+    assert re.search(r"^finishing step \d+, saving; again: lose it$", stderr, re.MULTILINE)
     assert "Traceback" not in stderr
     assert [path.name for path in out.iterdir()] == [".work"]
 

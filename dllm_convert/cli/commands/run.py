@@ -90,6 +90,7 @@ def run(
     message: option.CommitMessage = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
 ) -> None:
     """Convert a checkpoint; with `--dry-run`, only say how."""
     from dllm_convert.pipeline.launch import launch
@@ -134,7 +135,7 @@ def run(
     if (num_processes or launch_config) and not place.launched:
         raise typer.Exit(launch(num_processes, launch_config, sys.argv[1:]))
     how = RunOptions(link=link, verify=verify, extend=extend)
-    _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json)
+    _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json, verbose=verbose)
 
 
 def _convert(
@@ -146,6 +147,7 @@ def _convert(
     *,
     quiet: bool,
     as_json: bool,
+    verbose: bool,
 ) -> None:
     """Do the run, or as another than the first process take part in its training."""
     reporter = make_reporter(quiet=quiet or as_json)
@@ -161,5 +163,5 @@ def _convert(
     from dllm_convert.pipeline.api.conversion import convert_recipe
 
     done = convert_recipe(recipe, folder, reporter, push=push, place=place, how=how)
-    show_done(done, as_json=as_json)
+    show_done(done, as_json=as_json, verbose=verbose)
     exit_if_failed(done.manifest["verification"])

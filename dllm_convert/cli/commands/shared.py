@@ -61,14 +61,14 @@ def asked_recipe(source: str, **asked: Unpack[ConversionRequest]) -> Recipe:
         return load_recipe(source, **asked)
 
 
-def show_done(result: Printed, *, as_json: bool) -> None:
+def show_done(result: Printed, *, as_json: bool, verbose: bool = False) -> None:
     """Show the result of a command whose work lies elsewhere: in a folder, or in its exit code.
 
     Where stdout cannot be written the work is done all the same: that is told, and the exit code
     stays the work's own. A command whose work is what it prints ends with 1 instead.
     """
     try:
-        output.show(result, as_json=as_json)
+        output.show(result, as_json=as_json, verbose=verbose)
     except OutputError as error:
         tell_line("warning", str(error))
 

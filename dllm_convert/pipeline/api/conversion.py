@@ -49,10 +49,16 @@ class Conversion(Printed):
         return run_document(str(self.path), passed, self.manifest, published)
 
     def as_blocks(self) -> list[Block]:
-        """Return the verification, what was measured, and a sample."""
+        """Return the verdict, what failed, what it came to, a sample, and what to do with it."""
         from dllm_convert.pipeline.shown import run_blocks
 
         return run_blocks(self.as_dict())
+
+    def as_details(self) -> list[Block]:
+        """Return every probe, all that was measured, and a sample."""
+        from dllm_convert.pipeline.shown import detail_blocks
+
+        return detail_blocks(self.as_dict())
 
 
 def load_recipe(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> Recipe:
