@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 
 # Set before torch and tokenizers are imported: many test processes share few cores.
@@ -69,6 +71,30 @@ def generic_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return built[model_type]
 
     return get
+
+
+_TESTS_BETWEEN = 300
+"""Tests after which what was imported meanwhile is set aside as well."""
+
+
+def pytest_collection_finish() -> None:
+    """Set modules and tests aside, half a million objects that every collection would look at.
+
+    The collector runs at the end of each stage of a run (`common/memory.py`): looking through all
+    that lives as long as the session was a third of a tiny run's time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _set_aside(request: pytest.FixtureRequest) -> None:
+    if request.session.testscollected and next(_run) % _TESTS_BETWEEN == 0:
+        gc.collect()
+        gc.freeze()
+
+
+_run = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
