@@ -96,7 +96,7 @@ CheckpointOrGguf = Annotated[
 CheckpointToTalkTo = Annotated[
     str,
     typer.Argument(
-        metavar="CHECKPOINT|HUB_ID",
+        metavar="CHECKPOINT",
         parser=named,
         help="Folder that `run` wrote, Hub id of a published one, or GGUF file.",
         show_default=False,
