@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from dllm_convert.pipeline.api.publication import push as push
     from dllm_convert.pipeline.api.publication import write_card as write_card
     from dllm_convert.pipeline.api.writing import load as load
+    from dllm_convert.pipeline.api.writing import reply as reply
     from dllm_convert.pipeline.api.writing import sample as sample
     from dllm_convert.planning.conversion import ConversionPlan as ConversionPlan
     from dllm_convert.recipe.schema import Recipe as Recipe
+    from dllm_convert.sampling.conversation import Chat as Chat
     from dllm_convert.verification.report import VerificationReport as VerificationReport
 
 _HOMES = {
@@ -46,8 +48,10 @@ _HOMES = {
     "plan": "dllm_convert.pipeline.api.conversion",
     "probe": "dllm_convert.pipeline.api.conversion",
     "push": "dllm_convert.pipeline.api.publication",
+    "reply": "dllm_convert.pipeline.api.writing",
     "sample": "dllm_convert.pipeline.api.writing",
     "verify": "dllm_convert.pipeline.api.judging",
+    "Chat": "dllm_convert.sampling.conversation",
     "Recipe": "dllm_convert.recipe.schema",
     "ConversionPlan": "dllm_convert.planning.conversion",
     "VerificationReport": "dllm_convert.verification.report",
@@ -64,6 +68,7 @@ _HOMES = {
     "training": "",
 }
 __all__ = [
+    "Chat",
     "Conversion",
     "ConversionPlan",
     "DataError",
@@ -87,6 +92,7 @@ __all__ = [
     "plan",
     "probe",
     "push",
+    "reply",
     "sample",
     "training",
     "verify",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dllm_convert.cli import options as option
+from dllm_convert.cli.commands.chat import chat
 from dllm_convert.cli.commands.check import check
 from dllm_convert.cli.commands.evaluate import evaluate
 from dllm_convert.cli.commands.lists import architectures, recipes
@@ -47,6 +48,6 @@ def _root(version: option.Version = False) -> None:
 
 
 app.command(help="Convert, train, verify and document a checkpoint.")(run)
-for _command in (check, verify, evaluate, sample, card, export, push, recipes, architectures):
+for _command in (check, verify, evaluate, sample, chat, card, export, push, recipes, architectures):
     app.command()(_command)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)

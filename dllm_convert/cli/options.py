@@ -93,6 +93,15 @@ CheckpointOrGguf = Annotated[
         show_default=False,
     ),
 ]
+CheckpointToTalkTo = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        parser=named,
+        help="Folder that `run` wrote, Hub id of a published one, or GGUF file.",
+        show_default=False,
+    ),
+]
 RecipeName = Annotated[
     str | None, typer.Argument(metavar="[NAME]", help="Show this one, with every field.")
 ]

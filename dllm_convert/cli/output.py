@@ -18,24 +18,32 @@ def write_json(value: Any) -> None:
 
 
 def write(text: str, *, verbatim: bool = False) -> None:
-    """Write text and a line end to stdout, the one place that does.
-
-    Where nobody reads it, closed or gone as with `| head`, nothing was asked for: what the command
-    did is what counts.
+    """Write text and a line end to stdout.
 
     Args:
         text: What to show.
         verbatim: Write it as it is; otherwise nothing in it acts on a terminal.
 
     Raises:
+        OutputError: As `write_piece`.
+    """
+    write_piece((text if verbatim else printable(text)).rstrip("\n") + "\n")
+
+
+def write_piece(text: str) -> None:
+    """Write a piece of text to stdout as it is, the one place that does.
+
+    Where nobody reads it, closed or gone as with `| head`, nothing was asked for: what the command
+    did is what counts.
+
+    Raises:
         OutputError: It cannot be written for another reason, such as a full disk.
     """
     if sys.stdout is None:
         return
-    shown = text if verbatim else printable(text)
     try:
         # A plain write: rich would wrap at 80 columns where stdout is a pipe.
-        sys.stdout.write(shown.rstrip("\n") + "\n")
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         silence(sys.stdout)

@@ -110,10 +110,10 @@ class Reporter:
         """Whether bars can be drawn."""
         return self.console.is_terminal and not self.quiet
 
-    def line(self, text: str) -> None:
-        """Print one plain line."""
+    def line(self, text: str, *, faint: bool = False) -> None:
+        """Print one plain line; `faint` where it stands beside what counts."""
         if not self.quiet:
-            self._print(text)
+            self._print(text, style="dim" if faint else None)
 
     def warn(self, text: str) -> None:
         """Print a warning, even when quiet."""

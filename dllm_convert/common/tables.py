@@ -24,7 +24,8 @@ class Table:
     """Words and numbers in rows.
 
     Attributes:
-        header: Names of the columns; the first is that of the rows' names.
+        header: Names of the columns; the first is that of the rows' names. Where none has a name
+            there is no line of them.
         rows: As many values each.
         notes: By the number of a row, lines that stand below it.
         indent: Blanks in front of every line on a terminal.
@@ -46,6 +47,8 @@ class Table:
         widths = [max(len(row[column]) for row in cells) for column in range(len(self.header))]
         lines = []
         for number, row in enumerate(cells, -1):
+            if not any(row) and number < 0:
+                continue
             padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             lines.append("  ".join(padded).rstrip())
             lines += [f"{'':9}{one_line(note)}" for note in self.notes.get(number, ())]
@@ -62,7 +65,8 @@ class Table:
             for name in self.header
         )
         lines = [f'<caption class="unseen">{_escaped(caption)}</caption>'] if caption else []
-        lines += [f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+        lines += [f"<thead><tr>{head}</tr></thead>"] if any(self.header) else []
+        lines.append("<tbody>")
         for number, (first, *others) in enumerate(self.cells):
             named = f'<th scope="row">{_escaped(first)}</th>'
             lines.append(

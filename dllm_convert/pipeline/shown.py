@@ -80,7 +80,7 @@ def run_blocks(document: Mapping[str, Any]) -> list[Block]:
     steps = _aligned(_next(path, manifest, publish=document["passed"] and not published))
     parts: list[list[Block]] = [
         _verdict(manifest["verification"]),
-        [*numbers],
+        numbers,
         [Toned("Sample", "head"), *written] if written else [],
         [Toned("Next", "head"), *steps],
     ]
@@ -129,12 +129,13 @@ def _next(path: str, manifest: Mapping[str, Any], *, publish: bool) -> Iterable[
     yield one_line(str(Path(path) / "report.html")), "shows what was measured"
 
 
-def _aligned(pairs: Iterable[tuple[str, str]]) -> list[str]:
+def _aligned(pairs: Iterable[tuple[str, str]]) -> list[Block]:
     """Return two columns; where there is no room for the second one, the first."""
     rows = list(pairs)
-    width = max((cell_len(first) for first, _ in rows), default=0)
-    lines = [f"  {set_cell_size(first, width)}  {second}" for first, second in rows]
-    return lines if max(map(cell_len, lines), default=0) <= WIDTH else [f"  {a}" for a, _ in rows]
+    table = Table(("", ""), rows, indent=2)
+    if not rows or max(map(cell_len, str(table).split("\n"))) <= WIDTH:
+        return [table] if rows else []
+    return [f"  {first}" for first, _ in rows]
 
 
 def _clipped(text: str) -> list[str]:

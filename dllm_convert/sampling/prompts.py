@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dllm_convert.common.diffusion_section import DiffusionSection
@@ -106,18 +106,40 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[in
         DataError: The prompt is empty or no text, or the chat template refuses it.
         IncompatibleError: The tokenizer has no chat template.
     """
-    check_text(prompt)
     if chat:
-        if not tokenizer.chat_template:
-            raise IncompatibleError(
-                "the tokenizer has no chat template", hint="Leave out --chat to go on from the text"
-            )
-        turns = [{"role": "user", "content": prompt}]
-        hint = "Correct chat_template.jinja, or leave out --chat to go on from the text"
-        prompt = chat_text(tokenizer, turns, "the prompt", hint, add_generation_prompt=True)
-    ids = _around_masks(tokenizer, prompt, chat=chat)
+        return encode_messages(tokenizer, [{"role": "user", "content": prompt}], "the prompt")
+    check_text(prompt)
+    ids = _around_masks(tokenizer, prompt, chat=False)
     if not ids:
         raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
+    return ids
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], where: str) -> list[int]:
+    """Return the tokens of messages in the chat template, up to where the reply begins.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        messages: `role` and `content` of each turn.
+        where: What they are, for messages.
+
+    Raises:
+        DataError: A message is no text, or the chat template refuses them.
+        IncompatibleError: The tokenizer has no chat template.
+    """
+    for message in messages:
+        check_text(message["content"])
+    if not tokenizer.chat_template:
+        raise IncompatibleError(
+            "the tokenizer has no chat template",
+            hint="Leave out --chat to go on from the text, as sample does",
+        )
+    hint = "Correct chat_template.jinja, or go on from a text with sample, without --chat"
+    turns = [dict(message) for message in messages]
+    text = chat_text(tokenizer, turns, where, hint, add_generation_prompt=True)
+    ids = _around_masks(tokenizer, text, chat=True)
+    if not ids:
+        raise DataError(f"the chat template makes nothing of {where}", hint=hint)
     return ids
 
 

@@ -91,6 +91,34 @@ def decode_samples(
         RequestError: Options contradict each other, the model or the prompts.
     """
     encoded = encode_prompts(model, tokenizer, prompts, chat=chat, mark=mark)
+    return decode_encoded(
+        model, tokenizer, prompts, encoded, seed=seed, observer=observer, **options
+    )
+
+
+def decode_encoded(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    encoded: Sequence[list[int]],
+    *,
+    seed: int | None = None,
+    observer: Observer | None = None,
+    streamer: Any | None = None,
+    **options: Any,
+) -> tuple[Sample, ...]:
+    """Decode prompts that are tokens already; arguments and errors are those of `decode_samples`.
+
+    Args:
+        model: Diffusion model.
+        tokenizer: Its tokenizer.
+        prompts: What the samples say was given.
+        encoded: The tokens of each.
+        seed: Seed for temperatures above 0.
+        observer: Called after the prompts and after every denoising forward.
+        streamer: Gets tokens as soon as nothing changes them, where there is one prompt.
+        **options: Fields of `DecodingOptions`.
+    """
     width = max(len(ids) for ids in encoded)
     rows = [ids + [0] * (width - len(ids)) for ids in encoded]
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]
@@ -104,6 +132,7 @@ def decode_samples(
                 attention_mask=torch.tensor(mask, device=model.device),
                 seed=seed,
                 observer=observer,
+                streamer=streamer,
                 return_dict_in_generate=True,
                 **given,
             )
@@ -196,10 +225,13 @@ class Display:
     Attributes:
         watch: Show the text while it is denoised.
         record: File to write a film to; the first prompt's.
+        screen: Have what is watched take the whole terminal and give it back; otherwise it is drawn
+            below what is there, without the prompt.
     """
 
     watch: bool = False
     record: Path | None = None
+    screen: bool = True
 
 
 def run_sample(
@@ -260,7 +292,7 @@ def sample_with(
     observer: Observer | None = recorder if shown.record else None
     with ExitStack() as stack:
         if shown.watch:
-            observer = stack.enter_context(Watcher(recorder, text, reporter))
+            observer = stack.enter_context(Watcher(recorder, text, reporter, screen=shown.screen))
         else:
             stack.enter_context(reporter.task("decode"))
         stack.enter_context(telling(reporter))

@@ -1,9 +1,11 @@
-"""A decoded text for people; imports no torch."""
+"""A decoded text, and who wrote it, for people; imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from dllm_convert.common.shown_text import one_line
 
 
 def sample_facts(sample: Mapping[str, Any]) -> str:
@@ -13,3 +15,39 @@ def sample_facts(sample: Mapping[str, Any]) -> str:
         return said
     near = f", {sample['close']} of them close calls" if sample["close"] else ""
     return f"{said}; lossless: every token is the verifier's{near}"
+
+
+def banner(name: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Say what a checkpoint is, and what was measured of it; nothing that was not.
+
+    Args:
+        name: What it is called.
+        manifest: Its dllm_convert.json; empty where it has none.
+    """
+    measures = manifest.get("measurements") or {}
+    recipe = manifest.get("recipe") or {}
+    trained = (measures.get("train") or {}).get("tokens")
+    blocks = f" in blocks of {recipe['block_size']}" if recipe.get("block_size") else ""
+    made = f"{name}: {recipe.get('target') or 'a diffusion model'}{blocks}"
+    if recipe.get("source"):
+        made += f", made of {one_line(str(recipe['source']))}"
+    lines = [f"{made}; {_trained(trained, known=bool(manifest))}"]
+    after, base = (_nats(measures, key) for key in ("nelbo_after", "ar_nll"))
+    if after is not None and base is not None:
+        gap = after - base
+        than = f"{abs(gap):.2f} {'above' if gap > 0 else 'below'}"
+        lines.append(f"NELBO {after:.2f} nats per token, {than} the base's own NLL, {base:.2f}")
+    elif after is not None:
+        lines.append(f"NELBO {after:.2f} nats per token")
+    return lines
+
+
+def _trained(tokens: int | None, *, known: bool) -> str:
+    if tokens is not None:
+        return f"trained on {tokens:,} tokens"
+    return "not trained: what it writes is noise" if known else "nothing is recorded of it"
+
+
+def _nats(measures: Mapping[str, Any], key: str) -> float | None:
+    value = (measures.get(key) or {}).get("nats_per_token")
+    return None if value is None else float(value)

@@ -440,7 +440,7 @@ def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) 
         seen.update(options, prompts=prompts, shown=shown)
         return [SimpleNamespace(as_dict=lambda: MANIFEST["sample"])] * len(prompts)
 
-    shown = {"Display": lambda watch, record: (watch, record)}
+    shown = {"Display": lambda watch, record, screen: (watch, record)}
     fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample, **shown)
     result = invoke(
         *("sample", "there", "--prompt", "Once", "--max-new-tokens", "9", "--steps", "3"),
@@ -473,7 +473,7 @@ def test_sample_reads_a_prompt_from_stdin(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(prompts)
         return [SimpleNamespace(as_dict=lambda: MANIFEST["sample"])]
 
-    shown = {"Display": lambda watch, record: None}
+    shown = {"Display": lambda watch, record, screen: None}
     fake_module(monkeypatch, "dllm_convert.sampling.run", run_sample=run_sample, **shown)
     for given in (b"Once \xc3\xa4\n\n", b"Once \xff"):
         result = CliRunner().invoke(app, ["sample", "there", "--prompt", "-"], input=given)

@@ -112,3 +112,10 @@ def test_an_empty_table_has_its_header() -> None:
     assert Read(table.as_html("what it shows")).rows == [["a", "b"]]
     assert 'class="unseen">what it shows<' in table.as_html("what it shows")
     assert markdown(Table(("", "b"), [("x", "- y")])) == "| | b |\n|---|---|\n| x | - y |"
+
+
+def test_columns_without_names_have_no_line_of_them() -> None:
+    table = Table(("", ""), [("a", 1), ("bc", 2)], indent=2)
+    assert str(table) == "  a   1\n  bc  2"
+    assert "thead" not in table.as_html()
+    assert '<th scope="row">bc</th><td>2</td>' in table.as_html()

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import select
 import signal
-import struct
-import subprocess
-import sys
 import termios
-import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -25,6 +19,7 @@ from factory import TOKENIZERS
 from films import MASK, film_of
 from rich.cells import cell_len
 from rich.console import Console
+from terminals import Terminal
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.sampling.watch import terminal
@@ -158,60 +153,14 @@ def check_given_back(written: str) -> None:
     assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l")
 
 
-class Terminal:
-    """A child that runs the command line on a pseudo-terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.master, self.slave = os.openpty()
-        self.resize(24, 80)
-        self.before = termios.tcgetattr(self.slave)
-        environment = os.environ | {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
-        environment.pop("NO_COLOR", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dllm_convert", *arguments],
-            stdin=self.slave,
-            stdout=self.slave,
-            stderr=self.slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=environment,
-        )
-        self.written = b""
-
-    def resize(self, rows: int, columns: int) -> None:
-        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def read_until(self, marker: bytes, seconds: float = 100.0) -> None:
-        end = time.monotonic() + seconds
-        while marker not in self.written and self.process.poll() is None:
-            assert time.monotonic() < end, self.written[-2000:]
-            self.read(0.2)
-
-    def read(self, seconds: float) -> bool:
-        if not select.select([self.master], [], [], seconds)[0]:
-            return False
-        self.written += os.read(self.master, 1 << 16)
-        return True
-
-    def close(self) -> int:
-        end = time.monotonic() + 60
-        while self.process.poll() is None:
-            if time.monotonic() > end:
-                self.process.kill()
-            self.read(0.1)
-        while self.read(0.1):
-            pass
-        return self.process.returncode
-
-
-@pytest.mark.parametrize("watched", [True, False], ids=["watch", "bar"])
+@pytest.mark.parametrize("watched", [True, False], ids=["watch", "stream"])
 def test_ctrl_c_leaves_a_sane_terminal(
     source_cache: Callable[..., Path], tmp_path: Path, watched: bool
 ) -> None:
     convert(source_cache("llama", max_position_embeddings=8192), tmp_path / "out", "bd3lm")
     options = ["--max-new-tokens", "6000", "--steps", "8", *(["--watch"] if watched else [])]
     child = Terminal("sample", str(tmp_path / "out"), *options)
-    child.read_until(b"of 6000 tokens" if watched else b"decode")
+    child.read_until(b"of 6000 tokens")
     if watched:
         child.resize(10, 31)
         os.killpg(child.process.pid, signal.SIGWINCH)
@@ -229,5 +178,20 @@ def test_ctrl_c_leaves_a_sane_terminal(
     if watched:
         check_given_back(written)
         assert re.search(r"forward \d+, \d+ of 6000 tokens: .", written.rpartition("1049l")[2])
+    else:
+        assert "1049h" not in written, "what is there stays"
     os.close(child.master)
     os.close(child.slave)
+
+
+def test_below_what_is_there_only_what_is_new_is_drawn(tokenizer: Any) -> None:
+    film, file = film_of(tokenizer, "Say", " one two three"), StringIO()
+    recorder = Recorder(MASK, film.end_ids)
+    reporter = reporter_on(file, live=True)
+    with Watcher(recorder, TokenText(tokenizer), reporter, screen=False) as watcher:
+        for number in range(len(film.frames)):
+            watcher(progress(film, number))
+    assert "1049h" not in file.getvalue()
+    written = ESCAPE.sub("", file.getvalue())
+    assert "one two three" in written
+    assert "Say" not in written

@@ -12,7 +12,7 @@ import typer
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
 from dllm_convert.cli.commands import decoding
-from dllm_convert.cli.commands.shared import make_reporter, typed
+from dllm_convert.cli.commands.shared import draws, make_reporter, typed
 from dllm_convert.cli.types import count, path_of, seed_of
 from dllm_convert.cli.values import output_file
 from dllm_convert.common.shown_text import printable
@@ -93,7 +93,8 @@ def sample(
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
     how["threads"] = threads
-    found = _write(checkpoint, given, reporter, watch=watch, record=record, **how)
+    stream = draws(reporter) and not (watch or as_json)
+    found = _write(checkpoint, given, reporter, watch=watch, stream=stream, record=record, **how)
     _print(found, reporter, chat=chat, as_json=as_json)
 
 
@@ -103,6 +104,7 @@ def _write(
     reporter: Reporter,
     *,
     watch: bool,
+    stream: bool,
     record: Path | None,
     **how: Any,
 ) -> list[dict[str, Any]]:
@@ -119,6 +121,7 @@ def _write(
             prompts or [DEFAULT_PROMPT],
             reporter=reporter,
             watch=watch,
+            stream=stream,
             record=record,
             **how,
         )

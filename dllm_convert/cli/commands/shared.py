@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
@@ -29,6 +30,12 @@ def make_reporter(*, quiet: bool) -> Reporter:
         # Read once, when huggingface_hub is imported; bars belong on terminals only.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return reporter
+
+
+def draws(reporter: Reporter) -> bool:
+    """Whether somebody sits at a terminal that can be drawn on, and reads the result there too."""
+    at_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return at_terminal and reporter.live and not reporter.console.is_dumb_terminal
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
@@ -12,7 +12,10 @@ from dllm_convert.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
+    from dllm_convert.sampling.conversation import Chat
     from dllm_convert.sampling.run import Sample
+
+_THREADS = "`threads` is for GGUF files; torch takes OMP_NUM_THREADS"
 
 
 def load(
@@ -91,6 +94,7 @@ def sample(
     lossless: bool = False,
     seed: int | None = None,
     watch: bool = False,
+    stream: bool = False,
     record: str | Path | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
@@ -109,6 +113,7 @@ def sample(
             setting `verify_with`, by whichever verifier the checkpoint holds.
         seed: Seed for temperatures above 0.
         watch: Show the text on stderr while it is denoised.
+        stream: The same below what is on the terminal, without the prompt.
         record: A .gif or .html file to write how the first text was denoised to.
         threads: Threads of llama.cpp, where it runs the model.
         reporter: Progress; by default silent.
@@ -139,15 +144,13 @@ def sample(
         given["max_new_tokens"] = max_new_tokens
     how: dict[str, Any] = {"chat": chat, "mark": infill, "seed": seed}
     # What is watched is drawn by a reporter that draws.
-    teller = reporter or Reporter(quiet=not watch)
-    shown = Display(watch, _film(record))
+    teller = reporter or Reporter(quiet=not (watch or stream))
+    shown = Display(watch or stream, _film(record), screen=watch)
     with quiet_libraries():
         if is_gguf(checkpoint):
             checkpoint = _load_gguf(Path(checkpoint), threads, teller)
         elif threads is not None:
-            raise RequestError(
-                "`threads` is for GGUF files; torch takes OMP_NUM_THREADS", argument="threads"
-            )
+            raise RequestError(_THREADS, argument="threads")
         if isinstance(checkpoint, str | Path):
             folder = _folder(checkpoint, teller)
             if lossless:
@@ -169,6 +172,68 @@ def sample(
             require_settings(model, given)
             samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
     return samples[0] if prompt is None or isinstance(prompt, str) else list(samples)
+
+
+def opened(
+    checkpoint: str | Path | tuple[Any, Any],
+    reporter: Reporter | None = None,
+    threads: int | None = None,
+) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Load what can be talked with: model, tokenizer, and its manifest, empty where it has none.
+
+    Args:
+        checkpoint: As in `sample`.
+        reporter: Progress; by default silent.
+        threads: Threads of llama.cpp, where it runs the model.
+
+    Raises:
+        DllmConvertError: It cannot be loaded.
+    """
+    from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.modeling.loading import load_checkpoint
+
+    teller = reporter or Reporter(quiet=True)
+    if isinstance(checkpoint, tuple):
+        return (*checkpoint, {})
+    with quiet_libraries():
+        if is_gguf(checkpoint):
+            return (*_load_gguf(Path(checkpoint), threads, teller), {})
+        if threads is not None:
+            raise RequestError(_THREADS, argument="threads")
+        folder = _folder(checkpoint, teller)
+        with teller.task("load"):
+            loaded = load_checkpoint(folder)
+    known = (folder / MANIFEST_FILE).is_file()
+    return loaded.model, loaded.tokenizer, read_manifest(folder) if known else {}
+
+
+def reply(
+    checkpoint: str | Path | tuple[Any, Any], chat: Chat, *, reporter: Reporter | None = None
+) -> Chat:
+    """Write the answer to what was asked last in a conversation.
+
+    Args:
+        checkpoint: As in `sample`; a pair as `load` returns it is not loaded again for each answer.
+        chat: The conversation, as `Chat().ask("...")` makes one.
+        reporter: Progress; by default silent.
+
+    Returns:
+        The conversation with the answer: `chat.turns[-1].content`.
+
+    Raises:
+        DataError: The template refuses the conversation, or it is longer than the model's context.
+        IncompatibleError: It is no diffusion checkpoint, or has no chat template.
+        RequestError: Nothing was asked, or settings contradict each other or the checkpoint.
+    """
+    from dllm_convert.common.quiet import quiet_libraries
+    from dllm_convert.sampling.checking import require_settings
+    from dllm_convert.sampling.replies import reply as answered
+
+    model, tokenizer, _ = opened(checkpoint, reporter)
+    require_settings(model, chat.settings)
+    with quiet_libraries():
+        return answered(model, tokenizer, chat, reporter or Reporter(quiet=True))
 
 
 def is_gguf(checkpoint: object) -> TypeGuard[str | Path]:

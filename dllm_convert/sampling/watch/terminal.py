@@ -70,11 +70,13 @@ class Scene:
     Args:
         recorder: Where the frames come from.
         text: Texts of tokens.
+        prompt: Whether the prompt is shown too.
     """
 
-    def __init__(self, recorder: Recorder, text: TokenText) -> None:
+    def __init__(self, recorder: Recorder, text: TokenText, *, prompt: bool = True) -> None:
         self._recorder = recorder
         self._text = text
+        self._prompt = prompt
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the newest frames into the room there is now."""
@@ -82,7 +84,7 @@ class Scene:
         columns = max(options.max_width - 2 * _MARGIN, 2)
         room = max(console.size.height // max(len(shown), 1) - 2, 1)
         for film, number in shown:
-            cells = cells_of(film, film.frames[-1], number, self._text)
+            cells = self._cells(film, number)
             signed = [
                 Cell(mask_sign(cell.state, options.encoding), cell.state)
                 if cell.state in _MASKS
@@ -96,6 +98,10 @@ class Scene:
             yield Text(set_cell_size(words, min(cell_len(words), options.max_width)), style=GREY)
             yield Text("")
 
+    def _cells(self, film: Film, number: int) -> Sequence[Cell]:
+        cells = cells_of(film, film.frames[-1], number, self._text)
+        return [cell for cell in cells if self._prompt or cell.state is not State.PROMPT]
+
     def films(self) -> list[tuple[Film, int]]:
         """Return the newest frame of each row, and its number."""
         found = (self._recorder.latest(row) for row in range(self._recorder.rows))
@@ -105,7 +111,7 @@ class Scene:
         """Return one plain line for each row: how far it is, and the end of its text."""
         mask, lines = mask_sign(State.MASKED, encoding), []
         for film, number in self.films():
-            cells = cells_of(film, film.frames[-1], number, self._text)
+            cells = self._cells(film, number)
             shown = plain(cells, mask).rstrip(mask)[-_LINE_COLUMNS:]
             lines.append(f"{caption(film, film.frames[-1])}: {shown}")
         return lines
@@ -132,12 +138,17 @@ class Watcher:
         recorder: Keeps the frames; called first.
         text: Texts of tokens.
         reporter: Where it is shown.
+        screen: Whether to take the other screen; otherwise the new text alone is drawn below what
+            is there, and taken away when the block ends.
     """
 
-    def __init__(self, recorder: Recorder, text: TokenText, reporter: Reporter) -> None:
+    def __init__(
+        self, recorder: Recorder, text: TokenText, reporter: Reporter, *, screen: bool = True
+    ) -> None:
         self._recorder = recorder
         self._reporter = reporter
-        self._scene = Scene(recorder, text)
+        self._screen = screen
+        self._scene = Scene(recorder, text, prompt=screen)
         self._last_line = time.monotonic()
         self._live: AbstractContextManager[Any] = nullcontext()
         self._redraws = reporter.live and not reporter.console.is_dumb_terminal
@@ -155,7 +166,8 @@ class Watcher:
             self._live = Live(
                 self._scene,
                 console=self._reporter.console,
-                screen=True,
+                screen=self._screen,
+                transient=True,
                 refresh_per_second=REFRESH_PER_SECOND,
                 redirect_stdout=False,
                 redirect_stderr=False,
@@ -171,7 +183,7 @@ class Watcher:
     ) -> None:
         """Give the terminal back."""
         self._live.__exit__(kind, error, trace)
-        if kind is not None:
+        if kind is not None and self._screen:
             self._say()
 
     def _say(self) -> None:

@@ -1,0 +1,267 @@
+"""`chat`: talk with a converted checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dllm_convert.cli import options as option
+from dllm_convert.cli import output
+from dllm_convert.cli.commands import decoding
+from dllm_convert.cli.commands.shared import draws, make_reporter, typed
+from dllm_convert.cli.errors import classify, tell_line
+from dllm_convert.cli.types import path_of, seed_of
+from dllm_convert.common.interruption import Interruption
+from dllm_convert.common.shown_text import printable
+from dllm_convert.errors import DataError, DllmConvertError, OutputError, RequestError
+
+if TYPE_CHECKING:
+    from dllm_convert.common.console import Reporter
+    from dllm_convert.sampling.conversation import Chat
+
+PROMPT = ">>> "
+
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="What the model is to be.")
+]
+Load = Annotated[
+    Path | None,
+    typer.Option(
+        "--load", metavar="FILE", parser=path_of, help="Go on with a conversation that /save wrote."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", parser=seed_of, metavar="N", help="Seed for temperatures above 0."),
+]
+
+
+@decoding.with_settings
+def chat(
+    checkpoint: option.CheckpointToTalkTo,
+    system: System = None,
+    load: Load = None,
+    settings: Any = None,
+    seed: Seed = None,
+    lossless: decoding.Lossless = False,
+    as_json: option.Json = False,
+    quiet: option.Quiet = False,
+) -> None:
+    """Talk with a converted checkpoint: a line asks, /help shows the commands, Ctrl-D ends.
+
+    In a pipe every line of stdin is a question, and stdout has the answers.
+    """
+    reporter = make_reporter(quiet=quiet or as_json)
+    if Path(checkpoint).is_dir():
+        decoding.check_settings(Path(checkpoint), settings)
+    from dllm_convert.common.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    with typed():
+        talk, begun = _open(checkpoint, reporter, load, silent=as_json)
+        if system is not None:
+            begun = begun.under(system)
+        verifier = {"verify_with": talk.verifier_or_refuse()} if lossless else {}
+        begun = begun.decoded_with(**settings, **verifier)
+        if seed is not None:
+            begun = begun.seeded(seed)
+        talk.check(begun.settings)
+    done = talk.hold(begun)
+    if as_json:
+        output.write_json(done.as_dict())
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A person and a model.
+
+    Attributes:
+        model: Diffusion model.
+        tokenizer: Its tokenizer.
+        reporter: What is said besides the answers.
+        verifier: The verifier of lossless decoding; None if there is none.
+        silent: Whether answers are not shown as they come.
+    """
+
+    model: Any
+    tokenizer: Any
+    reporter: Reporter
+    verifier: str | None
+    silent: bool
+
+    @property
+    def at_terminal(self) -> bool:
+        """Whether a person types, and sees the answers."""
+        return sys.stdin.isatty() and sys.stdout.isatty()
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that this model cannot be decoded with.
+
+        Raises:
+            RequestError: There are such.
+        """
+        from dllm_convert.sampling.checking import require_settings
+
+        require_settings(self.model, settings)
+
+    def verifier_or_refuse(self) -> str:
+        """Return the verifier of lossless decoding.
+
+        Raises:
+            RequestError: There is none; it says why.
+        """
+        from dllm_convert.sampling.checking import verifier_of
+
+        found = verifier_of(self.model.config.to_dict())
+        if self.verifier is None:
+            self.check({"verify_with": found})
+        return found
+
+    def hold(self, chat: Chat) -> Chat:
+        """Answer every line there is, and return what was said."""
+        for line in _lines(self.at_terminal):
+            try:
+                after = self._heed(chat, line)
+            except DllmConvertError as error:
+                # A script has to see a failure; a person says it otherwise.
+                if not self.at_terminal or isinstance(error, OutputError):
+                    raise
+                self._tell(error)
+                continue
+            if after is None:
+                break
+            chat = after
+        return chat
+
+    def _heed(self, chat: Chat, line: str) -> Chat | None:
+        """Do what a line says; None if it ends the chat."""
+        from dllm_convert.sampling.commands import obey
+
+        if not line.startswith("/"):
+            return self._answered(chat.ask(line), before=chat)
+        outcome = obey(chat, line, self.check, self.verifier)
+        for said in outcome.says:
+            self.reporter.line(said)
+        if outcome.ends:
+            return None
+        return self._answered(outcome.chat, before=chat) if outcome.replies else outcome.chat
+
+    def _answered(self, asked: Chat, before: Chat) -> Chat:
+        """Write an answer and show it; where it is given up, go back to what was before."""
+        from dllm_convert.sampling.replies import Stopped, reply
+        from dllm_convert.sampling.shown import sample_facts
+
+        drawn = draws(self.reporter) and not self.silent
+        pieces = None if drawn or self.silent else _written(sys.stdout.isatty())
+        if not self.at_terminal:
+            done = reply(self.model, self.tokenizer, asked, self.reporter, draw=drawn, write=pieces)
+        else:
+            with Interruption(gently=True) as stop:
+                try:
+                    done = reply(
+                        *(self.model, self.tokenizer, asked, self.reporter),
+                        draw=drawn,
+                        write=pieces,
+                        stop=lambda: stop.requested,
+                    )
+                except Stopped:
+                    if pieces is not None:
+                        output.write("")
+                    self.reporter.line("stopped; the question is taken back")
+                    return before
+        if drawn:
+            output.write(done.turns[-1].content)
+        elif not self.silent:
+            output.write_piece("\n")
+        self.reporter.line(sample_facts(done.turns[-1].facts), faint=True)
+        return done
+
+    def _tell(self, error: DllmConvertError) -> None:
+        from dllm_convert.errors import spelt
+        from dllm_convert.sampling.commands import as_commands
+
+        known = classify(error)
+        message = error.message if known is None else known.message
+        hint = error.hint if known is None else known.hint
+        if isinstance(error, RequestError):
+            message = as_commands(spelt(error.message, str))
+        tell_line("error", message if hint is None else f"{message}. {hint}")
+
+
+def _open(
+    checkpoint: str, reporter: Reporter, load: Path | None, *, silent: bool
+) -> tuple[Talk, Chat]:
+    """Load a checkpoint, and the conversation to go on with; say what it is."""
+    from dllm_convert.common.json_files import load_json_object
+    from dllm_convert.errors import IncompatibleError
+    from dllm_convert.pipeline.api.writing import opened
+    from dllm_convert.sampling.checking import require_settings, verifier_of
+    from dllm_convert.sampling.conversation import Chat
+    from dllm_convert.sampling.shown import banner
+
+    begun = Chat() if load is None else Chat.from_dict(load_json_object(load), str(load))
+    model, tokenizer, manifest = opened(checkpoint, reporter)
+    if not tokenizer.chat_template:
+        raise IncompatibleError(
+            "the tokenizer has no chat template, so this is no model to talk with",
+            hint=f"dllm-convert sample {checkpoint} --prompt TEXT goes on from a text",
+        )
+    verifier: str | None = verifier_of(model.config.to_dict())
+    try:
+        require_settings(model, {"verify_with": verifier})
+    except RequestError:
+        verifier = None
+    talk = Talk(model, tokenizer, reporter, verifier, silent)
+    for line in banner(Path(checkpoint).name, manifest):
+        reporter.line(line)
+    if talk.at_terminal:
+        reporter.line("/help shows the commands, Ctrl-D ends")
+    return talk, begun
+
+
+def _written(at_terminal: bool) -> Callable[[str], None]:
+    """Return what shows pieces of an answer: nothing in them acts on a terminal."""
+    return (lambda text: output.write_piece(printable(text))) if at_terminal else output.write_piece
+
+
+def _lines(at_terminal: bool) -> Iterator[str]:
+    """Yield what is typed, without empty lines; a backslash at a line's end goes on below.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
+    if at_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its editing and history
+    held = ""
+    while True:
+        try:
+            typed_line = _typed(held) if at_terminal else _read()
+        except EOFError:
+            return
+        if typed_line.endswith("\\"):
+            held += typed_line[:-1] + "\n"
+            continue
+        line, held = held + typed_line, ""
+        if line.strip():
+            yield line
+
+
+def _typed(held: str) -> str:
+    return input("... " if held else PROMPT)
+
+
+def _read() -> str:
+    raw = sys.stdin.buffer.readline()
+    if not raw:
+        raise EOFError
+    try:
+        return raw.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError("the message on stdin is not UTF-8", hint="Convert it first") from error
