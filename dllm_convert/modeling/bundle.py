@@ -20,7 +20,6 @@ CODE_FILES = {
     MODELING_FILE: (
         "modeling.py",
         "masks.py",
-        "inputs.py",
         "limits.py",
         "decoding.py",
         "reading.py",
@@ -33,11 +32,20 @@ CODE_FILES = {
         "cache.py",
         "rope.py",
         "streaming.py",
-        "moving.py",
+        "inputs.py",
     ),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
     "lossless_dllm.py": ("lossless.py", "drafting.py"),
-    "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
+    # What others are made of at once stands first.
+    "settings_dllm.py": (
+        "rules.py",
+        "stopping.py",
+        "options.py",
+        "asked.py",
+        "settings.py",
+        "ends.py",
+        "moving.py",
+    ),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
 MODELING_MODULE = MODELING_FILE.removesuffix(".py")
@@ -72,7 +80,8 @@ Drafts are denoised, and kept as far as autoregressive decoding would write the 
 """,
     "settings_dllm.py": """Settings of decoding, written by dllm-convert {version}.
 
-What can be asked for, and which of a call, a generation config and a default wins.
+What can be asked for, of a text and of transformers' `generate`; and which of a call, a generation
+config and a default wins.
 """,
 }
 

@@ -19,7 +19,7 @@ from dllm_convert.modeling.loading import load_checkpoint
 from dllm_convert.modeling.published.limits import ContextError, ContextWarning, context_of
 from dllm_convert.modeling.published.lossless import VerifierError
 from dllm_convert.modeling.published.options import Observer
-from dllm_convert.modeling.text_bounds import end_ids, until_end
+from dllm_convert.modeling.text_bounds import end_ids
 from dllm_convert.sampling.checking import check_with_prompts
 from dllm_convert.sampling.packing import packed_linears
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
@@ -134,6 +134,7 @@ def decode_encoded(
                 observer=observer,
                 streamer=streamer,
                 return_dict_in_generate=True,
+                tokenizer=tokenizer,
                 **given,
             )
     except VerifierError as error:
@@ -143,10 +144,13 @@ def decode_encoded(
         raise DataError(what, hint=advice.capitalize()) from error
     seconds = round(time.monotonic() - started, 3)
     samples = []
-    for prompt, ids, sequence in zip(prompts, encoded, output.sequences.tolist(), strict=True):
+    counts = output.new_tokens.tolist()
+    for prompt, ids, sequence, count in zip(
+        prompts, encoded, output.sequences.tolist(), counts, strict=True
+    ):
         if model.config.mask_token_id in ids:
             prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)
-        new = until_end(sequence[width:], end_ids(model))
+        new = sequence[width : width + count]
         text = tokenizer.decode(new, skip_special_tokens=True)
         samples.append(
             Sample(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
 import torch
 from tiny_decoders import MASK, prompt, tiny
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
+
+from dllm_convert.modeling.published import settings
 
 END, PAD = 31, 59
 
@@ -69,34 +73,41 @@ def test_several_ends() -> None:
             written(model, eos_token_id=wrong)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"repetition_penalty": 5.0},
-        {"num_beams": 4},
-        {"num_return_sequences": 2},
-        {"no_repeat_ngram_size": 3},
-        {"stop_strings": ["."]},
-        {"stop_strings": "."},
-        {"bad_words_ids": [[7]]},
-        {"min_new_tokens": 3},
-        {"typical_p": 0.5},
-        {"output_scores": True},
-        {"forced_eos_token_id": 3},
-        {"max_time": 1.0},
-        {"cache_implementation": "static"},
-        {"sequence_bias": [[[7], 1.0]]},
-    ],
-    ids=str,
-)
-def test_what_is_not_known_is_refused_as_a_keyword_is(fields: dict[str, Any]) -> None:
+REFUSALS = [
+    ({"num_beams": 4}, "has no beams"),
+    ({"length_penalty": 0.5}, "has no beams"),
+    ({"early_stopping": True}, "has no beams"),
+    ({"penalty_alpha": 0.6}, "in no order"),
+    ({"prompt_lookup_num_tokens": 3}, "verify_with"),
+    ({"encoder_no_repeat_ngram_size": 2}, "an encoder"),
+    ({"output_scores": True}, "observer"),
+    ({"cache_implementation": "quantized"}, "a cache of its own"),
+    ({"token_healing": True}, "last token"),
+]
+
+
+@pytest.mark.parametrize(("fields", "reason"), REFUSALS, ids=str)
+def test_what_cannot_be_done_is_refused_with_the_reason(
+    fields: dict[str, Any], reason: str
+) -> None:
     model = model_that_ends()
-    (name,) = fields
-    with pytest.raises(ValueError, match=rf"unknown settings \['{name}'\]; known"):
+    ((name, value),) = fields.items()
+    said = re.escape(f"{name} is {value!r}, which is refused: ") + f".*{reason}"
+    with pytest.raises(ValueError, match=said):
         written(model, max_new_tokens=3, **fields)
-    with pytest.raises(ValueError, match=rf"unknown settings \['{name}'\]; known"):
-        # It refuses several sequences itself where nothing is drawn.
-        written(model, GenerationConfig(max_new_tokens=3, do_sample=True, **fields))
+    with pytest.raises(ValueError, match=said):
+        written(model, GenerationConfig(max_new_tokens=3, **fields))
+
+
+def test_every_field_of_transformers_is_known() -> None:
+    """Each field is honoured, decides nothing, or is refused; a new one has to be looked at."""
+    standard = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    taken = inspect.signature(GenerationMixin.generate).parameters.keys()
+    own = inspect.signature(type(tiny("llama")).generate).parameters.keys()
+    kinds = [settings._SETTINGS, settings.HARMLESS.keys(), settings.REFUSED.keys()]
+    for name in (standard | taken) - own - {"kwargs"}:
+        assert sum(name in kind for kind in kinds) == 1, name
+    assert all(settings.HARMLESS.values()) and all(settings.REFUSED.values())
 
 
 def test_names_of_nobody_are_refused() -> None:
@@ -115,6 +126,8 @@ def test_names_of_nobody_are_refused() -> None:
         {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1},
         {"use_cache": True},
         {"use_cache": False},
+        {"cache_implementation": "static", "max_cache_len": 64, "disable_compile": True},
+        {"renormalize_logits": True, "typical_p": 1.0, "epsilon_cutoff": 0.0, "num_beam_groups": 1},
         {"top_k": 50, "top_p": 1.0},
         {"stop_strings": None, "suppress_tokens": [], "output_scores": False},
         {"min_length": 0, "length_penalty": 1.0, "early_stopping": False},
@@ -155,8 +168,8 @@ def test_sampling_is_decided_where_it_is_spoken_of_first() -> None:
 
 def test_the_checkpoints_own_config_is_warned_of() -> None:
     model = model_that_ends()
-    model.generation_config.repetition_penalty = 5.0
-    with pytest.warns(UserWarning, match=r"\['repetition_penalty'\], which denoising has no use"):
+    model.generation_config.num_beams = 5
+    with pytest.warns(UserWarning, match=r"\['num_beams'\], which denoising has no use"):
         written(model, max_new_tokens=3)
 
 

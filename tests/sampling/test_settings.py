@@ -48,6 +48,7 @@ def test_names_are_those_of_decoding() -> None:
     assert get_args(Remasking) == REMASKING
     inside = {"mask_token_id", "block_size", "token_shift", "eos_token_ids", "pad_token_id"}
     inside |= {"seeds", "noise_tokens", "causal_context", "suppress_tokens"}
+    inside |= {"num_return_sequences", "rules", "stops"}
     settings = {field.name for field in fields(DecodingOptions)} - inside
     assert decoding.FLAGS.keys() == settings
     assert set(fields_of("generation")) == settings

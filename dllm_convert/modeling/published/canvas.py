@@ -16,6 +16,8 @@ from .choosing import (
 )
 from .moving import sent
 from .options import Decoded, DecodingOptions, Observer, Progress
+from .rules import shape_logits
+from .stopping import Watch
 
 
 class Canvas:
@@ -26,6 +28,8 @@ class Canvas:
         tokens: Shape (batch, width), the mask where nothing is written.
         masked: Where something is to be written, shape (batch, width), bool.
         rows: Rows still being written, shape (rows,).
+        stops: Column behind the last new token that each row can have, shape (batch,): what ends a
+            row early, an end-of-text token aside, shortens it.
         forwards: Forward passes so far; a reader counts those it runs.
     """
 
@@ -42,6 +46,9 @@ class Canvas:
         self.limits = limits
         self.prompt_width = prompts.shape[1]
         self.ends = lengths + options.max_new_tokens
+        self.stops = self.ends
+        self._watch = Watch(options.stops, options.eos_token_ids, lengths)
+        self._is_late = False
         batch, width = len(prompts), int(limits.max()) if width is None else width
         self.index = torch.arange(width, device=prompts.device)
         self.given = self.index < lengths[:, None]
@@ -63,21 +70,58 @@ class Canvas:
         self._eos = sent(options.eos_token_ids, prompts.device)
         self._never = sent(options.suppress_tokens, prompts.device)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at the text after every forward."""
+        return self.observer is not None or self.options.stops.is_set
+
     def show(self) -> None:
-        """Tell the observer, if there is one."""
+        """End the rows that something ends, and tell the observer, if there is one."""
+        if self.options.stops.is_set:
+            self._stop_rows()
         if self.observer is None:
             return
         width = int(self.ends.max())
-        committed = ~self.masked & (self.index < self.ends[:, None])
+        committed = ~self.masked & (self.index < self.stops[:, None])
         self.observer(
             Progress(
                 canvas=self.tokens[:, :width].clone(),
                 committed=committed[:, :width],
                 lengths=self.lengths,
+                ends=self.stops,
                 rows=self.rows,
                 forwards=self.forwards,
             )
         )
+
+    def _stop_rows(self) -> None:
+        options, late = self.options, self._watch.is_late()
+        rows, width = self.rows, int(self.ends.max())
+        inside = self.index[:width] < self.ends[rows, None]
+        gaps = self.masked[rows, :width] & inside
+        # How much of each row is final with all before it, (rows,).
+        first = torch.where(gaps.any(-1), gaps.int().argmax(-1), self.ends[rows])
+        final = first
+        if options.remasking is not None:
+            # What stands in an open block, or in an open text, may still be taken back.
+            size = options.block_size
+            open_from = first // size * size if size else torch.zeros_like(first)
+            final = torch.where(first < self.ends[rows], open_from, first)
+        stops = self.stops.clone()
+        tokens = self.tokens[rows].cpu()
+        for line, (row, count) in enumerate(zip(rows.tolist(), final.tolist(), strict=True)):
+            end = self._watch.end_of(row, tokens[line, :count])
+            if end is not None:
+                stops[row] = end
+        if late:
+            self._is_late = True
+            written = torch.maximum(first, self.lengths[rows])
+            stops[rows] = torch.minimum(stops[rows], written)
+        self.stops = stops
+
+    def is_stopped(self, row: int) -> bool:
+        """Whether something ended a row, an end-of-text token aside."""
+        return self._is_late or bool(self.stops[row] < self.ends[row])
 
     def read(self, columns: torch.Tensor, *, noise: bool = True) -> torch.Tensor:
         """What the model is shown of the active rows at `columns`, shape (rows, n).
@@ -120,6 +164,8 @@ class Canvas:
         if options.guided:
             given, hidden = logits.chunk(2)
             logits = hidden + options.guidance_scale * (given - hidden)
+        if options.rules.is_set:
+            logits, masked = self._follow_rules(logits, columns, masked)
         if options.suppress_tokens:
             logits.index_fill_(1, self._never, -torch.inf)
         rows = self.rows.tolist()
@@ -142,6 +188,33 @@ class Canvas:
             # Never of a row whose block is written: its states are kept.
             self._take_back(columns, (left > 1) & (remaining > 0), active)
 
+    def _follow_rules(
+        self, logits: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits (n, vocab) by the rules, and which positions (rows, width) they are of.
+
+        That is all that are `masked`, or where rules are ordered the first of each row.
+        """
+        rules, rows = self.options.rules, self.rows.tolist()
+        if rules.is_ordered:
+            first = masked & (masked.cumsum(-1) == 1)
+            logits, masked = logits[first[masked]], first
+        row, _ = masked.nonzero(as_tuple=True)
+        at = columns[masked]  # (n,)
+        before = at.tolist()
+        final = ~self.masked & (self.index < self.ends[:, None])
+        texts, taken = [], 0
+        for number, count in zip(rows, masked.sum(-1).tolist(), strict=True):
+            if rules.is_ordered and count:
+                text = self.tokens[number, : before[taken]]
+            else:
+                text = self.tokens[number][final[number]]
+            texts.append((number, text, count))
+            taken += count
+        places = at - self.lengths[self.rows[row]]
+        new, ends = self.options.max_new_tokens, self.options.eos_token_ids
+        return shape_logits(logits, texts, places, rules, eos=ends, new=new), masked
+
     def _take_back(self, columns: torch.Tensor, may: torch.Tensor, active: list[Any]) -> None:
         rows = self.rows[:, None].expand_as(columns)
         order = self.order[rows, columns]
@@ -158,7 +231,9 @@ class Canvas:
         A row is done when everything before its end is written: `max_new_tokens`, or the first
         end-of-text token among the new ones, if remasking leaves it (`settled`, (rows,)).
         """
-        stop = self.ends[self.rows, None]
+        if self._is_late:
+            return torch.ones_like(self.rows, dtype=torch.bool)
+        stop = self.stops[self.rows, None]
         if len(self._eos):
             ended = self._ended()[self.rows]
             if self.options.remasking:
@@ -168,7 +243,7 @@ class Canvas:
 
     def _ended(self) -> torch.Tensor:
         # Where a row is at or past its first end-of-text token, shape (batch, width).
-        new = ~self.given & (self.index < self.ends[:, None]) & ~self.masked
+        new = ~self.given & (self.index < self.stops[:, None]) & ~self.masked
         return (torch.isin(self.tokens, self._eos) & new).cumsum(-1) > 0
 
     def leave(self, done: torch.Tensor) -> torch.Tensor:
@@ -182,6 +257,7 @@ class Canvas:
         columns = self.lengths[:, None] + self.index[: self.options.max_new_tokens]
         ended = self._ended().gather(1, columns)
         past_end = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], dim=1)
+        past_end |= columns >= self.stops[:, None]
         shared = slice(0, self.prompt_width)
         return Decoded(
             rows=self.tokens.gather(1, columns).masked_fill(past_end, self.options.pad_token_id),
@@ -189,5 +265,5 @@ class Canvas:
             order=self.order.gather(1, columns).masked_fill(past_end, 0),
             prompt_order=self.order[:, shared],
             forwards=self.forwards,
-            tokens=int((~past_end).sum()),
+            new=(~past_end).sum(-1),
         )

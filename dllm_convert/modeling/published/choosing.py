@@ -76,6 +76,7 @@ def make_warpers(options: DecodingOptions) -> LogitsProcessorList:
         warpers.append(TopPLogitsWarper(top_p=options.top_p))
     if options.min_p is not None:
         warpers.append(MinPLogitsWarper(min_p=options.min_p))
+    options.rules.add_warpers(warpers)
     return warpers
 
 

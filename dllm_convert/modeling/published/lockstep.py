@@ -261,8 +261,11 @@ class QueuedBlocks(QueuedDecoder):
 
 
 def is_queued(device: torch.device, options: DecodingOptions) -> bool:
-    """Whether a decoding is queued: not on a CPU, nor with states that are kept of a text."""
-    return device.type != "cpu" and not options.approximate_cache
+    """Whether a decoding is queued: not on a CPU, with states kept of a text, or by rules.
+
+    Rules are asked on the host, with the text as it is.
+    """
+    return device.type != "cpu" and not (options.approximate_cache or options.rules.is_set)
 
 
 def decode_queued(

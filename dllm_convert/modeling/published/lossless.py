@@ -23,6 +23,7 @@ from .gated import has_causal_drafts
 from .moving import sent
 from .options import Decoded, DecodingOptions, Observer
 from .rope import final_lengths
+from .rules import shape_logits
 
 _CLOSE = 8
 """Two logits are close if fewer than so many of the type's steps lie between them: a forward of
@@ -299,7 +300,7 @@ def decode_lossless(
     )
     choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
     reader = _Reader(model, canvas)
-    close = 0
+    near_at: list[tuple[int, int]] = []  # row, column of what is close
     if rows:
         reader.read_prompt(rows)
     canvas.show()
@@ -307,7 +308,10 @@ def decode_lossless(
         drafted = max(len(row.candidates) for row in rows)
         tree = policy.choose(drafted, max(row.left for row in rows))
         tokens = sent([row.nodes(tree) for row in rows], prompts.device)
-        said, near, candidates = _judge(*reader.read(rows, tree, tokens), rows, tree, choice)
+        verdict, behind = reader.read(rows, tree, tokens)
+        if options.rules.is_set:
+            verdict = _follow_rules(verdict, tokens, rows, tree, canvas)
+        said, near, candidates = _judge(verdict, behind, rows, tree, choice)
         paths, wrote = zip(
             *(row.accept(tree, own, policy) for row, own in zip(rows, said, strict=True)),
             strict=True,
@@ -318,7 +322,8 @@ def decode_lossless(
             written = written[: min(row.left, ended[0] + 1 if ended else row.left)]
             first = row.clean + 1
             places += [(row.number, first + n, token) for n, token in enumerate(written)]
-            close += sum(near[line][node] for node in path[: len(written)])
+            short = enumerate(path[: len(written)])
+            near_at += [(row.number, first + n) for n, node in short if near[line][node]]
             row.left = 0 if ended and ended[0] < len(written) else row.left - len(written)
             row.last = written[-1]
             has_group = path[-1] < tree.groups
@@ -330,13 +335,54 @@ def decode_lossless(
         canvas.masked[number, column] = False
         canvas.order[number, column] = canvas.forwards
         canvas.show()
+        if options.stops.is_set:
+            for row in rows:
+                row.left = 0 if canvas.is_stopped(row.number) else row.left
         kept = [line for line, row in enumerate(rows) if row.left]
         if len(kept) < len(rows):
             rows = [rows[line] for line in kept]
             canvas.rows = canvas.rows[sent(kept, prompts.device)]
             if rows:
                 reader.select(rows, kept)
+    ends = canvas.stops.tolist()
+    close = sum(column < ends[row] for row, column in near_at)
     return replace(canvas.result(), close=close)
+
+
+def _follow_rules(
+    verdict: torch.Tensor, tokens: torch.Tensor, rows: list[_Row], tree: Tree, canvas: Canvas
+) -> torch.Tensor:
+    """Have the verifier go by the rules: each node with the text that it would stand behind.
+
+    Args:
+        verdict: Logits of the nodes, shape (rows, nodes, vocab).
+        tokens: The nodes, shape (rows, nodes); the first is the last known token.
+        rows: The rows.
+        tree: The forward's tree.
+        canvas: Their texts.
+
+    Returns:
+        Logits of the same shape and type.
+    """
+    texts, places = [], []
+    lengths = canvas.lengths.tolist()
+    for line, row in enumerate(rows):
+        known = canvas.tokens[row.number, : row.clean]
+        ways: list[list[int]] = []  # the nodes that lead to each, itself included
+        for node, (parent, depth, _) in enumerate(tree.nodes):
+            ways.append([*ways[parent], node] if node else [0])
+            texts.append((row.number, torch.cat([known, tokens[line, ways[node]]]), 1))
+            places.append(row.clean + depth + 1 - lengths[row.number])
+    options = canvas.options
+    ruled = shape_logits(
+        verdict.float().flatten(0, 1),
+        texts,
+        sent(places, verdict.device),
+        options.rules,
+        eos=options.eos_token_ids,
+        new=options.max_new_tokens,
+    )
+    return ruled.view(verdict.shape).to(verdict.dtype)
 
 
 def _judge(

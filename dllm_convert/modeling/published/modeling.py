@@ -257,19 +257,28 @@ class DiffusionMixin(GatedMixin):
             observer: Called with a `Progress` after the prompt and after every denoising forward.
             streamer: A streamer of transformers, for one prompt: gets text that is final from left
                 to right, and drafts if it takes them (`TextDiffusionStreamer`).
-            **kwargs: Any field of `DecodingOptions`, `do_sample`, `eos_token_id` and `max_length`,
-                for this call only.
+            **kwargs: Any field of `DecodingOptions`, and what transformers' `generate` takes
+                (`stop_strings` with `tokenizer`, `stopping_criteria`, `logits_processor`,
+                `repetition_penalty`, ...), for this call only. What denoising cannot do, such as
+                `num_beams`, is refused with the reason.
 
         Returns:
-            The prompts as given, then new tokens; after a row's first end-of-text token comes
-            padding. Shape (batch, length + max_new_tokens).
+            The prompts as given, each `num_return_sequences` times, then new tokens; after a row's
+            end comes padding. Shape (batch, length + max_new_tokens).
 
         Raises:
             ValueError: A setting is unknown, a prompt empty, or a text longer than its positions.
         """
         prompts, mask = given_prompts(inputs, input_ids, attention_mask, token_type_ids)
         given, own, (rows, width) = generation_config, self.generation_config, prompts.shape
-        options = decoding_options(self.config, own, rows, seed, kwargs, given=given, width=width)
+        options = decoding_options(
+            *(self.config, own, rows, seed, kwargs),
+            given=given,
+            width=width,
+            device=prompts.device,
+        )
+        if (copies := options.num_return_sequences) > 1:
+            prompts, mask = (part.repeat_interleave(copies, 0) for part in (prompts, mask))
         if return_dict_in_generate is None:
             return_dict_in_generate = getattr(given, "return_dict_in_generate", None)
         mask = left_open(prompts, mask, getattr(own, "closing_token_ids", None))
@@ -299,7 +308,7 @@ class DiffusionMixin(GatedMixin):
             observer = streamer = StreamerFeed(streamer, first, options, observer)
         decoded = decode(self, packed, lengths, options, observer)
         if streamer is not None:
-            streamer.finish(decoded.rows)
+            streamer.finish(decoded)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
 

@@ -9,9 +9,13 @@ from numbers import Integral, Real
 
 import torch
 
+from .rules import TextRules
+from .stopping import Stops
+
 ORDERS = ("confidence", "margin", "entropy", "random")
 REMASKING = ("low_confidence", "random")
 VERIFIERS = ("self", "base")
+_NO_RULES, _NO_STOPS = TextRules(), Stops()
 
 _LIMITS = {
     "confidence_threshold": (0, math.inf),
@@ -71,6 +75,9 @@ class DecodingOptions:
         verify_with: Write what autoregressive decoding would write, token for token, and denoise
             only to draft it: `self` by the weights that draft, `base` by the model that was
             converted, which a gated adapter leaves as it was; None: what is denoised is written.
+        num_return_sequences: Texts of each prompt.
+        rules: What a text may hold beside what the model says.
+        stops: What ends a text beside its end token.
 
     Raises:
         ValueError: If a value is out of its range or two do not go together.
@@ -100,9 +107,17 @@ class DecodingOptions:
     noise_tokens: int = 0
     causal_context: bool = False
     verify_with: str | None = None
+    num_return_sequences: int = 1
+    rules: TextRules = _NO_RULES
+    stops: Stops = _NO_STOPS
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_denoising_steps", "block_length"):
+        for name in (
+            "max_new_tokens",
+            "max_denoising_steps",
+            "block_length",
+            "num_return_sequences",
+        ):
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value >= 1):
                 raise ValueError(f"{name} is {value!r}, expected at least 1")
@@ -155,6 +170,21 @@ class DecodingOptions:
             raise ValueError(
                 "verify_with writes what the verifier says: leave guidance_scale and remasking out"
             )
+        if self.remasking and self.rules.is_ordered:
+            raise ValueError(
+                "remasking takes tokens back that a logits processor has seen: leave one out"
+            )
+        if self.num_return_sequences > 1 and not self.is_drawn:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}, and nothing is drawn: all "
+                "would be the same; give a temperature above 0"
+            )
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether chance decides anything of a text."""
+        random = "random" in (self.unmasking, self.remasking)
+        return bool(self.temperature or random or self.noise_tokens)
 
     @property
     def guided(self) -> bool:
@@ -177,7 +207,7 @@ class Decoded:
             end of a row.
         prompt_order: The same for `prompts`; 0 where a token was given.
         forwards: Forward passes run, those that fill the cache included.
-        tokens: New tokens written, summed over rows, the end-of-text token included.
+        new: New tokens written in each row, the end-of-text token included, shape (batch,).
         close: Of lossless decoding: how many of them stood so near another token's logit that a
             forward of a single token may have rounded otherwise, summed over rows.
     """
@@ -187,7 +217,7 @@ class Decoded:
     order: torch.Tensor
     prompt_order: torch.Tensor
     forwards: int
-    tokens: int
+    new: torch.Tensor
     close: int | None = None
 
 
@@ -201,6 +231,8 @@ class Progress:
             padding was. Not to be written to.
         committed: Where a token is final, prompts included, shape (batch, width), bool.
         lengths: Tokens of each prompt: column `lengths[r]` holds row r's first new token.
+        ends: Column behind the last new token that each row can have, as far as that is known: what
+            ends it early beside an end-of-text token shortens it, shape (batch,).
         rows: Rows still being written, shape (rows,), int.
         forwards: Forward passes run so far.
     """
@@ -208,6 +240,7 @@ class Progress:
     canvas: torch.Tensor
     committed: torch.Tensor
     lengths: torch.Tensor
+    ends: torch.Tensor
     rows: torch.Tensor
     forwards: int
 

@@ -20,6 +20,8 @@ class DiffusionOutput(ModelOutput):
         tokens_per_forward: New tokens divided by forwards and rows.
         order: Where it was asked for: the forward, counted from 1, in which each token of
             `sequences` was committed; 0 at tokens that were given and at padding.
+        new_tokens: New tokens of each row, its end-of-text token included, padding not, shape
+            (batch,).
         close: Of lossless decoding: tokens that stood so near another one's logit that a forward of
             a single token may have rounded otherwise.
     """
@@ -28,6 +30,7 @@ class DiffusionOutput(ModelOutput):
     forwards: int | None = None
     tokens_per_forward: float | None = None
     order: torch.Tensor | None = None
+    new_tokens: torch.Tensor | None = None
     close: int | None = None
 
 
@@ -46,11 +49,12 @@ def put_together(
     given, places = mask.bool(), order[:, : decoded.prompts.shape[1]]
     filled = torch.where(given, prompts.scatter(1, places, decoded.prompts), prompts)
     earlier = torch.zeros_like(prompts).scatter(1, places, decoded.prompt_order) * given
-    per_row = decoded.tokens / max(len(prompts), 1)
+    per_row = int(decoded.new.sum()) / max(len(prompts), 1)
     return DiffusionOutput(
         sequences=torch.cat([filled, decoded.rows], dim=1),
         forwards=decoded.forwards,
         tokens_per_forward=per_row / max(decoded.forwards, 1),
         order=torch.cat([earlier, decoded.order], dim=1) if with_order else None,
+        new_tokens=decoded.new,
         close=decoded.close,
     )

@@ -310,7 +310,7 @@ class QueuedDecoder:
                 break
             self.put_back()
             is_last = number + 1 == len(self.steps)
-            if self.may_end and canvas.observer is None and not is_last:
+            if self.may_end and not canvas.is_watched and not is_last:
                 self.looked = Late(self._done())
         return canvas.result()
 
@@ -326,7 +326,7 @@ class QueuedDecoder:
                 self.forward_number.fill_(canvas.forwards + 1)
             self.draw(region, step)
             self.step(step == 0)
-            if canvas.observer is not None:
+            if canvas.is_watched:
                 # Whoever is shown every step waits for every step, and sees no row beyond its end.
                 self.put_back()
                 canvas.show()
@@ -346,7 +346,7 @@ class QueuedDecoder:
 
     def _looks_every(self, region: int) -> int:
         """After how many steps the host asks which rows are done, besides at the end."""
-        if self.canvas.observer is not None or self.options.remasking is not None:
+        if self.canvas.is_watched or self.options.remasking is not None:
             return _NEVER
         if region + 1 == len(self.steps) and self.ends_inside:
             return _LOOK_AT_THE_END

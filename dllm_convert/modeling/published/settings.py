@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin
+import torch
+from transformers import GenerationConfig
 
+from .asked import RULES, STOPS, read_rules, read_stops
 from .ends import read_ids
 from .options import DecodingOptions
 
@@ -22,50 +23,113 @@ _OWN = {
     "seeds",
     "noise_tokens",
     "causal_context",
+    "rules",
+    "stops",
 }
 _SETTINGS = {field.name for field in fields(DecodingOptions)} - _OWN
-_SETTINGS |= {"do_sample", "eos_token_id", "max_length"}
+_SETTINGS |= {"do_sample", "eos_token_id", "max_length"} | RULES | STOPS
 _FACTS = ("mask_token_id", "block_size")
 """What a generation config repeats of the model's config."""
-_ASIDE = {*_FACTS, "bos_token_id", "closing_token_ids", "return_dict_in_generate", "use_cache"}
-"""Fields of a generation config that are read elsewhere, or decide nothing that is written."""
+HARMLESS: Mapping[str, str] = {
+    **dict.fromkeys(_FACTS, "a fact of the model, which it has to agree with"),
+    "bos_token_id": "nothing is put before a prompt",
+    "closing_token_ids": "read with the prompt",
+    "return_dict_in_generate": "read where the output is put together",
+    "use_cache": "the text is the same with and without",
+    "max_cache_len": "the cache is as long as the text",
+    "renormalize_logits": "probabilities always sum to one",
+    "compile_config": "it decides how fast, and nothing is compiled",
+    "disable_compile": "nothing is compiled",
+    "tokenizer": "read where there are stop strings",
+    "transformers_version": "says who wrote the file",
+}
+"""Settings that decide nothing that is written, or are read elsewhere, and why."""
+_BEAMS = (
+    "a diffusion writes many tokens at once and has no beams of next tokens to keep; "
+    "num_return_sequences with a temperature writes several texts"
+)
+_SEARCH = "it searches among next tokens, and a diffusion writes them in no order"
+_DRAFTS = "drafts are denoised here by the model itself: verify_with"
+_ENCODER = "it is for models that have an encoder and a decoder"
+_KEPT = (
+    "nothing is kept of each token of a text that is not written token by token: an observer is "
+    "shown every step"
+)
+_CACHE = "decoding has a cache of its own, on the model's device"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            *("num_beams", "num_beam_groups", "early_stopping", "length_penalty"),
+            *("diversity_penalty", "constraints", "force_words_ids"),
+        ),
+        _BEAMS,
+    ),
+    **dict.fromkeys(("penalty_alpha", "low_memory", "dola_layers"), _SEARCH),
+    **dict.fromkeys(
+        (
+            *("assistant_model", "assistant_tokenizer", "is_assistant", "num_assistant_tokens"),
+            *("num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+            *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind"),
+            *("assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
+            *("speculation_type", "use_mtp"),
+        ),
+        _DRAFTS,
+    ),
+    **dict.fromkeys(
+        (
+            *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+            *("decoder_start_token_id",),
+        ),
+        _ENCODER,
+    ),
+    **dict.fromkeys(
+        ("output_attentions", "output_hidden_states", "output_scores", "output_logits"), _KEPT
+    ),
+    **dict.fromkeys(("cache_implementation", "cache_config", "prefill_chunk_size"), _CACHE),
+    "continuous_batching_config": "it pages a cache that denoising does not have",
+    "custom_generate": "it would be another decoding",
+    "negative_prompt_ids": "guidance_scale hides the prompt behind masks instead",
+    "negative_prompt_attention_mask": "guidance_scale hides the prompt behind masks instead",
+    "synced_gpus": "each process decodes by itself",
+    "token_healing": "prompts are not changed: leave their last token away",
+}
+"""Settings of transformers that denoising cannot honour, and why."""
 _NOTHING: dict[str, Any] = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1),
-    **dict.fromkeys(("typical_p", "top_h"), 1),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
-    **dict.fromkeys(("min_length", "min_new_tokens", "epsilon_cutoff", "eta_cutoff"), 0),
-    **dict.fromkeys(("diversity_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "length_penalty"), 1),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "diversity_penalty", "penalty_alpha"), 0),
     "num_assistant_tokens": 20,
     "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4,
     "assistant_lookbehind": 10,
     "target_lookbehind": 10,
 }
-"""Values at which settings of transformers do nothing; so do None, False and empty lists."""
+"""Values at which refused settings do nothing; so do None, False and empty lists."""
+_CACHES = ("dynamic", "static")
+"""Caches of transformers that differ from ours in speed alone."""
 DEFAULT_NEW_TOKENS = 128
-
-
-def _standard_fields() -> frozenset[str]:
-    return frozenset(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
 
 
 def _does_nothing(name: str, value: Any) -> bool:
     """Whether a setting of transformers' decoding is at the value at which it does nothing."""
-    if name == "use_cache":
+    if name == "cache_implementation" and value in _CACHES:
         return True
-    known = name in _NOTHING or name in _standard_fields()
-    if not known and name not in inspect.signature(GenerationMixin.generate).parameters:
-        return False
     if isinstance(value, list | tuple | dict | str) or hasattr(value, "__len__"):
-        return not len(value)
+        return not len(value) or (name in _NOTHING and bool(value == _NOTHING[name]))
     return value is None or value is False or (name in _NOTHING and value == _NOTHING[name])
 
 
-def _refuse(names: set[str]) -> None:
-    if names:
-        known = sorted(_SETTINGS)
-        raise ValueError(f"unknown settings {sorted(names)}; known: {known}")
+def _refuse(given: Mapping[str, Any]) -> None:
+    """Refuse settings that are not honoured, unless they do nothing."""
+    for name in sorted(set(given) & set(REFUSED)):
+        if not _does_nothing(name, given[name]):
+            raise ValueError(f"{name} is {given[name]!r}, which is refused: {REFUSED[name]}")
+    unknown = set(given) - _SETTINGS - set(HARMLESS) - set(REFUSED)
+    # What a later transformers knows and this file does not, at the value it has by itself.
+    standard = vars(GenerationConfig())  # type: ignore[no-untyped-call]
+    unknown = {n for n in unknown if n not in standard or not _does_nothing(n, given[n])}
+    if unknown:
+        raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(_SETTINGS)}")
 
 
 def set_fields(generation: Any) -> dict[str, Any]:
@@ -80,8 +144,7 @@ def set_fields(generation: Any) -> dict[str, Any]:
 
 def check_given(config: Any, given: Mapping[str, Any]) -> None:
     """Refuse fields set in a generation config that decoding would ignore, or that contradict."""
-    rest = set(given) - _SETTINGS - _ASIDE
-    _refuse({name for name in rest if not _does_nothing(name, given[name])})
+    _refuse(given)
     for name in _FACTS:
         mine = getattr(config, name, None)
         if name in given and given[name] != mine:
@@ -127,6 +190,7 @@ def decoding_options(
     *,
     given: Any | None = None,
     width: int = 0,
+    device: torch.device | str = "cpu",
 ) -> DecodingOptions:
     """Put the options together, as transformers does.
 
@@ -140,21 +204,20 @@ def decoding_options(
         seed: Row r draws from `seed + r`, or from its own in a list.
         overrides: The call's settings.
         given: A generation config that the call gives.
-        width: Columns of the prompts, which `max_length` counts in.
+        width: Columns of the prompts, which `max_length` and `min_length` count in.
+        device: Where the logits will be.
     """
-    unknown = set(overrides) - _SETTINGS
-    _refuse({name for name in unknown if not _does_nothing(name, overrides[name])})
+    _refuse(overrides)
     own = set_fields(generation)
     said = {} if given is None else set_fields(given)
     check_given(config, said)
-    if given is not None or unknown or set(own) - _SETTINGS - _ASIDE:
-        rest = (set(own) - _SETTINGS - _ASIDE) & _standard_fields()
-        idle = sorted(name for name in rest if not _does_nothing(name, own[name]))
-        if idle:
-            warnings.warn(
-                f"the generation config has {idle}, which denoising has no use for", stacklevel=3
-            )
-    settings = {**dict.fromkeys(_SETTINGS), **own, **said, **overrides}
+    idle = sorted(name for name in set(own) & set(REFUSED) if not _does_nothing(name, own[name]))
+    if idle:
+        warnings.warn(
+            f"the generation config has {idle}, which denoising has no use for", stacklevel=3
+        )
+    asked = {"tokenizer": None, **dict.fromkeys(_SETTINGS)}
+    settings = {**asked, **own, **said, **overrides}
     settings["max_new_tokens"] = _new_tokens([overrides, said, own], width)
     settings["temperature"] = _temperature([overrides, said, own])
     ends = read_ids(settings["eos_token_id"])
@@ -168,10 +231,12 @@ def decoding_options(
     settings["suppress_tokens"] = never
     may_be_none = {"max_denoising_steps", "confidence_threshold"}
     facts = config.diffusion
+    copies = settings["num_return_sequences"]
+    many = rows * copies if isinstance(copies, int) and copies > 1 else rows
     options = DecodingOptions(
         **{
             name: settings[name]
-            for name in _SETTINGS - {"do_sample", "eos_token_id", "max_length"}
+            for name in {field.name for field in fields(DecodingOptions)} - _OWN
             if settings[name] is not None or name in may_be_none
         },
         mask_token_id=config.mask_token_id,
@@ -180,7 +245,9 @@ def decoding_options(
         causal_context=facts.get("context") == "causal",
         noise_tokens=config.vocab_size if facts.get("noise_kernel") == "uniform" else 0,
         eos_token_ids=ends,
-        seeds=_seeds(seed, rows),
+        seeds=_seeds(seed, many),
+        rules=read_rules(settings, config.vocab_size, ends, width, device),
+        stops=read_stops(settings),
     )
     if options.guided and facts.get("acts_on") == "noisy":
         raise ValueError(

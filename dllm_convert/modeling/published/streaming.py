@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .options import DecodingOptions, Observer, Progress
+from .options import Decoded, DecodingOptions, Observer, Progress
 
 
 class StreamerFeed:
@@ -38,10 +38,9 @@ class StreamerFeed:
         if self._also is not None:
             self._also(progress)
         start = int(progress.lengths[0])
-        committed = progress.committed[0, start:].cpu()
-        tokens = (
-            progress.canvas[0, start:].cpu().masked_fill(~committed, self._options.mask_token_id)
-        )
+        new = slice(start, int(progress.ends[0]))
+        committed = progress.committed[0, new].cpu()
+        tokens = progress.canvas[0, new].cpu().masked_fill(~committed, self._options.mask_token_id)
         end = self._end(tokens)
         gaps = (~committed[:end]).nonzero()
         if not len(gaps):
@@ -57,10 +56,9 @@ class StreamerFeed:
         if hasattr(self._streamer, "put_draft"):
             self._streamer.put_draft(value=tokens[self._sent : end][None])
 
-    def finish(self, rows: torch.Tensor) -> None:
-        """Hand on what is left of the new tokens, shape (1, max_new_tokens), and end the stream."""
-        tokens = rows[0].cpu()
-        self._put(tokens[: self._end(tokens)])
+    def finish(self, decoded: Decoded) -> None:
+        """Hand on what is left of the new tokens, and end the stream."""
+        self._put(decoded.rows[0, : int(decoded.new[0])].cpu())
         self._streamer.end()
 
     def _put(self, tokens: torch.Tensor) -> None:
