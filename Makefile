@@ -17,7 +17,7 @@ DEMO_GGUF := $(CACHE)/$(DEMO_NAME)
 DEMO_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-oldest venv-engines test test-oldest test-serving test-real demo demo-weights lint format docs clean
+.PHONY: help venv venv-oldest venv-engines test test-oldest test-serving test-real demo demo-weights lint format docs site clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/'
@@ -105,5 +105,17 @@ format: $(INSTALLED) ## let ruff mend what it can
 docs: $(INSTALLED) ## write docs/cli.md and docs/recipes.md anew
 	$(BIN)/python docs/generate.py
 
+# Beside the environment: the tools of a site are needed nowhere else.
+SITE ?= site
+SITE_TOOLS := $(CACHE)/site-tools
+$(SITE_TOOLS)/.installed: constraints-site.txt
+	rm -rf $(SITE_TOOLS)
+	$(PYTHON) -m venv $(SITE_TOOLS)
+	$(SITE_TOOLS)/bin/python -m pip install --quiet --requirement constraints-site.txt
+	touch $@
+
+site: $(SITE_TOOLS)/.installed ## write the pages as a site; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(SITE_TOOLS)/bin/mkdocs build --quiet --strict --site-dir $(abspath $(SITE))
+
 clean: ## remove the environment, the caches and the demo's output
-	rm -rf $(VENV) $(OLDEST) $(CACHE) build dist $(OUT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CACHE) build dist $(OUT) $(SITE) .pytest_cache .mypy_cache .ruff_cache

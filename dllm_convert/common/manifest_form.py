@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -89,7 +89,7 @@ class _Lora(_Section):
 class _Training(_Section):
     method: str
     steps: int
-    batch_size: int
+    batch_size: int | Literal["auto"]
     gradient_accumulation: int
     learning_rate: float
     lr_schedule: str
