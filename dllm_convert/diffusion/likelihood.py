@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Likelihood:
 
     Attributes:
         nats_per_token: Mean negative log-likelihood, or its bound, in nats per token.
-        stderr: Standard error of that mean over sequences and draws, in nats per token.
+        stderr: Standard error of that mean over sequences and draws, in nats per token; of a single
+            sequence over draws.
         tokens: Tokens it was measured on.
     """
 
@@ -94,7 +95,7 @@ def nelbo(
         objective: mdlm or bd3lm.
         seed: Seed of the noise.
         draws: Noise draws per batch.
-        task: Progress to advance by one per batch.
+        task: Progress to advance by one per batch and draw.
 
     Returns:
         Nats per token; an upper bound of the negative log-likelihood.
@@ -109,7 +110,7 @@ def nelbo(
     counts: list[int] = []
     for batch in map(_on_cpu, batches):
         scorable = batch.scorable
-        sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
+        sums = torch.zeros(draws, len(batch.tokens), dtype=torch.float64)
         for number in range(draws):
             key = NoiseKey(seed, number, len(totals), rows, "measure")
             laid_out = predict(batch, corrupt(batch, objective, process, key), objective)
@@ -117,12 +118,17 @@ def nelbo(
             mask = forward.dense_mask()
             logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
             nats = forward.nats(logits, objective) * forward.weight
-            sums.index_add_(0, laid_out.rows, nats.cpu().double())
-        totals += (sums / draws).tolist()
+            sums[number].index_add_(0, laid_out.rows, nats.cpu().double())
+            if task is not None:
+                task.advance()
+        totals += sums.mean(0).tolist()
         counts += scorable.sum(-1).tolist()
-        if task is not None:
-            task.advance()
-    return _summary(totals, counts)
+    found = _summary(totals, counts)
+    if rows == 1 and draws > 1:
+        # Of one sequence nothing is known but how much its draws differ.
+        spread = float(sums.sum(-1).std()) / math.sqrt(draws)
+        found = replace(found, stderr=spread / found.tokens)
+    return found
 
 
 @torch.no_grad()

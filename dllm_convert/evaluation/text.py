@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.recipe.recorded import recorded_recipe
+from dllm_convert.recipe.schema import Data
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
@@ -51,44 +53,62 @@ class Stock(torch.nn.Module):
 
 
 def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
-    """Measure the documents of a text that training on it would have held out.
+    """Measure all of a text; of the text that the model was trained on, what was held out of that.
 
-    Sequences are as long as in training, and of the same number.
+    Sequences are as long as in training. The bound is a mean over `settings.draws` draws of noise.
 
     Args:
         request: What is to be evaluated; `data` names the text.
         reporter: Progress.
 
     Returns:
-        `source` (without paths of this machine), `data` (counts), `nelbo`, and `nll` if there is a
+        `source` (without paths of this machine), `held_out` (whether documents were left out
+        because they were trained on), `draws`, `data` (counts), `nelbo`, and `nll` if there is a
         base.
 
     Raises:
         DataError: There is no such text, or no manifest that says how sequences were cut.
         IncompatibleError: The base has another vocabulary.
     """
-    from dllm_convert.training.data.text import prepare_data
+    from dllm_convert.training.data.text import text_to_measure
 
     recipe = recorded_recipe(request.checkpoint)
-    data = recipe.data.model_copy(
-        update={"source": request.data, "held_out_source": None, "held_out_split": None}
-    )
+    trained_on = recipe.training.method != "none" and _is_same(str(request.data), recipe.data)
+    fields: dict[str, Any] = {"source": request.data}
+    if not trained_on:
+        # Names of columns may serve another text as well; subset and split are of that one.
+        fields |= {"subset": None, "split": "train", "revision": None, "max_documents": None}
+        fields |= {"held_out_source": None, "held_out_split": None}
+    data = recipe.data.model_copy(update=fields)
     recipe = recipe.model_copy(update={"data": data})
     subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)
-    text = prepare_data(recipe, subject.tokenizer, reporter)
-    batches = text.held_out
-    source = recipe.data.source
+    batches, facts = text_to_measure(recipe, subject.tokenizer, reporter, held_out=trained_on)
+    source, draws = recipe.data.source, request.settings.draws
     names = ", ".join(data_names(source, data_kind(source)))
-    counts = {key: value for key, value in text.facts.items() if isinstance(value, int)}
-    found: dict[str, Any] = {"source": names, "data": counts}
-    with reporter.task("measure held-out NELBO", total=len(batches)) as task:
+    counts = {key: value for key, value in facts.items() if type(value) is int}
+    found: dict[str, Any] = {
+        "source": names, "held_out": trained_on, "draws": draws, "data": counts,
+    }  # fmt: skip
+    which = "held out of" if trained_on else "all of"
+    reporter.line(f"{which} {names}: {facts['documents']} documents, {facts['tokens']} tokens")
+    with reporter.task("measure the NELBO", total=len(batches) * draws) as task:
         bound = nelbo(
-            subject.model, batches, subject.objective, seed=request.settings.seed, task=task
+            subject.model,
+            batches,
+            subject.objective,
+            seed=request.settings.seed,
+            draws=draws,
+            task=task,
         )
     found["nelbo"] = bound.as_dict()
     if request.base is not None:
         found["nll"] = _base_nll(request.base, subject, batches, reporter)
     return found
+
+
+def _is_same(given: str, data: Data) -> bool:
+    """Whether a text is named as the one that was trained on is: what it is cannot be seen."""
+    return given == data.source or Path(given).absolute() == Path(data.source).absolute()
 
 
 def _base_nll(

@@ -98,7 +98,7 @@ def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_p
     from dllm_convert.evaluation.text import measure_text
     from dllm_convert.modeling.loading import load_model
     from dllm_convert.recipe.schema import Recipe
-    from dllm_convert.training.data.text import prepare_data
+    from dllm_convert.training.data.text import text_to_measure
 
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"Text {number} of a list, and what follows. " * 5)
@@ -108,9 +108,10 @@ def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_p
     recipe = Recipe.model_validate(read_manifest(checkpoint)["recipe"])
     data = recipe.data.model_copy(update={"source": str(tmp_path)})
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    held_out = prepare_data(recipe.model_copy(update={"data": data}), tokenizer, QUIET).held_out
+    recipe = recipe.model_copy(update={"data": data})
+    texts, _ = text_to_measure(recipe, tokenizer, QUIET, held_out=False)
     rows = AutoModelForCausalLM.from_pretrained(source).config.vocab_size
-    exact = autoregressive_nll(load_model(checkpoint, get_adapter("llama")), held_out, rows)
+    exact = autoregressive_nll(load_model(checkpoint, get_adapter("llama")), texts, rows)
     assert found["nll"]["nats_per_token"] == pytest.approx(exact.nats_per_token, abs=1e-4)
     assert found["nll"]["tokens"] == found["nelbo"]["tokens"] == exact.tokens
     assert found["nelbo"]["nats_per_token"] > 0

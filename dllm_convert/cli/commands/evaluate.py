@@ -32,8 +32,8 @@ Text = Annotated[
         "--data",
         parser=named,
         metavar="SPEC",
-        help="Measure NELBO, and the base's NLL, on the held-out documents of pydoc, files or a "
-        "Hub dataset.",
+        help="Measure NELBO, and the base's NLL, on all of some files; of the text that it was "
+        "trained on (pydoc, files, a Hub dataset), on what was held out.",
     ),
 ]
 Include = Annotated[

@@ -122,7 +122,7 @@ def evaluate(
     Args:
         checkpoint: The folder.
         tasks: Names of lm-eval's tasks.
-        data: Text whose held-out documents are measured: `pydoc`, files or a Hub dataset.
+        data: Text to measure: files or a Hub dataset; of what was trained on, what was held out.
         against: The base, evaluated on the same items.
         limit: Most items per task.
         shots: Examples before each question.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dllm_convert.common.counts import LARGEST_COUNT
 from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.errors import DataError
@@ -110,6 +111,33 @@ class Preparation:
             measured = {"held_out": {name: known[name] for name in names} | hub}
         text = self._stream(split, held_out) if self._streams else self._prepare(split, held_out)
         return replace(text, facts=text.facts | measured)
+
+    def measured(self, *, held_out: bool) -> tuple[Store, dict[str, Any]]:
+        """Read all of the text, or all that is never trained on, to measure on it.
+
+        Args:
+            held_out: Whether to leave out what training on this text would have seen.
+
+        Raises:
+            DataError: If there is too little of it.
+        """
+        data = self.recipe.data
+        if held_out and self._elsewhere is not None:
+            raise DataError(
+                f"all of --data {data.source} was trained on: the recipe measures on another text",
+                hint=f"--data {data.held_out_source or data.source}, or a text of your own",
+            )
+        corpus = open_corpus(data)
+        # Of a dataset of terabytes, as much as a run chooses from.
+        most = self._choice if corpus.kind == "hub" else LARGEST_COUNT
+        split = Split.by_fraction(data.held_out_fraction)
+        whole = corpus.kind != "hub" or not held_out
+        need = Need(Split(KEYS) if whole else split, 0, most)
+        store, facts = self._read("measured", data, need, lambda: corpus)
+        if held_out and whole:
+            _, store = divide(store, split, data.held_out_fraction)
+        self._check(len(store), {"scored": store}, facts["silent"])
+        return store, facts
 
     def _prepare(self, split: Split, held_out: Store | None) -> Text:
         data = self.recipe.data

@@ -22,7 +22,7 @@ from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.data.packing import Layout, pack
-from dllm_convert.training.data.preparation import Preparation
+from dllm_convert.training.data.preparation import Preparation, layout_of
 from dllm_convert.training.data.reading import permutation
 from dllm_convert.training.data.rows import NumberedRows, PackedText, collate, text_batch
 from dllm_convert.training.data.store import Store, build_row
@@ -110,6 +110,39 @@ def prepare_data(
     )
     measured = int(sum(batch.scorable.sum() for batch in held_out))
     return TextData(text.train, held_out, {**text.facts, "held_out_tokens": measured}, keep)
+
+
+def text_to_measure(
+    recipe: Recipe, tokenizer: Any, reporter: Reporter, *, held_out: bool
+) -> tuple[tuple[TextBatch, ...], dict[str, Any]]:
+    """Read and pack all of a text to measure on; none of it is trained on.
+
+    Args:
+        recipe: The resolved recipe; its `data.source` names the text.
+        tokenizer: The converted checkpoint's tokenizer.
+        reporter: Progress.
+        held_out: Take only documents that training on this text holds out.
+
+    Returns:
+        Batches, and counts.
+
+    Raises:
+        DataError: If there is no text, or something else than text.
+        HubError: If a Hub dataset cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="dllm-convert-") as folder:
+        with reporter.task(f"read {recipe.data.source}") as task:
+            preparation = Preparation(recipe, tokenizer, Path(folder), task.advance)
+            store, facts = preparation.measured(held_out=held_out)
+        layout = layout_of(recipe, tokenizer)
+        packing = pack(store.lengths, store.chats, layout)
+        rows = [build_row(store, packing, row, layout) for row in range(packing.rows)]
+    size = recipe.training.sequences_per_forward
+    batches = tuple(
+        text_batch(collate(rows[start : start + size])) for start in range(0, len(rows), size)
+    )
+    scored = int(sum(batch.scorable.sum() for batch in batches))
+    return batches, {**facts, "documents": len(store), "rows": packing.rows, "tokens": scored}
 
 
 def _measured_rows(held_out: Store, layout: Layout, count: int) -> list[dict[str, Any]]:

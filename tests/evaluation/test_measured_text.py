@@ -1,0 +1,141 @@
+"""`evaluate --data`: all of a text, as many draws as were asked for, and never what was learnt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conversion import convert
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from dllm_convert.adapters import get_adapter
+from dllm_convert.cli.app import app
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.manifest import read_manifest, write_manifest
+from dllm_convert.diffusion.likelihood import nelbo
+from dllm_convert.diffusion.objective import Objective
+from dllm_convert.errors import DataError
+from dllm_convert.evaluation.request import Request
+from dllm_convert.evaluation.settings import Settings
+from dllm_convert.evaluation.text import measure_text
+from dllm_convert.modeling.loading import load_model
+from dllm_convert.recipe.schema import Recipe
+from dllm_convert.training.data.text import prepare_data
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture
+def checkpoint(source_cache: Any, tmp_path: Path) -> Path:
+    """A conversion whose manifest says that it was trained on `texts`."""
+    folder, texts = tmp_path / "model", tmp_path / "texts"
+    plan = convert(source_cache("llama"), folder, "bd3lm", block=4)
+    texts.mkdir()
+    for number in range(30):
+        (texts / f"{number}.txt").write_text(f"Text {number} of a list, and what follows. " * 6)
+    recipe = plan.recipe.model_dump(mode="json")
+    recipe["data"] |= {
+        "source": str(texts), "held_out_fraction": 0.3, "held_out_sequences": 2,
+    }  # fmt: skip
+    recipe["training"]["method"] = "full"
+    write_manifest(folder, {"recipe": recipe, "files": {}})
+    return folder
+
+
+def words(path: Path, tokenizer: Any) -> int:
+    """Tokens of a document; this tokenizer has no mark of its end."""
+    return len(tokenizer(path.read_text(), add_special_tokens=False)["input_ids"])
+
+
+def test_all_of_another_text_is_scored(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(3):
+        (other / f"{number}.txt").write_text(
+            ("Another text, of which the number is " + f"{number}. ") * 3 + "End."
+        )
+    found = measure_text(Request(checkpoint, data=str(other)), QUIET)
+    expected = sum(words(path, tokenizer) for path in other.iterdir())
+    assert found["data"]["documents"] == 3 and not found["held_out"]
+    # Of each document all but the first is predicted.
+    assert found["nelbo"]["tokens"] == expected - 3
+    again = measure_text(Request(checkpoint, data=str(other / "1.txt")), QUIET)
+    assert again["data"]["documents"] == 1
+    assert again["nelbo"]["stderr"] > 0, "one sequence has the error of its draws"
+
+
+def test_draws_are_what_was_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Few words, and a large variance of the noise.")
+    request = Request(checkpoint, data=str(tmp_path / "short.txt"))
+    errors = []
+    for draws in (4, 64):
+        found = measure_text(replace(request, settings=Settings(draws=draws)), QUIET)
+        assert found["draws"] == draws
+        errors.append(found["nelbo"]["stderr"])
+    assert errors[1] < errors[0]
+    one = measure_text(replace(request, settings=Settings(draws=1)), QUIET)
+    assert one["nelbo"]["stderr"] is None
+
+
+def test_of_the_trained_text_only_what_was_held_out(checkpoint: Path) -> None:
+    recipe = Recipe.model_validate(read_manifest(checkpoint)["recipe"])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = prepare_data(recipe, tokenizer, QUIET)
+    found = measure_text(Request(checkpoint, data=recipe.data.source), QUIET)
+    assert found["held_out"]
+    assert found["data"]["documents"] == text.facts["held_out_documents"]
+    # A run measures as many sequences as it was told; here it is all of them.
+    assert found["data"]["rows"] > recipe.data.held_out_sequences
+    every = recipe.data.model_copy(update={"held_out_sequences": 1000})
+    rows = prepare_data(recipe.model_copy(update={"data": every}), tokenizer, QUIET).held_out
+    model = load_model(checkpoint, get_adapter("llama"))
+    bound = nelbo(model, rows, Objective.from_config(model.config), seed=0, draws=8)
+    assert found["nelbo"]["tokens"] == bound.tokens
+    # The same rows in another order, with other noise.
+    apart = abs(found["nelbo"]["nats_per_token"] - bound.nats_per_token)
+    assert apart < 4 * (found["nelbo"]["stderr"] + bound.stderr)
+
+
+def test_one_long_document_is_held_out_in_part(checkpoint: Path, tmp_path: Path) -> None:
+    """As a run cuts it."""
+    only = tmp_path / "one.txt"
+    only.write_text(" ".join(f"word {number}" for number in range(400)))
+    manifest = read_manifest(checkpoint)
+    manifest["recipe"]["data"]["source"] = str(only)
+    write_manifest(checkpoint, manifest)
+    recipe = Recipe.model_validate(manifest["recipe"])
+    text = prepare_data(recipe, AutoTokenizer.from_pretrained(checkpoint), QUIET)
+    found = measure_text(Request(checkpoint, data=str(only)), QUIET)
+    assert found["nelbo"]["tokens"] >= text.facts["held_out_tokens"] > 0
+    assert found["nelbo"]["tokens"] < 0.5 * sum(
+        measure_text(Request(checkpoint, data=str(path)), QUIET)["nelbo"]["tokens"]
+        for path in (_copy(only, tmp_path / "copy.txt"),)
+    )
+
+
+def _copy(path: Path, to: Path) -> Path:
+    to.write_bytes(path.read_bytes())
+    return to
+
+
+def test_a_text_of_which_all_was_trained_on_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(checkpoint)
+    source = manifest["recipe"]["data"]["source"]
+    manifest["recipe"]["data"]["held_out_source"] = "pydoc"
+    write_manifest(checkpoint, manifest)
+    with pytest.raises(DataError, match=r"all of --data .* was trained on"):
+        measure_text(Request(checkpoint, data=source), QUIET)
+
+
+def test_what_is_printed_says_which_documents(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Few words, and a large variance of the noise.")
+    line = ["evaluate", str(checkpoint), "--data", str(tmp_path / "short.txt"), "--set", "draws=3"]
+    result = CliRunner().invoke(app, line)
+    assert "all of" in result.stderr + result.output, result.output
+    text = read_manifest(checkpoint)["evaluation"]["text"]
+    assert text["draws"] == 3 and str(tmp_path) not in json.dumps(text)
