@@ -54,13 +54,28 @@ def _taken_over(run: Run, folder: Path) -> Adapted:
 def _train(run: Run) -> Recorded:
     """Train; of several processes each has to call it."""
     from dllm_convert.training.expectation import Start
+    from dllm_convert.training.pacing import Pace
     from dllm_convert.training.run import train
 
     baseline = run.found(BASELINE)
     if baseline is None:
         raise RuntimeError("training before its baseline was measured")
     work, start = run.workspace.work, Start(**baseline.start)
-    result = train(run.plan, run.data, run.untrained, run.trained, work, run.reporter, start)
+    known, planned = run.workspace.pace, run.plan.recipe.training.steps
+
+    def keep(pace: Pace) -> None:
+        if not run.place.main:
+            return
+        run.workspace.pace = pace.as_dict()
+        run.workspace.record()
+        if pace.steps < planned:
+            run.reporter.line(f"there is time for {pace.steps:,} of {planned:,} steps")
+
+    result = train(
+        *(run.plan, run.data, run.untrained, run.trained, work, run.reporter, start),
+        pace=None if known is None else Pace(**known),
+        settled=keep,
+    )
     return Recorded(result.as_dict())
 
 

@@ -48,6 +48,8 @@ class Workspace:
         run: Fingerprint of the run.
         asked: What it was asked for, to say how another one differs.
         extends: Of a run that goes on with a finished checkpoint, what is remembered of that.
+        pace: What the training's time limit came to, once that is known: fields of
+            `training.pacing.Pace`.
     """
 
     out: Path
@@ -55,6 +57,7 @@ class Workspace:
     run: str = ""
     asked: Mapping[str, Any] = field(default_factory=dict)
     extends: Mapping[str, Any] | None = None
+    pace: Mapping[str, int] | None = None
 
     @property
     def finished(self) -> bool:
@@ -99,6 +102,8 @@ class Workspace:
         content = {"run": self.run, "stages": self.stages, "asked": dict(self.asked)}
         if self.extends is not None:
             content["extends"] = dict(self.extends)
+        if self.pace is not None:
+            content["pace"] = dict(self.pace)
         write_json(self.journal, content)
 
     def forget(self, *names: str) -> None:
@@ -288,13 +293,14 @@ def read_workspace(out: Path) -> Workspace:
             {"name": str(s["name"]), "seconds": s["seconds"], "result": {**s["result"]}}
             for s in journal["stages"]
         ]
-        extends = journal.get("extends")
+        extends, pace = journal.get("extends"), journal.get("pace")
         return Workspace(
             out,
             stages,
             str(journal["run"]),
             {**(journal.get("asked") or {})},
             None if extends is None else {**extends, "history": [*extends["history"]]},
+            None if pace is None else {name: int(pace[name]) for name in ("at", "steps")},
         )
     except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(

@@ -174,7 +174,10 @@ class Training(_Section):
     method: Method = Field("full", description="full, lora or none")
     steps: PositiveInt = Field(1000, description="optimizer steps")
     max_minutes: float | None = Field(
-        None, gt=0, le=LONGEST_MINUTES, description="stop after this much training time"
+        None,
+        gt=0,
+        le=LONGEST_MINUTES,
+        description="training time: no more steps, and no longer a schedule, than fit into it",
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
         4,

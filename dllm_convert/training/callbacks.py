@@ -15,9 +15,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dllm_convert.common.console import Task
 from dllm_convert.common.interruption import Interruption
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.recipe.schema import Training
 from dllm_convert.training.consensus import Consensus, barrier
 from dllm_convert.training.expectation import StartCheck
 from dllm_convert.training.metrics import GIB, Metrics, peak_memory
+from dllm_convert.training.pacing import Pace, end_with, found_pace
 from dllm_convert.training.resume import (
     Resumption,
     last_whole_checkpoint,
@@ -38,12 +40,16 @@ class Rules:
         keep_checkpoints: Resumable checkpoints to keep.
         max_minutes: Training time after which to stop, earlier sessions included.
         rate_field: The recipe's field of the learning rate.
+        steps: Planned steps, of which a time limit may leave fewer.
+        schedule: The part of the recipe that says how the learning rate goes.
     """
 
     tokens_per_step: int
     keep_checkpoints: int = 2
     max_minutes: float | None = None
     rate_field: str = "training.learning_rate"
+    steps: int = 0
+    schedule: Training | None = None
 
 
 class ProgressCallback(TrainerCallback):
@@ -60,6 +66,8 @@ class ProgressCallback(TrainerCallback):
         unsound: Returns whether a loss was not a number since training began, shape (), bool.
         opening: Judges where the loss starts; None if nothing is known of that.
         warn: Told if it starts elsewhere.
+        pace: What the time limit came to in an earlier session; None if that is not known.
+        settled: Keeps what it comes to, before a step is taken that depends on it.
     """
 
     def __init__(
@@ -72,7 +80,12 @@ class ProgressCallback(TrainerCallback):
         unsound: Callable[[], torch.Tensor],
         opening: StartCheck | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        pace: Pace | None = None,
+        settled: Callable[[Pace], None] = lambda pace: None,
     ) -> None:
+        self._pace = pace
+        self._settled = settled
+        self._durations: list[float] = []
         self._metrics = metrics
         self._rules = rules
         self._task = task
@@ -116,6 +129,25 @@ class ProgressCallback(TrainerCallback):
         self._started = time.monotonic()
         self._consensus = Consensus(args.device)
         self._task.begin(self._resumed)
+        self._stepped = self._started
+        if self._pace is not None:
+            self._keep_to(self._pace, state, kwargs["lr_scheduler"])
+        elif self._limit is not None:
+            self._task.expect(seconds=self._limit - self.seconds)
+
+    @property
+    def _limit(self) -> float | None:
+        """Training time there is, in seconds."""
+        minutes = self._rules.max_minutes
+        return None if minutes is None else minutes * 60
+
+    def _keep_to(self, pace: Pace, state: TrainerState, scheduler: Any) -> None:
+        """End with as many steps as there is time for, the learning rate as well."""
+        self._pace = pace
+        state.max_steps = pace.steps
+        if self._rules.schedule is not None:
+            end_with(scheduler, pace, self._rules.schedule)
+        self._task.expect(pace.steps)
 
     def on_step_end(
         self,
@@ -127,12 +159,21 @@ class ProgressCallback(TrainerCallback):
         """Move the bar; stop when the time is up, when asked to, or on a loss that is no number."""
         self._step = state.global_step
         self._task.advance(1, *self._notes())
-        unsound, asked, late = self._agree()
+        found = self._timed()
+        first = state.is_world_process_zero
+        unsound, asked, late, timed = self._agree(first and found is not None)
+        if timed and self._pace is None and self._consensus is not None:
+            # What the first process found, everywhere.
+            pace = Pace(self._step, self._consensus.told(found.steps if found else 0))
+            self._settled(pace)
+            self._keep_to(pace, state, kwargs["lr_scheduler"])
         if unsound:
             control.should_log = True
         elif state.global_step < state.max_steps and (asked or late):
             self.stopped = "" if asked else "time"
             control.should_training_stop = control.should_save = True
+        elif state.global_step >= state.max_steps and state.max_steps < self._rules.steps:
+            self.stopped = "time"
         self.interrupted = asked
         if control.should_save:
             # What is saved is looked at first, see `on_log`.
@@ -140,12 +181,20 @@ class ProgressCallback(TrainerCallback):
             if state.is_world_process_zero:
                 make_room(Path(str(args.output_dir)))
 
-    def _agree(self) -> tuple[bool, ...]:
-        limit = self._rules.max_minutes
-        late = limit is not None and self.seconds >= limit * 60
+    def _timed(self) -> Pace | None:
+        """Return how many steps there is time for, once that can be told and was not yet."""
+        now = time.monotonic()
+        self._durations.append(now - self._stepped)
+        self._stepped = now
+        if self._limit is None or self._pace is not None:
+            return None
+        return found_pace(self._durations, self.seconds, self._step, self._limit, self._rules.steps)
+
+    def _agree(self, timed: bool) -> tuple[bool, ...]:
+        late = self._limit is not None and self.seconds >= self._limit
         if self._consensus is None:
             raise RuntimeError("a step ended before training began")
-        return self._consensus.any(self._unsound(), self._interruption.requested, late)
+        return self._consensus.any(self._unsound(), self._interruption.requested, late, timed)
 
     def on_log(
         self,

@@ -37,6 +37,13 @@ class Consensus:
         # Filled there: copying a number from ordinary memory has the host wait.
         return torch.full((), float(answer), device=self._device)
 
+    def told(self, number: int) -> int:
+        """Return the first process's number; all processes must ask. The host waits for it."""
+        box = torch.full((), number, device=self._device)
+        if _together():
+            dist.broadcast(box, 0)
+        return int(box)
+
     def any(self, *answers: bool | torch.Tensor) -> tuple[bool, ...]:
         """Return, for each question, whether any process says yes; all processes must ask."""
         flags = torch.stack([self._on_device(answer) for answer in answers])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -26,6 +27,7 @@ from dllm_convert.training.data.text import TextData
 from dllm_convert.training.distributed import check_strategy
 from dllm_convert.training.expectation import Start, StartCheck, noise_variance
 from dllm_convert.training.metrics import Metrics
+from dllm_convert.training.pacing import Pace, warmup_steps
 from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import (
     Resumption,
@@ -56,7 +58,7 @@ class TrainResult:
         seconds: Training time.
         trainable_parameters: Parameters that received gradients.
         final_loss: Last logged loss, in nats.
-        stopped: Why it ended: `steps` or `time`.
+        stopped: Why it ended: `steps`, or `time` before all planned ones were taken.
         device: What computed, such as the name of the GPU.
         devices: How many of them.
         flops: Floating-point operations, estimated as `costs.flops_per_token` counts them; None if
@@ -85,17 +87,20 @@ _OPTIMIZERS = {
 }
 
 
-def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, folder: Path, bf16: bool, streaming: bool, pace: Pace | None = None
+) -> TrainingArguments:
     training = recipe.training
+    steps = training.steps if pace is None else pace.steps
     every = training.save_steps or max(10, training.steps // 5)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=training.steps,
+        max_steps=steps,
         per_device_train_batch_size=training.sequences_per_forward,
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.peak_learning_rate,
         lr_scheduler_type=training.lr_schedule,
-        warmup_steps=round(training.warmup_ratio * training.steps),
+        warmup_steps=warmup_steps(training, steps),
         weight_decay=training.weight_decay,
         adam_beta2=training.adam_beta2,
         max_grad_norm=training.max_grad_norm,
@@ -123,6 +128,13 @@ def _arguments(recipe: Recipe, folder: Path, bf16: bool, streaming: bool) -> Tra
     return arguments
 
 
+class _Timing(NamedTuple):
+    """What is known of how many steps a time limit comes to, and who keeps what is found."""
+
+    pace: Pace | None
+    settled: Callable[[Pace], None]
+
+
 def train(
     plan: ConversionPlan,
     data: TextData,
@@ -131,6 +143,9 @@ def train(
     work: Path,
     reporter: Reporter,
     start: Start | None = None,
+    *,
+    pace: Pace | None = None,
+    settled: Callable[[Pace], None] = lambda pace: None,
 ) -> TrainResult:
     """Train, resuming from the last whole checkpoint, and write the result.
 
@@ -144,13 +159,16 @@ def train(
         work: Folder of trainer checkpoints and metrics.jsonl.
         reporter: Progress.
         start: What the untrained conversion shows, to compare the first steps with.
+        pace: What a time limit came to in an earlier session, None if that is not known.
+        settled: Keeps what it comes to, for later sessions.
 
     Raises:
         DllmConvertError: If the loss stops being a number.
         IncompatibleError: If another strategy is in force than was asked for.
     """
     try:
-        return _train(settled_plan(plan), data, untrained, out, work, reporter, start)
+        timed = _Timing(pace, settled)
+        return _train(settled_plan(plan), data, untrained, out, work, reporter, start, timed)
     finally:
         free_memory()
 
@@ -163,17 +181,18 @@ def _train(
     work: Path,
     reporter: Reporter,
     start: Start | None,
+    timed: _Timing,
 ) -> TrainResult:
     recipe, training = plan.recipe, plan.recipe.training
     # The Trainer seeds itself too late for this: LoRA's matrices are drawn before it exists.
     set_seed(training.seed)
     model = trainable_model(plan, untrained)
     trainable = count_trainable(model)
-    arguments = _arguments(recipe, work / "trainer", use_bf16(training), data.streaming)
+    arguments = _arguments(recipe, work / "trainer", use_bf16(training), data.streaming, timed.pace)
     resumed = _resume(arguments, reporter)
     rows = training.sequences_per_step * arguments.world_size
     with (
-        reporter.task("train", total=training.steps) as task,
+        reporter.task("train", total=arguments.max_steps) as task,
         Interruption(gently=True, answer=lambda: reporter.line(_heard(task))) as interruption,
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
@@ -184,7 +203,7 @@ def _train(
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
         unsound, warn = (lambda: trainer.unsound), reporter.warn
         watch = ProgressCallback(
-            metrics, resumed, rules, task, interruption, unsound, opening, warn
+            metrics, resumed, rules, task, interruption, unsound, opening, warn, *timed
         )
         trainer.add_callback(watch)
         _run(trainer, resumed)
@@ -237,6 +256,8 @@ def _rules(recipe: Recipe, rows: int) -> Rules:
         training.keep_checkpoints,
         training.max_minutes,
         training.learning_rate_field,
+        training.steps,
+        training,
     )
 
 

@@ -394,7 +394,7 @@ def test_methods_and_base_are_cited(card: Callable[..., str]) -> None:
 def test_training_cut_short_says_so(card: Callable[..., str]) -> None:
     manifest = llama_bd3lm()
     manifest["measurements"]["train"]["stopped"] = "time"
-    assert "stopped by the time limit before the planned 40 steps" in card(manifest)
+    assert "the time limit left no more of the 40 planned" in card(manifest)
 
 
 @pytest.mark.parametrize("stderr", [None, float("inf")])
