@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dllm_convert.pipeline.api.conversion import load_recipe as load_recipe
     from dllm_convert.pipeline.api.conversion import plan as plan
     from dllm_convert.pipeline.api.conversion import probe as probe
+    from dllm_convert.pipeline.api.endpoint import serve as serve
     from dllm_convert.pipeline.api.judging import evaluate as evaluate
     from dllm_convert.pipeline.api.judging import verify as verify
     from dllm_convert.pipeline.api.publication import export as export
@@ -47,6 +48,7 @@ _HOMES = {
     "probe": "dllm_convert.pipeline.api.conversion",
     "push": "dllm_convert.pipeline.api.publication",
     "sample": "dllm_convert.pipeline.api.writing",
+    "serve": "dllm_convert.pipeline.api.endpoint",
     "verify": "dllm_convert.pipeline.api.judging",
     "Recipe": "dllm_convert.recipe.schema",
     "ConversionPlan": "dllm_convert.planning.conversion",
@@ -88,6 +90,7 @@ __all__ = [
     "probe",
     "push",
     "sample",
+    "serve",
     "training",
     "verify",
     "write_card",
