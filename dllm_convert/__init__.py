@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dllm_convert.pipeline.api.conversion import load_recipe as load_recipe
     from dllm_convert.pipeline.api.conversion import plan as plan
     from dllm_convert.pipeline.api.conversion import probe as probe
+    from dllm_convert.pipeline.api.endpoint import serve as serve
     from dllm_convert.pipeline.api.judging import evaluate as evaluate
     from dllm_convert.pipeline.api.judging import verify as verify
     from dllm_convert.pipeline.api.publication import export as export
@@ -50,6 +51,7 @@ _HOMES = {
     "push": "dllm_convert.pipeline.api.publication",
     "reply": "dllm_convert.pipeline.api.writing",
     "sample": "dllm_convert.pipeline.api.writing",
+    "serve": "dllm_convert.pipeline.api.endpoint",
     "verify": "dllm_convert.pipeline.api.judging",
     "Chat": "dllm_convert.sampling.conversation",
     "Recipe": "dllm_convert.recipe.schema",
@@ -94,6 +96,7 @@ __all__ = [
     "push",
     "reply",
     "sample",
+    "serve",
     "training",
     "verify",
     "write_card",

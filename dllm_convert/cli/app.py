@@ -13,6 +13,7 @@ from dllm_convert.cli.commands.lm_eval import PASS_ON, lm_eval
 from dllm_convert.cli.commands.push import card, export, push
 from dllm_convert.cli.commands.run import run
 from dllm_convert.cli.commands.sample import sample
+from dllm_convert.cli.commands.serve import serve
 from dllm_convert.cli.commands.verify import verify
 from dllm_convert.cli.errors import CommandGroup
 from dllm_convert.cli.streams import prepare
@@ -50,4 +51,5 @@ def _root(version: option.Version = False) -> None:
 app.command(help="Convert, train, verify and document a checkpoint.")(run)
 for _command in (check, verify, evaluate, sample, chat, card, export, push, recipes, architectures):
     app.command()(_command)
+app.command()(serve)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)

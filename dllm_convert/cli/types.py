@@ -56,6 +56,15 @@ def seed_of(text: str | int) -> int:
     return _whole(text, 0, LARGEST_SEED)
 
 
+def port_of(text: str | int) -> int:
+    """Return a port to listen at; 0 takes a free one.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    return _whole(text, 0, 65_535)
+
+
 def _whole(text: str | int, lowest: int, largest: int) -> int:
     try:
         # Python reads no number of thousands of digits; a shorter one is compared.

@@ -104,7 +104,7 @@ def test_every_field_of_transformers_is_known() -> None:
     standard = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     taken = inspect.signature(GenerationMixin.generate).parameters.keys()
     own = inspect.signature(type(tiny("llama")).generate).parameters.keys()
-    kinds = [settings._SETTINGS, settings.HARMLESS.keys(), settings.REFUSED.keys()]
+    kinds = [settings.TAKEN, settings.HARMLESS.keys(), settings.REFUSED.keys()]
     for name in (standard | taken) - own - {"kwargs"}:
         assert sum(name in kind for kind in kinds) == 1, name
     assert all(settings.HARMLESS.values()) and all(settings.REFUSED.values())

@@ -26,8 +26,9 @@ _OWN = {
     "rules",
     "stops",
 }
-_SETTINGS = {field.name for field in fields(DecodingOptions)} - _OWN
-_SETTINGS |= {"do_sample", "eos_token_id", "max_length"} | RULES | STOPS
+TAKEN = {field.name for field in fields(DecodingOptions)} - _OWN
+TAKEN |= {"do_sample", "eos_token_id", "max_length"} | RULES | STOPS
+"""Settings that decide what is written, by the names that `generate` has for them."""
 _FACTS = ("mask_token_id", "block_size")
 """What a generation config repeats of the model's config."""
 HARMLESS: Mapping[str, str] = {
@@ -124,12 +125,12 @@ def _refuse(given: Mapping[str, Any]) -> None:
     for name in sorted(set(given) & set(REFUSED)):
         if not _does_nothing(name, given[name]):
             raise ValueError(f"{name} is {given[name]!r}, which is refused: {REFUSED[name]}")
-    unknown = set(given) - _SETTINGS - set(HARMLESS) - set(REFUSED)
+    unknown = set(given) - TAKEN - set(HARMLESS) - set(REFUSED)
     # What a later transformers knows and this file does not, at the value it has by itself.
     standard = vars(GenerationConfig())  # type: ignore[no-untyped-call]
     unknown = {n for n in unknown if n not in standard or not _does_nothing(n, given[n])}
     if unknown:
-        raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(_SETTINGS)}")
+        raise ValueError(f"unknown settings {sorted(unknown)}; known: {sorted(TAKEN)}")
 
 
 def set_fields(generation: Any) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def decoding_options(
         warnings.warn(
             f"the generation config has {idle}, which denoising has no use for", stacklevel=3
         )
-    asked = {"tokenizer": None, **dict.fromkeys(_SETTINGS)}
+    asked = {"tokenizer": None, **dict.fromkeys(TAKEN)}
     settings = {**asked, **own, **said, **overrides}
     settings["max_new_tokens"] = _new_tokens([overrides, said, own], width)
     settings["temperature"] = _temperature([overrides, said, own])

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint of a converted checkpoint, on transformers' own server."""
