@@ -24,7 +24,8 @@ class Request:
         shots: Examples before each question, None for what is published or the task's own number.
         unsafe_code: Whether tasks may run the code that a model wrote.
         published: Name of published settings, for their number of examples.
-        data: Text to measure, as a recipe's `data.source`; of what was trained on, what was held out.
+        data: Text to measure, as a recipe's `data.source`; of what was trained on, only what was
+            held out.
         settings: How likelihoods are estimated and text is written.
     """
 
