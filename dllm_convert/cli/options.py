@@ -390,6 +390,12 @@ Probe = Annotated[
         help="Measure on a small random instance whether the family can be converted; check only.",
     ),
 ]
+AllowEpochs = Annotated[
+    bool,
+    typer.Option(
+        "--allow-epochs", help="Read the text more than 20 times, which is refused otherwise."
+    ),
+]
 AllowGeneric = Annotated[
     bool,
     typer.Option(

@@ -44,6 +44,7 @@ class ConversionRequest(TypedDict, total=False):
         revision: Branch, tag or commit of a source on the Hub.
         allow_pickle: Read pickled weights, without running code in them.
         allow_generic: Convert a family that has no adapter, if it passes what is measured.
+        allow_epochs: Read the text more often than 20 times.
         report_to: Where training is logged besides: tensorboard, wandb, trackio.
         overrides: Any other fields of a recipe by dotted name, as `--set` takes them.
         processes: How many train; `tokens` and `global_batch` are shared by them.
@@ -66,6 +67,7 @@ class ConversionRequest(TypedDict, total=False):
     revision: str | None
     allow_pickle: bool
     allow_generic: bool
+    allow_epochs: bool
     report_to: Sequence[str] | None
     overrides: Mapping[str, Any] | None
     processes: int
@@ -133,6 +135,7 @@ def _fields(asked: ConversionRequest) -> dict[str, Any]:
         "training.report_to": None if logged is None else list(logged),
         "revision": asked.get("revision"),
         "allow_generic": asked.get("allow_generic") or None,
+        "data.allow_epochs": asked.get("allow_epochs") or None,
         "allow_pickle": asked.get("allow_pickle") or None,
     }
     return {field: value for field, value in fields.items() if value is not None}

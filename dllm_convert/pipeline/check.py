@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.pipeline.family import probe_recipe
 from dllm_convert.pipeline.run import plan_conversion
+from dllm_convert.pipeline.text import looked_at
 from dllm_convert.planning.conversion import source_facts
 from dllm_convert.planning.document import plan_document
 from dllm_convert.planning.plan_text import plan_blocks
@@ -57,7 +58,8 @@ def check(
     if probe:
         recipe, measured = _probed(recipe)
     plan = plan_conversion(recipe)
-    document = plan_document(plan, folder, processes, **measured)
+    text = looked_at(plan, processes)
+    document = plan_document(plan, folder, processes, **measured, **text)
     if push is None:
         return Check(document)
     from dllm_convert.publishing.run import licence_warnings

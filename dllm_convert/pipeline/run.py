@@ -17,9 +17,9 @@ from dllm_convert.errors import DllmConvertError, VerificationError
 from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
 from dllm_convert.pipeline.measures import BASELINE, MEASURE, SAMPLE, VIEWS
+from dllm_convert.pipeline.opening import opening_lines, training_line
 from dllm_convert.pipeline.options import DEFAULT, RunOptions
 from dllm_convert.pipeline.resumed import check_resumed
-from dllm_convert.pipeline.shown import opening_lines, training_line
 from dllm_convert.pipeline.stages import (
     ADAPT,
     APPEAR,
@@ -30,6 +30,7 @@ from dllm_convert.pipeline.stages import (
     VERIFY,
     clean,
 )
+from dllm_convert.pipeline.text import plan_text
 from dllm_convert.pipeline.workspace import (
     Workspace,
     check_apart,
@@ -185,6 +186,10 @@ def _finish(run: Run) -> None:
 
         require_devices(run.plan.recipe.training)
         if run.found(TRAIN) is None:
+            # Before weights are copied: a name that is wrong is found out in a second.
+            text = plan_text(run.plan, run.place.world)
+            if text is not None:
+                run.reporter.line(text.line())
             run.reporter.line(training_line(run.plan, _device(), run.place.world))
     check_resumed(run)
     assembled = run.found(ASSEMBLE) is not None

@@ -12,10 +12,6 @@ from rich.cells import cell_len, set_cell_size
 from dllm_convert.card.tables import MEASURES, views_of
 from dllm_convert.common.shown_text import one_line, printable
 from dllm_convert.common.tables import Block, Table, Toned, measure_cells
-from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.planning.devices import Device
-from dllm_convert.planning.estimate import estimate_device
-from dllm_convert.planning.plan_text import hours_text
 from dllm_convert.publishing.shown import push_lines
 from dllm_convert.sampling.shown import sample_facts
 from dllm_convert.sampling.watch.layout import wrap
@@ -27,34 +23,6 @@ _FAILURES = 3
 """Failed probes that are named at once."""
 _LINES = 3
 """Lines of a sample."""
-
-
-def opening_lines(plan: ConversionPlan, out: Path) -> list[str]:
-    """Say what a run makes of what, and where."""
-    recipe, source = plan.recipe, plan.source
-    size = f", {source.parameters:,} parameters" if source.parameters else ""
-    blocks = f" in blocks of {recipe.block_size}" if recipe.block_size else ""
-    return [
-        f"{source.given}: {plan.adapter.model_type}{size}",
-        f"becomes {recipe.target}{blocks} in {out}; the same command goes on after a stop",
-    ]
-
-
-def training_line(plan: ConversionPlan, device: Device | None, processes: int = 1) -> str:
-    """Say what a training does, and how long that takes on a device that something is known of."""
-    recipe, training = plan.recipe, plan.recipe.training
-    what = "LoRA" if training.method == "lora" else "all weights"
-    said = f"trains {what} on {recipe.data.source}: {training.steps:,} steps"
-    if training.max_minutes is not None:
-        said += f" or {hours_text(training.max_minutes / 60)}, whichever comes first"
-    if plan.shape is None or device is None:
-        return said
-    known = estimate_device(plan.shape, recipe, device, causal=plan.adapter.attention == "causal")
-    hours = known.hours / processes
-    if training.max_minutes is not None and hours * 60 >= training.max_minutes:
-        return said
-    expected = "less than a minute" if hours < 1 / 60 else f"about {hours_text(hours)}"
-    return f"{said}, {expected} on {device.name}"
 
 
 def run_document(

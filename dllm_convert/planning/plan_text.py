@@ -309,6 +309,21 @@ def _serving(plan: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _text(text: Mapping[str, Any] | None) -> list[str]:
+    """Say what is trained on, if it was looked at."""
+    if text is None:
+        return []
+    if "unread" in text:
+        return _wrapped([f"not looked at: {text['unread']}"])
+    long = []
+    if text["beyond"]:
+        some = f"{text['beyond']:,} of {text['documents']:,} documents"
+        long = [
+            f"{some} are longer than a sequence, the longest has about {text['longest']:,} tokens"
+        ]
+    return _wrapped([text["said"], *long])
+
+
 def _more(plan: Mapping[str, Any]) -> list[str]:
     lines = []
     if "launch" in plan:
@@ -333,6 +348,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
         *_section("Attention", _attention(plan)),
         *_section("Measured in small", probe_blocks(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
+        *_section("Text", _text(plan.get("text"))),
         *_section("Training", _training(plan)),
         *_section("Engines that can serve it", _serving(plan)),
         *_section("Then", _more(plan)),

@@ -103,6 +103,9 @@ class Data(_Section):
         None, description="split of held_out_source, or of source, to measure on"
     )
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
+    allow_epochs: bool = Field(
+        False, description="read the text more than 20 times, which is refused otherwise"
+    )
     scored_turns: Literal["all", "last"] = Field(
         "all", description="which turns of the assistant are learnt from in a chat"
     )

@@ -79,6 +79,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "noise.discrete_steps": {"noise.complementary": False, "noise.draw": "time"},
     "generation.top_k": {"generation.temperature": 1.0},
     "generation.block_length": {"target": "mdlm"},
+    "training.distillation.top_k": {"training.distillation.weight": 0.5},
 }
 """What the largest value of a field needs beside it."""
 

@@ -24,7 +24,8 @@ from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.sampling.prompts import encode_prompt
 from dllm_convert.source.chat_turns import read_template, turn_end
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.data.encoding import Document, Encoder
+from dllm_convert.training.data.content import Document
+from dllm_convert.training.data.encoding import Encoder
 
 TEXT = "The value of a name"
 

@@ -20,7 +20,8 @@ from dllm_convert.cli import output
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import Interruption
 from dllm_convert.common.tables import Block, Printed, Toned, text_of
-from dllm_convert.pipeline.shown import opening_lines, run_blocks, training_line
+from dllm_convert.pipeline.opening import opening_lines, training_line
+from dllm_convert.pipeline.shown import run_blocks
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.devices import GPUS, Device, cpu, known_gpu
 from dllm_convert.recipe.schema import Recipe

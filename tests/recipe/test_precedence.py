@@ -150,7 +150,7 @@ def check(source: Path, *options: str) -> Any:
 
 def test_budgets_are_what_the_plan_shows(source_cache: SourceFactory) -> None:
     source = source_cache("llama")
-    options = ("--to", "mdlm", "--set", "data.sequence_length=64")
+    options = ("--to", "mdlm", "--set", "data.sequence_length=64", "--allow-epochs")
     plan = check(source, *options, "--tokens", "1M")
     assert plan["training"]["steps"] == -(-1_000_000 // (2 * 64))
     assert plan["training"]["max_minutes"] is None
@@ -171,7 +171,12 @@ def test_budgets_are_what_the_plan_shows(source_cache: SourceFactory) -> None:
     training = check(source, *options, *typed)["training"]
     assert training["lora"]["learning_rate"] is None
     assert training["learning_rate"] == 2e-4
-    assert check(source, "--preset", "sdar", "--set", "data.sequence_length=64")["block_size"] == 4
+    assert (
+        check(source, "--preset", "sdar", "--set", "data.sequence_length=64", "--allow-epochs")[
+            "block_size"
+        ]
+        == 4
+    )
 
 
 @pytest.mark.parametrize(

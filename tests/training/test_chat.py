@@ -15,7 +15,8 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.training.data.chat import ChatEncoder, find_messages
-from dllm_convert.training.data.encoding import Document, Encoder
+from dllm_convert.training.data.content import Document
+from dllm_convert.training.data.encoding import Encoder
 from dllm_convert.training.data.text import prepare_data
 
 USER = {"role": "user", "content": "What is it?"}

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.data.encoding import Document, Encoder
+from dllm_convert.training.data.content import Document
+from dllm_convert.training.data.encoding import Encoder
 from dllm_convert.training.data.reading import Split
 from dllm_convert.training.data.streaming import StreamedRows, TextStream
 from dllm_convert.training.data.text import TextData, prepare_data

@@ -16,8 +16,8 @@ import pytest
 from dllm_convert.errors import DataError, HubError
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data import file_rows as module
+from dllm_convert.training.data.content import LONGEST, find_documents
 from dllm_convert.training.data.documents import open_corpus
-from dllm_convert.training.data.encoding import LONGEST, find_documents
 
 
 def read(source: object, *, start: int = 0, **fields: Any) -> list[Any]:

@@ -20,8 +20,8 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.training.data import file_rows
+from dllm_convert.training.data.content import find_documents
 from dllm_convert.training.data.documents import open_corpus
-from dllm_convert.training.data.encoding import find_documents
 
 TEXTS = ["The first.", 'He said "no";\tthen, é猫', "Two\nlines"]
 

@@ -20,7 +20,7 @@ import json, sys
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data.documents import open_corpus
-from dllm_convert.training.data.encoding import find_documents
+from dllm_convert.training.data.content import find_documents
 data = Data(**json.loads(sys.argv[1]))
 start = int(sys.argv[2])
 try:

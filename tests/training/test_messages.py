@@ -14,7 +14,8 @@ from dllm_convert.common import bounded
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data.chat import ChatEncoder, find_messages
-from dllm_convert.training.data.encoding import Encoder, find_documents
+from dllm_convert.training.data.content import find_documents
+from dllm_convert.training.data.encoding import Encoder
 
 TURN = "<|start|>{{ m['role'] }}\n"
 CLOSE = "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

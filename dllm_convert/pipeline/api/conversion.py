@@ -88,9 +88,9 @@ def plan(
             recipe or an earlier plan, of which what is asked is changed.
         **asked: `to` and `block` (what to convert to), `data`, `steps`, `tokens`, `max_time`,
             `global_batch`, `preset`, `serve`, `lora`, `full`, `train`, `keep_adapter`,
-        `keep_base`, `revision`, `allow_pickle`, `allow_generic`, `report_to`, and `overrides`
-        for every other field of a recipe by its dotted name; see
-        `dllm_convert.pipeline.asked.ConversionRequest`.
+            `keep_base`, `revision`, `allow_pickle`, `allow_generic`, `allow_epochs`, `report_to`,
+            and `overrides` for every other field of a recipe by its dotted name; see
+            `dllm_convert.pipeline.asked.ConversionRequest`.
 
     Raises:
         DllmConvertError: The source cannot be read, or cannot be converted as asked.

@@ -1,11 +1,9 @@
-"""Documents: rows of a corpus with what identifies their content, and the tokens they become."""
+"""The tokens that documents become."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -14,48 +12,15 @@ from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data.chat import ChatEncoder
-from dllm_convert.training.data.file_rows import Row
-from dllm_convert.training.data.messages import (
-    BESIDE_CHATS,
-    CHAT_COLUMNS,
-    Message,
-    advice,
-    find_messages,
-)
+from dllm_convert.training.data.content import Document
+from dllm_convert.training.data.messages import Message
 from dllm_convert.training.data.plain_text import PlainText
 
-LONGEST = 1 << 20
-"""Characters above which a document is cut: tokenizers take memory by the document."""
 KEYS = 1 << 64
 """Keys are whole numbers from 0 up to this."""
 
-_CHAT_COLUMNS = sorted(frozenset().union(*CHAT_COLUMNS, BESIDE_CHATS))
-
 IdArray = np.ndarray[Any, np.dtype[np.int32]]
 BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text or a conversation.
-
-    Attributes:
-        content: The text, or the messages.
-        where: What an error calls it.
-    """
-
-    content: str | tuple[Message, ...]
-    where: str
-
-    @property
-    def key(self) -> int:
-        """Hash of the content, the same for every copy of it, whatever its white space."""
-        if isinstance(self.content, str):
-            text = " ".join(self.content.split())
-        else:
-            turns = [[m["role"], m.get("content"), m.get("tool_calls")] for m in self.content]
-            text = json.dumps(turns, ensure_ascii=False, default=str)
-        return int.from_bytes(blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -75,66 +40,6 @@ class Encoded:
     scored: BoolArray | None = None
     truncated: bool = False
     spelled: bool = False
-
-
-def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
-    """Yield what a row of a corpus holds: one document, none if it is empty, parts if it is huge.
-
-    Args:
-        row: Its columns.
-        data: Names of the columns.
-        where: What an error calls the row.
-
-    Raises:
-        DataError: If the row has neither text nor messages.
-    """
-    if row is None:
-        return
-    value = row.get(data.text_field)
-    _check_characters(row, data, where)
-    if isinstance(value, str):
-        for part in _parts(value) if value.strip() else ():
-            yield Document(part, where)
-        return
-    messages = find_messages(row, data.text_field, where)
-    if messages is not None:
-        yield Document(messages, where)
-    elif not any(names <= row.keys() for names in ({data.text_field}, *CHAT_COLUMNS)):
-        raise DataError(
-            f"{where} has no column {data.text_field!r}, it has {sorted(row)}",
-            hint=advice([*row]),
-        )
-
-
-def _check_characters(row: Mapping[str, Any], data: Data, where: str) -> None:
-    """See to it that text can be written as UTF-8: JSON can say half of a character."""
-    chat = () if isinstance(row.get(data.text_field), str) else _CHAT_COLUMNS
-    for name in (data.text_field, *chat):
-        value = row.get(name)
-        if value is None:
-            continue
-        text = (
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where} holds {text[error.start]!a} in {name}, half of a surrogate pair, which "
-                "is no character",
-                hint="Remove that row, or write the character whole",
-            ) from error
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cut a text that is too long, at the end of a paragraph, a line or a word if there is one."""
-    while len(text) > LONGEST:
-        ends = (text.rfind(mark, LONGEST // 2, LONGEST) for mark in ("\n\n", "\n", " "))
-        end = next((end + 1 for end in ends if end >= 0), LONGEST)
-        yield text[:end]
-        text = text[end:]
-    if text.strip():
-        yield text
 
 
 class Encoder:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dllm_convert.recipe.schema import Data
+from dllm_convert.training.data.content import Document, find_documents
 from dllm_convert.training.data.documents import Corpus
-from dllm_convert.training.data.encoding import KEYS, Document, Encoded, Encoder, find_documents
+from dllm_convert.training.data.encoding import KEYS, Encoded, Encoder
 from dllm_convert.training.data.store import Store, StoreWriter
 
 BATCH_DOCUMENTS = 256

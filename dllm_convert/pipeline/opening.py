@@ -1,0 +1,38 @@
+"""What a run says before it begins: what it makes of what, and how long that takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.devices import Device
+from dllm_convert.planning.estimate import estimate_device
+from dllm_convert.planning.plan_text import hours_text
+
+
+def opening_lines(plan: ConversionPlan, out: Path) -> list[str]:
+    """Say what a run makes of what, and where."""
+    recipe, source = plan.recipe, plan.source
+    size = f", {source.parameters:,} parameters" if source.parameters else ""
+    blocks = f" in blocks of {recipe.block_size}" if recipe.block_size else ""
+    return [
+        f"{source.given}: {plan.adapter.model_type}{size}",
+        f"becomes {recipe.target}{blocks} in {out}; the same command goes on after a stop",
+    ]
+
+
+def training_line(plan: ConversionPlan, device: Device | None, processes: int = 1) -> str:
+    """Say what a training does, and how long that takes on a device that something is known of."""
+    recipe, training = plan.recipe, plan.recipe.training
+    what = "LoRA" if training.method == "lora" else "all weights"
+    said = f"trains {what} on {recipe.data.source}: {training.steps:,} steps"
+    if training.max_minutes is not None:
+        said += f" or {hours_text(training.max_minutes / 60)}, whichever comes first"
+    if plan.shape is None or device is None:
+        return said
+    known = estimate_device(plan.shape, recipe, device, causal=plan.adapter.attention == "causal")
+    hours = known.hours / processes
+    if training.max_minutes is not None and hours * 60 >= training.max_minutes:
+        return said
+    expected = "less than a minute" if hours < 1 / 60 else f"about {hours_text(hours)}"
+    return f"{said}, {expected} on {device.name}"

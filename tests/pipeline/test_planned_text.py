@@ -1,0 +1,168 @@
+"""The text is part of the plan: looked at before anything is written, and not read to death."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SourceFactory
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from dllm_convert.cli.app import app
+from dllm_convert.common.console import Reporter
+from dllm_convert.pipeline.text import MOST_EPOCHS, plan_text
+from dllm_convert.planning.conversion import make_plan
+from dllm_convert.recipe.schema import Recipe
+from dllm_convert.source.inspect import inspect_source
+from dllm_convert.training.data import look
+from dllm_convert.training.data.look import look_at
+from dllm_convert.training.data.text import prepare_data
+
+QUIET = Reporter(quiet=True)
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def said(result: Any) -> str:
+    return " ".join((result.output + result.stderr).split())
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"Text {number} of a list, and what follows. " * 9)
+    return folder
+
+
+def recipe(source: Path, texts: str, **fields: Any) -> Recipe:
+    data = {"source": texts, "sequence_length": 64, **fields.pop("data", {})}
+    training = {"steps": 4, "batch_size": 2, **fields.pop("training", {})}
+    known = {"source": str(source), "target": "mdlm", "data": data, "training": training, **fields}
+    return Recipe.model_validate(known)
+
+
+def test_tokens_and_epochs_are_those_of_the_training(
+    source_cache: SourceFactory, texts: Path
+) -> None:
+    source = source_cache("llama")
+    asked = recipe(source, str(texts))
+    planned = plan_text(make_plan(asked, inspect_source(str(source))), 2)
+    assert planned is not None
+    prepared = prepare_data(asked, AutoTokenizer.from_pretrained(source), QUIET)
+    found = prepared.facts["train_tokens"]
+    assert planned.look.whole and planned.look.documents == 12 and planned.look.chats == 0
+    assert planned.wanted == 2 * asked.training_tokens == 2 * 4 * 2 * 64
+    held_out = prepared.facts["held_out_documents"] / 12
+    exact = planned.wanted / found
+    assert planned.epochs == pytest.approx(exact * (1 - held_out) / 0.9, rel=0.05)
+    # A limit of documents is a limit of the text.
+    few = recipe(source, str(texts), data={"max_documents": 3})
+    cut = plan_text(make_plan(few, inspect_source(str(source))))
+    assert cut is not None and cut.look.documents == 3 and cut.look.whole
+
+
+def test_a_part_tells_the_whole(
+    source_cache: SourceFactory, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = recipe(source_cache("llama"), str(texts)).data
+    whole = look_at(data)
+    monkeypatch.setattr(look, "MOST_CHARACTERS", 1000)
+    part = look_at(data)
+    assert not part.whole and part.documents < 12
+    assert part.tokens == pytest.approx(whole.tokens, rel=0.05)
+    monkeypatch.setattr(look, "MOST_DOCUMENTS", {"files": 2})
+    assert look_at(data).documents == 2
+
+
+CHATS = [
+    {"instruction": "Name a bird.", "input": "", "output": "A wren."},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"text": "Only text."},
+]
+
+
+def test_kinds_of_documents_are_told_apart(tmp_path: Path, source_cache: SourceFactory) -> None:
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in CHATS * 3))
+    source = source_cache("llama", chat=True)
+    planned = plan_text(
+        make_plan(recipe(source, str(file), data={"allow_epochs": True}),
+                  inspect_source(str(source)))
+    )  # fmt: skip
+    assert planned is not None
+    assert (planned.look.documents, planned.look.chats) == (9, 6)
+    assert "9 documents, 6 of them chats" in planned.line()
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_text_is_not_read_to_death(
+    command: str, source_cache: SourceFactory, texts: Path, tmp_path: Path
+) -> None:
+    line = [command, str(source_cache("llama")), "--to", "mdlm", "--data", str(texts),
+            "--set", "data.sequence_length=64", "--steps", "500"]  # fmt: skip
+    out = tmp_path / "out"
+    result = invoke(*line, "--out", str(out))
+    assert result.exit_code == 3
+    text = said(result)
+    assert f"more than {MOST_EPOCHS} times" in text and "--allow-epochs" in text
+    assert not (out / ".work" / "untrained").exists(), "weights were copied before"
+    # The number of steps that it names is one that is taken.
+    fewer = text.split("or --steps ")[1].split(",")[0]
+    assert invoke("check", *line[1:-1], fewer).exit_code == 0
+    assert invoke("check", *line[1:], "--allow-epochs").exit_code == 0
+    assert invoke("check", *line[1:], "--max-time", "2m").exit_code == 0, "time ends it before"
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("gone.txt", None, "no file matches"),
+        ("rows.jsonl", '{"prose": "no column that is known"}\n', "has no column 'text'"),
+        ("page.html", "<p>text</p>", "page.html"),
+    ],
+)
+def test_what_is_no_text_is_found_out_first(
+    command: str,
+    name: str,
+    content: str | None,
+    expected: str,
+    source_cache: SourceFactory,
+    tmp_path: Path,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    out = tmp_path / "out"
+    line = [command, str(source_cache("llama")), "--to", "mdlm", "--out", str(out)]
+    result = invoke(*line, "--data", str(tmp_path / name))
+    assert result.exit_code == 1, result.output
+    assert expected in said(result)
+    assert not (out / ".work" / "untrained").exists()
+
+
+def test_a_dataset_out_of_reach_is_said_and_the_rest_is_planned(
+    source_cache: SourceFactory,
+) -> None:
+    """The Hub cannot be reached in tests; a plan of the model needs no text."""
+    line = ["check", str(source_cache("llama")), "--to", "mdlm", "--data", "somebody/texts"]
+    result = invoke(*line)
+    assert result.exit_code == 0, result.output
+    assert "not looked at" in said(result)
+    document = json.loads(invoke(*line, "--json").stdout)
+    assert "somebody/texts" in document["text"]["unread"]
+
+
+def test_check_shows_it(source_cache: SourceFactory) -> None:
+    line = ["check", str(source_cache("llama")), "--to", "bd3lm", "--block", "8"]
+    result = invoke(*line, "--set", "data.sequence_length=64")
+    assert "pydoc: " in said(result) and "all of it" in said(result)
+    document = json.loads(invoke(*line, "--set", "data.sequence_length=64", "--json").stdout)
+    assert document["text"]["kind"] == "pydoc" and document["text"]["epochs"] > 0
+    assert "text" not in json.loads(invoke(*line, "--no-train", "--json").stdout)
