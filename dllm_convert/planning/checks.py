@@ -47,6 +47,14 @@ def check_target(recipe: Recipe, adapter: Adapter) -> None:
     Raises:
         UnsupportedError: It does not.
     """
+    if recipe.training.keeps_base and adapter.behind is not None:
+        return
+    if not adapter.targets:
+        raise UnsupportedError(
+            f"{adapter.model_type} was measured to keep its attention closed: it converts only "
+            "beside a base that stays as it is",
+            hint="--to bd3lm --block 32 --lora 64 --keep-base",
+        )
     if recipe.target not in adapter.targets and adapter.measured is not None:
         raise UnsupportedError(
             f"{adapter.model_type} was measured to convert to {' or '.join(adapter.targets)}, not "

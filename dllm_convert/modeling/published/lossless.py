@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .behind import CacheTreeReader, stands_behind_cache
 from .cache import BlockCache
 from .canvas import Canvas
 from .choosing import make_warpers
@@ -290,15 +291,16 @@ def decode_lossless(
     rows = [
         _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
     ]
-    kind = prompts.device.type
+    kind, behind_cache = prompts.device.type, stands_behind_cache(model.config)
     policy = DraftPolicy(
         f"gated {kind}" if getattr(model, "is_gated", False) else kind,
         max(len(rows), 1),
         int(not options.token_shift),
         most=(options.block_size or 1) - 1,
+        branched=behind_cache,
     )
     choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
-    reader = _Reader(model, canvas)
+    reader: Any = (CacheTreeReader if behind_cache else _Reader)(model, canvas)
     close = 0
     if rows:
         reader.read_prompt(rows)
@@ -307,7 +309,8 @@ def decode_lossless(
         drafted = max(len(row.candidates) for row in rows)
         tree = policy.choose(drafted, max(row.left for row in rows))
         tokens = sent([row.nodes(tree) for row in rows], prompts.device)
-        said, near, candidates = _judge(*reader.read(rows, tree, tokens), rows, tree, choice)
+        verdict, behind = reader.read(rows, tree, tokens)
+        said, near, candidates = _judge(verdict, behind, rows, tree, choice)
         paths, wrote = zip(
             *(row.accept(tree, own, policy) for row, own in zip(rows, said, strict=True)),
             strict=True,
