@@ -8,6 +8,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
+from dllm_convert.adapters.base import Adapter
 from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
@@ -23,6 +24,7 @@ def convert(
     block: int = 8,
     method: str = "none",
     light: bool = False,
+    measured: Adapter | None = None,
     **fields: Any,
 ) -> ConversionPlan:
     """Write an untrained conversion of `base` into `folder` and return its plan.
@@ -34,6 +36,7 @@ def convert(
         block: Tokens per block, bd3lm only.
         method: What the recipe says of training; nothing is trained here.
         light: Whether transformers is left out.
+        measured: The family, where no file declares it.
         **fields: Other fields of the recipe.
     """
     from dllm_convert.weights.run import adapt
@@ -45,7 +48,9 @@ def convert(
         "data": {"sequence_length": block * 8},
         "training": {"method": method},
     }
-    plan = make_plan(Recipe.model_validate({**recipe, **fields}), inspect_source(str(base)))
+    plan = make_plan(
+        Recipe.model_validate({**recipe, **fields}), inspect_source(str(base)), measured
+    )
     adapt(plan, base, folder, Reporter(quiet=True), light=light)
     return plan
 

@@ -62,6 +62,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 2},
 }
 """Family to the fields of its tiny config."""
+CLOSED: dict[str, dict[str, Any]] = {
+    # Convolutions, and attention here and there.
+    "lfm2": {"layer_types": ["conv", "full_attention"], "head_dim": 8},
+    # A recurrent state.
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+}
+"""The same of families whose attention nobody opens, and whose base can stay."""
 
 
 def make_generic(folder: Path, model_type: str, **fields: Any) -> Path:
@@ -74,7 +88,7 @@ def make_generic(folder: Path, model_type: str, **fields: Any) -> Path:
         "initializer_range": 0.2,
         **ids,
         **shared,
-        **CONFIGS[model_type],
+        **{**CONFIGS, **CLOSED}[model_type],
         **fields,
     }
     config = CONFIG_MAPPING[model_type](**values)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dllm_convert.adapters.tensors import ClassTensors
-from dllm_convert.common.terms import Target
+from dllm_convert.common.terms import Behind, Target
 
 Implementation = Literal["sdpa", "eager"]
 
@@ -91,6 +91,8 @@ class Adapter:
         min_transformers: First transformers release that honours what the conversion relies on.
         tolerance: Largest absolute difference of float32 logits counted as equal.
         implementations: Implementations of attention the class has, the preferred one first.
+        behind: How noisy tokens can stand behind a base that stays as it is: by a mask over both
+            (then also by a cache), by a copy of its cache only; None if not at all.
         measured: Set where no file declares the family and it was measured instead.
     """
 
@@ -120,4 +122,5 @@ class Adapter:
     min_transformers: str = "5.2.0"
     tolerance: float = 1e-4
     implementations: tuple[Implementation, ...] = ("sdpa", "eager")
+    behind: Behind | None = "mask"
     measured: Measured | None = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_convert.common.terms import ActsOn, Context, Draft, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Behind, Context, Draft, Kernel, Target
 
 FORMAT_VERSION = 1
 ATTENTION: Mapping[str, str] = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
@@ -38,6 +38,7 @@ class DiffusionSection:
         adapter_alpha: Their product is multiplied with alpha / rank.
         adapter_targets: Names of the linear layers that have one.
         draft: Whom a noisy token sees of its block, where the adapter acts on noisy ones.
+        behind: How noisy tokens stand behind clean ones there; by a cache drafts are causal.
     """
 
     objective: Target
@@ -54,6 +55,7 @@ class DiffusionSection:
     adapter_alpha: int | None = None
     adapter_targets: tuple[str, ...] = ()
     draft: Draft = "open"
+    behind: Behind = "mask"
 
     @property
     def is_gated(self) -> bool:
@@ -102,6 +104,8 @@ class DiffusionSection:
             }
         if self.draft == "causal":
             section["draft"] = self.draft
+        if self.behind == "cache":
+            section["behind"] = self.behind
         return section
 
 

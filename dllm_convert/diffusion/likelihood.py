@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from dllm_convert.common.console import Task
+from dllm_convert.common.terms import Behind
 from dllm_convert.diffusion.attention import causal_mask
-from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.cached import cached_nats, clean_logits, predict_behind_cache
+from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.device import device_of, moved
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import predict
@@ -73,6 +75,66 @@ def _on_cpu(batch: TextBatch) -> TextBatch:
     return batch.to(torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class ScoredNats:
+    """What predictions of corrupted tokens cost.
+
+    Attributes:
+        nats: Cross-entropies, or terms of the bound, not weighted, shape (n,), float64.
+        weight: What each weighs in the NELBO, shape (n,), float64.
+        rows: Row of the text of each, shape (n,).
+        views: Draw of noise of each, shape (n,).
+    """
+
+    nats: torch.Tensor
+    weight: torch.Tensor
+    rows: torch.Tensor
+    views: torch.Tensor
+
+
+@torch.no_grad()
+def scored_nats(
+    model: Any, batch: TextBatch, views: Sequence[Corruption], objective: Objective
+) -> ScoredNats:
+    """Predict all that draws of noise score of a text.
+
+    Args:
+        model: A diffusion model.
+        batch: Text, on the CPU.
+        views: Draws of noise over it.
+        objective: mdlm or bd3lm.
+
+    Returns:
+        Their costs, on the CPU.
+    """
+    if objective.behind == "cache":
+        behind = predict_behind_cache(batch, views, objective)
+        nats, firsts = cached_nats(model, behind, objective)
+        # What the base predicts by itself is scored by the draws that hide it: (m,), view by view.
+        row, column = behind.first_places.unbind(1)
+        hidden = torch.stack([view.scored[row, column] for view in views])
+        weights = torch.stack([view.weight[row, column] for view in views])
+        number, which = hidden.nonzero(as_tuple=True)
+        return ScoredNats(
+            torch.cat([nats.cpu(), firsts.cpu()[which]]).double(),
+            torch.cat([behind.weight, weights[number, which]]).double(),
+            torch.cat([behind.rows, row[which]]),
+            torch.cat([behind.views, number]),
+        )
+    laid_out = predict(batch, views, objective)
+    forward = laid_out.to(device_of(model))
+    mask = forward.dense_mask()
+    logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
+    # Scored positions come view by view.
+    parts = torch.tensor([int(view.scored.sum()) for view in views])
+    return ScoredNats(
+        forward.nats(logits, objective).cpu().double(),
+        laid_out.weight.double(),
+        laid_out.rows,
+        torch.arange(len(views)).repeat_interleave(parts),
+    )
+
+
 @torch.no_grad()
 def nelbo(
     model: Any,
@@ -113,22 +175,18 @@ def nelbo(
         sums = torch.zeros(draws, len(batch.tokens), dtype=torch.float64)
         for number in range(draws):
             key = NoiseKey(seed, number, len(totals), rows, "measure")
-            laid_out = predict(batch, corrupt(batch, objective, process, key), objective)
-            forward = laid_out.to(device_of(model))
-            mask = forward.dense_mask()
-            logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
-            nats = forward.nats(logits, objective) * forward.weight
-            sums[number].index_add_(0, laid_out.rows, nats.cpu().double())
+            found = scored_nats(model, batch, corrupt(batch, objective, process, key), objective)
+            sums[number].index_add_(0, found.rows, found.nats * found.weight)
             if task is not None:
                 task.advance()
         totals += sums.mean(0).tolist()
         counts += scorable.sum(-1).tolist()
-    found = _summary(totals, counts)
+    bound = _summary(totals, counts)
     if rows == 1 and draws > 1:
         # Of one sequence nothing is known but how much its draws differ.
         spread = float(sums.sum(-1).std()) / math.sqrt(draws)
-        found = replace(found, stderr=spread / found.tokens)
-    return found
+        bound = replace(bound, stderr=spread / bound.tokens)
+    return bound
 
 
 @torch.no_grad()
@@ -163,18 +221,11 @@ def nats_at_rate(
     for batch in map(_on_cpu, batches):
         key = NoiseKey(seed, 0, len(totals[0]), rows, "measure")
         views = [view for one in processes for view in corrupt(batch, objective, one, key)]
-        laid_out = predict(batch, views, objective)
-        forward = laid_out.to(device_of(model))
-        mask = forward.dense_mask()
-        logits = model(**forward.inputs, attention_mask=mask, use_cache=False).logits
-        # Scored positions come view by view.
-        parts = [int(view.scored.sum()) for view in views]
-        nats = forward.nats(logits, objective).cpu().double()
-        texts = laid_out.rows
-        pairs = zip(torch.split(nats, parts), torch.split(texts, parts), strict=True)
-        for number, (part, rows_of) in enumerate(pairs):
+        found = scored_nats(model, batch, views, objective)
+        for number in range(len(views)):
+            own = found.views == number
             sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
-            sums.index_add_(0, rows_of, part)
+            sums.index_add_(0, found.rows[own], found.nats[own])
             totals[number] += sums.tolist()
             counts[number] += views[number].scored.sum(-1).tolist()
     return tuple(
@@ -185,7 +236,12 @@ def nats_at_rate(
 
 @torch.no_grad()
 def autoregressive_nll(
-    model: Any, batches: Sequence[TextBatch], rows: int, *, task: Task | None = None
+    model: Any,
+    batches: Sequence[TextBatch],
+    rows: int,
+    *,
+    behind: Behind = "mask",
+    task: Task | None = None,
 ) -> Likelihood:
     """Exact negative log-likelihood of the base, read through a causal 4-D mask.
 
@@ -193,6 +249,7 @@ def autoregressive_nll(
         model: An untrained conversion of an autoregressive model: its weights are the base's.
         batches: Held-out text.
         rows: Rows of the base's vocabulary; a row added for the mask is not the base's to predict.
+        behind: `cache` of a family that takes no such mask: its documents are read one by one.
         task: Progress to advance by one per batch.
 
     Returns:
@@ -205,7 +262,7 @@ def autoregressive_nll(
     totals: list[float] = []
     counts: list[int] = []
     for batch in batches:
-        nats, owner, _ = next_token_nats(model, batch, rows)
+        nats, owner, _ = next_token_nats(model, batch, rows, behind)
         sums = torch.zeros(len(batch.tokens), dtype=torch.float64)
         totals += sums.index_add_(0, owner, nats).tolist()
         counts += batch.scorable.sum(-1).tolist()
@@ -215,7 +272,7 @@ def autoregressive_nll(
 
 
 def next_token_nats(
-    model: Any, batch: TextBatch, rows: int
+    model: Any, batch: TextBatch, rows: int, behind: Behind = "mask"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Predict every scorable token from those before it, through a causal mask.
 
@@ -223,6 +280,7 @@ def next_token_nats(
         model: An untrained conversion of an autoregressive model.
         batch: Text.
         rows: Rows of the base's vocabulary.
+        behind: As in `autoregressive_nll`.
 
     Returns:
         Of each scorable token its negative log-likelihood in nats, float64, the row it stands in,
@@ -230,13 +288,16 @@ def next_token_nats(
     """
     batch, device = _on_cpu(batch), device_of(model)
     texts, columns = batch.scorable.nonzero(as_tuple=True)
-    logits = model(
-        input_ids=moved(batch.tokens, device),
-        attention_mask=causal_mask(moved(batch.segments, device)),
-        position_ids=moved(batch.positions, device),
-        logits_at=moved(texts * batch.tokens.shape[1] + columns - 1, device),
-        use_cache=False,
-    ).logits[:, :rows]
+    if behind == "cache":
+        logits = clean_logits(model, batch)[:, :rows]
+    else:
+        logits = model(
+            input_ids=moved(batch.tokens, device),
+            attention_mask=causal_mask(moved(batch.segments, device)),
+            position_ids=moved(batch.positions, device),
+            logits_at=moved(texts * batch.tokens.shape[1] + columns - 1, device),
+            use_cache=False,
+        ).logits[:, :rows]
     targets = moved(batch.tokens[texts, columns], device)
     nats = F.cross_entropy(logits.float(), targets, reduction="none")
     return nats.cpu().double(), texts, (logits.argmax(-1) == targets).cpu()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dllm_convert.common.diffusion_section import DiffusionSection
-from dllm_convert.common.terms import ActsOn, Context, Draft, Kernel, Target
+from dllm_convert.common.terms import ActsOn, Behind, Context, Draft, Kernel, Target
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.schedule import Schedule
 
@@ -32,6 +32,8 @@ class Objective:
         vocabulary: Rows of the embedding; the uniform kernel draws from them.
         context: What a clean token of bd3lm sees of its own block: all of it (`block`) or what
             stands before it (`causal`).
+        behind: How noisy tokens stand behind clean ones there: by a mask, or by a copy of the
+            base's cache.
         schedule: Discrete-time schedule in which the bound of the uniform kernel is measured.
         acts_on: Which tokens an adapter acts on: `noisy` where clean ones are the base's.
         draft: Whom a noisy token sees of its block beside such a base: all of it (`open`) or what
@@ -48,6 +50,7 @@ class Objective:
     schedule: Schedule = field(default_factory=Schedule)
     acts_on: ActsOn = "all"
     draft: Draft = "open"
+    behind: Behind = "mask"
 
     @property
     def is_gated(self) -> bool:
@@ -82,6 +85,7 @@ class Objective:
             ),
             acts_on=section.acts_on,
             draft=section.draft,
+            behind=section.behind,
         )
 
     @property

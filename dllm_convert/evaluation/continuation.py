@@ -15,8 +15,8 @@ import torch
 
 from dllm_convert.common.console import Task
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.likelihood import scored_nats
 from dllm_convert.diffusion.objective import Objective, TextBatch
-from dllm_convert.diffusion.prediction import predict
 
 Masking = Literal["count", "time"]
 """`count`: k masked tokens without replacement, k uniform (LLaDA, equation 6); `time`: each token
@@ -169,16 +169,9 @@ def score_round(
     for numbers, group in _batches(texts, estimator.batch_size):
         clean = _text_batch(group)
         views = _corrupt(group, clean.tokens.shape[1], objective, estimator, number)
-        laid_out = predict(clean, views, objective)
-        forward = laid_out.to(model.device)
-        logits = model(
-            **forward.inputs, attention_mask=forward.dense_mask(), use_cache=False
-        ).logits
-        nats = (forward.nats(logits, objective) * forward.weight).cpu().double()
-        counts = torch.tensor([int(view.scored.sum()) for view in views])
-        draw = torch.arange(len(views)).repeat_interleave(counts)
+        scored = scored_nats(model, clean, views, objective)
         sums = torch.zeros(len(group), len(views), dtype=torch.float64)
-        sums.index_put_((laid_out.rows, draw), nats, accumulate=True)
+        sums.index_put_((scored.rows, scored.views), scored.nats * scored.weight, accumulate=True)
         found[numbers] = sums
         if task is not None:
             task.advance(len(group))

@@ -37,18 +37,25 @@ class Stock(torch.nn.Module):
         self.model = model
 
     def forward(
-        self, *, logits_at: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
+        self,
+        *,
+        logits_at: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **inputs: Any,
     ) -> SimpleNamespace:
         """Return logits at flat positions only, shape (positions, rows).
 
         Args:
             logits_at: Flat positions, shape (positions,).
-            attention_mask: Who sees whom, bool, shape (batch, 1, length, length).
+            attention_mask: Who sees whom, bool, shape (batch, 1, length, length); None is causal.
             **inputs: What else the model takes.
         """
         # Padding that sees nothing would be NaN, and so would what multiplies it by zero.
-        own = torch.eye(attention_mask.shape[-1], dtype=torch.bool, device=attention_mask.device)
-        logits = self.model(attention_mask=attention_mask | own, **inputs).logits
+        if attention_mask is not None:
+            width, device = attention_mask.shape[-1], attention_mask.device
+            own = torch.eye(width, dtype=torch.bool, device=device)
+            inputs["attention_mask"] = attention_mask | own
+        logits = self.model(**inputs).logits
         return SimpleNamespace(logits=logits.flatten(0, 1)[logits_at])
 
 
@@ -134,4 +141,7 @@ def _base_nll(
     )
     rows = int(model.config.get_text_config().vocab_size)
     with reporter.task("measure the base's NLL", total=len(batches)) as task:
-        return dict(autoregressive_nll(Stock(model), batches, rows, task=task).as_dict())
+        found = autoregressive_nll(
+            Stock(model), batches, rows, behind=subject.objective.behind, task=task
+        )
+        return dict(found.as_dict())

@@ -26,6 +26,7 @@ CODE_FILES = {
         "output.py",
     ),
     "gated_dllm.py": ("gated.py",),
+    "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
         "choosing.py",
@@ -35,7 +36,7 @@ CODE_FILES = {
         "inputs.py",
     ),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
-    "lossless_dllm.py": ("lossless.py", "drafting.py"),
+    "lossless_dllm.py": ("lossless.py",),
     # What others are made of at once stands first.
     "settings_dllm.py": (
         "rules.py",
@@ -65,6 +66,11 @@ denoising are then the caller's business.
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
 Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
+""",
+    "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
+
+Of a model whose config says `behind: cache`: no attention of its base is opened. And what a
+lossless forward holds, of any model.
 """,
     "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
 

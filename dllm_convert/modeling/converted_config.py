@@ -28,7 +28,7 @@ from dllm_convert.source.safetensors_header import load_json_object
 _SCHEDULES = ("linear", "cosine", "polynomial")
 _KERNELS = ("absorbing", "uniform")
 _CONTEXTS = ("block", "causal")
-_DRAFTS = ("open", "causal")
+_DRAFTS, _BEHIND = ("open", "causal"), ("mask", "cache")
 _HINT = "Put back the config.json that dllm-convert run wrote, or convert the model again"
 
 
@@ -122,10 +122,12 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
     )  # fmt: skip
     if section.get("acts_on", "all") != "all":
         _check_gated(section)
-    elif "draft" in section:
-        raise wrong(
-            "diffusion.draft", section["draft"], "nothing: no adapter acts on noisy tokens", _HINT
-        )
+    for key in ("draft", "behind"):
+        if key in section and section.get("acts_on") != "noisy":
+            nothing = "nothing: no adapter acts on noisy tokens"
+            raise wrong(f"diffusion.{key}", section[key], nothing, _HINT)
+    if section.get("behind") == "cache" and section.get("draft") != "causal":
+        raise wrong("diffusion.draft", section.get("draft"), "causal, behind a cache", _HINT)
     for key, allowed, may_lack in (
         ("attention", (ATTENTION[str(objective)],), False),
         # A checkpoint of somebody else need not say its noise: MDLM's own is linear, of masks.
@@ -133,6 +135,7 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         ("noise_kernel", _KERNELS, True),
         ("context", _CONTEXTS, True),
         ("draft", _DRAFTS, True),
+        ("behind", _BEHIND, True),
     ):
         value, absent = section.get(key), key not in section
         sound = may_lack if absent else value in allowed

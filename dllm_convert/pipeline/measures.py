@@ -62,6 +62,7 @@ def _nelbo(run: Run, model: Any) -> Section:
 def _base_nll(run: Run, model: Any) -> Section | None:
     """Measure the base's own likelihood; None if it has none, or none of this text."""
     from dllm_convert.diffusion.likelihood import autoregressive_nll
+    from dllm_convert.diffusion.objective import Objective
 
     # A source that is a diffusion model has no autoregressive likelihood of its own.
     if (
@@ -77,7 +78,8 @@ def _base_nll(run: Run, model: Any) -> Section | None:
         )
         return None
     with run.reporter.task("measure the base's AR NLL", total=len(batches)) as task:
-        return dict(autoregressive_nll(model, batches, rows, task=task).as_dict())
+        behind = Objective.from_config(model.config).behind
+        return dict(autoregressive_nll(model, batches, rows, behind=behind, task=task).as_dict())
 
 
 def _survey(run: Run, model: Any, measured: dict[str, Any]) -> Section:

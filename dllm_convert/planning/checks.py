@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
-from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.recipe.schema import Generation, Recipe
 from dllm_convert.source.context import too_many_new
@@ -48,6 +47,14 @@ def check_target(recipe: Recipe, adapter: Adapter) -> None:
     Raises:
         UnsupportedError: It does not.
     """
+    if recipe.training.keeps_base and adapter.behind is not None:
+        return
+    if not adapter.targets:
+        raise UnsupportedError(
+            f"{adapter.model_type} was measured to keep its attention closed: it converts only "
+            "beside a base that stays as it is",
+            hint="--to bd3lm --block 32 --lora 64 --keep-base",
+        )
     if recipe.target not in adapter.targets and adapter.measured is not None:
         raise UnsupportedError(
             f"{adapter.model_type} was measured to convert to {' or '.join(adapter.targets)}, not "
@@ -90,27 +97,3 @@ def check_context(recipe: Recipe, context: int | None, config: Mapping[str, Any]
     if long and new != Generation().max_new_tokens:
         what, _, advice = long.partition(": ")
         raise IncompatibleError(f"generation.{what}", hint=advice.capitalize())
-
-
-def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
-    """Check that the base can teach, if that is asked for: it predicts the next token.
-
-    Raises:
-        UnsupportedError: It reads both sides of every token.
-        IncompatibleError: It is a diffusion model already.
-    """
-    if not recipe.training.distillation.weight:
-        return
-    out = "Leave training.distillation out"
-    if adapter.attention != "causal":
-        raise UnsupportedError(
-            f"{adapter.model_type} reads both sides of every token; training.distillation learns "
-            "from a base that predicts the next one from those before it",
-            hint=out,
-        )
-    if diffusion_section(source.config) is not None:
-        raise IncompatibleError(
-            "the source is a diffusion model already, so there is no autoregressive base that "
-            "could teach",
-            hint=f"{out}, or take the model it was converted from",
-        )

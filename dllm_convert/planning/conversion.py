@@ -19,7 +19,6 @@ from dllm_convert.planning.checks import (
     check_context,
     check_pickle,
     check_target,
-    check_teacher,
 )
 from dllm_convert.planning.config_code import (
     check_adapter_beside,
@@ -28,12 +27,19 @@ from dllm_convert.planning.config_code import (
     code_warnings,
 )
 from dllm_convert.planning.environment import check_converted, check_transformers
-from dllm_convert.planning.gated import check_kept_base, draft_of, kept_attention, without_row
+from dllm_convert.planning.gated import (
+    behind_of,
+    check_kept_base,
+    draft_of,
+    kept_attention,
+    without_row,
+)
 from dllm_convert.planning.ids import check_token_ids
 from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.planning.model_shape import ModelShape, model_shape
 from dllm_convert.planning.servable import served
+from dllm_convert.planning.teacher import check_teacher
 from dllm_convert.planning.tokenizer import check_tokenizer
 from dllm_convert.planning.writes import Writes, count_writes
 from dllm_convert.recipe.schema import Recipe
@@ -110,7 +116,7 @@ def _keeps_shift(recipe: Recipe, adapter: Adapter) -> bool:
 
 
 def _diffusion_section(
-    recipe: Recipe, adapter: Adapter, mask: MaskTokenDecision
+    recipe: Recipe, config: Mapping[str, Any], adapter: Adapter, mask: MaskTokenDecision
 ) -> DiffusionSection:
     noise, training = recipe.noise, recipe.training
     lora = training.lora
@@ -121,7 +127,8 @@ def _diffusion_section(
             "adapter_rank": lora.rank,
             "adapter_alpha": lora.alpha or 2 * lora.rank,
             "adapter_targets": adapter.lora_targets,
-            "draft": draft_of(recipe, adapter),
+            "draft": draft_of(recipe, config, adapter),
+            "behind": behind_of(config, adapter),
         }
     return DiffusionSection(
         objective=recipe.target,
@@ -147,11 +154,14 @@ def _config_updates(
 ) -> dict[str, Any]:
     if recipe.training.keeps_base:
         # To everybody who does not load our class the folder is the base.
+        section = _diffusion_section(recipe, config, adapter, mask).as_dict()
+        if adapter.measured is not None:
+            section[RECORD] = adapter_as_dict(adapter)
         return {
             **stored,
             "auto_map": auto_map(adapter),
             "mask_token_id": mask.id,
-            "diffusion": _diffusion_section(recipe, adapter, mask).as_dict(),
+            "diffusion": section,
             "block_size": recipe.block_size,
         }
     updates: dict[str, Any] = {
@@ -163,7 +173,7 @@ def _config_updates(
         "mask_token_id": mask.id,
         "vocab_size": mask.rows_after,
         **opened,
-        "diffusion": _diffusion_section(recipe, adapter, mask).as_dict(),
+        "diffusion": _diffusion_section(recipe, config, adapter, mask).as_dict(),
     }
     if recipe.target == "bd3lm":
         updates["block_size"] = recipe.block_size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.diffusion_section import diffusion_section
-from dllm_convert.common.terms import Draft
+from dllm_convert.common.terms import Behind, Draft
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.planning.attention import AttentionPlan, layer_types
 from dllm_convert.planning.layers import SLIDING, group_layers, kept_features
@@ -30,35 +32,49 @@ def check_kept_base(source: SourceInfo, adapter: Adapter) -> None:
             "predicts the next one from those before it",
             hint=_MERGED,
         )
-    if adapter.measured is not None:
+    if adapter.behind is None:
         raise UnsupportedError(
-            f"{adapter.model_type} was measured, not written, and --keep-base has been tried with "
-            "families that have an adapter",
-            hint=_MERGED,
+            f"{adapter.model_type} was measured, and does not go on from its cache as it would "
+            "from the text, which --keep-base needs",
+            hint=f"`check --probe` shows what was measured. {_MERGED}",
         )
     if diffusion_section(source.config) is not None:
         raise IncompatibleError(
             "the source is a diffusion model already, so there is no autoregressive base to keep",
             hint=f"Take the model it was converted from. {_MERGED}",
         )
-    if SLIDING in layer_types(source.config, adapter):
-        raise IncompatibleError(
-            f"the base has a sliding window of {source.config.get('sliding_window')} tokens, which "
-            "--keep-base would have to open",
-            hint=_MERGED,
-        )
 
 
-def draft_of(recipe: Recipe, adapter: Adapter) -> Draft:
-    """Say whom a noisy token sees of its block: what the recipe asks for, else all of it."""
+def behind_of(config: Mapping[str, Any], adapter: Adapter) -> Behind:
+    """Say how noisy tokens stand behind clean ones: by a mask, unless one would open a window."""
+    if adapter.behind == "cache" or SLIDING in layer_types(config, adapter):
+        return "cache"
+    return "mask"
+
+
+def draft_of(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) -> Draft:
+    """Say whom a noisy token sees of its block: what the recipe asks for, else all it can.
+
+    Raises:
+        IncompatibleError: It asks for open blocks, and attention stays closed.
+    """
     asked = recipe.training.lora.draft
-    return "open" if asked == "auto" else asked
+    if behind_of(config, adapter) == "mask":
+        return "open" if asked == "auto" else asked
+    if asked == "open":
+        raise IncompatibleError(
+            f"training.lora.draft=open, and the attention of this {adapter.model_type} stays as it "
+            "is: noisy tokens see what stands before them",
+            hint="Leave training.lora.draft out",
+        )
+    return "causal"
 
 
 def kept_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> AttentionPlan:
     """Say what becomes of the attention: nothing for clean tokens."""
-    kinds = layer_types(source.config, adapter)
-    if draft_of(recipe, adapter) == "causal":
+    config = source.config
+    kinds = layer_types(config, adapter)
+    if draft_of(recipe, config, adapter) == "causal":
         whom, after = "those before them in their", "causal, noisy tokens too"
     else:
         whom, after = "the others of their", "causal, open among the noisy tokens of a block"
@@ -66,8 +82,14 @@ def kept_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
         f"clean tokens keep the base's causal attention; noisy ones also see {whom} block of "
         f"{recipe.block_size}"
     )
+    notes = list(kept_features(source))
+    if behind_of(config, adapter) == "cache":
+        notes.append(
+            "no attention is opened: noisy tokens stand behind a copy of the base's cache, in rows "
+            "of their own"
+        )
     layers = group_layers(kinds, before="causal", after=after)
-    return AttentionPlan((change,), {}, kept_features(source), layers)
+    return AttentionPlan((change,), {}, tuple(notes), layers)
 
 
 def without_row(mask: MaskTokenDecision) -> MaskTokenDecision:

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 
 from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
 from dllm_convert.errors import UnsupportedError
-from dllm_convert.probing.instance import Instance, decoder_layers, draft_adapter
+from dllm_convert.probing.instance import Instance, adapted_names, draft_adapter
 from dllm_convert.probing.shrink import layer_kinds
 from dllm_convert.probing.sizes import VOCABULARY
 from dllm_convert.source.leftovers import computed_with
@@ -80,7 +79,7 @@ def declare(
         targets=tuple(targets),  # type: ignore[arg-type]
         embedding=embedding,
         head=head,
-        lora_targets=_suffixes(model, (nn.Linear, Conv1D), within=decoder_layers(model)),
+        lora_targets=adapted_names(model),
         norm_modules=_norms(model),
         embedding_module=places[0].rpartition(".")[2],
         head_module=places[1].rpartition(".")[2],
@@ -129,27 +128,6 @@ def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...]]:
     if names[0] == names[1]:
         names[1] = f"{places[id(_head(model))]}.weight"
     return names[0], names[1], biases
-
-
-def _suffixes(
-    model: nn.Module, types: tuple[type, ...], within: Sequence[nn.Module]
-) -> tuple[str, ...]:
-    """Return the shortest endings of names that all modules of some types have, and no others."""
-    inside = {id(module) for layer in within for module in layer.modules()}
-    modules = dict(model.named_modules())
-    wanted = [n for n, m in modules.items() if id(m) in inside and isinstance(m, types)]
-    chosen: dict[str, None] = {}
-    for name in wanted:
-        parts = name.split(".")
-        for size in range(1, len(parts) + 1):
-            ending = ".".join(parts[-size:])
-            if parts[-size].isdigit():
-                continue  # The number of a layer is another name in a model with more of them.
-            hits = [m for n, m in modules.items() if n == ending or n.endswith(f".{ending}")]
-            if all(id(m) in inside and isinstance(m, types) for m in hits):
-                chosen[ending] = None
-                break
-    return tuple(chosen)
 
 
 def _norms(model: nn.Module) -> tuple[str, ...]:

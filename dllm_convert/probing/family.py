@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.probing import measure
 from dllm_convert.probing.facts import Stored, declare
 from dllm_convert.probing.instance import Instance, full_config, stock_name
+from dllm_convert.probing.kept import measure_kept
 from dllm_convert.probing.report import Finding, ProbeReport
 
 WINDOW_KEYS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
@@ -46,10 +48,11 @@ def measure_family(
         with _refused("no small instance could be built"):
             instance = Instance.of(config)
         layers = instance.kinds
-        opened, narrow, targets = _measure(instance, config, findings)
-        reason = None if targets else reasons(findings)
-        if targets:
+        opened, narrow, targets, kept = _measure(instance, config, findings)
+        reason = None if targets or kept else reasons(findings)
+        if reason is None:
             adapter = declare(config, values, instance, targets, opened, narrow, tensors, stored)
+            adapter = replace(adapter, behind="cache" if kept else None)
     except UnsupportedError as error:
         reason = error.message
     except BROKEN as error:
@@ -75,12 +78,17 @@ def _first_line(error: Exception) -> str:
 
 def _measure(
     instance: Instance, config: PreTrainedConfig, findings: list[Finding]
-) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
-    """Put every question; returns the opening of windows, what had one, and the targets left."""
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...], bool]:
+    """Put every question.
+
+    Returns:
+        The opening of windows, what had one, the targets left, and whether a base can stay.
+    """
     findings.append(measure.is_causal(instance))
     if not findings[-1].passed:
-        return {}, (), ()
+        return {}, (), (), False
     findings.append(measure.same_logits(instance))
+    findings += measure_kept(instance)
     ways = instance.adapter.implementations
     every = torch.ones(measure.LENGTH, measure.LENGTH, dtype=torch.bool)
     opened, narrow, layers = _open_windows(instance, config, every)
@@ -102,7 +110,9 @@ def _measure(
     findings += [measure.padding(model, measure.BD3LM), measure.streams(model)]
     findings.append(measure.cache(model))
     failed = {target for finding in findings if not finding.passed for target in finding.targets}
-    return opened, narrow, tuple(target for target in measure.BOTH if target not in failed)
+    left = [target for target in measure.ALL if target not in failed]
+    targets = tuple(target for target in measure.BOTH if target in left)
+    return opened, narrow, targets, left != list(targets)
 
 
 def _open_windows(
@@ -137,9 +147,9 @@ def reasons(findings: Sequence[Finding]) -> str:
     """Say why no objective is left: the first failure of each that is left out."""
     failed = [finding for finding in findings if not finding.passed]
     for finding in failed:
-        if set(finding.targets) == set(measure.BOTH):
+        if set(finding.targets) >= set(measure.BOTH):
             return _say(finding)
-    firsts = [next(f for f in failed if target in f.targets) for target in measure.BOTH]
+    firsts = [next(f for f in failed if target in f.targets) for target in measure.ALL]
     return "; ".join(dict.fromkeys(_say(finding) for finding in firsts))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,13 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from dllm_convert.adapters.base import Adapter, Implementation, Measured
+from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.published.gated import adapter_parameters, attach_adapter
 from dllm_convert.probing.shrink import shrink
 from dllm_convert.probing.sizes import VOCABULARY
 
@@ -25,6 +28,10 @@ SPREAD = 0.1
 """Standard deviation of the weights, five times the usual one: a changed token visibly moves every
 logit it reaches, and no softmax is so sharp that it rounds one away."""
 MAX_PARAMETERS = 30_000_000
+TRIED = 7
+"""Tokens of a text on which layers are looked at."""
+ADAPTER_BLOCK = 4
+"""Tokens of a block where an adapter is tried; any would do."""
 ORDINARY = range(16, VOCABULARY)
 """Tokens of the texts: no special token has an id as high."""
 
@@ -94,6 +101,53 @@ def _randomise(model: nn.Module) -> None:
             parameter.copy_(noise * SPREAD)
 
 
+@torch.no_grad()
+def adapted_names(model: Any) -> tuple[str, ...]:
+    """Return what the names end in of linear layers in the decoder layers that an adapter can join.
+
+    Of two texts they have to return a tensor of all tokens in their order: what is run by its
+    matrix alone, on some tokens only, or returns something else besides, is left out.
+    """
+    found: dict[int, Any] = {}
+    tokens = torch.stack([text(TRIED), text(TRIED, 1)])
+
+    def look(module: nn.Module, _: Any, output: Any) -> None:
+        is_tensor = isinstance(output, torch.Tensor)
+        per_token = is_tensor and (
+            output.shape[:2] == tokens.shape or output.shape[:-1].numel() == tokens.numel()
+        )
+        found[id(module)] = per_token and found.get(id(module), True)
+
+    handles = [
+        module.register_forward_hook(look)
+        for layer in decoder_layers(model)
+        for module in layer.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return _endings(model, {module for module, sound in found.items() if sound})
+
+
+def _endings(model: nn.Module, chosen: Collection[int]) -> tuple[str, ...]:
+    """Return the shortest endings of names that some modules, by id, have, and no others."""
+    modules = dict(model.named_modules())
+    wanted = [name for name, module in modules.items() if id(module) in chosen]
+    endings: dict[str, None] = {}
+    for name in wanted:
+        parts = name.split(".")
+        for size in range(1, len(parts) + 1):
+            ending = ".".join(parts[-size:])
+            if parts[-size].isdigit():
+                continue  # The number of a layer is another name in a model with more of them.
+            hits = [m for n, m in modules.items() if n == ending or n.endswith(f".{ending}")]
+            if all(id(module) in chosen for module in hits):
+                endings[ending] = None
+                break
+    return tuple(endings)
+
+
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Return the layers: of all lists of modules as long as the config says, the heaviest."""
     count = int(model.config.num_hidden_layers)
@@ -161,6 +215,33 @@ class Instance:
             config.block_size = block_size
         model = build(diffusion_class(self.adapter), config, self.adapter.implementations[0])
         model.load_state_dict(self.base.state_dict())
+        return model
+
+    def gated(self) -> Any:
+        """Return the diffusion class as a gated model with the same weights: its adapter acts."""
+        config = copy.deepcopy(self.config)
+        rows = int(config.vocab_size)
+        config.mask_token_id, config.block_size = rows, ADAPTER_BLOCK
+        targets = adapted_names(self.base)
+        section = DiffusionSection(
+            *("bd3lm", ADAPTER_BLOCK, rows, True),
+            context="causal",
+            acts_on="noisy",
+            adapter_rank=2,
+            adapter_alpha=4,
+            adapter_targets=targets,
+            draft="causal",
+            behind="cache",
+        )
+        config.diffusion = section.as_dict()
+        model = build(diffusion_class(self.adapter), config, self.adapter.implementations[0])
+        model.load_state_dict(self.base.state_dict())
+        attach_adapter(model)
+        generator = torch.Generator().manual_seed(SEED)
+        with torch.no_grad():
+            for weight in adapter_parameters(model).values():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * SPREAD)
+                weight.requires_grad_(False)
         return model
 
 

@@ -24,7 +24,9 @@ LENGTH, BLOCK = 23, 5
 """Four blocks and a part of one; no divisor in common with a window."""
 TOLERANCE = 1e-4
 """Share of the largest logit by which equal passes may differ."""
-BOTH, MDLM, BD3LM = ("mdlm", "bd3lm"), ("mdlm",), ("bd3lm",)
+BOTH, MDLM, BD3LM, KEPT = ("mdlm", "bd3lm"), ("mdlm",), ("bd3lm",), ("keep-base",)
+"""What needs an answer: an objective whose attention is opened, or an adapter beside the base."""
+ALL = (*BOTH, *KEPT)
 
 Answer = tuple[bool, str, str]
 
@@ -44,7 +46,8 @@ def _pairs(result: tuple[int, str], of: int = LENGTH * LENGTH) -> Answer:
     return wrong == 0, f"{wrong} of {of} pairs wrong", first
 
 
-def _close(differences: Sequence[torch.Tensor], scale: torch.Tensor, what: str) -> Answer:
+def close(differences: Sequence[torch.Tensor], scale: torch.Tensor, what: str) -> Answer:
+    """Answer whether passes that ought to be equal are, to within rounding."""
     worst = max(float(d.abs().max()) if not d.isnan().any() else torch.inf for d in differences)
     limit = TOLERANCE * max(1.0, float(scale.abs().max()))
     return worst <= limit, f"logits differ by {worst:.2g}", f"{what} (at most {limit:.2g})"
@@ -64,7 +67,7 @@ def is_causal(instance: Instance) -> Finding:
         passed, measured, detail = _pairs(whole(instance.base, LENGTH, ~later, judged=later))
         return passed, measured, f"{detail} in the base: it is no causal decoder"
 
-    return ask("base-causal", BOTH, question)
+    return ask("base-causal", ALL, question)
 
 
 @torch.no_grad()
@@ -75,9 +78,9 @@ def same_logits(instance: Instance) -> Finding:
         tokens = torch.stack([text(LENGTH), text(LENGTH, 1)])
         expected = instance.base(tokens, use_cache=False).logits
         found = instance.opened(causal=True)(tokens, use_cache=False).logits
-        return _close([found - expected], expected, "the diffusion class computes something else")
+        return close([found - expected], expected, "the diffusion class computes something else")
 
-    return ask("stock-logits", BOTH, question)
+    return ask("stock-logits", ALL, question)
 
 
 @torch.no_grad()
@@ -93,7 +96,7 @@ def chosen_logits(model: Any) -> Finding:
         if found.shape != (len(at), every.shape[-1]):
             return False, f"logits of shape {tuple(found.shape)}", f"for {len(at)} positions"
         difference = [found - every.flatten(0, 1)[at], last - every[:, -2:]]
-        return _close(difference, every, "logits at chosen positions differ")
+        return close(difference, every, "logits at chosen positions differ")
 
     return ask("logits-at", BOTH, question)
 
@@ -143,9 +146,9 @@ def reload(instance: Instance, model: Any) -> Finding:
                     return False, "does not load", f"{missing} would be random"
                 found = loaded.eval()(tokens, use_cache=False).logits
                 differences.append(found - expected)
-        return _close(differences, expected, "saved and loaded again it is another model")
+        return close(differences, expected, "saved and loaded again it is another model")
 
-    return ask("reload", BOTH, question)
+    return ask("reload", ALL, question)
 
 
 def end_to_end(
@@ -190,7 +193,7 @@ def padding(model: Any, targets: Sequence[str]) -> Finding:
         filler = torch.stack([text(LENGTH, 5), text(LENGTH, 6)])
         pairs = [pair for left in (True, False) for pair in padded(model, texts, filler, left=left)]
         differences, scale = [found - expected for found, expected in pairs], pairs[-1][1]
-        return _close(differences, scale, "a padded text is another text")
+        return close(differences, scale, "a padded text is another text")
 
     return ask(f"padding-{targets[0]}", targets, question)
 
@@ -207,7 +210,7 @@ def packing(model: Any) -> Finding:
         mask = document_mask(segments)
         packed = model(row, attention_mask=mask, position_ids=positions, use_cache=False).logits[0]
         alone = [model(part[None], use_cache=False).logits[0] for part in (first, second)]
-        return _close([packed - torch.cat(alone)], packed, "packed texts see each other")
+        return close([packed - torch.cat(alone)], packed, "packed texts see each other")
 
     return ask("packing", MDLM, question)
 
@@ -235,7 +238,7 @@ def streams(model: Any) -> Finding:
             seen = torch.cat([clean[:start], noisy[start : start + BLOCK]])[None]
             expected = model(seen, use_cache=False).logits[0, start:]
             differences.append(both[start : start + len(expected)] - expected)
-        return _close(differences, alone, "a training row is not what decoding computes")
+        return close(differences, alone, "a training row is not what decoding computes")
 
     return ask("two-streams", BD3LM, question)
 
@@ -259,6 +262,6 @@ def cache(model: Any) -> Finding:
         cached = step.cache.get_seq_length()
         if cached != LENGTH:
             return False, f"{cached} tokens cached", f"of {LENGTH}: it has a state"
-        return _close(differences, every, "block by block is not the whole pass")
+        return close(differences, every, "block by block is not the whole pass")
 
     return ask("cache", BD3LM, question)

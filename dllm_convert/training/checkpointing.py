@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from dllm_convert.modeling.published.behind import stands_behind_cache
 from dllm_convert.recipe.schema import Checkpointing
 from dllm_convert.training.gated import gated_again, may_checkpoint
 
@@ -54,7 +55,8 @@ def checkpoint_activations(model: Any, how: Checkpointing) -> None:
     `selective` keeps what matrix products and attention return, and computes norms, activations and
     rotations again (Korthikanti et al., arXiv 2205.05198, section 5). `full` keeps one tensor per
     layer and computes the layer again (Chen et al., arXiv 1604.06174).
-    A gated model keeps all with a transformers whose layers are not computed again beside a cache.
+    A gated model keeps all with a transformers whose layers are not computed again beside a cache,
+    and where its rows add to one.
 
     Args:
         model: A transformers model.
@@ -62,7 +64,7 @@ def checkpoint_activations(model: Any, how: Checkpointing) -> None:
     """
     if how == "off":
         return
-    if model.is_gated and not may_checkpoint(model):
+    if stands_behind_cache(model.config) or (model.is_gated and not may_checkpoint(model)):
         return
     contexts: Contexts = _nothing_kept
     if how != "full":

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.attention import TILE, Rule
+from dllm_convert.diffusion.cached import noisy_logits, predict_behind_cache, read_in_turn
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.distillation import Distillation, Lesson
 from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
@@ -21,10 +22,11 @@ from dllm_convert.diffusion.gated import (
     predict_beside_base,
     with_lesson,
 )
-from dllm_convert.diffusion.losses import taught_cross_entropy
+from dllm_convert.diffusion.losses import cross_entropy, taught_cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
+from dllm_convert.modeling.published.gated import adapter_parameters
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
@@ -224,6 +226,8 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
+        if self._objective.behind == "cache":
+            return self._loss_behind_cache(model, noise)
         ar_weight = self._weights.ar
         forward, beside, lesson = self._lay_out(model, noise)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
@@ -266,6 +270,38 @@ class DiffusionTrainer(Trainer):
             self._sums[2] += apart.sum()
             self._sums[3] += len(lesson)
         return (loss, output) if return_outputs else loss
+
+    def _loss_behind_cache(self, model: Any, noise: ForwardNoise) -> torch.Tensor:
+        """Predict noisy rows, each behind its copy of the base's cache; a scalar in nats.
+
+        Optimised is what `compute_loss` optimises where a mask keeps the rows apart.
+        """
+        objective = self._objective
+        laid_out = predict_behind_cache(noise.batch, noise.views, objective).to(self.args.device)
+        times = self.args.world_size * self.current_gradient_accumulation_steps
+        weight = laid_out.weight
+        if self._weights.masked == "uniform":
+            weight = torch.ones_like(weight)
+        loss, seen = weight.new_zeros(()), 0
+        total = weight.new_zeros(())
+        for rows, beside, firsts in read_in_turn(model, laid_out, objective):
+            total += len(noise.views) * firsts.sum()
+            if rows is None:
+                continue
+            span = slice(seen, seen + len(rows.at))
+            with self._mask_noise.at(noise.key):
+                logits = noisy_logits(model, rows, beside)
+            nats = cross_entropy(logits, laid_out.targets[span], objective.mask_token_id)
+            loss = loss + (nats * weight[span]).sum() * (times / noise.items)
+            total += (nats.detach() * laid_out.weight[span]).sum()
+            seen = span.stop
+        if not laid_out.groups:
+            # Nothing was masked: all that is trained has a gradient, and it is zero.
+            for trained in adapter_parameters(self.model).values():
+                loss = loss + 0 * trained.sum()
+        self._sums[0] += total
+        self._sums[1] += noise.scored
+        return loss
 
     def _lay_out(
         self, model: Any, noise: ForwardNoise

@@ -143,6 +143,19 @@ GATED: Mapping[str, Entry] = {
 }
 """Run besides, before those of the base, where a model is gated."""
 
+BEHIND: Mapping[str, Entry] = {
+    "behind-cache": Entry(
+        "behind its cache and copies of it, are clean tokens and noisy ones those of the whole "
+        "text?",
+        _ROUNDING,
+    ),
+    "behind-copy": Entry("do noisy rows leave the base's cache alone?", "states compared by bits"),
+    "behind-training": Entry(
+        "does training predict what decoding predicts, text by text?", _ROUNDING
+    ),
+}
+"""Instead of probes of masks, where noisy tokens stand behind a copy of the base's cache."""
+
 DEVICE: Mapping[str, Entry] = {
     "device-logits": Entry("does the device compute the same model?", _TYPE),
     "device-attention": Entry("which closed pairs move there, by perturbation?", _BITS),
@@ -174,6 +187,6 @@ THIRD_PARTY: Mapping[str, Entry] = {
 
 def with_origin(probe: Probe) -> Probe:
     """Return the probe with the origin of its tolerance."""
-    every = {**CATALOGUE, **VERIFIED, **GATED, **DEVICE, **THIRD_PARTY}
+    every = {**CATALOGUE, **VERIFIED, **GATED, **BEHIND, **DEVICE, **THIRD_PARTY}
     entry = every.get(probe.name)
     return replace(probe, origin=entry.origin) if entry else probe

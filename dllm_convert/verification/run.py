@@ -16,6 +16,7 @@ from dllm_convert.verification.accelerator import Accelerator, accelerator_here
 from dllm_convert.verification.catalogue import with_origin
 from dllm_convert.verification.memory import group_refusal
 from dllm_convert.verification.opening import VerificationRequest, local_checkpoint, opened
+from dllm_convert.verification.probes.behind_cache import check_behind_cache
 from dllm_convert.verification.probes.decoding import check_generate
 from dllm_convert.verification.probes.device import check_device
 from dllm_convert.verification.probes.files import check_files
@@ -59,6 +60,7 @@ _GROUPS: Mapping[str, _Group] = {
     "gradient": _Group(check_gradient, _LOADED),
     "training": _Group(check_training, _LOADED),
     "gated": _Group(check_gated, _LOADED),
+    "behind": _Group(check_behind_cache, _LOADED),
     "base": _Group(check_parity, _LOADED),
     "cache": _Group(check_cache, _LOADED),
     "padding": _Group(check_padding, _LOADED),
@@ -71,7 +73,11 @@ _GROUPS: Mapping[str, _Group] = {
 }
 GROUPS = tuple(_GROUPS)
 """Names of the groups of probes, in the order they run; `device` only where there is one, `gated`
-and `lossless` only of models that are, or can be."""
+and `lossless` only of models that are, or can be; `behind` only where noisy tokens stand behind a
+copy of the base's cache, and then instead of those that look at masks."""
+_OF_MASKS = frozenset({"attention", "gradient", "training", "cache", "padding", "device"})
+"""Groups that look at masks of the conversion's own: where nothing is opened, clean text is the
+base's, windows and all, and `gated-base` compares it bit for bit."""
 
 
 def verify_checkpoint(
@@ -131,7 +137,10 @@ def verify_checkpoint(
             "device": asked.accelerator is None,
             "gated": not subject.claim.is_gated,
             "lossless": not has_verifier(subject),
+            "behind": subject.claim.behind != "cache",
         }
+        if subject.claim.behind == "cache":
+            aside |= dict.fromkeys(_OF_MASKS, True)
         applicable = {n: g for n, g in _GROUPS.items() if not aside.get(n)}
         for name, group in applicable.items():
             if name in groups:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.diffusion_section import DiffusionSection
+from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.gated_files import write_adapter_config, write_adapter_weights
-from dllm_convert.modeling.published.gated import ADAPTER_FOLDER, PREFIX
+from dllm_convert.modeling.published.gated import ADAPTER_FOLDER, PREFIX, attach_adapter, ends_in
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.weights.mean_row import mean_row
@@ -40,22 +43,18 @@ def write_untrained_adapter(plan: ConversionPlan, out: Path) -> None:
     draws = torch.Generator().manual_seed(plan.recipe.training.seed)
     states: dict[str, torch.Tensor] = {}
     headers = read_checkpoint(out)
-    shapes = {
-        name: entry.shape for header in headers.values() for name, entry in header.entries.items()
-    }
-    for name in sorted(shapes):
-        module, _, kind = name.rpartition(".")
-        if kind != "weight" or module.rpartition(".")[2] not in section.adapter_targets:
-            continue
-        outputs, inputs = shapes[name]
+    embedding, scale = plan.adapter.embedding.removesuffix(".weight"), 1.0
+    if plan.adapter.measured is None:
+        shapes = _adapted_files(headers, section.adapter_targets)
+    else:
+        shapes, embedding, scale = _adapted_modules(plan.adapter, out)
+    for module, (outputs, inputs) in sorted(shapes.items()):
         # Uniform, with the variance that PEFT's and torch's linear layers begin with.
         bound = 1 / math.sqrt(inputs)
         down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=draws)
         states[f"{PREFIX}{module}.lora_A.weight"] = down
         states[f"{PREFIX}{module}.lora_B.weight"] = torch.zeros(outputs, rank)
-    embedding = plan.adapter.embedding
-    vector = _mean_vector(plan, out, headers)
-    states[f"{PREFIX}{embedding.removesuffix('.weight')}.mask_vector"] = vector
+    states[f"{PREFIX}{embedding}.mask_vector"] = scale * _mean_vector(plan, out, headers)
     folder, source = out / ADAPTER_FOLDER, plan.source
     write_adapter_weights(folder, states)
     write_adapter_config(
@@ -65,6 +64,45 @@ def write_untrained_adapter(plan: ConversionPlan, out: Path) -> None:
         base=source.repo_id or Path(source.given).name,
         revision=source.revision,
     )
+
+
+def _adapted_files(
+    headers: dict[str, Header], targets: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Return outputs and inputs of the layers that get an adapter, by name, from their weights."""
+    found = {}
+    for header in headers.values():
+        for name, entry in header.entries.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight" and ends_in(module, targets):
+                outputs, inputs = entry.shape
+                found[module] = outputs, inputs
+    return found
+
+
+def _adapted_modules(
+    adapter: Adapter, folder: Path
+) -> tuple[dict[str, tuple[int, int]], str, float]:
+    """Return the same from the class, whose names a file need not have.
+
+    Also the name of its embedding, and what that multiplies its rows with.
+    """
+    cls = diffusion_class(adapter)
+    config = cls.config_class.from_pretrained(folder)
+    with torch.device("meta"):
+        model = cls(config)
+        attach_adapter(model)
+    found = {
+        name: (module.lora_B.out_features, module.lora_A.in_features)
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    embedding = model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    # A scale of its own is a number, and beside it at most a buffer, which has no value here.
+    scales = [getattr(embedding, name, None) for name in ("scalar_embed_scale", "embed_scale")]
+    scale = next((float(one) for one in scales if isinstance(one, int | float)), 1.0)
+    return found, names[id(embedding)], scale
 
 
 def _mean_vector(plan: ConversionPlan, out: Path, headers: dict[str, Header]) -> torch.Tensor:

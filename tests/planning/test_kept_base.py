@@ -135,12 +135,21 @@ def test_causal_drafts_are_beside_a_kept_base(source_cache: Sources) -> None:
     assert "those before them" in kept.attention_changes[0]
 
 
+def test_a_window_stays_and_noisy_tokens_stand_behind_the_cache(source_cache: Sources) -> None:
+    window = source_cache("mistral", sliding_window=16)
+    kept = plan(window)
+    section = kept.config_updates["diffusion"]
+    assert (section["draft"], section["behind"]) == ("causal", "cache")
+    assert any("copy of the base's cache" in note for note in kept.notes)
+    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy", "draft": "open"}}
+    with pytest.raises(IncompatibleError, match="stays as it is") as caught:
+        plan(window, training=training)
+    assert caught.value.hint == "Leave training.lora.draft out"
+
+
 def test_bases_that_cannot_be_kept(source_cache: Sources) -> None:
     with pytest.raises(UnsupportedError, match="both sides"):
         plan(source_cache("bert"), target="bd3lm")
-    window = source_cache("mistral", sliding_window=16)
-    with pytest.raises(IncompatibleError, match="sliding window of 16"):
-        plan(window)
     base = source_cache("llama")
     source = inspect_source(str(base))
     more = replace(source, tokenizer=replace(source.tokenizer, size=source.tokenizer.size + 3))

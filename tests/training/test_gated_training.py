@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import generic
 import pytest
 import torch
 from conftest import SourceFactory
@@ -14,6 +15,7 @@ from gated import BLOCK, FAMILIES, gated_folder
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.gated import predict_beside_base
@@ -177,11 +179,15 @@ SHORT = {
 DATA = {"source": "pydoc", "sequence_length": 32, "max_documents": 40}
 
 
-def planned(source: Path, folder: Path, **training: Any) -> tuple[ConversionPlan, TextData]:
+def planned(
+    source: Path, folder: Path, measured: Adapter | None = None, **training: Any
+) -> tuple[ConversionPlan, TextData]:
     lora = {"rank": 4, "acts_on": "noisy"}
     settings = {"method": "lora", "lora": lora, "precision": "fp32", **SHORT, **training}
     noise = {"draw": "count", "complementary": True}
-    plan = gated_folder(source, folder, filled=False, training=settings, data=DATA, noise=noise)
+    plan = gated_folder(
+        source, folder, filled=False, training=settings, data=DATA, noise=noise, measured=measured
+    )
     return plan, rows_of(plan, folder)
 
 
@@ -211,6 +217,29 @@ def test_training_lowers_the_bound_and_leaves_the_base(
     # First tokens count in the bound and not in the loss.
     assert all(line["nelbo"] > line["loss"] > 0 for line in lines)
     assert lines[0]["nelbo"] == pytest.approx(before, abs=1.0)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_behind_a_cache_it_lowers_the_bound_and_goes_on_bit_for_bit(
+    family: str, tmp_path: Path, generic_source: SourceFactory
+) -> None:
+    source = generic_source(family)
+    measured = generic.measured(source).require()
+    plan, data = planned(source, tmp_path / "a", measured=measured, steps=12, save_steps=8)
+    train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
+    models = [load_model(tmp_path / name, plan.adapter) for name in "ab"]
+    objective = Objective.from_config(models[0].config)
+    assert objective.behind == "cache"
+    bounds = [nelbo(one, data.held_out, objective, seed=0).nats_per_token for one in models]
+    assert bounds[1] < bounds[0]
+    weights = "model.safetensors"
+    assert (tmp_path / "b" / weights).read_bytes() == (source / weights).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "work/metrics.jsonl").open()]
+    assert all(line["nelbo"] > line["loss"] > 0 for line in lines)
+    assert lines[0]["nelbo"] == pytest.approx(bounds[0], abs=1.0)
+    shutil.rmtree(tmp_path / "work/trainer/checkpoint-12")
+    train(plan, data, tmp_path / "a", tmp_path / "c", tmp_path / "work", QUIET)
+    assert (tmp_path / "b" / NAME).read_bytes() == (tmp_path / "c" / NAME).read_bytes()
 
 
 def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(

@@ -20,7 +20,7 @@ from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.converted_config import read_section
 from dllm_convert.modeling.published.masks import block_causal_mask
 from dllm_convert.verification import Probe, VerificationReport, verify_checkpoint
-from dllm_convert.verification.catalogue import CATALOGUE, DEVICE, GATED, VERIFIED
+from dllm_convert.verification.catalogue import BEHIND, CATALOGUE, DEVICE, GATED, VERIFIED
 from dllm_convert.verification.instruments.divergence import Trace
 from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.probes.gradient import measure_gradient
@@ -179,7 +179,7 @@ def test_every_probe_is_documented_with_its_origin() -> None:
     page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
     rows = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     rows = rows.replace("`-", "`attention-")
-    documented = {**CATALOGUE, **VERIFIED, **GATED, **DEVICE}
+    documented = {**CATALOGUE, **VERIFIED, **GATED, **BEHIND, **DEVICE}
     assert [name for name in documented if f"`{name}`" not in rows] == []
     assert all(entry.asks.endswith("?") or "same" in entry.asks for entry in documented.values())
     assert all(entry.origin for entry in documented.values())

@@ -75,6 +75,29 @@ class Tree:
         """Columns of the forward."""
         return len(self.nodes) + self.groups * self.masks
 
+    @cached_property
+    def branches(self) -> tuple[tuple[tuple[int, ...], bool], ...]:
+        """The tree as rows of their own: the nodes of each, and whether it has masks behind them.
+
+        Every node with a group ends a row, and every other one that no such row passes.
+        """
+
+        def path(node: int) -> tuple[int, ...]:
+            parent = self.nodes[node][0]
+            return (*(path(parent) if parent >= 0 else ()), node)
+
+        rows = [(path(node), True) for node in range(self.groups)]
+        for node in reversed(range(len(self.nodes))):
+            if not any(node in nodes for nodes, _ in rows):
+                rows.append((path(node), False))
+        return tuple(rows)
+
+    @property
+    def branched_size(self) -> int:
+        """Columns of all those rows, which are as wide as the widest."""
+        widest = max(len(nodes) + self.masks * drafts for nodes, drafts in self.branches)
+        return len(self.branches) * widest
+
     def child(self, node: int, rank: int) -> int | None:
         """The node of a rank behind another, None if there is none."""
         for number, (parent, _, own) in enumerate(self.nodes):
@@ -124,15 +147,18 @@ class DraftPolicy:
         ahead: Masks that stand before the first drafted position: 1 without token shift, where
             the first mask of a group writes what the verifier says anyway.
         most: Drafts behind a token at the most: a block less the token that the verifier writes.
+        branched: Whether each branch of a tree takes a row of its own.
     """
 
-    def __init__(self, kind: str, rows: int, ahead: int, most: int = _DEEPEST) -> None:
+    def __init__(
+        self, kind: str, rows: int, ahead: int, most: int = _DEEPEST, *, branched: bool = False
+    ) -> None:
         self._costs = _COSTS.get(kind, _COSTS[""])
         self._ahead, self._most = ahead, min(max(most, 1), _DEEPEST)
         seen, shares = _PRIOR
         self._seen = [seen] * _DEEPEST
         self._hits = [[seen * share for share in shares] for _ in range(_DEEPEST)]
-        self._forwards = 0
+        self._forwards, self._branched = 0, branched
         self.rows = rows
 
     def observe(self, depth: int, rank: int | None) -> None:
@@ -179,7 +205,8 @@ class DraftPolicy:
             bare += 0 if tree.all_groups else chain * sum(shares[1:])
             chain *= shares[0]
         # Behind an alternative without masks comes a forward without drafts.
-        time = self._cost(tree.size) + bare * self._cost(1 + tree.masks)
+        size = tree.branched_size if self._branched else tree.size
+        time = self._cost(size) + bare * self._cost(1 + tree.masks)
         return (tokens + bare) / time
 
     def _cost(self, tokens: int) -> float:

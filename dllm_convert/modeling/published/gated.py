@@ -6,7 +6,7 @@ arXiv 2605.27387): the base stays what it is, and is what clean tokens are compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import load_state_dict
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 ADAPTER_FOLDER = "adapter"
@@ -159,6 +160,20 @@ def _told(seen: _Seen) -> Iterator[None]:
         _SEEN.reset(token)
 
 
+def _spread(noisy: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Where an output is of noisy tokens, of a shape that broadcasts with it.
+
+    Args:
+        noisy: Shape (batch, length, 1), bool.
+        output: Of tokens in their order: (batch, length, ...), or with the first two in one.
+    """
+    noisy = noisy.to(output.device)  # layers may be on several devices
+    rows, length = noisy.shape[:2]
+    if output.shape[1] == length and rows in (1, output.shape[0]):
+        return noisy.view(rows, length, *(1,) * (output.dim() - 2))
+    return noisy.reshape(*output.shape[:-1], 1)
+
+
 class LowRank:
     """Adds B A x to what a linear layer returns for noisy tokens; a hook of that layer."""
 
@@ -172,7 +187,8 @@ class LowRank:
         seen = self.gate.seen
         if seen.noisy is None:
             return None
-        if seen.first is not None and not torch.is_grad_enabled():
+        in_rows = output.dim() == 3 and output.shape[:2] == seen.noisy.shape[:2]
+        if seen.first is not None and in_rows and not torch.is_grad_enabled():
             # Decoding: a few tokens, and each operation more is as long as their arithmetic.
             down, up = layer.lora_A.weight, layer.lora_B.weight
             low = torch.nn.functional.linear(inputs[0][:, seen.first :].to(down.dtype), down)
@@ -187,8 +203,7 @@ class LowRank:
         changed: torch.Tensor = output + layer.lora_B(low).to(output.dtype)
         if seen.everywhere:
             return changed
-        # Layers may be on several devices.
-        return torch.where(seen.noisy.to(output.device), changed, output)
+        return torch.where(_spread(seen.noisy, output), changed, output)
 
 
 class _MaskVector:
@@ -218,21 +233,31 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
     gate = Gate(int(model.config.mask_token_id), embedding.num_embeddings)
     hook = LowRank(gate, facts["adapter_alpha"] / rank)
     held = dtype or model.dtype
-    adapted = [
+    adapted: list[Any] = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+        if isinstance(module, nn.Linear | Conv1D) and ends_in(name, targets)
     ]
     for layer in adapted:
         settings: dict[str, Any] = {"bias": False, "device": layer.weight.device, "dtype": held}
-        layer.lora_A = nn.Linear(layer.in_features, rank, **settings)
-        layer.lora_B = nn.Linear(rank, layer.out_features, **settings)
+        # GPT-2's own linear layer has its matrix the other way round, and no other names for this.
+        is_turned = isinstance(layer, Conv1D)
+        inputs, outputs = (
+            layer.weight.shape if is_turned else (layer.in_features, layer.out_features)
+        )
+        layer.lora_A = nn.Linear(inputs, rank, **settings)
+        layer.lora_B = nn.Linear(rank, outputs, **settings)
         layer.register_forward_hook(hook)
     width = embedding.embedding_dim
     vector = torch.zeros(width, dtype=held, device=embedding.weight.device)
     embedding.mask_vector = nn.Parameter(vector)
     embedding.register_forward_hook(_MaskVector(gate))
     model.gate = gate
+
+
+def ends_in(name: str, targets: Sequence[str]) -> bool:
+    """Whether the name of a module is, or ends in, one of those that get an adapter."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def is_adapter(name: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .behind import CacheTreeReader, stands_behind_cache
 from .cache import BlockCache
 from .canvas import Canvas
 from .choosing import make_warpers
@@ -291,15 +292,16 @@ def decode_lossless(
     rows = [
         _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
     ]
-    kind = prompts.device.type
+    kind, behind_cache = prompts.device.type, stands_behind_cache(model.config)
     policy = DraftPolicy(
         f"gated {kind}" if getattr(model, "is_gated", False) else kind,
         max(len(rows), 1),
         int(not options.token_shift),
         most=(options.block_size or 1) - 1,
+        branched=behind_cache,
     )
     choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
-    reader = _Reader(model, canvas)
+    reader: Any = (CacheTreeReader if behind_cache else _Reader)(model, canvas)
     near_at: list[tuple[int, int]] = []  # row, column of what is close
     if rows:
         reader.read_prompt(rows)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .behind import CacheBlockReader, check_last, stands_behind_cache
 from .decoding import decode_blocks, decode_canvas
 from .gated import GatedMixin, gated_mask, has_causal_drafts
 from .inputs import given_prompts, left_open
@@ -138,10 +139,16 @@ class DiffusionMixin(GatedMixin):
             positions = position_ids
         else:
             mask, positions = self._open(tokens, attention_mask, position_ids, cached, noisy)
+        places: torch.Tensor | None = (
+            positions + first if (first := self._first_position) else positions
+        )
+        if attention_mask is None and position_ids is None and stands_behind_cache(self.config):
+            # The stock class counts on from its cache, by whatever it takes for positions.
+            places = None
         arguments = {name: value for name, value in kwargs.items() if name != "return_dict"} | {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "position_ids": positions + first if (first := self._first_position) else positions,
+            "position_ids": places,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
@@ -177,6 +184,11 @@ class DiffusionMixin(GatedMixin):
         """Return the mask as the attention implementation takes it, and positions."""
         batch, length = tokens.shape[:2]
         is_full = attention_mask is not None and len(attention_mask.shape) == 4
+        behind_cache = stands_behind_cache(self.config)
+        if behind_cache and is_full:
+            raise ValueError("this family's attention stays as it is: it takes no 4-D mask")
+        if behind_cache and noisy is not None:
+            check_last(noisy)
         if is_full and position_ids is not None:
             return self._in_form(attention_mask), position_ids
         counted = torch.arange(cached + length, device=tokens.device).expand(batch, -1)
@@ -188,7 +200,7 @@ class DiffusionMixin(GatedMixin):
             every = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         positions = every[:, -length:] if position_ids is None else position_ids.expand(batch, -1)
         block_size = getattr(self.config, "block_size", None)
-        if not block_size or (self.is_gated and noisy is None):
+        if not block_size or behind_cache or (self.is_gated and noisy is None):
             return attention_mask, positions
         valid = (torch.ones_like(every) if attention_mask is None else attention_mask).bool()
         if noisy is None:
@@ -298,6 +310,8 @@ class DiffusionMixin(GatedMixin):
         if options.verify_with:
             check_lossless(self, packed, lengths, options)
             decode = decode_lossless
+        elif stands_behind_cache(self.config):
+            decode = partial(decode, reader=CacheBlockReader)
         elif rows and is_queued(prompts.device, options):
             record = self.record_graphs
             decode = partial(decode_queued, told=told, with_order=output_order, record=record)

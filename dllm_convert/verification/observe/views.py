@@ -18,6 +18,11 @@ from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.subject import Subject
 
 
+def _shown_block(subject: Subject) -> int | None:
+    """Tokens that see each other on the text that is shown, which is clean: a base is causal."""
+    return 1 if subject.claim.is_gated else subject.claim.block_size
+
+
 def observe_run(
     weights: Path,
     base: Path,
@@ -53,7 +58,7 @@ def observe_run(
         shown = map_of(subject, load_base(base))
         free_memory()
         model = load(weights)
-        influence = Influence(map_of(subject, model), shown, subject.claim.block_size)
+        influence = Influence(map_of(subject, model), shown, _shown_block(subject))
         batches = [batch.to(model.device) for batch in held_out]
         if not batches:
             return Observations(influence)
@@ -82,7 +87,7 @@ def observe_checkpoint(
         base = None
         if asked.against is not None and _fits_beside(subject, verification):
             base = map_of(subject, loading.load_base(asked.against, subject.adapter))
-        found = Influence(map_of(subject, subject.model), base, subject.claim.block_size)
+        found = Influence(map_of(subject, subject.model), base, _shown_block(subject))
     if found.base is None and known.influence is not None and _alike(found, known.influence):
         found = replace(found, base=known.influence.base)
     return replace(known, influence=found)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from dllm_convert.behaviour.influence import Pattern
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.modeling.published.gated import ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from dllm_convert.verification.probes.influence import first_wrong, observe, probe_length
+from dllm_convert.verification.probes.influence import observe, probe_length
 from dllm_convert.verification.report import Probe, largest, none_wrong, skipped
 from dllm_convert.verification.subject import Subject
 
@@ -80,11 +80,11 @@ def _base(subject: Subject, length: int) -> Probe:
 @torch.no_grad()
 def _adapter(subject: Subject, length: int, first: int) -> Probe:
     tokens = subject.tokens(2, length)
-    settings: dict[str, Any] = {
+    settings: dict[str, Any] = {"use_cache": False}
+    if subject.claim.behind == "mask":
         # Under one mask, what noisy tokens see is no reason to differ.
-        "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril(),
-        "use_cache": False,
-    }
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        settings["attention_mask"] = mask
     clean = subject.model(tokens, **settings).logits[:, first:]
     found = subject.model(tokens, noisy=noisy_from(tokens, first), **settings).logits[:, first:]
     moved = (found - clean).abs().amax(-1)
@@ -145,11 +145,15 @@ def _attention(subject: Subject, length: int, first: int) -> Probe:
         return subject.tokens(1, length, draw=draw)[0]
 
     pattern: Pattern = observe(subject, model, text, columns, allowed)
-    wrong = int(pattern.wrong.sum())
+    judged = torch.ones_like(allowed)
+    if subject.claim.behind == "cache":
+        # What a window of the base hides stays hidden: nobody sees ahead, and all see themselves.
+        judged = ~allowed | (torch.arange(length)[:, None] == torch.tensor(columns)[None])
+    wrong = int((pattern.wrong & judged).sum())
     return Probe(
         "gated-attention",
-        none_wrong(wrong, allowed.numel()),
-        f"{wrong} of {allowed.numel()} pairs wrong with the last block noisy",
+        none_wrong(wrong, int(judged.sum())),
+        f"{wrong} of {int(judged.sum())} pairs wrong with the last block noisy",
         f"0 pairs: closed up to {pattern.limit:.2g}, open above",
-        first_wrong(pattern),
+        pattern.first_wrong(judged),
     )

@@ -39,7 +39,8 @@ def _block_one(subject: Subject) -> Probe:
     conversion it is the base's.
     """
     required = f"at most {AR_TOLERANCE:g} nats per token"
-    if subject.adapter.attention != "causal" or "bd3lm" not in subject.adapter.targets:
+    blocks = subject.claim.is_gated or "bd3lm" in subject.adapter.targets
+    if subject.adapter.attention != "causal" or not blocks:
         return skipped("block-one", required, "the base is not autoregressive")
     batch = _texts(subject)
     first = _apart(subject, batch)
@@ -74,15 +75,19 @@ def _texts(subject: Subject) -> TextBatch:
 @torch.no_grad()
 def _apart(subject: Subject, batch: TextBatch) -> tuple[float, float]:
     """Return by how many nats per token the two differ, and the autoregressive one."""
-    mask = subject.claim.mask_token_id
-    acts_on = subject.claim.acts_on
-    objective = Objective("bd3lm", mask, token_shift=True, block_size=1, acts_on=acts_on)
+    claim = subject.claim
+    mask = claim.mask_token_id
+    objective = Objective(
+        "bd3lm", mask, token_shift=True, block_size=1, acts_on=claim.acts_on, behind=claim.behind
+    )
     blocks = nelbo(subject.model, [batch], objective, seed=SEED).nats_per_token
     total, count = 0.0, 0
     for row, segments in zip(batch.tokens, batch.segments, strict=True):
         for segment in segments.unique():
             text = row[segments == segment]
-            seen = torch.ones(len(text), len(text)).tril().bool()[None, None]
+            seen = None
+            if claim.behind == "mask":
+                seen = torch.ones(len(text), len(text)).tril().bool()[None, None]
             logits = subject.model(text[None], attention_mask=seen, use_cache=False).logits[0]
             logits = logits.double()
             forbid(logits, mask)

@@ -74,7 +74,9 @@ def _wrong(
 def _next(subject: Subject, text: torch.Tensor) -> torch.Tensor:
     """The likeliest token behind a text (1, length), read causally, the mask ruled out."""
     length = text.shape[1]
-    causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    causal = None
+    if subject.claim.behind == "mask":
+        causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     logits = subject.model(text, attention_mask=causal, use_cache=False).logits[0, -1]
     logits[subject.claim.mask_token_id :][:1] = -torch.inf
     likeliest: torch.Tensor = logits.argmax()

@@ -196,7 +196,7 @@ class _Comparison:
         adapter = self._subject.adapter
         tokens = self._subject.tokens(2, min(LENGTH, self._subject.context))
         inputs: dict[str, Any] = {"input_ids": tokens}
-        if adapter.attention == "causal":
+        if adapter.attention == "causal" and self._subject.claim.behind == "mask":
             # Given to both as it is: a window of the base's is no matter of its weights.
             length = tokens.shape[1]
             mask = torch.ones(length, length).tril().bool()[None, None]

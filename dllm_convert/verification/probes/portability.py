@@ -182,7 +182,7 @@ def _fresh_process(
     with tempfile.TemporaryDirectory(prefix="dllm-convert-verify-") as name:
         scratch = Path(name)
         inputs = {"input_ids": tokens}
-        if subject.claim.block_size:
+        if subject.claim.block_size and subject.claim.behind == "mask":
             mask = subject.allowed(tokens.shape[1])[None, None].contiguous()
             if subject.adapter.implementations[0] == "eager":
                 # Eager attention adds its mask to the scores.
