@@ -16,19 +16,23 @@ from dllm_convert.adapters import get_adapter
 
 @torch.no_grad()
 def reference(model: PreTrainedModel, ids: torch.Tensor, new: int) -> torch.Tensor:
-    """Uncached: whole blocks of masks, one full pass per token, the likeliest token first."""
+    """Uncached: whole blocks of masks, one full pass per token, the likeliest token first.
+
+    Nothing is written behind the last new token, though the model sees masks there.
+    """
     shift, length = model.config.diffusion["token_shift"], ids.shape[1]
     size = getattr(model.config, "block_size", None) or length + new
     canvas = ids
     for end in range((length // size + 1) * size, -(-(length + new) // size) * size + 1, size):
         fill = torch.full((1, end - canvas.shape[1]), MASK)
         canvas = torch.cat([canvas, fill], 1)
-        while (canvas[0, length:] == MASK).any():
+        while (canvas[0, length : length + new] == MASK).any():
             logits = model(canvas, use_cache=False).logits[0]
             logits = torch.cat([logits[:1], logits[:-1]]) if shift else logits
             logits[:, MASK] = -torch.inf
             confidence, token = logits.float().softmax(-1).max(-1)
             confidence[canvas[0] != MASK] = -1
+            confidence[length + new :] = -1
             best = int(confidence.argmax())
             canvas[0, best] = token[best]
     return canvas[0, length : length + new]
@@ -188,12 +192,13 @@ def causal_context_reference(model: PreTrainedModel, ids: torch.Tensor, new: int
         canvas = torch.cat([canvas, fill], 1)
         mask = torch.ones(start + size, start + size).tril().bool()
         mask[start:, start:] = True
-        while (canvas[0] == MASK).any():
+        while (canvas[0, length : length + new] == MASK).any():
             logits = model(canvas, attention_mask=mask[None, None], use_cache=False).logits[0]
             logits = torch.cat([logits[:1], logits[:-1]])
             logits[:, MASK] = -torch.inf
             confidence, token = logits.float().softmax(-1).max(-1)
             confidence[canvas[0] != MASK] = -1
+            confidence[length + new :] = -1
             best = int(confidence.argmax())
             canvas[0, best] = token[best]
     return list(canvas[0, length : length + new].tolist())
@@ -203,10 +208,10 @@ def causal_context_reference(model: PreTrainedModel, ids: torch.Tensor, new: int
 @pytest.mark.parametrize("length", [3, 4, 10])
 def test_a_causal_context_is_read_as_it_was_trained(family: str, length: int) -> None:
     model, ids = tiny(family, block=4), prompt(length)
-    plain = model.generate(ids, max_new_tokens=9, eos_token_id=None)[0, length:].tolist()
+    plain = model.generate(ids, max_new_tokens=13, eos_token_id=None)[0, length:].tolist()
     model.config.diffusion["context"] = "causal"
-    got = model.generate(ids.repeat(2, 1), max_new_tokens=9, eos_token_id=None)
-    expected = causal_context_reference(model, ids, 9)
+    got = model.generate(ids.repeat(2, 1), max_new_tokens=13, eos_token_id=None)
+    expected = causal_context_reference(model, ids, 13)
     assert got[0, length:].tolist() == got[1, length:].tolist() == expected
     assert length < 4 or plain != expected
 
@@ -266,3 +271,40 @@ def test_an_observer_sees_every_forward_and_changes_nothing(block: int | None) -
 def test_a_seed_that_is_none(seed: Any) -> None:
     with pytest.raises(ValueError, match="seed"):
         tiny("llama", block=4).generate(prompt(6), seed=seed, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("block", [None, 4, 32])
+@pytest.mark.parametrize("new", [1, 2, 5, 9])
+def test_no_forward_is_spent_on_what_nobody_gets(block: int | None, new: int) -> None:
+    """Of a block that goes beyond the tokens that were asked for only these are written."""
+    model, ids = tiny("llama", block=block), prompt(6)
+    out = model.generate(
+        ids, max_new_tokens=new, eos_token_id=None, return_dict_in_generate=True, output_order=True
+    )
+    blocks = len({(6 + n) // block for n in range(new)}) if block else 0
+    # One token a forward; one for the prompt, if it fills a block; the next block's first token
+    # comes with the forward that puts the one before into the cache.
+    assert new <= out.forwards <= new + blocks
+    assert sorted(out.order[0, 6:].tolist()) == sorted(set(out.order[0, 6:].tolist()))
+
+
+@pytest.mark.parametrize("how", [{}, {"max_denoising_steps": 3}, {"confidence_threshold": 0.02}])
+@pytest.mark.parametrize("block", [None, 32])
+def test_behind_the_end_of_a_text_nothing_is_written(
+    block: int | None, how: dict[str, Any]
+) -> None:
+    model, ids = tiny("llama", block=block), prompt(6)
+    free = model.generate(ids, max_new_tokens=24, eos_token_id=None, **how)[0, 6:].tolist()
+    # A token that is not the first to be there, as the end: from there on it is another text.
+    end = next((token for n, token in enumerate(free) if n > 2 and token not in free[:n]), free[-1])
+    seen: list[Any] = []
+    out = model.generate(
+        ids, max_new_tokens=24, eos_token_id=end, observer=seen.append,
+        return_dict_in_generate=True, **how,
+    )  # fmt: skip
+    text = out.sequences[0, 6:].tolist()
+    if end in text:
+        stop = 6 + text.index(end)
+        ended = [p for p in seen if (p.committed[0, 6:] & (p.canvas[0, 6:] == end)).any()]
+        behind = [int(p.committed[0, stop + 1 :].sum()) for p in ended]
+        assert len(set(behind)) == 1, "no more after it was written"

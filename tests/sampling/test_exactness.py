@@ -23,13 +23,15 @@ LENGTHS = {
 
 @torch.no_grad()
 def uncached(model: PreTrainedModel, ids: torch.Tensor, new: int, steps: int) -> list[int]:
-    """Block-causal decoding that runs the whole text for every step."""
+    """Block-causal decoding that runs the whole text for every step, up to the last new token."""
     shift, size, length = model.config.diffusion["token_shift"], model.config.block_size, len(ids)
     canvas = ids
     for end in range((length // size + 1) * size, -(-(length + new) // size) * size + 1, size):
         canvas = torch.cat([canvas, torch.full((end - len(canvas),), MASK)])
         for left in range(steps, 0, -1):
-            masked = canvas == MASK
+            masked = (canvas == MASK) & (torch.arange(end) < length + new)
+            if not masked.any():
+                break
             logits = model(canvas[None], use_cache=False).logits[0]
             logits = torch.cat([logits[:1], logits[:-1]]) if shift else logits
             logits[:, MASK] = -torch.inf

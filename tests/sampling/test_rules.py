@@ -165,7 +165,7 @@ def guided_reference(model: PreTrainedModel, ids: torch.Tensor, new: int, scale:
     canvas = ids
     for end in range((length // size + 1) * size, -(-(length + new) // size) * size + 1, size):
         canvas = torch.cat([canvas, torch.full((1, end - canvas.shape[1]), MASK)], 1)
-        while (canvas == MASK).any():
+        while (canvas[:, : length + new] == MASK).any():
             hidden = canvas.clone()
             hidden[:, :length] = MASK
             given, free = (model(text, use_cache=False).logits[0] for text in (canvas, hidden))
@@ -173,6 +173,7 @@ def guided_reference(model: PreTrainedModel, ids: torch.Tensor, new: int, scale:
             logits[:, MASK] = -torch.inf
             confidence, token = logits.float().softmax(-1).max(-1)
             confidence[canvas[0, 1:] != MASK] = -1
+            confidence[length + new - 1 :] = -1
             best = int(confidence.argmax())
             canvas[0, best + 1] = token[best]
     return canvas[0, length : length + new].tolist()
@@ -247,11 +248,12 @@ def filled_reference(model: PreTrainedModel, ids: torch.Tensor, new: int) -> lis
     whole[:, :length] = ids
     for end in range(size, whole.shape[1] + 1, size):
         canvas = whole[:, :end]
-        while (canvas == MASK).any():
+        while (canvas[:, : length + new] == MASK).any():
             logits = model(canvas, use_cache=False).logits[0, :-1]
             logits[:, MASK] = -torch.inf
             confidence, token = logits.float().softmax(-1).max(-1)
             confidence[canvas[0, 1:] != MASK] = -1
+            confidence[length + new - 1 :] = -1
             best = int(confidence.argmax())
             canvas[0, best + 1] = token[best]
     return list(whole[0, : length + new].tolist())

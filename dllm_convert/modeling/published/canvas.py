@@ -26,7 +26,8 @@ class Canvas:
     Attributes:
         limits: Columns each row has, shape (batch,); at least prompt and new tokens.
         tokens: Shape (batch, width), the mask where nothing is written.
-        masked: Where something is to be written, shape (batch, width), bool.
+        masked: Where something is to be written, shape (batch, width), bool: up to where the new
+            tokens end that were asked for, which may be inside a block.
         rows: Rows still being written, shape (rows,).
         stops: Column behind the last new token that each row can have, shape (batch,): what ends a
             row early, an end-of-text token aside, shortens it.
@@ -57,7 +58,7 @@ class Canvas:
         self.tokens[:, :shared] = torch.where(
             self.given[:, :shared], prompts[:, :shared], options.mask_token_id
         )
-        self.masked = (self.tokens == options.mask_token_id) & (self.index < limits[:, None])
+        self.masked = (self.tokens == options.mask_token_id) & (self.index < self.ends[:, None])
         self.rows = torch.arange(batch, device=prompts.device)
         self.forwards = 0
         self.order = torch.zeros_like(self.tokens)
@@ -136,7 +137,23 @@ class Canvas:
         if not (noise and self.options.noise_tokens):
             return tokens
         active = [self._generators[row] for row in self.rows.tolist()]
-        return show_noise(tokens, self.masked[rows, columns], self.options, active)
+        # Behind its end a row's last block has noise as well.
+        return show_noise(tokens, tokens == self.options.mask_token_id, self.options, active)
+
+    def wanted(self, columns: torch.Tensor) -> torch.Tensor:
+        """Where the active rows have something to write at `columns`, each shape (rows, n), bool.
+
+        Nothing behind a row's first end-of-text token, which nobody gets, unless remasking may take
+        that back.
+        """
+        masked = self.masked[self.rows[:, None], columns]
+        if not len(self._eos) or self.options.remasking:
+            return masked
+        return masked & (columns < self._text_ends())
+
+    def _text_ends(self) -> torch.Tensor:
+        # The column of each active row's first end-of-text token, or the width, (rows, 1).
+        return (~self._ended()[self.rows]).sum(-1, keepdim=True)
 
     def final_lengths(self) -> torch.Tensor:
         """How long the text of each active row will be, as many rows as `read` returns."""
@@ -235,10 +252,10 @@ class Canvas:
             return torch.ones_like(self.rows, dtype=torch.bool)
         stop = self.stops[self.rows, None]
         if len(self._eos):
-            ended = self._ended()[self.rows]
+            ends = self._text_ends() + 1
             if self.options.remasking:
-                ended &= settled[:, None]
-            stop = torch.minimum(stop, (~ended).sum(-1, keepdim=True) + 1)
+                ends = torch.where(settled[:, None], ends, stop)
+            stop = torch.minimum(stop, ends)
         return ~(self.masked[self.rows] & (self.index < stop)).any(-1)
 
     def _ended(self) -> torch.Tensor:

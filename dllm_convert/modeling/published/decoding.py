@@ -35,7 +35,8 @@ def decode_canvas(
     while len(canvas.rows):
         # As wide as the longest text still written: rows that left make the others cheaper.
         width = int(canvas.ends[canvas.rows].max())
-        masked = canvas.masked[canvas.rows, :width]
+        columns = canvas.index[:width].expand(len(canvas.rows), -1)
+        masked = canvas.wanted(columns)
         if options.block_length:
             # Windows are counted from each row's first new token, masks in a prompt lie in negative
             # ones: the number of every column, (rows, width), and the first with a mask, (rows,).
@@ -52,7 +53,7 @@ def decode_canvas(
         window[canvas.rows] = current
         canvas.begin(masked, beginning)
         logits = reader.read(masked, current, bool(beginning.any()))
-        canvas.denoise(logits, canvas.index[:width].expand_as(masked), masked)
+        canvas.denoise(logits, columns, masked)
         canvas.show()
         # Nothing is settled before all is written: remasking may take any token back.
         done = canvas.finished(torch.zeros_like(beginning))
@@ -80,7 +81,7 @@ def decode_blocks(
     of the block size too.
     """
     size = options.block_size or 1
-    # Whole blocks: what a row writes behind its last new token is cut off in the end.
+    # Whole blocks: behind its last new token a row has masks, which nothing is written into.
     limits = (lengths + options.max_new_tokens + size - 1) // size * size
     canvas = Canvas(prompts, lengths, options, limits=limits, observer=observer)
     reader = (reader or BlockReader)(model, canvas, size)
@@ -90,7 +91,7 @@ def decode_blocks(
     beginning = torch.ones_like(canvas.rows, dtype=torch.bool)
     while len(canvas.rows):
         columns = reader.columns()  # of the block each row is at, (rows, block)
-        masked = canvas.masked[canvas.rows[:, None], columns]
+        masked = canvas.wanted(columns)
         is_open = masked.any(-1)  # (rows,)
         logits = None
         if not is_open.any():
@@ -98,7 +99,7 @@ def decode_blocks(
         if logits is not None:
             # The written blocks are in the cache, and every row stands at the next one.
             columns = reader.columns()
-            masked = canvas.masked[canvas.rows[:, None], columns]
+            masked = canvas.wanted(columns)
             is_open = beginning = torch.ones_like(is_open)
         canvas.begin(masked, beginning)
         if logits is None:

@@ -86,8 +86,8 @@ class QueuedCanvas(QueuedDecoder):
         at = rows[:, None], self.columns
         canvas.tokens[at] = self.block
         if self.options.noise_tokens:
-            limits = canvas.limits[rows, None]
-            canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < limits)
+            ends = canvas.ends[rows, None]
+            canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < ends)
 
 
 class QueuedBlocks(QueuedDecoder):

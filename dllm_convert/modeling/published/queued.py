@@ -21,7 +21,7 @@ from .draws import Draws
 from .graphs import Graphs
 from .moving import Late, sent
 from .options import Decoded
-from .regions import Region, commits_one, is_foreseeable, plan_regions, plan_steps
+from .regions import Region, commits_one, counts_ahead, is_foreseeable, plan_regions, plan_steps
 from .rope import final_lengths
 
 _RECENT = 4
@@ -30,8 +30,6 @@ _SHARE = 0.75
 """and after which share of them the host looks whether it is written."""
 _LOOK = 8
 """Steps of one region after which the host looks whether all rows have ended,"""
-_LOOK_AT_THE_END = 4
-"""the same where the last region goes beyond the tokens that were asked for,"""
 _NEVER = 1 << 30
 """and where there is nothing to see."""
 
@@ -109,11 +107,7 @@ class QueuedDecoder:
         self.places = torch.arange(self.columns_at_hand, device=self.device)
         self.forward_number = torch.zeros((), dtype=torch.long, device=self.device)
         self.may_end = bool(self.options.eos_token_ids)
-        # Whether what is written last goes beyond what was asked for.
-        self.ends_inside = any(
-            limit != length + self.options.max_new_tokens
-            for limit, length in zip(limits, lengths, strict=True)
-        )
+        self.ends_text = sent(self.options.eos_token_ids, self.device)
         self.looked: Late | None = None  # which rows are done, on its way to the host
         self.recent: deque[int] = deque(maxlen=_RECENT)
         self._make_buffers()
@@ -159,8 +153,8 @@ class QueuedDecoder:
         at = canvas.rows[:, None], self.columns
         canvas.tokens[at] = self.block
         # The mask is never written: where it stands, something is still to be.
-        limits = canvas.limits[canvas.rows, None]
-        canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < limits)
+        ends = canvas.ends[canvas.rows, None]
+        canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < ends)
         if self.with_order:
             canvas.order[at] = self.order
 
@@ -214,7 +208,9 @@ class QueuedDecoder:
     @property
     def is_open(self) -> torch.Tensor | None:
         """Where noise is shown of the columns at hand, (rows, n); None where none is."""
-        return ~self.closed if self.options.noise_tokens else None
+        if not self.options.noise_tokens:
+            return None
+        return self.block == self.options.mask_token_id
 
     def keep(self, logits: torch.Tensor, first: int = 0) -> None:
         """Take logits (rows, up to n, vocab) as those of the columns at hand from `first` on."""
@@ -238,8 +234,14 @@ class QueuedDecoder:
             logits.index_fill_(-1, self.forbidden, -torch.inf)
         token, ratings = rate_all(logits, options, self.warpers, race=self.race, drawn=self.ranked)
         quota, closed = self.number, self.closed
+        if self.may_end and options.remasking is None:
+            # What is behind the first end-of-text token nobody gets.
+            new = self.columns >= self.canvas.lengths[self.canvas.rows, None]
+            # Not isin, which may sort, and ask the device how much there is.
+            ends = (self.block[..., None] == self.ends_text).any(-1) & new
+            torch.logical_or(closed, ends.cumsum(-1) > 0, out=closed)
         places, remaining = self.places if commits_one(options) else None, None
-        if places is None and not is_foreseeable(options):
+        if places is None and not counts_ahead(options):
             remaining = (~closed).sum(-1)  # (rows,), to be written in as many steps as are left
             quota = (remaining + self.number - 1) // self.number
         chosen = choose_among(ratings, closed, quota, options, places=places)
@@ -339,17 +341,15 @@ class QueuedDecoder:
                     return False
             if pace is not None and pace.is_written(self.closed):
                 break
-            if (step + 1) % self._looks_every(region) == 0 and step + 1 < len(steps):
+            if (step + 1) % self._looks_every() == 0 and step + 1 < len(steps):
                 self.put_back()
                 self.looked = Late(self._done())
         return True
 
-    def _looks_every(self, region: int) -> int:
+    def _looks_every(self) -> int:
         """After how many steps the host asks which rows are done, besides at the end."""
         if self.canvas.is_watched or self.options.remasking is not None:
             return _NEVER
-        if region + 1 == len(self.steps) and self.ends_inside:
-            return _LOOK_AT_THE_END
         return _LOOK if self.may_end else _NEVER
 
     def _done(self) -> torch.Tensor:

@@ -90,6 +90,14 @@ def is_foreseeable(options: DecodingOptions) -> bool:
     return not unsure and options.remasking is None
 
 
+def counts_ahead(options: DecodingOptions) -> bool:
+    """Whether how many tokens each step commits can be counted before anything is written.
+
+    Where a text may end early fewer are left, and each step commits its share of those.
+    """
+    return is_foreseeable(options) and (not options.eos_token_ids or commits_one(options))
+
+
 def commits_one(options: DecodingOptions) -> bool:
     """Whether the number of steps asks each of them for one token."""
     return options.max_denoising_steps is None and options.remasking is None
@@ -103,7 +111,7 @@ def plan_steps(counts: Sequence[int], options: DecodingOptions) -> list[list[int
     """
     most, plan = options.max_denoising_steps, []
     budgets = [count if most is None else most for count in counts]
-    remaining, foreseeable = list(counts), is_foreseeable(options)
+    remaining, foreseeable = list(counts), counts_ahead(options)
     steps = max(
         budget if options.remasking else min(budget, count)
         for budget, count in zip(budgets, counts, strict=True)
