@@ -84,9 +84,9 @@ DENOISING = Picture(
     "",
     "sample",
     "The sample while it was denoised",
-    "Animation of the sample above: grey boxes stand for masked tokens and turn into text, one "
+    "Animation of a sample: grey boxes stand for masked tokens and turn into text, one "
     "forward pass after the other, with the newest tokens highlighted",
-    "The same text while it was denoised; grey is not written yet, orange was written last.",
+    "A sample while it was denoised; grey is not written yet, orange was written last.",
 )
 """Recorded while the sample is decoded; the others are drawn from what was measured."""
 

@@ -9,7 +9,9 @@ from typing import Any
 from dllm_convert.card import text as card_text
 from dllm_convert.card.checks import check_metadata
 from dllm_convert.card.facts import BILLION, collect_facts
+from dllm_convert.card.groups import group_probes
 from dllm_convert.card.metadata import dump_front_matter, front_matter
+from dllm_convert.card.quality import glance_table, quality_of
 from dllm_convert.card.tables import measures_table, scores_table, sweep_table
 from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.manifest import CARD_FILE, read_manifest, record_card
@@ -76,6 +78,9 @@ def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | Non
         data_dir("cards"),
         TEMPLATE,
         facts=facts,
+        quality=quality_of(facts),
+        glance=glance_table(facts),
+        groups=group_probes(facts.probes),
         measures=measures_table(facts.measures),
         scores=facts.evaluation and scores_table(facts.evaluation),
         sweep=facts.evaluation and sweep_table(facts.evaluation),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,11 @@ from dllm_convert.card.charts import score_figure
 from dllm_convert.card.evaluation import Evaluation
 from dllm_convert.card.evaluation_curve import PARALLELISM, drawable
 from dllm_convert.card.facts import Facts, collect_facts
+from dllm_convert.card.groups import Group, group_probes
 from dllm_convert.card.pictures import (
     ATTENTION,
     DECODING,
+    DENOISING,
     LOSS,
     PICTURES,
     RATES,
@@ -26,6 +29,7 @@ from dllm_convert.card.pictures import (
     as_svg,
     draw_svg,
 )
+from dllm_convert.card.quality import Number, Quality, numbers, quality_of
 from dllm_convert.card.text import duration, shown
 from dllm_convert.common.disk import write_whole
 from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE, read_manifest
@@ -37,6 +41,8 @@ from dllm_convert.recipe.loading import data_dir
 from dllm_convert.verification.observe.observations import Observations
 
 TEMPLATE = "report.html.jinja"
+LARGEST_FILM = 8 << 20
+"""Bytes of an animation that a page still holds."""
 _TABLES = {
     ATTENTION.file: tables.attention_table,
     LOSS.file: tables.loss_table,
@@ -69,7 +75,11 @@ class Page:
     Attributes:
         title: Name of the model.
         passed: Whether verification passed; None if there was none.
-        probes: All probes, failures first, then those that were not run.
+        probes: How many checks there are.
+        groups: The checks by what they are about, failures first.
+        quality: The verdict on quality, None of a folder that says nothing of how it was made.
+        numbers: The four numbers beside it.
+        film: How the sample was denoised, a GIF as a data URI; empty for none.
         facts: What the model is and where it comes from, name and value.
         figures: Pictures.
         measures: Held-out likelihoods.
@@ -82,9 +92,13 @@ class Page:
 
     title: str
     passed: bool | None
-    probes: tuple[Mapping[str, Any], ...]
+    probes: int
+    groups: tuple[Group, ...]
     facts: tuple[tuple[str, str], ...]
     figures: tuple[Figure, ...]
+    quality: Quality | None = None
+    numbers: tuple[Number, ...] = ()
+    film: str = ""
     measures: Table | None = None
     scores: tuple[Table | None, tuple[str, ...]] | None = None
     sample: Mapping[str, Any] | None = None
@@ -142,7 +156,7 @@ def render_report(
     if seen is None:
         seen = Observations.from_measurements(manifest.get("measurements") or {})
     try:
-        page = _made_here(collect_facts(folder, manifest), seen)
+        page = _made_here(folder, collect_facts(folder, manifest), seen)
     except DllmConvertError:
         # No manifest of ours, or not a sound one: the page says what is known without it.
         page = _foreign(folder, manifest.get("verification"), seen)
@@ -157,13 +171,11 @@ def render_report(
     )
     environment.filters |= {
         "duration": duration,
-        # Every value is escaped there.
-        "table": lambda table, caption: Markup(table.as_html(caption)),  # noqa: S704
     }
-    return environment.get_template(TEMPLATE).render(page=page)
+    return environment.get_template(TEMPLATE).render(page=page, film=DENOISING)
 
 
-def _made_here(facts: Facts, seen: Observations) -> Page:
+def _made_here(folder: Path, facts: Facts, seen: Observations) -> Page:
     report, manifest, found = facts.verification or {}, facts.manifest, facts.evaluation
     scores = None
     if found is not None:
@@ -173,12 +185,24 @@ def _made_here(facts: Facts, seen: Observations) -> Page:
         **_verdict(report),
         facts=tuple(_facts(facts)),
         figures=(*_figures(seen), *_curve(facts.evaluation)),
+        quality=quality_of(facts),
+        numbers=tuple(numbers(facts)),
+        film=_film(folder, facts),
         measures=tables.measures_table(facts.measures) if facts.measures else None,
         scores=scores,
         sample=facts.sample,
         recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
     )
+
+
+def _film(folder: Path, facts: Facts) -> str:
+    # Inside of the page: it is one file, and loads nothing.
+    if facts.animation is None:
+        return ""
+    path = folder / facts.animation.file
+    held = path.read_bytes() if path.stat().st_size <= LARGEST_FILM else b""
+    return f"data:image/gif;base64,{b64encode(held).decode()}" if held else ""
 
 
 def _foreign(folder: Path, report: Mapping[str, Any] | None, seen: Observations) -> Page:
@@ -214,11 +238,10 @@ def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
         for probe in report.get("probes") or ()
     ]
     passed = [probe["passed"] for probe in probes]
-    # Failures first, then what was not looked at.
-    order = {"None": 1, "True": 2}
     return {
         "passed": report.get("passed"),
-        "probes": tuple(sorted(probes, key=lambda probe: order.get(str(probe["passed"]), 0))),
+        "probes": len(probes),
+        "groups": group_probes(probes),
         "seconds": report.get("seconds"),
         "counts": {
             "passed": passed.count(True),

@@ -30,10 +30,10 @@ from dllm_convert.errors import DataError
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.verification.report import BY_FILES
 
-ALWAYS = ["Use", "The model", "Training", "Limits", "Reproduce", "Licence", "Citation"]
+ALWAYS = ["Use", "The model", "Limits", "Training", "Reproduce", "Licence", "Citation"]
 TRAINED = [
-    *("Use", "The model", "Training", "Measured on held-out text", "A sample", "Verification"),
-    *("Limits", "Reproduce", "Licence", "Citation"),
+    *("Use", "The model", "Limits", "Training", "Measured on held-out text", "A sample"),
+    *("Verification", "Reproduce", "Licence", "Citation"),
 ]
 
 

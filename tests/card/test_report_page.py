@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import pytest
 from card_cases import CASES, Manifest, bert_mdlm, changed, fill, llama_bd3lm, probe
 from report_cases import drawable, evaluated
 
+from dllm_convert.card.groups import group_probes
 from dllm_convert.card.readme import render_card
-from dllm_convert.card.report import render_report, write_report
+from dllm_convert.card.report import LARGEST_FILM, render_report, write_report
 from dllm_convert.errors import DataError
+from dllm_convert.verification.catalogue import CATALOGUE
 
 SCRIPT = "<script>alert(1)</script>"
 EVIL = f'"><img src=https://evil.example/x.png onerror=alert(1)>{SCRIPT}{{{{ 7*7 }}}}&amp;'
 VOID = {"meta", "br", "image", "use", "path"}
+INSIDE = ("data:image/png;base64,", "data:image/gif;base64,")
 LOADING = ("src", "srcset", "href", "xlink:href", "data", "poster", "action", "background")
 
 
@@ -66,7 +70,7 @@ class Reader(HTMLParser):
             value
             for _, attributes in self.tags
             for name, value in attributes.items()
-            if name in LOADING and value and not value.startswith(("#", "data:image/png;base64,"))
+            if name in LOADING and value and not value.startswith(("#", *INSIDE))
         ]
 
 
@@ -78,7 +82,7 @@ def assert_inert(page: str) -> None:
     """Nothing runs, nothing is loaded, and the browser is told to refuse both."""
     read = Reader(page)
     assert not read.outside
-    assert not {"script", "img", "iframe", "link", "object", "embed", "base", "form"} & {
+    assert not {"script", "iframe", "link", "object", "embed", "base", "form"} & {
         tag for tag, _ in read.tags
     }
     assert not [name for _, held in read.tags for name in held if name.startswith("on")]
@@ -160,6 +164,116 @@ def test_failures_come_first(tmp_path: Path) -> None:
     assert names[1] == ["○ not run", "unasked", "not measured", "2", "no base"]
     assert "Verification failed" in read.text
     assert "2 of 4 checks passed, 1 failed, 1 not run" in read.text
+
+
+def test_checks_are_folded_by_group_with_failures_open_and_named(tmp_path: Path) -> None:
+    probes = [
+        probe("weights", True, "1", "1"),
+        probe("attention-sdpa", True, "1", "1"),
+        probe("attention-layers", False, "3 wrong", "0 wrong"),
+        probe("cache", None, "not measured", "0"),
+        probe("never-heard-of", False, "1", "0"),
+    ]
+    report = {"passed": False, "probes": probes, "seconds": 2.0}
+    manifest = changed(llama_bd3lm(), verification=report)
+    page = page_of(manifest, tmp_path / "out")
+    groups = re.findall(
+        r"<details( open)?><summary>(.*?)</summary>\n<table class=.grid probes", page
+    )
+    titles = [(bool(is_open), re.sub(r"<[^>]+>", "", title)) for is_open, title in groups]
+    assert titles == [
+        (True, "Who sees whom 1 of 2 passed, 1 failed"),
+        (True, "Others 0 of 1 passed, 1 failed"),
+        (False, "Files and weights 1 of 1 passed"),
+        (False, "Decoding 0 of 1 passed, 1 not run"),
+    ]
+    verdict = page[page.index("Verification failed") : page.index("</header>")]
+    assert "<li>attention-layers</li>" in verdict and "<li>never-heard-of</li>" in verdict
+    card = render_card(tmp_path / "out", manifest)
+    opened = re.findall(r"<details open>\n<summary>(.*)</summary>", card)
+    assert opened == [
+        "Who sees whom: 1 of 2 passed, 1 failed: attention-layers",
+        "Others: 0 of 1 passed, 1 failed: never-heard-of",
+    ]
+
+
+def test_every_probe_has_a_group() -> None:
+    groups = group_probes([{"name": name, "passed": True} for name in CATALOGUE])
+    assert "Others" not in [group.title for group in groups]
+    assert sum(len(group.probes) for group in groups) == len(CATALOGUE)
+
+
+def test_the_story_is_told_from_the_top(tmp_path: Path) -> None:
+    manifest = changed(llama_bd3lm(), measurements=drawable(), evaluation=evaluated())
+    folder = fill(tmp_path / "out", manifest)
+    (folder / "sample.gif").write_bytes(b"GIF89a")
+    page = render_report(folder, manifest)
+    assert_inert(page)
+    told = [
+        *("<h1>", 'src="data:image/gif;base64,R0lGODlh"', "NELBO before", "NELBO after"),
+        *("base, autoregressive", "tokens per forward", "Verification passed", "Behind its base"),
+        *("<h2>A sample", "Held-out loss at each mask rate", "<h2>Held-out text", "<h2>Evaluation"),
+        *("<h2>Checks", "<h2>The model", "The resolved recipe"),
+    ]
+    places = [page.index(text) for text in told]
+    assert places == sorted(places)
+    (film,) = [held for tag, held in Reader(page).tags if tag == "img"]
+    assert len(str(film["alt"]).split()) >= 8
+    large = folder / "sample.gif"
+    with large.open("wb") as file:
+        file.truncate(LARGEST_FILM + 1)
+    assert "data:image/gif" not in render_report(folder, manifest), "the page stays a page"
+
+
+def test_it_needs_no_scrolling_to_the_side(tmp_path: Path) -> None:
+    """Nothing is wider than it may be, and no word is broken in a table."""
+    manifest = changed(llama_bd3lm(), measurements=drawable(), evaluation=evaluated())
+    page = page_of(manifest, tmp_path / "out")
+    style = page[page.index("<style>") : page.index("</style>")]
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", style)
+    assert "overflow-x" not in style and "nowrap" not in style.replace(".unseen", "").replace(
+        "clip-path: inset(50%); white-space: nowrap", ""
+    )
+    assert not re.search(r"min-width: *[1-9]", style)
+    anywhere = [selector.strip() for selector, rule in rules if "anywhere" in rule]
+    assert anywhere == [".facts td"], "ids and hashes, of which no part is a word"
+    phone = style[style.index("@media (max-width") :]
+    assert "th, td { display: block" in phone and "attr(data-name)" in phone
+    tables = re.findall(r"<table class=.grid [^>]*>(.*?)</table>", page, flags=re.DOTALL)
+    assert len(tables) >= 6
+    for table in tables:
+        for values in re.findall(r"<tr[^>]*><th scope=.row.*?</tr>", table, flags=re.DOTALL):
+            assert values.count("<td") == values.count("data-name="), "a value without its column"
+
+
+GAPS = [
+    ({"nelbo_after": 3.4}, "good", "Near its base", "lie 0.17 to 0.33 above"),
+    ({"nelbo_after": 3.2}, "good", "Near its base", "no higher than the base's own"),
+    ({"nelbo_after": 4.0}, "fair", "Behind its base", "closed 85% of the distance"),
+    ({"nelbo_after": 7.0}, "poor", "Far from its base", "Expect little of its text"),
+    ({"nelbo_after": 9.0}, "poor", "No better than before training", "9 nats per token, and was"),
+    ({"nelbo_after": None}, "open", "Quality not measured", "held-out"),
+    ({"ar_nll": None}, "open", "Trained; nothing to compare with", "came down from 8.25 to 5.5"),
+]
+
+
+@pytest.mark.parametrize(("found", "kind", "headline", "said"), GAPS)
+def test_quality_is_judged_in_words(
+    found: dict[str, float | None], kind: str, headline: str, said: str, tmp_path: Path
+) -> None:
+    manifest = llama_bd3lm()
+    for name, nats in found.items():
+        held = manifest["measurements"].pop(name)
+        if nats is not None:
+            manifest["measurements"][name] = {**held, "nats_per_token": nats}
+    folder = fill(tmp_path / "out", manifest)
+    page = render_report(folder, manifest)
+    assert f'<div class="verdict {kind}">\n<strong>{headline}</strong>' in page
+    assert said in Reader(page).text
+    card = render_card(folder, manifest)
+    assert f"**Is it any good?** {headline}. " in card and said in card
+    assert card.index(headline) < card.index("## Use") < card.index("## Limits")
+    assert card.index("## Limits") < card.index("## Training")
 
 
 def test_no_verification_is_not_a_pass(tmp_path: Path) -> None:
