@@ -27,6 +27,15 @@ class Effort:
     most_draws: int = 0
     scoring_seconds: float = 0.0
 
+    def __add__(self, other: Effort) -> Effort:
+        """Return what both took together."""
+        return Effort(
+            *(
+                one + more
+                for one, more in zip(vars(self).values(), vars(other).values(), strict=True)
+            )
+        )
+
     def as_dict(self) -> dict[str, float | int | None]:
         """Return the counts with the ratios people read."""
         return {

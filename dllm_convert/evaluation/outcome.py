@@ -1,9 +1,8 @@
-"""Tasks run by lm-eval with one model, and what came of it."""
+"""A task run by lm-eval with one model, and what came of it."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from dllm_convert.common.quiet import debugging
 from dllm_convert.errors import DllmConvertError
+from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.names import unknown_tasks
 from dllm_convert.evaluation.paired import Mean, mean_of
 from dllm_convert.evaluation.request import Request
@@ -21,18 +21,16 @@ Items = Mapping[tuple[str, str], Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model did on all tasks.
+    """What one model did on some tasks.
 
     Attributes:
         items: Scores by task, metric and item.
         effort: What it took.
-        seconds: Wall time, loading included.
         tasks: Task names and their version, number of items, examples before each and kind.
     """
 
     items: Items
-    effort: Mapping[str, Any]
-    seconds: float
+    effort: Effort
     tasks: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -43,6 +41,37 @@ class Outcome:
     def means(self) -> dict[tuple[str, str], Mean]:
         """Mean of every metric with its interval."""
         return {key: mean_of(list(scores.values())) for key, scores in self.items.items()}
+
+    def __or__(self, other: Outcome) -> Outcome:
+        """Return both, of different tasks, as one."""
+        return Outcome(
+            {**self.items, **other.items},
+            self.effort + other.effort,
+            {**self.tasks, **other.tasks},
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` reads."""
+        items = [[*key, list(scores.items())] for key, scores in self.items.items()]
+        tasks = {name: dict(facts) for name, facts in self.tasks.items()}
+        return {"items": items, "effort": vars(self.effort), "tasks": tasks}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Outcome:
+        """Read what `as_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is something else.
+        """
+        items = {
+            (task, metric): {int(item): float(score) for item, score in scores}
+            for task, metric, scores in found["items"]
+        }
+        return cls(items, Effort(**found["effort"]), dict(found["tasks"]))
+
+
+NOTHING = Outcome({}, Effort(), {})
+"""No task."""
 
 
 def require_harness() -> None:
@@ -60,34 +89,21 @@ def require_harness() -> None:
         )
 
 
-def run_tasks(request: Request, model: Any) -> Outcome:
-    """Have lm-eval run all tasks with one model.
+def run_task(request: Request, model: Any, manager: Any, name: str) -> Outcome:
+    """Have lm-eval run a task, or a group of them, with one model.
 
     Args:
-        request: What is to be evaluated.
+        request: How.
         model: As lm-eval sees it, with its `effort`.
-
-    Raises:
-        UnknownTaskError: There is no task of a name.
+        manager: lm-eval's, see `task_manager`.
+        name: The task.
     """
-    started = time.monotonic()
-    manager = _task_manager(request)
-    groups: dict[int | None, list[str]] = {}
-    for name in request.tasks:
-        groups.setdefault(request.shots_of(name), []).append(name)
-    items: dict[tuple[str, str], Mapping[int, float]] = {}
-    tasks: dict[str, Mapping[str, Any]] = {}
-    for shots, names in groups.items():
-        found = _run_group(request, model, manager, names, shots)
-        # Of several processes the first one holds the results.
-        if found is not None:
-            items |= _items(found)
-            tasks |= _task_facts(found)
-    seconds = round(time.monotonic() - started, 1)
-    return Outcome(items, model.effort.as_dict(), seconds, tasks)
+    model.effort = Effort()
+    found = _run(request, model, manager, name)
+    return Outcome(_items(found), model.effort, _task_facts(found))
 
 
-def _task_manager(request: Request) -> Any:
+def task_manager(request: Request) -> Any:
     """Find the tasks, without lm-eval's own thousands where they are not needed.
 
     Raises:
@@ -108,17 +124,15 @@ def _task_manager(request: Request) -> Any:
     return manager
 
 
-def _run_group(
-    request: Request, model: Any, manager: Any, names: list[str], shots: int | None
-) -> Mapping[str, Any] | None:
+def _run(request: Request, model: Any, manager: Any, name: str) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
 
     seed = request.settings.seed
     with _quiet_harness():
-        found: Mapping[str, Any] | None = simple_evaluate(
+        found: Mapping[str, Any] = simple_evaluate(
             model=model,
-            tasks=names,
-            num_fewshot=shots,
+            tasks=[name],
+            num_fewshot=request.shots_of(name),
             limit=request.limit,
             apply_chat_template=request.chat,
             fewshot_as_multiturn=request.chat,

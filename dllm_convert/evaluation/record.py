@@ -52,18 +52,61 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
     # Its result is written into the manifest: what cannot be is told before hours of work.
     refuse_other_version(request.checkpoint)
     started = time.monotonic()
-    found: dict[str, Any] = {"format_version": EVALUATION_VERSION, "settings": _settings(request)}
+    settings = {"format_version": EVALUATION_VERSION, "settings": _settings(request)}
+    earlier = _earlier(request.checkpoint, settings)
+
+    def record(sections: dict[str, Any]) -> dict[str, Any]:
+        seconds = round(time.monotonic() - started + earlier.get("seconds", 0.0), 1)
+        found = settings | _merged(earlier, sections) | {"seconds": seconds}
+        record_evaluation(request.checkpoint, found)
+        return found
+
+    sections: dict[str, Any] = {}
     if request.tasks:
         from dllm_convert.evaluation.run import evaluate_tasks
 
-        found |= evaluate_tasks(request, reporter)
+        sections = evaluate_tasks(request, reporter, record)
     if request.data is not None:
         from dllm_convert.evaluation.text import measure_text
 
-        found["text"] = measure_text(request, reporter)
-    found["seconds"] = round(time.monotonic() - started, 1)
-    record_evaluation(request.checkpoint, found)
+        sections["text"] = measure_text(request, reporter)
+    found = record(sections)
+    if failed := sections.get("failed"):
+        names = ", ".join(failed)
+        raise DllmConvertError(
+            f"{len(failed)} of {len(request.tasks)} tasks failed: {names}; the others are recorded",
+            hint="The same command does what failed, and only that, again",
+        )
     return found
+
+
+def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation with the same settings recorded; of other settings nothing."""
+    if not (folder / MANIFEST_FILE).exists():
+        return {}
+    found: dict[str, Any] = read_manifest(folder).get("evaluation") or {}
+    same = all(found.get(name) == value for name, value in settings.items())
+    return found if same else {}
+
+
+def _merged(earlier: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """Put what was found over what the same settings found before, task by task."""
+    failed = sections.get("failed", {})
+    again = {*sections.get("tasks", ()), *failed}
+    rows = {
+        name: [row for row in earlier.get(name) or () if row["task"] not in again]
+        + list(sections.get(name) or ())
+        for name in ("results", "sweep")
+    }
+    tasks = {**earlier.get("tasks", {}), **sections.get("tasks", {})}
+    merged = {
+        **rows,
+        "tasks": {name: facts for name, facts in tasks.items() if name not in failed},
+        "effort": sections.get("effort") or earlier.get("effort"),
+        "text": sections.get("text") or earlier.get("text"),
+        "failed": failed,
+    }
+    return {name: value for name, value in merged.items() if value}
 
 
 def _settings(request: Request) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_progress_counts_answers_and_says_how_long(
         checkpoint, ("capitals", "writing"), base, (str(folder),), limit=2, settings=QUICK
     )
     with quiet_libraries():
-        evaluate_tasks(replace(request, batch_size=1), reporter)
+        evaluate_tasks(replace(request, batch_size=1), reporter, lambda found: None)
     spoken = "\n".join(reporter.lines)
     # The conversion counts a choice and round, decided early or not; the base counts answers.
     assert "score: 10/10, 0:00:00 left" in spoken

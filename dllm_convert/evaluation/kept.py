@@ -1,0 +1,93 @@
+"""What an evaluation found before it was stopped, kept beside the checkpoint until all is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from dllm_convert.common.json_files import write_json
+from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.evaluation.outcome import Outcome
+from dllm_convert.evaluation.request import Request
+
+FOLDER = Path(".work/evaluation")
+"""Of the checkpoint; a push publishes nothing of it."""
+_MODEL = (".safetensors", ".json", ".py", ".jinja")
+"""Files that an answer depends on; card, report and pictures are written anew on the way."""
+
+
+@dataclass(frozen=True)
+class KeptOutcomes:
+    """Outcomes of single tasks, each under what it depends on.
+
+    Attributes:
+        request: What is evaluated.
+    """
+
+    request: Request
+
+    def get(self, model: str, task: str, find: Callable[[], Outcome]) -> Outcome:
+        """Return what was found before, or find and keep it.
+
+        Args:
+            model: Which one: the conversion, perhaps at a threshold, or the base.
+            task: Name of the task.
+            find: Runs it.
+        """
+        path = self._folder / f"{self._key(model, task)}.json"
+        try:
+            return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError):
+            # None, or one that a power cut left half of.
+            found = find()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, found.as_dict())
+        return found
+
+    def drop(self) -> None:
+        """Forget all: the evaluation is recorded, and the next one begins anew."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _folder(self) -> Path:
+        return self.request.checkpoint / FOLDER
+
+    def _key(self, model: str, task: str) -> str:
+        request = self.request
+        depends = {
+            "model": model,
+            "weights": _weights(request.checkpoint),
+            "base": request.base if model == "base" else None,
+            "task": task,
+            "limit": request.limit,
+            "chat": request.chat,
+            "shots": request.shots_of(task),
+            "settings": {**vars(request.settings), "generation": dict(request.settings.generation)},
+            "include": [_content(Path(folder)) for folder in request.include],
+        }
+        text = json.dumps(depends, sort_keys=True, default=str)
+        return blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _weights(folder: Path) -> Mapping[str, Any]:
+    """Return what tells one state of a checkpoint from another."""
+    if (folder / MANIFEST_FILE).is_file():
+        files = read_manifest(folder).get("files") or {}
+        found = {name: digest for name, digest in files.items() if Path(name).suffix in _MODEL}
+        if found:
+            return found
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _content(folder: Path) -> str:
+    """Return a hash of a folder of tasks."""
+    found = blake2b(digest_size=12)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".yaml", ".py", ".json", ".jsonl"):
+            found.update(path.read_bytes())
+    return found.hexdigest()
