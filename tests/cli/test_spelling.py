@@ -34,7 +34,9 @@ def requests() -> Iterator[tuple[str, str]]:
 
 
 def arguments() -> set[str]:
-    functions = (dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push, dc.export)
+    functions = (
+        *(dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push, dc.export, dc.serve),
+    )
     names = {name for one in functions for name in inspect.signature(one).parameters}
     return (
         names
@@ -49,8 +51,9 @@ def arguments() -> set[str]:
 def test_arguments_are_named_as_both_doors_have_them(where: str, text: str) -> None:
     assert "--" not in text, f"{where}: a flag, and Python may have asked"
     for name in names_in(text):
-        assert name.partition("=")[0] in arguments(), where
-        assert f"`{flag(name)}`" in PAGE, where
+        argument = name.partition("=")[0]
+        assert argument in arguments(), where
+        assert f"`{flag(argument)}`" in PAGE, where
 
 
 @pytest.mark.parametrize(
