@@ -51,9 +51,8 @@ def arguments() -> set[str]:
 def test_arguments_are_named_as_both_doors_have_them(where: str, text: str) -> None:
     assert "--" not in text, f"{where}: a flag, and Python may have asked"
     for name in names_in(text):
-        argument = name.partition("=")[0]
-        assert argument in arguments(), where
-        assert f"`{flag(argument)}`" in PAGE, where
+        assert name.partition("=")[0] in arguments(), where
+        assert f"`{flag(name)}`" in PAGE, where
 
 
 @pytest.mark.parametrize(
