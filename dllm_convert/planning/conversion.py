@@ -150,6 +150,9 @@ def _config_updates(
     if recipe.training.keeps_base:
         # To everybody who does not load our class the folder is the base.
         section = _diffusion_section(recipe, config, adapter, mask).as_dict()
+        if "architectures" not in config:
+            # A text model that another one held need not say what it is.
+            stored = {**stored, "architectures": [adapter.stock_class]}
         if adapter.measured is not None:
             section[RECORD] = adapter_as_dict(adapter)
         return {

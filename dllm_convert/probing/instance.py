@@ -55,8 +55,7 @@ def full_config(values: Mapping[str, Any]) -> PreTrainedConfig:
         )
     if config.get_text_config() is not config:
         raise UnsupportedError(
-            f"the config of {model_type!r} holds the one of its text model inside: is_causal is "
-            "not read there"
+            f"the config of {model_type!r} holds the one of its text model inside: that is measured"
         )
     return config
 
