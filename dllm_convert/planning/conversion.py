@@ -242,7 +242,7 @@ def make_plan(
             *(sentence for sentence in known if sentence),
             *advise(recipe, source, adapter, context),
         ),
-        notes=(*attention.notes, *fit.notes),
+        notes=(*attention.notes, *fit.notes, *_taken_out(source)),
         tensors_dropped=fit.dropped,
         layers=attention.layers,
         writes=count_writes(source, mask, changed=changed, rewritten=files)
@@ -252,6 +252,12 @@ def make_plan(
     )
     served(plan)
     return plan
+
+
+def _taken_out(source: SourceInfo) -> tuple[str, ...]:
+    if source.inside is None:
+        return ()
+    return (f"the text model of a {source.inside}: nothing else of it was taken",)
 
 
 def _main_dtype(source: SourceInfo) -> str | None:
