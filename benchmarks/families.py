@@ -45,12 +45,16 @@ def measure(model_type: str) -> dict[str, Any]:
 
     try:
         config = CONFIG_MAPPING[model_type](**FIELDS.get(model_type, {}))
-        values = json.loads(json.dumps(config.to_dict(), default=str))
+        # Of a model that holds a text model inside, that one is converted.
+        text = config.get_text_config()
+        values = json.loads(json.dumps(text.to_dict(), default=str))
     except BROKEN as error:
         reason = f"its default config cannot be built ({type(error).__name__})"
         return {"model_type": model_type, "reason": reason, "findings": [], "written": False}
-    report = measure_family({**values, "model_type": model_type}, ()).as_dict()
-    return {**report, "written": has_adapter(model_type)}
+    inside = None if text is config else text.model_type
+    report = measure_family({**values, "model_type": inside or model_type}, ()).as_dict()
+    known = {"written": has_adapter(inside or model_type), "inside": inside}
+    return {**report, **known, "model_type": model_type}
 
 
 def in_a_fork(model_type: str, out: Path) -> None:
@@ -105,31 +109,47 @@ def table(entries: list[dict[str, Any]]) -> str:
     versions = next(entry["versions"] for entry in entries if entry.get("versions"))
     yes = [entry for entry in entries if entry.get("adapter")]
     no = [entry for entry in entries if not entry.get("adapter")]
+    open_ones = sum(bool(entry["adapter"].get("targets", True)) for entry in yes)
+    kept = sum(_beside(entry) != "no" for entry in yes)
     lines = [
         f"transformers {versions['transformers']}, torch {versions['torch']}, CPU, one thread: of "
-        f"{len(entries)} families {len(yes)} can be converted.",
+        f"{len(entries)} families {len(yes)} can be converted: {open_ones} opened, {kept} beside a "
+        "base that stays.",
         "",
-        "| model_type | to | attention | layers measured | windows opened |",
-        "| --- | --- | --- | --- | --- |",
+        "| model_type | opened to | beside its base | attention | layers | windows opened |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for entry in yes:
         adapter = entry["adapter"]
-        name = (
-            f"{entry['model_type']} (has an adapter)" if entry["written"] else entry["model_type"]
-        )
         kinds = "; ".join(dict.fromkeys(entry["layers"])).replace("decoder", "one kind")
         opened = ", ".join((adapter.get("window") or {}).get("overrides") or {}) or ""
-        targets = ", ".join(adapter.get("targets", ("mdlm", "bd3lm")))
+        targets = ", ".join(adapter.get("targets", ("mdlm", "bd3lm"))) or "no"
         ways = ", ".join(adapter.get("implementations", ("sdpa", "eager")))
-        lines.append(f"| {name} | {targets} | {ways} | {kinds} | {opened} |")
+        row: list[str] = [_name(entry), targets, _beside(entry), ways, kinds, opened]
+        lines.append(f"| {' | '.join(row)} |")
     lines += ["", "Not converted:", "", "| model_type | measured |", "| --- | --- |"]
     for entry in no:
         reason = " ".join(str(entry["reason"]).replace("|", "/").split())
-        name = (
-            f"{entry['model_type']} (has an adapter)" if entry["written"] else entry["model_type"]
-        )
-        lines.append(f"| {name} | {reason[:240]} |")
+        lines.append(f"| {_name(entry)} | {reason[:240]} |")
     return "\n".join(lines)
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """The family, and whose text model or adapter is taken."""
+    said = [f"its {entry['inside']}"] if entry.get("inside") else []
+    said += ["has an adapter"] if entry["written"] else []
+    name = str(entry["model_type"])
+    return f"{name} ({', '.join(said)})" if said else name
+
+
+def _beside(entry: dict[str, Any]) -> str:
+    """How noisy tokens stand beside a base that stays; what rolls back says what it costs."""
+    if entry["adapter"].get("behind", "mask") is None:
+        return "no"
+    rolls = [f for f in entry["findings"] if f["name"] == "rolls-back"]
+    state = any("recurrent" in finding["measured"] for finding in rolls)
+    causal = "causal, recurrent state" if state else "causal"
+    return f"open blocks, {causal}" if entry["written"] else causal
 
 
 def main() -> None:

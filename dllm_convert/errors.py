@@ -70,6 +70,12 @@ class IncompatibleError(DllmConvertError):
     exit_code = 3
 
 
+class TypedFieldError(IncompatibleError):
+    """A preset or field that was typed, not read from a file: there is none, or no such value."""
+
+    exit_code = 2
+
+
 class VerificationError(DllmConvertError):
     """A converted checkpoint that failed a probe."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,9 +19,11 @@ _VERSION = re.compile(r"[\w.+-]+")
 
 
 def adapter_as_dict(adapter: Adapter) -> dict[str, Any]:
-    """Return an adapter's fields that are not the defaults."""
+    """Return an adapter's fields that are not the defaults, as JSON has them: lists, no tuples."""
     defaults = {field.name: field.default for field in fields(Adapter)}
-    return {key: value for key, value in asdict(adapter).items() if value != defaults[key]}
+    given = {key: value for key, value in asdict(adapter).items() if value != defaults[key]}
+    plain: dict[str, Any] = json.loads(json.dumps(given))
+    return plain
 
 
 def adapter_from_dict(record: Mapping[str, Any]) -> Adapter:

@@ -50,6 +50,8 @@ class Facts:
         pictures: Pictures in the folder.
         animation: How the sample was denoised, None if that was not recorded.
         keeps_base: Whether the weights are the base's, and an adapter acts on noisy tokens only.
+        causal_drafts: Whether such tokens see of their block only what stands before them.
+        behind_cache: Whether they stand behind a copy of the base's cache, and nothing is opened.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         code_files: The modelling code that the folder brings.
         has_report: Whether report.html lies in the folder.
@@ -77,6 +79,8 @@ class Facts:
     pictures: tuple[Picture, ...]
     animation: Picture | None
     keeps_base: bool
+    causal_drafts: bool
+    behind_cache: bool
     adapter_only: bool
     code_files: tuple[str, ...]
     has_report: bool
@@ -162,6 +166,8 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
         animation=DENOISING if (folder / DENOISING.file).is_file() else None,
         keeps_base=(diffusion_section(config) or {}).get("acts_on") == "noisy",
+        causal_drafts=(diffusion_section(config) or {}).get("draft") == "causal",
+        behind_cache=(diffusion_section(config) or {}).get("behind") == "cache",
         adapter_only=manifest.get("adapter_only") is True,
         code_files=tuple(name for name in CODE_FILES if (folder / name).is_file()),
         has_report=(folder / REPORT_FILE).is_file(),

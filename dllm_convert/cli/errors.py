@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from dllm_convert.cli.guide import meant
 from dllm_convert.cli.output import write_json
 from dllm_convert.common.disk import DISK_FULL
 from dllm_convert.common.interruption import INTERRUPTED, Interruption
@@ -22,8 +23,13 @@ from dllm_convert.common.secrets_found import TOKEN_VARIABLES
 from dllm_convert.common.shown_text import one_line
 from dllm_convert.errors import DllmConvertError, OutputError, RequestError, spelt
 
+UsageError: Any = typer.BadParameter.__base__
+"""What click raises for a wrong command line; some versions of typer bring a click of their own."""
 JSON_KEY = "dllm_convert.json"
 """Entry of the context's shared `meta` that says whether stdout is to hold JSON."""
+
+_ARGUMENTS = "dllm_convert.arguments"
+"""Entry that holds what was typed: an option that is wrong is refused before `--json` is read."""
 
 _FLAGS = {
     "overrides": "--set",
@@ -58,9 +64,11 @@ class CommandGroup(TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _exit(_interrupted(ctx), error, ctx) from error
-        except typer.BadParameter as error:
+        except UsageError as error:
             # Shown in a box: what is quoted in it must not draw over that.
             error.message = one_line(error.message)
+            if ctx.meta.get(JSON_KEY) or "--json" in ctx.meta.get(_ARGUMENTS, ()):
+                _document(Failure("UsageError", error.format_message(), None, error.exit_code))
             raise
         except (DllmConvertError, MemoryError, OSError, RuntimeError) as error:
             known = classify(error)
@@ -68,10 +76,25 @@ class CommandGroup(TyperGroup):
                 raise
             raise _exit(known, error, ctx) from error
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
-        """Parse the command line; `--help` and `--version` are answered here."""
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command; what is called otherwise elsewhere is named as it is called here."""
         try:
-            return super().make_context(*args, **options)
+            return super().resolve_command(ctx, args)
+        except UsageError as error:
+            near = meant(args[0], self.commands) if args else None
+            if near is None:
+                raise
+            raise UsageError(f"No such command '{args[0]}'. Did you mean '{near}'?", ctx) from error
+
+    def make_context(
+        self, info_name: Any, args: list[str], parent: Any = None, **options: Any
+    ) -> Any:
+        """Parse the command line; `--help` and `--version` are answered here."""
+        given = tuple(args)
+        try:
+            context = super().make_context(info_name, args, parent, **options)
+            context.meta[_ARGUMENTS] = given
+            return context
         except OutputError as error:
             tell_line("error", str(error))
             raise typer.Exit(error.exit_code) from error
@@ -142,10 +165,15 @@ def _say(failure: Failure, ctx: Any) -> None:
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
     tell_line("error", message)
     if ctx.meta.get(JSON_KEY):
-        hint = redact(failure.hint) if failure.hint is not None else None
-        problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
-        with suppress(OutputError):
-            write_json({"error": problem, "exit_code": failure.exit_code})
+        _document(failure)
+
+
+def _document(failure: Failure) -> None:
+    """Write a failure as the one document of a command that was asked for one."""
+    hint = redact(failure.hint) if failure.hint is not None else None
+    problem = {"kind": failure.kind, "message": redact(failure.message), "hint": hint}
+    with suppress(OutputError):
+        write_json({"error": problem, "exit_code": failure.exit_code})
 
 
 def tell_line(kind: str, text: str) -> None:

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from dllm_convert.cli import completion
 from dllm_convert.cli.errors import JSON_KEY
 from dllm_convert.cli.output import write
-from dllm_convert.cli.types import count, named, path_of
+from dllm_convert.cli.types import count, named, one_of, path_of
 from dllm_convert.common.version import __version__
 
 
@@ -74,6 +75,7 @@ Source = Annotated[
     typer.Argument(
         metavar="SOURCE",
         parser=named,
+        autocompletion=completion.sources,
         help="Recipe name or .yaml file, Hub id, folder or .gguf file, tried in that order.",
         show_default=False,
     ),
@@ -103,12 +105,22 @@ CheckpointToTalkTo = Annotated[
     ),
 ]
 RecipeName = Annotated[
-    str | None, typer.Argument(metavar="[NAME]", help="Show this one, with every field.")
+    str | None,
+    typer.Argument(
+        metavar="[NAME]",
+        autocompletion=completion.recipes,
+        help="Show this one, with every field.",
+    ),
 ]
 
 To = Annotated[
-    TargetName | None,
-    typer.Option("--to", metavar="mdlm|bd3lm", help="What to convert to, instead of the recipe's."),
+    str | None,
+    typer.Option(
+        "--to",
+        metavar="mdlm|bd3lm",
+        parser=one_of(TargetName),
+        help="What to convert to, instead of the recipe's.",
+    ),
 ]
 Block = Annotated[
     int | None,
@@ -158,13 +170,15 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
+        autocompletion=completion.presets,
         help="Take the settings of this preset; other options and --set win over it.",
     ),
 ]
 Serve = Annotated[
-    EngineName | None,
+    str | None,
     typer.Option(
         "--serve",
+        parser=one_of(EngineName),
         metavar="|".join(EngineName),
         help="Engine that is to serve the result: chooses what it needs to read it.",
     ),
@@ -179,6 +193,7 @@ Assignments = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
+        autocompletion=completion.fields,
         help="Set any field of the recipe, as in training.learning_rate=2e-5. Repeatable.",
     ),
 ]

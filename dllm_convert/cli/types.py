@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import typer
@@ -63,6 +65,21 @@ def port_of(text: str | int) -> int:
         typer.BadParameter: It is none.
     """
     return _whole(text, 0, 65_535)
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """Return what reads one of some names; the error for another one says which is near."""
+    known = tuple(names)
+
+    def read(text: str) -> str:
+        if text in known:
+            return text
+        near = difflib.get_close_matches(text.lower(), known, n=1, cutoff=0.4)
+        asked = f" Did you mean {near[0]}?" if near else ""
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise typer.BadParameter(f"{shown!r} is none of {', '.join(known)}.{asked}")
+
+    return read
 
 
 def _whole(text: str | int, lowest: int, largest: int) -> int:

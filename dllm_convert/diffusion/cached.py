@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dllm_convert.diffusion.corruption import Corruption
 from dllm_convert.diffusion.device import device_of, moved
@@ -246,7 +245,8 @@ class CleanReader:
         flat = torch.zeros(0, dtype=torch.long)
         if at is not None:
             flat = at[:, 0] * width + at[:, 1] - self.read
-        self.model.eval()
+        if training:
+            self.model.eval()
         try:
             output = self.model(
                 self.documents[:, self.read : place],
@@ -255,7 +255,8 @@ class CleanReader:
                 logits_at=moved(flat, self.documents.device),
             )
         finally:
-            self.model.train(training)
+            if training:
+                self.model.train()
         self.read, self._cache = place, output.past_key_values
         logits: torch.Tensor = output.logits
         return logits
@@ -273,7 +274,7 @@ class CleanReader:
             return {"use_cache": False}
         cache = branched(self._cache, documents)
         for layer in cache.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
+            if hasattr(layer, "update_recurrent_state"):  # older releases have no such layers
                 _let_assign(layer)
         return {"past_key_values": cache, "use_cache": True}
 

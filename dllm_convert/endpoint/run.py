@@ -128,7 +128,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise RequestError(
             f"cannot listen at {host}, `port` {port}: {error.strerror or error}",
-            hint="`port=0` takes a free one",
+            hint="`port` 0 takes a free one",
         ) from error
     return bound
 

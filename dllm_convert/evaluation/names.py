@@ -15,6 +15,7 @@ from typing import Any
 from dllm_convert.errors import UnknownTaskError
 from dllm_convert.evaluation.tasks import FOLDER
 
+_COMMIT = "get_git_commit_hash"
 _MISSING = "Tasks not found: "
 """How lm-eval begins to say it."""
 
@@ -31,6 +32,26 @@ def unknown_tasks(names: Sequence[str], known: Collection[str]) -> UnknownTaskEr
         hint="dllm-convert lm-eval ls tasks lists them; a folder of your own is added with "
         "--include-path (of lm-eval: --include_path)",
     )
+
+
+@contextmanager
+def no_repository() -> Iterator[None]:
+    """Have lm-eval not ask git of which commit the folder is that somebody happens to stand in.
+
+    Outside of a repository git says so on the terminal, as something fatal.
+    """
+    from lm_eval import evaluator
+    from lm_eval.loggers import utils
+
+    holders: list[Any] = [module for module in (evaluator, utils) if hasattr(module, _COMMIT)]
+    before = [getattr(module, _COMMIT) for module in holders]
+    for module in holders:
+        setattr(module, _COMMIT, lambda: None)
+    try:
+        yield
+    finally:
+        for module, original in zip(holders, before, strict=True):
+            setattr(module, _COMMIT, original)
 
 
 @contextmanager
@@ -53,7 +74,8 @@ def own_tasks() -> Iterator[None]:
 
     tasks.TaskManager = with_ours
     try:
-        yield
+        with no_repository():
+            yield
     except ValueError as error:
         said = str(error)
         if not said.startswith(_MISSING) or not made:

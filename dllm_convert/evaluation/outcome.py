@@ -11,7 +11,7 @@ from typing import Any
 from dllm_convert.common.quiet import debugging
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.evaluation.effort import Effort
-from dllm_convert.evaluation.names import unknown_tasks
+from dllm_convert.evaluation.names import no_repository, unknown_tasks
 from dllm_convert.evaluation.paired import Mean, mean_of
 from dllm_convert.evaluation.request import Request
 
@@ -128,7 +128,7 @@ def _run(request: Request, model: Any, manager: Any, name: str) -> Mapping[str, 
     from lm_eval import simple_evaluate
 
     seed = request.settings.seed
-    with _quiet_harness():
+    with _quiet_harness(), no_repository():
         found: Mapping[str, Any] = simple_evaluate(
             model=model,
             tasks=[name],

@@ -18,7 +18,7 @@ from dllm_convert.common.manifest import (
 )
 from dllm_convert.common.ranks import Rank
 from dllm_convert.common.redaction import last_part
-from dllm_convert.errors import DllmConvertError, IncompatibleError
+from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.evaluation.request import Request
 
 EVALUATION_VERSION = 1
@@ -36,13 +36,14 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
         The `evaluation` section.
 
     Raises:
-        DllmConvertError: There is nothing to evaluate, or lm-eval is not installed.
+        DllmConvertError: lm-eval is not installed.
         IncompatibleError: Several processes were started.
+        RequestError: There is nothing to evaluate.
     """
     if not request.tasks and request.data is None:
-        raise DllmConvertError(
+        raise RequestError(
             "nothing to evaluate",
-            hint="Name tasks, as in --tasks dllm_copy,dllm_last_word, or text, as in --data pydoc",
+            hint="Name `tasks`, as in dllm_copy,dllm_last_word, or text with `data`, as in pydoc",
         )
     if Rank.from_environment().world > 1:
         raise IncompatibleError(

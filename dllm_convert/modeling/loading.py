@@ -24,6 +24,7 @@ from dllm_convert.modeling.converted_config import check_converted_config, read_
 from dllm_convert.source.folder import read_config
 from dllm_convert.source.leftovers import computed_with
 from dllm_convert.source.source_fit import fit_folder
+from dllm_convert.source.text_model import text_config
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 BROKEN = (
@@ -40,6 +41,15 @@ BROKEN = (
     ValueError,
 )
 """What transformers raises of a checkpoint that is not what it seems."""
+
+
+_INSIDE = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""What tensors of a text model are called where another model holds it, for the loader of its class
+(`source.text_model`)."""
 
 
 def load_complete(cls: Any, source: Path | str, *, device: str = "cpu", **settings: Any) -> Any:
@@ -96,8 +106,10 @@ def load_base(
     """
     import transformers
 
-    if diffusion_section(read_config(folder)) is not None:
+    stored = read_config(folder)
+    if diffusion_section(stored) is not None:
         return load_model(folder, adapter, device=device, dtype=dtype)
+    inside = {} if text_config(stored) is None else {"key_mapping": dict(_INSIDE)}
     return load_complete(
         getattr(transformers, adapter.stock_class),
         folder,
@@ -105,6 +117,7 @@ def load_base(
         config=base_config(folder, adapter),
         dtype=dtype,
         attn_implementation=adapter.implementations[0],
+        **inside,
     )
 
 
@@ -117,7 +130,9 @@ def base_config(folder: Path, adapter: Adapter) -> Any:
     """
     import transformers
 
-    config = getattr(transformers, adapter.stock_class).config_class.from_pretrained(folder)
+    cls = getattr(transformers, adapter.stock_class).config_class
+    inner = text_config(read_config(folder))
+    config = cls.from_pretrained(folder) if inner is None else cls.from_dict(inner)
     for key, value in fit_folder(folder, adapter).config.items():
         setattr(config, key, value)
     pad = getattr(config, "pad_token_id", None)

@@ -81,4 +81,5 @@ def _probed(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     if not has_adapter(report.model_type):
         report.require()
     found = {key: value for key, value in report.as_dict().items() if key != "adapter"}
+    found["ways"] = list(report.ways)
     return recipe.model_copy(update={"allow_generic": True}), {"probe": found}

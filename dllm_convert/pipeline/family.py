@@ -17,6 +17,7 @@ from dllm_convert.source.config_numbers import check_numbers
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.quantised import check_quantised
+from dllm_convert.source.text_model import text_names
 
 if TYPE_CHECKING:
     from dllm_convert.probing import ProbeReport
@@ -43,7 +44,10 @@ def probe_source(source: SourceInfo) -> ProbeReport:
         )
     check_quantised(source)
     check_numbers(source.config, None, len(source.tensors))
-    return probe_family(source.config, source.tensors)
+    tensors = source.tensors
+    if source.inside is not None:
+        tensors = {new: tensors[old] for old, new in text_names(tensors).items()}
+    return probe_family(source.config, tensors)
 
 
 def probe_recipe(recipe: Recipe) -> ProbeReport:

@@ -51,8 +51,8 @@ def check_target(recipe: Recipe, adapter: Adapter) -> None:
         return
     if not adapter.targets:
         raise UnsupportedError(
-            f"{adapter.model_type} was measured to keep its attention closed: it converts only "
-            "beside a base that stays as it is",
+            f"{adapter.model_type} was measured to convert beside a base that stays as it is, and "
+            "in no other way",
             hint="--to bd3lm --block 32 --lora 64 --keep-base",
         )
     if recipe.target not in adapter.targets and adapter.measured is not None:

@@ -155,6 +155,9 @@ def _config_updates(
     if recipe.training.keeps_base:
         # To everybody who does not load our class the folder is the base.
         section = _diffusion_section(recipe, config, adapter, mask).as_dict()
+        if "architectures" not in config:
+            # A text model that another one held need not say what it is.
+            stored = {**stored, "architectures": [adapter.stock_class]}
         if adapter.measured is not None:
             section[RECORD] = adapter_as_dict(adapter)
         return {
@@ -245,7 +248,7 @@ def make_plan(
             *(sentence for sentence in known if sentence),
             *advise(recipe, source, adapter, context),
         ),
-        notes=(*attention.notes, *fit.notes),
+        notes=(*attention.notes, *fit.notes, *_taken_out(source)),
         tensors_dropped=fit.dropped,
         layers=attention.layers,
         writes=count_writes(source, mask, changed=changed, rewritten=files)
@@ -255,6 +258,12 @@ def make_plan(
     )
     served(plan)
     return plan
+
+
+def _taken_out(source: SourceInfo) -> tuple[str, ...]:
+    if source.inside is None:
+        return ()
+    return (f"the text model of a {source.inside}: nothing else of it was taken",)
 
 
 def _main_dtype(source: SourceInfo) -> str | None:

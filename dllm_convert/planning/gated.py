@@ -88,7 +88,14 @@ def kept_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
             "no attention is opened: noisy tokens stand behind a copy of the base's cache, in rows "
             "of their own"
         )
-    layers = group_layers(kinds, before="causal", after=after)
+    narrow = adapter.measured.narrow if adapter.measured else ()
+    layers = group_layers(
+        kinds,
+        before="causal",
+        after=after,
+        window=config.get("sliding_window"),
+        windowed={SLIDING, *narrow},
+    )
     return AttentionPlan((change,), {}, tuple(notes), layers)
 
 

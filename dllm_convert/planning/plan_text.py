@@ -136,7 +136,7 @@ def probe_blocks(report: Mapping[str, Any] | None) -> list[Block]:
     """Return what a probe measured, a line per finding; none of no probe.
 
     Args:
-        report: A `ProbeReport` as a mapping.
+        report: A `ProbeReport` as a mapping, perhaps with the `ways` that it has.
     """
     if report is None:
         return []
@@ -145,7 +145,7 @@ def probe_blocks(report: Mapping[str, Any] | None) -> list[Block]:
         (verdicts[finding["passed"]], finding["name"], finding["measured"], finding["detail"])
         for finding in report["findings"]
     ]
-    return [Table(("", "question", "measured", ""), rows)]
+    return [*_wrapped(report.get("ways", ())), Table(("", "question", "measured", ""), rows)]
 
 
 def _writes(plan: Mapping[str, Any]) -> list[str]:

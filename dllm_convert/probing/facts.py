@@ -45,6 +45,8 @@ def declare(
     narrow: tuple[str, ...],
     tensors: Collection[str],
     stored: Mapping[str, Stored],
+    *,
+    kept: bool,
 ) -> Adapter:
     """Return the declaration of a measured family.
 
@@ -57,26 +59,30 @@ def declare(
         narrow: Kinds of layers that had one.
         tensors: Names of the checkpoint's tensors; empty if they are not known.
         stored: Their types and shapes, as far as they are known.
+        kept: Whether its base can stay, beside an adapter.
 
     Raises:
-        UnsupportedError: The vocabulary's tensors are not an embedding, a head and its biases, or
-            the checkpoint's tensors are not those of the class.
+        UnsupportedError: The vocabulary's tensors are not an embedding, a head and its biases, and
+            its base cannot stay, or the checkpoint's tensors are not those of the class.
     """
     model = instance.base
     draft = draft_adapter(config.model_type)
     unused = _loaded(config, draft.stock_class, tensors, stored)
-    embedding, head, biases = _vocabulary(model)
+    embedding, head, biases, others = _vocabulary(model)
+    if others and not kept:
+        raise UnsupportedError(f"beside embedding and head its vocabulary has {others} in the file")
     names = {id(module): name for name, module in model.named_modules()}
     places = [names[id(part)] for part in (model.get_input_embeddings(), _head(model))]
     kinds = layer_kinds(config)
     counts = Counter(kinds)
     order = tuple(sorted(counts).index(kind) for kind in kinds) if len(counts) > 1 else ()
-    standard = {key: getattr(config, key, None) for key in _STANDARD}
+    standard = {key: _field(config, key) for key in _STANDARD}
     return Adapter(
         config.model_type,
         draft.stock_class,
         draft.diffusion_class,
-        targets=tuple(targets),  # type: ignore[arg-type]
+        # A mask has no row in a further table of the vocabulary, and beside a base it needs none.
+        targets=() if others else tuple(targets),  # type: ignore[arg-type]
         embedding=embedding,
         head=head,
         lora_targets=adapted_names(model),
@@ -88,6 +94,7 @@ def declare(
         window=SlidingWindow(dict(opened), default=next(iter(opened.values()))) if opened else None,
         min_transformers=transformers.__version__,
         implementations=draft.implementations,
+        behind="cache" if kept else None,
         measured=Measured(
             transformers.__version__,
             {k: v for k, v in standard.items() if v is not None and values.get(k) != v},
@@ -98,6 +105,14 @@ def declare(
     )
 
 
+def _field(config: PreTrainedConfig, key: str) -> Any:
+    """Return a field of a config; None if it has none, or one for each layer."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
+
+
 def _head(model: Any) -> nn.Module:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module) or getattr(head, "weight", None) is None:
@@ -105,8 +120,8 @@ def _head(model: Any) -> nn.Module:
     return head
 
 
-def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...]]:
-    """Return the names, in a file, of embedding, head and the head's biases."""
+def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...], str]:
+    """Return the names, in a file, of embedding, head and the head's biases, and of what else."""
     with tempfile.TemporaryDirectory(prefix="dllm-convert-probe-") as folder:
         model.save_pretrained(folder)
         tensors: dict[str, torch.Tensor] = {}
@@ -122,12 +137,11 @@ def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...]]:
         names.append(same[0] if same else f"{places[id(module)]}.weight")
     biases = tuple(sorted(name for name, tensor in found.items() if tensor.dim() == 1))
     others = sorted(found.keys() - {*names, *biases})
-    if names[0] not in found or others:
-        what = others[0] if others else f"no {names[0]}"
-        raise UnsupportedError(f"beside embedding and head its vocabulary has {what} in the file")
+    if names[0] not in found:
+        raise UnsupportedError(f"the file has no {names[0]}, which its vocabulary is embedded by")
     if names[0] == names[1]:
         names[1] = f"{places[id(_head(model))]}.weight"
-    return names[0], names[1], biases
+    return names[0], names[1], biases, next(iter(others), "")
 
 
 def _norms(model: nn.Module) -> tuple[str, ...]:

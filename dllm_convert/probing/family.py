@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,8 +50,9 @@ def measure_family(
         opened, narrow, targets, kept = _measure(instance, config, findings)
         reason = None if targets or kept else reasons(findings)
         if reason is None:
-            adapter = declare(config, values, instance, targets, opened, narrow, tensors, stored)
-            adapter = replace(adapter, behind="cache" if kept else None)
+            adapter = declare(
+                config, values, instance, targets, opened, narrow, tensors, stored, kept=kept
+            )
     except UnsupportedError as error:
         reason = error.message
     except BROKEN as error:

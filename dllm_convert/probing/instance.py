@@ -55,8 +55,7 @@ def full_config(values: Mapping[str, Any]) -> PreTrainedConfig:
         )
     if config.get_text_config() is not config:
         raise UnsupportedError(
-            f"the config of {model_type!r} holds the one of its text model inside: is_causal is "
-            "not read there"
+            f"the config of {model_type!r} holds the one of its text model inside: that is measured"
         )
     return config
 
@@ -105,10 +104,11 @@ def _randomise(model: nn.Module) -> None:
 def adapted_names(model: Any) -> tuple[str, ...]:
     """Return what the names end in of linear layers in the decoder layers that an adapter can join.
 
-    Of two texts they have to return a tensor of all tokens in their order: what is run by its
-    matrix alone, on some tokens only, or returns something else besides, is left out.
+    Of two texts they have to return a tensor of all tokens in their order, in training as well:
+    what is run by its matrix alone, on some tokens only, or returns something else besides, is left
+    out.
     """
-    found: dict[int, Any] = {}
+    found: dict[tuple[int, bool], Any] = {}
     tokens = torch.stack([text(TRIED), text(TRIED, 1)])
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
@@ -116,7 +116,8 @@ def adapted_names(model: Any) -> tuple[str, ...]:
         per_token = is_tensor and (
             output.shape[:2] == tokens.shape or output.shape[:-1].numel() == tokens.numel()
         )
-        found[id(module)] = per_token and found.get(id(module), True)
+        key = id(module), bool(model.training)
+        found[key] = per_token and found.get(key, True)
 
     handles = [
         module.register_forward_hook(look)
@@ -124,10 +125,17 @@ def adapted_names(model: Any) -> tuple[str, ...]:
         for module in layer.modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    model(tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return _endings(model, {module for module, sound in found.items() if sound})
+    try:
+        model(tokens, use_cache=False)
+        model.train()(tokens, use_cache=False)
+    finally:
+        model.eval()
+        for handle in handles:
+            handle.remove()
+    modules = {module for module, _ in found}
+    return _endings(
+        model, {one for one in modules if all(found.get((one, way)) for way in (True, False))}
+    )
 
 
 def _endings(model: nn.Module, chosen: Collection[int]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dllm_convert.diffusion.cached import CleanReader, NoisyRows, noisy_logits
 from dllm_convert.modeling.published.behind import branched
 from dllm_convert.modeling.published.gated import adapter_parameters
 from dllm_convert.probing.instance import Instance, text
-from dllm_convert.probing.measure import KEPT, LENGTH, Answer, ask, close
+from dllm_convert.probing.measure import KEPT, LENGTH, Answer, ask, close, reload
 from dllm_convert.probing.report import Finding
 
 _READ, _NEXT = 11, 9
@@ -32,7 +32,8 @@ def measure_kept(instance: Instance) -> list[Finding]:
         ("rolls-back", lambda: rolls_back(base)),
         ("beside-base", lambda: beside_base(instance)),
     )
-    return [ask(name, KEPT, question) for name, question in questions]
+    findings = [ask(name, KEPT, question) for name, question in questions]
+    return [*findings, reload(instance, instance.opened(causal=True), "reload-base", KEPT)]
 
 
 @torch.no_grad()

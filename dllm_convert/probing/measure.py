@@ -125,21 +125,23 @@ def gradients(model: Any) -> Finding:
 
 
 @torch.no_grad()
-def reload(instance: Instance, model: Any) -> Finding:
+def reload(
+    instance: Instance, model: Any, name: str = "reload", targets: Sequence[str] = BOTH
+) -> Finding:
     """Ask whether the model is the same when either class loads what was saved."""
     from transformers import AutoModelForCausalLM
 
     def question() -> Answer:
         tokens = text(LENGTH)[None]
         expected = model(tokens, use_cache=False).logits
-        with tempfile.TemporaryDirectory(prefix="dllm-convert-probe-") as name:
-            instance.base.save_pretrained(Path(name))
-            model.config.save_pretrained(Path(name))
+        with tempfile.TemporaryDirectory(prefix="dllm-convert-probe-") as folder:
+            instance.base.save_pretrained(Path(folder))
+            model.config.save_pretrained(Path(folder))
             differences = []
             for cls in (AutoModelForCausalLM, diffusion_class(instance.adapter)):
                 loader: Any = cls
                 loaded, info = loader.from_pretrained(
-                    name, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                    folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
                 if info["missing_keys"]:
                     missing = ", ".join(sorted(info["missing_keys"])[:2])
@@ -148,7 +150,7 @@ def reload(instance: Instance, model: Any) -> Finding:
                 differences.append(found - expected)
         return close(differences, expected, "saved and loaded again it is another model")
 
-    return ask("reload", ALL, question)
+    return ask(name, targets, question)
 
 
 def end_to_end(

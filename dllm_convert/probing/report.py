@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dllm_convert.adapters import has_adapter
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.common.tables import Block, Printed
@@ -69,13 +70,30 @@ class ProbeReport(Printed):
             )
         return self.adapter
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How the family can be converted: opened, or beside a base that stays; with what to type.
+
+        Beside its base a family that was measured has drafts that are strictly causal, behind its
+        cache; one that has an adapter may have open blocks there, too.
+        """
+        adapter = self.adapter
+        if adapter is None:
+            return ()
+        opened = [f"opened (--to {target})" for target in adapter.targets]
+        kept = ["beside its base, causal drafts (--to bd3lm --lora 64 --keep-base)"]
+        if has_adapter(self.model_type):
+            kept.insert(0, "beside its base, open blocks (--to bd3lm --lora 64 --keep-base)")
+            kept[1] = "beside its base, causal drafts (and --set training.lora.draft=causal)"
+        return (*opened, *(kept if adapter.behind is not None else []))
+
     def as_blocks(self) -> list[Block]:
         """Return whether it can be converted, and a line per finding."""
         from dllm_convert.planning.plan_text import probe_blocks
 
         verdict = f"cannot be converted: {self.reason}"
         if self.adapter is not None:
-            verdict = f"can be converted to {' and '.join(self.adapter.targets)}"
+            verdict = f"can be converted: {'; '.join(self.ways)}"
         head = f"{self.model_type} {verdict}"
         took = f"measured on a small random {self.stock_class} in {self.seconds:.0f} s"
         return [head, took, "", *probe_blocks(self.as_dict())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from dllm_convert.common.foreign_files import MAX_TEXT_BYTES, check_file
 from dllm_convert.common.nearest import nearest_place
 from dllm_convert.common.terms import Target
-from dllm_convert.errors import IncompatibleError
+from dllm_convert.errors import IncompatibleError, TypedFieldError
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.fields import describe_problem, field_path, fields_of, sections
@@ -107,6 +108,7 @@ def load_recipe(
     layers.add(overrides, COMMAND_LINE)
     # Two sources that contradict each other are refused by whoever let them be typed.
     one = path is not None or overrides.get("source", source) == source
+    layers.check_typed()
     layers.hand_down(fetch if one else None)
     return layers.validate()
 
@@ -179,6 +181,19 @@ class _Layers:
         else:
             fields.setdefault("name", path.stem)
         self.add(fields, str(path), typed=typed or not preset)
+
+    def check_typed(self) -> None:
+        """Refuse what is wrong with the command line alone, before anybody is asked for more.
+
+        Raises:
+            TypedFieldError: A field that was typed is none, or has no such value.
+        """
+        try:
+            deepcopy(self).validate()
+        except TypedFieldError:
+            raise
+        except IncompatibleError:
+            pass  # What the source hands down may mend it.
 
     def hand_down(self, fetch: Fetch | None) -> None:
         """Take from a source that is a conversion what nobody asked to be otherwise."""
@@ -272,11 +287,13 @@ class _Layers:
             # Strict JSON: a list is a tuple, but "8" is no number and `true` is not 1.
             return Recipe.model_validate_json(json.dumps(self._nested()), strict=True)
         except ValidationError as error:
-            problem, *rest = error.errors(include_url=False)
+            found = error.errors(include_url=False)
+            typed = [one for one in found if self._origin(field_path(one)) == COMMAND_LINE]
+            problem, *rest = [*typed, *(one for one in found if one not in typed)]
             if problem["type"] == "value_error":
-                found = problem["ctx"]["error"].found
+                broken = problem["ctx"]["error"].found
                 raise IncompatibleError(
-                    f"{self._latest(found.fields)}: {found.message}", hint=found.hint
+                    f"{self._latest(broken.fields)}: {broken.message}", hint=broken.hint
                 ) from error
             path = field_path(problem)
             others = {field_path(other) for other in rest} - {path}
@@ -284,8 +301,11 @@ class _Layers:
             section = path.rpartition(".")[0]
             here = ", ".join(fields_of(section))
             hint = f"Fields of {section or 'a recipe'}: {here}"
-            raise IncompatibleError(
-                f"{self._origin(path)}: {describe_problem(problem)}{more}",
+            # What is wrong on the command line is wrong with every recipe and checkpoint.
+            origin = self._origin(path)
+            kind = TypedFieldError if origin == COMMAND_LINE else IncompatibleError
+            raise kind(
+                f"{origin}: {describe_problem(problem)}{more}",
                 hint=hint if problem["type"] == "extra_forbidden" else None,
             ) from error
 
@@ -369,7 +389,7 @@ def _find_preset(name: str, inheriting: Path) -> Path:
 def _named_preset(name: str) -> Path:
     presets = _shipped("presets")
     if name not in presets:
-        raise IncompatibleError(
+        raise TypedFieldError(
             f"there is no preset {name!r}{_did_you_mean(name, presets)}",
             hint=f"Presets: {', '.join(sorted(presets))}",
         )

@@ -90,6 +90,7 @@ class SourceInfo:
         gated: Whether the Hub's owner grants access one by one: `auto`, `manual` or no; None if
             nobody said.
         generation: generation_config.json as a mapping; empty if there is none.
+        inside: `model_type` of the model that holds this one, whose text model it is; else None.
     """
 
     given: str
@@ -108,6 +109,7 @@ class SourceInfo:
     warnings: tuple[str, ...] = ()
     gated: Literal["auto", "manual", "no"] | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    inside: str | None = None
 
     @property
     def license(self) -> str | None:

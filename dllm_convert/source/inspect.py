@@ -11,6 +11,7 @@ from dllm_convert.errors import DataError
 from dllm_convert.source.folder import inspect_folder
 from dllm_convert.source.gguf import inspect_gguf
 from dllm_convert.source.info import SourceInfo, SourceKind, TensorInfo, TokenizerInfo
+from dllm_convert.source.text_model import text_model
 from dllm_convert.source.wrong_source import wrong_file
 
 __all__ = ["SourceInfo", "SourceKind", "TensorInfo", "TokenizerInfo", "inspect_source"]
@@ -43,6 +44,8 @@ def fetch_small(source: str, revision: str | None, names: tuple[str, ...]) -> Pa
 def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
     """Read everything a plan needs to know of a checkpoint, without loading a weight.
 
+    Of a model that holds a text model inside, that one.
+
     Args:
         source: An existing folder, an existing `.gguf` file, or a Hub id, tried in that order.
         revision: Branch, tag or commit of a Hub id.
@@ -58,7 +61,7 @@ def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
                 f"{source} is a local path, which has no revision {revision!r}",
                 hint="Leave the revision out, or give a Hub id",
             )
-        return _inspect_local(path.resolve(), source)
+        return text_model(_inspect_local(path.resolve(), source))
     if not is_hub_id(source):
         raise DataError(
             f"{source!r} does not exist, and is not a Hub id",
@@ -67,4 +70,4 @@ def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
         )
     from dllm_convert.source.hub import inspect_hub
 
-    return inspect_hub(source, revision)
+    return text_model(inspect_hub(source, revision))

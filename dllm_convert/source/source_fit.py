@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.source.config_numbers import check_numbers
-from dllm_convert.source.fit import Fit
+from dllm_convert.source.fit import Fit, Same
 from dllm_convert.source.folder import read_config, tensor_infos
-from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.info import SourceInfo, TensorInfo
 from dllm_convert.source.safetensors_header import read_checkpoint
 from dllm_convert.source.same_bytes import comparer
 from dllm_convert.source.tensor_fit import fit_tensors
+from dllm_convert.source.text_model import inner_names, read_text_config, text_names
 
 
 def fit_folder(folder: Path, adapter: Adapter) -> Fit:
@@ -22,12 +25,39 @@ def fit_folder(folder: Path, adapter: Adapter) -> Fit:
         DataError: A file is missing or broken.
         IncompatibleError: Tensors are missing, of another shape or type, or of another model.
     """
-    config = read_config(folder)
+    stored = read_config(folder)
+    config = read_text_config(stored)
     if adapter.measured is not None:
         config = {**config, **adapter.measured.config}
     tensors = tensor_infos(read_checkpoint(folder))
     check_numbers(config, adapter, len(tensors))
-    return fit_tensors(config, tensors, adapter, same=comparer(folder))
+    names = inner_names(stored, tensors)
+    return _fit(config, tensors, names, adapter, same=comparer(folder))
+
+
+def _fit(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    names: Mapping[str, str],
+    adapter: Adapter,
+    *,
+    same: Same,
+    **settings: Any,
+) -> Fit:
+    """Fit the tensors of a text model, `names` of those in the files; others are left out."""
+    files = {new: old for old, new in names.items()}
+
+    def same_here(one: str, other: str) -> bool | None:
+        return same(files[one], files[other])
+
+    inner = {new: tensors[old] for new, old in files.items()}
+    fit = fit_tensors(config, inner, adapter, same=same_here, **settings)
+    behind = tuple(name for name in tensors if name not in names)
+    return replace(
+        fit,
+        names={files[name]: new for name, new in fit.names.items()},
+        dropped=(*(files[name] for name in fit.dropped), *behind),
+    )
 
 
 def fit_source(source: SourceInfo, adapter: Adapter) -> tuple[Fit, SourceInfo, frozenset[str]]:
@@ -42,9 +72,11 @@ def fit_source(source: SourceInfo, adapter: Adapter) -> tuple[Fit, SourceInfo, f
     """
     if not source.tensors:
         return Fit({}), source, frozenset()
-    fit = fit_tensors(
+    held = source.tensors
+    fit = _fit(
         source.config,
-        source.tensors,
+        held,
+        {name: name for name in held} if source.inside is None else text_names(held),
         adapter,
         same=comparer(source.path if source.kind == "folder" else None),
         typed=source.kind != "gguf",

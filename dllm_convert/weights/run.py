@@ -44,6 +44,7 @@ from dllm_convert.source.safetensors_header import (
     read_header,
 )
 from dllm_convert.source.source_fit import fit_folder
+from dllm_convert.source.text_model import read_text_config
 from dllm_convert.weights.shards import Changes, WrittenFile, write_shard
 
 _BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system's
@@ -155,7 +156,7 @@ class _Weights:
 
 
 def _write_config(plan: ConversionPlan, source: Path, out: Path, fit: Fit) -> None:
-    config = read_config(source)
+    config = read_text_config(read_config(source))
     for key in ("_name_or_path", *QUANTISED_SECTIONS, *code_keys(config)):
         config.pop(key, None)
     write_config(out / "config.json", {**config, **fit.config, **plan.config_updates})

@@ -7,9 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.common.json_files import write_json
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.info import TokenizerInfo
+from dllm_convert.source.safetensors_header import load_json_object
+from dllm_convert.source.text_model import text_config
 from dllm_convert.source.tokenizer_files import KEPT_ROLES
 from dllm_convert.source.tokenizer_loading import TokenizerErrors, load_tokenizer
 from dllm_convert.weights.tokenizer_json import (
@@ -22,6 +25,7 @@ from dllm_convert.weights.tokenizer_json import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONFIG_FILE, SETTINGS_FILE = "config.json", "tokenizer_config.json"
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "  def f(x):\n\treturn x ** 2  # naïve\n\n",
@@ -68,6 +72,17 @@ def _check(out: Path, mask: MaskTokenDecision, before: dict[str, Any]) -> str | 
     tokenizer = load_tokenizer(out)
     check_written(mask, tokenizer.mask_token_id, tokenizer(f"a{mask.token}b")["input_ids"])
     return _changed(before, _facts(tokenizer))
+
+
+def _name_class(loaded: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write which class the source's tokenizer is of: for some families its config decides that.
+
+    The config of a text model may decide otherwise than that of the model that held it.
+    """
+    path, name = out / SETTINGS_FILE, type(loaded).__name__
+    settings = load_json_object(path) if path.is_file() else {}
+    if settings.get("tokenizer_class") != name:
+        write_json(path, {**settings, "tokenizer_class": name})
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -125,11 +140,15 @@ def write_tokenizer(
         IncompatibleError: After reloading, the mask's id or anything else is not as planned.
     """
     edited = (source / TOKENIZER_FILE).is_file()
+    config = source / CONFIG_FILE
+    inside = config.is_file() and text_config(load_json_object(config)) is not None
     if edited:
         write_tokenizer_json(mask, tokenizer, source, out)
-        if light:
+        if light and not inside:
             return
     loaded = load_tokenizer(source)
+    if edited and inside:
+        _name_class(loaded, out)
     before = _facts(loaded)
     if not edited:
         if mask.rule != "tokenizer":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import forks
+import generic
 import pytest
 import yaml
 from gated import ADAPTER, gated_folder
@@ -15,6 +16,7 @@ from hub_server import COMMIT, LoopbackHub, run_python, serve
 from pushing import PROBES
 from safetensors.torch import load_file, save_file
 
+from dllm_convert.adapters.base import Adapter
 from dllm_convert.card.readme import write_card
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import (
@@ -56,9 +58,9 @@ def hub() -> Iterator[LoopbackHub]:
         yield running
 
 
-def documented(base: Path, folder: Path, *, on_hub: bool) -> Path:
+def documented(base: Path, folder: Path, *, on_hub: bool, measured: Adapter | None = None) -> Path:
     """Write a gated folder with a manifest as `run` writes it, and its card."""
-    plan = gated_folder(base, folder)
+    plan = gated_folder(base, folder, measured=measured)
     source = source_facts(plan) | {"license": "apache-2.0"}
     if on_hub:
         source |= {"kind": "hub", "repo_id": "org/base", "revision": COMMIT}
@@ -102,6 +104,21 @@ def test_what_the_card_says(source_cache: Callable[..., Path], tmp_path: Path) -
     assert "The first token of a block is the base's own prediction" in card
     for said_of_others in ("merged", "guidance_scale", "must not serve", "refuse", "block-causal"):
         assert said_of_others not in card, said_of_others
+
+
+def test_what_the_card_says_of_rows_behind_a_cache(
+    generic_source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = generic_source("lfm2")
+    measured = generic.measured(base).require()
+    folder = documented(base, tmp_path / "whole", on_hub=False, measured=measured)
+    card = " ".join((folder / "README.md").read_text().split())
+    assert "see those before them in their block" in card
+    assert "the last ones of their row" in card
+    assert "being written see those of it before them and all clean tokens" in card
+    assert "no attention is opened" in card
+    assert "measured, not written" in card
+    assert "see each other" not in card
 
 
 def test_the_snippets_run_from_the_hub(

@@ -34,7 +34,9 @@ def requests() -> Iterator[tuple[str, str]]:
 
 
 def arguments() -> set[str]:
-    functions = (dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push, dc.export)
+    functions = (
+        *(dc.convert, dc.load, dc.sample, dc.verify, dc.evaluate, dc.push, dc.export, dc.serve),
+    )
     names = {name for one in functions for name in inspect.signature(one).parameters}
     return (
         names

@@ -101,13 +101,14 @@ def test_decoding_waits_where_a_block_may_be_written(walk: Walk) -> None:
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        # Ten of a step, the head's, and those of a new block: of 8 tokens here.
-        ("bd3lm: greedy", 17),
-        ("bd3lm: greedy, 4 rows", 17),
-        ("bd3lm: threshold, 4 rows", 21),
-        ("bd3lm: temperature and seed", 19),
-        ("bd3lm: temperature and seed, 4 rows", 22),
-        ("mdlm: greedy", 18),
+        # Ten of a step, three that see where a text ends, the head's, and those of a new block, of
+        # 8 tokens here.
+        ("bd3lm: greedy", 21),
+        ("bd3lm: greedy, 4 rows", 21),
+        ("bd3lm: threshold, 4 rows", 24),
+        ("bd3lm: temperature and seed", 23),
+        ("bd3lm: temperature and seed, 4 rows", 26),
+        ("mdlm: greedy", 21),
     ],
 )
 def test_a_forward_of_decoding_launches_little_beside_the_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import generic
@@ -9,6 +10,7 @@ import pytest
 import torch
 from kept import KEPT, RECURRENT, instance
 
+from dllm_convert.adapters.measured import adapter_as_dict, adapter_from_dict
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.modeling.published import gated
 from dllm_convert.planning.conversion import make_plan
@@ -78,6 +80,10 @@ def test_a_closed_family_converts_beside_its_base_only(family: str, generic_sour
     adapter = report.require()
     assert adapter.targets == ()
     assert adapter.behind == "cache"
+    # A later run compares what it plans with what stands in config.json.
+    record = adapter_as_dict(adapter)
+    assert json.loads(json.dumps(record)) == record
+    assert adapter_from_dict(record) == adapter
     values: dict[str, Any] = {
         "source": str(base),
         "target": "bd3lm",
@@ -85,7 +91,7 @@ def test_a_closed_family_converts_beside_its_base_only(family: str, generic_sour
         "data": {"sequence_length": 32},
     }
     source = inspect_source(str(base))
-    with pytest.raises(UnsupportedError, match="keep its attention closed") as caught:
+    with pytest.raises(UnsupportedError, match="in no other way") as caught:
         make_plan(Recipe.model_validate(values), source, adapter)
     assert caught.value.hint
     assert "--keep-base" in caught.value.hint

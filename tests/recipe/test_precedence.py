@@ -225,7 +225,7 @@ def test_what_cannot_be_obeyed_is_refused(
 
 def test_an_unknown_preset_names_the_nearest(source_cache: SourceFactory) -> None:
     result = CliRunner().invoke(app, ["check", str(source_cache("llama")), "--preset", "sdarr"])
-    assert result.exit_code == 3
+    assert result.exit_code == 2
     assert "nearest: sdar" in result.output + result.stderr
 
 

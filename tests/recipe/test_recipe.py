@@ -44,6 +44,8 @@ def test_every_promised_recipe_is_shipped() -> None:
         *("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
         *("mistral-7b-v0.1", "mistral-7b-v0.3"),
         *(f"smollm2-{size}" for size in ("135m", "360m", "1.7b")),
+        *(f"qwen3.5-{size}" for size in ("0.8b", "2b", "4b")),
+        *("gemma-3-270m", "gemma-4-e2b", "lfm2-350m"),
         *("bert-base-uncased", "bert-large-uncased", "roberta-base", "roberta-large"),
     }
     assert set(NAMES) == promised

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dllm_convert.modeling.published import modeling
+from dllm_convert.modeling.published.stopping import StopText
 
 NEW, PAD = 14, 1
 SHAPES = [("bert", None, {}), ("llama", None, {"block_length": 4}), ("qwen2", 4, {})]
@@ -93,6 +94,55 @@ def test_lossless_is_what_transformers_writes(family: str, settings: dict[str, A
     assert written(model, ids, verify_with="self", **settings) == expected
     if family == "llama" and "exponential_decay_length_penalty" not in settings:
         assert expected != plain, "the setting does nothing here"
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_lossless_stops_where_transformers_stops(family: str) -> None:
+    model, tokenizer = causal(family), TOKENIZERS["llama"]()
+    base = stock(model, family)
+    ids = torch.cat([prompt(6, seed=seed) for seed in (1, 2, 3)])
+    given: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": PAD, "tokenizer": tokenizer}
+    free = written(model, ids, verify_with="self")
+    whole = [tokenizer.decode(row) for row in free]
+    for stops in ([whole[0][3:6], whole[2][7:9]], whole[1][4:5], "never"):
+        given["stop_strings"] = stops
+        expected = []
+        for row in ids:  # without an end token its batches go on until every row has stopped
+            out = base.generate(
+                row[None], do_sample=False, suppress_tokens=[MASK], eos_token_id=None, **given
+            )[0, 6:].tolist()
+            expected.append(out + [PAD] * (NEW - len(out)))
+        found = model.generate(ids, verify_with="self", eos_token_id=-1, **given)[:, 6:].tolist()
+        assert found == expected
+        assert (found == free) is (stops == "never")
+
+
+def test_a_stop_string_is_completed_by_any_token() -> None:
+    """Also by half a character, in the middle of a token, and across the end of the prompt."""
+    tokenizer = TOKENIZERS["llama"]()
+
+    def ends(stop: str, text: str, *, prompt: int = 0) -> int | None:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        criterion = StopText(tokenizer, (stop,))
+        sizes = range(prompt + 1, len(ids) + 1)
+        return next((n for n in sizes if criterion(torch.tensor([ids[:n]]), None)), None)
+
+    for stop, text in (
+        ("é", "a é b"),
+        ("日本", "x日本語"),
+        ("\n\n", "one\n\ntwo"),
+        ("ab", "xabab"),
+    ):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        found = ends(stop, text)
+        assert found is not None
+        assert stop in tokenizer.decode(ids[:found])
+        assert stop not in tokenizer.decode(ids[: found - 1])
+        assert ends("q" + stop, text) is None
+    first = ends("ab", "xabab")
+    assert first is not None
+    again = ends("ab", "xabab", prompt=first)
+    assert again is None or again > first, "what the prompt holds ends nothing"
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dllm_convert.cli import completion
 from dllm_convert.cli import options as option
 from dllm_convert.cli.commands import decoding
 from dllm_convert.cli.commands.shared import make_reporter, show_done, typed
@@ -24,7 +25,12 @@ Against = Annotated[
 ]
 Tasks = Annotated[
     str,
-    typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval, separated by commas."),
+    typer.Option(
+        "--tasks",
+        metavar="NAMES",
+        autocompletion=completion.tasks,
+        help="Tasks of lm-eval, separated by commas.",
+    ),
 ]
 Text = Annotated[
     str | None,

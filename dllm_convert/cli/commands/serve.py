@@ -30,12 +30,17 @@ Port = Annotated[
 Name = Annotated[
     str | None,
     typer.Option(
-        "--name", metavar="NAME", help="What requests call the model; by default its own name."
+        "--name",
+        parser=named,
+        metavar="NAME",
+        help="What requests call the model; by default its own name.",
     ),
 ]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a Hub id."),
+    typer.Option(
+        "--revision", parser=named, metavar="REV", help="Branch, tag or commit of a Hub id."
+    ),
 ]
 Cors = Annotated[bool, typer.Option("--cors", help="Answer pages of other origins too.")]
 Seed = Annotated[

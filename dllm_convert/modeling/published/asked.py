@@ -14,14 +14,13 @@ from transformers import (
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    StopStringCriteria,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
 
 from .ends import read_ids
 from .rules import Processor, TextRules
-from .stopping import Criterion, Stops
+from .stopping import Criterion, Stops, StopText
 
 RULES = frozenset(
     {
@@ -61,8 +60,7 @@ def _count(settings: Mapping[str, Any], name: str) -> int:
 def _called(settings: Mapping[str, Any], name: str) -> tuple[Callable[..., Any], ...]:
     """The processors or criteria of a call: one, or several."""
     given = settings[name]
-    several = given if isinstance(given, Iterable) else [] if given is None else [given]
-    found = tuple(several)
+    found = tuple(given if isinstance(given, Iterable) else [] if given is None else [given])
     for one in found:
         if not callable(one):
             raise ValueError(
@@ -166,7 +164,7 @@ def read_stops(settings: Mapping[str, Any]) -> Stops:
                 f"stop_strings is {strings!r}, and the text of tokens is not known: give generate "
                 "the tokenizer too, tokenizer=tokenizer"
             )
-        criteria.append(StopStringCriteria(settings["tokenizer"], named))
+        criteria.append(StopText(settings["tokenizer"], tuple(named)))
     for one in _called(settings, "stopping_criteria"):
         if isinstance(one, MaxTimeCriteria):
             # Looked at after every forward, not only where a token became final.

@@ -107,7 +107,6 @@ class QueuedDecoder:
         self.places = torch.arange(self.columns_at_hand, device=self.device)
         self.forward_number = torch.zeros((), dtype=torch.long, device=self.device)
         self.may_end = bool(self.options.eos_token_ids)
-        self.ends_text = sent(self.options.eos_token_ids, self.device)
         self.looked: Late | None = None  # which rows are done, on its way to the host
         self.recent: deque[int] = deque(maxlen=_RECENT)
         self._make_buffers()
@@ -117,6 +116,8 @@ class QueuedDecoder:
         new = self.canvas.tokens.new_zeros
         self.block, self.columns, self.order = new(rows, n), new(rows, n), new(rows, n)
         self.closed = torch.ones(rows, n, dtype=torch.bool, device=self.device)
+        # Each token that ends a text where it would end one, and no token elsewhere, (rows, n).
+        self.ends_at = [new(rows, n) for _ in self.options.eos_token_ids]
         self.sure = torch.zeros(rows, n, device=self.device)
         self.number = new(rows)  # of this step: the quota, or how many steps are left
         # Logits of the region, float32, (rows, n, vocab), with guidance (2 * rows, n, vocab); made
@@ -144,6 +145,9 @@ class QueuedDecoder:
         self.block.copy_(canvas.tokens[at])
         inside = (self.columns >= begins[:, None]) & (self.columns < ends[:, None])
         torch.logical_not(canvas.masked[at] & inside, out=self.closed)
+        is_new = self.columns >= canvas.lengths[canvas.rows, None]
+        for held, token in zip(self.ends_at, self.options.eos_token_ids, strict=True):
+            held.copy_(torch.where(is_new, token, -1))
         if self.with_order:
             self.order.copy_(canvas.order[at])
 
@@ -236,10 +240,10 @@ class QueuedDecoder:
         quota, closed = self.number, self.closed
         if self.may_end and options.remasking is None:
             # What is behind the first end-of-text token nobody gets.
-            new = self.columns >= self.canvas.lengths[self.canvas.rows, None]
-            # Not isin, which may sort, and ask the device how much there is.
-            ends = (self.block[..., None] == self.ends_text).any(-1) & new
-            torch.logical_or(closed, ends.cumsum(-1) > 0, out=closed)
+            ends = self.block == self.ends_at[0]
+            for other in self.ends_at[1:]:
+                ends = ends | (self.block == other)
+            torch.logical_or(closed, ends.cumsum(-1), out=closed)
         places, remaining = self.places if commits_one(options) else None, None
         if places is None and not counts_ahead(options):
             remaining = (~closed).sum(-1)  # (rows,), to be written in as many steps as are left
@@ -274,7 +278,7 @@ class QueuedDecoder:
     def select(self, places: list[int]) -> torch.Tensor:
         """Let only these of the rows go on; return the places as a tensor."""
         kept = sent(places, self.device)
-        held = self.block, self.columns, self.order, self.closed, self.sure
+        held = self.block, self.columns, self.order, self.closed, self.sure, *self.ends_at
         logits, count = self.logits, self.rows
         self.canvas.rows = self.canvas.rows[kept]
         self.keeps = [self.keeps[place] for place in places]
@@ -286,7 +290,9 @@ class QueuedDecoder:
         self.tables, self.numbers = self.tables[..., kept], self.numbers[..., kept]
         self._make_buffers()
         for new, old in zip(
-            (self.block, self.columns, self.order, self.closed, self.sure), held, strict=True
+            (self.block, self.columns, self.order, self.closed, self.sure, *self.ends_at),
+            held,
+            strict=True,
         ):
             new.copy_(old[kept])
         both = torch.cat([kept, kept + count]) if self.options.guided else kept

@@ -52,10 +52,7 @@ _BEAMS = (
 _SEARCH = "it searches among next tokens, and a diffusion writes them in no order"
 _DRAFTS = "drafts are denoised here by the model itself: verify_with"
 _ENCODER = "it is for models that have an encoder and a decoder"
-_KEPT = (
-    "nothing is kept of each token of a text that is not written token by token: an observer is "
-    "shown every step"
-)
+_KEPT = "a text is not written token by token: an observer is shown every step"
 _CACHE = "decoding has a cache of its own, on the model's device"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(

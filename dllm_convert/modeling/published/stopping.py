@@ -14,6 +14,36 @@ Criterion = Callable[[torch.Tensor, Any], Any]
 True where the text ends with the last of them."""
 
 
+_MARGIN = 8
+"""Tokens looked at beyond as many as a stop string has bytes: some have no text of their own."""
+
+
+class StopText:
+    """Ends a text with the token that completes one of the stop strings.
+
+    As transformers' `StopStringCriteria`, which looks through the vocabulary for over a second.
+
+    Args:
+        tokenizer: Says what tokens are as text.
+        strings: The stop strings.
+    """
+
+    def __init__(self, tokenizer: Any, strings: tuple[str, ...]) -> None:
+        self._tokenizer, self._strings = tokenizer, strings
+        self._window = max(len(string.encode()) for string in strings) + _MARGIN
+
+    def __call__(self, ids: torch.Tensor, scores: Any) -> bool:
+        """Whether the last of the ids, shape (1, length), completes one."""
+        tail = ids[0, -self._window :].tolist()
+        # Half a character is no text yet.
+        whole, before = self._text(tail), len(self._text(tail[:-1]).rstrip("\ufffd"))
+        places = ((whole.rfind(string), string) for string in self._strings)
+        return any(place >= 0 and place + len(string) > before for place, string in places)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 @dataclass(frozen=True)
 class Stops:
     """What ends a text early.

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.loading import load_base
 from dllm_convert.source.fit import is_tied
+from dllm_convert.source.folder import read_config
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.source_fit import fit_folder
 from dllm_convert.source.tensor_names import stored_names
+from dllm_convert.source.text_model import inner_names
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 from dllm_convert.verification.instruments.divergence import Trace
 from dllm_convert.verification.probes.base_config import check_base_config
@@ -114,7 +116,8 @@ class _Comparison:
         self._ours = _locate(subject.folder, subject.headers, stored_names(subject.shapes, adapter))
         self._vocabulary = {adapter.embedding, adapter.head, *adapter.head_biases}
         base_headers = read_checkpoint(base)
-        stored = {name for header in base_headers.values() for name in header.entries}
+        held = [name for header in base_headers.values() for name in header.entries]
+        stored = set(inner_names(read_config(base), held).values())
         # Of a tied pair either may be the one that is stored.
         if {adapter.embedding, adapter.head}.isdisjoint(stored_names(stored, adapter).values()):
             raise DataError(

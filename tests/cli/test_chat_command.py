@@ -102,7 +102,7 @@ def test_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     child.type("/max-new-tokens 8\n", b"/max-new-tokens 8\r\n>>> ")
     file = tmp_path / "talk.json"
     child.type(f"/save {file}\n", b"saved in")
-    os.write(child.master, b"\x04")
+    child.end()
     assert child.close() == 0, child.written
     assert len(json.loads(file.read_text())["turns"]) == 2
     on = piped(folder, "--load", str(file), "--json", given="And?\n")
@@ -114,7 +114,7 @@ def test_on_a_terminal_that_cannot_be_drawn_on(folder: Path) -> None:
     child.read_until(b">>> ")
     expected = piped(folder, "--quiet", given="Hello\n").stdout
     answer = child.type("Hello\n", b"per forward")
-    os.write(child.master, b"\x04")
+    child.end()
     assert child.close() == 0
     assert "\x1b" not in child.written.decode()
     shown = expected.split("\n")[0].strip()
