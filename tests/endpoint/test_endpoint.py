@@ -258,6 +258,17 @@ def test_a_client_that_hangs_up_frees_the_model(served: Any) -> None:
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_new_tokens is 0"),
         ({"max_tokens": "x"}, "invalid literal"),
+        ({"max_tokens": 10**9}, "more than the context of 256"),
+        ({"prompt": [9] * 300}, "together more than the context of 256"),
+        (
+            {
+                "temperature": 1,
+                "extra_body": {
+                    "generation_config": '{"num_return_sequences": 900, "do_sample": true}'
+                },
+            },
+            "one answer",
+        ),
         ({"n": 3}, "n is 3, which is not supported"),
         ({"logprobs": 2}, "no probabilities of next tokens"),
         ({"echo": True}, "echo is True"),
