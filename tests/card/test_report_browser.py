@@ -139,6 +139,9 @@ def test_it_is_shown_whole_and_asks_for_nothing(
         near = np.abs(pixels - matplotlib.colors.to_rgb(colour)).max(axis=-1) < 0.02
         return float(near.mean())
 
+    if width == "desktop":
+        grey = np.abs(pixels[:300] - 128 / 255).max(axis=-1) < 0.02
+        assert grey.mean() > 0.1, "the film is shown"
     assert share(background) > 0.5, "the page follows the reader's colour scheme"
     assert share(SHUT) > 0.001, "the influence maps are drawn"
     assert share(BLUE) > 0.00005, "the curves are drawn"
