@@ -113,7 +113,7 @@ def report(tmp_path: Path) -> Path:
         verification={"passed": False, "probes": probes, "seconds": 41.0},
     )
     folder = fill(tmp_path / "out", manifest)
-    frames = [Image.new("RGB", (640, 120), colour) for colour in ("grey", "orange")]
+    frames = [Image.new("RGB", (640, 120), colour) for colour in ("#808080", "#7e7e7e")]
     frames[0].save(folder / "sample.gif", save_all=True, append_images=frames[1:], duration=400)
     return write_report(folder)
 
