@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -313,3 +314,13 @@ def test_models_and_health(served: Any) -> None:
     assert [model.id for model in served.client.models.list()] == [NAME]
     with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/health", timeout=5) as answer:
         assert json.load(answer) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("served", ["blocks"], indirect=True)
+def test_the_page_runs(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "endpoint.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert "http://127.0.0.1:8000/v1" in code and "qwen3-0.6b" in code
+    code = code.replace(":8000/", f":{served.port}/").replace("qwen3-0.6b", NAME)
+    exec(code, {})
+    assert float(capsys.readouterr().out.split()[-1]) > 0
