@@ -60,14 +60,16 @@ def numbers(facts: Facts) -> Iterator[Number]:
         found = facts.measure(key)
         yield Number(what, "" if found is None else figures(found.nats, 3), "nats per token")
     spent = (facts.sample or {}).get("tokens_per_forward")
-    yield Number("tokens per forward", "" if spent is None else figures(spent, 3), "of the sample")
+    yield Number("tokens per forward", "" if spent is None else figures(spent, 3), "in the sample")
 
 
 def glance_table(facts: Facts) -> Table:
-    """The four numbers in a row."""
-    found = tuple(numbers(facts))
-    values = tuple(number.value or "not measured" for number in found)
-    return Table(tuple(number.what for number in found), (values,))
+    """The four numbers, one below the other: a phone has room for two columns."""
+    rows = tuple(
+        (number.what, f"{number.value} {number.unit}" if number.value else "not measured")
+        for number in numbers(facts)
+    )
+    return Table(("at a glance", "measured"), rows)
 
 
 def quality_of(facts: Facts) -> Quality:

@@ -18,7 +18,7 @@ from transformers.cli.serving.utils import BaseHandler
 
 from dllm_convert.endpoint.generating import AnswerManager, cut_at, stop_texts
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.modeling.published.limits import ContextWarning, check_context, context_of
+from dllm_convert.modeling.published.limits import check_context, context_of
 from dllm_convert.modeling.published.settings import DEFAULT_NEW_TOKENS, TAKEN, decoding_options
 from dllm_convert.sampling.prompts import encode_prompt
 
@@ -120,9 +120,16 @@ class _Answering(BaseHandler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             options = decoding_options(model.config, own, 1, seed, {}, given=given, width=width)
-            warnings.simplefilter("ignore", ContextWarning)
-            check_context(model, [width], options.max_new_tokens, block)
-        config.max_new_tokens = options.max_new_tokens
+        config.max_new_tokens = new = options.max_new_tokens
+        if options.num_return_sequences > 1:
+            raise ValueError(_ONE)
+        context = context_of(model)
+        if context is not None and width + new > context:
+            raise ValueError(
+                f"the prompt has {width} tokens and {new} are asked for, together more than the "
+                f"context of {context}"
+            )
+        check_context(model, [width], new, block)
         if any(not isinstance(stop, str) or not stop for stop in stop_texts(config)):
             raise ValueError(f"stop is {config.stop_strings!r}, expected texts")
 

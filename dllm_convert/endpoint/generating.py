@@ -21,6 +21,8 @@ from transformers.cli.serving.utils import (
 
 from dllm_convert.sampling.packing import packed_linears
 
+_KEPT = 1000
+"""Requests of which it is remembered what they took, the oldest forgotten first."""
 _APART = ("seed", "stop_strings")
 """Of a request's generation config what `generate` is given beside it."""
 
@@ -202,6 +204,8 @@ class AnswerManager(GenerateManager):
                 observer=None if streamer is None else streamer.watch,
                 **apart,
             )
+        while len(self.spent) >= _KEPT:  # of clients that hung up before they were told
+            self.spent.pop(next(iter(self.spent)))
         self.spent[request_id] = Spent(output.forwards, int(output.new_tokens[0]))
         if streamer is not None:
             streamer.close()

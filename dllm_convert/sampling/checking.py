@@ -20,6 +20,7 @@ from dllm_convert.source.context import context_length, too_many_new
 from dllm_convert.source.safetensors_header import load_json_object
 
 _CLOSING = "closing_token_ids"
+_TOKENIZER = object()
 
 
 def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | None:
@@ -61,7 +62,8 @@ def check_settings(
         ValueError: They contradict, or do nothing.
     """
     read_ids(saved.get(_CLOSING), _CLOSING)
-    options = decoding_options(SimpleNamespace(**config), saved, 1, None, dict(given))
+    given, asked = _apart(given)
+    options = decoding_options(SimpleNamespace(**config), saved, 1, None, given, given=asked)
     if isinstance(given.get("max_new_tokens"), int):
         context = context_length(config, adapter_of(config))
         long = too_many_new(options.max_new_tokens, context, config)
@@ -78,6 +80,15 @@ def check_settings(
     return options
 
 
+def _apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return settings by name and those in a `generation_config`, as `generate` tells them apart.
+
+    There is always a tokenizer where text is written: which one does not matter to a check.
+    """
+    named = {"tokenizer": _TOKENIZER, **given}
+    return named, named.pop("generation_config", None)
+
+
 def check_with_prompts(
     model: Any, prompts: Sequence[Sequence[int]], seed: int | None, given: Mapping[str, Any]
 ) -> None:
@@ -90,7 +101,8 @@ def check_with_prompts(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decoding itself says what it has no use for
-            decoding_options(config, saved, len(prompts), seed, dict(given), width=width)
+            given, asked = _apart(given)
+            decoding_options(config, saved, len(prompts), seed, given, given=asked, width=width)
     except (TypeError, ValueError) as error:
         raise RequestError(str(error)) from error
 

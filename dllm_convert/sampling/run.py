@@ -145,8 +145,10 @@ def decode_encoded(
     seconds = round(time.monotonic() - started, 3)
     samples = []
     counts = output.new_tokens.tolist()
-    for prompt, ids, sequence, count in zip(
-        prompts, encoded, output.sequences.tolist(), counts, strict=True
+    copies = len(counts) // len(prompts)  # `num_return_sequences`
+    given_texts = [pair for pair in zip(prompts, encoded, strict=True) for _ in range(copies)]
+    for (prompt, ids), sequence, count in zip(
+        given_texts, output.sequences.tolist(), counts, strict=True
     ):
         if model.config.mask_token_id in ids:
             prompt = tokenizer.decode(sequence[: len(ids)], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -258,6 +259,17 @@ def test_a_client_that_hangs_up_frees_the_model(served: Any) -> None:
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_new_tokens is 0"),
         ({"max_tokens": "x"}, "invalid literal"),
+        ({"max_tokens": 10**9}, "more than the context of 256"),
+        ({"prompt": [9] * 300}, "together more than the context of 256"),
+        (
+            {
+                "temperature": 1,
+                "extra_body": {
+                    "generation_config": '{"num_return_sequences": 900, "do_sample": true}'
+                },
+            },
+            "one answer",
+        ),
         ({"n": 3}, "n is 3, which is not supported"),
         ({"logprobs": 2}, "no probabilities of next tokens"),
         ({"echo": True}, "echo is True"),
@@ -302,3 +314,13 @@ def test_models_and_health(served: Any) -> None:
     assert [model.id for model in served.client.models.list()] == [NAME]
     with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/health", timeout=5) as answer:
         assert json.load(answer) == {"status": "ok"}
+
+
+@pytest.mark.parametrize("served", ["blocks"], indirect=True)
+def test_the_page_runs(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "endpoint.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert "http://127.0.0.1:8000/v1" in code and "qwen3-0.6b" in code
+    code = code.replace(":8000/", f":{served.port}/").replace("qwen3-0.6b", NAME)
+    exec(code, {})
+    assert float(capsys.readouterr().out.split()[-1]) > 0

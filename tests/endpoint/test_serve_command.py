@@ -118,6 +118,35 @@ def test_a_plain_checkpoint_is_no_diffusion_model(source_cache: Callable[[str], 
     assert result.exit_code == 3 and "is not a diffusion checkpoint" in told(result)
 
 
+def test_a_hub_id_is_downloaded_and_is_its_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dllm_convert.endpoint.run as running
+    import dllm_convert.verification.opening as opening
+
+    asked: list[tuple[str, str | None]] = []
+
+    def download(checkpoint: str, revision: str | None, reporter: dc.Reporter) -> Path:
+        asked.append((checkpoint, revision))
+        return folder
+
+    names: list[str] = []
+    made = running.make_app
+
+    def make_app(name: str, *arguments: Any, **more: Any) -> Any:
+        names.append(name)
+        return made(name, *arguments, **more)
+
+    monkeypatch.setattr(opening, "local_checkpoint", download)
+    monkeypatch.setattr(running, "make_app", make_app)
+    monkeypatch.setattr(running, "answer", lambda app, bound, ready: ready())
+    result = serve("somebody/tiny-bd3lm", "--revision", "v1", "--port", "0", "--lossless")
+    assert result.exit_code == 0, result.stderr
+    assert asked == [("somebody/tiny-bd3lm", "v1")]
+    assert names == ["somebody/tiny-bd3lm"]
+    assert "somebody/tiny-bd3lm answers chats and texts at" in told(result)
+
+
 def test_without_a_template_only_texts(
     source_cache: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

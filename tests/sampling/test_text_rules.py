@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conversion import convert
 from factory import TOKENIZERS
 from recording import record_on_a_cpu
 from test_lossless import causal, stock
@@ -366,3 +369,35 @@ def test_a_gated_or_larger_mask_is_no_obstacle(family: str) -> None:
 
     written(model, prompt(6), logits_processor=[look], repetition_penalty=1.2)
     assert MASK not in seen
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_from_python_by_name_and_in_a_config(
+    family: str, source_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    import dllm_convert as dc
+
+    out = tmp_path / "out"
+    convert(source_cache(family), out, "bd3lm" if family == "llama" else "mdlm", block=4)
+    pair = dc.load(out, device="cpu")
+    free = dc.sample(pair, "a name", max_new_tokens=NEW)
+    stop = next(text for text in free.text[3:] if text.isascii() and text.strip())
+    config = GenerationConfig(max_new_tokens=NEW, stop_strings=[stop], min_new_tokens=2)
+    named = {"max_new_tokens": NEW, "stop_strings": [stop], "min_new_tokens": 2}
+    for checkpoint in (out, pair):
+        by_name = dc.sample(checkpoint, "a name", **named)
+        in_config = dc.sample(checkpoint, "a name", generation_config=config)
+        assert (by_name.text, by_name.new_tokens) == (in_config.text, in_config.new_tokens)
+        assert stop in by_name.text and free.text.startswith(by_name.text)
+        assert by_name.new_tokens < NEW
+    found = dc.sample(
+        pair, ["a", "the"], max_new_tokens=4, temperature=1.0, seed=3, num_return_sequences=3
+    )
+    assert [one.prompt for one in found] == ["a"] * 3 + ["the"] * 3
+    several: Any = dc.sample(
+        out, "a", max_new_tokens=4, temperature=1.0, seed=3, num_return_sequences=2
+    )
+    assert [one.text for one in several] == [one.text for one in found[:2]]
+    for wrong in ({"num_beams": 4}, {"generation_config": GenerationConfig(num_beams=4)}):
+        with pytest.raises(dc.RequestError, match="num_beams is 4, which is refused"):
+            dc.sample(out, "a", **wrong)

@@ -118,10 +118,12 @@ def sample(
         threads: Threads of llama.cpp, where it runs the model.
         reporter: Progress; by default silent.
         **decoding: Settings of decoding as `generate` takes them: `confidence_threshold`,
-            `max_denoising_steps`, `temperature`, `top_p`, ...
+            `max_denoising_steps`, `temperature`, `top_p`, `stop_strings`, ...; or some of them in a
+            `generation_config`.
 
     Returns:
-        A sample, whose `text` is what was written; of several prompts a list.
+        A sample, whose `text` is what was written; of several prompts, or with
+        `num_return_sequences`, a list.
 
     Raises:
         DataError: There is no such checkpoint, or a prompt is empty.
@@ -171,7 +173,8 @@ def sample(
                 given["verify_with"] = verifier_of(model.config.to_dict())
             require_settings(model, given)
             samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
-    return samples[0] if prompt is None or isinstance(prompt, str) else list(samples)
+    one = prompt is None or isinstance(prompt, str)
+    return samples[0] if one and len(samples) == 1 else list(samples)
 
 
 def opened(
