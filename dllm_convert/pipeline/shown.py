@@ -17,7 +17,7 @@ from dllm_convert.planning.devices import Device
 from dllm_convert.planning.estimate import estimate_device
 from dllm_convert.planning.plan_text import hours_text
 from dllm_convert.publishing.shown import push_lines
-from dllm_convert.sampling.shown import sample_facts
+from dllm_convert.sampling.shown import sample_facts, sample_text
 from dllm_convert.sampling.watch.layout import wrap
 from dllm_convert.verification.shown import failures, tally, verification_blocks
 
@@ -76,7 +76,7 @@ def run_blocks(document: Mapping[str, Any]) -> list[Block]:
     published = document.get("published")
     numbers = _aligned(_numbers(manifest))
     sample = manifest.get("sample")
-    written = _clipped(sample["prompt"] + sample["text"]) if sample else []
+    written = _clipped(sample_text(sample)) if sample else []
     steps = _aligned(_next(path, manifest, publish=document["passed"] and not published))
     parts: list[list[Block]] = [
         _verdict(manifest["verification"]),
@@ -173,7 +173,10 @@ def detail_blocks(document: Mapping[str, Any]) -> list[Block]:
         blocks += ["", block]
     sample = manifest.get("sample")
     if sample:
-        blocks += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]
+        for one in (sample, *sample.get("more", ())):
+            blocks += ["", f"Sample ({sample_facts(one)})", sample_text(one)]
+            if one.get("base"):
+                blocks += ["", "The base, autoregressively", sample_text(one, "base")]
     published = document.get("published")
     return [
         *blocks,
