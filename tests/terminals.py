@@ -51,6 +51,13 @@ class Terminal:
             self.read(0.2)
         return self.written[start:].decode(errors="replace")
 
+    def wait_for_prompt(self, prompt: bytes, seconds: float = 40.0) -> None:
+        """Wait until a prompt is the last thing there: what is typed before may be lost."""
+        end = time.monotonic() + seconds
+        while not self.written.endswith(prompt) and self.process.poll() is None:
+            assert time.monotonic() < end, self.written[-2000:]
+            self.read(0.2)
+
     def read(self, seconds: float) -> bool:
         if not select.select([self.master], [], [], seconds)[0]:
             return False
