@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dllm_convert.errors import HubError as HubError
     from dllm_convert.errors import IncompatibleError as IncompatibleError
     from dllm_convert.errors import RequestError as RequestError
+    from dllm_convert.errors import TypedFieldError as TypedFieldError
     from dllm_convert.errors import UnknownTaskError as UnknownTaskError
     from dllm_convert.errors import UnsupportedError as UnsupportedError
     from dllm_convert.errors import VerificationError as VerificationError
@@ -63,6 +64,7 @@ _HOMES = {
     "IncompatibleError": "dllm_convert.errors",
     "VerificationError": "dllm_convert.errors",
     "DataError": "dllm_convert.errors",
+    "TypedFieldError": "dllm_convert.errors",
     "UnknownTaskError": "dllm_convert.errors",
     "HubError": "dllm_convert.errors",
     "RequestError": "dllm_convert.errors",
@@ -80,6 +82,7 @@ __all__ = [
     "Recipe",
     "Reporter",
     "RequestError",
+    "TypedFieldError",
     "UnknownTaskError",
     "UnsupportedError",
     "VerificationError",

@@ -51,13 +51,12 @@ class Terminal:
             self.read(0.2)
         return self.written[start:].decode(errors="replace")
 
-    def end(self, prompt: bytes = b">>>") -> None:
-        """Type Ctrl-D once it is asked for a line: setting a terminal up drops what came before."""
-        end = time.monotonic() + 40
-        while not self.written.rstrip().endswith(prompt) and self.process.poll() is None:
+    def wait_for_prompt(self, prompt: bytes, seconds: float = 40.0) -> None:
+        """Wait until a prompt is the last thing there: what is typed before may be lost."""
+        end = time.monotonic() + seconds
+        while not self.written.endswith(prompt) and self.process.poll() is None:
             assert time.monotonic() < end, self.written[-2000:]
             self.read(0.2)
-        os.write(self.master, b"\x04")
 
     def read(self, seconds: float) -> bool:
         if not select.select([self.master], [], [], seconds)[0]:

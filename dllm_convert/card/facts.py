@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Facts:
         data: Text used, None if none was.
         measures: Held-out likelihoods.
         evaluation: Scores beside the base's, None if there are none.
-        sample: A decoded text, None if there is none.
+        samples: Decoded texts, the first of which was filmed; none of a run without the model.
         verification: The report, None if verification never ran.
         pictures: Pictures in the folder.
         animation: How the sample was denoised, None if that was not recorded.
@@ -74,7 +74,7 @@ class Facts:
     data: Data | None
     measures: tuple[Measure, ...]
     evaluation: Evaluation | None
-    sample: Mapping[str, Any] | None
+    samples: tuple[Mapping[str, Any], ...]
     verification: Mapping[str, Any] | None
     pictures: tuple[Picture, ...]
     animation: Picture | None
@@ -161,7 +161,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         data=data_of(measurements.get("data"), recipe),
         measures=_measures(measurements),
         evaluation=evaluation_of(folder, manifest.get("evaluation")),
-        sample=manifest.get("sample"),
+        samples=tuple(_samples(manifest.get("sample"))),
         verification=_verification(manifest.get("verification")),
         pictures=tuple(picture for picture in PICTURES if (folder / picture.file).is_file()),
         animation=DENOISING if (folder / DENOISING.file).is_file() else None,
@@ -232,3 +232,9 @@ def _measures(measurements: Mapping[str, Any]) -> tuple[Measure, ...]:
             tokens = int(value["tokens"])
             found.append(Measure(key, what, nats, stderr if known else None, perplexity, tokens))
     return tuple(found)
+
+
+def _samples(sample: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield every text that was decoded, with what earlier versions did not write down."""
+    for one in () if sample is None else (sample, *sample.get("more", ())):
+        yield {"chat": False, "base": None, **one}

@@ -59,8 +59,12 @@ def numbers(facts: Facts) -> Iterator[Number]:
     for key, what in whats.items():
         found = facts.measure(key)
         yield Number(what, "" if found is None else figures(found.nats, 3), "nats per token")
-    spent = (facts.sample or {}).get("tokens_per_forward")
-    yield Number("tokens per forward", "" if spent is None else figures(spent, 3), "in the sample")
+    written, forwards = (
+        sum(sample[name] for sample in facts.samples) for name in ("new_tokens", "forwards")
+    )
+    spent = figures(written / forwards, 3) if forwards else ""
+    where = "in the sample" if len(facts.samples) == 1 else "in the samples"
+    yield Number("tokens per forward", spent, where)
 
 
 def glance_table(facts: Facts) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dllm_convert.card import text as card_text
 from dllm_convert.card.checks import check_metadata
-from dllm_convert.card.facts import BILLION, collect_facts
+from dllm_convert.card.facts import BILLION, Facts, collect_facts
 from dllm_convert.card.groups import group_probes
 from dllm_convert.card.metadata import dump_front_matter, front_matter
 from dllm_convert.card.quality import glance_table, quality_of
@@ -86,10 +86,16 @@ def render_card(folder: Path, manifest: Mapping[str, Any], *, repo_id: str | Non
         sweep=facts.evaluation and sweep_table(facts.evaluation),
         repo_id=repo_id,
         title=title,
-        prompt=facts.sample["prompt"] if facts.sample else DEFAULT_PROMPT,
+        prompt=_prompt(facts),
         recipe_yaml=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         few_tokens=facts.train is not None and int(facts.train["tokens"]) < BILLION,
         code_links=", ".join(f"[{name}]({name})" for name in facts.code_files),
         lora=facts.train is not None and facts.train["method"] == "lora",
     )
     return f"{dump_front_matter(front_matter(facts, title))}\n{body}"
+
+
+def _prompt(facts: Facts) -> str:
+    """Return a text to go on from: that of the sample, where it is no question."""
+    first = next(iter(facts.samples), None)
+    return DEFAULT_PROMPT if first is None or first["chat"] else str(first["prompt"])

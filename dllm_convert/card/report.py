@@ -85,7 +85,7 @@ class Page:
         figures: Pictures.
         measures: Held-out likelihoods.
         scores: What an evaluation found, with sentences on how; its curve is among the figures.
-        sample: A decoded text.
+        samples: Decoded texts.
         recipe: The resolved recipe as YAML, empty if it is not known.
         seconds: Wall time of the verification.
         note: When and by what it was made.
@@ -102,7 +102,7 @@ class Page:
     film: str = ""
     measures: Table | None = None
     scores: tuple[Table | None, tuple[str, ...]] | None = None
-    sample: Mapping[str, Any] | None = None
+    samples: tuple[Mapping[str, Any], ...] = ()
     recipe: str = ""
     seconds: float | None = None
     note: str = ""
@@ -191,7 +191,7 @@ def _made_here(folder: Path, facts: Facts, seen: Observations) -> Page:
         film=_film(folder, facts),
         measures=tables.measures_table(facts.measures) if facts.measures else None,
         scores=scores,
-        sample=facts.sample,
+        samples=facts.samples,
         recipe=recipe_yaml.dump(recipe_yaml.spoken(facts.recipe)),
         note=f"dllm-convert {manifest.get('dllm_convert')}, converted {manifest.get('created')}",
     )

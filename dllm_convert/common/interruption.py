@@ -57,6 +57,7 @@ class Interruption:
         self._answer = answer
         self._before: list[tuple[signal.Signals, object]] = []
         self._first: float | None = None
+        self._number: int | None = None
         self._escape: threading.Timer | None = None
         self._process = os.getpid()
 
@@ -64,6 +65,11 @@ class Interruption:
     def requested(self) -> bool:
         """Whether the block has been told to end."""
         return self._first is not None
+
+    @property
+    def typed(self) -> bool:
+        """Whether somebody typed Ctrl-C: the other signals mean the program, not what it does."""
+        return self._number == signal.SIGINT
 
     def __enter__(self) -> Self:
         """Begin to listen."""
@@ -95,7 +101,7 @@ class Interruption:
             return
         now = time.monotonic()
         if self._first is None:
-            self._first = now
+            self._first, self._number = now, number
             # In a thread: what the signal came into may be writing to the same stream.
             threading.Thread(target=self._answer, daemon=True).start()
             if not self._gently:

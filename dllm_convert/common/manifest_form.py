@@ -180,6 +180,9 @@ class _Sample(_Section):
     forwards: int
     tokens_per_forward: float | None = None
     seconds: float | None = None
+    chat: bool = False
+    base: str | None = None
+    more: list[_Sample] = []
 
 
 class _Probe(_Section):

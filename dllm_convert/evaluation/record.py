@@ -18,7 +18,7 @@ from dllm_convert.common.manifest import (
 )
 from dllm_convert.common.ranks import Rank
 from dllm_convert.common.redaction import last_part
-from dllm_convert.errors import IncompatibleError, RequestError
+from dllm_convert.errors import DllmConvertError, IncompatibleError, RequestError
 from dllm_convert.evaluation.request import Request
 
 EVALUATION_VERSION = 1

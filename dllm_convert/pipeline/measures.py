@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.common.memory import free_memory
 from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
 
@@ -125,18 +126,26 @@ def _views(run: Run) -> Recorded:
 
 
 def _sample(run: Run) -> Recorded:
-    """Decode one text, and keep what was seen of it."""
+    """Decode a few texts, and let the base write them too; keep what was seen of the first."""
     from dllm_convert.card.pictures import DENOISING
-    from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.run import decode_sample, fit, record, recorder_of
+    from dllm_convert.sampling.run import record, recorder_of
+    from dllm_convert.sampling.showcase import showcase
 
-    model = load(run, run.weights)
-    recorder = recorder_of(model)
-    with run.reporter.task("decode a sample"):
-        prompt, new = fit(model, run.tokenizer, DEFAULT_PROMPT, 32)
-        sample = decode_sample(model, run.tokenizer, prompt, max_new_tokens=new, observer=recorder)
+    held = [load(run, run.weights)]
+    recorder = recorder_of(held[0])
+
+    def base() -> Any | None:
+        # One model at a time.
+        free_memory()
+        writes = run.plan.adapter.attention == "causal"
+        if not writes or diffusion_section(run.plan.source.config) is not None:
+            return None
+        return _load_base(run, run.source.folder)
+
+    with run.reporter.task("decode samples, and the base's own text"):
+        section = showcase(held.pop(), run.tokenizer, recorder, base)
         record(recorder, run.tokenizer, run.workspace.work / DENOISING.file)
-    return Recorded(sample.as_dict())
+    return Recorded(section)
 
 
 BASELINE = Stage("baseline", Baseline, _baseline, loads=True)

@@ -13,7 +13,7 @@ from dllm_convert.card.tables import MEASURES, views_of
 from dllm_convert.common.shown_text import one_line, printable
 from dllm_convert.common.tables import Block, Table, Toned, measure_cells
 from dllm_convert.publishing.shown import push_lines
-from dllm_convert.sampling.shown import sample_facts
+from dllm_convert.sampling.shown import sample_facts, sample_text
 from dllm_convert.sampling.watch.layout import wrap
 from dllm_convert.verification.shown import failures, tally, verification_blocks
 
@@ -44,7 +44,7 @@ def run_blocks(document: Mapping[str, Any]) -> list[Block]:
     published = document.get("published")
     numbers = _aligned(_numbers(manifest))
     sample = manifest.get("sample")
-    written = _clipped(sample["prompt"] + sample["text"]) if sample else []
+    written = _clipped(sample_text(sample)) if sample else []
     steps = _aligned(_next(path, manifest, publish=document["passed"] and not published))
     parts: list[list[Block]] = [
         _verdict(manifest["verification"]),
@@ -141,7 +141,10 @@ def detail_blocks(document: Mapping[str, Any]) -> list[Block]:
         blocks += ["", block]
     sample = manifest.get("sample")
     if sample:
-        blocks += ["", f"Sample ({sample_facts(sample)})", sample["prompt"] + sample["text"]]
+        for one in (sample, *sample.get("more", ())):
+            blocks += ["", f"Sample ({sample_facts(one)})", sample_text(one)]
+            if one.get("base"):
+                blocks += ["", "The base, autoregressively", sample_text(one, "base")]
     published = document.get("published")
     return [
         *blocks,

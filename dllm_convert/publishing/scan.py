@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from dllm_convert.common.manifest import MANIFEST_FILE, checkpoint_files, read_manifest
 from dllm_convert.common.secrets_found import Finding, find_homes, find_secrets, unescaped
@@ -57,7 +58,7 @@ def check_staged(folder: Path) -> None:
 def _findings(folder: Path) -> Iterator[tuple[str, Finding]]:
     has_sample = (folder / MANIFEST_FILE).is_file()
     sample = read_manifest(folder).get("sample") if has_sample else None
-    written = "".join(map(str, sample.values())) if isinstance(sample, dict) else ""
+    written = "".join(_texts(sample))
     for name in checkpoint_files(folder):
         if _matches(name, _UNREAD):
             continue
@@ -70,6 +71,15 @@ def _findings(folder: Path) -> Iterator[tuple[str, Finding]]:
                 if place not in seen:
                     seen.add(place)
                     yield name, replace(finding, line=place[1])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text of a section of the manifest, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _in_text(text: str, written: str, *, homes: bool) -> Iterator[Finding]:

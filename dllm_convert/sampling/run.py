@@ -184,7 +184,9 @@ def telling(reporter: Reporter) -> Iterator[None]:
             )
 
 
-def fit(model: Any, tokenizer: Any, prompt: str, new: int) -> tuple[str, int]:
+def fit(
+    model: Any, tokenizer: Any, prompt: str, new: int, *, chat: bool = False
+) -> tuple[str, int]:
     """Return as much of a prompt, and of a number of new tokens, as a small context has room for.
 
     Args:
@@ -192,11 +194,12 @@ def fit(model: Any, tokenizer: Any, prompt: str, new: int) -> tuple[str, int]:
         tokenizer: Its tokenizer.
         prompt: Text to go on from; of which words may be left out from its end.
         new: Tokens wanted.
+        chat: Whether it is put into the chat template.
     """
     context = context_of(model)
     block = getattr(model.config, "block_size", None) or 1
     while context is not None:
-        room = context // block * block - len(encode_prompt(tokenizer, prompt))
+        room = context // block * block - len(encode_prompt(tokenizer, prompt, chat=chat))
         if room >= 1 or " " not in prompt:
             return prompt, max(min(new, room), 1)
         prompt = prompt.rpartition(" ")[0]

@@ -17,6 +17,16 @@ def sample_facts(sample: Mapping[str, Any]) -> str:
     return f"{said}; lossless: every token is the verifier's{near}"
 
 
+def sample_text(sample: Mapping[str, Any], what: str = "text") -> str:
+    """Return what was given and, behind it or below a question, what was written.
+
+    Args:
+        sample: A sample of a manifest.
+        what: `text`, or `base` for what the base wrote.
+    """
+    return f"{sample['prompt']}{chr(10) * 2 if sample.get('chat') else ''}{sample[what]}"
+
+
 def banner(name: str, manifest: Mapping[str, Any]) -> list[str]:
     """Say what a checkpoint is, and what was measured of it; nothing that was not.
 

@@ -99,22 +99,36 @@ def test_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     child.type("Go on\n", b"of 6000 tokens")
     os.write(child.master, b"\x03")
     child.type("", b"taken back")
+    child.wait_for_prompt(b">>> ")
     child.type("/max-new-tokens 8\n", b"/max-new-tokens 8\r\n>>> ")
     file = tmp_path / "talk.json"
     child.type(f"/save {file}\n", b"saved in")
-    child.end()
+    child.wait_for_prompt(b">>> ")
+    os.write(child.master, b"\x04")
     assert child.close() == 0, child.written
     assert len(json.loads(file.read_text())["turns"]) == 2
     on = piped(folder, "--load", str(file), "--json", given="And?\n")
     assert len(json.loads(on.stdout)["turns"]) == 4
 
 
+@pytest.mark.slow
+def test_sigterm_ends_a_chat_in_the_middle_of_an_answer(folder: Path) -> None:
+    child = Terminal("chat", str(folder), "--max-new-tokens", "6000")
+    child.read_until(b">>> ")
+    child.type("Go on\n", b"of 6000 tokens")
+    child.process.terminate()
+    assert child.close() == 130
+    assert b"error: interrupted" in child.written
+
+
+@pytest.mark.slow
 def test_on_a_terminal_that_cannot_be_drawn_on(folder: Path) -> None:
     child = Terminal("chat", str(folder), term="dumb")
     child.read_until(b">>> ")
     expected = piped(folder, "--quiet", given="Hello\n").stdout
     answer = child.type("Hello\n", b"per forward")
-    child.end()
+    child.wait_for_prompt(b">>> ")
+    os.write(child.master, b"\x04")
     assert child.close() == 0
     assert "\x1b" not in child.written.decode()
     shown = expected.split("\n")[0].strip()

@@ -101,8 +101,8 @@ def test_decoding_waits_where_a_block_may_be_written(walk: Walk) -> None:
 @pytest.mark.parametrize(
     ("name", "most"),
     [
-        # Ten of a step, three that see where a text ends, the head's, and those of a new block, of
-        # 8 tokens here.
+        # Ten of a step, three that see where a text ends, the head's, and those of a new block,
+        # which has 8 tokens here.
         ("bd3lm: greedy", 21),
         ("bd3lm: greedy, 4 rows", 21),
         ("bd3lm: threshold, 4 rows", 24),

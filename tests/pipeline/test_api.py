@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import dllm_convert as dc
 from dllm_convert.cli.app import app
+from dllm_convert.common.tables import text_of
 
 SMALL: dict[str, Any] = {
     "data.sequence_length": 32,
@@ -179,8 +180,9 @@ class TestConvert:
         assert again.report.passed
         assert again.pushed is None
         text = str(again)
-        assert text.startswith("Verification\n")
-        assert str(again.report) in text
+        assert text.startswith("Verified: ")
+        assert str(again.report) not in text, "a screenful"
+        assert str(again.report) in text_of(again.as_details())
         assert "probes passed" in again._repr_html_()
         assert again.report.as_dict() == again.manifest["verification"]
 

@@ -66,7 +66,8 @@ def test_a_run_never_holds_two_models(
         ("measure", 0),
         # The untrained conversion, the base, the result.
         *[("views", 0)] * 3,
-        ("sample", 0),
+        # The result, and the base beside whose text it is shown.
+        *[("sample", 0)] * 2,
     ]
     plan = plan_conversion(made)
     assert plan.shape is not None

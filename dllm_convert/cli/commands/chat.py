@@ -171,6 +171,8 @@ class Talk:
                         stop=lambda: stop.requested,
                     )
                 except Stopped:
+                    if not stop.typed:
+                        raise KeyboardInterrupt from None
                     if pieces is not None:
                         output.write("")
                     self.reporter.line("stopped; the question is taken back")
