@@ -19,6 +19,7 @@ from dllm_convert.adapters.base import Adapter, Implementation, Measured
 from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.modeling.published.gated import adapter_parameters, attach_adapter
 from dllm_convert.probing.shrink import shrink
 from dllm_convert.probing.sizes import VOCABULARY
@@ -132,13 +133,16 @@ def adapted_names(model: Any) -> tuple[str, ...]:
             seen: dict[int, bool] = {}
             past: dict[str, Any] = {"use_cache": False}
             model.train(training)
-            if first:
-                cache = model(tokens[:, :first], use_cache=True).get("past_key_values")
-                if cache is None:
-                    continue  # there is none to stand behind
-                past, seen = {"past_key_values": cache, "use_cache": True}, {}
             given = tokens[:, first:]
-            model(given, **past)
+            try:
+                if first:
+                    cache = model(tokens[:, :first], use_cache=True)["past_key_values"]
+                    past, seen = {"past_key_values": cache, "use_cache": True}, {}
+                model(given, **past)
+            except BROKEN:
+                if not first:
+                    raise
+                continue  # it does not go on from a cache, and nothing stands behind one
             passes += 1
             for module, per_token in seen.items():
                 sound[module] = sound.get(module, 0) + per_token
