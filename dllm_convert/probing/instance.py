@@ -19,6 +19,7 @@ from dllm_convert.adapters.base import Adapter, Implementation, Measured
 from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.errors import UnsupportedError
 from dllm_convert.modeling.classes import diffusion_class
+from dllm_convert.modeling.loading import BROKEN
 from dllm_convert.modeling.published.gated import adapter_parameters, attach_adapter
 from dllm_convert.probing.shrink import shrink
 from dllm_convert.probing.sizes import VOCABULARY
@@ -104,20 +105,21 @@ def _randomise(model: nn.Module) -> None:
 def adapted_names(model: Any) -> tuple[str, ...]:
     """Return what the names end in of linear layers in the decoder layers that an adapter can join.
 
-    Of two texts they have to return a tensor of all tokens in their order, in training as well:
-    what is run by its matrix alone, on some tokens only, or returns something else besides, is left
-    out.
+    They have to return a tensor of all tokens of a forward in their order, in training and behind a
+    cache as well. What is run by its matrix alone, on some tokens only, on those in the cache once
+    more, or returns something else besides, is left out.
     """
-    found: dict[tuple[int, bool], Any] = {}
+    sound: dict[int, int] = {}
     tokens = torch.stack([text(TRIED), text(TRIED, 1)])
+    given = tokens
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
         is_tensor = isinstance(output, torch.Tensor)
         per_token = is_tensor and (
-            output.shape[:2] == tokens.shape or output.shape[:-1].numel() == tokens.numel()
+            output.shape[:2] == given.shape or output.shape[:-1].numel() == given.numel()
         )
-        key = id(module), bool(model.training)
-        found[key] = per_token and found.get(key, True)
+        seen.setdefault(id(module), True)
+        seen[id(module)] &= per_token
 
     handles = [
         module.register_forward_hook(look)
@@ -125,17 +127,30 @@ def adapted_names(model: Any) -> tuple[str, ...]:
         for module in layer.modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
+    passes = 0
     try:
-        model(tokens, use_cache=False)
-        model.train()(tokens, use_cache=False)
+        for training, first in ((False, 0), (True, 0), (False, TRIED // 2)):
+            seen: dict[int, bool] = {}
+            past: dict[str, Any] = {"use_cache": False}
+            model.train(training)
+            given = tokens[:, first:]
+            try:
+                if first:
+                    cache = model(tokens[:, :first], use_cache=True)["past_key_values"]
+                    past, seen = {"past_key_values": cache, "use_cache": True}, {}
+                model(given, **past)
+            except BROKEN:
+                if not first:
+                    raise
+                continue  # it does not go on from a cache, and nothing stands behind one
+            passes += 1
+            for module, per_token in seen.items():
+                sound[module] = sound.get(module, 0) + per_token
     finally:
         model.eval()
         for handle in handles:
             handle.remove()
-    modules = {module for module, _ in found}
-    return _endings(
-        model, {one for one in modules if all(found.get((one, way)) for way in (True, False))}
-    )
+    return _endings(model, {module for module, count in sound.items() if count == passes})
 
 
 def _endings(model: nn.Module, chosen: Collection[int]) -> tuple[str, ...]:

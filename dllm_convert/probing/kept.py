@@ -113,7 +113,23 @@ def beside_base(instance: Instance) -> Answer:
     still = int(((found - stock)[:, _READ:].abs().amax(-1) == 0).sum())
     if still:
         return False, f"{still} noisy tokens are the base's", "an adapter does not act on them"
+    behind = _behind(model, masked, noisy)
+    passed, measured, detail = close(
+        [behind - found[:, _READ:]], found, "behind a cache noisy tokens are others"
+    )
+    if not passed:
+        return passed, measured, detail
     return _trains(model, tokens)
+
+
+@torch.no_grad()
+def _behind(model: Any, tokens: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+    """Return logits of noisy tokens, (rows, noisy, vocab), whose clean ones are in a cache."""
+    reader = CleanReader(model, tokens)
+    reader.go_to(_READ)
+    beside = reader.behind(torch.arange(len(tokens)))
+    logits: torch.Tensor = model(tokens[:, _READ:], noisy=noisy[:, _READ:], **beside).logits
+    return logits
 
 
 def _trains(model: Any, tokens: torch.Tensor) -> Answer:

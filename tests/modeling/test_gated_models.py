@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.loading import load_checkpoint, load_model
 from dllm_convert.modeling.published import modeling
-from dllm_convert.modeling.published.gated import gated_mask
+from dllm_convert.modeling.published.gated import _spread, gated_mask
 
 Folder = Callable[..., Path]
 
@@ -363,3 +363,16 @@ def test_what_a_gated_model_does_not_do(
     assert not opened.is_gated
     with pytest.raises(ValueError, match="noisy is for a gated model"):
         opened(prompt, noisy=torch.ones_like(prompt, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5), (6, 5), (6, 3), (2, 3, 3), (1, 6, 5), (2, 3, 4, 5)], ids=str
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_which_numbers_of_a_layer_are_of_noisy_tokens(shape: tuple[int, ...], rows: int) -> None:
+    """Whether a layer gets rows or one token behind the other, with any number of features."""
+    noisy = torch.tensor([[False, True, True], [False, False, True]])[:rows, :, None]
+    per_token = noisy.expand(2, -1, -1).flatten().tolist()
+    spread = _spread(noisy, torch.zeros(shape)).expand(shape).reshape(6, -1)
+    assert [row.all().item() for row in spread] == per_token
+    assert [row.any().item() for row in spread] == per_token

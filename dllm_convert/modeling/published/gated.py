@@ -169,8 +169,11 @@ def _spread(noisy: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """
     noisy = noisy.to(output.device)  # layers may be on several devices
     rows, length = noisy.shape[:2]
-    if output.shape[1] == length and rows in (1, output.shape[0]):
+    # Of two dimensions the second is features, even where there are as many of them as tokens.
+    if output.dim() > 2 and output.shape[1] == length and rows in (1, output.shape[0]):
         return noisy.view(rows, length, *(1,) * (output.dim() - 2))
+    if rows * length != output.shape[:-1].numel():
+        noisy = noisy.expand(output.shape[:-1].numel() // length, -1, -1)
     return noisy.reshape(*output.shape[:-1], 1)
 
 
