@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.common import strict_json
 from dllm_convert.common.json_files import write_json
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.evaluation.outcome import Outcome
@@ -70,7 +71,7 @@ class KeptOutcomes:
             "settings": {**vars(request.settings), "generation": dict(request.settings.generation)},
             "include": [_content(Path(folder)) for folder in request.include],
         }
-        text = json.dumps(depends, sort_keys=True, default=str)
+        text = strict_json.dumps(depends, sort_keys=True, default=str)
         return blake2b(text.encode(), digest_size=12).hexdigest()
 
 
