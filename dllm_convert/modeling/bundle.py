@@ -21,7 +21,6 @@ CODE_FILES = {
         "modeling.py",
         "masks.py",
         "inputs.py",
-        "limits.py",
         "decoding.py",
         "reading.py",
         "output.py",
@@ -38,7 +37,7 @@ CODE_FILES = {
     ),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
     "lossless_dllm.py": ("lossless.py",),
-    "settings_dllm.py": ("options.py", "settings.py", "ends.py"),
+    "settings_dllm.py": ("options.py", "settings.py", "ends.py", "limits.py"),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
 MODELING_MODULE = MODELING_FILE.removesuffix(".py")
