@@ -1,9 +1,10 @@
 """Rows behind a base that goes on from its cache: what is in the cache, and what else is known.
 
-Where no mask of a family can be opened a noisy token can still stand behind clean ones: in a row of
-its own, on a copy of the base's cache, strictly causal. The copy is thrown away, or rolled back as
-far as its tokens turned out to be known. Recurrent states do not roll back: there the cache from
-before stays, and what became known since is run again at the head of the next forward.
+Where no mask of a family can be opened a noisy token can still stand behind clean ones: in a
+row of its own, on a copy of the base's cache, strictly causal. The copy is thrown away, or
+rolled back as far as its tokens turned out to be known. Recurrent states do not roll back:
+there the cache from before stays, and what became known since is run again at the head of the
+next forward.
 """
 
 from __future__ import annotations
