@@ -54,11 +54,13 @@ def meant(path: Path | str) -> str:
 
 
 def no_folder(folder: Path) -> DataError:
-    """Return the error for a checkpoint's folder that is not there."""
+    """Return the error for a checkpoint's folder that is not there, or is a file."""
     if folder.exists():
+        beside = (folder.parent / "config.json").is_file()
         return DataError(
             f"{folder} is not a folder",
-            hint=f"Give the folder that dllm-convert run wrote, such as {folder.parent}",
+            hint="Give the folder that dllm-convert run wrote"
+            + (f", such as {folder.parent}" if beside else ""),
         )
     return DataError(
         f"there is no folder {folder}",

@@ -16,7 +16,7 @@ from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.hub_names import is_model_id
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.memory import in_words
-from dllm_convert.common.nearest import meant
+from dllm_convert.common.nearest import meant, no_folder
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.converted_config import read_converted_config, read_section
 from dllm_convert.source.folder import SMALL_FILES
@@ -74,7 +74,9 @@ def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Rep
             )
         return folder
     repo_id = checkpoint if isinstance(checkpoint, str) else checkpoint.as_posix()
-    if folder.exists() or not is_model_id(repo_id, owned=True):
+    if folder.exists():
+        raise no_folder(folder)
+    if not is_model_id(repo_id, owned=True):
         raise DataError(
             f"{checkpoint} is not a folder, and is not a Hub id",
             hint=f"{meant(folder)}Give a folder with config.json beside the weights, or a Hub id "

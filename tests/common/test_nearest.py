@@ -91,10 +91,20 @@ def test_push_and_a_single_word() -> None:
     assert (checked.exit_code, "nearest: Models" in checked.stderr) == (3, True)
 
 
-@pytest.mark.parametrize("command", ["sample", "card"])
+@pytest.mark.parametrize("command", ["sample", "card", "verify"])
 def test_a_file_is_told_with_its_folder(here: Path, command: str) -> None:
     (here / "out/llama-bd3lm/config.json").write_text("{}")
     result = CliRunner().invoke(app, [command, "out/llama-bd3lm/config.json", "--json"])
     error = json.loads(result.stdout)["error"]
     assert "is not a folder" in error["message"]
     assert error["hint"].endswith("such as out/llama-bd3lm")
+
+
+@pytest.mark.parametrize("command", ["sample", "card", "verify"])
+@pytest.mark.usefixtures("here")
+def test_no_hint_leads_to_where_nothing_is(command: str) -> None:
+    """Beside the file is no checkpoint; and the file itself is not what was meant."""
+    result = CliRunner().invoke(app, [command, "out/note.txt", "--json"])
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["message"]) == (1, "out/note.txt is not a folder")
+    assert error["hint"] == "Give the folder that dllm-convert run wrote"
