@@ -25,7 +25,7 @@ CODE_FILES = {
         "reading.py",
         "output.py",
     ),
-    "gated_dllm.py": ("gated.py",),
+    "gated_dllm.py": ("gated.py", "moving.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
@@ -45,7 +45,6 @@ CODE_FILES = {
         "asked.py",
         "settings.py",
         "ends.py",
-        "moving.py",
     ),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
@@ -65,7 +64,8 @@ denoising are then the caller's business.
 """,
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
-Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
+Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it. And how
+small numbers reach a device without a wait.
 """,
     "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
 

@@ -83,7 +83,12 @@ def base_texts(base: Any, tokenizer: Any, asked: Showcase, ends: Sequence[int]) 
     for prompt, new in asked.prompts:
         ids = encode_prompt(tokenizer, prompt, chat=asked.chat)
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=new, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=list(ends) or None,
+            pad_token_id=0,
+            # What is not said here the base's own settings say.
+            return_dict_in_generate=False,
         )
         given = torch.tensor([ids], device=base.device)
         out = base.generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -69,17 +70,42 @@ def _called(settings: Mapping[str, Any], name: str) -> tuple[Callable[..., Any],
     return found
 
 
+def _shaped(settings: Mapping[str, Any], name: str, make: Callable[[Any], Any]) -> Any:
+    """Make something of a setting's value; what is no such value is refused by its name."""
+    value = settings[name]
+    try:
+        return make(value)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"{name} is {value!r}, which is none that is taken: {error}") from error
+
+
 def _biases(settings: Mapping[str, Any], ends: tuple[int, ...]) -> dict[tuple[int, ...], float]:
     """What is added to the logits of a token, or of one that ends a sequence of tokens."""
     found: dict[tuple[int, ...], float] = {}
-    bias, banned = settings["sequence_bias"], settings["bad_words_ids"]
-    if bias:
+
+    def of_sequences(bias: Any) -> Any:
         pairs = bias.items() if isinstance(bias, Mapping) else bias
         given = {tuple(ids): float(value) for ids, value in pairs}
-        found |= SequenceBiasLogitsProcessor(given).sequence_bias  # type: ignore[arg-type]
-    if banned:
-        found |= NoBadWordsLogitsProcessor(banned, list(ends)).sequence_bias
+        return SequenceBiasLogitsProcessor(given).sequence_bias  # type: ignore[arg-type]
+
+    def of_words(banned: Any) -> Any:
+        return NoBadWordsLogitsProcessor(banned, list(ends)).sequence_bias
+
+    if settings["sequence_bias"]:
+        found |= _shaped(settings, "sequence_bias", of_sequences)
+    if settings["bad_words_ids"]:
+        found |= _shaped(settings, "bad_words_ids", of_words)
     return found
+
+
+def _watermark(mark: Any, vocabulary: int, device: torch.device | str) -> Callable[..., Any]:
+    if isinstance(mark, SynthIDTextWatermarkingConfig):
+        raise ValueError(
+            "SynthID's, whose processor keeps a state from token to token; WatermarkingConfig's "
+            "does not"
+        )
+    mark = WatermarkingConfig(**mark) if isinstance(mark, Mapping) else mark
+    return mark.construct_processor(vocabulary, str(device))  # type: ignore[no-any-return]
 
 
 def read_rules(
@@ -114,18 +140,19 @@ def read_rules(
     if ngram := _count(settings, "no_repeat_ngram_size"):
         processors.append(NoRepeatNGramLogitsProcessor(ngram))
     if settings["forced_bos_token_id"] is not None:
-        processors.append(ForcedBOSTokenLogitsProcessor(settings["forced_bos_token_id"]))
+        first = _shaped(settings, "forced_bos_token_id", int)
+        processors.append(ForcedBOSTokenLogitsProcessor(first))
     custom = _called(settings, "logits_processor")
-    mark = settings["watermarking_config"]
-    if isinstance(mark, SynthIDTextWatermarkingConfig):
-        raise ValueError(
-            "watermarking_config is SynthID's, whose processor keeps a state from token to token; "
-            "WatermarkingConfig's does not"
+    if settings["watermarking_config"] is not None:
+        mark = partial(_watermark, vocabulary=vocabulary, device=device)
+        custom = (*custom, _shaped(settings, "watermarking_config", mark))
+    decay = None
+    if settings["exponential_decay_length_penalty"] is not None:
+        decay = _shaped(
+            settings,
+            "exponential_decay_length_penalty",
+            lambda pair: (int(pair[0]), float(pair[1])),
         )
-    if mark is not None:
-        mark = WatermarkingConfig(**mark) if isinstance(mark, Mapping) else mark
-        custom = (*custom, mark.construct_processor(vocabulary, str(device)))
-    decay = settings["exponential_decay_length_penalty"]
     return TextRules(
         repetition_penalty=_number(settings, "repetition_penalty", 1, math.inf) or 1.0,
         token_bias=tuple((ids[0], value) for ids, value in biases.items() if len(ids) == 1),
@@ -134,7 +161,7 @@ def read_rules(
         ),
         begin_suppress_tokens=never,
         forced_last=last,
-        decay=None if decay is None else (int(decay[0]), float(decay[1])),
+        decay=decay,
         is_finite=bool(settings["remove_invalid_values"]),
         top_h=_number(settings, "top_h", 1, 1),
         typical_p=_number(settings, "typical_p", 1, 1),
@@ -156,7 +183,7 @@ def read_stops(settings: Mapping[str, Any]) -> Stops:
     criteria: list[Criterion] = []
     strings = settings["stop_strings"]
     if strings:
-        named = [strings] if isinstance(strings, str) else list(strings)
+        named = [strings] if isinstance(strings, str) else _shaped(settings, "stop_strings", list)
         if not all(isinstance(one, str) and one for one in named):
             raise ValueError(f"stop_strings is {strings!r}, expected texts")
         if settings["tokenizer"] is None:
