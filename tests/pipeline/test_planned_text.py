@@ -127,6 +127,10 @@ def test_a_text_is_not_read_to_death(
         ("gone.txt", None, "no file matches"),
         ("rows.jsonl", '{"prose": "no column that is known"}\n', "has no column 'text'"),
         ("page.html", "<p>text</p>", "page.html"),
+        ("empty.txt", "", "holds no text"),
+        ("empty.jsonl", "", "holds no text"),
+        ("head.csv", "text\n", "holds no text"),
+        ("blank.txt", " \n\n \n", "holds no text"),
     ],
 )
 def test_what_is_no_text_is_found_out_first(
