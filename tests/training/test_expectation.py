@@ -248,3 +248,15 @@ def test_a_known_problem_is_the_explanation() -> None:
     opening = StartCheck(replace(START, problems=("mask row: none",)), tokens=500, variance=0.0)
     heard = [opening.see(value) for value in (9.0, 9.0, 9.0)]
     assert str(heard[-1]).endswith("; mask row: none")
+
+
+def test_one_held_out_sequence_is_said_and_makes_no_range(
+    sound: tuple[Any, tuple[TextBatch, ...]],
+) -> None:
+    model, batches = sound
+    first = {n: v if v is None else v[:1] for n, v in vars(batches[0]).items()}
+    start = start_of(model, (TextBatch(**first),))
+    (problem,) = explain(start)
+    assert "one sequence of" in problem and "data.held_out_source" in problem
+    said = StartCheck(start, tokens=500, variance=0.0).announce()
+    assert "nobody can tell" in said and "inf" not in said and f"{start.nelbo:.2f}" in said
