@@ -24,6 +24,7 @@ from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.record import evaluate_checkpoint, record_evaluation
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
+from dllm_convert.evaluation.shown import Evaluation
 
 QUIET = Reporter(quiet=True)
 QUICK = Settings(draws=2, rounds=2)
@@ -154,6 +155,14 @@ def test_a_report_that_is_there_shows_it_and_no_other_is_made(tmp_path: Path) ->
     assert "Score against tokens per forward" in before
     assert "Score against tokens per forward" not in after
     assert not (folder / PARALLELISM.file).exists(), "a curve of an earlier evaluation"
+
+
+def test_a_base_that_nobody_named_is_said_to_be_missing() -> None:
+    record = evaluated_by_hand()
+    for base, missing in ((None, True), ("llama", False)):
+        settings = {**record["settings"], "base": base, "generation": {}}
+        said = str(Evaluation({**record, "settings": settings}).as_blocks())
+        assert ("--against BASE" in said) == missing
 
 
 class Lines(Reporter):

@@ -117,13 +117,13 @@ def evaluate(
     unsafe_code: bool = False,
     reporter: Reporter | None = None,
 ) -> Evaluation:
-    """Evaluate a converted checkpoint, and its base on the same items; recorded in its manifest.
+    """Evaluate a converted checkpoint, and a base on the same items; recorded in its manifest.
 
     Args:
         checkpoint: The folder.
         tasks: Names of lm-eval's tasks.
         data: Text to measure: files or a Hub dataset; of what was trained on, what was held out.
-        against: The base, evaluated on the same items.
+        against: The base, evaluated on the same items; None evaluates the conversion alone.
         limit: Most items per task.
         shots: Examples before each question.
         batch_size: Changes speed, and no score.
