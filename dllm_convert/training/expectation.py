@@ -222,6 +222,12 @@ class StartCheck:
         if len(self._seen) >= FIRST_LINES:
             return None
         self._seen.append(value)
+        if len(self._seen) == FIRST_LINES and not any(self._seen):
+            # A likelihood of exactly 1 is none that a model gives.
+            return (
+                "training starts with a loss of 0: no token of its rows is trained, so it learns "
+                "nothing. Texts of one or two tokens have none, nor has what the base alone writes"
+            )
         low, high = self.range
         found = median(self._seen)
         near = low - SLACK[0] <= found <= high + SLACK[1]
