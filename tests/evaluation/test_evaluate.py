@@ -121,6 +121,39 @@ def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_p
         measure_text(replace(request, base=str(source_cache("bert"))), QUIET)
 
 
+@pytest.mark.parametrize("with_tasks", [False, True])
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("base.gguf", "is a file"),
+        ("bsae", "Did you mean base"),
+        ("nowhere", "there is no --against nowhere"),
+    ],
+)
+def test_a_base_that_is_not_there_is_found_out_first(
+    base: str,
+    said: str,
+    with_tasks: bool,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dllm_convert.evaluation.run import evaluate_tasks
+    from dllm_convert.evaluation.text import measure_text
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.gguf").touch()
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr("dllm_convert.evaluation.subject.EvaluatedCheckpoint.load", None)
+    request = Request(checkpoint, ("dllm_copy",), base=base, data="pydoc")
+    with pytest.raises(DataError) as caught:
+        if with_tasks:
+            evaluate_tasks(request, QUIET, lambda found: None)
+        else:
+            measure_text(request, QUIET)
+    assert said in f"{caught.value}. {caught.value.hint}"
+
+
 def test_the_card_shows_it(tmp_path: Path, evaluated: dict[str, Any], checkpoint: Path) -> None:
     manifest = llama_bd3lm()
     folder = fill(tmp_path / "model", {**manifest, "evaluation": evaluated})
