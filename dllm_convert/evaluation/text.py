@@ -88,6 +88,8 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         # Names of columns may serve another text as well; subset and split are of that one.
         fields |= {"subset": None, "split": "train", "revision": None, "max_documents": None}
         fields |= {"held_out_source": None, "held_out_split": None}
+    if request.text_field is not None:
+        fields["text_field"] = request.text_field
     data = recipe.data.model_copy(update=fields)
     recipe = recipe.model_copy(update={"data": data})
     subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)

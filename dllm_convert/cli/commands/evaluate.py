@@ -79,7 +79,8 @@ Assignments = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="draws, rounds, confidence, masking, seed, or a setting of decoding. Repeatable.",
+        help="draws, rounds, confidence, masking, seed, data.text_field (the column of --data), or "
+        "a setting of decoding. Repeatable.",
     ),
 ]
 Unsafe = Annotated[
