@@ -70,6 +70,8 @@ def attention_summary(seen: Observations) -> str | None:
         )
     if not influence.opened_as_claimed:
         return f"{start}, not those {_count(influence.claimed_ahead)} that it claims."
+    if influence.block_size == 1:
+        return f"{start}: text without noise is read from left to right."
     inside = f"exactly those inside a block of {influence.block_size}"
     return f"{start}, {inside if influence.block_size else 'which is all of them'}."
 

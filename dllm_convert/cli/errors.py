@@ -149,7 +149,7 @@ def _classify_os(error: OSError) -> Failure:
 
 
 def _interrupted(ctx: Any) -> Failure:
-    resumable = ctx.invoked_subcommand in ("run", "push")
+    resumable = ctx.invoked_subcommand in ("run", "push", "evaluate")
     hint = "The same command goes on where it stopped" if resumable else None
     return Failure("Interrupted", "interrupted", hint, INTERRUPTED)
 

@@ -55,8 +55,8 @@ class Task:
 
         Args:
             total: All of it, counted as `advance` does, if that is another number than was said.
-            seconds: How long it will take from now on, until the pace says more; None: the pace
-                says it.
+            seconds: How long it will take from now on at most, whatever the pace; None: as long as
+                the pace says.
         """
         self._total = self._total if total is None else total
         self._until = None if seconds is None else time.monotonic() + seconds
@@ -83,14 +83,13 @@ class Task:
             self._reporter.line(f"{self._description}: {', '.join(parts)}")
 
     def _ends(self) -> float | None:
-        """When it will be done: at the pace so far, or as was told."""
-        if self._until is not None:
-            return self._until
+        """When it will be done: at the pace so far, no later than was told."""
         advanced = self._done - self._began
         if not self._total or advanced <= 0:
-            return None
-        pace = (time.monotonic() - self._started) / advanced
-        return time.monotonic() + pace * max(self._total - self._done, 0)
+            return self._until
+        now = time.monotonic()
+        ends = now + (now - self._started) / advanced * max(self._total - self._done, 0)
+        return ends if self._until is None else min(ends, self._until)
 
 
 class Reporter:

@@ -75,7 +75,7 @@ class _Answering(BaseHandler):
             return await self._answer(body, request_id)
         except (DllmConvertError, KeyError, TypeError, TemplateError, ValueError) as error:
             missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise _bad(missing) from error
+            raise _bad(_as_asked(missing, body)) from error
 
     async def _answer(self, body: dict[str, Any], request_id: str) -> Any:
         return await super().handle_request(body, request_id)
@@ -177,6 +177,12 @@ class _Answering(BaseHandler):
         named["usage"] = self._with_spent(named.get("usage"), request_id)
         told: str = super()._build_chunk_sse(request_id, *more, **named)
         return told
+
+
+def _as_asked(message: str, body: Mapping[str, Any]) -> str:
+    """Return a message that names the length of an answer as the request did."""
+    given = (n for n in ("max_completion_tokens", "max_tokens") if body.get(n) is not None)
+    return message.replace("max_new_tokens", next(given, "max_new_tokens"))
 
 
 def _most_new(model: Any, width: int, block: int | None) -> int:

@@ -26,6 +26,7 @@ class Request:
         published: Name of published settings, for their number of examples.
         data: Text to measure, as a recipe's `data.source`; of what was trained on, only what was
             held out.
+        text_field: Column that holds the text of `data`; None for the one that was trained on.
         settings: How likelihoods are estimated and text is written.
     """
 
@@ -41,6 +42,7 @@ class Request:
     unsafe_code: bool = False
     published: str | None = None
     data: str | None = None
+    text_field: str | None = None
     settings: Settings = field(default_factory=Settings)
 
     def shots_of(self, task: str) -> int | None:

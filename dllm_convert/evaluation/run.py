@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from dllm_convert.adapters import adapter_of
 from dllm_convert.common.console import Reporter
-from dllm_convert.errors import DllmConvertError, IncompatibleError
+from dllm_convert.errors import DllmConvertError
+from dllm_convert.evaluation.base_found import check_base
 from dllm_convert.evaluation.kept import KeptOutcomes
 from dllm_convert.evaluation.outcome import (
     NOTHING,
@@ -20,9 +20,7 @@ from dllm_convert.evaluation.outcome import (
 )
 from dllm_convert.evaluation.paired import paired_difference
 from dllm_convert.evaluation.request import Request
-from dllm_convert.modeling.converted_config import read_converted_config
 from dllm_convert.source.hub_errors import transport_error
-from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 _FAILURES = (
     *(DllmConvertError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
@@ -54,7 +52,7 @@ def evaluate_tasks(
         IncompatibleError: The base is no autoregressive model.
     """
     require_harness()
-    _check_base(request)
+    check_base(request)
     work = _Work(request, reporter, KeptOutcomes(request), task_manager(request))
     after, before, sweep = NOTHING, NOTHING, list[dict[str, Any]]()
 
@@ -131,19 +129,6 @@ class _Work:
                 said = " ".join(str(error).split()) or type(error).__name__
                 self.failed[task] = said[:300]
                 self.reporter.warn(f"{task} failed ({self.failed[task]}); the others go on")
-
-
-def _check_base(request: Request) -> None:
-    if request.base is None:
-        return
-    if adapter_of(read_converted_config(request.checkpoint)).attention == "bidirectional":
-        raise IncompatibleError(
-            f"{request.base} is a masked language model, which has no likelihood of its own and "
-            "writes nothing",
-            hint="Leave --against out",
-        )
-    # Found out in a second, and not after hours of the conversion's own tasks.
-    load_tokenizer(request.base)
 
 
 def _conversion(request: Request, reporter: Reporter, **more: Any) -> Any:

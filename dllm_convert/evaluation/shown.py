@@ -48,6 +48,8 @@ class Evaluation(Printed):
             ]
             header = (self.text["source"], "nats per token", "perplexity", "tokens")
             blocks.append(Table(header, rows))
+        if blocks and (self.record.get("settings") or {}).get("base", "") is None:
+            blocks.append("no base beside it: --against BASE evaluates one on the same items")
         return apart(blocks)
 
 

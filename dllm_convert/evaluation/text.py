@@ -14,6 +14,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.evaluation.base_found import check_base
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
@@ -79,6 +80,7 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     """
     from dllm_convert.training.data.text import text_to_measure
 
+    check_base(request)
     recipe = recorded_recipe(request.checkpoint)
     trained_on = recipe.training.method != "none" and _is_same(str(request.data), recipe.data)
     fields: dict[str, Any] = {"source": request.data}
@@ -86,6 +88,8 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         # Names of columns may serve another text as well; subset and split are of that one.
         fields |= {"subset": None, "split": "train", "revision": None, "max_documents": None}
         fields |= {"held_out_source": None, "held_out_split": None}
+    if request.text_field is not None:
+        fields["text_field"] = request.text_field
     data = recipe.data.model_copy(update=fields)
     recipe = recipe.model_copy(update={"data": data})
     subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)

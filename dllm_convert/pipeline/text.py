@@ -96,10 +96,11 @@ def looked_at(plan: ConversionPlan, processes: int) -> dict[str, Any]:
 def _refuse_epochs(text: TextPlan, steps: int) -> None:
     if text.epochs is None or text.epochs <= MOST_EPOCHS or text.limited:
         return
-    fewer = max(1, math.floor(steps * MOST_EPOCHS / text.epochs))
+    fewer = math.floor(steps * MOST_EPOCHS / text.epochs)
+    shorter = f", or --steps {fewer}" if fewer else ""
     raise IncompatibleError(
         f"{text.line()}; more than {MOST_EPOCHS} times teaches it by heart",
-        hint=f"Give more text with --data, or --steps {fewer}, or --allow-epochs",
+        hint=f"Give more text with --data{shorter}, or --allow-epochs",
     )
 
 

@@ -408,8 +408,10 @@ def _read(path: Path) -> str:
         check_file(path, MAX_TEXT_BYTES)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
+        beside = [file.name for end in ("*.yaml", "*.yml") for file in path.parent.glob(end)]
+        near = _did_you_mean(path.name, beside)
         hint = "List the shipped recipes with `dllm-convert recipes`"
-        raise IncompatibleError(f"there is no recipe file {path}", hint=hint) from error
+        raise IncompatibleError(f"there is no recipe file {path}{near}", hint=hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise IncompatibleError(f"the recipe file {path} cannot be read: {error}") from error
 

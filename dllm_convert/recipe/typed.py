@@ -55,6 +55,13 @@ def refuse_other_source(source: str, recipe: Recipe, assigned: Mapping[str, Any]
         )
 
 
+_ASKED_BY = {
+    "training.lora.acts_on": "`keep_base` (training.lora.acts_on)",
+    "training.keep_adapter": "`keep_adapter`",
+}
+"""Fields with an argument of their own, whose name nobody knows them by."""
+
+
 def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
     """Refuse what was typed and would change nothing.
 
@@ -70,7 +77,7 @@ def refuse_without_effect(recipe: Recipe, typed: Mapping[str, Any]) -> None:
             continue
         why = _idle(field, recipe)
         if why is not None:
-            raise RequestError(f"{field} would change nothing: {why}")
+            raise RequestError(f"{_ASKED_BY.get(field, field)} would change nothing: {why}")
 
 
 def _idle(field: str, recipe: Recipe) -> str | None:

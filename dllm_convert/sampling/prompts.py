@@ -111,7 +111,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[in
     check_text(prompt)
     ids = _around_masks(tokenizer, prompt, chat=False)
     if not ids:
-        raise DataError("the prompt is empty", hint="Give at least one word with --prompt")
+        raise DataError("the prompt is empty", hint="Give at least one word")
     return ids
 
 

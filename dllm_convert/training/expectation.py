@@ -62,7 +62,7 @@ class Start:
 
     Attributes:
         nelbo: Its NELBO on held-out text, nats per token.
-        stderr: Standard error of that.
+        stderr: Standard error of that; infinite where one sequence does not tell.
         tokens: Tokens it was measured on.
         guess: What guessing uniformly costs, ln(vocabulary), nats per token.
         ar_nll: The base's own NLL on the same tokens, if it is autoregressive.
@@ -151,7 +151,13 @@ def survey(
     problems = [] if MASK_ROW[0] <= row <= MASK_ROW[1] else [_mask_row(row, objective)]
     if start.nelbo > start.guess and not objective.is_gated:
         problems += _shift(model, batches[:1], objective, seed)
-    return replace(start, problems=(*problems, *text.problems))
+    problems += text.problems
+    if before["stderr"] is None:
+        problems.append(
+            f"data: one sequence of {start.tokens:,} scored tokens is held out, too little to tell "
+            "how far its likelihoods are off; give more text, or --set data.held_out_source=SPEC"
+        )
+    return replace(start, problems=tuple(problems))
 
 
 def _mask_row(ratio: float, objective: Objective) -> str:
@@ -203,8 +209,11 @@ class StartCheck:
         """Say what is expected, on one line."""
         low, high = self.range
         base = f", the base's AR NLL {self.start.ar_nll:.2f}" if self.start.ar_nll else ""
+        expected = f"NELBO {low:.2f} to {high:.2f} nats per token"
+        if math.isinf(high):
+            expected = "nobody can tell which NELBO"
         return (
-            f"expected at step 0: NELBO {low:.2f} to {high:.2f} nats per token (untrained "
+            f"expected at step 0: {expected} (untrained "
             f"{self.start.nelbo:.2f} on held-out text, guessing {self.start.guess:.2f}{base})"
         )
 
@@ -213,6 +222,12 @@ class StartCheck:
         if len(self._seen) >= FIRST_LINES:
             return None
         self._seen.append(value)
+        if len(self._seen) == FIRST_LINES and not any(self._seen):
+            # A likelihood of exactly 1 is none that a model gives.
+            return (
+                "training starts with a loss of 0: no token of its rows is trained, so it learns "
+                "nothing. Texts of one or two tokens have none, nor has what the base alone writes"
+            )
         low, high = self.range
         found = median(self._seen)
         near = low - SLACK[0] <= found <= high + SLACK[1]

@@ -60,6 +60,19 @@ def test_a_script_sees_a_failure(folder: Path, given: str | bytes, code: int, wo
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("content", [None, "", '{"messages": []}\n{"messages": []}\n', "[]", "{}"])
+def test_what_no_chat_saved_is_refused_as_that(
+    folder: Path, tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "said.jsonl"
+    if content is not None:
+        file.write_text(content)
+    result = piped(folder, "--load", str(file), given="Hello\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "said.jsonl" in result.stderr
+    assert result.stderr.endswith(". Give a file that /save wrote\n")
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [

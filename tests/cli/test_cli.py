@@ -314,6 +314,18 @@ def test_known_failure_is_one_line(
     assert words in result.stderr
 
 
+def test_an_evaluation_that_is_interrupted_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dllm_convert.pipeline.api.judging.evaluate", stop)
+    result = invoke("evaluate", str(tmp_path), "--tasks", "dllm_copy")
+    assert result.exit_code == 130
+    assert "interrupted. The same command goes on where it stopped" in result.stderr
+
+
 def test_failure_with_json_is_one_document(failing: Callable[[BaseException], None]) -> None:
     failing(DataError("found b", hint="do c"))
     document = json.loads(invoke("run", "x/y", "--json").stdout)

@@ -91,6 +91,18 @@ def test_what_is_expected_is_told_until_the_pace_says_more(clock: list[float]) -
         assert left() == "0:01:10 left"
 
 
+def test_steps_that_end_before_the_time_limit_say_so(clock: list[float]) -> None:
+    reporter = reporter_of(80)
+    with reporter.task("train", total=40) as task:
+        task.begin(0)
+        task.expect(seconds=1200)
+        for step in range(1, 5):
+            clock[0] += 2
+            task.advance(1)
+            left = bar.left_text(reporter.bar.tasks[0].fields[bar.ENDS])  # type: ignore[union-attr]
+            assert left == f"0:01:{(40 - step) * 2 - 60:02d} left", "not the 20 minutes there are"
+
+
 def test_plain_lines_say_the_same(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
     reporter, said = Reporter(), list[str]()
     reporter.console = Console(file=StringIO(), force_terminal=False)

@@ -257,7 +257,7 @@ def test_a_client_that_hangs_up_frees_the_model(served: Any) -> None:
     [
         ({"temperature": "hot"}, "hot"),
         ({"temperature": -1}, "temperature"),
-        ({"max_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": "x"}, "invalid literal"),
         ({"max_tokens": 10**9}, "more than the context of 256"),
         ({"prompt": [9] * 300}, "together more than the context of 256"),

@@ -24,6 +24,7 @@ from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
 from dllm_convert.evaluation.record import evaluate_checkpoint, record_evaluation
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
+from dllm_convert.evaluation.shown import Evaluation
 
 QUIET = Reporter(quiet=True)
 QUICK = Settings(draws=2, rounds=2)
@@ -120,6 +121,39 @@ def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_p
         measure_text(replace(request, base=str(source_cache("bert"))), QUIET)
 
 
+@pytest.mark.parametrize("with_tasks", [False, True])
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("base.gguf", "is a file"),
+        ("bsae", "Did you mean base"),
+        ("nowhere", "there is no --against nowhere"),
+    ],
+)
+def test_a_base_that_is_not_there_is_found_out_first(
+    base: str,
+    said: str,
+    with_tasks: bool,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dllm_convert.evaluation.run import evaluate_tasks
+    from dllm_convert.evaluation.text import measure_text
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.gguf").touch()
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr("dllm_convert.evaluation.subject.EvaluatedCheckpoint.load", None)
+    request = Request(checkpoint, ("dllm_copy",), base=base, data="pydoc")
+    with pytest.raises(DataError) as caught:
+        if with_tasks:
+            evaluate_tasks(request, QUIET, lambda found: None)
+        else:
+            measure_text(request, QUIET)
+    assert said in f"{caught.value}. {caught.value.hint}"
+
+
 def test_the_card_shows_it(tmp_path: Path, evaluated: dict[str, Any], checkpoint: Path) -> None:
     manifest = llama_bd3lm()
     folder = fill(tmp_path / "model", {**manifest, "evaluation": evaluated})
@@ -154,6 +188,14 @@ def test_a_report_that_is_there_shows_it_and_no_other_is_made(tmp_path: Path) ->
     assert "Score against tokens per forward" in before
     assert "Score against tokens per forward" not in after
     assert not (folder / PARALLELISM.file).exists(), "a curve of an earlier evaluation"
+
+
+def test_a_base_that_nobody_named_is_said_to_be_missing() -> None:
+    record = evaluated_by_hand()
+    for base, missing in ((None, True), ("llama", False)):
+        settings = {**record["settings"], "base": base, "generation": {}}
+        said = str(Evaluation({**record, "settings": settings}).as_blocks())
+        assert ("--against BASE" in said) == missing
 
 
 class Lines(Reporter):

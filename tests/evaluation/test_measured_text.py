@@ -139,3 +139,17 @@ def test_what_is_printed_says_which_documents(checkpoint: Path, tmp_path: Path) 
     assert "all of" in result.stderr + result.output, result.output
     text = read_manifest(checkpoint)["evaluation"]["text"]
     assert text["draws"] == 3 and str(tmp_path) not in json.dumps(text)
+
+
+def test_another_text_may_have_another_column(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prose": f"Text {number} of a list, and what follows. " * 5} for number in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    line = ["evaluate", str(checkpoint), "--data", str(file), "--set", "draws=1", "--json"]
+    refused = CliRunner().invoke(app, line)
+    assert (refused.exit_code, "data.text_field=COLUMN" in refused.stderr) == (1, True)
+    result = CliRunner().invoke(app, [*line, "--set", "data.text_field=prose"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["text"]["data"]["documents"] == 20
+    idle = ["evaluate", str(checkpoint), "--tasks", "a", "--set", "data.text_field=prose"]
+    assert CliRunner().invoke(app, idle).exit_code == 2

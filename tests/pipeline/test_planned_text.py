@@ -120,6 +120,22 @@ def test_a_text_is_not_read_to_death(
     assert invoke("check", *line[1:], "--max-time", "2m").exit_code == 0, "time ends it before"
 
 
+def test_no_number_of_steps_is_named_where_one_is_too_many(
+    source_cache: SourceFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "one.txt").write_text("Three short words.")
+    line = [
+        "check",
+        str(source_cache("llama")),
+        "--to",
+        "mdlm",
+        "--data",
+        str(tmp_path / "one.txt"),
+    ]
+    text = said(invoke(*line, "--set", "data.sequence_length=256", "--steps", "9", "--full"))
+    assert f"more than {MOST_EPOCHS} times" in text and "with --data, or --allow-epochs" in text
+
+
 @pytest.mark.parametrize("command", ["check", "run"])
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
@@ -127,6 +143,10 @@ def test_a_text_is_not_read_to_death(
         ("gone.txt", None, "no file matches"),
         ("rows.jsonl", '{"prose": "no column that is known"}\n', "has no column 'text'"),
         ("page.html", "<p>text</p>", "page.html"),
+        ("empty.txt", "", "holds no text"),
+        ("empty.jsonl", "", "holds no text"),
+        ("head.csv", "text\n", "holds no text"),
+        ("blank.txt", " \n\n \n", "holds no text"),
     ],
 )
 def test_what_is_no_text_is_found_out_first(

@@ -196,7 +196,12 @@ def test_budgets_are_what_the_plan_shows(source_cache: SourceFactory) -> None:
         (["--max-time", "0m"], "is no time"),
         (["--steps", "5", "--no-train"], "would change nothing"),
         (["--max-time", "5m", "--no-train"], "would change nothing"),
-        (["--keep-adapter"], "add --lora"),
+        (
+            ["--keep-adapter"],
+            "--keep-adapter would change nothing: the training method is",
+        ),
+        (["--keep-base"], "--keep-base (training.lora.acts_on) would change nothing"),
+        (["--keep-base"], "add --lora"),
         (["--full", "--set", "training.lora.rank=8"], "add --lora"),
         (["--set", "noise.power=3"], "noise.schedule=polynomial"),
         (["--full", "--set", "training.lora.learning_rate=1e-3"], "add --lora"),

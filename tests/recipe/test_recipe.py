@@ -270,3 +270,11 @@ def test_lora_may_have_a_rate_of_its_own() -> None:
     shared = Training.model_validate({"method": "lora", "learning_rate": 2e-4})
     assert shared.peak_learning_rate == 2e-4
     assert shared.learning_rate_field == "training.learning_rate"
+
+
+def test_a_recipe_file_that_is_spelt_otherwise_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("inherits: mdlm\n")
+    for typed in ("mine.yml", "mien.yaml"):
+        with pytest.raises(IncompatibleError) as caught:
+            load_recipe(str(tmp_path / typed), overrides={})
+        assert caught.value.message.endswith(f"{typed}, nearest: mine.yaml")

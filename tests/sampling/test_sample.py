@@ -87,4 +87,4 @@ def test_an_empty_prompt_is_refused(checkpoint: Callable[[str], Path]) -> None:
         app, ["sample", str(checkpoint("qwen3")), "--prompt", "-"], input="\n"
     )
     assert result.exit_code == 1
-    assert "the prompt is empty" in result.stderr
+    assert "the prompt is empty. Give at least one word\n" in result.stderr

@@ -229,6 +229,7 @@ def test_the_noise_of_a_batch_is_that_of_the_masks() -> None:
         ((9.0, 9.1, 5.9), "starts at a NELBO of 9.00"),
         ((0.5, 0.4, 0.5), "much simpler than the held-out text"),
         ((9.0, 9.1), None),
+        ((0.0, 0.0, 0.0), "learns nothing"),
     ],
 )
 def test_where_the_loss_starts(values: tuple[float, ...], said: str | None) -> None:
@@ -248,3 +249,22 @@ def test_a_known_problem_is_the_explanation() -> None:
     opening = StartCheck(replace(START, problems=("mask row: none",)), tokens=500, variance=0.0)
     heard = [opening.see(value) for value in (9.0, 9.0, 9.0)]
     assert str(heard[-1]).endswith("; mask row: none")
+
+
+def test_one_held_out_sequence_is_said_and_makes_no_range(
+    sound: tuple[Any, tuple[TextBatch, ...]],
+) -> None:
+    model, batches = sound
+    first = {n: v if v is None else v[:1] for n, v in vars(batches[0]).items()}
+    start = start_of(model, (TextBatch(**first),))
+    (problem,) = explain(start)
+    assert "one sequence of" in problem and "data.held_out_source" in problem
+    said = StartCheck(start, tokens=500, variance=0.0).announce()
+    assert "nobody can tell" in said and "inf" not in said and f"{start.nelbo:.2f}" in said
+
+
+def test_a_training_of_nothing_is_said_whatever_was_expected() -> None:
+    for start in (START, replace(START, stderr=math.inf)):
+        opening = StartCheck(start, tokens=500, variance=0.0)
+        assert [opening.see(0.0) for _ in range(2)] == [None, None]
+        assert "no token of its rows is trained" in str(opening.see(0.0))

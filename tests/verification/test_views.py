@@ -34,6 +34,7 @@ from dllm_convert.verification.observe.curves import (
     prompt_length,
 )
 from dllm_convert.verification.observe.heatmaps import FEWEST_COLUMNS, TOKENS_AT_MOST, map_grid
+from dllm_convert.verification.observe.observations import Influence, InfluenceMap, Observations
 from dllm_convert.verification.observe.views import observe_checkpoint
 from dllm_convert.verification.opening import VerificationRequest
 
@@ -80,6 +81,14 @@ def test_the_base_is_a_triangle_and_the_conversion_is_open(
     assert said is not None
     assert ("inside a block of 8" in said) == (target == "bd3lm")
     assert json.loads(json.dumps(seen.as_dict()))
+
+
+def test_a_kept_base_has_no_block_of_one() -> None:
+    rows = tuple(tuple(0.0 if k <= q else None for k in range(4)) for q in range(4))
+    causal = InfluenceMap(rows, stride=1)
+    for size, said in ((1, "read from left to right"), (2, "not those 2 that it claims")):
+        seen = Observations(influence=Influence(causal, causal, size))
+        assert said in str(attention_summary(seen))
 
 
 def test_a_conversion_that_stayed_causal_is_told(converted: Callable[..., Any]) -> None:

@@ -201,13 +201,17 @@ def _open(
 ) -> tuple[Talk, Chat]:
     """Load a checkpoint, and the conversation to go on with; say what it is."""
     from dllm_convert.common.json_files import load_json_object
-    from dllm_convert.errors import IncompatibleError
+    from dllm_convert.errors import DataError, IncompatibleError
     from dllm_convert.pipeline.api.writing import opened
     from dllm_convert.sampling.checking import require_settings, verifier_of
     from dllm_convert.sampling.conversation import Chat
     from dllm_convert.sampling.shown import banner
 
-    begun = Chat() if load is None else Chat.from_dict(load_json_object(load), str(load))
+    try:
+        begun = Chat() if load is None else Chat.from_dict(load_json_object(load), str(load))
+    except DataError as error:
+        # Whatever is wrong with it: it is no download, and no file to be written by hand.
+        raise DataError(error.message, hint="Give a file that /save wrote") from error
     model, tokenizer, manifest = opened(checkpoint, reporter)
     if not tokenizer.chat_template:
         raise IncompatibleError(

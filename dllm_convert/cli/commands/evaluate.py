@@ -38,8 +38,8 @@ Text = Annotated[
         "--data",
         parser=named,
         metavar="SPEC",
-        help="Measure NELBO, and the base's NLL, on all of some files; of the text that it was "
-        "trained on (pydoc, files, a Hub dataset), on what was held out.",
+        help="Measure NELBO, and the NLL of --against, on all of some files; of the text that it "
+        "was trained on (pydoc, files, a Hub dataset), on what was held out.",
     ),
 ]
 Include = Annotated[
@@ -79,7 +79,8 @@ Assignments = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="draws, rounds, confidence, masking, seed, or a setting of decoding. Repeatable.",
+        help="draws, rounds, confidence, masking, seed, data.text_field (the column of --data), or "
+        "a setting of decoding. Repeatable.",
     ),
 ]
 Unsafe = Annotated[
@@ -106,7 +107,7 @@ def evaluate(
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
-    """Evaluate a converted checkpoint, and its base on the same items."""
+    """Evaluate a converted checkpoint, and with --against its base on the same items."""
     reporter = make_reporter(quiet=quiet or as_json)
     from dllm_convert.pipeline.api.judging import evaluate as evaluated
 

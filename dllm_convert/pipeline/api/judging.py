@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dllm_convert.evaluation.shown import Evaluation
     from dllm_convert.verification.report import VerificationReport
 
+_TEXT_FIELD = "data.text_field"
+
 
 def verify(
     checkpoint: str | Path,
@@ -117,13 +119,13 @@ def evaluate(
     unsafe_code: bool = False,
     reporter: Reporter | None = None,
 ) -> Evaluation:
-    """Evaluate a converted checkpoint, and its base on the same items; recorded in its manifest.
+    """Evaluate a converted checkpoint, and a base on the same items; recorded in its manifest.
 
     Args:
         checkpoint: The folder.
         tasks: Names of lm-eval's tasks.
         data: Text to measure: files or a Hub dataset; of what was trained on, what was held out.
-        against: The base, evaluated on the same items.
+        against: The base, evaluated on the same items; None evaluates the conversion alone.
         limit: Most items per task.
         shots: Examples before each question.
         batch_size: Changes speed, and no score.
@@ -133,7 +135,8 @@ def evaluate(
         lossless: Write what the verifier that the checkpoint holds would write, and denoise only to
             draft it: what is written scores as the verifier's own text does.
         include: Folders with more tasks.
-        settings: draws, rounds, confidence, masking, seed, or settings of decoding.
+        settings: draws, rounds, confidence, masking, seed, settings of decoding, or
+            `data.text_field`, the column of `data` that holds its text.
         unsafe_code: Let tasks run the code that the model wrote.
         reporter: Progress; None tells it on stderr.
 
@@ -151,6 +154,9 @@ def evaluate(
     if isinstance(tasks, str):
         tasks = [tasks]
     given = dict(settings or {})
+    text_field = given.pop(_TEXT_FIELD, None)
+    if text_field is not None and (data is None or not isinstance(text_field, str)):
+        raise RequestError(f"{_TEXT_FIELD}={text_field!r} names a column of the text in `data`")
     if lossless:
         given.setdefault("verify_with", verifier_of(Path(checkpoint)))
     merged = merge(find_settings(published), given)
@@ -168,6 +174,7 @@ def evaluate(
         unsafe_code=unsafe_code,
         published=published,
         data=None if data is None else str(data),
+        text_field=text_field,
         settings=merged,
     )
     with quiet_libraries():

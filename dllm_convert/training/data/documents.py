@@ -87,6 +87,17 @@ def open_corpus(data: Data) -> Corpus:
     return open_hub_dataset(data)
 
 
+def no_text(source: str) -> DataError:
+    """Return the error for data that is there and says nothing.
+
+    Args:
+        source: The data, as they were named.
+    """
+    return DataError(
+        f"--data {source} holds no text", hint="Give files with at least one paragraph"
+    )
+
+
 def dataset_rows(dataset: Any, start: int) -> Iterator[Row]:
     """Yield the rows of a `datasets.IterableDataset` from `start` on."""
     for batch in (dataset.skip(start) if start else dataset).iter(batch_size=ROWS_AT_ONCE):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data.content import Document, find_documents
-from dllm_convert.training.data.documents import Corpus, open_corpus
+from dllm_convert.training.data.documents import Corpus, no_text, open_corpus
 
 MOST_DOCUMENTS = {"pydoc": 5000, "files": 5000, "hub": 256}
 """Documents that are looked at; of the Hub each batch is fetched."""
@@ -57,7 +57,7 @@ def look_at(data: Data, count: Callable[[Sequence[str]], Sequence[int]] | None =
         count: Counts the tokens of texts; None estimates them from their length.
 
     Raises:
-        DataError: There is no such text, or it is something else.
+        DataError: There is no such text, it says nothing, or it is something else.
         HubError: A Hub dataset cannot be read.
     """
     corpus = open_corpus(data)
@@ -72,6 +72,8 @@ def look_at(data: Data, count: Callable[[Sequence[str]], Sequence[int]] | None =
             break
         documents.append(document)
         characters += _size(document)
+    if whole and not any(map(_says_something, documents)):
+        raise no_text(corpus.name)
     rate = _tokens_per_byte(documents, count)
     sizes = [round(_size(document) * rate) for document in documents]
     tokens: int | None = sum(sizes)
@@ -100,6 +102,11 @@ def _text(document: Document) -> str:
     if isinstance(document.content, str):
         return document.content
     return "\n".join(str(message.get("content") or "") for message in document.content)
+
+
+def _says_something(document: Document) -> bool:
+    """Whether there may be something to learn; of a chat only its template can tell."""
+    return not isinstance(document.content, str) or bool(document.content.strip())
 
 
 def _size(document: Document) -> int:

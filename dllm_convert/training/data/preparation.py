@@ -19,7 +19,7 @@ from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.training.data.documents import Corpus, open_corpus
+from dllm_convert.training.data.documents import Corpus, no_text, open_corpus
 from dllm_convert.training.data.encoding import KEYS, Encoder
 from dllm_convert.training.data.packing import Layout, pack
 from dllm_convert.training.data.reading import Need, Reader, Split
@@ -280,9 +280,7 @@ class Preparation:
                 hint="Look at the roles and weights of the messages, or raise data.sequence_length",
             )
         if not documents:
-            raise DataError(
-                f"--data {source} holds no text", hint="Give files with at least one paragraph"
-            )
+            raise no_text(source)
         smallest = max(self.recipe.block_size or 2, 2)
         for name, part in parts.items():
             if part.size < smallest:
