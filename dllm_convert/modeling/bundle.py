@@ -64,8 +64,8 @@ denoising are then the caller's business.
 """,
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
-Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it. And how
-small numbers reach a device without a wait.
+Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
+And how small numbers reach a device without a wait.
 """,
     "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
 

@@ -357,7 +357,8 @@ class TestProbe:
         assert {f"  {line}" for line in lines if line} <= set(shown.stdout.splitlines())
         document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
         told = json.loads(json.dumps(found.as_dict()))
-        assert document["probe"] == {key: told[key] for key in told if key != "adapter"}
+        known = {key: told[key] for key in told if key != "adapter"}
+        assert document["probe"] == known | {"ways": list(found.ways)}
 
     def test_what_cannot_be_measured(self, tmp_path: Path) -> None:
         with pytest.raises(dc.DllmConvertError):
