@@ -15,7 +15,7 @@ import torch
 
 from dllm_convert.common.console import Task
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
-from dllm_convert.diffusion.likelihood import scored_nats
+from dllm_convert.diffusion.likelihood import next_token_nats, scored_nats
 from dllm_convert.diffusion.objective import Objective, TextBatch
 
 Masking = Literal["count", "time"]
@@ -178,6 +178,43 @@ def score_round(
     if task is not None:
         task.advance(sum(not text.scored for text in texts))
     return found
+
+
+@torch.no_grad()
+def verifier_nats(
+    model: Any,
+    texts: Sequence[Continuation],
+    objective: Objective,
+    batch_size: int,
+    *,
+    task: Task | None = None,
+) -> tuple[torch.Tensor, list[bool]]:
+    """Score each continuation as the verifier of lossless decoding does: autoregressively.
+
+    Args:
+        model: A diffusion model that goes on causally from clean tokens: a base that stayed, or one
+            trained with a next-token loss.
+        texts: Continuations.
+        objective: What the model was trained on.
+        batch_size: Continuations per forward.
+        task: Progress to advance by one per continuation.
+
+    Returns:
+        Nats, exact, shape (texts,), float64, 0 where nothing is scored; and whether each token of a
+        continuation is the likeliest, as greedy decoding would write it.
+    """
+    found = torch.zeros(len(texts), dtype=torch.float64)
+    greedy = [True] * len(texts)
+    for numbers, group in _batches(texts, batch_size):
+        batch = _text_batch(group)
+        rows = int(model.config.vocab_size)
+        nats, owner, likeliest = next_token_nats(model, batch, rows, objective.behind)
+        found[numbers] = torch.zeros(len(group), dtype=torch.float64).index_add_(0, owner, nats)
+        for place, number in enumerate(numbers):
+            greedy[number] = bool(likeliest[owner == place].all())
+        if task is not None:
+            task.advance(len(group))
+    return found, greedy
 
 
 def cut_left(text: Continuation, context: int) -> Continuation:

@@ -30,7 +30,7 @@ from dllm_convert.evaluation.asked import (
     told_of_cuts,
     whole_text,
 )
-from dllm_convert.evaluation.continuation import Continuation, Estimator
+from dllm_convert.evaluation.continuation import Continuation, Estimator, verifier_nats
 from dllm_convert.evaluation.effort import Effort
 from dllm_convert.evaluation.ranking import Budget, Scored, score
 from dllm_convert.evaluation.ranks import Ranks
@@ -150,7 +150,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
 
         The choices of a question share their noise, and where their ranking is decided no more of
         it is drawn. A request that is asked twice is scored once: lm-eval repeats some to give
-        every process as many.
+        every process as many. With `verify_with` the score is the verifier's own, exactly.
         """
         numbers: dict[tuple[int, str, str], int] = {}
         owners: list[int] = []
@@ -166,13 +166,30 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 texts.append(scored_text(self.subject, request, self.context, begins=begins))
                 characters[number] = len(continuation)
         cut = cut_to(texts, self.context, self.reporter)
-        nats = self._score(cut, characters).nats.tolist()
-        greedy = self._greedy(cut)
+        if self._is_verified:
+            nats, greedy = self._verified(cut)
+        else:
+            nats = self._score(cut, characters).nats.tolist()
+            greedy = self._greedy(cut)
         found = []
         for request, number in zip(requests, owners, strict=True):
             found.append((-nats[number], greedy[number]))
             self.cache_hook.add_partial("loglikelihood", request.args, found[-1])
         return found
+
+    @property
+    def _is_verified(self) -> bool:
+        """Whether a verifier stands for the model: its text, and its likelihood."""
+        return bool(self.settings.generation.get("verify_with"))
+
+    def _verified(self, texts: Sequence[Continuation]) -> tuple[list[float], list[bool]]:
+        started = time.monotonic()
+        with self.reporter.task("score", total=len(texts)) as task:
+            nats, greedy = verifier_nats(
+                self.subject.model, texts, self.subject.objective, self.batch_size, task=task
+            )
+        self.effort.scoring_seconds += time.monotonic() - started
+        return nats.tolist(), greedy
 
     def _score(self, texts: Sequence[Continuation], characters: dict[int, int] | None) -> Scored:
         settings, started = self.settings, time.monotonic()
@@ -229,7 +246,11 @@ class DiffusionLM(LM):  # type: ignore[misc]
                 windows.append(Continuation((*given, *scored), len(given), item))
                 owners.append(number)
         nats = [0.0] * len(requests)
-        for owner, value in zip(owners, self._score(windows, None).nats.tolist(), strict=True):
+        if self._is_verified:
+            values, _ = self._verified(windows)
+        else:
+            values = self._score(windows, None).nats.tolist()
+        for owner, value in zip(owners, values, strict=True):
             nats[owner] += value
         for request, value in zip(requests, nats, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, -value)

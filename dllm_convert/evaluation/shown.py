@@ -83,8 +83,8 @@ def _task_blocks(evaluation: Mapping[str, Any]) -> list[Block]:
     if verifier:
         whose = "the base's" if verifier == "base" else "that of autoregressive decoding"
         parts.append(
-            f"lossless: what was written is {whose}, token for token, and so is its score; "
-            "likelihoods are the diffusion's bound"
+            f"lossless: what was written is {whose}, token for token, and so are score and "
+            "likelihood"
         )
     return parts
 
