@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dllm_convert.errors import DataError
+from dllm_convert.common.counts import LARGEST_COUNT
+from dllm_convert.errors import RequestError
 from dllm_convert.modeling.published.options import DecodingOptions
 
 Greedy = Literal["auto", "always", "never"]
@@ -74,7 +75,7 @@ def merge(settings: Settings, given: Mapping[str, Any]) -> Settings:
             where None means none, as in no confidence threshold.
 
     Raises:
-        DataError: A setting is unknown to both.
+        RequestError: A setting is unknown to both, or no value that one of `Settings` can have.
     """
     own = {item.name for item in fields(Settings)} - {"generation"}
     known = own | {item.name for item in fields(DecodingOptions)} | {"do_sample", "eos_token_id"}
@@ -82,10 +83,27 @@ def merge(settings: Settings, given: Mapping[str, Any]) -> Settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"The nearest is {near[0]}" if near else f"Known: {', '.join(sorted(known))}"
-            raise DataError(f"no setting of an evaluation is called {name!r}", hint=hint)
+            raise RequestError(f"no setting of an evaluation is called {name!r}", hint=hint)
     mine = {name: value for name, value in given.items() if name in own and value is not None}
+    for name, value in mine.items():
+        _check(name, value)
     theirs = {name: value for name, value in given.items() if name not in own}
     return replace(settings, **mine, generation={**settings.generation, **theirs})
+
+
+def _check(name: str, value: Any) -> None:
+    """Refuse what an evaluation's own setting cannot be; those of decoding are looked at apart."""
+    whole, words = type(value) is int, {"masking": ("count", "time"), "greedy": get_args(Greedy)}
+    if name in words:
+        right, expected = value in words[name], f"one of {', '.join(words[name])}"
+    elif name == "confidence":
+        right, expected = type(value) in (int, float) and 0 < value <= 1, "above 0, at most 1"
+    else:
+        least = 0 if name == "seed" else 1
+        right = whole and least <= value <= LARGEST_COUNT
+        expected = f"a whole number from {least} to {LARGEST_COUNT:,}"
+    if not right:
+        raise RequestError(f"{name} is {value!r}, expected {expected}", argument="settings")
 
 
 _ONE_TOKEN = {"confidence_threshold": None, "max_denoising_steps": None, "temperature": 0.0}
@@ -166,7 +184,7 @@ def find_settings(name: str | None) -> Settings:
     """Return published settings, or this package's own where no name is given.
 
     Raises:
-        DataError: There are none of that name.
+        RequestError: There are none of that name.
     """
     return Settings() if name is None else find_published(name).settings
 
@@ -175,10 +193,10 @@ def find_published(name: str) -> Published:
     """Return published settings with what else is known of them.
 
     Raises:
-        DataError: There are none of that name.
+        RequestError: There are none of that name.
     """
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name, PUBLISHED, n=1)
         hint = f"The nearest is {near[0]}" if near else f"Known: {', '.join(PUBLISHED)}"
-        raise DataError(f"no published settings are called {name!r}", hint=hint)
+        raise RequestError(f"no published settings are called {name!r}", hint=hint)
     return PUBLISHED[name]

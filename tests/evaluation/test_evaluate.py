@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dllm_convert.card.report import write_report
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import REPORT_FILE, read_manifest, write_manifest
 from dllm_convert.common.quiet import quiet_libraries
-from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
+from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError, RequestError
 from dllm_convert.evaluation.record import evaluate_checkpoint, record_evaluation
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import PUBLISHED, Settings, find_settings, merge
@@ -239,14 +239,28 @@ def test_progress_counts_answers_and_says_how_long(
     assert capfd.readouterr() == ("", ""), "bars of lm-eval"
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings) if f.name != "generation"])
+@pytest.mark.parametrize("value", [-3, 10**12, 0.5, "abc", True, [1], float("nan")])
+def test_what_no_setting_can_be_is_refused(name: str, value: Any) -> None:
+    if (name, value) == ("confidence", 0.5):
+        assert merge(Settings(), {name: value}).confidence == value
+        return
+    with pytest.raises(RequestError, match=f"{name} is .*, expected"):
+        merge(Settings(), {name: value})
+    if name != "seed":
+        with pytest.raises(RequestError, match=f"{name} is 0, expected"):
+            merge(Settings(), {name: 0})
+    assert merge(Settings(), {name: getattr(Settings(), name)}) == Settings()
+
+
 def test_what_cannot_be_evaluated(
     checkpoint: Path, source_cache: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(DllmConvertError, match="nothing to evaluate"):
         evaluate_checkpoint(Request(checkpoint), QUIET)
-    with pytest.raises(DataError, match="no published settings"):
+    with pytest.raises(RequestError, match="no published settings"):
         find_settings("llada-bas")
-    with pytest.raises(DataError, match="no setting of an evaluation is called 'treshold'"):
+    with pytest.raises(RequestError, match="no setting of an evaluation is called 'treshold'"):
         merge(Settings(), {"treshold": 0.5})
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
