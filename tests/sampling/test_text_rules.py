@@ -350,7 +350,8 @@ def test_several_texts_of_a_prompt() -> None:
         ({"prefix_allowed_tokens_fn": lambda row, ids: []}, "allows nothing behind 6 tokens"),
         ({"logits_processor": [Ban()], "remasking": "random"}, "leave one out"),
     ],
-    ids=str,
+    # Some have objects, which are called otherwise in every process.
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
