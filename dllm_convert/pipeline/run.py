@@ -13,6 +13,7 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.ranks import ALONE, Rank
+from dllm_convert.common.work_folder import WORK
 from dllm_convert.errors import DllmConvertError, VerificationError
 from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
@@ -152,6 +153,11 @@ def run(
 
         # Hours of training are not to end in "not logged in".
         push = preflight({"source": source_facts(plan)}, push, reporter)
+    # Before anything is written: a wrong name is found out in a second. A run that goes on has its
+    # text in its folder.
+    text = None
+    if how.extend or not (out / WORK).exists():
+        text = plan_text(plan, place.world)
     asked = recipe.identity()
     run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
     extend = partial(_begin_extension, plan) if how.extend else None
@@ -160,6 +166,8 @@ def run(
         record_adapter(workspace.work, plan.adapter)
         for line in opening_lines(plan, out):
             reporter.line(line)
+        if text is not None:
+            reporter.line(text.line())
         for warning in plan.warnings:
             reporter.warn(warning)
         conversion = Run(plan, workspace, reporter, place, how)
@@ -186,10 +194,6 @@ def _finish(run: Run) -> None:
 
         require_devices(run.plan.recipe.training)
         if run.found(TRAIN) is None:
-            # Before weights are copied: a name that is wrong is found out in a second.
-            text = plan_text(run.plan, run.place.world)
-            if text is not None:
-                run.reporter.line(text.line())
             run.reporter.line(training_line(run.plan, _device(), run.place.world))
     check_resumed(run)
     assembled = run.found(ASSEMBLE) is not None
