@@ -13,6 +13,8 @@ from forks import Forked
 SETTINGS: dict[str, object] = {
     "data.sequence_length": 32,
     "data.max_documents": 40,
+    # Some train until they are killed.
+    "data.allow_epochs": "true",
     "data.held_out_sequences": 4,
     "training.batch_size": 2,
     "training.precision": "fp32",

@@ -82,7 +82,7 @@ def test_every_group_that_is_left_out_is_named() -> None:
     from dllm_convert.verification import GROUPS
     from dllm_convert.verification.bytes import NEEDS_MODEL
 
-    some = {"device", "gated", "lossless"}
+    some = {"device", "gated", "behind", "lossless"}
     assert set(GROUPS) - {"files", "base", *some} == set(NEEDS_MODEL) - {"base-logits"}
 
 

@@ -296,7 +296,7 @@ def test_without_an_accelerator_nothing_is_added(llama: Any) -> None:
     names = {probe.name for probe in report.probes}
     assert not any(name.startswith("device") for name in names)
     # A group that was not asked for is one line, but this one and that of gated models.
-    assert set(GROUPS) - {"device", "gated", "lossless", "files"} <= names
+    assert set(GROUPS) - {"device", "gated", "behind", "lossless", "files"} <= names
 
 
 def test_a_gpu_is_looked_at_unasked(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from dllm_convert.verification.memory import WITHOUT_MODEL
 
 GIB = 1 << 30
 NEED_A_MODEL = [
-    group for group in GROUPS if group not in {*WITHOUT_MODEL, "device", "gated", "lossless"}
+    group
+    for group in GROUPS
+    if group not in {*WITHOUT_MODEL, "device", "gated", "behind", "lossless"}
 ]
 
 
