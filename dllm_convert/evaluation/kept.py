@@ -41,11 +41,10 @@ class KeptOutcomes:
             find: Runs it.
         """
         path = self._folder / f"{self._key(model, task)}.json"
-        try:
-            return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, KeyError, TypeError, ValueError):
-            # None, or one that a power cut left half of.
-            found = find()
+        known = _read(path)
+        if known is not None:
+            return known
+        found = find()
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(path, found.as_dict())
         return found
@@ -73,6 +72,14 @@ class KeptOutcomes:
         }
         text = strict_json.dumps(depends, sort_keys=True, default=str)
         return blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _read(path: Path) -> Outcome | None:
+    """Read what was kept; None if nothing was, or half of it."""
+    try:
+        return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _weights(folder: Path) -> Mapping[str, Any]:

@@ -128,7 +128,7 @@ def _run(request: Request, model: Any, manager: Any, name: str) -> Mapping[str, 
     from lm_eval import simple_evaluate
 
     seed = request.settings.seed
-    with _quiet_harness(), no_repository():
+    with quiet_harness(), no_repository():
         found: Mapping[str, Any] = simple_evaluate(
             model=model,
             tasks=[name],
@@ -148,7 +148,7 @@ def _run(request: Request, model: Any, manager: Any, name: str) -> Mapping[str, 
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
+def quiet_harness() -> Iterator[None]:
     """Keep lm-eval's bars and notes out of ours; `HF_DEBUG=1` leaves them loud.
 
     The bar over a task's items cannot be turned off from outside: tqdm reads its environment when

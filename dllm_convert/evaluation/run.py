@@ -14,6 +14,7 @@ from dllm_convert.evaluation.kept import KeptOutcomes
 from dllm_convert.evaluation.outcome import (
     NOTHING,
     Outcome,
+    quiet_harness,
     require_harness,
     run_task,
     task_manager,
@@ -115,7 +116,8 @@ class _Work:
 
         def run(task: str) -> Outcome:
             if not models:
-                models.append(load())
+                with quiet_harness():
+                    models.append(load())
             return run_task(self.request, models[0], self.manager, task)
 
         for task in tasks or self.request.tasks:

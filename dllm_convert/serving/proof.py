@@ -156,10 +156,12 @@ class Subject:
 
             return write_causal(self.model, prompt, asked.new, asked.block, threshold)
         own, config.block_size = config.block_size, asked.block
+        # Engines write whole blocks; ours ranks no position that nobody asked for.
+        whole = -(-(len(prompt) + asked.new) // asked.block) * asked.block
         try:
             text = self.model.generate(
                 torch.tensor([prompt]),
-                max_new_tokens=asked.new,
+                max_new_tokens=whole - len(prompt),
                 max_denoising_steps=asked.block,
                 confidence_threshold=threshold,
                 eos_token_id=None,
@@ -167,7 +169,7 @@ class Subject:
             )
         finally:
             config.block_size = own
-        return list(text[0, len(prompt) :].tolist())
+        return list(text[0, len(prompt) : len(prompt) + asked.new].tolist())
 
 
 def prove_by_engine(
