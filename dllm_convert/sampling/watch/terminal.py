@@ -151,11 +151,16 @@ class Watcher:
         self._scene = Scene(recorder, text, prompt=screen)
         self._last_line = time.monotonic()
         self._live: AbstractContextManager[Any] = nullcontext()
+        self._has_drawn = False
         self._redraws = reporter.live and not reporter.console.is_dumb_terminal
 
     def __call__(self, progress: Progress) -> None:
         """Record, and show if it is time to."""
         self._recorder(progress)
+        if isinstance(self._live, Live) and not self._has_drawn:
+            # However little is left to write, it is seen to begin.
+            self._has_drawn = True
+            self._live.refresh()
         if not self._redraws and time.monotonic() - self._last_line >= PLAIN_INTERVAL_S:
             self._last_line = time.monotonic()
             self._say()
