@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -57,18 +58,26 @@ class KeptOutcomes:
     def _folder(self) -> Path:
         return self.request.checkpoint / FOLDER
 
+    @cached_property
+    def _files(self) -> Mapping[str, Any]:
+        """What single outcomes depend on in files, which are looked at once."""
+        request = self.request
+        return {
+            "weights": _weights(request.checkpoint),
+            "include": [_content(Path(folder)) for folder in request.include],
+        }
+
     def _key(self, model: str, task: str) -> str:
         request = self.request
         depends = {
+            **self._files,
             "model": model,
-            "weights": _weights(request.checkpoint),
             "base": request.base if model == "base" else None,
             "task": task,
             "limit": request.limit,
             "chat": request.chat,
             "shots": request.shots_of(task),
             "settings": {**vars(request.settings), "generation": dict(request.settings.generation)},
-            "include": [_content(Path(folder)) for folder in request.include],
         }
         text = strict_json.dumps(depends, sort_keys=True, default=str)
         return blake2b(text.encode(), digest_size=12).hexdigest()

@@ -30,15 +30,8 @@ class FusedHead:
 
     def __init__(self, model: Any, mask_token_id: int) -> None:
         self._mask_token_id = mask_token_id
-        self._head = self._found(model)
-
-    @staticmethod
-    def _found(model: Any) -> Any:
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        # A class that was measured, not declared, may do something to its logits.
-        own = getattr(type(inner), "_run_model", None) is DiffusionMixin._run_model
-        head: Any = inner.get_output_embeddings() if own else None  # type: ignore[operator]
-        return None if head_weights(head) is None else head
+        head = last_head(model)
+        self._head = None if head_weights(head) is None else head
 
     @property
     def works(self) -> bool:
@@ -86,6 +79,14 @@ class FusedHead:
 
         with in_place_of(self._head, loss_of):
             yield found
+
+
+def last_head(model: Any) -> Any:
+    """Return the head of a model, with adapters or without; None if more may follow it."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # A class that was measured, not declared, may do something to its logits.
+    own = getattr(type(inner), "_run_model", None) is DiffusionMixin._run_model
+    return inner.get_output_embeddings() if own else None
 
 
 @contextmanager

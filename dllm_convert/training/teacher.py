@@ -12,8 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from dllm_convert.diffusion.distillation import Distillation, Lesson
 from dllm_convert.diffusion.gated import CleanReading
-from dllm_convert.modeling.published.modeling import DiffusionMixin
-from dllm_convert.training.fused_head import head_weights, in_place_of
+from dllm_convert.training.fused_head import head_weights, in_place_of, last_head
 
 _AT_ONCE = 1 << 25
 """Entries of logits that are made at once where their head is about to go."""
@@ -47,11 +46,7 @@ class Teacher:
         self._student, self._copy, self._how = student, copy, how
         self._mask_token_id = mask_token_id
         self._sharded = sharded and copy is None
-        inner = student if copy is None else copy
-        base: Any = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-        # A class that was measured, not declared, may do something to its logits.
-        own = getattr(type(base), "_run_model", None) is DiffusionMixin._run_model
-        self._head: Any = base.get_output_embeddings() if own else None
+        self._head = last_head(student if copy is None else copy)
 
     def teach(self, model: Any, reading: CleanReading, mask: Any) -> Lesson:
         """Run the base over clean text for nothing but its predictions.

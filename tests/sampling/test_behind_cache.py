@@ -128,10 +128,8 @@ def test_rows_denoise_as_they_would_alone(family: str) -> None:
         assert torch.equal(alone, expected[: len(alone)])
 
 
-def test_known_tokens_run_again_go_into_the_cache_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recurrent states do not roll back: what is run again in front of drafts stays short."""
-    made = instance("qwen3_5_text")
-    model, (ids, mask) = made.gated(), texts([9, 14])
+def watched_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each forward is given from now on."""
     widths: list[int] = []
     forward = behind.Prefixes._forward
 
@@ -140,6 +138,14 @@ def test_known_tokens_run_again_go_into_the_cache_in_time(monkeypatch: pytest.Mo
         return forward(self, numbers, cache, tokens, *rest)
 
     monkeypatch.setattr(behind.Prefixes, "_forward", watched)
+    return widths
+
+
+def test_known_tokens_run_again_go_into_the_cache_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recurrent states do not roll back: what is run again in front of drafts stays short."""
+    made = instance("qwen3_5_text")
+    model, (ids, mask) = made.gated(), texts([9, 14])
+    widths = watched_widths(monkeypatch)
     monkeypatch.setattr(DraftPolicy, "choose", lambda *_: Tree((), 2))
     found = model.generate(
         ids, attention_mask=mask, max_new_tokens=60, verify_with="base", eos_token_id=[],
@@ -154,14 +160,7 @@ def test_known_tokens_run_again_go_into_the_cache_in_time(monkeypatch: pytest.Mo
 def test_what_rolls_back_runs_nothing_again(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = instance(family)
     model, (ids, mask) = made.gated(), texts([20])
-    widths: list[int] = []
-    forward = behind.Prefixes._forward
-
-    def watched(self: Any, numbers: Any, cache: Any, tokens: Any, *rest: Any) -> Any:
-        widths.append(len(tokens[0]))
-        return forward(self, numbers, cache, tokens, *rest)
-
-    monkeypatch.setattr(behind.Prefixes, "_forward", watched)
+    widths = watched_widths(monkeypatch)
     monkeypatch.setattr(DraftPolicy, "choose", lambda *_: Tree((), 2))
     model.generate(ids, attention_mask=mask, max_new_tokens=12, verify_with="base", eos_token_id=[])
     again = max(widths[1:]) > 3
