@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,10 +23,14 @@ import torch
 from torch import nn
 
 from dllm_convert.common.memory import available_bytes
+from dllm_convert.modeling.published.gated import LowRank
 
 _KEPT: WeakKeyDictionary[nn.Module, PackedLinears] = WeakKeyDictionary()
 """The packed weights of each model, for as long as it lives."""
 _LOCK = Lock()
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Names of layers of one module that are given the same tensor. Where a class gives them several
+after all, they are multiplied more often than needed, and nothing else."""
 _SHARE = 4
 """The second copy of the weights takes at most this part of the memory that is available."""
 
@@ -34,10 +38,6 @@ _SHARE = 4
 def _multiply(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
-
-
-def _forward(module: nn.Linear, packed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _multiply(packed, module.bias, x) if x.numel() else nn.Linear.forward(module, x)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
@@ -66,10 +66,54 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A weight as oneDNN reads it, and which weight that was."""
+    """Matrices below each other as oneDNN reads them, and which those were.
+
+    Attributes:
+        weight: All of them in one, packed.
+        bias: Of their rows, shape (rows,), or None.
+        rows: Rows of each.
+        of: What tells whether one was changed since.
+    """
 
     weight: torch.Tensor
-    of: tuple[int, int, torch.dtype]
+    bias: torch.Tensor | None
+    rows: tuple[int, ...]
+    of: tuple[Any, ...]
+
+
+class _Joint:
+    """Linear layers that are given the same tensor, and their gated adapters, in one product.
+
+    The first that is called multiplies for all. A layer that is given another tensor after all
+    multiplies anew.
+    """
+
+    def __init__(self, group: _Group, packed: _Packed) -> None:
+        self._group, self._packed = group, packed
+        self._now = local()
+
+    def __call__(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """What the layer of a number returns for x (..., inputs), its adapter included."""
+        layer, hook = self._group.layers[number], self._group.adapter
+        if not x.numel():
+            return nn.Linear.forward(layer, x)
+        output, low = self._parts(number, x)
+        changed = None if hook is None else hook.add(layer, x, output, low)
+        return output if changed is None else changed
+
+    def _parts(self, number: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layer's own product and its adapter's first; handed out once."""
+        now, packed, count = vars(self._now), self._packed, len(self._group.layers)
+        which = x, None if x.is_inference() else x._version
+        known, parts = now.get("of"), now.get("parts", {})
+        if known is None or known[0] is not x or known[1] != which[1] or number not in parts:
+            product: Any = _multiply(packed.weight, packed.bias, x)
+            parts = dict(enumerate(product.split(packed.rows, -1)))
+            now.update(of=which, parts=parts)
+        output, low = parts.pop(number), parts.pop(count + number, None)
+        if not parts:
+            now.clear()
+        return output, low
 
 
 def _identity(weight: torch.Tensor) -> tuple[int, int, torch.dtype]:
@@ -85,6 +129,81 @@ def _is_eligible(module: nn.Module) -> bool:
     return is_plain and weight.device.type == "cpu" and can_pack(weight.dtype)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Layers that are packed together, and the gated adapter that all of them have, or None."""
+
+    layers: tuple[nn.Linear, ...]
+    adapter: LowRank | None
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is packed: the layers' matrices, and the first ones of their adapters."""
+        layers: Any = self.layers
+        firsts = [layer.lora_A.weight for layer in layers] if self.adapter else []
+        return [*(layer.weight for layer in layers), *firsts]
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Another one once any of it was changed."""
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        return tuple(_identity(tensor) for tensor in (*self.weights, *biases))
+
+    @property
+    def bytes(self) -> int:
+        """What it takes packed."""
+        return sum(weight.numel() * weight.element_size() for weight in self.weights)
+
+    def packed(self) -> _Packed:
+        """The same as oneDNN reads it."""
+        weights, bias = [weight.detach() for weight in self.weights], None
+        if any(layer.bias is not None for layer in self.layers):
+            own: list[torch.Tensor | None] = [layer.bias for layer in self.layers]
+            own += [None] * (len(weights) - len(own))
+            bias = torch.cat(
+                [
+                    weight.new_zeros(len(weight)) if part is None else part.detach()
+                    for weight, part in zip(weights, own, strict=True)
+                ]
+            )
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return _Packed(_pack(joined), bias, tuple(map(len, weights)), self.identity)
+
+
+def _groups(model: nn.Module) -> list[_Group]:
+    """What is packed of a model, and together with what."""
+    # What lies inside a linear layer is an adapter of it, which is multiplied there.
+    inside = {
+        part
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        for part in module.children()
+    }
+    left: dict[Any, None] = dict.fromkeys(
+        module for module in model.modules() if module not in inside and _is_eligible(module)
+    )
+    groups = []
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for names in _TOGETHER:
+            layers: list[Any] = [children[name] for name in names if children.get(name) in left]
+            kinds = {(layer.in_features, layer.weight.dtype, _adapter(layer)) for layer in layers}
+            if len(layers) > 1 and len(kinds) == 1:
+                groups.append(_Group(tuple(layers), _adapter(layers[0])))
+                for layer in layers:
+                    del left[layer]
+    return groups + [_Group((layer,), _adapter(layer)) for layer in left]
+
+
+def _adapter(layer: nn.Linear) -> LowRank | None:
+    """The gated adapter of a layer, if its first matrix can be multiplied with the layer's."""
+    hooks = list(layer._forward_hooks.values())
+    if len(hooks) != 1 or not isinstance(hooks[0], LowRank):
+        return None
+    first: Any = layer.lora_A
+    return hooks[0] if first.weight.dtype == layer.weight.dtype else None
+
+
 class PackedLinears:
     """The packed weights of one model, made when they are first needed and kept.
 
@@ -94,7 +213,7 @@ class PackedLinears:
     def __init__(self) -> None:
         self._lock, self._users = Lock(), 0
         self._packed: WeakKeyDictionary[nn.Linear, _Packed] = WeakKeyDictionary()
-        self._replaced: list[nn.Linear] = []
+        self._replaced: list[tuple[nn.Linear, dict[int, Any]]] = []
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
@@ -112,35 +231,33 @@ class PackedLinears:
                     self._remove()
 
     def _install(self, model: nn.Module) -> None:
-        # What lies inside a linear layer is an adapter of it, which is multiplied there.
-        inside = {
-            part
-            for module in model.modules()
-            if isinstance(module, nn.Linear)
-            for part in module.children()
-        }
-        linears: list[Any] = [
-            module for module in model.modules() if module not in inside and _is_eligible(module)
-        ]
-        stale = [module for module in linears if not self._is_fresh(module)]
-        for module in stale:
-            self._packed.pop(module, None)
-        needed = sum(module.weight.numel() * module.weight.element_size() for module in stale)
+        groups = _groups(model)
+        stale = [group for group in groups if not self._is_fresh(group)]
+        for group in stale:
+            self._packed.pop(group.layers[0], None)
+        needed = sum(group.bytes for group in stale)
         if needed and needed > available_bytes() // _SHARE:
             return
-        for module in stale:
-            self._packed[module] = _Packed(_pack(module.weight), _identity(module.weight))
-        for module in linears:
-            module.forward = partial(_forward, module, self._packed[module].weight)
-            self._replaced.append(module)
+        for group in stale:
+            self._packed[group.layers[0]] = group.packed()
+        for group in groups:
+            joint = _Joint(group, self._packed[group.layers[0]])
+            layers: Any = group.layers
+            for number, layer in enumerate(layers):
+                hooks = layer._forward_hooks
+                self._replaced.append((layer, dict(hooks)))
+                layer.forward = partial(joint, number)
+                if group.adapter is not None:
+                    hooks.clear()
 
-    def _is_fresh(self, module: nn.Linear) -> bool:
-        known = self._packed.get(module)
-        return known is not None and known.of == _identity(module.weight)
+    def _is_fresh(self, group: _Group) -> bool:
+        known = self._packed.get(group.layers[0])
+        return known is not None and known.of == group.identity
 
     def _remove(self) -> None:
-        for module in self._replaced:
-            del module.forward
+        for layer, hooks in self._replaced:
+            del layer.forward
+            layer._forward_hooks.update(hooks)
         self._replaced.clear()
 
 

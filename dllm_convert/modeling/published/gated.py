@@ -187,14 +187,29 @@ class LowRank:
         self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
         """Return what the layer returns instead; None where nothing is noisy."""
-        seen = self.gate.seen
+        return self.add(layer, inputs[0], output)
+
+    def add(
+        self, layer: Any, x: torch.Tensor, output: torch.Tensor, low: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Return the layer's output with the adapter's; None where that is `output` itself.
+
+        Args:
+            layer: The layer.
+            x: What it was given, shape (..., inputs).
+            output: What it returned, shape (..., outputs); written to where only decoding asks.
+            low: A x of all tokens, shape (..., rank), where it was computed with the output.
+        """
+        seen, down, up = self.gate.seen, layer.lora_A.weight, layer.lora_B.weight
         if seen.noisy is None:
             return None
         in_rows = output.dim() == 3 and output.shape[:2] == seen.noisy.shape[:2]
         if seen.first is not None and in_rows and not torch.is_grad_enabled():
             # Decoding: a few tokens, and each operation more is as long as their arithmetic.
-            down, up = layer.lora_A.weight, layer.lora_B.weight
-            low = torch.nn.functional.linear(inputs[0][:, seen.first :].to(down.dtype), down)
+            if low is None:
+                low = torch.nn.functional.linear(x[:, seen.first :].to(down.dtype), down)
+            else:
+                low = low[:, seen.first :]
             if len(output) == 1 and output.dtype == up.dtype:
                 output[0, seen.first :].addmm_(low[0], up.T, alpha=self.scale)
             else:
@@ -202,7 +217,7 @@ class LowRank:
                 output[:, seen.first :].add_(change, alpha=self.scale)
             return None
         # (batch, length, rank); scaled there, since that is the smallest.
-        low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale
+        low = (layer.lora_A(x.to(down.dtype)) if low is None else low) * self.scale
         changed: torch.Tensor = output + layer.lora_B(low).to(output.dtype)
         if seen.everywhere:
             return changed
