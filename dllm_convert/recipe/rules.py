@@ -48,6 +48,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Yield what in a recipe does not go together."""
     yield from _serving(recipe)
     yield from _lengths(recipe)
+    yield from _columns(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
     yield from _distillation(recipe)
@@ -67,6 +68,29 @@ def _serving(recipe: Recipe) -> Iterator[Contradiction]:
                 f"Leave {name} out, which makes it {need.value}; or ask for another engine",
                 ("serve", name),
             )
+
+
+def _columns(recipe: Recipe) -> Iterator[Contradiction]:
+    named, pairs = recipe.data.columns.named, (("prompt", "completion"), ("instruction", "output"))
+    if not named:
+        return
+    fields = tuple(f"data.columns.{part}" for part in named)
+    given = [pair for pair in pairs if {*pair} & named.keys()]
+    if len(given) != 1 or not {*given[0]} <= named.keys():
+        yield Contradiction(
+            f"data.columns names {', '.join(named)}, expected prompt and completion, or "
+            "instruction and output",
+            "--set data.columns.prompt=COLUMN --set data.columns.completion=COLUMN; messages and "
+            "plain text are named with data.text_field",
+            fields,
+        )
+    elif given[0] == pairs[0] and {"input", "history"} & named.keys():
+        yield Contradiction(
+            "data.columns.input and history stand beside instruction and output, and prompt and "
+            "completion are named",
+            "Name instruction and output instead",
+            fields,
+        )
 
 
 def _lengths(recipe: Recipe) -> Iterator[Contradiction]:

@@ -74,6 +74,29 @@ class Noise(_Section):
     )
 
 
+class Columns(_Section):
+    """What the columns of a conversation are called, where they have names of their own.
+
+    Named are `prompt` and `completion`, or Alpaca's `instruction` and `output`; others beside them.
+    """
+
+    prompt: Name | None = Field(None, description="column of the question, beside completion")
+    completion: Name | None = Field(None, description="column of the answer, beside prompt")
+    instruction: Name | None = Field(None, description="column of the task, beside output")
+    output: Name | None = Field(None, description="column of the answer, beside instruction")
+    input: Name | None = Field(None, description="column of what an instruction is about")
+    history: Name | None = Field(
+        None, description="column of earlier [question, answer] pairs, beside instruction"
+    )
+    system: Name | None = Field(None, description="column of the system prompt")
+    tools: Name | None = Field(None, description="column of the tools that may be called")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Column of each part that has a name of its own."""
+        return {part: column for part, column in self if column is not None}
+
+
 class Data(_Section):
     """Training text and how it is cut."""
 
@@ -86,6 +109,7 @@ class Data(_Section):
         description="column or JSON key of the text or of the messages; where it is missing: "
         "messages, conversations, prompt and completion, or instruction, input and output",
     )
+    columns: Columns = Columns()
     streaming: Literal["auto", "on", "off"] = Field(
         "auto",
         description="off: tokenise before training, into a file; on: while training; auto: on for "

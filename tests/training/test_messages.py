@@ -399,13 +399,13 @@ def test_alpaca_columns_are_a_conversation(row: Any, asked: str, learn: Learn) -
     ("columns", "hint"),
     [
         (("prompt", "chosen", "rejected"), "--set data.text_field=chosen"),
-        (("question", "answer"), "Rename question and answer to prompt and completion"),
-        (("question", "response"), "Rename question and response to prompt and completion"),
-        (("instruction", "response"), "Rename instruction and response to prompt and completion"),
         (
-            ("instruction", "context", "response"),
-            "Rename instruction, context and response to instruction, input and output",
+            ("question", "answer"),
+            "--set data.columns.prompt=question --set data.columns.completion=answer",
         ),
+        (("question", "response"), "--set data.columns.completion=response"),
+        (("instruction", "response"), "--set data.columns.prompt=instruction"),
+        (("instruction", "context", "response"), "--set data.columns.input=context"),
         (("body",), "--set data.text_field=COLUMN"),
     ],
 )

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 from dllm_convert.errors import DataError
-from dllm_convert.recipe.schema import Data
+from dllm_convert.recipe.schema import Columns, Data
 from dllm_convert.training.data.file_rows import Row
 from dllm_convert.training.data.messages import (
     BESIDE_CHATS,
@@ -61,6 +61,7 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     """
     if row is None:
         return
+    row = _renamed(row, data.columns, where)
     value = row.get(data.text_field)
     _check_characters(row, data, where)
     if isinstance(value, str):
@@ -75,6 +76,27 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
             f"{where} has no column {data.text_field!r}, it has {sorted(row)}",
             hint=advice([*row]),
         )
+
+
+def _renamed(row: Mapping[str, Any], columns: Columns, where: str) -> Mapping[str, Any]:
+    """Return the columns that were named, under the names that conversations have here.
+
+    Where some are named nothing else of the row is looked at.
+
+    Raises:
+        DataError: The row lacks one of the question or of the answer.
+    """
+    named = columns.named
+    if not named:
+        return row
+    for part in ("prompt", "completion", "instruction", "output"):
+        if part in named and named[part] not in row:
+            raise DataError(
+                f"{where} has no column {named[part]!r} (data.columns.{part}), it has "
+                f"{sorted(row)}",
+                hint=f"Name the right one with --set data.columns.{part}=COLUMN",
+            )
+    return {part: row.get(column) for part, column in named.items()}
 
 
 def _check_characters(row: Mapping[str, Any], data: Data, where: str) -> None:

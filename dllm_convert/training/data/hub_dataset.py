@@ -44,6 +44,9 @@ def open_hub_dataset(data: Data) -> Corpus:
 
 def _needed(columns: list[str], data: Data) -> list[str]:
     """Columns that are read; all of them if none is known, so that an error can name them."""
+    named = {*data.columns.named.values()}
+    if named:
+        return sorted(named & {*columns}) or columns
     if data.text_field in columns:
         return sorted({data.text_field} | (BESIDE_CHATS & {*columns}))
     needed = frozenset().union(*(names for names in CHAT_COLUMNS if names <= {*columns}))

@@ -142,8 +142,9 @@ def advice(columns: Sequence[str]) -> str:
     names = {*columns}
     if {"instruction", "context", "response"} <= names:
         return (
-            "Rename instruction, context and response to instruction, input and output to learn "
-            "the answer, or learn one column as plain text: --set data.text_field=response"
+            "To learn the answer: --set data.columns.instruction=instruction "
+            "--set data.columns.input=context --set data.columns.output=response; or one column "
+            "as plain text: --set data.text_field=response"
         )
     if {"chosen", "rejected"} <= names:
         return (
@@ -153,8 +154,9 @@ def advice(columns: Sequence[str]) -> str:
     for question, answer in _PAIRS:
         if {question, answer} <= names:
             return (
-                f"Rename {question} and {answer} to prompt and completion to learn the answer, or "
-                f"learn one column as plain text: --set data.text_field={answer}"
+                f"To learn the answer: --set data.columns.prompt={question} "
+                f"--set data.columns.completion={answer}; or one column as plain text: "
+                f"--set data.text_field={answer}"
             )
     return "Name the column of the text or of the messages with --set data.text_field=COLUMN"
 
