@@ -94,6 +94,26 @@ def _roberta_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _modernbert_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level as GPT-NeoX's, with BERT's special tokens."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    tokenizer = _byte_level(400, special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=CONTEXT,
+    )
+
+
 def _decoder_tokenizer(
     special: list[str], *, chat: bool = False, bos: bool = True
 ) -> PreTrainedTokenizerFast:
@@ -140,6 +160,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "bert": _bert_tokenizer,
     "roberta": _roberta_tokenizer,
     "llama": _llama_tokenizer,
+    "modernbert": _modernbert_tokenizer,
     "qwen2": _qwen_tokenizer,
     "qwen3": _qwen_tokenizer,
     "mistral": _mistral_tokenizer,
@@ -169,6 +190,19 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "RobertaConfig",
         "RobertaForMaskedLM",
         {**_ENCODER, "max_position_embeddings": CONTEXT + 2, "type_vocab_size": 1},
+    ),
+    # Of two layers one is local; what is further away than 8 tokens it does not see.
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "local_attention": 16,
+            "global_attn_every_n_layers": 2,
+            "mlp_dropout": 0.1,
+        },
     ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", _DECODER),
     "qwen2": (

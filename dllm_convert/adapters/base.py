@@ -32,6 +32,23 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
+class LocalLayers:
+    """Layers of an encoder that see a window to both sides, and keep it.
+
+    Attributes:
+        size: Config key of the window's tokens, half of them to each side.
+        default: Size where the config does not name one.
+        every: Config key of how many layers apart those are that see everything, from the first on.
+        every_default: Value where the config does not name one.
+    """
+
+    size: str
+    default: int
+    every: str
+    every_default: int = 3
+
+
+@dataclass(frozen=True)
 class Measured:
     """Where a declaration comes from that nobody wrote: see `dllm_convert.probing`.
 
@@ -87,6 +104,7 @@ class Adapter:
             measurement found; left out.
         reserved_tokens: Regular expression of tokens the vendor reserved and never trained.
         window: The family's sliding window, None if it has none.
+        local: Layers that see a window and keep it, None if there are none.
         positions_after_pad: Whether positions count from `pad_token_id + 1`, as in RoBERTa.
         min_transformers: First transformers release that honours what the conversion relies on.
         tolerance: Largest absolute difference of float32 logits counted as equal.
@@ -118,6 +136,7 @@ class Adapter:
     unused_tensors: str | None = None
     reserved_tokens: str | None = None
     window: SlidingWindow | None = None
+    local: LocalLayers | None = None
     positions_after_pad: bool = False
     min_transformers: str = "5.2.0"
     tolerance: float = 1e-4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class ClassTensors:
         defaults: What the class takes for a number that config.json leaves out.
         nullable: Fields that may be null, which counts as left out.
         heads_divide: Whether the class wants the heads to divide the hidden size.
+        absent: Tensors of `inside` that a layer does without, by their whole names.
     """
 
     prefix: str
@@ -35,6 +36,7 @@ class ClassTensors:
     defaults: Mapping[str, int]
     nullable: tuple[str, ...] = ()
     heads_divide: bool = False
+    absent: tuple[str, ...] = ()
 
     def names(self, layers: int, flags: Mapping[str, bool]) -> dict[str, Sizes]:
         """Return every tensor of the class, untied, by name.
@@ -50,14 +52,20 @@ class ClassTensors:
             f"{self.layers}{number}.{name}": sizes
             for number in range(layers)
             for name, sizes in inside.items()
+            if name in self.of_layer(number, inside)
         }
         return {**self.outside, **numbered}
+
+    def of_layer(self, number: int, names: Collection[str]) -> set[str]:
+        """Return those of the layers' names that a layer has."""
+        return {name for name in names if f"{self.layers}{number}.{name}" not in self.absent}
 
 
 def sizes_of(tensors: ClassTensors, config: Mapping[str, Any]) -> dict[str, int]:
     """Return every size by name, as the class reads a config whose numbers were checked.
 
-    `queries` and `keys` are heads times their width.
+    `queries` and `keys` are heads times their width; what is one matrix in some classes has a name
+    for both or all three.
     """
     found = dict(tensors.defaults)
     found |= {key: config[key] for key in tensors.defaults if config.get(key) is not None}
@@ -68,6 +76,8 @@ def sizes_of(tensors: ClassTensors, config: Mapping[str, Any]) -> dict[str, int]
     found["head_dim"] = width = width or found["hidden_size"] // heads
     found["queries"] = heads * width
     found["keys"] = (groups or heads) * width
+    found["queries_keys_values"] = found["queries"] + 2 * found["keys"]
+    found["gate_and_up"] = 2 * found["intermediate_size"]
     return found
 
 

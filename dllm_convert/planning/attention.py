@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter, Measured, SlidingWindow
@@ -55,6 +55,9 @@ def layer_types(config: Mapping[str, Any], adapter: Adapter) -> tuple[str, ...]:
                 f"layers of type {', '.join(other)} have no conversion, only {FULL} and {SLIDING}"
             )
         return tuple(listed)
+    if adapter.local is not None:
+        every = config.get(adapter.local.every, adapter.local.every_default)
+        return tuple(SLIDING if layer % every else FULL for layer in range(layers))
     if window is None or not _in_force(config, window):
         return (FULL,) * layers
     first = 0
@@ -114,6 +117,20 @@ def _check_encoder(config: Mapping[str, Any], adapter: Adapter) -> None:
         raise UnsupportedError(
             f"position_embedding_type {position!r} has no conversion, expected 'absolute'"
         )
+
+
+def _kept_encoder(config: Mapping[str, Any], adapter: Adapter) -> AttentionPlan:
+    """What stays of an encoder's attention: all of it."""
+    kinds = layer_types(config, adapter)
+    stays, size, after = "attention is bidirectional already and stays so", None, "bidirectional"
+    if adapter.local is not None and SLIDING in kinds:
+        size = config.get(adapter.local.size, adapter.local.default)
+        count = Counter(kinds)[SLIDING]
+        stays += f"; {count} of {len(kinds)} layers see {size // 2} tokens to each side"
+    layers = group_layers(kinds, before="bidirectional", after=after, window=size)
+    if size is not None:
+        layers = tuple(replace(group, after=group.before) for group in layers)
+    return AttentionPlan((), {}, (stays,), layers)
 
 
 def _present(config: Mapping[str, Any]) -> str:
@@ -176,10 +193,7 @@ def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
     config = source.config
     if adapter.attention == "bidirectional":
         _check_encoder(config, adapter)
-        kinds = (FULL,) * layer_count(config)
-        stays = "attention is bidirectional already and stays so"
-        layers = group_layers(kinds, before="bidirectional", after="bidirectional")
-        return AttentionPlan((), {}, (stays,), layers)
+        return _kept_encoder(config, adapter)
     if adapter.measured is not None:
         return measured_attention(recipe, source, adapter, adapter.measured)
     kinds = layer_types(config, adapter)

@@ -164,7 +164,7 @@ class ClassFit:
         known = {*self._declared.inside, *(n for f in self._declared.flagged.values() for n in f)}
         complete = set().union(*layers.values()) & known
         for number, names in sorted(layers.items()):
-            lacking = sorted(complete - names)
+            lacking = sorted(self._declared.of_layer(number, complete) - names)
             if lacking:
                 raise IncompatibleError(
                     f"layer {number} has no {', '.join(lacking[:3])}, which other layers have: it "

@@ -42,10 +42,18 @@ def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
             f"training.attention={chosen}, which {adapter.stock_class} does not have",
             hint=f"Use --set training.attention={adapter.implementations[0]}",
         )
+    if adapter.local is not None and chosen == "flex":
+        raise IncompatibleError(
+            f"training.attention=flex takes one mask for all layers, and {adapter.stock_class} has "
+            "layers with a window",
+            hint="Use --set training.attention=sdpa",
+        )
     has_any = torch.accelerator.is_available()
     found = chosen_attention(recipe, cuda=torch.cuda.is_available(), cpu=not has_any)
     if found == "tiles":
         return register_tiles()
+    if found == "flex" and adapter.local is not None:
+        return "sdpa"
     return register_flex() if found == "flex" else found
 
 

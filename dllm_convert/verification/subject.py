@@ -17,6 +17,8 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.modeling.classes import diffusion_class
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.modeling.published.ends import read_ids
+from dllm_convert.planning.attention import layer_types
+from dllm_convert.planning.layers import SLIDING
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
 from dllm_convert.source.safetensors_header import Header, read_checkpoint
 from dllm_convert.source.tokenizer_files import ID_ROLES
@@ -141,6 +143,20 @@ class Subject:
     def allowed(self, length: int) -> torch.Tensor:
         """Return which token may reach which position by the claim, shape (positions, tokens)."""
         return claimed_mask(self.claim, length)
+
+    @cached_property
+    def reach(self) -> int | None:
+        """Tokens to each side that a local layer sees, None where no layer is local."""
+        local = self.adapter.local
+        return None if local is None else int(self.config.get(local.size, local.default)) // 2
+
+    def allowed_in(self, layer: int, length: int) -> torch.Tensor:
+        """Return the same of one layer's attention: of what is claimed, a local one sees a part."""
+        allowed = self.allowed(length)
+        if self.reach is None or layer_types(self.config, self.adapter)[layer] != SLIDING:
+            return allowed
+        at = torch.arange(length)
+        return allowed & ((at[:, None] - at).abs() <= self.reach)
 
     @cached_property
     def context(self) -> int:

@@ -395,7 +395,7 @@ def test_architectures_are_listed() -> None:
     families = {
         entry["model_type"] for entry in json.loads(invoke("architectures", "--json").stdout)
     }
-    assert families == {"bert", "roberta", "llama", "qwen2", "qwen3", "mistral"}
+    assert families == {"bert", "modernbert", "roberta", "llama", "qwen2", "qwen3", "mistral"}
     lines = invoke("architectures").stdout.splitlines()
     assert {line.split()[0] for line in lines[1:]} == families
 

@@ -47,6 +47,7 @@ def test_every_promised_recipe_is_shipped() -> None:
         *(f"qwen3.5-{size}" for size in ("0.8b", "2b", "4b")),
         *("gemma-3-270m", "gemma-4-e2b", "lfm2-350m"),
         *("bert-base-uncased", "bert-large-uncased", "roberta-base", "roberta-large"),
+        *("modernbert-base", "modernbert-large"),
     }
     assert set(NAMES) == promised
 

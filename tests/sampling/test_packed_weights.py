@@ -60,7 +60,8 @@ def test_every_family_writes_the_same_tokens(family: str) -> None:
     kept = packing._KEPT[model]._packed
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     assert sum(sum(one.rows) for one in kept.values()) == sum(len(one.weight) for one in linears)
-    assert len(kept) < len(linears)  # queries, keys and values are one product
+    joined = family == "modernbert"  # its class has one matrix for them
+    assert joined or len(kept) < len(linears)  # queries, keys and values are one product
     plain = model.generate(given, **settings)
     assert packed.tolist() == plain.tolist()
     assert replaced(model) == 0

@@ -88,7 +88,7 @@ def test_prefix_and_ties_are_the_classs(adapter: Adapter) -> None:
     cls = getattr(transformers, adapter.stock_class)
     assert adapter.tensors.prefix == cls.base_model_prefix
     biases = adapter.head_biases
-    ties = {adapter.head: adapter.embedding} | ({biases[1]: biases[0]} if biases else {})
+    ties = {adapter.head: adapter.embedding} | {other: biases[0] for other in biases[1:]}
     assert cls._tied_weights_keys == ties
 
 

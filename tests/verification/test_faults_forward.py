@@ -28,10 +28,10 @@ def test_every_family_left_causal(converted: Callable[..., Any], family: str) ->
     # Encoders are causal as decoders only; decoders do not know the field.
     edit_json(made.folder, "config.json", is_causal=True, is_decoder=True)
     names = failed(made.folder, ["attention", "gradient"])
-    assert names == {
-        *("attention-sdpa", "attention-eager", "attention-layers", "attention-flex"),
-        *("gradient", "gradient-layers"),
-    }
+    expected = {"attention-sdpa", "gradient", "gradient-layers"}
+    if family != "modernbert":  # there only sdpa, without a mask, asks whether it is causal
+        expected |= {"attention-eager", "attention-layers", "attention-flex"}
+    assert names == expected
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -17,6 +17,7 @@ from transformers import (
     GenerationMixin,
     LlamaForCausalLM,
     MistralForCausalLM,
+    ModernBertForMaskedLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     RobertaForMaskedLM,
@@ -147,7 +148,7 @@ class DiffusionMixin(GatedMixin):
             places = None
         arguments = {name: value for name, value in kwargs.items() if name != "return_dict"} | {
             "input_ids": input_ids,
-            "attention_mask": mask,
+            "attention_mask": self._by_layer(mask, positions),
             "position_ids": places,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
@@ -167,11 +168,19 @@ class DiffusionMixin(GatedMixin):
         outputs = self.base_model(**arguments, return_dict=True)
         hidden = _pick(outputs.last_hidden_state, keep, at)
         return CausalLMOutputWithPast(
-            logits=getattr(self, self._head)(hidden),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            logits=self._logits_of(hidden),
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
+
+    def _by_layer(self, mask: Any, positions: torch.Tensor) -> Any:
+        """The mask as the stock class takes it, of tokens at positions (batch, length)."""
+        return mask
+
+    def _logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = getattr(self, self._head)(hidden)
+        return logits
 
     def _open(
         self,
@@ -341,6 +350,23 @@ class DiffusionQwen2ForCausalLM(DiffusionMixin, Qwen2ForCausalLM):
 
 class DiffusionQwen3ForCausalLM(DiffusionMixin, Qwen3ForCausalLM):
     """Qwen3 as a diffusion language model."""
+
+
+class DiffusionModernBertForMaskedLM(DiffusionMixin, GenerationMixin, ModernBertForMaskedLM):
+    """ModernBERT as a diffusion language model; its local layers keep their window."""
+
+    def _by_layer(self, mask: Any, positions: torch.Tensor) -> Any:
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+            return mask
+        # Of a 4-D mask the stock class makes no window; (batch, 1, length, length).
+        far = (positions[:, :, None] - positions[:, None, :]).abs() > self.config.sliding_window
+        shut = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        local = mask.masked_fill(far[:, None], shut)
+        return {"full_attention": mask, "sliding_attention": local}
+
+    def _logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.decoder(self.head(hidden))
+        return logits
 
 
 class DiffusionBertForMaskedLM(DiffusionMixin, GenerationMixin, BertForMaskedLM):

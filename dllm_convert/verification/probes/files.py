@@ -52,7 +52,8 @@ def _config(subject: Subject) -> Probe:
         for key, value in required.items()
         if config.get(key) != value
     }
-    if claim.behind == "mask" and SLIDING in layer_types(config, adapter):
+    opened = claim.behind == "mask" and adapter.local is None
+    if opened and SLIDING in layer_types(config, adapter):
         size = config.get("sliding_window", adapter.window.default if adapter.window else None)
         wrong["sliding_window"] = f"of {size} tokens is in force, which narrows {claim.attention}"
     return Probe(

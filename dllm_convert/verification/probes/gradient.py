@@ -114,13 +114,14 @@ def _by_layer(subject: Subject) -> Probe:
     """Differentiate every attention module alone: an open layer before it hides nothing."""
     length = probe_length(subject)
     rows = probe_columns(length, subject.claim.block_size)
-    allowed = subject.allowed(length)[rows]
+    layers = range(int(subject.config["num_hidden_layers"]))
+    allowed = [subject.allowed_in(layer, length)[rows] for layer in layers]
     wrong, count, first = 0, 0, ""
     names = [name for name in BY_LAYER if name in subject.adapter.implementations]
     for name in names:
         with running(subject, name) as model:
             for layer, moved in enumerate(_layer_norms(subject, model, rows, allowed)):
-                pattern = Pattern(moved, allowed, 0.0, list(range(length)), rows)
+                pattern = Pattern(moved, allowed[layer], 0.0, list(range(length)), rows)
                 count += 1
                 if pattern.wrong.any():
                     wrong += 1
@@ -135,18 +136,18 @@ def _by_layer(subject: Subject) -> Probe:
 
 
 def _layer_norms(
-    subject: Subject, model: Any, rows: list[int], allowed: torch.Tensor
+    subject: Subject, model: Any, rows: list[int], allowed: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return the gradient norms of each layer's attention, each (rows, length)."""
     modules = attention_modules(model, int(subject.config["num_hidden_layers"]))
-    length = allowed.shape[1]
+    length = allowed[0].shape[1]
     total: list[torch.Tensor] = []
     for draw in range(DRAWS):
         calls = record_calls(model, modules, input_ids=subject.tokens(1, length, draw=draw))
         found = [_attention_norms(call, rows) for call in calls]
         total = [torch.maximum(a, b) for a, b in zip(total, found, strict=True)] if total else found
         # Over texts: a softmax may round one allowed weight to zero.
-        if all(bool((norms > 0)[allowed].all()) for norms in total):
+        if all(bool((norms > 0)[a].all()) for norms, a in zip(total, allowed, strict=True)):
             break
     return total
 

@@ -39,7 +39,8 @@ def probe_length(subject: Subject) -> int:
     """Return a length that crosses blocks and ends inside one, if the context allows."""
     size = subject.claim.block_size
     if size is None:
-        return min(24, subject.context)
+        # Past the reach of a local layer, so that its window shows.
+        return min(max(24, (subject.reach or 0) + 8), subject.context)
     whole = 2 * size if size <= FEW_COLUMNS_ABOVE // 2 else size
     length = max(whole + max(size // 2, 1), 8)
     return min(length + (length % size == 0 and size > 1), subject.context)
@@ -145,11 +146,11 @@ def _by_layer(subject: Subject, model: Any, length: int) -> Probe:
     """Look at every layer's weights: one closed layer hides behind an open one end to end."""
     tokens = subject.tokens(2, length)
     layers = model(tokens, use_cache=False, output_attentions=True).attentions or ()
-    allowed = subject.allowed(length)
     wrong = 0
     first = ""
     for number, weights in enumerate(layers):
         # Over texts and heads: a softmax may round one allowed weight to zero.
+        allowed = subject.allowed_in(number, length)
         pattern = Pattern(weights.float().amax(dim=(0, 1)), allowed, 0.0, list(range(length)))
         if pattern.wrong.any():
             wrong += 1

@@ -54,7 +54,8 @@ def check_training(subject: Subject) -> list[Probe]:
 
 def packed_row(subject: Subject, objective: Objective) -> TextBatch | None:
     """Return two documents that end inside blocks and padding, in one row; None without room."""
-    size = objective.block_size or 8
+    # Past the reach of a local layer, so that its window shows.
+    size = objective.block_size or max(8, subject.reach or 0)
     # The clean copy of a document's last block does not run: of three blocks one has a later one.
     lengths = [2 * size + size // 2 + 1, size // 2 + 2]
     width = sum(lengths) + PADDING
@@ -238,7 +239,9 @@ def _alone(
     for first in range(0, length, size):
         end = min(first + size, length)
         tokens = torch.cat([clean[:first], noisy[first:end]])[None]
-        settings: dict[str, Any] = {"attention_mask": _decoding_mask(objective, first, end)}
+        settings: dict[str, Any] = {}
+        if objective.block_size is not None:  # without blocks decoding has no mask
+            settings["attention_mask"] = _decoding_mask(objective, first, end)
         if objective.is_gated:
             settings["noisy"] = torch.arange(end)[None] >= first
         logits = subject.model(tokens, use_cache=False, **settings).logits[0]
