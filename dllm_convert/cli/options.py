@@ -235,7 +235,17 @@ Processes = Annotated[
         parser=count,
         metavar="N",
         rich_help_panel=_LAUNCH,
-        help="Train with N processes on this machine, one per GPU, through Accelerate's launcher.",
+        help="Train with N processes, one per GPU, of all machines together.",
+    ),
+]
+Machines = Annotated[
+    int | None,
+    typer.Option(
+        "--num-machines",
+        parser=count,
+        metavar="N",
+        rich_help_panel=_LAUNCH,
+        help="Machines that the processes are on; each runs the same command.",
     ),
 ]
 LaunchConfig = Annotated[
@@ -245,7 +255,7 @@ LaunchConfig = Annotated[
         metavar="FILE",
         parser=path_of,
         rich_help_panel=_LAUNCH,
-        help="Accelerate config, such as recipes/launch/fsdp2.yaml.",
+        help="Accelerate config, such as recipes/launch/fsdp2.yaml: what the processes share.",
     ),
 ]
 

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.common.foreign_files import read_text
 from dllm_convert.common.interruption import INTERRUPTED, SIGNALS
-from dllm_convert.errors import DataError, DllmConvertError
-from dllm_convert.recipe.yaml_text import parse_mapping
+from dllm_convert.errors import DllmConvertError
+from dllm_convert.planning.launch import read_config
 
 _LOGGERS = (
     "torch.distributed.elastic.multiprocessing.api",
@@ -64,7 +63,7 @@ def launch(
         DllmConvertError: If there are fewer devices than processes, or the config is wrong.
     """
     if config is not None:
-        check_config(config)
+        read_config(config)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -107,19 +106,6 @@ def _undone() -> Iterator[None]:
         os.environ.update(environment)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def check_config(config: Path) -> None:
-    """Check a file that Accelerate is to read, where whatever is no section is a traceback.
-
-    Raises:
-        DataError: There is no such file, or it cannot be read.
-        IncompatibleError: It is no YAML mapping.
-    """
-    if not config.exists():
-        raise DataError(f"{config}: no such file", hint="Give an Accelerate config, in YAML")
-    if not parse_mapping(read_text(config), str(config)):
-        raise DataError(f"{config} is empty", hint="Give an Accelerate config, in YAML")
 
 
 def _check_devices(processes: int | None) -> None:

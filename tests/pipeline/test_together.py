@@ -147,3 +147,11 @@ def test_two_real_processes(tmp_path: Path, source_cache: SourceFactory) -> None
     assert dict(os.environ) == environment
     alone = dc.convert(source_cache("llama"), out, verify="files", reporter=QUIET, **asked)
     assert alone.manifest == done.manifest
+
+
+def test_a_plan_of_several_processes_starts_them(
+    launched: list[dict[str, Any]], tmp_path: Path, source_cache: SourceFactory
+) -> None:
+    plan = dc.plan(source_cache("llama"), to="bd3lm", block=8, train=False, processes=2)
+    dc.convert(plan, tmp_path / "out", verify="files", reporter=QUIET)
+    assert [(start["processes"], start["config"]) for start in launched] == [(2, None)]
