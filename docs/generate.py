@@ -38,9 +38,10 @@ as well: a typed `training.learning_rate` makes an inherited `training.lora.lear
 `--steps` an inherited `max_minutes` or `tokens`, `--data` the subset and split of other data.
 `--tokens`, `--max-time` and `--global-batch` say how long to train in other units; the plan shows
 what came of them. A budget in tokens (`training.tokens`, which the presets for GPUs have) is kept
-whatever the batch and however many processes train: the number of steps follows from it. What would change nothing, such as `--keep-adapter` without LoRA, is refused. A source that
-is a conversion itself, in a folder or on the Hub, hands down its target, block size, noise and
-token shift: they win over presets, and what is written in the file or typed wins over them.
+whatever the batch and however many processes train: the number of steps follows from it. What would
+change nothing, such as `--keep-adapter` without LoRA, is refused. A source that is a conversion
+itself, in a folder or on the Hub, hands down its target, block size, noise and token shift: they
+win over presets, and what is written in the file or typed wins over them.
 
 Files are read as YAML 1.2: `no` and `on` are texts, `2e-5` is a number. `dllm-convert recipes NAME`
 shows what a recipe resolves to, and every run writes that as `recipe.yaml` beside the weights; it
