@@ -35,11 +35,13 @@ What comes later wins: presets in the order of `inherits`, then the file, then `
 flags and `--set` (`--set training.learning_rate=2e-5`); two of these that contradict each other are
 refused. Only `references` add up. Where one field says another more narrowly, what comes later wins
 as well: a typed `training.learning_rate` makes an inherited `training.lora.learning_rate` void,
-`--steps` an inherited `max_minutes`, `--data` the subset and split of other data. `--tokens`,
-`--max-time` and `--global-batch` say how long to train in other units; the plan shows what came of
-them. What would change nothing, such as `--keep-adapter` without LoRA, is refused. A source that
-is a conversion itself, in a folder or on the Hub, hands down its target, block size, noise and
-token shift: they win over presets, and what is written in the file or typed wins over them.
+`--steps` an inherited `max_minutes` or `tokens`, `--data` the subset and split of other data.
+`--tokens`, `--max-time` and `--global-batch` say how long to train in other units; the plan shows
+what came of them. A budget in tokens (`training.tokens`, which the presets for GPUs have) is kept
+whatever the batch and however many processes train: the number of steps follows from it. What would
+change nothing, such as `--keep-adapter` without LoRA, is refused. A source that is a conversion
+itself, in a folder or on the Hub, hands down its target, block size, noise and token shift: they
+win over presets, and what is written in the file or typed wins over them.
 
 Files are read as YAML 1.2: `no` and `on` are texts, `2e-5` is a number. `dllm-convert recipes NAME`
 shows what a recipe resolves to, and every run writes that as `recipe.yaml` beside the weights; it

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from dllm_convert.common.counts import LARGEST_COUNT
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import RequestError
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.budget import Budget
 from dllm_convert.recipe.loading import amend_recipe
 from dllm_convert.recipe.loading import load_recipe as load_layers
@@ -22,7 +24,24 @@ from dllm_convert.recipe.typed import (
 )
 
 
-class ConversionRequest(TypedDict, total=False):
+class LaunchRequest(TypedDict, total=False):
+    """What can be asked of those who train together.
+
+    Attributes:
+        processes: How many train, over all machines; tokens and sequences are shared by them.
+        num_machines: How many machines they are on.
+        launch_config: Accelerate config, which says what they share; and how many there are, where
+            `processes` does not.
+        global_batch: Sequences per optimizer step, over all processes.
+    """
+
+    processes: int | None
+    num_machines: int | None
+    launch_config: str | Path | None
+    global_batch: int | None
+
+
+class ConversionRequest(LaunchRequest, total=False):
     """What can be asked of a conversion; each wins over recipe and preset.
 
     Attributes:
@@ -32,7 +51,6 @@ class ConversionRequest(TypedDict, total=False):
         steps: Optimizer steps.
         tokens: Tokens to train on, instead of steps: a number, or text as `"5M"`.
         max_time: Time after which training stops, as `"90m"` or `"1h30m"`.
-        global_batch: Sequences per optimizer step, over all processes.
         preset: Name of a preset whose settings are taken.
         serve: Engine that is to serve the result: `sglang`, `lmdeploy`, `mlx-vlm`, `vllm`,
             `llama.cpp`, `llama-diffusion-cli` or `dllm`; chooses target, token shift and AR loss.
@@ -47,7 +65,6 @@ class ConversionRequest(TypedDict, total=False):
         allow_epochs: Read the text more often than 20 times.
         report_to: Where training is logged besides: tensorboard, wandb, trackio.
         overrides: Any other fields of a recipe by dotted name, as `--set` takes them.
-        processes: How many train; `tokens` and `global_batch` are shared by them.
     """
 
     to: Target | None
@@ -56,7 +73,6 @@ class ConversionRequest(TypedDict, total=False):
     steps: int | None
     tokens: int | str | None
     max_time: str | None
-    global_batch: int | None
     preset: str | None
     serve: str | None
     lora: int | None
@@ -70,7 +86,24 @@ class ConversionRequest(TypedDict, total=False):
     allow_epochs: bool
     report_to: Sequence[str] | None
     overrides: Mapping[str, Any] | None
-    processes: int
+
+
+def launch_of(asked: LaunchRequest) -> Launch:
+    """Return who is to train together.
+
+    Raises:
+        DataError: There is no such config, or it cannot be read.
+        IncompatibleError: The config says something that this does not train with.
+        RequestError: A number is none, or processes cannot be shared out.
+    """
+    for name in ("processes", "num_machines", "global_batch"):
+        count = asked.get(name)
+        if count is not None and not (type(count) is int and 1 <= count <= LARGEST_COUNT):
+            raise RequestError(f"{name} is {count!r}, expected a whole number from 1 on")
+    config = asked.get("launch_config")
+    path = None if config is None else Path(config)
+    found = Launch.asked(asked.get("processes"), path, asked.get("num_machines"))
+    return replace(found, global_batch=asked.get("global_batch"))
 
 
 def resolve(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> Recipe:
@@ -91,10 +124,7 @@ def resolve(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> 
     if unknown:
         known = ", ".join(sorted(ConversionRequest.__optional_keys__))
         raise TypeError(f"there is no argument {unknown[0]!r}; there are {known}")
-    for name in ("global_batch", "processes"):
-        count = asked.get(name)
-        if count is not None and not (type(count) is int and 1 <= count <= LARGEST_COUNT):
-            raise RequestError(f"{name} is {count!r}, expected a whole number from 1 on")
+    launch = launch_of(asked)
     tokens = asked.get("tokens")
     budget = Budget.parse(
         None if tokens is None else str(tokens), asked.get("max_time"), asked.get("global_batch")
@@ -111,7 +141,7 @@ def resolve(source: str | Path | Recipe, **asked: Unpack[ConversionRequest]) -> 
 
         preset = asked.get("preset")
         recipe = load_layers(str(source), overrides=typed, preset=preset, fetch=fetch_small)
-    recipe = budget.applied_to(recipe, asked.get("processes", 1), assigned)
+    recipe = budget.applied_to(recipe, launch.processes, assigned)
     if not isinstance(source, Recipe):
         refuse_other_source(str(source), recipe, assigned)
     refuse_without_effect(recipe, typed)

@@ -13,6 +13,7 @@ from dllm_convert.pipeline.run import plan_conversion
 from dllm_convert.pipeline.text import looked_at
 from dllm_convert.planning.conversion import source_facts
 from dllm_convert.planning.document import plan_document
+from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.planning.plan_text import plan_blocks
 from dllm_convert.recipe.schema import Recipe
 
@@ -43,11 +44,11 @@ def check(
     recipe: Recipe,
     folder: Path,
     push: PushOptions | None = None,
-    processes: int = 1,
+    launch: Launch = ALONE,
     *,
     probe: bool = False,
 ) -> Check:
-    """Return what a dry run shows: the plan, on how many processes, where it would be published.
+    """Return what a dry run shows: the plan, for a launch, and where it would be published.
 
     With `probe` the family is measured, whether it has an adapter or not.
 
@@ -57,9 +58,8 @@ def check(
     measured: dict[str, Any] = {}
     if probe:
         recipe, measured = _probed(recipe)
-    plan = plan_conversion(recipe)
-    text = looked_at(plan, processes)
-    document = plan_document(plan, folder, processes, **measured, **text)
+    plan = plan_conversion(recipe, launch=launch)
+    document = plan_document(plan, folder, **measured, **looked_at(plan))
     if push is None:
         return Check(document)
     from dllm_convert.publishing.run import licence_warnings

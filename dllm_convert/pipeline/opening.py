@@ -21,7 +21,7 @@ def opening_lines(plan: ConversionPlan, out: Path) -> list[str]:
     ]
 
 
-def training_line(plan: ConversionPlan, device: Device | None, processes: int = 1) -> str:
+def training_line(plan: ConversionPlan, device: Device | None) -> str:
     """Say what a training does, and how long that takes on a device that something is known of."""
     recipe, training = plan.recipe, plan.recipe.training
     what = "LoRA" if training.method == "lora" else "all weights"
@@ -30,8 +30,9 @@ def training_line(plan: ConversionPlan, device: Device | None, processes: int = 
         said += f" or {hours_text(training.max_minutes / 60)}, whichever comes first"
     if plan.shape is None or device is None:
         return said
-    known = estimate_device(plan.shape, recipe, device, causal=plan.adapter.attention == "causal")
-    hours = known.hours / processes
+    causal = plan.adapter.attention == "causal"
+    known = estimate_device(plan.shape, recipe, device, causal=causal, launch=plan.launch)
+    hours = known.hours
     if training.max_minutes is not None and hours * 60 >= training.max_minutes:
         return said
     expected = "less than a minute" if hours < 1 / 60 else f"about {hours_text(hours)}"

@@ -41,6 +41,8 @@ from dllm_convert.pipeline.workspace import (
 )
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, source_facts
 from dllm_convert.planning.devices import Device, known_gpu, this_cpu
+from dllm_convert.planning.launch import ALONE as ONE_PROCESS
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.loading import same_name_warning
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
@@ -67,7 +69,9 @@ class RunResult:
     pushed: PushResult | None = None
 
 
-def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
+def plan_conversion(
+    recipe: Recipe, out: Path | None = None, launch: Launch = ONE_PROCESS
+) -> ConversionPlan:
     """Read the source's headers and plan; loads no weights and imports no torch.
 
     A family without an adapter is measured in another process, if the recipe allows it.
@@ -75,6 +79,7 @@ def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
     Args:
         recipe: The resolved recipe.
         out: Output folder of the run, whose measured adapter is taken if it has one.
+        launch: Who trains together.
 
     Raises:
         DllmConvertError: If the source cannot be read or the conversion cannot work.
@@ -82,7 +87,7 @@ def plan_conversion(recipe: Recipe, out: Path | None = None) -> ConversionPlan:
     warning = same_name_warning(recipe)
     try:
         source = inspect_source(recipe.source, revision=recipe.revision)
-        plan = make_plan(recipe, source, measured_adapter(recipe, source, out))
+        plan = make_plan(recipe, source, measured_adapter(recipe, source, out), launch)
     except DllmConvertError as error:
         if warning:
             error.hint = f"{error.hint}; {warning}" if error.hint else warning.capitalize()
@@ -146,7 +151,7 @@ def run(
         DllmConvertError: If a stage fails; what is finished is kept for the next call.
     """
     require_installed(recipe.training.report_to)
-    plan = plan_conversion(recipe, out)
+    plan = plan_conversion(recipe, out, Launch.current())
     check_apart(out, plan.source.path)
     if push is not None:
         from dllm_convert.publishing.run import preflight
@@ -157,7 +162,7 @@ def run(
     # text in its folder.
     text = None
     if how.extend or not (out / WORK).exists():
-        text = plan_text(plan, place.world)
+        text = plan_text(plan)
     asked = recipe.identity()
     run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
     extend = partial(_begin_extension, plan) if how.extend else None
@@ -194,7 +199,7 @@ def _finish(run: Run) -> None:
 
         require_devices(run.plan.recipe.training)
         if run.found(TRAIN) is None:
-            run.reporter.line(training_line(run.plan, _device(), run.place.world))
+            run.reporter.line(training_line(run.plan, _device()))
     check_resumed(run)
     assembled = run.found(ASSEMBLE) is not None
     if not assembled:

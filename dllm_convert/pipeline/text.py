@@ -53,12 +53,11 @@ class TextPlan:
         return f"{said}, {times} time{'s' if self.epochs != 1 else ''} all of it"
 
 
-def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | None:
+def plan_text(plan: ConversionPlan) -> TextPlan | None:
     """Look at the text that a plan trains on; None if it trains on none.
 
     Args:
         plan: The conversion.
-        processes: How many train.
 
     Raises:
         DataError: There is no such text, or it is something else.
@@ -71,7 +70,7 @@ def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | None:
     from dllm_convert.training.data.look import look_at
 
     look = look_at(recipe.data, _counter(plan))
-    wanted = recipe.training_tokens * processes
+    wanted = plan.training_tokens
     epochs = None
     if look.tokens:
         apart = 0.0 if recipe.data.held_out_source else recipe.data.held_out_fraction
@@ -82,10 +81,10 @@ def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | None:
     return text
 
 
-def looked_at(plan: ConversionPlan, processes: int) -> dict[str, Any]:
+def looked_at(plan: ConversionPlan) -> dict[str, Any]:
     """Return what `check` says of the text; a dataset out of reach is said, not refused."""
     try:
-        text = plan_text(plan, processes)
+        text = plan_text(plan)
     except HubError as error:
         return {"text": {"unread": str(error)}}
     if text is None:

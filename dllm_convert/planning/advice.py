@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.info import SourceInfo
 
@@ -18,8 +19,8 @@ PYDOC_TOKENS = 113_000
 """Tokens of the language reference in CPython 3.11, SmolLM2's tokenizer."""
 
 
-def _learning_rate(recipe: Recipe) -> str | None:
-    rate, tokens = recipe.training.peak_learning_rate, recipe.training_tokens
+def _learning_rate(recipe: Recipe, tokens: int) -> str | None:
+    rate = recipe.training.peak_learning_rate
     if recipe.training.method != "full":
         return None
     if tokens <= SMALL_BUDGET and rate >= 5e-4:
@@ -57,7 +58,7 @@ def _lora(recipe: Recipe) -> str | None:
     return None
 
 
-def _objective(recipe: Recipe, adapter: Adapter) -> str | None:
+def _objective(recipe: Recipe, adapter: Adapter, tokens: int) -> str | None:
     if adapter.attention != "causal":
         return None
     if recipe.target == "mdlm":
@@ -65,15 +66,15 @@ def _objective(recipe: Recipe, adapter: Adapter) -> str | None:
             "a causal model opened to mdlm: Efficient-DLM (Qwen2.5-1.5B, 50B tokens) measured "
             "19.3, against 38.4 for block diffusion (--to bd3lm --block 16)"
         )
-    if recipe.token_shift == "drop" and recipe.training_tokens <= SMALL_BUDGET:  # noqa: S105
+    if recipe.token_shift == "drop" and tokens <= SMALL_BUDGET:  # noqa: S105
         return (
             "token_shift drop on a small budget: keeping the shift learnt faster in our runs of 60 "
             "steps (SmolLM2-135M, held-out NELBO 5.20 against 5.53); at 50B tokens dropping it "
             "wins slightly (Efficient-DLM)"
         )
-    if recipe.token_shift == "keep" and recipe.training_tokens >= LONG_BUDGET:  # noqa: S105
+    if recipe.token_shift == "keep" and tokens >= LONG_BUDGET:  # noqa: S105
         return (
-            f"token_shift keep over {recipe.training_tokens:.1e} tokens: Efficient-DLM "
+            f"token_shift keep over {tokens:.1e} tokens: Efficient-DLM "
             "(Qwen2.5-1.5B, 50B tokens) measured 37.7 with and 38.4 without the shift "
             "(--set token_shift=drop)"
         )
@@ -97,8 +98,7 @@ def _block(recipe: Recipe, source: SourceInfo) -> str | None:
     return None
 
 
-def _data(recipe: Recipe) -> str | None:
-    tokens = recipe.training_tokens
+def _data(recipe: Recipe, tokens: int) -> str | None:
     if recipe.training.method == "none" or recipe.data.source != "pydoc":
         return None
     if tokens < 20 * PYDOC_TOKENS:
@@ -128,15 +128,16 @@ def _lengths(recipe: Recipe, context: int | None) -> str | None:
 
 
 def advise(
-    recipe: Recipe, source: SourceInfo, adapter: Adapter, context: int | None
+    recipe: Recipe, source: SourceInfo, adapter: Adapter, context: int | None, launch: Launch
 ) -> tuple[str, ...]:
     """Return the warnings of a plan, one sentence each, with the source of every number."""
+    tokens = recipe.training_tokens * launch.processes
     found = (
-        _learning_rate(recipe),
+        _learning_rate(recipe, tokens),
         _lora(recipe),
-        _objective(recipe, adapter),
+        _objective(recipe, adapter, tokens),
         _block(recipe, source),
-        _data(recipe),
+        _data(recipe, tokens),
         _licence(recipe, source),
         _lengths(recipe, context),
     )

@@ -35,6 +35,7 @@ from dllm_convert.planning.gated import (
     without_row,
 )
 from dllm_convert.planning.ids import check_token_ids
+from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.planning.model_shape import ModelShape, model_shape
@@ -76,6 +77,7 @@ class ConversionPlan(Printed):
         shape: Sizes that costs depend on; None if the headers tell no shapes.
         warnings: Sentences the user should read before starting.
         notes: What stays as it is although one might expect otherwise.
+        launch: Who trains together.
     """
 
     recipe: Recipe
@@ -91,6 +93,12 @@ class ConversionPlan(Printed):
     layers: tuple[AttentionLayers, ...] = ()
     writes: Writes | None = None
     shape: ModelShape | None = None
+    launch: Launch = ALONE
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that all planned steps see over all processes, padding included."""
+        return self.recipe.training_tokens * self.launch.processes
 
     @property
     def token_shift(self) -> bool:
@@ -190,7 +198,10 @@ def _config_updates(
 
 
 def make_plan(
-    recipe: Recipe, source: SourceInfo, measured: Adapter | None = None
+    recipe: Recipe,
+    source: SourceInfo,
+    measured: Adapter | None = None,
+    launch: Launch = ALONE,
 ) -> ConversionPlan:
     """Decide everything a run will do, from the recipe and the source's headers.
 
@@ -198,6 +209,7 @@ def make_plan(
         recipe: What to do.
         source: The checkpoint, seen through its headers.
         measured: The family, where it was measured and no file declares it.
+        launch: Who trains together.
 
     Raises:
         UnsupportedError: The family, or this target for it, has no conversion.
@@ -246,7 +258,7 @@ def make_plan(
             *source.warnings,
             *tokenizer,
             *(sentence for sentence in known if sentence),
-            *advise(recipe, source, adapter, context),
+            *advise(recipe, source, adapter, context, launch),
         ),
         notes=(*attention.notes, *fit.notes, *_taken_out(source)),
         tensors_dropped=fit.dropped,
@@ -255,6 +267,7 @@ def make_plan(
         if source.tensors
         else None,
         shape=model_shape(source, adapter, mask),
+        launch=launch,
     )
     served(plan)
     return plan
@@ -289,7 +302,7 @@ def _parts(shape: ModelShape | None) -> dict[str, Any] | None:
 
 
 def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the plan as plain values for JSON; `training_tokens` counts the planned steps."""
+    """Return the plan as plain values for JSON; tokens are those of all processes."""
     recipe, source = plan.recipe, plan.source
     training = recipe.training
     return {
@@ -322,7 +335,7 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "tensors_dropped": list(plan.tensors_dropped),
         "writes": plan.writes.as_dict() if plan.writes else None,
         "training": training.model_dump(mode="json"),
-        "training_tokens": 0 if training.method == "none" else recipe.training_tokens,
+        "training_tokens": 0 if training.method == "none" else plan.training_tokens,
         "data": recipe.data.model_dump(mode="json"),
         "measured": asdict(plan.adapter.measured) if plan.adapter.measured else None,
         "min_transformers": plan.adapter.min_transformers,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from dllm_convert.planning.model_shape import ModelShape
+from dllm_convert.planning.sharing import Sharing
 from dllm_convert.planning.streams import Streams, streams
 from dllm_convert.recipe.schema import Recipe, Training
 
@@ -28,9 +29,13 @@ HEAP_WASTE = 0.45
 freed (`allocator.py`) cannot move blocks, and glibc's aligned allocation needs a hole
 larger than its block. Measured with mallinfo2 after the first forward of SmolLM2-135M: 0.42 in full
 training, 0.53 with LoRA."""
+_ALONE = Sharing()
 _FLOAT32, _BF16 = 4, 2
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}
 """Bytes of AdamW's two moments for a parameter, on the device; paged ones are in host memory."""
+_ZERO_BUCKET, _ZERO_LIVE = 500_000_000, 1_000_000_000
+"""Numbers that DeepSpeed exchanges at once, and weights that stage 3 keeps together: its defaults
+(reduce_bucket_size, stage3_max_live_parameters)."""
 _LOGITS_AT_ONCE = {True: 1 << 27, False: 1 << 25}
 _SCORES_AT_ONCE = {True: 1 << 26, False: 1 << 20}
 """Entries of logits, and of their float32 copy, that the loss has at once on a GPU and on a CPU, as
@@ -51,6 +56,7 @@ class Memory:
             bfloat16 and the layer that is computed again.
         logits: The piece of the logits that the loss has at once.
         vocabulary_gradients: Dense gradients of embedding and head while they are added.
+        exchanged: What is there of others: gathered weights, gradients copied to be exchanged.
         heap: What the C library holds and cannot use; 0 on a GPU.
         total: The peak: not the sum, since activations are gone when gradients are all there.
     """
@@ -63,6 +69,7 @@ class Memory:
     activations: int
     logits: int
     vocabulary_gradients: int
+    exchanged: int
     heap: int
     total: int
 
@@ -214,7 +221,7 @@ def peak_memory(
     gpu: bool,
     bf16: bool,
     flex: bool,
-    shards: int = 1,
+    sharing: Sharing = _ALONE,
 ) -> Memory:
     """Estimate the peak of one device in training.
 
@@ -227,8 +234,7 @@ def peak_memory(
         gpu: Whether it is a GPU: its allocator wastes little, and LoRA freezes weights in bfloat16.
         bf16: Whether matrix products are computed in bfloat16.
         flex: Whether attention is flex attention.
-        shards: Devices that share weights, gradients and moments (FSDP2); two layers or the
-            vocabulary's matrix are gathered at a time.
+        sharing: What it holds of a training that others take part in.
     """
     training, run = recipe.training, streams(recipe, sparse=flex)
     trained = trainable_parameters(shape, training)
@@ -239,10 +245,15 @@ def peak_memory(
     whole = training.lora.embeddings == "full" and not training.keeps_base
     residual = frozen if lora and not whole else _FLOAT32
     weights = _weight_bytes(shape, training, trained, frozen=frozen)
+    if sharing.zero:
+        weights = compute * (shape.parameters + (trained if lora else 0))
     # Its copy has the type of the products, see `training/setup.py`.
     taught = training.distillation.weight > 0 and training.method == "full"
     teacher = compute * shape.parameters if taught else 0
-    gradients, moments = _FLOAT32 * trained, _moment_bytes(shape, training, trained)
+    # DeepSpeed's gradients have the type of the products.
+    gradients = (compute if sharing.zero else _FLOAT32) * trained
+    moments = _moment_bytes(shape, training, trained)
+    masters = _FLOAT32 * trained if sharing.zero else 0
     activations = activation_bytes(
         shape,
         training,
@@ -250,24 +261,60 @@ def peak_memory(
         compute=compute,
         residual=residual,
         flex=flex,
-        # What FSDP gathers is in the compute type already.
-        cast=shards == 1 and compute < residual,
+        # What FSDP gathers, and what DeepSpeed holds, is in the compute type already.
+        cast=not sharing.zero and sharing.gathered is None and compute < residual,
         gpu=gpu,
     )
     logits = _logit_bytes(shape, run, compute=compute, gpu=gpu)
     vocabulary = _vocabulary_gradients(shape, training, compute)
     heap = 0 if gpu else round(HEAP_WASTE * (activations + logits))
-    gathered = 0
-    if shards > 1:
-        weights, gradients, moments = (-(-x // shards) for x in (weights, gradients, moments))
-        two_layers = 2 * shape.layer_parameters // shape.layers
-        gathered = compute * max(two_layers, shape.vocabulary_matrix)
+    exchanged = _exchanged_bytes(shape, trained, sharing, compute=compute)
+    weights = _share(weights, sharing.weights) + _share(masters, sharing.moments)
+    gradients, moments = _share(gradients, sharing.gradients), _share(moments, sharing.moments)
+    if "moments" in sharing.offload:
+        # The copy that the optimizer steps lies beside its moments, and gets its gradients there.
+        weights, gradients, moments = weights - _share(masters, sharing.moments), 0, 0
+    if "weights" in sharing.offload:
+        weights = 0
     runtime = GPU_RUNTIME if gpu else CPU_RUNTIME
-    above = max(activations + logits + heap, gradients) + vocabulary + gathered
+    above = max(activations + logits + heap, gradients) + vocabulary + exchanged
     total = runtime + weights + teacher + moments + above
     return Memory(
-        runtime, weights, teacher, gradients, moments, activations, logits, vocabulary, heap, total
+        runtime=runtime,
+        weights=weights,
+        teacher=teacher,
+        gradients=gradients,
+        moments=moments,
+        activations=activations,
+        logits=logits,
+        vocabulary_gradients=vocabulary,
+        exchanged=exchanged,
+        heap=heap,
+        total=total,
     )
+
+
+def _share(count: int, devices: int) -> int:
+    """Return the largest of so many alike shares."""
+    return -(-count // devices)
+
+
+def _exchanged_bytes(shape: ModelShape, trained: int, sharing: Sharing, *, compute: int) -> int:
+    """Bytes of what is there of others for a moment.
+
+    FSDP gathers two layers or the vocabulary's matrix at a time, or keeps all weights; DDP copies
+    gradients into buckets, which are as large as they are; DeepSpeed has buckets of a fixed size,
+    and stage 3 keeps so many weights together.
+    """
+    if sharing.zero:
+        buckets = compute * min(_ZERO_BUCKET, trained)
+        return buckets + (compute * min(_ZERO_LIVE, shape.parameters) if sharing.gathered else 0)
+    if sharing.gathered == "weights":
+        return compute * shape.parameters
+    if sharing.gathered == "layers":
+        two_layers = 2 * shape.layer_parameters // shape.layers
+        return compute * max(two_layers, shape.vocabulary_matrix)
+    return _FLOAT32 * trained if sharing.buckets else 0
 
 
 def _moment_bytes(shape: ModelShape, training: Training, trained: int) -> int:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.recipe.typed import default_out
 
 if TYPE_CHECKING:
     from dllm_convert.planning.conversion import ConversionPlan
+    from dllm_convert.recipe.schema import Recipe
 
 
-def plan_document(
-    plan: ConversionPlan, out: Path | None = None, processes: int = 1, **measured: Any
-) -> dict[str, Any]:
+def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any) -> dict[str, Any]:
     """Return what `check --json` prints of a plan.
 
     Args:
         plan: The plan.
         out: Where it would be written; None for where the command would.
-        processes: How many train.
         **measured: What else is known of the source.
     """
     from dllm_convert.planning.conversion import plan_as_dict
@@ -36,7 +36,30 @@ def plan_document(
         "serve": served(plan),
         **measured,
     }
-    if recipe.training.method != "none" and processes > 1:
-        sequences = recipe.training.sequences_per_step * processes
-        document["launch"] = {"processes": processes, "sequences_per_step": sequences}
+    if recipe.training.method != "none" and plan.launch != ALONE:
+        document["launch"] = launch_document(recipe, plan.launch)
     return document
+
+
+def launch_document(recipe: Recipe, launch: Launch) -> dict[str, Any]:
+    """Return what a launch makes of a recipe: sequences and steps, and of its learning rate.
+
+    Args:
+        recipe: Resolved for this launch.
+        launch: Who trains together.
+    """
+    training = recipe.training
+    sequences = training.sequences_per_step * launch.processes
+    # What was asked for over all of them was chosen together with the rate.
+    times = 1 if launch.global_batch is not None else launch.processes
+    return {
+        **launch.as_dict(),
+        "sequences_per_step": sequences,
+        "sequences_of_one": sequences // times,
+        "steps": training.steps,
+        "budget": "tokens" if training.tokens is not None else "steps",
+        "learning_rate": training.peak_learning_rate,
+        "learning_rate_by_square_root": float(
+            f"{training.peak_learning_rate * math.sqrt(times):.2g}"
+        ),
+    }

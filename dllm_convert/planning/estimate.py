@@ -17,10 +17,13 @@ from dllm_convert.planning.costs import (
     trainable_parameters,
 )
 from dllm_convert.planning.devices import GPUS, USABLE_MEMORY, Device
+from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.planning.model_shape import ModelShape
+from dllm_convert.planning.sharing import Sharing
 from dllm_convert.planning.stages import StageMemory, largest_stage, stage_memory
 from dllm_convert.recipe.schema import Checkpointing, Recipe
 
+_ALONE = Sharing()
 MOST_GPUS = 1024
 """Where the search for a number of GPUs ends."""
 FLEX_SINCE = "2.7"
@@ -31,8 +34,11 @@ ASSUMPTIONS = (
     "AdamW over float32 weights",
     "GPU memory was not measured; the CPU's is within 8% of the peaks of SmolLM2-135M",
     "GPUs reach 0.2 of their peak, which small models and short steps do not",
-    "several GPUs share weights, gradients and moments (FSDP2) and lose no time over it",
+    "as many GPUs as are needed share weights, gradients and moments (FSDP2)",
 )
+SCALING = 0.9
+"""Share of their speed that several devices keep while they exchange what they share; assumed, not
+measured: how fast machines exchange is theirs to say (`python -m benchmarks.cluster`)."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,13 @@ class DeviceEstimate:
         device: Its name.
         gpu: Whether it is a GPU, of which there can be several.
         room: Bytes of memory of one; None if they are not known.
-        memory: Peak bytes of one device that trains alone.
-        fits: Whether one is enough for every stage; None if its memory is not known.
+        memory: Peak bytes of one device while it trains.
+        fits: Whether that and every other stage fit; None if its memory is not known.
         devices_needed: Least number that trains it, weights and states shared; None if none does.
-        tokens_per_second: Of one device, clean tokens.
-        hours: For all steps of the recipe, on one device.
-        tokens: That one device trains on: all of the budget, or what `max_minutes` leaves of it.
+        processes: How many of them train.
+        tokens_per_second: Of all that train, clean tokens.
+        hours: For all steps of the recipe.
+        tokens: That they train on: all of the budget, or what `max_minutes` leaves of it.
         source: Where speed and memory of the device are from.
         stage: Which stage of the run takes the most there, alone on one device; it decides what
             fits.
@@ -64,6 +71,7 @@ class DeviceEstimate:
     memory: int
     fits: bool | None
     devices_needed: int | None
+    processes: int
     tokens_per_second: float
     hours: float
     tokens: int
@@ -113,7 +121,9 @@ def uses_bf16(recipe: Recipe, device: Device) -> bool:
     return device.bf16 if chosen == "auto" else chosen == "bf16"
 
 
-def settled(shape: ModelShape | None, recipe: Recipe, device: Device, shards: int = 1) -> Recipe:
+def settled(
+    shape: ModelShape | None, recipe: Recipe, device: Device, sharing: Sharing = _ALONE
+) -> Recipe:
     """Choose what the recipe leaves to the device: what is computed again, rows of a forward.
 
     On a GPU as many rows as fit without computing anything again: each of a step's forwards has
@@ -124,7 +134,7 @@ def settled(shape: ModelShape | None, recipe: Recipe, device: Device, shards: in
         shape: The model; None if its headers told no shapes, and nothing can be reckoned.
         recipe: The resolved recipe.
         device: Where it trains.
-        shards: Devices that share weights, gradients and moments.
+        sharing: What it holds of a training that others take part in.
     """
     training = recipe.training
     rows = training.sequences_per_step
@@ -144,24 +154,26 @@ def settled(shape: ModelShape | None, recipe: Recipe, device: Device, shards: in
             }
             chosen = recipe.model_copy(update={"training": training.model_copy(update=fields)})
             room = device.memory * USABLE_MEMORY
-            if shape is not None and _memory(shape, chosen, device, shards).total <= room:
+            if shape is not None and _memory(shape, chosen, device, sharing).total <= room:
                 return chosen
     return chosen
 
 
-def _memory(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) -> Memory:
+def _memory(shape: ModelShape, recipe: Recipe, device: Device, sharing: Sharing = _ALONE) -> Memory:
     return peak_memory(
         shape,
         recipe,
         gpu=device.gpu,
         bf16=uses_bf16(recipe, device),
         flex=uses_flex(recipe, gpu=device.gpu),
-        shards=shards,
+        sharing=sharing,
     )
 
 
-def _peak(shape: ModelShape, recipe: Recipe, device: Device, shards: int = 1) -> int:
-    return _memory(shape, settled(shape, recipe, device, shards), device, shards).total
+def _peak(shape: ModelShape, recipe: Recipe, device: Device, devices: int = 1) -> int:
+    """Return the peak of one of so many devices that share everything."""
+    sharing = Sharing.all_by(devices)
+    return _memory(shape, settled(shape, recipe, device, sharing), device, sharing).total
 
 
 def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | None:
@@ -188,20 +200,22 @@ def devices_needed(shape: ModelShape, recipe: Recipe, device: Device) -> int | N
 
 
 def stages_on(
-    shape: ModelShape, recipe: Recipe, device: Device, *, causal: bool
+    shape: ModelShape, recipe: Recipe, device: Device, *, causal: bool, launch: Launch = ALONE
 ) -> tuple[StageMemory, ...]:
-    """Estimate the peak of every stage of the recipe's run on one device.
+    """Estimate the peak of every stage of the recipe's run on the device of its first process.
 
     Args:
         shape: The model.
         recipe: The resolved recipe.
         device: Where it runs.
         causal: Whether the base has an autoregressive likelihood, which is measured too.
+        launch: Who trains together.
     """
+    sharing = launch.sharing
     return stage_memory(
         shape,
         recipe,
-        _memory(shape, settled(shape, recipe, device), device),
+        _memory(shape, settled(shape, recipe, device, sharing), device, sharing),
         gpu=device.gpu,
         bf16=uses_bf16(recipe, device),
         causal=causal,
@@ -209,7 +223,12 @@ def stages_on(
 
 
 def estimate_device(
-    shape: ModelShape, recipe: Recipe, device: Device, *, causal: bool = True
+    shape: ModelShape,
+    recipe: Recipe,
+    device: Device,
+    *,
+    causal: bool = True,
+    launch: Launch = ALONE,
 ) -> DeviceEstimate:
     """Estimate the recipe's training on one kind of device.
 
@@ -218,25 +237,31 @@ def estimate_device(
         recipe: The resolved recipe.
         device: The device.
         causal: Whether the base has an autoregressive likelihood, which is measured too.
+        launch: How many of them train together; processes on a CPU share one a machine.
     """
-    chosen = settled(shape, recipe, device)
+    sharing = launch.sharing
+    chosen = settled(shape, recipe, device, sharing)
     flops = flops_per_token(shape, chosen, sparse=skips_shut_pairs(chosen, gpu=device.gpu))
-    rate, planned = device.flops / flops, recipe.training_tokens
+    several = launch.processes if device.gpu else launch.machines
+    rate = device.flops / flops * several * (SCALING if several > 1 else 1.0)
+    planned = recipe.training_tokens * launch.processes
     minutes = recipe.training.max_minutes
     reached = planned if minutes is None else min(planned, int(rate * minutes * 60))
-    memory = _memory(shape, chosen, device).total
-    stages = stages_on(shape, recipe, device, causal=causal)
+    memory = _memory(shape, chosen, device, sharing).total
+    stages = stages_on(shape, recipe, device, causal=causal, launch=launch)
     largest = largest_stage(stages)
     # Only a training is shared by several devices; whatever is measured runs on one.
     alone = largest_stage(stages, alone=True)
     if device.gpu:
         measured = alone.device <= device.memory * USABLE_MEMORY
         needed = devices_needed(shape, recipe, device)
-        fits: bool | None = needed == 1 and measured
+        fits: bool | None = memory <= device.memory * USABLE_MEMORY and measured
         if not measured:
             largest = alone
     else:
-        fits = largest.device <= device.memory if device.memory else None
+        # The others wait while the first one measures.
+        taken = max(largest.device, memory * launch.per_machine)
+        fits = taken <= device.memory if device.memory else None
         needed = 1 if fits else None
     return DeviceEstimate(
         device=device.name,
@@ -245,6 +270,7 @@ def estimate_device(
         memory=memory,
         fits=fits,
         devices_needed=needed,
+        processes=launch.processes,
         tokens_per_second=_rounded(rate),
         hours=_rounded(planned / rate / 3600),
         tokens=reached,
@@ -253,18 +279,19 @@ def estimate_device(
         stage_memory=largest.device,
         checkpointing=chosen.training.gradient_checkpointing,
         sequences_per_forward=chosen.training.sequences_per_forward,
-        fits_with=None if fits or largest is alone else _fits_with(shape, recipe, device),
+        fits_with=None if fits or largest is alone else _fits_with(shape, recipe, device, sharing),
     )
 
 
-def _fits_with(shape: ModelShape, recipe: Recipe, device: Device) -> str | None:
-    """Return the first of the ways to smaller moments with which one GPU is enough."""
+def _fits_with(shape: ModelShape, recipe: Recipe, device: Device, sharing: Sharing) -> str | None:
+    """Return the first of the ways to smaller moments with which a GPU is enough."""
     if not device.gpu or recipe.training.optimizer != "adamw":
         return None
     for optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         training = recipe.training.model_copy(update={"optimizer": optimizer})
         smaller = recipe.model_copy(update={"training": training})
-        if _peak(shape, smaller, device) <= device.memory * USABLE_MEMORY:
+        there = settled(shape, smaller, device, sharing)
+        if _memory(shape, there, device, sharing).total <= device.memory * USABLE_MEMORY:
             return f"training.optimizer={optimizer}"
     return None
 
@@ -280,7 +307,7 @@ def _with_method(recipe: Recipe, method: str) -> Recipe:
 
 
 def _memory_by_method(
-    shape: ModelShape, recipe: Recipe, devices: Sequence[Device]
+    shape: ModelShape, recipe: Recipe, devices: Sequence[Device], sharing: Sharing
 ) -> list[dict[str, Any]]:
     """Break the peak down, for full training and LoRA, on the first CPU and the first GPU."""
     kinds = {device.gpu: device for device in reversed(devices)}
@@ -288,15 +315,37 @@ def _memory_by_method(
     for method in ("full", "lora"):
         chosen = _with_method(recipe, method)
         for gpu in sorted(kinds):
-            there = settled(shape, chosen, kinds[gpu])
+            there = settled(shape, chosen, kinds[gpu], sharing)
             found.append(
                 {
                     "method": method,
                     "on": "gpu" if gpu else "cpu",
                     "checkpointing": there.training.gradient_checkpointing,
-                    **_memory(shape, there, kinds[gpu]).as_dict(),
+                    **_memory(shape, there, kinds[gpu], sharing).as_dict(),
                 }
             )
+    return found
+
+
+def _memory_by_strategy(shape: ModelShape, recipe: Recipe, launch: Launch) -> list[dict[str, Any]]:
+    """Break the peak of a GPU down for every way in which so many processes can share."""
+    ways = [
+        Launch(launch.processes, launch.machines, strategy, stage)
+        for strategy, stage in (("ddp", 0), ("fsdp2", 3), ("zero", 1), ("zero", 2), ("zero", 3))
+    ]
+    if launch.sharing not in [way.sharing for way in ways]:
+        ways.append(launch)
+    found = []
+    for way in ways:
+        there = settled(shape, recipe, GPUS[0], way.sharing)
+        found.append(
+            {
+                "strategy": way.name,
+                "asked": way.sharing == launch.sharing,
+                "checkpointing": there.training.gradient_checkpointing,
+                **_memory(shape, there, GPUS[0], way.sharing).as_dict(),
+            }
+        )
     return found
 
 
@@ -311,7 +360,7 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
         Plain values for JSON: memory in bytes, times in hours, tokens counted without the second
         stream of block diffusion.
     """
-    shape, recipe = plan.shape, plan.recipe
+    shape, recipe, launch = plan.shape, plan.recipe, plan.launch
     if shape is None or recipe.training.method == "none":
         return None
     devices = (cpu, *GPUS)
@@ -319,7 +368,7 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
     return {
         "method": recipe.training.method,
         "trainable_parameters": trainable_parameters(shape, recipe.training),
-        "tokens": recipe.training_tokens,
+        "tokens": plan.training_tokens,
         "flops_per_token": {
             kind: round(
                 flops_per_token(
@@ -330,14 +379,19 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
         },
         "sequences_per_forward": recipe.training.sequences_per_forward,
         "sequence_length": recipe.data.sequence_length,
-        "memory": _memory_by_method(shape, recipe, devices),
+        "memory": _memory_by_method(shape, recipe, devices, launch.sharing),
+        "strategies": _memory_by_strategy(shape, recipe, launch) if launch.processes > 1 else [],
         "stages": [
             {"on": "gpu" if device.gpu else "cpu", **stage.as_dict()}
             for device in devices[:2]
-            for stage in stages_on(shape, recipe, device, causal=causal)
+            for stage in stages_on(shape, recipe, device, causal=causal, launch=launch)
         ],
         "devices": [
-            asdict(estimate_device(shape, recipe, device, causal=causal)) for device in devices
+            asdict(estimate_device(shape, recipe, device, causal=causal, launch=launch))
+            for device in devices
         ],
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [
+            *ASSUMPTIONS,
+            *([f"several devices keep {SCALING} of their speed"] if launch.processes > 1 else []),
+        ],
     }

@@ -194,37 +194,69 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
         f"{estimate['trainable_parameters']:,} trainable parameters, "
         f"{flops['gpu'] / 1e9:.3g} GFLOP per token on a GPU, {flops['cpu'] / 1e9:.3g} on a CPU",
         "",
-        f"Peak memory at {estimate['sequences_per_forward']} sequences of "
+        f"Peak memory{_each(plan)} at {estimate['sequences_per_forward']} sequences of "
         f"{estimate['sequence_length']} tokens per forward",
         _memory(estimate["memory"]),
+        *_strategies(estimate["strategies"], training["method"]),
         "",
         "Peak memory of every stage, one model at a time",
         _stages(estimate["stages"]),
         "",
-        f"The budget of {estimate['tokens']:,} tokens on one device",
+        f"The budget of {estimate['tokens']:,} tokens on {_together(plan) or 'one device'}",
         _devices(estimate["devices"], limited=bool(training["max_minutes"])),
         *_wrapped(["Assumed: " + "; ".join(estimate["assumptions"]) + "."]),
     ]
+
+
+def _together(plan: Mapping[str, Any]) -> str | None:
+    """Name the processes of a launch of several, and what they share."""
+    launch = plan.get("launch", {"processes": 1})
+    if launch["processes"] == 1:
+        return None
+    machines = f" on {launch['machines']} machines" if launch["machines"] > 1 else ""
+    return f"{launch['processes']} processes{machines} ({launch['name']})"
+
+
+def _each(plan: Mapping[str, Any]) -> str:
+    together = _together(plan)
+    return f" of each of {together}" if together else ""
 
 
 AGAIN = {"off": "nothing", "selective": "norms, gates", "full": "layers"}
 """What is computed again in the backward pass, by the recipe's word for it."""
 
 
-def _memory(rows: Iterable[Mapping[str, Any]]) -> Table:
+def _strategies(rows: Sequence[Mapping[str, Any]], method: str) -> list[Block]:
+    """Compare the ways in which so many GPUs can share a training, if there are several."""
+    if not rows:
+        return []
+    marked = [{**row, "of": "asked for" if row["asked"] else ""} for row in rows]
+    title = f"Peak memory of each GPU by what is shared, method {method}"
+    return ["", title, _memory(marked, {"strategy": "strategy", "": "of"})]
+
+
+def _memory(rows: Iterable[Mapping[str, Any]], named: Mapping[str, str] | None = None) -> Table:
+    """Break peaks down, a row each.
+
+    Args:
+        rows: What `estimate` found.
+        named: Columns in front by the field that they show; method and device by default.
+    """
+    names = {"method": "method", "on": "on"} if named is None else named
     columns = {
         "peak": "total", "weights": "weights", "teacher": "teacher", "gradients": "gradients",
         "AdamW": "moments", "activations": "activations", "logits": "logits",
+        "exchanged": "exchanged",
     }  # fmt: skip
     rows = list(rows)
-    if not any(row["teacher"] for row in rows):
-        del columns["teacher"]
+    for column in ("teacher", "exchanged"):
+        if not any(row[column] for row in rows):
+            del columns[column]
     return Table(
-        ("method", "on", *columns, "again"),
+        (*names, *columns, "again"),
         [
             (
-                row["method"],
-                row["on"],
+                *(row[key] for key in names.values()),
                 *(bytes_text(row[key]) for key in columns.values()),
                 AGAIN[row["checkpointing"]],
             )
@@ -276,14 +308,16 @@ def fits_text(device: Mapping[str, Any]) -> str:
     if device["fits"] is None:
         return "memory unknown"
     if device["fits"]:
-        return "1 is enough"
+        return "1 is enough" if device["processes"] == 1 else "yes"
     if device["gpu"] and device["stage"] != "train":
         # No number of devices helps: what is measured runs on one.
         trained = f", {device['devices_needed']} train it" if device["devices_needed"] else ""
         return f"{device['stage']} takes {bytes_text(device['stage_memory'])} on one{trained}"
     if device["devices_needed"]:
         other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
-        return f"{device['devices_needed']} needed{other}"
+        how = "needed" if device["processes"] == 1 else "with FSDP2"
+        other = other.replace("or 1 with", "or with") if device["processes"] > 1 else other
+        return f"{device['devices_needed']} {how}{other}"
     if device["fits_with"]:
         return f"1 with {device['fits_with']}"
     more = ": a smaller batch or shorter rows" if device["gpu"] else ""
@@ -324,13 +358,42 @@ def _text(text: Mapping[str, Any] | None) -> list[str]:
     return _wrapped([text["said"], *long])
 
 
+def _launch(plan: Mapping[str, Any]) -> list[str]:
+    """Say who trains together, and what becomes of the recipe's steps and learning rate."""
+    launch = plan.get("launch")
+    if launch is None:
+        return []
+    together = _together(plan) or f"1 process ({launch['name']})"
+    lines = [f"{together}, {launch['sequences_per_step']:,} sequences per step"]
+    times = launch["sequences_per_step"] // launch["sequences_of_one"]
+    if launch["budget"] == "tokens":
+        lines += _wrapped(
+            [
+                f"the budget is in tokens: {plan['training_tokens']:,} of them at least, however "
+                f"many processes there are; that makes {launch['steps']:,} steps"
+            ]
+        )
+    elif launch["processes"] > 1:
+        lines += _wrapped(
+            [
+                f"the recipe says {launch['steps']:,} steps, whatever one reads: together they "
+                f"read {plan['training_tokens']:,} tokens (--tokens N keeps a budget)"
+            ]
+        )
+    if times > 1:
+        lines += _wrapped(
+            [
+                f"the learning rate stays {launch['learning_rate']:g}; a step has {times} times "
+                "the sequences of one process, for which the square root of that (Malladi et al., "
+                f"arXiv 2205.10287, for Adam) says {launch['learning_rate_by_square_root']:g}; "
+                f"--global-batch {launch['sequences_of_one']} keeps batch, steps and rate"
+            ]
+        )
+    return lines
+
+
 def _more(plan: Mapping[str, Any]) -> list[str]:
     lines = []
-    if "launch" in plan:
-        launch = plan["launch"]
-        lines.append(
-            f"{launch['processes']} processes, {launch['sequences_per_step']} sequences per step"
-        )
     if "publication" in plan:
         to = plan["publication"]
         lines.append(f"published as {to['repository']} ({to['visibility']}) on {to['revision']}")
@@ -349,6 +412,7 @@ def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
         *_section("Measured in small", probe_blocks(plan.get("probe"))),
         *_section("Weights", _writes(plan)),
         *_section("Text", _text(plan.get("text"))),
+        *_section("Launch", _launch(plan)),
         *_section("Training", _training(plan)),
         *_section("Engines that can serve it", _serving(plan)),
         *_section("Then", _more(plan)),

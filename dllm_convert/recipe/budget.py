@@ -8,16 +8,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dllm_convert.common.counts import LARGEST_COUNT, LONGEST_MINUTES
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_TOKENS, LONGEST_MINUTES
 from dllm_convert.errors import RequestError
 
 if TYPE_CHECKING:
-    from dllm_convert.recipe.schema import Recipe, Training
+    from dllm_convert.recipe.schema import Recipe
 
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
-_STEPS, _MAX, _BATCH, _ACCUMULATION = (
-    f"training.{name}" for name in ("steps", "max_minutes", "batch_size", "gradient_accumulation")
+_STEPS, _TOKENS, _MAX, _BATCH, _ACCUMULATION = (
+    f"training.{name}"
+    for name in ("steps", "tokens", "max_minutes", "batch_size", "gradient_accumulation")
 )
 
 
@@ -50,8 +51,8 @@ class Budget:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of the recipe that are thereby typed; `applied_to` corrects their values."""
-        found: dict[str, Any] = {_MAX: self.minutes, _STEPS: self.tokens and 1}
+        """Fields of the recipe that are thereby typed; `applied_to` corrects the accumulation."""
+        found: dict[str, Any] = {_MAX: self.minutes, _TOKENS: self.tokens}
         found[_ACCUMULATION] = self.global_batch and 1
         return {field: value for field, value in found.items() if value is not None}
 
@@ -64,6 +65,14 @@ class Budget:
         pairs = (
             ("`tokens`", self.tokens is not None, "`steps`", steps is not None),
             ("`tokens`", self.tokens is not None, f"`overrides` {_STEPS}", _STEPS in assigned),
+            ("`tokens`", self.tokens is not None, f"`overrides` {_TOKENS}", _TOKENS in assigned),
+            (f"`overrides` {_TOKENS}", _TOKENS in assigned, "`steps`", steps is not None),
+            (
+                f"`overrides` {_TOKENS}",
+                _TOKENS in assigned,
+                f"`overrides` {_STEPS}",
+                _STEPS in assigned,
+            ),
             ("`max_time`", self.minutes is not None, f"`overrides` {_MAX}", _MAX in assigned),
             (
                 "`global_batch`",
@@ -77,7 +86,7 @@ class Budget:
                 raise RequestError(f"give one of {first} and {second}")
 
     def applied_to(self, recipe: Recipe, processes: int, assigned: Collection[str]) -> Recipe:
-        """Return a recipe that trains on so many tokens, with so many sequences a step.
+        """Return a recipe with so many sequences a step, whose steps read its budget of tokens.
 
         Args:
             recipe: It was resolved with `fields`.
@@ -94,25 +103,33 @@ class Budget:
                     self.global_batch, training.batch_size, processes, fixed=_BATCH in assigned
                 )
             )
-        if self.tokens is not None:
-            per_step = training.sequences_per_step * processes * recipe.data.sequence_length
-            training = training.model_copy(update={"steps": math.ceil(self.tokens / per_step)})
-        _refuse_beyond(training)
-        return recipe.model_copy(update={"training": training})
+        return paced(recipe.model_copy(update={"training": training}), processes)
 
 
-def _refuse_beyond(training: Training) -> None:
-    """Refuse what comes of sharing out and is more than a recipe takes.
+def paced(recipe: Recipe, processes: int) -> Recipe:
+    """Return a recipe whose steps read its `training.tokens`; without such a budget the same.
+
+    However many processes share a training, it reads the same number of tokens.
+
+    Args:
+        recipe: Its batch is that of one process.
+        processes: How many train.
 
     Raises:
-        RequestError: It is.
+        RequestError: It takes more steps than a recipe can have.
     """
-    if training.steps > LARGEST_COUNT:
+    training = recipe.training
+    if training.tokens is None:
+        return recipe
+    per_step = training.sequences_per_step * processes * recipe.data.sequence_length
+    steps = math.ceil(training.tokens / per_step)
+    if steps > LARGEST_COUNT:
         raise RequestError(
-            f"it takes {training.steps:,} steps, expected at most {LARGEST_COUNT:,}: give fewer "
-            "tokens, or larger batches",
+            f"it takes {steps:,} steps, expected at most {LARGEST_COUNT:,}: give fewer tokens, or "
+            "larger batches",
             argument="tokens",
         )
+    return recipe.model_copy(update={"training": training.model_copy(update={"steps": steps})})
 
 
 def _shared(
@@ -146,7 +163,7 @@ def parse_count(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:[_,]\d{3})*(?:\.\d+)?)\s*([kmbgt]?)", text.strip().lower())
     value = float(re.sub("[_,]", "", match[1])) * _COUNTS[match[2]] if match else 0
-    if not 1 <= value < 1e18:
+    if not 1 <= value < LARGEST_TOKENS:
         raise RequestError(f"{text!r} is no number of tokens, as in 5M or 1.5B", argument="tokens")
     return round(value)
 

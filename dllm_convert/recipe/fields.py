@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS, LONGEST_MINUTES
 from dllm_convert.recipe.schema import Recipe
 
 _WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
-_BEYOND_REASON = (LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES)
+_BEYOND_REASON = (LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS, LONGEST_MINUTES)
 """Bounds that are said to those who meet them only."""
 
 

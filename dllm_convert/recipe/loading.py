@@ -18,6 +18,7 @@ from dllm_convert.common.nearest import nearest_place
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError, TypedFieldError
 from dllm_convert.recipe import yaml_text as recipe_yaml
+from dllm_convert.recipe.budget import paced
 from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.fields import describe_problem, field_path, fields_of, sections
 from dllm_convert.recipe.inherited import Fetch, handed_down
@@ -285,7 +286,7 @@ class _Layers:
             self.values["block_size"] = (DEFAULT_BLOCK_SIZE, "recipe")
         try:
             # Strict JSON: a list is a tuple, but "8" is no number and `true` is not 1.
-            return Recipe.model_validate_json(json.dumps(self._nested()), strict=True)
+            recipe = Recipe.model_validate_json(json.dumps(self._nested()), strict=True)
         except ValidationError as error:
             found = error.errors(include_url=False)
             typed = [one for one in found if self._origin(field_path(one)) == COMMAND_LINE]
@@ -308,6 +309,7 @@ class _Layers:
                 f"{origin}: {describe_problem(problem)}{more}",
                 hint=hint if problem["type"] == "extra_forbidden" else None,
             ) from error
+        return paced(recipe, 1)
 
     def _origin(self, path: str) -> str:
         below = [known for known in self.values if known == path or known.startswith(f"{path}.")]

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 FORGOTTEN: Mapping[str, tuple[str, ...]] = {
     "source": ("revision", "license"),
     "training.learning_rate": ("training.lora.learning_rate",),
-    "training.steps": ("training.max_minutes",),
+    "training.steps": ("training.max_minutes", "training.tokens"),
+    "training.tokens": ("training.max_minutes", "training.steps"),
     "training.lora.rank": ("training.lora.alpha",),
     "noise.schedule": ("noise.power",),
     "mask_token.token": ("mask_token.id",),

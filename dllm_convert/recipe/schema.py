@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS, LONGEST_MINUTES
 from dllm_convert.common.terms import ActsOn, Divergence, Kernel, Target
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
 from dllm_convert.recipe.engines import Serve
@@ -200,6 +200,13 @@ class Training(_Section):
 
     method: Method = Field("full", description="full, lora or none")
     steps: PositiveInt = Field(1000, description="optimizer steps")
+    tokens: int | None = Field(
+        None,
+        gt=0,
+        le=LARGEST_TOKENS,
+        description="tokens of all steps over all processes, padding included: decides the number "
+        "of steps; empty: steps does",
+    )
     max_minutes: float | None = Field(
         None,
         gt=0,

@@ -102,11 +102,6 @@ def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ
             )
 
 
-def shares_states(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether FSDP or DeepSpeed was asked for: processes share weights, gradients and moments."""
-    return any(_is_set(environment, variable) for variable in _ASKED)
-
-
 def _is_set(environment: Mapping[str, str], variable: str) -> bool:
     return environment.get(variable, "false").lower() in ("1", "true", "yes")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from dllm_convert.planning.estimate import FLEX_SINCE, chosen_attention, has_fle
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.cpu_attention import register_tiles
-from dllm_convert.training.distributed import shares_states
 from dllm_convert.training.gated import train_adapter
 from dllm_convert.training.gpu_attention import register_flex
 from dllm_convert.training.masters import keep_masters
@@ -104,8 +102,7 @@ def settled_plan(plan: ConversionPlan) -> ConversionPlan:
         card = torch.cuda.get_device_properties(torch.accelerator.current_device_index())
         bf16 = use_bf16(plan.recipe.training)
         device = Device(card.name, 0, card.total_memory, gpu=True, bf16=bf16, source="this machine")
-    shards = int(os.environ.get("WORLD_SIZE", "1")) if shares_states() else 1
-    return replace(plan, recipe=settled(plan.shape, plan.recipe, device, shards))
+    return replace(plan, recipe=settled(plan.shape, plan.recipe, device, plan.launch.sharing))
 
 
 def transplant(trained: Any, fresh: Any) -> Any:

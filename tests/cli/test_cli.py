@@ -543,7 +543,7 @@ def test_a_report_nowhere_is_refused_before_anything_is_verified(tmp_path: Path)
     assert "Invalid value for --report" in result.stderr
 
 
-IDLE = ["--link", "--extend", "--quiet", "--dry-run", "--verify=full", "--launch-config=x.yaml"]
+IDLE = ["--link", "--extend", "--quiet", "--dry-run", "--verify=full"]
 
 
 @pytest.mark.parametrize("option", IDLE)

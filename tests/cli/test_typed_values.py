@@ -11,7 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
-from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED
+from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.recipe.fields import all_fields
 from dllm_convert.recipe.loading import load_recipe
@@ -79,6 +79,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "noise.discrete_steps": {"noise.complementary": False, "noise.draw": "time"},
     "generation.top_k": {"generation.temperature": 1.0},
     "generation.block_length": {"target": "mdlm"},
+    "training.tokens": {"training.gradient_accumulation": LARGEST_COUNT},
     "training.distillation.top_k": {"training.distillation.weight": 0.5},
 }
 """What the largest value of a field needs beside it."""
@@ -88,9 +89,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     "field", [path for path, one in all_fields().items() if "integer" in one.allowed]
 )
 def test_no_whole_number_of_a_recipe_is_beyond_reason(field: str) -> None:
-    largest = LARGEST_SEED if field == "training.seed" else LARGEST_COUNT
+    own = {"training.seed": LARGEST_SEED, "training.tokens": LARGEST_TOKENS}
+    largest = own.get(field, LARGEST_COUNT)
     load_recipe("some/model", overrides={field: largest, **BESIDE.get(field, {})})
-    for value in (largest + 1, 2**63, 10**23):
+    for value in (largest + 1, 2 * 10**18, 10**23):
         with pytest.raises(IncompatibleError, match=f"{field} is {value}, .*at most {largest:,}"):
             load_recipe("some/model", overrides={field: value})
 

@@ -15,6 +15,7 @@ from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
 from dllm_convert.pipeline.text import MOST_EPOCHS, plan_text
 from dllm_convert.planning.conversion import make_plan
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import look
@@ -53,7 +54,9 @@ def test_tokens_and_epochs_are_those_of_the_training(
 ) -> None:
     source = source_cache("llama")
     asked = recipe(source, str(texts))
-    planned = plan_text(make_plan(asked, inspect_source(str(source))), 2)
+    planned = plan_text(
+        make_plan(asked, inspect_source(str(source)), launch=Launch(2, strategy="ddp"))
+    )
     assert planned is not None
     prepared = prepare_data(asked, AutoTokenizer.from_pretrained(source), QUIET)
     found = prepared.facts["train_tokens"]

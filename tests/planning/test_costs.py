@@ -28,6 +28,7 @@ from dllm_convert.planning.estimate import (
 )
 from dllm_convert.planning.model_shape import ModelShape, model_shape
 from dllm_convert.planning.plan_text import fits_text
+from dllm_convert.planning.sharing import Sharing
 from dllm_convert.planning.streams import mean_masked_share, streams
 from dllm_convert.recipe.schema import Noise, Recipe
 from dllm_convert.source.inspect import inspect_source
@@ -210,7 +211,9 @@ class TestMemory:
 
     def test_shards_divide_states_only(self) -> None:
         one = peak_memory(SMOLLM2, recipe(), gpu=True, bf16=True, flex=False)
-        four = peak_memory(SMOLLM2, recipe(), gpu=True, bf16=True, flex=False, shards=4)
+        four = peak_memory(
+            SMOLLM2, recipe(), gpu=True, bf16=True, flex=False, sharing=Sharing.all_by(4)
+        )
         assert four.moments == one.moments // 4
         assert four.logits == one.logits
         assert four.total < one.total

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, cast
 
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
-from dllm_convert.cli.commands.shared import asked_recipe
+from dllm_convert.cli.commands.shared import asked_launch, asked_recipe
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
-from dllm_convert.common.ranks import Rank
 from dllm_convert.recipe.typed import default_out
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dllm_convert.common.terms import Target
+    from dllm_convert.pipeline.asked import LaunchRequest
+    from dllm_convert.planning.launch import Launch
     from dllm_convert.publishing import PushOptions
     from dllm_convert.recipe.schema import Recipe
 
@@ -41,6 +42,8 @@ def check(
     report_to: option.ReportTo = None,
     assignments: option.Assignments = None,
     num_processes: option.Processes = None,
+    num_machines: option.Machines = None,
+    launch_config: option.LaunchConfig = None,
     probe: option.Probe = False,
     allow_generic: option.AllowGeneric = False,
     allow_epochs: option.AllowEpochs = False,
@@ -51,7 +54,13 @@ def check(
     as_json: option.Json = False,
 ) -> None:
     """Show what run would do, loading no weights; run --dry-run takes every option of run."""
-    processes = num_processes or Rank.from_environment().world
+    launched: LaunchRequest = {
+        "processes": num_processes,
+        "num_machines": num_machines,
+        "launch_config": launch_config,
+        "global_batch": global_batch,
+    }
+    launch = asked_launch(**launched)
     push = push_options(push_to_hub, public=public, revision=revision, create_pr=create_pr)
     recipe = asked_recipe(
         source,
@@ -61,7 +70,6 @@ def check(
         steps=steps,
         tokens=tokens,
         max_time=max_time,
-        global_batch=global_batch,
         preset=preset,
         serve=serve,
         lora=lora,
@@ -75,18 +83,18 @@ def check(
         allow_epochs=allow_epochs,
         report_to=report_to,
         overrides=parse_assignments(assignments or ()),
-        processes=processes,
+        **launched,
     )
     folder = out or default_out(recipe)
     refuse_in_source(folder, recipe.source)
-    show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
+    show_plan(recipe, folder, push, launch, probe=probe, as_json=as_json)
 
 
 def show_plan(
     recipe: Recipe,
     folder: Path,
     push: PushOptions | None,
-    processes: int,
+    launch: Launch,
     *,
     probe: bool,
     as_json: bool,
@@ -94,4 +102,4 @@ def show_plan(
     """Say what a run would do."""
     from dllm_convert.pipeline.check import check
 
-    output.show(check(recipe, folder, push, processes, probe=probe), as_json=as_json)
+    output.show(check(recipe, folder, push, launch, probe=probe), as_json=as_json)

@@ -11,10 +11,12 @@ import typer
 from dllm_convert.cli import options as option
 from dllm_convert.cli.commands.check import show_plan
 from dllm_convert.cli.commands.shared import (
+    asked_launch,
     asked_recipe,
     exit_if_failed,
     make_reporter,
     show_done,
+    typed,
 )
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Rank
@@ -50,6 +52,7 @@ Extend = Annotated[
 
 if TYPE_CHECKING:
     from dllm_convert.common.terms import Target
+    from dllm_convert.pipeline.asked import LaunchRequest
     from dllm_convert.publishing import PushOptions
     from dllm_convert.recipe.schema import Recipe
 
@@ -79,7 +82,10 @@ def run(
     report_to: option.ReportTo = None,
     assignments: option.Assignments = None,
     num_processes: option.Processes = None,
+    num_machines: option.Machines = None,
     launch_config: option.LaunchConfig = None,
+    machine_rank: option.MachineRank = None,
+    main_address: option.MainAddress = None,
     dry_run: option.DryRun = False,
     probe: option.Probe = False,
     allow_generic: option.AllowGeneric = False,
@@ -94,10 +100,17 @@ def run(
     verbose: option.Verbose = False,
 ) -> None:
     """Convert a checkpoint; with `--dry-run`, only say how."""
-    from dllm_convert.pipeline.launch import launch
+    from dllm_convert.pipeline.launch import Machine
+    from dllm_convert.pipeline.launch import launch as start
 
     place = Rank.from_environment()
-    processes = num_processes or place.world
+    launched: LaunchRequest = {
+        "processes": num_processes,
+        "num_machines": num_machines,
+        "launch_config": launch_config,
+        "global_batch": global_batch,
+    }
+    launch = asked_launch(**launched)
     push = push_options(
         push_to_hub, public=public, revision=revision, create_pr=create_pr, commit_message=message
     )
@@ -109,7 +122,6 @@ def run(
         steps=steps,
         tokens=tokens,
         max_time=max_time,
-        global_batch=global_batch,
         preset=preset,
         serve=serve,
         lora=lora,
@@ -123,19 +135,21 @@ def run(
         allow_epochs=allow_epochs,
         report_to=report_to,
         overrides=parse_assignments(assignments or ()),
-        processes=processes,
+        **launched,
     )
     folder = out or default_out(recipe)
     refuse_in_source(folder, recipe.source)
     if dry_run:
-        show_plan(recipe, folder, push, processes, probe=probe, as_json=as_json)
+        show_plan(recipe, folder, push, launch, probe=probe, as_json=as_json)
         return
     if probe:
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
     if extend and recipe.training.method == "none":
         raise typer.BadParameter("--extend trains on; leave out --no-train")
-    if (num_processes or launch_config) and not place.launched:
-        raise typer.Exit(launch(num_processes, launch_config, sys.argv[1:]))
+    if launch.strategy != "none" and not place.launched:
+        with typed():
+            machine = Machine.asked(launch, machine_rank, main_address)
+        raise typer.Exit(start(launch, sys.argv[1:], machine=machine))
     how = RunOptions(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json, verbose=verbose)
 

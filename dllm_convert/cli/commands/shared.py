@@ -17,7 +17,8 @@ from dllm_convert.errors import OutputError, RequestError, VerificationError, sp
 if TYPE_CHECKING:
     from dllm_convert.common.console import Reporter
     from dllm_convert.common.tables import Printed
-    from dllm_convert.pipeline.asked import ConversionRequest
+    from dllm_convert.pipeline.asked import ConversionRequest, LaunchRequest
+    from dllm_convert.planning.launch import Launch
     from dllm_convert.recipe.schema import Recipe
 
 
@@ -66,6 +67,21 @@ def asked_recipe(source: str, **asked: Unpack[ConversionRequest]) -> Recipe:
 
     with typed():
         return load_recipe(source, **asked)
+
+
+def asked_launch(**asked: Unpack[LaunchRequest]) -> Launch:
+    """Return who is to train together, as the options say.
+
+    Args:
+        **asked: The options that say so.
+
+    Raises:
+        typer.BadParameter: They contradict each other.
+    """
+    from dllm_convert.pipeline.asked import launch_of
+
+    with typed():
+        return launch_of(asked)
 
 
 def show_done(result: Printed, *, as_json: bool, verbose: bool = False) -> None:

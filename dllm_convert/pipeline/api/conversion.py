@@ -12,9 +12,10 @@ from dllm_convert.common.ranks import Rank
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.pipeline.api.publication import push_options
-from dllm_convert.pipeline.asked import ConversionRequest
+from dllm_convert.pipeline.asked import ConversionRequest, LaunchRequest, launch_of
 from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.recipe.typed import default_out
 
@@ -89,6 +90,7 @@ def plan(
         **asked: `to` and `block` (what to convert to), `data`, `steps`, `tokens`, `max_time`,
             `global_batch`, `preset`, `serve`, `lora`, `full`, `train`, `keep_adapter`,
             `keep_base`, `revision`, `allow_pickle`, `allow_generic`, `allow_epochs`, `report_to`,
+            `processes`, `num_machines`, `launch_config` (who trains; of a plan, as it was),
             and `overrides` for every other field of a recipe by its dotted name; see
             `dllm_convert.pipeline.asked.ConversionRequest`.
 
@@ -97,7 +99,21 @@ def plan(
     """
     from dllm_convert.pipeline.run import plan_conversion
 
-    return plan_conversion(_recipe_of(source, asked))
+    if isinstance(source, ConversionPlan):
+        asked = {**_launched(source), **asked}
+    return plan_conversion(_recipe_of(source, asked), launch=launch_of(asked))
+
+
+def _launched(plan: ConversionPlan) -> LaunchRequest:
+    """Return how the launch of a plan was asked for."""
+    launch = plan.launch
+    if launch == ALONE:
+        return {}
+    return {
+        "processes": launch.processes,
+        "num_machines": launch.machines,
+        "launch_config": launch.config,
+    }
 
 
 def probe(
@@ -133,7 +149,6 @@ def convert(
     verify: str = "auto",
     extend: bool = False,
     num_processes: int | None = None,
-    launch_config: str | Path | None = None,
     reporter: Reporter | None = None,
     **asked: Unpack[ConversionRequest],
 ) -> Conversion:
@@ -147,8 +162,8 @@ def convert(
         verify: `full` runs the model, `files` reads files only, `auto` is full after training and
             for models up to 1 GiB in float32.
         extend: Train the finished checkpoint in `out` on.
-        num_processes: Train with so many processes on this machine, one per GPU; None: in this one.
-        launch_config: Accelerate config for them, such as recipes/launch/fsdp2.yaml.
+        num_processes: Train with so many processes, one per GPU; None: in this one, or as a plan or
+            a `launch_config` says.
         reporter: Progress; None tells it on stderr. Of several processes only the first tells
             its own, quietly or not as the reporter does.
         **asked: As in `plan`.
@@ -156,8 +171,10 @@ def convert(
     Raises:
         DllmConvertError: A stage failed; what is finished is kept for the next call.
     """
+    if isinstance(source, ConversionPlan):
+        asked = {**_launched(source), **asked}
     if num_processes is not None:
-        asked = {**asked, "processes": num_processes}
+        asked["processes"] = num_processes
     recipe = _recipe_of(source, asked)
     if verify not in list(Depth):
         raise RequestError(f"verify is {verify!r}, expected one of {', '.join(Depth)}")
@@ -172,9 +189,9 @@ def convert(
     how = RunOptions(link=link, verify=Depth(verify), extend=extend)
     folder = default_out(recipe) if out is None else Path(out)
     teller = reporter or Reporter()
-    if num_processes is not None or launch_config is not None:
-        config = None if launch_config is None else Path(launch_config)
-        return _convert_together(recipe, folder, teller, options, how, num_processes, config)
+    launched = launch_of(asked)
+    if launched.strategy != "none":
+        return _convert_together(recipe, folder, teller, options, how, launched)
     return convert_recipe(recipe, folder, teller, push=options, how=how)
 
 
@@ -184,8 +201,7 @@ def _convert_together(
     reporter: Reporter,
     push: PushOptions | None,
     how: RunOptions,
-    processes: int | None,
-    config: Path | None,
+    launched: Launch,
 ) -> Conversion:
     """Have several processes convert; what is published is published by this one."""
     from dllm_convert.common.manifest import read_manifest
@@ -199,7 +215,7 @@ def _convert_together(
     if push is not None:
         source = source_facts(plan_conversion(recipe, out))
         push = preflight({"source": source}, push, reporter)
-    run_together(recipe, out, how, processes=processes, config=config, quiet=reporter.quiet)
+    run_together(recipe, out, how, launched=launched, quiet=reporter.quiet)
     manifest = read_manifest(out)
     report = VerificationReport.from_dict(manifest["verification"])
     pushed = None

@@ -1,0 +1,409 @@
+"""An adapter that acts on noisy tokens, written by dllm-convert 0.1.0.
+
+Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
+And how small numbers reach a device without a wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import load_state_dict
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
+
+# A gate: low-rank layers and a mask vector that act on noisy tokens; clean ones pass the base.
+#
+# LoRA (arXiv 2106.09685) where a token is noisy and nowhere else (I-DLM, arXiv 2604.11035; FLUID,
+# arXiv 2605.27387): the base stays what it is, and is what clean tokens are computed by.
+
+
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter lies. Not beside the weights: there transformers would look for an adapter of
+PEFT, and whoever loads the base alone would get it with one on."""
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's tensors."""
+_PARTS = ("lora_A.weight", "lora_B.weight", "mask_vector")
+_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
+
+
+def is_gated(config: Any) -> bool:
+    """Whether a model's adapter acts on noisy tokens only, as its config says."""
+    section = getattr(config, "diffusion", None) or {}
+    return bool(section.get("acts_on", "all") == "noisy")
+
+
+def has_causal_drafts(config: Any) -> bool:
+    """Whether a noisy token sees of its block only what stands before it, as a config says."""
+    section = getattr(config, "diffusion", None) or {}
+    return bool(section.get("draft") == "causal")
+
+
+def gated_mask(
+    positions: torch.Tensor,
+    valid: torch.Tensor,
+    noisy: torch.Tensor,
+    block_size: int,
+    queries: int,
+    *,
+    causal_drafts: bool = False,
+) -> torch.Tensor:
+    """Causal, but for the noisy tokens of one block, which see each other.
+
+    Args:
+        positions: Position of each key in its text, counted from 0, shape (batch, keys), int.
+        valid: False at padding, shape (batch, keys), bool.
+        noisy: Where a token is noisy, shape (batch, keys), bool.
+        block_size: Tokens per block.
+        queries: The last `queries` keys are also the queries.
+        causal_drafts: Noisy tokens see those of their block that stand before them only.
+
+    Returns:
+        Which queries see which keys, themselves included, shape (batch, queries, keys), bool. No
+        clean query sees a noisy key.
+    """
+    block = positions // block_size
+    own, theirs = positions[:, -queries:, None], positions[:, None, :]
+    together = block[:, -queries:, None] == block[:, None, :]
+    among = noisy[:, -queries:, None] & noisy[:, None, :] & together
+    if causal_drafts:
+        among = among & (theirs <= own)
+    before = (theirs <= own) & ~noisy[:, None, :]
+    return (among | before) & valid[:, None, :]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the layers are told of a forward.
+
+    Attributes:
+        noisy: Where the adapter acts, shape (batch, length, 1), bool; None for nowhere.
+        everywhere: Whether that is everywhere.
+        first: Column from which on it is everywhere, in all rows, and nowhere before; None where
+            that is not so, or not known.
+        masked: Where the mask vector stands, shape (batch, length, 1), bool; None for nowhere.
+    """
+
+    noisy: torch.Tensor | None = None
+    everywhere: bool = False
+    first: int | None = None
+    masked: torch.Tensor | None = None
+
+
+_SEEN: ContextVar[_Seen] = ContextVar("dllm_noisy")
+"""Of the forward that runs in this thread; a server has several run one model."""
+_NOTHING = _Seen()
+
+
+class Gate:
+    """Which tokens of the forward that is running are noisy.
+
+    Args:
+        mask_token_id: The mask.
+        rows: Rows of the base's embedding, which need not have one for the mask.
+    """
+
+    def __init__(self, mask_token_id: int, rows: int) -> None:
+        self.mask_token_id, self.rows = mask_token_id, rows
+
+    @property
+    def seen(self) -> _Seen:
+        """What the layers are told."""
+        return _SEEN.get(_NOTHING)
+
+    @contextmanager
+    def at(
+        self, tokens: torch.Tensor | None, noisy: torch.Tensor | None
+    ) -> Iterator[torch.Tensor | None]:
+        """Tell the layers of a forward while the block runs.
+
+        Args:
+            tokens: Token ids, shape (batch, length); None if embeddings are given.
+            noisy: Where tokens are noisy, of the same shape, bool; None for nowhere.
+
+        Yields:
+            Ids that all have a row, shape (batch, length).
+        """
+        seen = _Seen()
+        if noisy is not None:
+            # Looking on a device would have the host wait for it.
+            first = _begins(noisy) if noisy.device.type == "cpu" else None
+            seen = _Seen(noisy[..., None], first == 0, first)
+        if tokens is not None and self.mask_token_id >= self.rows:
+            masked = tokens == self.mask_token_id
+            # Where nothing is noisy a mask is what nobody reads: a column that is written over.
+            tokens, seen = tokens.masked_fill(masked, 0), replace(seen, masked=masked[..., None])
+        elif tokens is not None and noisy is not None:
+            seen = replace(seen, masked=((tokens == self.mask_token_id) & noisy)[..., None])
+        with _told(seen):
+            yield tokens
+
+    def again(self) -> Any:
+        """A context in which layers are computed a second time as they are computed now."""
+        return _told(self.seen)
+
+
+def _begins(noisy: torch.Tensor) -> int | None:
+    """The column (of batch, length) from which on all is noisy and nothing before; else None."""
+    first = int((~noisy[0]).sum()) if len(noisy) else 0
+    level = bool(noisy[:, first:].all()) and not bool(noisy[:, :first].any())
+    return first if level else None
+
+
+@contextmanager
+def _told(seen: _Seen) -> Iterator[None]:
+    token = _SEEN.set(seen)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+def _spread(noisy: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Where an output is of noisy tokens, of a shape that broadcasts with it.
+
+    Args:
+        noisy: Shape (batch, length, 1), bool.
+        output: Of tokens in their order: (batch, length, ...), or with the first two in one.
+    """
+    noisy = noisy.to(output.device)  # layers may be on several devices
+    rows, length = noisy.shape[:2]
+    # Of two dimensions the second is features, even where there are as many of them as tokens.
+    if output.dim() > 2 and output.shape[1] == length and rows in (1, output.shape[0]):
+        return noisy.view(rows, length, *(1,) * (output.dim() - 2))
+    if rows * length != output.shape[:-1].numel():
+        noisy = noisy.expand(output.shape[:-1].numel() // length, -1, -1)
+    return noisy.reshape(*output.shape[:-1], 1)
+
+
+class LowRank:
+    """Adds B A x to what a linear layer returns for noisy tokens; a hook of that layer."""
+
+    def __init__(self, gate: Gate, scale: float) -> None:
+        self.gate, self.scale = gate, scale
+
+    def __call__(
+        self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return what the layer returns instead; None where nothing is noisy."""
+        seen = self.gate.seen
+        if seen.noisy is None:
+            return None
+        in_rows = output.dim() == 3 and output.shape[:2] == seen.noisy.shape[:2]
+        if seen.first is not None and in_rows and not torch.is_grad_enabled():
+            # Decoding: a few tokens, and each operation more is as long as their arithmetic.
+            down, up = layer.lora_A.weight, layer.lora_B.weight
+            low = torch.nn.functional.linear(inputs[0][:, seen.first :].to(down.dtype), down)
+            if len(output) == 1 and output.dtype == up.dtype:
+                output[0, seen.first :].addmm_(low[0], up.T, alpha=self.scale)
+            else:
+                change = torch.nn.functional.linear(low, up).to(output.dtype)
+                output[:, seen.first :].add_(change, alpha=self.scale)
+            return None
+        # (batch, length, rank); scaled there, since that is the smallest.
+        low = layer.lora_A(inputs[0].to(layer.lora_A.weight.dtype)) * self.scale
+        changed: torch.Tensor = output + layer.lora_B(low).to(output.dtype)
+        if seen.everywhere:
+            return changed
+        return torch.where(_spread(seen.noisy, output), changed, output)
+
+
+class _MaskVector:
+    """Puts the mask vector where the mask is noisy; a hook of the embedding."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(
+        self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        masked = self.gate.seen.masked
+        if masked is None:
+            return None
+        return torch.where(masked.to(output.device), layer.mask_vector.to(output.dtype), output)
+
+
+def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
+    """Give a base its gate and an adapter that is not filled yet.
+
+    Args:
+        model: A diffusion model whose config says rank, alpha and targets.
+        dtype: Type of the adapter's numbers; None for the model's.
+    """
+    facts, embedding = model.config.diffusion, model.get_input_embeddings()
+    rank, targets = facts["adapter_rank"], tuple(facts["adapter_targets"])
+    gate = Gate(int(model.config.mask_token_id), embedding.num_embeddings)
+    hook = LowRank(gate, facts["adapter_alpha"] / rank)
+    held = dtype or model.dtype
+    adapted: list[Any] = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and ends_in(name, targets)
+    ]
+    for layer in adapted:
+        settings: dict[str, Any] = {"bias": False, "device": layer.weight.device, "dtype": held}
+        # GPT-2's own linear layer has its matrix the other way round, and no other names for this.
+        is_turned = isinstance(layer, Conv1D)
+        inputs, outputs = (
+            layer.weight.shape if is_turned else (layer.in_features, layer.out_features)
+        )
+        layer.lora_A = nn.Linear(inputs, rank, **settings)
+        layer.lora_B = nn.Linear(rank, outputs, **settings)
+        layer.register_forward_hook(hook)
+    width = embedding.embedding_dim
+    vector = torch.zeros(width, dtype=held, device=embedding.weight.device)
+    embedding.mask_vector = nn.Parameter(vector)
+    embedding.register_forward_hook(_MaskVector(gate))
+    model.gate = gate
+
+
+def ends_in(name: str, targets: Sequence[str]) -> bool:
+    """Whether the name of a module is, or ends in, one of those that get an adapter."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor of a gated model, by its name there, belongs to the adapter."""
+    return name.endswith(_PARTS)
+
+
+def adapter_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """Return what the adapter of a gated model consists of, by its names in the model."""
+    return {name: weight for name, weight in model.named_parameters() if is_adapter(name)}
+
+
+def fill_adapter(model: Any, states: Mapping[str, torch.Tensor]) -> None:
+    """Put numbers into the adapter of a gated model.
+
+    Args:
+        model: A model with an adapter attached.
+        states: Its tensors by the names that PEFT gives them.
+
+    Raises:
+        ValueError: They are not those of this adapter.
+    """
+    own = {PREFIX + name: weight for name, weight in adapter_parameters(model).items()}
+    wrong = sorted(own.keys() ^ states.keys())
+    both = own.keys() & states.keys()
+    wrong += sorted(name for name in both if own[name].shape != states[name].shape)
+    if wrong:
+        raise ValueError(
+            f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS} is not the adapter of this model: {wrong[0]} is "
+            f"missing, unknown or of another shape ({len(wrong)} such tensors)"
+        )
+    with torch.no_grad():
+        for name, weight in own.items():
+            weight.copy_(states[name])
+
+
+def load_adapter(
+    model: Any, source: Any, options: Mapping[str, Any], *, dtype: torch.dtype | None = None
+) -> None:
+    """Attach the adapter that lies in a gated checkpoint, without gradients.
+
+    Args:
+        model: The base, loaded from the same place.
+        source: Folder or Hub id.
+        options: Arguments of `from_pretrained`; those of the Hub are read.
+        dtype: Type of the adapter's numbers; None for the model's.
+
+    Raises:
+        ValueError: There is none, or it is another model's.
+    """
+    known = {name: options[name] for name in _HUB if options.get(name) is not None}
+    known["subfolder"] = "/".join(filter(None, (known.get("subfolder"), ADAPTER_FOLDER)))
+    try:
+        path = cached_file(source, ADAPTER_WEIGHTS, **known)
+    except OSError as error:
+        raise ValueError(f"{source} has no {ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}") from error
+    attach_adapter(model, dtype=dtype)
+    fill_adapter(model, load_state_dict(str(path)))
+    for weight in adapter_parameters(model).values():
+        weight.requires_grad_(False)
+
+
+class GatedMixin:
+    """What a diffusion class has more where its adapter acts on noisy tokens only.
+
+    Attributes:
+        gate: Of a gated model, what tells its layers which tokens are noisy.
+    """
+
+    config: Any
+    gate: Any = None
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether an adapter acts on noisy tokens only, and clean ones are the base's."""
+        return is_gated(self.config)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **settings: Any) -> Any:
+        """Load a checkpoint, and of a gated one the adapter that lies in it.
+
+        Args:
+            source: Folder or Hub id of the weights.
+            *args: As transformers takes them.
+            **settings: The same; and `adapter`, where the adapter lies if not with the weights.
+
+        Raises:
+            ValueError: An adapter is named, and the config is not of a gated model.
+        """
+        stock: Any = super()
+        beside = settings.pop("adapter", None)
+        loaded = stock.from_pretrained(source, *args, **settings)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.is_gated:
+            load_adapter(model, beside or source, {} if beside else settings)
+        elif beside is not None:
+            raise ValueError("adapter is for a gated model, and this config is not of one")
+        return loaded
+
+    def save_pretrained(self, *args: Any, **settings: Any) -> Any:
+        """Write a checkpoint.
+
+        Raises:
+            ValueError: The model is gated: its files are its base's, and an adapter beside them.
+        """
+        if self.gate is not None:
+            raise ValueError(
+                "a gated model is its base's own files and an adapter: copy its folder"
+            )
+        stock: Any = super()
+        return stock.save_pretrained(*args, **settings)
+
+
+# Numbers on their way between the host and a device, while both do something else.
+
+
+def sent(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """Return numbers as a tensor on a device, without waiting for it to arrive."""
+    made = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
+    if device.type == "cuda" and made.device.type == "cpu":
+        # Memory that can be swapped out is copied while the host waits.
+        made = made.pin_memory()
+    return made.to(device, non_blocking=True)
+
+
+class Late:
+    """A tensor that is on its way to the host while the device goes on working."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._here = tensor.to("cpu", non_blocking=True)
+        cuda: Any = torch.cuda
+        self._arrived = cuda.Event() if tensor.device.type == "cuda" else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Any:
+        """Return its numbers: a wait only if the device has not come so far."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._here.tolist()
