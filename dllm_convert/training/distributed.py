@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from dllm_convert.common.interruption import heard
@@ -107,6 +107,13 @@ def shares_states(environment: Mapping[str, str] = os.environ) -> bool:
     return any(_is_set(environment, variable) for variable in _ASKED)
 
 
+def shards_weights(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether FSDP2 was asked for, for several processes: each reads its own weights."""
+    several = int(environment.get("WORLD_SIZE", "1")) > 1
+    version = environment.get("FSDP_VERSION", "1")
+    return several and version == "2" and _is_set(environment, "ACCELERATE_USE_FSDP")
+
+
 def _is_set(environment: Mapping[str, str], variable: str) -> bool:
     return environment.get(variable, "false").lower() in ("1", "true", "yes")
 
@@ -121,6 +128,20 @@ def reduce_in_float32(accelerator: Any) -> None:
     policy = getattr(plugin, "mixed_precision_policy", None)
     if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+
+
+def share_no_weights(accelerator: Any) -> None:
+    """Have FSDP2 send no weights from the first process to the others: each reads its own."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.cpu_ram_efficient_loading = False
+
+
+def device_of_shards(accelerator: Any) -> torch.device:
+    """Return where FSDP2 wants the weights to lie."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    offloads = isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
+    return torch.device("cpu") if offloads else torch.device(accelerator.device)
 
 
 def is_sharded(trainer: Any) -> bool:

@@ -197,7 +197,7 @@ def _train(
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         base = teaching_copy(plan, untrained)
-        trainer = _trainer((model, base), arguments, text, recipe, work)
+        trainer = _trainer((model, base), arguments, text, recipe, (untrained, work))
         rules = _rules(recipe, rows)
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
@@ -225,16 +225,19 @@ def _trainer(
     arguments: TrainingArguments,
     rows: Dataset[Any],
     recipe: Recipe,
-    work: Path,
+    folders: tuple[Path, Path],
 ) -> DiffusionTrainer:
     """Make the Trainer of a model and the base it learns from, if that is another.
 
+    The folders are those of the untrained conversion and of the work.
+
     Refuse another strategy than was asked for.
     """
-    model, base = models
+    (model, base), (untrained, work) = models, folders
     trainer = DiffusionTrainer(
         model=model,
         base=base,
+        weights_from=untrained,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,

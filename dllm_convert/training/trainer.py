@@ -30,10 +30,15 @@ from dllm_convert.modeling.published.gated import adapter_parameters
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
-from dllm_convert.training.distributed import reduce_in_float32
+from dllm_convert.training.distributed import (
+    device_of_shards,
+    reduce_in_float32,
+    share_no_weights,
+)
 from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.shards import fill_shards, hand_over, is_empty, parameter_names
 from dllm_convert.training.teacher import Teacher
 
 
@@ -109,6 +114,8 @@ class DiffusionTrainer(Trainer):
         annealing: What fades over the first steps.
         base: Frozen copy of the base that teaches (`weights.distillation`), in evaluation mode;
             None where the model holds its base, as one with adapters does.
+        weights_from: Folder of the weights of a model that has none yet: each process reads those
+            it holds, once the model is sharded.
         **kwargs: Everything else that transformers' Trainer takes: `train_dataset` with a column
             `input_ids`, callbacks, optimizers. Rows with several documents have `segment_ids` and
             `position_ids` as well, and `loss_mask` says which tokens are learnt.
@@ -127,12 +134,17 @@ class DiffusionTrainer(Trainer):
         weights: LossWeights | None = None,
         annealing: Annealing | None = None,
         base: Any = None,
+        weights_from: Path | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False
         reduce_in_float32(self.accelerator)
+        self._weights_from = weights_from if is_empty(self.model) else None
+        self._moved: list[list[str]] = []
+        if self._weights_from is not None:
+            share_no_weights(self.accelerator)
         self._objective = objective or Objective.from_config(model.config)
         self._process = process or ForwardProcess()
         self._weights = weights or LossWeights()
@@ -163,6 +175,26 @@ class DiffusionTrainer(Trainer):
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
         self._sums = torch.zeros(4, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer; remember what it moves where the model has no weights yet."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._weights_from is not None:
+            self._moved = parameter_names(self.model, optimizer)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the scheduler: by then the model is sharded, and no checkpoint is read yet.
+
+        Where it has no weights yet each process reads its own.
+        """
+        if self._weights_from is not None:
+            model: Any = self.model
+            fill_shards(model, self._weights_from, device_of_shards(self.accelerator))
+            hand_over(model, self.optimizer, self._moved)
+            self._mask_noise.measure()
+            self._weights_from = None
+        return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward; remember in `unsound` a loss that was not a number."""

@@ -39,7 +39,23 @@ else:
 
     state.AcceleratorState.__init__ = forced  # type: ignore[method-assign, assignment]
 
-    from dllm_convert.training import distributed, writing
+    from dllm_convert.modeling.slices import Slices
+    from dllm_convert.training import distributed, trainer, writing
+
+    read, fill, fill_shards = [0], Slices.fill, trainer.fill_shards
+
+    def counted(self: object, name: str, target: object, *first: object) -> None:
+        read[0] += target.numel()  # type: ignore[attr-defined]
+        fill(self, name, target, *first)  # type: ignore[arg-type]
+
+    def told(model: object, *where: object) -> None:
+        read[0] = 0
+        fill_shards(model, *where)  # type: ignore[arg-type]
+        weights = model.parameters()  # type: ignore[attr-defined]
+        whole = sum(weight.numel() for weight in weights)
+        sys.stderr.write(f"read {read[0]} of {whole} numbers\n")
+
+    Slices.fill, trainer.fill_shards = counted, told  # type: ignore[method-assign, assignment]
 
     gather = distributed.gathered_weights
 

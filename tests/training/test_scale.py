@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,12 @@ def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_p
     config, how = sharding(tmp_path)
     _, err = finish(start([*line, *config, "--num-processes", "2"], **how))
     assert "sharded parameters: yes" in err
+    # Each process reads what it holds; adapters are drawn, not read.
+    parts = [tuple(map(int, found)) for found in re.findall(r"read (\d+) of (\d+) numbers", err)]
+    assert len(parts) == 2
+    assert all(0.4 < read / whole < 0.52 for read, whole in parts), parts
+    if method == "full":
+        assert sum(read for read, _ in parts) == parts[0][1]
     assert_same(expected, out)
 
 
