@@ -77,7 +77,7 @@ def fill_shards(model: nn.Module, folder: Path, device: torch.device) -> None:
 
 def parameter_names(model: Any, optimizer: Any) -> list[list[str]]:
     """Return what the parameters of each group of an optimizer are called in the model."""
-    names = {weight: _own_name(name) for name, weight in model.named_parameters()}
+    names = {weight: own_name(name) for name, weight in model.named_parameters()}
     return [[names[weight] for weight in group["params"]] for group in optimizer.param_groups]
 
 
@@ -92,11 +92,11 @@ def hand_over(model: nn.Module, optimizer: Any, groups: list[list[str]]) -> None
         optimizer: Without a state yet.
         groups: What `parameter_names` returned before the model was sharded.
     """
-    found = {_own_name(name): weight for name, weight in model.named_parameters()}
+    found = {own_name(name): weight for name, weight in model.named_parameters()}
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [found[name] for name in wanted]
 
 
-def _own_name(name: str) -> str:
+def own_name(name: str) -> str:
     """Return a parameter's name without what Accelerate may put around its module."""
     return "".join(name.split("_checkpoint_wrapped_module.")).replace("_orig_mod.", "")

@@ -57,17 +57,21 @@ else:
 
     Slices.fill, trainer.fill_shards = counted, told  # type: ignore[method-assign, assignment]
 
-    gather = distributed.gathered_weights
+    in_shards = distributed.in_shards
 
-    def watched(trainer: object) -> object:
+    def watched(trained: object) -> bool:
         from torch.distributed.tensor import DTensor
 
-        weights = list(trainer.model_wrapped.parameters())  # type: ignore[attr-defined]
+        weights = list(trained.model_wrapped.parameters())  # type: ignore[attr-defined]
         sharded = all(isinstance(weight, DTensor) for weight in weights)
         sys.stderr.write(f"sharded parameters: {'yes' if sharded else 'no'}\n")
-        return gather(trainer)
+        return in_shards(trained)
 
-    writing.gathered_weights = watched  # type: ignore[assignment]
+    def never(trained: object) -> object:
+        raise AssertionError("no process holds all weights")
+
+    writing.in_shards = watched  # type: ignore[attr-defined]
+    writing.gathered_weights = never  # type: ignore[assignment]
 
 from dllm_convert.cli.app import main
 
