@@ -32,6 +32,7 @@ from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import (
     Resumption,
     UsedRows,
+    check_rows,
     find_resumption,
     remove_unfinished,
 )
@@ -164,7 +165,8 @@ def train(
 
     Raises:
         DllmConvertError: If the loss stops being a number.
-        IncompatibleError: If another strategy is in force than was asked for.
+        IncompatibleError: If another strategy is in force than was asked for, or it would go on
+            with steps of another size, or without the processes that shared its weights.
     """
     try:
         timed = _Timing(pace, settled)
@@ -189,8 +191,8 @@ def _train(
     model = trainable_model(plan, untrained)
     trainable = count_trainable(model)
     arguments = _arguments(recipe, work / "trainer", use_bf16(training), data.streaming, timed.pace)
-    resumed = _resume(arguments, reporter)
     rows = training.sequences_per_step * arguments.world_size
+    resumed = _resume(arguments, rows, reporter)
     with (
         reporter.task("train", total=arguments.max_steps) as task,
         Interruption(gently=True, answer=lambda: reporter.line(_heard(task))) as interruption,
@@ -261,6 +263,7 @@ def _rules(recipe: Recipe, rows: int) -> Rules:
         training.learning_rate_field,
         training.steps,
         training,
+        rows,
     )
 
 
@@ -316,10 +319,14 @@ def _writes(arguments: TrainingArguments) -> bool:
     return bool(arguments.process_index == 0)
 
 
-def _resume(arguments: TrainingArguments, reporter: Reporter) -> Resumption:
-    """Find where the run goes on, say so, and train no further than it has to."""
+def _resume(arguments: TrainingArguments, rows: int, reporter: Reporter) -> Resumption:
+    """Find where the run goes on, say so, and train no further than it has to.
+
+    Steps have as many rows as they had before.
+    """
     folder = Path(str(arguments.output_dir))
     resumed = find_resumption(folder, reporter.warn, clean=_writes(arguments))
+    check_rows(resumed, rows)
     if resumed.step:
         reporter.line(f"resuming from step {resumed.step}")
     if resumed.stopped:

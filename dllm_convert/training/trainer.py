@@ -26,7 +26,9 @@ from dllm_convert.diffusion.losses import cross_entropy, taught_cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
+from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.gated import adapter_parameters
+from dllm_convert.training.checkpoint_shards import load_optimizer_shards, load_shards
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
@@ -38,6 +40,7 @@ from dllm_convert.training.distributed import (
 from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.resume import is_fsdp_file, is_in_shards
 from dllm_convert.training.shards import fill_shards, hand_over, is_empty, parameter_names
 from dllm_convert.training.teacher import Teacher
 
@@ -383,11 +386,29 @@ class DiffusionTrainer(Trainer):
             save_states(inner, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Read what `_save` wrote."""
-        if self._objective.is_gated:
-            load_states(self.model if model is None else model, Path(resume_from_checkpoint))
+        """Read what `_save` wrote, or what processes that shared the weights did."""
+        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
+        if is_in_shards(folder) and self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif is_in_shards(folder):
+            load_shards(self, model, folder)
+        elif self.is_fsdp_enabled and not is_fsdp_file(folder):
+            raise IncompatibleError(
+                f"{folder.name} holds the whole model, and these processes share its weights",
+                hint="Go on as it was begun: in one process, or data parallel",
+            )
+        elif self._objective.is_gated:
+            load_states(model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read moments and schedule, which processes that share weights wrote in parts."""
+        shared = checkpoint is not None and is_in_shards(Path(checkpoint))
+        if checkpoint is not None and shared and not self.is_fsdp_enabled:
+            load_optimizer_shards(self, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add NELBO and divergence since the last line, over all processes, in nats per token.
