@@ -163,7 +163,7 @@ def run(
     text = None
     if how.extend or not (out / WORK).exists():
         text = plan_text(plan)
-    asked = recipe.identity()
+    asked = recipe.identity(place.world)
     run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
     extend = partial(_begin_extension, plan) if how.extend else None
     with open_workspace(out, run_id, asked, extend=extend) as workspace:

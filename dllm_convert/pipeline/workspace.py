@@ -227,6 +227,12 @@ def _check_folder(out: Path) -> None:
         ) from error
 
 
+def _sequences(asked: Mapping[str, Any]) -> int:
+    """Sequences per step over all processes, of what a run was asked for; 0 if that is not told."""
+    training = asked.get("training")
+    return int(training.get("sequences_per_step", 0)) if isinstance(training, Mapping) else 0
+
+
 @contextmanager
 def open_workspace(
     out: Path,
@@ -264,6 +270,9 @@ def open_workspace(
                 if workspace.finished:
                     again += "; --extend trains a finished checkpoint on"
                 what = differences(workspace.asked, asked or {})
+                before = _sequences(workspace.asked)
+                if before and before != _sequences(asked or {}):
+                    again += f"; --global-batch {before} has other processes share a step alike"
                 if not what and workspace.extends is not None:
                     what = ": it was trained on since, with --extend"
                 raise DataError(

@@ -372,11 +372,22 @@ class Recipe(_Section):
             raise UnsoundError(found)
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """Return the fields that what comes out depends on; the others may change in between."""
+    def identity(self, processes: int = 1) -> dict[str, Any]:
+        """Return the fields that what comes out depends on; the others may change in between.
+
+        How a step's sequences are shared out over processes and forwards is not among them: each
+        has its place in the text, and its noise, wherever it is computed.
+
+        Args:
+            processes: How many train together.
+        """
         # What `serve` chooses stands in the fields themselves.
-        incidental: Any = {"training": set(INCIDENTAL), "allow_pickle": True, "serve": True}
-        return self.model_dump(mode="json", exclude=incidental)
+        hidden = {*INCIDENTAL, "batch_size", "gradient_accumulation"}
+        found = self.model_dump(
+            mode="json", exclude={"training": hidden, "allow_pickle": True, "serve": True}
+        )
+        found["training"]["sequences_per_step"] = self.training.sequences_per_step * processes
+        return found
 
     @property
     def training_tokens(self) -> int:

@@ -42,6 +42,7 @@ class Rules:
         rate_field: The recipe's field of the learning rate.
         steps: Planned steps, of which a time limit may leave fewer.
         schedule: The part of the recipe that says how the learning rate goes.
+        rows_per_step: Sequences of an optimizer step over all processes; 0 if nobody counts them.
     """
 
     tokens_per_step: int
@@ -50,6 +51,7 @@ class Rules:
     rate_field: str = "training.learning_rate"
     steps: int = 0
     schedule: Training | None = None
+    rows_per_step: int = 0
 
 
 class ProgressCallback(TrainerCallback):
@@ -261,5 +263,9 @@ class ProgressCallback(TrainerCallback):
             return
         folder = Path(str(args.output_dir))
         self._metrics.sync()
-        mark_whole(folder / f"checkpoint-{state.global_step}", stopped=self.stopped)
+        mark_whole(
+            folder / f"checkpoint-{state.global_step}",
+            stopped=self.stopped,
+            rows=self._rules.rows_per_step,
+        )
         rotate(folder, self._rules.keep_checkpoints)

@@ -17,12 +17,14 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard
 
 from dllm_convert.common.interruption import heard
 from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.published.gated import is_adapter
+from dllm_convert.training.shards import own_name
 
 PATIENCE = timedelta(hours=24)
 """The others wait while the first process downloads, adapts and measures."""
@@ -102,6 +104,13 @@ def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ
             )
 
 
+def shards_weights(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether FSDP2 was asked for, for several processes: each reads its own weights."""
+    several = int(environment.get("WORLD_SIZE", "1")) > 1
+    version = environment.get("FSDP_VERSION", "1")
+    return several and version == "2" and _is_set(environment, "ACCELERATE_USE_FSDP")
+
+
 def _is_set(environment: Mapping[str, str], variable: str) -> bool:
     return environment.get(variable, "false").lower() in ("1", "true", "yes")
 
@@ -118,11 +127,83 @@ def reduce_in_float32(accelerator: Any) -> None:
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
+def share_no_weights(accelerator: Any) -> None:
+    """Have FSDP2 send no weights from the first process to the others: each reads its own."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.cpu_ram_efficient_loading = False
+
+
+def device_of_shards(accelerator: Any) -> torch.device:
+    """Return where FSDP2 wants the weights to lie."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    offloads = isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy)
+    return torch.device("cpu") if offloads else torch.device(accelerator.device)
+
+
 def is_sharded(trainer: Any) -> bool:
     """Whether no process holds the whole model: seen in its weights, whatever the settings say."""
-    weights = trainer.model_wrapped.parameters()
     deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-    return deepspeed or any(isinstance(weight, DTensor) for weight in weights)
+    return deepspeed or in_shards(trainer)
+
+
+def in_shards(trainer: Any) -> bool:
+    """Whether FSDP2 shares the weights, which can then be gathered one by one."""
+    return any(isinstance(weight, DTensor) for weight in trainer.model_wrapped.parameters())
+
+
+@torch.no_grad()
+def gathered(weight: torch.Tensor) -> torch.Tensor | None:
+    """Put one weight together in the first process; all have to call this, in the same order.
+
+    Its parts are sent one by one: no process but the first holds more than its own.
+
+    Returns:
+        The whole on the CPU in the first process, None in the others.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if not isinstance(weight, DTensor):
+        return weight.detach().cpu() if first else None
+    mesh, own = weight.device_mesh, weight.to_local()
+    sharded = [at for at, placement in enumerate(weight.placements) if placement.is_shard()]
+    if len(sharded) != 1 or weight.placements[sharded[0]] != Shard(0):
+        whole = weight.full_tensor()
+        return whole.cpu() if first else None
+    group = mesh.get_group(sharded[0])
+    ranks = dist.get_process_group_ranks(group)
+    if 0 not in ranks:
+        # A copy, of which the first process's own group has another.
+        return None
+    if not first:
+        if own.numel():
+            dist.send(own.contiguous(), 0, group=group)
+        return None
+    # As torch cuts: all but the last parts have as many rows, and the last may have none.
+    rows = -(-weight.shape[0] // len(ranks))
+    whole = torch.empty(weight.shape, dtype=weight.dtype)
+    for at, rank in enumerate(ranks):
+        place = whole[at * rows : (at + 1) * rows]
+        if rank == 0:
+            place.copy_(own)
+        elif place.numel() and own.device == place.device:
+            dist.recv(place, rank, group=group)
+        elif place.numel():
+            part_of = torch.empty(place.shape, dtype=place.dtype, device=own.device)
+            dist.recv(part_of, rank, group=group)
+            place.copy_(part_of)
+    return whole
+
+
+def gathered_adapter(trainer: Any) -> dict[str, torch.Tensor]:
+    """Put the adapter of a gated model together, by its names there; all processes call this."""
+    if is_sharded(trainer) and not in_shards(trainer):
+        return gathered_weights(trainer)
+    found = {
+        own_name(name): gathered(weight)
+        for name, weight in trainer.model.named_parameters()
+        if is_adapter(name)
+    }
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 def gathered_weights(trainer: Any) -> dict[str, torch.Tensor]:

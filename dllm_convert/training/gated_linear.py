@@ -103,7 +103,9 @@ def fuse_adapters(model: Any, dtype: torch.dtype | None = None) -> None:
         hooks: dict[int, Any] = getattr(layer, "_forward_hooks", {})
         for number, hook in list(hooks.items()):
             plain = isinstance(layer, nn.Linear) and layer.weight.is_floating_point()
-            if isinstance(hook, LowRank) and plain and layer.weight.device.type == "cpu":
+            # What waits for its weights is filled where it is trained.
+            here = plain and layer.weight.device.type in ("cpu", "meta")
+            if isinstance(hook, LowRank) and here:
                 if dtype is not None:
                     layer.weight.data = layer.weight.data.to(dtype)
                 del hooks[number]

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.utils.data import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dllm_convert.common.disk import sync_tree
 from dllm_convert.common.json_files import write_json
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.source.safetensors_header import read_header
 
 COMPLETE_MARKER = "complete"
@@ -43,11 +44,13 @@ class Resumption:
         folder: Checkpoint to load, None for a fresh start.
         step: Optimizer steps it holds.
         stopped: Why the training ended there; empty if it did not.
+        rows: Sequences that a step of it took over all processes; 0 if that is not known.
     """
 
     folder: Path | None = None
     step: int = 0
     stopped: str = ""
+    rows: int = 0
 
 
 class UsedRows(Dataset[dict[str, Any]]):
@@ -89,12 +92,13 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return next(iter(whole_checkpoints(folder)), None)
 
 
-def mark_whole(checkpoint: Path, *, stopped: str = "") -> None:
+def mark_whole(checkpoint: Path, *, stopped: str = "", rows: int = 0) -> None:
     """Make a checkpoint count, once all of it has reached the disk.
 
     Args:
         checkpoint: Folder in which everything is written.
         stopped: Why the training ends with it, empty if it goes on.
+        rows: Sequences that a step takes over all processes.
     """
     sync_tree(checkpoint)
     sizes = {
@@ -102,7 +106,7 @@ def mark_whole(checkpoint: Path, *, stopped: str = "") -> None:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
-    write_json(checkpoint / COMPLETE_MARKER, {"stopped": stopped, "files": sizes})
+    write_json(checkpoint / COMPLETE_MARKER, {"stopped": stopped, "rows": rows, "files": sizes})
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -139,6 +143,34 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
+def is_in_shards(checkpoint: Path) -> bool:
+    """Whether several processes wrote a checkpoint together, each what it held (FSDP)."""
+    return (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir()
+
+
+def is_fsdp_file(checkpoint: Path) -> bool:
+    """Whether FSDP gathered a checkpoint into one file."""
+    return (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file()
+
+
+def check_rows(resumed: Resumption, rows: int) -> None:
+    """Check that a training goes on with steps of as many sequences: its text is counted in them.
+
+    Args:
+        resumed: Where it goes on.
+        rows: Sequences that a step takes now, over all processes.
+
+    Raises:
+        IncompatibleError: It took others before.
+    """
+    if resumed.rows and resumed.rows != rows:
+        raise IncompatibleError(
+            f"checkpoint-{resumed.step} was trained with {resumed.rows} sequences per step, and "
+            f"these processes would take {rows}",
+            hint=f"Go on with --global-batch {resumed.rows}",
+        )
+
+
 def find_resumption(folder: Path, warn: Callable[[str], None], *, clean: bool) -> Resumption:
     """Return the newest checkpoint that can be read.
 
@@ -151,7 +183,9 @@ def find_resumption(folder: Path, warn: Callable[[str], None], *, clean: bool) -
     for path in whole_checkpoints(folder):
         problem = damage(path)
         if problem is None:
-            found = Resumption(path, checkpoint_step(path), _marker(path)["stopped"])
+            marker = _marker(path)
+            rows = int(marker.get("rows", 0))
+            found = Resumption(path, checkpoint_step(path), marker["stopped"], rows)
             break
         warn(f"{path.name} cannot be read ({problem}): going on from the one before")
     if clean:

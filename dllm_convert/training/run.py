@@ -32,6 +32,7 @@ from dllm_convert.training.reporting import keep_in, report_arguments
 from dllm_convert.training.resume import (
     Resumption,
     UsedRows,
+    check_rows,
     find_resumption,
     remove_unfinished,
 )
@@ -164,7 +165,8 @@ def train(
 
     Raises:
         DllmConvertError: If the loss stops being a number.
-        IncompatibleError: If another strategy is in force than was asked for.
+        IncompatibleError: If another strategy is in force than was asked for, or it would go on
+            with steps of another size, or without the processes that shared its weights.
     """
     try:
         timed = _Timing(pace, settled)
@@ -189,15 +191,15 @@ def _train(
     model = trainable_model(plan, untrained)
     trainable = count_trainable(model)
     arguments = _arguments(recipe, work / "trainer", use_bf16(training), data.streaming, timed.pace)
-    resumed = _resume(arguments, reporter)
     rows = training.sequences_per_step * arguments.world_size
+    resumed = _resume(arguments, rows, reporter)
     with (
         reporter.task("train", total=arguments.max_steps) as task,
         Interruption(gently=True, answer=lambda: reporter.line(_heard(task))) as interruption,
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         base = teaching_copy(plan, untrained)
-        trainer = _trainer((model, base), arguments, text, recipe, work)
+        trainer = _trainer((model, base), arguments, text, recipe, (untrained, work))
         rules = _rules(recipe, rows)
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
@@ -225,16 +227,19 @@ def _trainer(
     arguments: TrainingArguments,
     rows: Dataset[Any],
     recipe: Recipe,
-    work: Path,
+    folders: tuple[Path, Path],
 ) -> DiffusionTrainer:
     """Make the Trainer of a model and the base it learns from, if that is another.
 
+    The folders are those of the untrained conversion and of the work.
+
     Refuse another strategy than was asked for.
     """
-    model, base = models
+    (model, base), (untrained, work) = models, folders
     trainer = DiffusionTrainer(
         model=model,
         base=base,
+        weights_from=untrained,
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
@@ -258,6 +263,7 @@ def _rules(recipe: Recipe, rows: int) -> Rules:
         training.learning_rate_field,
         training.steps,
         training,
+        rows,
     )
 
 
@@ -313,10 +319,14 @@ def _writes(arguments: TrainingArguments) -> bool:
     return bool(arguments.process_index == 0)
 
 
-def _resume(arguments: TrainingArguments, reporter: Reporter) -> Resumption:
-    """Find where the run goes on, say so, and train no further than it has to."""
+def _resume(arguments: TrainingArguments, rows: int, reporter: Reporter) -> Resumption:
+    """Find where the run goes on, say so, and train no further than it has to.
+
+    Steps have as many rows as they had before.
+    """
     folder = Path(str(arguments.output_dir))
     resumed = find_resumption(folder, reporter.warn, clean=_writes(arguments))
+    check_rows(resumed, rows)
     if resumed.step:
         reporter.line(f"resuming from step {resumed.step}")
     if resumed.stopped:

@@ -10,6 +10,7 @@ import torch
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.modeling.hollow import emptied, hollow_model
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.devices import Device, this_cpu
@@ -17,10 +18,12 @@ from dllm_convert.planning.estimate import FLEX_SINCE, chosen_attention, has_fle
 from dllm_convert.recipe.schema import Recipe, Training
 from dllm_convert.training.checkpointing import checkpoint_activations
 from dllm_convert.training.cpu_attention import register_tiles
+from dllm_convert.training.distributed import shards_weights
 from dllm_convert.training.gated import train_adapter
 from dllm_convert.training.gpu_attention import register_flex
 from dllm_convert.training.masters import keep_masters
 from dllm_convert.training.reporting import is_installed
+from dllm_convert.training.shards import fill_trained_rows
 
 
 def attention_implementation(recipe: Recipe, adapter: Adapter) -> str:
@@ -157,7 +160,7 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
         The model, or a PEFT model around it.
     """
     if training.method == "full":
-        return keep_masters(model)
+        return keep_masters(emptied(model))
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
     from peft.utils.other import TrainableTokensWrapper
@@ -192,7 +195,7 @@ def make_trainable(model: Any, adapter: Adapter, training: Training) -> Any:
     if tie and not config.ensure_weight_tying:
         trained = model.get_input_embeddings().modules_to_save[wrapped.active_adapter]
         model.get_output_embeddings().weight = trained.weight
-    return keep_masters(wrapped)
+    return keep_masters(emptied(wrapped))
 
 
 def count_trainable(model: Any) -> int:
@@ -206,15 +209,24 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
     Args:
         plan: The conversion.
         untrained: Its checkpoint.
+
+    Returns:
+        The model; where several processes share its weights, without them (`shards.is_empty`).
     """
     training = plan.recipe.training
-    base = load_model(
-        untrained,
-        plan.adapter,
-        dtype=training_dtype(training),
-        attention=attention_implementation(plan.recipe, plan.adapter),
-        quantized=is_quantized(training),
-    )
+    attention = attention_implementation(plan.recipe, plan.adapter)
+    dtype, base = training_dtype(training), None
+    if shards_weights() and not is_quantized(training):
+        base = hollow_model(untrained, plan.adapter, dtype=dtype, attention=attention)
+    hollow = base is not None
+    if base is None:
+        base = load_model(
+            untrained,
+            plan.adapter,
+            dtype=dtype,
+            attention=attention,
+            quantized=is_quantized(training),
+        )
     if is_quantized(training):
         from peft import prepare_model_for_kbit_training
 
@@ -224,9 +236,11 @@ def trainable_model(plan: ConversionPlan, untrained: Path) -> Any:
     checkpoint_activations(base, training.gradient_checkpointing)
     if training.keeps_base:
         autocast = torch.bfloat16 if use_bf16(training) else None
-        model = train_adapter(base, untrained, dtype=autocast)
+        model = train_adapter(emptied(base), untrained, dtype=autocast)
     else:
         model = make_trainable(base, plan.adapter, training)
+    if hollow:
+        fill_trained_rows(model, untrained)
     if training.compile:
         compile_layers(base)
     return model

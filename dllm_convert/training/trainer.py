@@ -26,14 +26,22 @@ from dllm_convert.diffusion.losses import cross_entropy, taught_cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
+from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.gated import adapter_parameters
+from dllm_convert.training.checkpoint_shards import load_optimizer_shards, load_shards
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
-from dllm_convert.training.distributed import reduce_in_float32
+from dllm_convert.training.distributed import (
+    device_of_shards,
+    reduce_in_float32,
+    share_no_weights,
+)
 from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.resume import is_fsdp_file, is_in_shards
+from dllm_convert.training.shards import fill_shards, hand_over, is_empty, parameter_names
 from dllm_convert.training.teacher import Teacher
 
 
@@ -109,6 +117,8 @@ class DiffusionTrainer(Trainer):
         annealing: What fades over the first steps.
         base: Frozen copy of the base that teaches (`weights.distillation`), in evaluation mode;
             None where the model holds its base, as one with adapters does.
+        weights_from: Folder of the weights of a model that has none yet: each process reads those
+            it holds, once the model is sharded.
         **kwargs: Everything else that transformers' Trainer takes: `train_dataset` with a column
             `input_ids`, callbacks, optimizers. Rows with several documents have `segment_ids` and
             `position_ids` as well, and `loss_mask` says which tokens are learnt.
@@ -127,12 +137,17 @@ class DiffusionTrainer(Trainer):
         weights: LossWeights | None = None,
         annealing: Annealing | None = None,
         base: Any = None,
+        weights_from: Path | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("data_collator", collate)
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False
         reduce_in_float32(self.accelerator)
+        self._weights_from = weights_from if is_empty(self.model) else None
+        self._moved: list[list[str]] = []
+        if self._weights_from is not None:
+            share_no_weights(self.accelerator)
         self._objective = objective or Objective.from_config(model.config)
         self._process = process or ForwardProcess()
         self._weights = weights or LossWeights()
@@ -163,6 +178,26 @@ class DiffusionTrainer(Trainer):
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
         self._sums = torch.zeros(4, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer; remember what it moves where the model has no weights yet."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._weights_from is not None:
+            self._moved = parameter_names(self.model, optimizer)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the scheduler: by then the model is sharded, and no checkpoint is read yet.
+
+        Where it has no weights yet each process reads its own.
+        """
+        if self._weights_from is not None:
+            model: Any = self.model
+            fill_shards(model, self._weights_from, device_of_shards(self.accelerator))
+            hand_over(model, self.optimizer, self._moved)
+            self._mask_noise.measure()
+            self._weights_from = None
+        return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward; remember in `unsound` a loss that was not a number."""
@@ -351,11 +386,29 @@ class DiffusionTrainer(Trainer):
             save_states(inner, Path(str(output_dir or self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Read what `_save` wrote."""
-        if self._objective.is_gated:
-            load_states(self.model if model is None else model, Path(resume_from_checkpoint))
+        """Read what `_save` wrote, or what processes that shared the weights did."""
+        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
+        if is_in_shards(folder) and self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif is_in_shards(folder):
+            load_shards(self, model, folder)
+        elif self.is_fsdp_enabled and not is_fsdp_file(folder):
+            raise IncompatibleError(
+                f"{folder.name} holds the whole model, and these processes share its weights",
+                hint="Go on as it was begun: in one process, or data parallel",
+            )
+        elif self._objective.is_gated:
+            load_states(model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read moments and schedule, which processes that share weights wrote in parts."""
+        shared = checkpoint is not None and is_in_shards(Path(checkpoint))
+        if checkpoint is not None and shared and not self.is_fsdp_enabled:
+            load_optimizer_shards(self, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add NELBO and divergence since the last line, over all processes, in nats per token.

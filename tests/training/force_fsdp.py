@@ -39,19 +39,39 @@ else:
 
     state.AcceleratorState.__init__ = forced  # type: ignore[method-assign, assignment]
 
-    from dllm_convert.training import distributed, writing
+    from dllm_convert.modeling.slices import Slices
+    from dllm_convert.training import distributed, trainer, writing
 
-    gather = distributed.gathered_weights
+    read, fill, fill_shards = [0], Slices.fill, trainer.fill_shards
 
-    def watched(trainer: object) -> object:
+    def counted(self: object, name: str, target: object, *first: object) -> None:
+        read[0] += target.numel()  # type: ignore[attr-defined]
+        fill(self, name, target, *first)  # type: ignore[arg-type]
+
+    def told(model: object, *where: object) -> None:
+        read[0] = 0
+        fill_shards(model, *where)  # type: ignore[arg-type]
+        weights = model.parameters()  # type: ignore[attr-defined]
+        whole = sum(weight.numel() for weight in weights)
+        sys.stderr.write(f"read {read[0]} of {whole} numbers\n")
+
+    Slices.fill, trainer.fill_shards = counted, told  # type: ignore[method-assign, assignment]
+
+    in_shards = distributed.in_shards
+
+    def watched(trained: object) -> bool:
         from torch.distributed.tensor import DTensor
 
-        weights = list(trainer.model_wrapped.parameters())  # type: ignore[attr-defined]
+        weights = list(trained.model_wrapped.parameters())  # type: ignore[attr-defined]
         sharded = all(isinstance(weight, DTensor) for weight in weights)
         sys.stderr.write(f"sharded parameters: {'yes' if sharded else 'no'}\n")
-        return gather(trainer)
+        return in_shards(trained)
 
-    writing.gathered_weights = watched  # type: ignore[assignment]
+    def never(trained: object) -> object:
+        raise AssertionError("no process holds all weights")
+
+    writing.in_shards = watched  # type: ignore[attr-defined]
+    writing.gathered_weights = never  # type: ignore[assignment]
 
 from dllm_convert.cli.app import main
 

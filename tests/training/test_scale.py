@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,38 @@ def test_killed_and_resumed_two_processes_still_do(
     assert_same(single, out)
 
 
+@pytest.mark.parametrize(("processes", "method"), [(4, "full"), (1, "full"), (1, "lora")])
+def test_a_run_goes_on_with_another_number_of_processes(
+    processes: int, method: str, source: Path, single: Path, tmp_path: Path
+) -> None:
+    out, expected = tmp_path / "out", single
+    more = ["--lora", "4", "--set", "training.lora.embeddings=full"] if method == "lora" else []
+
+    def line(out: Path, batch: int, *flags: str) -> list[str]:
+        found = command(source, out, *more, *flags, batch=batch)
+        return [part for part in found if part != "--full" or not more]
+
+    if more:
+        expected = tmp_path / "single"
+        finish(start(line(expected, 4)))
+    config, how = sharding(tmp_path)
+    process = start(line(out, 2, "--num-processes", "2", *config), pids=tmp_path / "pids", **how)
+    wait_for(out / ".work/trainer", process)
+    os.kill(int((tmp_path / "pids").read_text().split()[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    # With steps of another size its text would be counted wrongly.
+    code = 1 if processes == 1 else 0
+    if code:
+        _, err = finish(start(line(out, 2)), code)
+        assert "training.sequences_per_step is 2, it was 4" in err
+        assert "--global-batch 4" in err
+    launched = ["--num-processes", str(processes), *config] if processes > 1 else []
+    _, err = finish(start(line(out, 4 // processes, *launched), **(how if launched else {})))
+    assert "resuming from step" in err
+    assert_same(expected, out)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_path: Path) -> None:
     out, expected = tmp_path / "out", single
@@ -147,6 +180,12 @@ def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_p
     config, how = sharding(tmp_path)
     _, err = finish(start([*line, *config, "--num-processes", "2"], **how))
     assert "sharded parameters: yes" in err
+    # Each process reads what it holds; adapters are drawn, not read.
+    parts = [tuple(map(int, found)) for found in re.findall(r"read (\d+) of (\d+) numbers", err)]
+    assert len(parts) == 2
+    assert all(0.4 < read / whole < 0.52 for read, whole in parts), parts
+    if method == "full":
+        assert sum(read for read, _ in parts) == parts[0][1]
     assert_same(expected, out)
 
 

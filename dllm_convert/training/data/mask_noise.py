@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from dllm_convert.diffusion.corruption import NoiseKey
 from dllm_convert.diffusion.device import moved
+
+
+def standard_deviation(weight: torch.Tensor) -> float:
+    """Return the standard deviation of all entries; of a sharded tensor all processes call this."""
+    if not isinstance(weight, DTensor):
+        return float(weight.std())
+    count, own = weight.numel(), weight.to_local().double()
+    sums = torch.stack([own.sum(), own.square().sum()])
+    for dimension, placement in enumerate(weight.placements):
+        if placement.is_shard():
+            dist.all_reduce(sums, group=weight.device_mesh.get_group(dimension))
+    total, squares = sums.tolist()
+    return math.sqrt((squares - total * total / count) / (count - 1))
 
 
 class MaskNoise:
@@ -29,8 +45,15 @@ class MaskNoise:
         self._embedding = model.get_input_embeddings()
         self._steps = steps
         self._mask_token_id = mask_token_id
-        weight = next(self._embedding.parameters())
-        self._std = std * (float(weight.detach().std()) if self._steps else 0.0)
+        self._times, self._std = std, 0.0
+        if next(self._embedding.parameters()).device.type != "meta":
+            self.measure()
+
+    def measure(self) -> None:
+        """Take the embedding's standard deviation as it is now, before a training."""
+        if self._steps:
+            weight = next(self._embedding.parameters()).detach()
+            self._std = self._times * standard_deviation(weight)
 
     @contextmanager
     def at(self, key: NoiseKey) -> Iterator[None]:
