@@ -167,7 +167,8 @@ def run(
         for line in opening_lines(plan, out):
             reporter.line(line)
         if text is not None:
-            reporter.line(text.line())
+            for line in text.line().splitlines():
+                reporter.line(line)
         for warning in plan.warnings:
             reporter.warn(warning)
         conversion = Run(plan, workspace, reporter, place, how)

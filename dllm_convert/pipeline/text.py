@@ -11,11 +11,16 @@ from dllm_convert.errors import HubError, IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan
 
 if TYPE_CHECKING:
+    from dllm_convert.recipe.schema import Data, Recipe
     from dllm_convert.training.data.look import TextLook
 
 MOST_EPOCHS = 20
 """Times that a training may read its text unasked. Beyond 4 repeated tokens are worth less than new
 ones, beyond 16 next to nothing (Muennighoff et al., arXiv 2305.16264, of autoregressive models)."""
+
+
+Counter = Callable[[Sequence[str]], Sequence[int]]
+"""Counts the tokens of texts."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class TextPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for `check --json`."""
-        return {**self.look.as_dict(), "wanted": self.wanted, "epochs": self.epochs}
+        known = {**self.look.as_dict(), "wanted": self.wanted, "epochs": self.epochs}
+        return {**known, "said": self.line()}
 
     def line(self) -> str:
         """Say it in one sentence."""
@@ -53,7 +59,41 @@ class TextPlan:
         return f"{said}, {times} time{'s' if self.epochs != 1 else ''} all of it"
 
 
-def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | None:
+@dataclass(frozen=True)
+class MixturePlan:
+    """Texts that are mixed, and what a training does with each.
+
+    Attributes:
+        source: The mixture, as it was named.
+        shares: Part of the sequences that are of each text.
+        texts: What each of them is.
+    """
+
+    source: str
+    shares: tuple[float, ...]
+    texts: tuple[TextPlan, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for `check --json`."""
+        each = [
+            {"share": share, **text.as_dict(), "said": f"{share:.1%} {text.line()}"}
+            for share, text in zip(self.shares, self.texts, strict=True)
+        ]
+        return {
+            "source": self.source,
+            "kind": "mixture",
+            "wanted": sum(text.wanted for text in self.texts),
+            "texts": each,
+            "said": self.line(),
+        }
+
+    def line(self) -> str:
+        """Say it, a line for each text."""
+        each = zip(self.shares, self.texts, strict=True)
+        return "\n".join(f"{share:.1%} {text.line()}" for share, text in each)
+
+
+def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | MixturePlan | None:
     """Look at the text that a plan trains on; None if it trains on none.
 
     Args:
@@ -68,18 +108,28 @@ def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | None:
     recipe = plan.recipe
     if recipe.training.method == "none":
         return None
+    tokens, count = recipe.training_tokens * processes, _counter(plan)
+    texts = [_planned(recipe, data, math.ceil(tokens * share), count) for share, data in
+             recipe.data.texts]  # fmt: skip
+    if not recipe.data.allow_epochs:
+        for text in texts:
+            _refuse_epochs(text, recipe.training.steps)
+    if not recipe.data.mixture:
+        return texts[0]
+    shares = tuple(float(share) for share, _ in recipe.data.texts)
+    return MixturePlan(recipe.data.source, shares, tuple(texts))
+
+
+def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> TextPlan:
+    """Look at one text of which so many tokens are read."""
     from dllm_convert.training.data.look import look_at
 
-    look = look_at(recipe.data, _counter(plan))
-    wanted = recipe.training_tokens * processes
+    look = look_at(data, count)
     epochs = None
     if look.tokens:
-        apart = 0.0 if recipe.data.held_out_source else recipe.data.held_out_fraction
+        apart = 0.0 if data.held_out_source else data.held_out_fraction
         epochs = float(f"{wanted / (look.tokens * (1 - apart)):.3g}")
-    text = TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
-    if not recipe.data.allow_epochs:
-        _refuse_epochs(text, recipe.training.steps)
-    return text
+    return TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
 
 
 def looked_at(plan: ConversionPlan, processes: int) -> dict[str, Any]:
@@ -90,7 +140,7 @@ def looked_at(plan: ConversionPlan, processes: int) -> dict[str, Any]:
         return {"text": {"unread": str(error)}}
     if text is None:
         return {}
-    return {"text": {**text.as_dict(), "said": text.line()}}
+    return {"text": text.as_dict()}
 
 
 def _refuse_epochs(text: TextPlan, steps: int) -> None:
@@ -104,7 +154,7 @@ def _refuse_epochs(text: TextPlan, steps: int) -> None:
     )
 
 
-def _counter(plan: ConversionPlan) -> Callable[[Sequence[str]], Sequence[int]] | None:
+def _counter(plan: ConversionPlan) -> Counter | None:
     """Return what counts tokens as the source does, where reading one file is enough for it."""
     path = plan.source.path
     file = None if path is None else path / "tokenizer.json"

@@ -315,6 +315,8 @@ def _text(text: Mapping[str, Any] | None) -> list[str]:
         return []
     if "unread" in text:
         return _wrapped([f"not looked at: {text['unread']}"])
+    if "texts" in text:
+        return [line for one in text["texts"] for line in _text(one)]
     long = []
     if text["beyond"]:
         some = f"{text['beyond']:,} of {text['documents']:,} documents"

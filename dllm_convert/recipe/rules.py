@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import names_in, spelt
 from dllm_convert.recipe.engines import NEEDS
+from dllm_convert.recipe.splits import SPLIT, mixture_line, sliced
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
@@ -46,6 +47,7 @@ class UnsoundError(ValueError):
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Yield what in a recipe does not go together."""
+    yield from _texts(recipe)
     yield from _serving(recipe)
     yield from _lengths(recipe)
     yield from _noise(recipe)
@@ -66,6 +68,47 @@ def _serving(recipe: Recipe) -> Iterator[Contradiction]:
                 f"{recipe.serve} {need.reason}",
                 f"Leave {name} out, which makes it {need.value}; or ask for another engine",
                 ("serve", name),
+            )
+
+
+def _texts(recipe: Recipe) -> Iterator[Contradiction]:
+    """What texts, their parts and their mixture need."""
+    data, field = recipe.data, "data.mixture"
+    splits = {"data.split": data.split, "data.held_out_split": data.held_out_split}
+    named = [(name, split) for name, split in splits.items() if split is not None]
+    for name, split in (*named, *((field, text.split) for text in data.mixture)):
+        try:
+            sliced(split)
+        except ValueError as error:
+            yield Contradiction(str(error), f"Write {name} so, or without brackets", (name,))
+    if not data.mixture:
+        return
+    line = mixture_line([text.model_dump() for text in data.mixture])
+    if data.source != line:
+        yield Contradiction(
+            f"data.source is {data.source}, and data.mixture mixes {line}",
+            "Give one of them",
+            ("data.source", field),
+        )
+    kept = [tuple(text.model_dump(exclude={"weight"}).items()) for text in data.mixture]
+    for text, own in zip(data.mixture, kept, strict=True):
+        if kept.count(own) > 1:
+            yield Contradiction(
+                f"{field} names {text.source} twice", "Add up its weights, or name parts", (field,)
+            )
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("data.subset", data.subset is not None, "each text has its own", "NAME:SUBSET/SPLIT:0.5"),
+        ("data.split", data.split != SPLIT, "each text has its own", "NAME:SPLIT:0.5"),
+        ("data.revision", data.revision is not None, "each text has its own",
+         f"`revision` beside each `source` of {field}, in a recipe"),
+        ("data.held_out_split",
+         data.held_out_split is not None and data.held_out_source is None,
+         "it could be that of any of the texts", "--set data.held_out_source=NAME beside it"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{name} and a mixture of texts do not go together: {why}", hint, (name, field)
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -74,12 +75,42 @@ class Noise(_Section):
     )
 
 
+class MixedText(_Section):
+    """One text of a mixture."""
+
+    source: Name = Field(description="pydoc; files, folders or globs; or a Hub dataset id")
+    weight: float = Field(gt=0, description="share of the sequences, over the sum of all weights")
+    subset: Name | None = Field(None, description="subset (configuration) of a Hub dataset")
+    split: Name = Field("train", description="split, or a slice of one")
+    revision: Name | None = Field(None, description="branch, tag or commit of a Hub dataset")
+    text_field: str | None = Field(None, description="column; empty means data.text_field")
+    containing: Name | None = Field(None, description="text; empty means data.containing")
+
+
 class Data(_Section):
     """Training text and how it is cut."""
 
-    source: Name = Field("pydoc", description="pydoc; files, folders or globs; or a Hub dataset id")
+    source: Name = Field(
+        "pydoc",
+        description="pydoc; files, folders or globs; or a Hub dataset id. NAME:SPLIT[:10%] a part, "
+        "NAME:0.7,NAME:0.3 a mixture",
+    )
+    mixture: tuple[MixedText, ...] = Field(
+        (),
+        description="texts that are mixed: `source` and `weight` of each, and `subset`, `split`, "
+        "`revision`, `text_field`, `containing` where it has them; data.source is then their names",
+    )
     subset: Name | None = Field(None, description="subset (configuration) of a Hub dataset")
-    split: Name = Field("train", description="split of a Hub dataset, or of one in a folder")
+    split: Name = Field(
+        "train",
+        description="split of a Hub dataset, or of one in a folder; train[:10%], train[100:500]: a "
+        "slice of its rows",
+    )
+    containing: Name | None = Field(
+        None,
+        description="only documents that contain this text; of a chat, those in which the "
+        "assistant says it",
+    )
     revision: Name | None = Field(None, description="branch, tag or commit of a Hub dataset")
     text_field: str = Field(
         "text",
@@ -119,6 +150,24 @@ class Data(_Section):
         description="fill with end tokens that are masked and scored instead, up to the block "
         "(bd3lm) or the whole sequence (mdlm, LLaDA)",
     )
+
+    @property
+    def texts(self) -> tuple[tuple[Fraction, Data], ...]:
+        """Share of the sequences, exact and one in sum, and what is read, of each text."""
+        if not self.mixture:
+            return ((Fraction(1), self),)
+        # As they were typed: 0.1 is a tenth.
+        weights = [Fraction(repr(text.weight)) for text in self.mixture]
+        return tuple(
+            (weight / sum(weights), self.model_copy(update={**own, "mixture": ()}))
+            for weight, own in zip(weights, map(_own_fields, self.mixture), strict=True)
+        )
+
+
+def _own_fields(text: MixedText) -> dict[str, Any]:
+    fields = text.model_dump(exclude={"weight"})
+    inherited = ("text_field", "containing")
+    return {k: v for k, v in fields.items() if v is not None or k not in inherited}
 
 
 class Lora(_Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -64,17 +64,30 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     value = row.get(data.text_field)
     _check_characters(row, data, where)
     if isinstance(value, str):
-        for part in _parts(value) if value.strip() else ():
-            yield Document(part, where)
+        if data.containing is None or data.containing in value:
+            for part in _parts(value) if value.strip() else ():
+                yield Document(part, where)
         return
     messages = find_messages(row, data.text_field, where)
     if messages is not None:
-        yield Document(messages, where)
+        if data.containing is None or any(data.containing in said for said in _answers(messages)):
+            yield Document(messages, where)
     elif not any(names <= row.keys() for names in ({data.text_field}, *CHAT_COLUMNS)):
         raise DataError(
             f"{where} has no column {data.text_field!r}, it has {sorted(row)}",
             hint=advice([*row]),
         )
+
+
+def _answers(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield what the assistant says; of content in parts, their texts."""
+    for message in messages:
+        if message.get("role") == "assistant":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                yield content
+            else:
+                yield "".join(str(part.get("text") or "") for part in content)
 
 
 def _check_characters(row: Mapping[str, Any], data: Data, where: str) -> None:
