@@ -18,8 +18,8 @@ from dllm_convert.evaluation.base_found import check_base
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.recorded import recorded_recipe
-from dllm_convert.recipe.rules import UnsoundError
 from dllm_convert.recipe.schema import Data
 from dllm_convert.recipe.splits import sliced
 from dllm_convert.recipe.texts import fields_of_text

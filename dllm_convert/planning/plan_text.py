@@ -186,6 +186,12 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
     lines = [
         f"{training['method']}{acts_on}, {rate}, {steps}{limit}, data {plan['data']['source']}"
     ]
+    if sizes := plan["growing_sizes"]:
+        grown = training["block_growth"]["steps"]
+        lines.append(
+            f"blocks of {', '.join(map(str, sizes))} tokens for {grown:,} steps, then of "
+            f"{plan['block_size']}"
+        )
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]
     flops = estimate["flops_per_token"]

@@ -166,7 +166,8 @@ def _allowed(entry: Mapping[str, Any]) -> str:
         *first, last = entry["enum"]
         return f"{', '.join(first)} or {last}" if first else str(last)
     if entry["type"] == "array":
-        return "list of sections" if "$ref" in entry["items"] else "list of texts"
+        kind = "section" if "$ref" in entry["items"] else entry["items"]["type"]
+        return f"list of {'texts' if kind == 'string' else f'{kind}s'}"
     if "pattern" in entry:
         return "text that is not empty"
     bounds = [

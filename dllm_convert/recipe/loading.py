@@ -18,11 +18,11 @@ from dllm_convert.common.nearest import nearest_place
 from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError, TypedFieldError
 from dllm_convert.recipe import yaml_text as recipe_yaml
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.fields import describe_problem, field_path, fields_of, sections
 from dllm_convert.recipe.inherited import Fetch, handed_down
 from dllm_convert.recipe.precedence import NAMES, forgotten
-from dllm_convert.recipe.rules import UnsoundError
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.recipe.splits import mixture_line
 from dllm_convert.recipe.texts import fields_of_text

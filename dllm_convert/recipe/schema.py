@@ -9,9 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LONGEST_MINUTES
 from dllm_convert.common.terms import ActsOn, Divergence, Kernel, Target
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
 from dllm_convert.recipe.engines import Serve
-from dllm_convert.recipe.rules import UnsoundError, contradictions
+from dllm_convert.recipe.rules import contradictions
 
 Method = Literal["full", "lora", "none"]
 Checkpointing = Literal["auto", "off", "selective", "full"]
@@ -220,6 +221,22 @@ class Distilled(_Section):
     )
 
 
+class BlockGrowth(_Section):
+    """Blocks that grow before they have their size (LLaDA2, arXiv 2512.15745; NBDiff)."""
+
+    steps: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="steps of all stages together, each as long as the others; 0: none. bd3lm",
+    )
+    sizes: tuple[PositiveInt, ...] = Field(
+        (),
+        description="tokens per block of each stage; empty: 1, 2, 4, ... below block_size (from 2 "
+        "where the base is kept)",
+    )
+
+
 class Training(_Section):
     """Optimisation."""
 
@@ -254,6 +271,7 @@ class Training(_Section):
         "causal (bd3lm; Nemotron-Labs-Diffusion)",
     )
     distillation: Distilled = Distilled()
+    block_growth: BlockGrowth = BlockGrowth()
     attention_annealing_steps: int = Field(
         0,
         ge=0,
@@ -395,6 +413,23 @@ class Recipe(_Section):
         # What `serve` chooses stands in the fields themselves.
         incidental: Any = {"training": set(INCIDENTAL), "allow_pickle": True, "serve": True}
         return self.model_dump(mode="json", exclude=incidental)
+
+    @property
+    def growing_sizes(self) -> tuple[int, ...]:
+        """Tokens per block of each stage before blocks have their size; empty for none."""
+        growth, block = self.training.block_growth, self.block_size
+        if not growth.steps or block is None:
+            return ()
+        if growth.sizes:
+            return growth.sizes
+        sizes, left, factor = [1], block, 2
+        while left > 1:
+            while left % factor:
+                factor += 1
+            left //= factor
+            sizes.append(sizes[-1] * factor)
+        # Of a block that a kept base begins there is nothing to learn in one of a single token.
+        return tuple(size for size in sizes[:-1] if size > self.training.keeps_base)
 
     @property
     def training_tokens(self) -> int:

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dllm_convert.recipe.rules import Contradiction, UnsoundError
+from dllm_convert.recipe.contradiction import Contradiction, UnsoundError
 from dllm_convert.recipe.splits import NamedText, mixture_line
 
 _WEIGHT = re.compile(r"\d+(?:\.\d*)?|\.\d+")

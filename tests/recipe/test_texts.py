@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
 from dllm_convert.errors import IncompatibleError, TypedFieldError
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.loading import amend_recipe, dump_recipe, load_recipe
-from dllm_convert.recipe.rules import UnsoundError
 from dllm_convert.recipe.splits import Rows, sliced
 from dllm_convert.recipe.texts import fields_of_text
 
