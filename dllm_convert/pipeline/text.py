@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import HubError, IncompatibleError
@@ -60,6 +60,45 @@ class TextPlan:
 
 
 @dataclass(frozen=True)
+class WrittenPlan:
+    """Text that the base writes before a training, and what that costs.
+
+    Attributes:
+        asked: The text that prompts are taken from.
+        prompts: Prompts that it is known to have, at most as many as are asked for.
+        new_tokens: Tokens that the base writes, at most.
+        forwards: Forwards of the base, at most.
+        batch_size: Prompts in each of them.
+        text: What is trained on, as if every text were as long as it may be.
+    """
+
+    asked: TextLook
+    prompts: int
+    new_tokens: int
+    forwards: int
+    batch_size: int
+    text: TextPlan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for `check --json`."""
+        known = {**self.asked.as_dict(), "wanted": self.text.wanted, "epochs": self.text.epochs}
+        names = ("prompts", "new_tokens", "forwards", "batch_size")
+        written = {name: getattr(self, name) for name in names}
+        return {**known, "written_with_base": written, "said": self.line()}
+
+    def line(self) -> str:
+        """Say it in one sentence."""
+        rows = f"rows of {self.batch_size}" if self.batch_size > 1 else "single rows"
+        epochs = self.text.epochs or 0.0
+        return (
+            f"{self.asked.source}: the base answers {self.prompts:,} prompts of it before the "
+            f"training, at most {_rounded(self.new_tokens)} tokens in {self.forwards:,} forwards "
+            f"of {rows}; the training reads {_rounded(self.text.wanted)}, at least {epochs:.2g} "
+            "times all of it"
+        )
+
+
+@dataclass(frozen=True)
 class MixturePlan:
     """Texts that are mixed, and what a training does with each.
 
@@ -93,7 +132,9 @@ class MixturePlan:
         return "\n".join(f"{share:.1%} {text.line()}" for share, text in each)
 
 
-def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | MixturePlan | None:
+def plan_text(
+    plan: ConversionPlan, processes: int = 1
+) -> TextPlan | MixturePlan | WrittenPlan | None:
     """Look at the text that a plan trains on; None if it trains on none.
 
     Args:
@@ -109,6 +150,8 @@ def plan_text(plan: ConversionPlan, processes: int = 1) -> TextPlan | MixturePla
     if recipe.training.method == "none":
         return None
     tokens, count = recipe.training_tokens * processes, _counter(plan)
+    if recipe.data.write_with_base.prompts:
+        return _written(recipe, _planned(recipe, recipe.data, tokens, count))
     texts = [_planned(recipe, data, math.ceil(tokens * share), count) for share, data in
              recipe.data.texts]  # fmt: skip
     if not recipe.data.allow_epochs:
@@ -130,6 +173,27 @@ def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> 
         apart = 0.0 if data.held_out_source else data.held_out_fraction
         epochs = float(f"{wanted / (look.tokens * (1 - apart)):.3g}")
     return TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
+
+
+def _written(recipe: Recipe, found: TextPlan) -> WrittenPlan:
+    """Say what writing costs, from a look at the text that prompts are taken from.
+
+    Raises:
+        IncompatibleError: The training would read what is written more than `MOST_EPOCHS` times.
+    """
+    asked, look = recipe.data.write_with_base, found.look
+    prompts = asked.prompts
+    if look.whole:
+        kept = round(look.documents * (1 - recipe.data.held_out_fraction))
+        prompts = max(1, min(prompts, kept))
+    new = prompts * asked.max_new_tokens
+    begun = 0 if look.chats else prompts * asked.prompt_tokens
+    written = replace(look, source=f"what the base writes from {look.source}", tokens=new + begun)
+    text = replace(found, look=written, epochs=float(f"{found.wanted / (new + begun):.3g}"))
+    if not recipe.data.allow_epochs:
+        _refuse_epochs(text, recipe.training.steps)
+    forwards = -(-prompts // asked.batch_size) * asked.max_new_tokens
+    return WrittenPlan(look, prompts, new, forwards, asked.batch_size, text)
 
 
 def looked_at(plan: ConversionPlan, processes: int) -> dict[str, Any]:

@@ -88,6 +88,27 @@ class MixedText(_Section):
     containing: Name | None = Field(None, description="text; empty means data.containing")
 
 
+class WrittenByBase(_Section):
+    """Text that the base writes before it is trained (FLARE, arXiv 2606.01774)."""
+
+    prompts: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="questions and beginnings of data.source that the base answers and goes on "
+        "from before training; what it writes is trained on, not data.source. 0: none",
+    )
+    prompt_tokens: PositiveInt = Field(32, description="tokens of a document's beginning")
+    max_new_tokens: PositiveInt = Field(
+        256, description="tokens of an answer or a continuation at most; a chat's has to end"
+    )
+    temperature: NonNegativeFloat = Field(
+        1.0, description="of its sampling; 1: its own distribution, 0: the likeliest token"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="share of the likeliest tokens drawn from")
+    batch_size: PositiveInt = Field(16, description="prompts per forward")
+
+
 class Data(_Section):
     """Training text and how it is cut."""
 
@@ -134,6 +155,7 @@ class Data(_Section):
     held_out_split: Name | None = Field(
         None, description="split of held_out_source, or of source, to measure on"
     )
+    write_with_base: WrittenByBase = WrittenByBase()
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
     allow_epochs: bool = Field(
         False, description="read the text more than 20 times, which is refused otherwise"

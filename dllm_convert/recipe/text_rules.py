@@ -12,6 +12,36 @@ if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
 
 
+def _written(recipe: Recipe) -> Iterator[Contradiction]:
+    """What text that the base writes needs."""
+    data, field = recipe.data, "data.write_with_base"
+    asked = data.write_with_base
+    if not asked.prompts:
+        for name in sorted(asked.model_fields_set - {"prompts"}):
+            if getattr(asked, name) != type(asked).model_fields[name].default:
+                yield Contradiction(
+                    f"{field}.{name} does nothing while {field}.prompts is 0",
+                    f"--set {field}.prompts=1000, for instance",
+                    (f"{field}.prompts", f"{field}.{name}"),
+                )
+        return
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("training.method", recipe.training.method == "none", "nothing is trained",
+         f"Leave {field} out"),
+        ("data.mixture", bool(data.mixture), "prompts are taken from one text",
+         "Name one of them with --data"),
+        (f"{field}.top_p", asked.temperature == 0 and asked.top_p < 1,
+         "at temperature 0 nothing is drawn", f"--set {field}.temperature=1"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{field}.prompts and {name} do not go together: {why}",
+                hint,
+                (f"{field}.prompts", name),
+            )
+
+
 def of_texts(recipe: Recipe) -> Iterator[Contradiction]:
     """Yield what texts, their parts and their mixture need and do not have."""
     data, field = recipe.data, "data.mixture"
@@ -22,6 +52,7 @@ def of_texts(recipe: Recipe) -> Iterator[Contradiction]:
             sliced(split)
         except ValueError as error:
             yield Contradiction(str(error), f"Write {name} so, or without brackets", (name,))
+    yield from _written(recipe)
     if not data.mixture:
         return
     line = mixture_line([text.model_dump() for text in data.mixture])

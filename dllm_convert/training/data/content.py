@@ -22,6 +22,9 @@ from dllm_convert.training.data.messages import (
 LONGEST = 1 << 20
 """Characters above which a document is cut: tokenizers take memory by the document."""
 
+OPEN = "dllm_convert_is_open"
+"""Column of what a base wrote (`training.base_text`): true of a text that was cut off."""
+
 _CHAT_COLUMNS = sorted(frozenset().union(*CHAT_COLUMNS, BESIDE_CHATS))
 
 
@@ -32,10 +35,12 @@ class Document:
     Attributes:
         content: The text, or the messages.
         where: What an error calls it.
+        is_open: Whether the text was cut off and goes on: it is not learnt with an end.
     """
 
     content: str | tuple[Message, ...]
     where: str
+    is_open: bool = False
 
     @property
     def key(self) -> int:
@@ -66,7 +71,7 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     if isinstance(value, str):
         if data.containing is None or data.containing in value:
             for part in _parts(value) if value.strip() else ():
-                yield Document(part, where)
+                yield Document(part, where, is_open=row.get(OPEN) is True)
         return
     messages = find_messages(row, data.text_field, where)
     if messages is not None:

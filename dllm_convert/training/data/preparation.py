@@ -88,6 +88,8 @@ class Preparation:
         advance: Told how many documents were read.
         place: This process among those that train.
         share: Part of the training's sequences that are of this text.
+        measures: Text whose held-out documents are measured, where that is not the one that is
+            trained on because a base wrote that from it.
     """
 
     recipe: Recipe
@@ -96,6 +98,7 @@ class Preparation:
     advance: Callable[[int], None]
     place: Rank = ALONE
     share: Fraction = Fraction(1)
+    measures: Data | None = None
 
     def finish(self) -> Text:
         """Read and split.
@@ -113,9 +116,12 @@ class Preparation:
     def elsewhere(self) -> tuple[Store, dict[str, Any]] | None:
         """Read the text to measure on and what to say of it; None if the recipe names none."""
         asked = self._elsewhere
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if asked is None and self.measures is not None:
+            split = Split.by_fraction(self.measures.held_out_fraction)
+            return self._read("held_out", self.measures, Need(split, 0, self._choice))[0], {}
         if asked is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
         store, known = self._read("held_out", asked, Need(Split(KEYS), 0, self._choice))
         hub = {"subset": asked.subset, "split": asked.split} if known["kind"] == "hub" else {}
         return store, {"held_out": {n: known[n] for n in ("source", "kind", "revision")} | hub}
@@ -215,7 +221,7 @@ class Preparation:
     @cached_property
     def _elsewhere(self) -> Data | None:
         """The text that is measured on, where the recipe names some."""
-        data = self.recipe.data
+        data = self.measures or self.recipe.data
         if data.held_out_source is None and data.held_out_split is None:
             return None
         same = data.held_out_source in (None, data.source)

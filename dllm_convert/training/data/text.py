@@ -11,7 +11,7 @@ import fcntl
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from torch.utils.data import Dataset
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.schema import Data, Recipe
+from dllm_convert.recipe.splits import SPLIT
+from dllm_convert.training.base_text import TEXT
 from dllm_convert.training.data.mixing import MixedRows, MixedText, Mixture, mix, parts_of
 from dllm_convert.training.data.packing import Layout, pack
 from dllm_convert.training.data.preparation import Preparation, Text, layout_of
@@ -79,6 +81,7 @@ def prepare_data(
     reporter: Reporter,
     folder: Path | None = None,
     place: Rank = ALONE,
+    written: Path | None = None,
 ) -> TextData:
     """Read, tokenise, split and pack the recipe's text.
 
@@ -91,6 +94,8 @@ def prepare_data(
         folder: Where tokens are kept, for a later call on the same recipe to find them; a temporary
             one if None.
         place: This process among those that train on it: how much is read depends on how many.
+        written: What the base wrote from the recipe's text, as `base_text.gather` left it, to train
+            on in its place; measured is the recipe's.
 
     Returns:
         Rows to train on and batches to measure on; the same for the same recipe and text.
@@ -106,7 +111,14 @@ def prepare_data(
         folder = Path(keep.name)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), reporter.task(f"read {recipe.data.source}") as task:
-        text = _read(Preparation(recipe, tokenizer, folder, task.advance, place))
+        preparation = Preparation(recipe, tokenizer, folder, task.advance, place)
+        if written is not None:
+            preparation = replace(
+                preparation,
+                recipe=recipe.model_copy(update={"data": own_text(recipe.data, written)}),
+                measures=recipe.data,
+            )
+        text = _read(preparation)
     if beside := text.facts.get("left_out"):
         some = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if beside[5:] else "")
         reporter.line(f"left out of --data {recipe.data.source}: {some}")
@@ -117,6 +129,27 @@ def prepare_data(
     )
     measured = int(sum(batch.scorable.sum() for batch in held_out))
     return TextData(text.train, held_out, {**text.facts, "held_out_tokens": measured}, keep)
+
+
+def own_text(data: Data, written: Path) -> Data:
+    """Return what is trained on of what a base wrote.
+
+    Args:
+        data: The text it wrote that from.
+        written: The folder it lies in.
+    """
+    return data.model_copy(
+        update={
+            "source": str(written / TEXT),
+            "subset": None,
+            "split": SPLIT,
+            "revision": None,
+            "text_field": "text",
+            "containing": None,
+            "streaming": "off",
+            "max_documents": None,
+        }
+    )
 
 
 def text_to_measure(
