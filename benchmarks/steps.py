@@ -48,7 +48,7 @@ def micro_step(model: Any, recipe: Recipe, objective: Objective) -> tuple[Diffus
         objective=objective,
         process=process_of(recipe.noise),
         weights=weights_of(training),
-        annealing=annealing_of(training),
+        annealing=annealing_of(recipe),
     )
     trainer.current_gradient_accumulation_steps = 1
     # Mixed precision is wrapped around the model when a training begins.

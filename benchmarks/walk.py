@@ -242,7 +242,7 @@ def _step_of(made: Checkpoints, family: str, target: str, overrides: Any) -> Cal
         args=_arguments(recipe, made.root / "unused/.work/trainer", False, False),
         process=process_of(recipe.noise),
         weights=weights_of(recipe.training),
-        annealing=annealing_of(recipe.training),
+        annealing=annealing_of(recipe),
     )
     pretend.move(model)
     device, plain = torch.device(pretend.NAME, 0), TrainingArguments.device

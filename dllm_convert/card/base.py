@@ -78,18 +78,28 @@ class Text:
     """A body of text.
 
     Attributes:
-        kind: pydoc, files or hub.
+        kind: pydoc, files or hub; or mixture.
         names: File names or the dataset id; never a path of the machine it was made on.
         revision: Commit of a Hub dataset, None if unknown.
         subset: Subset of a Hub dataset, None for its only one.
-        split: Split of a Hub dataset.
+        split: Split of a Hub dataset; of another text a slice of its rows.
+        containing: What its documents had to contain, None for nothing.
+        mixed: The texts of a mixture, each with its share of the sequences.
     """
 
-    kind: Literal["pydoc", "files", "hub"]
+    kind: Literal["pydoc", "files", "hub", "mixture"]
     names: tuple[str, ...]
     revision: str | None = None
     subset: str | None = None
     split: str | None = None
+    containing: str | None = None
+    mixed: tuple[tuple[float, Text], ...] = ()
+
+    @property
+    def dataset_ids(self) -> tuple[str, ...]:
+        """Ids of the datasets on the Hub that it is of."""
+        own = self.names if self.kind == "hub" else ()
+        return (*own, *(name for _, text in self.mixed for name in text.dataset_ids))
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ def data_of(facts: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Data 
             "split": asked.get("held_out_split"),
         }
     return Data(
-        _text({"subset": asked.get("subset"), "split": asked.get("split"), **facts}),
+        _text({name: asked.get(name) for name in ("subset", "split", "containing")} | {**facts}),
         _text(held_out) if held_out else None,
         int(facts.get("chats") or 0),
         facts,
@@ -198,12 +208,24 @@ def data_of(facts: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> Data 
 
 
 def _text(facts: Mapping[str, Any]) -> Text:
+    if facts.get("kind") == "mixture":
+        mixed = tuple((float(text["share"]), _text(text)) for text in facts["texts"])
+        return Text("mixture", tuple(name for _, text in mixed for name in text.names), mixed=mixed)
     source = str(facts["source"])
     kind = data_kind(source, facts.get("kind"))
+    containing = facts.get("containing")
     if kind != "hub":
-        return Text(kind, data_names(source, kind))
-    known = {name: str(facts[name]) for name in ("revision", "subset", "split") if facts.get(name)}
-    return Text(kind, data_names(source, kind), **known)
+        part = str(facts.get("split"))
+        return Text(
+            kind,
+            data_names(source, kind),
+            split=part if "[" in part else None,
+            containing=containing,
+        )
+    revision, subset, split = (
+        str(facts[name]) if facts.get(name) else None for name in ("revision", "subset", "split")
+    )
+    return Text(kind, data_names(source, kind), revision, subset, split, containing)
 
 
 def data_kind(source: str, recorded: str | None = None) -> Literal["pydoc", "files", "hub"]:

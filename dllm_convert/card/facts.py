@@ -21,6 +21,7 @@ from dllm_convert.common.manifest import MANIFEST_FILE, REPORT_FILE
 from dllm_convert.common.manifest_form import check_form
 from dllm_convert.common.redaction import last_part, without_paths
 from dllm_convert.modeling.bundle import CODE_FILES
+from dllm_convert.recipe.splits import mixture_line
 from dllm_convert.source.fit import is_tied
 from dllm_convert.verification.report import files_only
 
@@ -200,6 +201,12 @@ def _reproducible(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> dict[
         if data.get(key):
             kind = data_kind(str(data[key]))
             data[key] = ",".join(data_names(str(data[key]), kind))
+    if data.get("mixture"):
+        cut = [
+            {**text, "source": ",".join(data_names(text["source"], data_kind(text["source"])))}
+            for text in data["mixture"]
+        ]
+        data |= {"mixture": cut, "source": mixture_line(cut)}
     repo_id = source.get("repo_id")
     pinned = {
         "source": repo_id or last_part(str(recipe["source"])),

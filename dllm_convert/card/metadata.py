@@ -39,7 +39,7 @@ def front_matter(facts: Facts, title: str) -> dict[str, Any]:
         "license_link": licence.link if licence.id == "other" else None,
         "base_model": base.hub_id,
         "base_model_relation": relation if base.hub_id else None,
-        "datasets": list(data.text.names) if data and data.text.kind == "hub" else [],
+        "datasets": list(dict.fromkeys(data.text.dataset_ids)) if data else [],
         # PEFT alone would let a gated adapter act on every token.
         "library_name": "peft" if facts.adapter_only and not facts.keeps_base else "transformers",
         "pipeline_tag": _PIPELINE_TAGS[facts.adapter.auto_class],
@@ -96,7 +96,7 @@ def _results(facts: Facts) -> list[EvalResult]:
     measure = facts.measure("nelbo_after")
     if measure is None or facts.data is None or not math.isfinite(measure.nats):
         return []
-    if facts.data.measured.kind == "files":
+    if facts.data.measured.kind in ("files", "mixture"):
         return []
     from huggingface_hub import EvalResult
 

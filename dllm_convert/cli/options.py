@@ -138,7 +138,7 @@ Data = Annotated[
         "--data",
         metavar="SPEC",
         parser=named,
-        help="Training text: pydoc, files or globs, or a Hub dataset id.",
+        help="Training text: pydoc, files or globs, a Hub dataset id; NAME:0.7,NAME:0.3 mixes.",
     ),
 ]
 Steps = Annotated[

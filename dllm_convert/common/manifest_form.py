@@ -86,6 +86,10 @@ class _Lora(_Section):
     learning_rate: float | None = None
 
 
+class _BlockGrowth(_Section):
+    steps: int = 0
+
+
 class _Training(_Section):
     method: str
     steps: int
@@ -96,6 +100,7 @@ class _Training(_Section):
     loss_weight: str
     ar_loss_weight: float = 0.0
     attention_annealing_steps: int = 0
+    block_growth: _BlockGrowth | None = None
     mask_noise_std: float = 0.0
     mask_noise_steps: int = 0
     lora: _Lora | None = None

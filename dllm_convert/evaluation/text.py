@@ -13,13 +13,16 @@ from dllm_convert.card.base import data_kind, data_names
 from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.likelihood import autoregressive_nll, nelbo
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.errors import IncompatibleError
+from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.evaluation.base_found import check_base
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.recorded import recorded_recipe
 from dllm_convert.recipe.schema import Data
+from dllm_convert.recipe.splits import sliced
+from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
@@ -82,15 +85,23 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
 
     check_base(request)
     recipe = recorded_recipe(request.checkpoint)
-    trained_on = recipe.training.method != "none" and _is_same(str(request.data), recipe.data)
-    fields: dict[str, Any] = {"source": request.data}
-    if not trained_on:
+    given, data = str(request.data), None
+    if recipe.training.method != "none":
+        data = _trained_on(given, recipe.data)
+    trained_on = data is not None
+    if data is None:
         # Names of columns may serve another text as well; subset and split are of that one.
-        fields |= {"subset": None, "split": "train", "revision": None, "max_documents": None}
-        fields |= {"held_out_source": None, "held_out_split": None}
+        other: dict[str, Any] = {
+            "subset": None,
+            "split": "train",
+            "revision": None,
+            "max_documents": None,
+        }
+        other |= {"held_out_source": None, "held_out_split": None, "mixture": ()}
+        other |= {"containing": None, **_one_text(given)}
+        data = recipe.data.model_copy(update=other)
     if request.text_field is not None:
-        fields["text_field"] = request.text_field
-    data = recipe.data.model_copy(update=fields)
+        data = data.model_copy(update={"text_field": request.text_field})
     recipe = recipe.model_copy(update={"data": data})
     subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)
     batches, facts = text_to_measure(recipe, subject.tokenizer, reporter, held_out=trained_on)
@@ -117,9 +128,40 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     return found
 
 
-def _is_same(given: str, data: Data) -> bool:
-    """Whether a text is named as the one that was trained on is: what it is cannot be seen."""
-    return given == data.source or Path(given).absolute() == Path(data.source).absolute()
+def _one_text(line: str) -> dict[str, Any]:
+    """Return the fields of `data` that a line stands for.
+
+    Raises:
+        DataError: It can be read in two ways, or is a mixture.
+    """
+    try:
+        fields = fields_of_text(line)
+        sliced(str(fields.get("split", "")))
+    except UnsoundError as error:
+        raise DataError(error.found.message, hint=error.found.hint) from error
+    except ValueError as error:
+        raise DataError(str(error), hint="Write the part so, or leave it out") from error
+    if "mixture" in fields:
+        raise DataError(
+            f"--data {line} is a mixture, and one text is measured at a time",
+            hint="Measure each of them; or the mixture that was trained on, by its own name",
+        )
+    return fields
+
+
+def _trained_on(given: str, data: Data) -> Data | None:
+    """Return what was trained on, if a text is named as that, or one text of it, was.
+
+    What it is cannot be seen.
+    """
+    if given == data.source:
+        return data
+    named = _one_text(given)
+    for _, text in data.texts:
+        same = Path(named["source"]).absolute() == Path(text.source).absolute()
+        if same and all(getattr(text, name) == named[name] for name in named.keys() - {"source"}):
+            return text.model_copy(update={"source": named["source"]})
+    return None
 
 
 def _base_nll(

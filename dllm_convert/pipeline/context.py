@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -84,6 +85,11 @@ class Run:
         return self.workspace.work / "trained"
 
     @property
+    def written(self) -> Path:
+        """Folder of what the base wrote to be trained on."""
+        return self.workspace.work / "written"
+
+    @property
     def weights(self) -> Path:
         """Folder of the weights that are published."""
         return self.trained if self.trains else self.untrained
@@ -109,8 +115,17 @@ class Run:
         """Text to train on and held-out text."""
         from dllm_convert.training.data.text import prepare_data
 
-        folder = self.workspace.work / "data"
-        return prepare_data(self.plan.recipe, self.tokenizer, self.reporter, folder, self.place)
+        folder, recipe = self.workspace.work / "data", self.plan.recipe
+        data = prepare_data(
+            *(recipe, self.tokenizer, self.reporter, folder, self.place),
+            written=self.written if recipe.data.write_with_base.prompts else None,
+        )
+        if not recipe.data.write_with_base.prompts:
+            return data
+        # What was trained on is of the source that was named, not of this folder.
+        known = json.loads((self.written / "facts.json").read_text(encoding="utf-8"))
+        named = {name: known.pop(name) for name in ("source", "kind", "revision")}
+        return replace(data, facts={**data.facts, **named, "written_with_base": known})
 
 
 @dataclass(frozen=True)

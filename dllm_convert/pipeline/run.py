@@ -39,6 +39,7 @@ from dllm_convert.pipeline.workspace import (
     open_workspace,
     read_workspace,
 )
+from dllm_convert.pipeline.writing import WRITE, prepare_writing
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, source_facts
 from dllm_convert.planning.devices import Device, known_gpu, this_cpu
 from dllm_convert.planning.launch import ALONE as ONE_PROCESS
@@ -105,9 +106,12 @@ def follow(out: Path, place: Rank) -> None:
     from dllm_convert.training.distributed import meet
 
     with quiet_libraries():
-        plan: ConversionPlan | None = meet(place)
-        if plan is not None:
-            TRAIN.work(Run(plan, read_workspace(out), Reporter(quiet=True), place))
+        while (errand := meet(place)) is not None:
+            shared: Errand = errand
+            run = Run(shared.plan, read_workspace(out), Reporter(quiet=True), place)
+            {WRITE.name: WRITE, TRAIN.name: TRAIN}[shared.stage].work(run)
+            if shared.stage == TRAIN.name:
+                return
 
 
 def _of_this_run(plan: ConversionPlan, workspace: Workspace) -> ConversionPlan:
@@ -172,7 +176,8 @@ def run(
         for line in opening_lines(plan, out):
             reporter.line(line)
         if text is not None:
-            reporter.line(text.line())
+            for line in text.line().splitlines():
+                reporter.line(line)
         for warning in plan.warnings:
             reporter.warn(warning)
         conversion = Run(plan, workspace, reporter, place, how)
@@ -207,6 +212,9 @@ def _finish(run: Run) -> None:
         run.do(MATERIALISE)
         # 2. The untrained conversion: the mask's row, opened attention, config, tokenizer, code.
         run.do(ADAPT)
+        # What is trained on, where the base writes it.
+        if run.trains and run.plan.recipe.data.write_with_base.prompts:
+            _write_together(run)
         # 3. What it and its base make of held-out text, and what to expect of the training.
         if run.trains:
             run.do(BASELINE)
@@ -243,12 +251,36 @@ def _device() -> Device | None:
     return None if torch.accelerator.is_available() else this_cpu()
 
 
+@dataclass(frozen=True)
+class Errand:
+    """What all processes do together.
+
+    Attributes:
+        stage: Name of the stage.
+        plan: The conversion, as the first process planned it.
+    """
+
+    stage: str
+    plan: ConversionPlan
+
+
+def _write_together(run: Run) -> None:
+    """Have the base write, as the first of all processes."""
+    if run.found(WRITE) is not None:
+        return
+    from dllm_convert.training.distributed import meet
+
+    prepare_writing(run)
+    meet(run.place, Errand(WRITE.name, run.plan))
+    run.do(WRITE)
+
+
 def _train_together(run: Run, *, needed: bool) -> None:
     """Train, as the first of all processes; without a training let the others go."""
     if not run.trains and run.place.world == 1:
         return
     from dllm_convert.training.distributed import meet
 
-    job = run.plan if needed and run.found(TRAIN) is None else None
+    job = Errand(TRAIN.name, run.plan) if needed and run.found(TRAIN) is None else None
     if meet(run.place, job) is not None:
         run.do(TRAIN)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import HubError, IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan
 
 if TYPE_CHECKING:
+    from dllm_convert.recipe.schema import Data, Recipe
     from dllm_convert.training.data.look import TextLook
 
 MOST_EPOCHS = 20
 """Times that a training may read its text unasked. Beyond 4 repeated tokens are worth less than new
 ones, beyond 16 next to nothing (Muennighoff et al., arXiv 2305.16264, of autoregressive models)."""
+
+
+Counter = Callable[[Sequence[str]], Sequence[int]]
+"""Counts the tokens of texts."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class TextPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for `check --json`."""
-        return {**self.look.as_dict(), "wanted": self.wanted, "epochs": self.epochs}
+        known = {**self.look.as_dict(), "wanted": self.wanted, "epochs": self.epochs}
+        return {**known, "said": self.line()}
 
     def line(self) -> str:
         """Say it in one sentence."""
@@ -53,7 +59,80 @@ class TextPlan:
         return f"{said}, {times} time{'s' if self.epochs != 1 else ''} all of it"
 
 
-def plan_text(plan: ConversionPlan) -> TextPlan | None:
+@dataclass(frozen=True)
+class WrittenPlan:
+    """Text that the base writes before a training, and what that costs.
+
+    Attributes:
+        asked: The text that prompts are taken from.
+        prompts: Prompts that it is known to have, at most as many as are asked for.
+        new_tokens: Tokens that the base writes, at most.
+        forwards: Forwards of the base, at most.
+        batch_size: Prompts in each of them.
+        text: What is trained on, as if every text were as long as it may be.
+    """
+
+    asked: TextLook
+    prompts: int
+    new_tokens: int
+    forwards: int
+    batch_size: int
+    text: TextPlan
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for `check --json`."""
+        known = {**self.asked.as_dict(), "wanted": self.text.wanted, "epochs": self.text.epochs}
+        names = ("prompts", "new_tokens", "forwards", "batch_size")
+        written = {name: getattr(self, name) for name in names}
+        return {**known, "written_with_base": written, "said": self.line()}
+
+    def line(self) -> str:
+        """Say it in one sentence."""
+        rows = f"rows of {self.batch_size}" if self.batch_size > 1 else "single rows"
+        epochs = self.text.epochs or 0.0
+        return (
+            f"{self.asked.source}: the base answers {self.prompts:,} prompts of it before the "
+            f"training, at most {_rounded(self.new_tokens)} tokens in {self.forwards:,} forwards "
+            f"of {rows}; the training reads {_rounded(self.text.wanted)}, at least {epochs:.2g} "
+            "times all of it"
+        )
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """Texts that are mixed, and what a training does with each.
+
+    Attributes:
+        source: The mixture, as it was named.
+        shares: Part of the sequences that are of each text.
+        texts: What each of them is.
+    """
+
+    source: str
+    shares: tuple[float, ...]
+    texts: tuple[TextPlan, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for `check --json`."""
+        each = [
+            {"share": share, **text.as_dict(), "said": f"{share:.1%} {text.line()}"}
+            for share, text in zip(self.shares, self.texts, strict=True)
+        ]
+        return {
+            "source": self.source,
+            "kind": "mixture",
+            "wanted": sum(text.wanted for text in self.texts),
+            "texts": each,
+            "said": self.line(),
+        }
+
+    def line(self) -> str:
+        """Say it, a line for each text."""
+        each = zip(self.shares, self.texts, strict=True)
+        return "\n".join(f"{share:.1%} {text.line()}" for share, text in each)
+
+
+def plan_text(plan: ConversionPlan) -> TextPlan | MixturePlan | WrittenPlan | None:
     """Look at the text that a plan trains on; None if it trains on none.
 
     Args:
@@ -67,18 +146,51 @@ def plan_text(plan: ConversionPlan) -> TextPlan | None:
     recipe = plan.recipe
     if recipe.training.method == "none":
         return None
+    tokens, count = plan.training_tokens, _counter(plan)
+    if recipe.data.write_with_base.prompts:
+        return _written(recipe, _planned(recipe, recipe.data, tokens, count))
+    texts = [_planned(recipe, data, math.ceil(tokens * share), count) for share, data in
+             recipe.data.texts]  # fmt: skip
+    if not recipe.data.allow_epochs:
+        for text in texts:
+            _refuse_epochs(text, recipe.training.steps)
+    if not recipe.data.mixture:
+        return texts[0]
+    shares = tuple(float(share) for share, _ in recipe.data.texts)
+    return MixturePlan(recipe.data.source, shares, tuple(texts))
+
+
+def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> TextPlan:
+    """Look at one text of which so many tokens are read."""
     from dllm_convert.training.data.look import look_at
 
-    look = look_at(recipe.data, _counter(plan))
-    wanted = plan.training_tokens
+    look = look_at(data, count)
     epochs = None
     if look.tokens:
-        apart = 0.0 if recipe.data.held_out_source else recipe.data.held_out_fraction
+        apart = 0.0 if data.held_out_source else data.held_out_fraction
         epochs = float(f"{wanted / (look.tokens * (1 - apart)):.3g}")
-    text = TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
+    return TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
+
+
+def _written(recipe: Recipe, found: TextPlan) -> WrittenPlan:
+    """Say what writing costs, from a look at the text that prompts are taken from.
+
+    Raises:
+        IncompatibleError: The training would read what is written more than `MOST_EPOCHS` times.
+    """
+    asked, look = recipe.data.write_with_base, found.look
+    prompts = asked.prompts
+    if look.whole:
+        kept = round(look.documents * (1 - recipe.data.held_out_fraction))
+        prompts = max(1, min(prompts, kept))
+    new = prompts * asked.max_new_tokens
+    begun = 0 if look.chats else prompts * asked.prompt_tokens
+    written = replace(look, source=f"what the base writes from {look.source}", tokens=new + begun)
+    text = replace(found, look=written, epochs=float(f"{found.wanted / (new + begun):.3g}"))
     if not recipe.data.allow_epochs:
         _refuse_epochs(text, recipe.training.steps)
-    return text
+    forwards = -(-prompts // asked.batch_size) * asked.max_new_tokens
+    return WrittenPlan(look, prompts, new, forwards, asked.batch_size, text)
 
 
 def looked_at(plan: ConversionPlan) -> dict[str, Any]:
@@ -89,7 +201,7 @@ def looked_at(plan: ConversionPlan) -> dict[str, Any]:
         return {"text": {"unread": str(error)}}
     if text is None:
         return {}
-    return {"text": {**text.as_dict(), "said": text.line()}}
+    return {"text": text.as_dict()}
 
 
 def _refuse_epochs(text: TextPlan, steps: int) -> None:
@@ -103,7 +215,7 @@ def _refuse_epochs(text: TextPlan, steps: int) -> None:
     )
 
 
-def _counter(plan: ConversionPlan) -> Callable[[Sequence[str]], Sequence[int]] | None:
+def _counter(plan: ConversionPlan) -> Counter | None:
     """Return what counts tokens as the source does, where reading one file is enough for it."""
     path = plan.source.path
     file = None if path is None else path / "tokenizer.json"

@@ -324,6 +324,7 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         },
         "target": recipe.target,
         "block_size": recipe.block_size,
+        "growing_sizes": list(recipe.growing_sizes),
         "token_shift": plan.token_shift,
         "mask": asdict(plan.mask),
         "attention_layers": [

@@ -186,6 +186,12 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
     lines = [
         f"{training['method']}{acts_on}, {rate}, {steps}{limit}, data {plan['data']['source']}"
     ]
+    if sizes := plan["growing_sizes"]:
+        grown = training["block_growth"]["steps"]
+        lines.append(
+            f"blocks of {', '.join(map(str, sizes))} tokens for {grown:,} steps, then of "
+            f"{plan['block_size']}"
+        )
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]
     flops = estimate["flops_per_token"]
@@ -349,6 +355,8 @@ def _text(text: Mapping[str, Any] | None) -> list[str]:
         return []
     if "unread" in text:
         return _wrapped([f"not looked at: {text['unread']}"])
+    if "texts" in text:
+        return [line for one in text["texts"] for line in _text(one)]
     long = []
     if text["beyond"]:
         some = f"{text['beyond']:,} of {text['documents']:,} documents"

@@ -1,4 +1,4 @@
-"""What learning from the base (`training.distillation`) needs of a checkpoint."""
+"""What learning from the base needs of a checkpoint: from its predictions, from its own text."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
         UnsupportedError: It reads both sides of every token.
         IncompatibleError: It is a diffusion model already.
     """
+    _check_writer(recipe, source, adapter)
     if not recipe.training.distillation.weight:
         return
     out = "Leave training.distillation out"
@@ -36,5 +37,29 @@ def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
         raise IncompatibleError(
             "the source is a diffusion model already, so there is no autoregressive base that "
             "could teach",
+            hint=f"{out}, or take the model it was converted from",
+        )
+
+
+def _check_writer(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
+    """Check that the base can write, if that is asked for.
+
+    Raises:
+        UnsupportedError: It reads both sides of every token.
+        IncompatibleError: It is a diffusion model already.
+    """
+    if not recipe.data.write_with_base.prompts:
+        return
+    out = "Leave data.write_with_base out"
+    if adapter.attention != "causal":
+        raise UnsupportedError(
+            f"{adapter.model_type} reads both sides of every token and writes no text; "
+            "data.write_with_base is for a base that predicts the next one",
+            hint=out,
+        )
+    if diffusion_section(source.config) is not None:
+        raise IncompatibleError(
+            "the source is a diffusion model already, and data.write_with_base asks an "
+            "autoregressive base",
             hint=f"{out}, or take the model it was converted from",
         )

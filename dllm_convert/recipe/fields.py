@@ -88,6 +88,9 @@ def describe_problem(error: ErrorDetails) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])  # UnsoundError: it is in words already.
     path = field_path(error)
+    item = _item(error)
+    if item is not None:
+        return item
     if error["type"] == "extra_forbidden":
         near = nearest_field(path)
         suggestion = f", the nearest is {near.path} ({near.allowed})" if near else ""
@@ -100,6 +103,37 @@ def describe_problem(error: ErrorDetails) -> str:
     if most in _BEYOND_REASON:
         expected += f", at most {most:,}"
     return f"{path} is {found}, expected {expected}"
+
+
+def _item(error: ErrorDetails) -> str | None:
+    """Say what is wrong inside an item of a list of sections; None if it is no such place."""
+    loc = error["loc"]
+    place = next((at for at, part in enumerate(loc) if isinstance(part, int)), None)
+    if place is None or not (known := _items(".".join(map(str, loc[:place])))):
+        return None
+    where = f"{'.'.join(map(str, loc[:place]))}[{loc[place]}]"
+    name = next((part for part in loc[place + 1 :] if isinstance(part, str)), None)
+    if name is None or error["type"] == "extra_forbidden":
+        found = where if name is None else f"{where}: unknown field {name}"
+        return f"{found}, expected the fields {', '.join(known)}"
+    expected = f"expected {known[name].allowed}"
+    if error["type"] == "missing":
+        return f"the field {name} of {where} is missing, {expected}"
+    found = json.dumps(error["input"], ensure_ascii=False, default=str)
+    return f"{where}.{name} is {found}, {expected}"
+
+
+@cache
+def _items(path: str) -> Mapping[str, Field]:
+    """Return the fields of the sections that a field lists, by name; none of other fields."""
+    schema = Recipe.model_json_schema()
+    definitions = schema.get("$defs", {})
+    entry: Any = schema
+    for name in path.split("."):
+        entry = entry.get("properties", {}).get(name, {})
+        entry = definitions.get(entry.get("$ref", "").rpartition("/")[2], entry)
+    section = definitions.get(entry.get("items", {}).get("$ref", "").rpartition("/")[2])
+    return {} if section is None else {f.path: f for f in _walk(section, definitions, "")}
 
 
 def _expected(path: str) -> str:
@@ -132,7 +166,8 @@ def _allowed(entry: Mapping[str, Any]) -> str:
         *first, last = entry["enum"]
         return f"{', '.join(first)} or {last}" if first else str(last)
     if entry["type"] == "array":
-        return "list of texts"
+        kind = "section" if "$ref" in entry["items"] else entry["items"]["type"]
+        return f"list of {'texts' if kind == 'string' else f'{kind}s'}"
     if "pattern" in entry:
         return "text that is not empty"
     bounds = [

@@ -19,11 +19,14 @@ from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError, TypedFieldError
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.budget import paced
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.fields import describe_problem, field_path, fields_of, sections
 from dllm_convert.recipe.inherited import Fetch, handed_down
 from dllm_convert.recipe.precedence import NAMES, forgotten
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.splits import mixture_line
+from dllm_convert.recipe.texts import fields_of_text
 
 DEFAULT_PRESET = "small-budget"
 """The preset of a Hub id, folder or file that no recipe describes."""
@@ -219,7 +222,7 @@ class _Layers:
 
     def add(self, fields: Mapping[str, Any], origin: str, *, typed: bool = True) -> None:
         """Add fields, nested or dotted, written at `origin`."""
-        flat = dict(_flatten(fields))
+        flat = _with_texts(dict(_flatten(fields)), origin)
         self._layers += 1
         self.order.append(origin)
         if flat.get("target") == "mdlm" and "block_size" not in flat:
@@ -329,6 +332,32 @@ class _Layers:
                 node = node.setdefault(parent, {})
             node[leaf] = value
         return root
+
+
+def _with_texts(flat: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Return the fields of a layer with what its `data.source` or `data.mixture` stands for.
+
+    Raises:
+        IncompatibleError: The source can be read in two ways.
+    """
+    source, mixture = flat.get("data.source"), flat.get("data.mixture")
+    if mixture:
+        return {"data.source": mixture_line(mixture) or "mixture", **flat}
+    if not isinstance(source, str):
+        return flat  # The schema says so, if it is something else.
+    try:
+        named = {f"data.{name}": value for name, value in fields_of_text(source).items()}
+    except UnsoundError as error:
+        kind = TypedFieldError if origin == COMMAND_LINE else IncompatibleError
+        raise kind(f"{origin}: {error.found.message}", hint=error.found.hint) from error
+    twice = {name for name in named if flat.get(name, named[name]) != named[name]} - {"data.source"}
+    for name in sorted(twice):
+        kind = TypedFieldError if origin == COMMAND_LINE else IncompatibleError
+        raise kind(
+            f"{origin}: {name} is {flat[name]}, and data.source says {named[name]}",
+            hint="Say it once",
+        )
+    return flat | named
 
 
 def _shipped(folder: str) -> dict[str, Path]:

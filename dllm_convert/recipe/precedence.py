@@ -20,7 +20,10 @@ FORGOTTEN: Mapping[str, tuple[str, ...]] = {
     "mask_token.token": ("mask_token.id",),
     "mask_token.id": ("mask_token.token",),
     # These name parts of one dataset, and which of it is measured on.
-    "data.source": ("data.subset", "data.split", "data.revision", "data.held_out_split"),
+    "data.source": (
+        *("data.mixture", "data.subset", "data.split", "data.revision"),
+        *("data.containing", "data.held_out_split"),
+    ),
     "data.held_out_source": ("data.held_out_split",),
     # Each says when a position is sure enough; together the laxer one rules.
     "generation.max_denoising_steps": (

@@ -6,52 +6,28 @@ They need no checkpoint. What has to do with one is asked when a conversion is p
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import names_in, spelt
+from dllm_convert.recipe.contradiction import Contradiction
 from dllm_convert.recipe.engines import NEEDS
+from dllm_convert.recipe.text_rules import of_texts
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
 
 
-@dataclass(frozen=True)
-class Contradiction:
-    """Fields that do not go together.
-
-    Attributes:
-        message: What is wrong, one sentence without a final full stop.
-        hint: What to change.
-        fields: Dotted fields that say so.
-    """
-
-    message: str
-    hint: str
-    fields: tuple[str, ...]
-
-
-class UnsoundError(ValueError):
-    """A recipe whose fields contradict each other, as the schema raises it.
-
-    Args:
-        found: The first contradiction.
-    """
-
-    def __init__(self, found: Contradiction) -> None:
-        super().__init__(found.message)
-        self.found = found
-
-
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     """Yield what in a recipe does not go together."""
+    yield from of_texts(recipe)
     yield from _serving(recipe)
     yield from _lengths(recipe)
     yield from _columns(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
     yield from _distillation(recipe)
+    yield from _growth(recipe)
     yield from _drafts(recipe)
     yield from _kept_base(recipe)
 
@@ -192,6 +168,63 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
             "where the base gives a word no chance",
             f"Leave {field}.top_k out, or --set {field}.divergence=forward_kl",
             (f"{field}.divergence", f"{field}.top_k"),
+        )
+
+
+def _growth(recipe: Recipe) -> Iterator[Contradiction]:
+    """What blocks that grow need."""
+    growth, field, block = recipe.training.block_growth, "training.block_growth", recipe.block_size
+    if not growth.steps:
+        if growth.sizes:
+            yield Contradiction(
+                f"{field}.sizes does nothing while {field}.steps is 0",
+                f"--set {field}.steps=100, for instance",
+                (f"{field}.steps", f"{field}.sizes"),
+            )
+        return
+    steps, length = recipe.training.steps, recipe.data.sequence_length
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("target", recipe.target == "mdlm", "mdlm has no blocks", "--to bd3lm --block 32"),
+        ("training.method", recipe.training.method == "none", "nothing is trained",
+         f"Leave {field} out"),
+        ("noise.draw", recipe.noise.draw == "draft",
+         "a draft of few tokens is drawn beside long ones anyway", f"Leave {field} out"),
+        ("block_size", block is not None and not recipe.growing_sizes,
+         "there is no smaller block to begin with", "A larger --block"),
+        ("training.steps", growth.steps >= steps,
+         f"blocks would grow for {growth.steps:,} of {steps:,} steps and never have their size",
+         f"--set {field}.steps={max(1, steps // 2)}, or more --steps"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{field}.steps and {name} do not go together: {why}",
+                hint,
+                (f"{field}.steps", name),
+            )
+    names = (f"{field}.sizes", "block_size", "data.sequence_length")
+    for size in growth.sizes:
+        fits = block is None or not block % size or not size % block
+        if length % size or not fits:
+            yield Contradiction(
+                f"{field}.sizes has {size}, which has to divide data.sequence_length {length}, and "
+                f"to divide the block size {block} or be a multiple of it",
+                f"--set {field}.sizes='[]' doubles it up to the block size",
+                names,
+            )
+        elif size == 1 and recipe.training.keeps_base:
+            yield Contradiction(
+                f"{field}.sizes has 1, and the base that is kept predicts the first token of every "
+                "block: there would be nothing to train",
+                f"Begin {field}.sizes with 2",
+                (f"{field}.sizes", "training.lora.acts_on"),
+            )
+    if growth.steps < len(recipe.growing_sizes):
+        yield Contradiction(
+            f"{field}.steps {growth.steps} is less than a step for each of the sizes "
+            f"{', '.join(map(str, recipe.growing_sizes))}",
+            f"--set {field}.steps={10 * len(recipe.growing_sizes)}, for instance",
+            (f"{field}.steps", f"{field}.sizes"),
         )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS, LONGEST_MINUTES
 from dllm_convert.common.terms import ActsOn, Divergence, Kernel, Target
+from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
 from dllm_convert.recipe.engines import Serve
-from dllm_convert.recipe.rules import UnsoundError, contradictions
+from dllm_convert.recipe.rules import contradictions
 
 Method = Literal["full", "lora", "none"]
 Checkpointing = Literal["auto", "off", "selective", "full"]
@@ -97,12 +99,63 @@ class Columns(_Section):
         return {part: column for part, column in self if column is not None}
 
 
+class MixedText(_Section):
+    """One text of a mixture."""
+
+    source: Name = Field(description="pydoc; files, folders or globs; or a Hub dataset id")
+    weight: float = Field(gt=0, description="share of the sequences, over the sum of all weights")
+    subset: Name | None = Field(None, description="subset (configuration) of a Hub dataset")
+    split: Name = Field("train", description="split, or a slice of one")
+    revision: Name | None = Field(None, description="branch, tag or commit of a Hub dataset")
+    text_field: str | None = Field(None, description="column; empty means data.text_field")
+    containing: Name | None = Field(None, description="text; empty means data.containing")
+
+
+class WrittenByBase(_Section):
+    """Text that the base writes before it is trained (FLARE, arXiv 2606.01774)."""
+
+    prompts: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="questions and beginnings of data.source that the base answers and goes on "
+        "from before training; what it writes is trained on, not data.source. 0: none",
+    )
+    prompt_tokens: PositiveInt = Field(32, description="tokens of a document's beginning")
+    max_new_tokens: PositiveInt = Field(
+        256, description="tokens of an answer or a continuation at most; a chat's has to end"
+    )
+    temperature: NonNegativeFloat = Field(
+        1.0, description="of its sampling; 1: its own distribution, 0: the likeliest token"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="share of the likeliest tokens drawn from")
+    batch_size: PositiveInt = Field(16, description="prompts per forward")
+
+
 class Data(_Section):
     """Training text and how it is cut."""
 
-    source: Name = Field("pydoc", description="pydoc; files, folders or globs; or a Hub dataset id")
+    source: Name = Field(
+        "pydoc",
+        description="pydoc; files, folders or globs; or a Hub dataset id. NAME:SPLIT[:10%] a part, "
+        "NAME:0.7,NAME:0.3 a mixture",
+    )
+    mixture: tuple[MixedText, ...] = Field(
+        (),
+        description="texts that are mixed: `source` and `weight` of each, and `subset`, `split`, "
+        "`revision`, `text_field`, `containing` where it has them; data.source is then their names",
+    )
     subset: Name | None = Field(None, description="subset (configuration) of a Hub dataset")
-    split: Name = Field("train", description="split of a Hub dataset, or of one in a folder")
+    split: Name = Field(
+        "train",
+        description="split of a Hub dataset, or of one in a folder; train[:10%], train[100:500]: a "
+        "slice of its rows",
+    )
+    containing: Name | None = Field(
+        None,
+        description="only documents that contain this text; of a chat, those in which the "
+        "assistant says it",
+    )
     revision: Name | None = Field(None, description="branch, tag or commit of a Hub dataset")
     text_field: str = Field(
         "text",
@@ -126,6 +179,7 @@ class Data(_Section):
     held_out_split: Name | None = Field(
         None, description="split of held_out_source, or of source, to measure on"
     )
+    write_with_base: WrittenByBase = WrittenByBase()
     max_documents: PositiveInt | None = Field(None, description="read at most this many documents")
     allow_epochs: bool = Field(
         False, description="read the text more than 20 times, which is refused otherwise"
@@ -143,6 +197,24 @@ class Data(_Section):
         description="fill with end tokens that are masked and scored instead, up to the block "
         "(bd3lm) or the whole sequence (mdlm, LLaDA)",
     )
+
+    @property
+    def texts(self) -> tuple[tuple[Fraction, Data], ...]:
+        """Share of the sequences, exact and one in sum, and what is read, of each text."""
+        if not self.mixture:
+            return ((Fraction(1), self),)
+        # As they were typed: 0.1 is a tenth.
+        weights = [Fraction(repr(text.weight)) for text in self.mixture]
+        return tuple(
+            (weight / sum(weights), self.model_copy(update={**own, "mixture": ()}))
+            for weight, own in zip(weights, map(_own_fields, self.mixture), strict=True)
+        )
+
+
+def _own_fields(text: MixedText) -> dict[str, Any]:
+    fields = text.model_dump(exclude={"weight"})
+    inherited = ("text_field", "containing")
+    return {k: v for k, v in fields.items() if v is not None or k not in inherited}
 
 
 class Lora(_Section):
@@ -195,6 +267,22 @@ class Distilled(_Section):
     )
 
 
+class BlockGrowth(_Section):
+    """Blocks that grow before they have their size (LLaDA2, arXiv 2512.15745; NBDiff)."""
+
+    steps: int = Field(
+        0,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="steps of all stages together, each as long as the others; 0: none. bd3lm",
+    )
+    sizes: tuple[PositiveInt, ...] = Field(
+        (),
+        description="tokens per block of each stage; empty: 1, 2, 4, ... below block_size (from 2 "
+        "where the base is kept)",
+    )
+
+
 class Training(_Section):
     """Optimisation."""
 
@@ -236,6 +324,7 @@ class Training(_Section):
         "causal (bd3lm; Nemotron-Labs-Diffusion)",
     )
     distillation: Distilled = Distilled()
+    block_growth: BlockGrowth = BlockGrowth()
     attention_annealing_steps: int = Field(
         0,
         ge=0,
@@ -388,6 +477,23 @@ class Recipe(_Section):
         )
         found["training"]["sequences_per_step"] = self.training.sequences_per_step * processes
         return found
+
+    @property
+    def growing_sizes(self) -> tuple[int, ...]:
+        """Tokens per block of each stage before blocks have their size; empty for none."""
+        growth, block = self.training.block_growth, self.block_size
+        if not growth.steps or block is None:
+            return ()
+        if growth.sizes:
+            return growth.sizes
+        sizes, left, factor = [1], block, 2
+        while left > 1:
+            while left % factor:
+                factor += 1
+            left //= factor
+            sizes.append(sizes[-1] * factor)
+        # Of a block that a kept base begins there is nothing to learn in one of a single token.
+        return tuple(size for size in sizes[:-1] if size > self.training.keeps_base)
 
     @property
     def training_tokens(self) -> int:

@@ -89,7 +89,9 @@ def _idle(field: str, recipe: Recipe) -> str | None:
         return f"the noise schedule is {noise.schedule}; add `overrides` noise.schedule=polynomial"
     if field == "data.held_out_fraction" and data.held_out_source is not None:
         return "data.held_out_source is measured on, and nothing is held out of data.source"
-    if field in _OF_DATASETS and data.source == "pydoc" and data.held_out_source is None:
+    if data.source == "pydoc" and field in _OF_DATASETS and data.held_out_source is None:
+        if field == "data.split" and "[" in data.split:
+            return None
         return "data.source is pydoc, which is no dataset with subsets and splits"
     return None
 

@@ -9,16 +9,16 @@ from dllm_convert.common.lazy import lazily
 if TYPE_CHECKING:
     from dllm_convert.training.data.rows import collate as collate
     from dllm_convert.training.data.rows import text_batch as text_batch
+    from dllm_convert.training.parts import Annealing as Annealing
+    from dllm_convert.training.parts import LossWeights as LossWeights
     from dllm_convert.training.text import TrainingText as TrainingText
     from dllm_convert.training.text import prepare_data as prepare_data
-    from dllm_convert.training.trainer import Annealing as Annealing
     from dllm_convert.training.trainer import DiffusionTrainer as DiffusionTrainer
-    from dllm_convert.training.trainer import LossWeights as LossWeights
 
 _HOMES = {
-    "Annealing": "dllm_convert.training.trainer",
+    "Annealing": "dllm_convert.training.parts",
     "DiffusionTrainer": "dllm_convert.training.trainer",
-    "LossWeights": "dllm_convert.training.trainer",
+    "LossWeights": "dllm_convert.training.parts",
     "collate": "dllm_convert.training.data.rows",
     "text_batch": "dllm_convert.training.data.rows",
     "TrainingText": "dllm_convert.training.text",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dllm_convert.diffusion.corruption import ForwardProcess
 from dllm_convert.diffusion.distillation import Distillation
 from dllm_convert.diffusion.schedule import Schedule
-from dllm_convert.recipe.schema import Noise, Training
-from dllm_convert.training.trainer import Annealing, LossWeights
+from dllm_convert.recipe.schema import Noise, Recipe, Training
+from dllm_convert.training.growth import BlockGrowth
+from dllm_convert.training.parts import Annealing, LossWeights
 
 
 def schedule_of(noise: Noise) -> Schedule:
@@ -44,10 +45,13 @@ def distillation_of(training: Training) -> Distillation | None:
     return Distillation(chosen.weight, chosen.divergence, chosen.temperature, chosen.top_k)
 
 
-def annealing_of(training: Training) -> Annealing:
-    """Return what a recipe has fade over the first steps."""
+def annealing_of(recipe: Recipe) -> Annealing:
+    """Return what a recipe has fade, or grow, over the first steps."""
+    training, sizes = recipe.training, recipe.growing_sizes
+    growth = BlockGrowth(sizes, training.block_growth.steps, training.steps) if sizes else None
     return Annealing(
         attention_steps=training.attention_annealing_steps,
         mask_noise_std=training.mask_noise_std,
         mask_noise_steps=training.mask_noise_steps,
+        blocks=growth,
     )

@@ -203,6 +203,7 @@ def _train(
         rules = _rules(recipe, rows)
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
+        timed = _told(timed, trainer)
         unsound, warn = (lambda: trainer.unsound), reporter.warn
         watch = ProgressCallback(
             metrics, resumed, rules, task, interruption, unsound, opening, warn, *timed
@@ -245,7 +246,7 @@ def _trainer(
         data_collator=collate,
         process=process_of(recipe.noise),
         weights=weights_of(recipe.training),
-        annealing=annealing_of(recipe.training),
+        annealing=annealing_of(recipe),
     )
     check_strategy(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
@@ -308,10 +309,27 @@ def _opening(
     """Say what to expect of a training that begins; None if nothing is known of that."""
     if start is None:
         return None
+    if recipe.growing_sizes:
+        # What was measured is of blocks that have their size.
+        sizes = ", ".join(map(str, recipe.growing_sizes))
+        reporter.line(f"blocks of {sizes} tokens before those of {recipe.block_size}")
+        return None
     variance = noise_variance(schedule_of(recipe.noise), by_count=recipe.noise.draw == "count")
     opening = StartCheck(start, tokens * recipe.training.log_steps, variance)
     reporter.line(opening.announce())
     return opening
+
+
+def _told(timed: _Timing, trainer: DiffusionTrainer) -> _Timing:
+    """Return what is known of a time limit, and have a Trainer learn of it too."""
+    if timed.pace is not None:
+        trainer.keep_to(timed.pace.at, timed.pace.steps)
+
+    def settled(pace: Pace) -> None:
+        timed.settled(pace)
+        trainer.keep_to(pace.at, pace.steps)
+
+    return _Timing(timed.pace, settled)
 
 
 def _writes(arguments: TrainingArguments) -> bool:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from dllm_convert.common.console import Reporter
 from dllm_convert.diffusion.objective import TextBatch
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.training.data import text as data_text
 
 
@@ -47,7 +48,8 @@ def prepare_data(
     """Read, tokenise, split and pack text as a conversion does.
 
     Args:
-        source: `pydoc`, files, folders or globs, or a Hub dataset id.
+        source: `pydoc`, files, folders or globs, or a Hub dataset id; a part of one, or a mixture,
+            as `--data` takes them.
         tokenizer: Tokenizer of a converted checkpoint.
         rows: Rows of the whole training: steps times rows per step.
         length: Tokens per row.
@@ -68,7 +70,7 @@ def prepare_data(
             "source": ".",
             "target": "mdlm" if block is None else "bd3lm",
             "block_size": block,
-            "data": {"source": source, "sequence_length": length, **data},
+            "data": {**fields_of_text(source), "sequence_length": length, **data},
             "training": {
                 "steps": -(-rows // batch_size),
                 "batch_size": batch_size,

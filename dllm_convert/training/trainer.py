@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.cached import noisy_logits, predict_behind_cache, read_in_turn
-from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
-from dllm_convert.diffusion.distillation import Distillation, Lesson
+from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
 from dllm_convert.diffusion.gated import (
     CleanReading,
@@ -23,7 +23,7 @@ from dllm_convert.diffusion.gated import (
     with_lesson,
 )
 from dllm_convert.diffusion.losses import cross_entropy, taught_cross_entropy
-from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.errors import IncompatibleError
@@ -40,65 +40,10 @@ from dllm_convert.training.distributed import (
 from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.parts import Annealing, ForwardNoise, LossWeights
 from dllm_convert.training.resume import is_fsdp_file, is_in_shards
 from dllm_convert.training.shards import fill_shards, hand_over, is_empty, parameter_names
 from dllm_convert.training.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """What the optimised loss is made of.
-
-    Attributes:
-        masked: `elbo`: a scored token weighs what it weighs in the NELBO; `uniform`: 1.
-        ar: Weight of a next-token loss on the clean stream (bd3lm with causal context only).
-        distillation: What is learnt from the base beside the data; None for nothing.
-    """
-
-    masked: Literal["elbo", "uniform"] = "elbo"
-    ar: float = 0.0
-    distillation: Distillation | None = None
-
-
-@dataclass(frozen=True)
-class Annealing:
-    """What fades over the first steps of a training.
-
-    Attributes:
-        attention_steps: Steps over which a causal attention is opened (DiffuLLaMA, arXiv
-            2410.17891).
-        mask_noise_std: Noise on the mask's embedding, in units of the embedding's own standard
-            deviation (LLaDA2, arXiv 2512.15745).
-        mask_noise_steps: Steps over which that noise fades.
-    """
-
-    attention_steps: int = 0
-    mask_noise_std: float = 0.0
-    mask_noise_steps: int = 0
-
-
-@dataclass(frozen=True)
-class ForwardNoise:
-    """Text and noise of one forward, on the CPU, and what its loss is divided by.
-
-    Attributes:
-        batch: Clean text.
-        views: Draws of noise over its text.
-        closed: Pairs of positions that attention annealing keeps closed; None for none.
-        key: Where the noise was drawn.
-        scored: Scorable tokens of this forward, over all views.
-        items: Positions the optimised loss is a mean over, of all forwards and processes of the
-            step, so that a token weighs the same in whichever of them it is.
-        texts: Scorable tokens of all forwards and processes of the step.
-    """
-
-    batch: TextBatch
-    views: tuple[Corruption, ...]
-    closed: torch.Tensor | None
-    key: NoiseKey
-    scored: int
-    items: float
-    texts: float
 
 
 class DiffusionTrainer(Trainer):
@@ -152,6 +97,7 @@ class DiffusionTrainer(Trainer):
         self._process = process or ForwardProcess()
         self._weights = weights or LossWeights()
         self._annealing = annealing or Annealing()
+        self._pace: tuple[int, int] | None = None
         self._mask_noise = MaskNoise(
             self.model,
             self._objective.mask_token_id,
@@ -199,6 +145,21 @@ class DiffusionTrainer(Trainer):
             self._weights_from = None
         return super().create_scheduler(*args, **kwargs)
 
+    def keep_to(self, at: int, steps: int) -> None:
+        """Have what fades or grows over a share of the steps end with a time limit.
+
+        Args:
+            at: Steps after which the limit was known.
+            steps: All steps that there are.
+        """
+        self._pace = at, steps
+
+    def _objective_at(self, step: int) -> Objective:
+        """Return what is learnt in a step: with smaller blocks as long as they grow."""
+        growth = self._annealing.blocks
+        size = None if growth is None else growth.size_at(step, self._pace)
+        return self._objective if size is None else replace(self._objective, block_size=size)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward; remember in `unsound` a loss that was not a number."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -211,6 +172,7 @@ class DiffusionTrainer(Trainer):
         """Collect the forwards of a step, and draw their noise: the loss is a mean over them."""
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         step, world = self.state.global_step, self.args.world_size
+        objective = self._objective_at(step)
         drawn = []
         sums = torch.zeros(2, dtype=torch.float64)
         for micro, inputs in enumerate(batches):
@@ -221,12 +183,13 @@ class DiffusionTrainer(Trainer):
             first = (micro * world + self.args.process_index) * size
             key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
             if self._process.draw == "draft":
-                views = draft_groups(batch, self._objective, key)
+                views = draft_groups(batch, objective, key)
             else:
-                views = corrupt(batch, self._objective, self._process, key)
+                views = corrupt(batch, objective, self._process, key)
             texts = int(batch.scorable.sum())
             scored = texts * len(views)
-            drawn.append((batch, views, self._closed(batch.tokens.shape[1], key), key, scored))
+            closed = self._closed(batch.tokens.shape[1], key)
+            drawn.append((objective, batch, views, closed, key, scored))
             if self._weights.masked == "uniform":
                 sums += torch.tensor([sum(int(view.scored.sum()) for view in views), texts])
             else:
@@ -261,7 +224,8 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
-        if self._objective.behind == "cache":
+        objective = noise.objective
+        if objective.behind == "cache":
             return self._loss_behind_cache(model, noise)
         ar_weight = self._weights.ar
         forward, beside, lesson = self._lay_out(model, noise)
@@ -281,7 +245,7 @@ class DiffusionTrainer(Trainer):
         apart = None
         # What a lesson costs is made piece by piece, so that it always pays.
         fuses = self._fused.works and (lesson is not None or self._fused.pays(count))
-        if fuses and self._objective.kernel == "absorbing":
+        if fuses and objective.kernel == "absorbing":
             with self._mask_noise.at(noise.key), self._fused.at(targets, scales, lesson) as found:
                 output = model(**inputs)
             loss, (nats, apart) = output.logits.sum(), found
@@ -290,13 +254,13 @@ class DiffusionTrainer(Trainer):
                 output = model(**inputs)
             if lesson is not None:
                 loss, nats, apart = taught_cross_entropy(
-                    output.logits, targets, scales, self._objective.mask_token_id, lesson
+                    output.logits, targets, scales, objective.mask_token_id, lesson
                 )
             else:
-                nats = forward.nats(output.logits, self._objective)
+                nats = forward.nats(output.logits, objective)
                 loss = (nats * scale).sum()
                 if ar_weight:
-                    of_next = forward.ar_nats(output.logits, self._objective)
+                    of_next = forward.ar_nats(output.logits, objective)
                     loss = loss + ar_scale * of_next.sum()
         total = (nats[: len(forward.targets)] * forward.weight).sum()
         self._sums[0] += total.detach()
@@ -311,7 +275,7 @@ class DiffusionTrainer(Trainer):
 
         Optimised is what `compute_loss` optimises where a mask keeps the rows apart.
         """
-        objective = self._objective
+        objective = noise.objective
         laid_out = predict_behind_cache(noise.batch, noise.views, objective).to(self.args.device)
         times = self.args.world_size * self.current_gradient_accumulation_steps
         weight = laid_out.weight
@@ -346,7 +310,7 @@ class DiffusionTrainer(Trainer):
         Where clean text is the base's it is read here, and what the base makes of the first token
         of each block is counted, once for each view.
         """
-        batch, views, objective = noise.batch, noise.views, self._objective
+        batch, views, objective = noise.batch, noise.views, noise.objective
         device = self.args.device
         multiple = TILE if self._flex else WIDTH_MULTIPLE
         if not objective.is_gated:
@@ -422,6 +386,9 @@ class DiffusionTrainer(Trainer):
                 logs = {**logs, "nelbo": total / scored}
             if taught:
                 logs = {**logs, "divergence": apart / taught}
+            if self._annealing.blocks is not None:
+                # Of the step that the line is about.
+                logs = {**logs, "block_size": self._objective_at(self.state.global_step - 1).size}
         super().log(logs, *args, **kwargs)
 
     def _total(self, sums: torch.Tensor) -> torch.Tensor:

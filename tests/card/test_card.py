@@ -268,6 +268,33 @@ def test_a_stream_has_no_counts_of_what_was_read(card: Callable[..., str]) -> No
     assert "documents streamed while training; 7 whole documents were held out" in card(manifest)
 
 
+def test_a_mixture_is_told_by_its_texts(card: Callable[..., str]) -> None:
+    manifest = llama_bd3lm()
+    facts = manifest["measurements"]["data"]
+    texts = [
+        {"share": 0.7, "source": "org/some-text", "kind": "hub", "revision": COMMIT,
+         "subset": "s", "split": "train[:10%]", "containing": "python"},
+        {"share": 0.25, "source": "/home/somebody/b.jsonl", "kind": "files", "split": "[:5]"},
+        {"share": 0.05, "source": "pydoc", "kind": "pydoc", "split": "train"},
+    ]  # fmt: skip
+    asked = [
+        {"source": text["source"], "weight": text["share"], "split": text["split"]}
+        for text in texts
+    ]
+    line = "org/some-text:s/train[:10%]:0.7,/home/somebody/b.jsonl:[:5]:0.25,pydoc:0.05"
+    facts |= {"kind": "mixture", "source": line, "texts": texts}
+    manifest["recipe"]["data"] |= {"source": line, "mixture": asked}
+    text = card(manifest)
+    assert "a mixture by sequences: 70% [org/some-text]" in text
+    assert "subset `s`, split `train[:10%]` at revision" in text
+    assert "only documents that contain `python`; 25% local files: `b.jsonl`" in text
+    assert "the part `[:5]`; 5% the Python language reference" in text
+    assert front(text)["datasets"] == ["org/some-text"]
+    assert "somebody" not in text
+    # What is to be run again is a mixture still.
+    assert "source: b.jsonl" in text and "weight: 0.25" in text
+
+
 def test_chats(card: Callable[..., str]) -> None:
     assert "training was on plain text" in prose(card(llama_bd3lm()))
     manifest = llama_bd3lm()

@@ -24,6 +24,7 @@ from dllm_convert.evaluation.settings import Settings
 from dllm_convert.evaluation.text import measure_text
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.training.data.text import prepare_data
 
 QUIET = Reporter(quiet=True)
@@ -99,6 +100,29 @@ def test_of_the_trained_text_only_what_was_held_out(checkpoint: Path) -> None:
     # The same rows in another order, with other noise.
     apart = abs(found["nelbo"]["nats_per_token"] - bound.nats_per_token)
     assert apart < 4 * (found["nelbo"]["stderr"] + bound.stderr)
+
+
+def test_of_a_mixture_too_and_of_each_of_its_texts(checkpoint: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        lines = (json.dumps({"text": f"{name}{number} " * 20}) for number in range(60))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    line = f"{tmp_path}/a.jsonl:[:40]:1,{tmp_path}/b.jsonl:1"
+    manifest = read_manifest(checkpoint)
+    manifest["recipe"]["data"] |= fields_of_text(line)
+    write_manifest(checkpoint, manifest)
+
+    def documents(data: str) -> tuple[bool, int]:
+        found = measure_text(Request(checkpoint, data=data), QUIET)
+        return found["held_out"], found["data"]["documents"]
+
+    both, first = documents(line), documents(f"{tmp_path}/a.jsonl")
+    second = documents(f"{tmp_path}/b.jsonl:train")
+    assert both[0] and first[0] and second[0]
+    assert both[1] == first[1] + second[1] and first[1] < 40 and second[1] < 60
+    # Other rows of a text are another text.
+    assert documents(f"{tmp_path}/a.jsonl:[40:]") == (False, 20)
+    with pytest.raises(DataError, match="is a mixture"):
+        documents(f"{tmp_path}/a.jsonl:1,{tmp_path}/b.jsonl:2")
 
 
 def test_one_long_document_is_held_out_in_part(checkpoint: Path, tmp_path: Path) -> None:

@@ -189,3 +189,32 @@ def test_check_shows_it(source_cache: SourceFactory) -> None:
     document = json.loads(invoke(*line, "--set", "data.sequence_length=64", "--json").stdout)
     assert document["text"]["kind"] == "pydoc" and document["text"]["epochs"] > 0
     assert "text" not in json.loads(invoke(*line, "--no-train", "--json").stdout)
+
+
+def test_every_text_of_a_mixture_is_looked_at(source_cache: SourceFactory, texts: Path) -> None:
+    source = source_cache("llama")
+    fields = (
+        "data.sequence_length=64",
+        "training.batch_size=2",
+        "training.gradient_accumulation=1",
+    )
+    line = ["check", str(source), "--to", "mdlm", *(w for f in fields for w in ("--set", f))]
+    mixed = f"{texts}:3,pydoc:[:10]:1"
+    result = invoke(*line, "--data", mixed, "--steps", "20", "--json")
+    found = json.loads(result.stdout)["text"]
+    assert found["kind"] == "mixture" and found["source"] == mixed
+    first, second = found["texts"]
+    assert (first["share"], second["share"]) == (0.75, 0.25)
+    assert (first["documents"], second["documents"]) == (12, 10)
+    assert first["wanted"] == 3 * second["wanted"] == 0.75 * 20 * 2 * 64
+    assert first["epochs"] > second["epochs"]
+    shown = said(invoke(*line, "--data", mixed, "--steps", "20"))
+    assert "75.0%" in shown and "25.0% pydoc: 10 documents" in shown
+    # Each text has to last: the other one's tokens do not help.
+    refused = invoke(*line, "--data", mixed, "--steps", "2000")
+    assert refused.exit_code == 3
+    assert f"{texts}: 12 documents" in said(refused) and "--allow-epochs" in said(refused)
+    fewer = said(refused).split("or --steps ")[1].split(",")[0]
+    assert invoke(*line, "--data", mixed, "--steps", fewer).exit_code == 0
+    missing = invoke(*line, "--data", f"{texts}:3,{texts}/none.txt:1")
+    assert missing.exit_code == 1 and "none.txt" in said(missing)

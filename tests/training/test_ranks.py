@@ -12,6 +12,7 @@ from typing import Any
 import forks
 import pytest
 from conftest import SourceFactory
+from transformers import AutoTokenizer
 
 from dllm_convert.recipe.schema import Recipe
 
@@ -26,7 +27,7 @@ def free_port() -> int:
 
 
 def run(
-    folder: Path, tokenizer: Path, texts: Path, *, world: int, batch: int, steps: int = 9,
+    folder: Path, tokenizer: Path, texts: Path | str, *, world: int, batch: int, steps: int = 9,
     resumed: int = 0, **fields: Any,
 ) -> list[list[Rows]]:  # fmt: skip
     """Return the rows that each process sees, by process and forward."""
@@ -75,6 +76,27 @@ def texts(tmp_path: Path) -> Path:
 def together(ranks: list[list[Rows]]) -> list[Rows]:
     """Rows of each forward over all processes, in the order of the processes."""
     return [[row for rank in step for row in rank] for step in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize("streaming", ["off", "on"])
+def test_two_processes_share_the_rows_of_a_mixture(
+    streaming: str, tmp_path: Path, texts: Path, source_cache: SourceFactory
+) -> None:
+    tokenizer, other = source_cache("llama"), tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"o{n}o " * (4 + n % 7)}) for n in range(30)))
+    mixture = [{"source": str(texts), "weight": 3.0}, {"source": str(other), "weight": 1.0}]
+    fields: dict[str, Any] = {"streaming": streaming, "mixture": mixture}
+    line = f"{texts}:3,{other}:1"
+    (one,) = run(tmp_path, tokenizer, line, world=1, batch=4, **fields)
+    two = run(tmp_path, tokenizer, line, world=2, batch=2, **fields)
+    assert together(two) == one
+    resumed = run(tmp_path, tokenizer, line, world=2, batch=2, resumed=4, **fields)
+    assert together(resumed) == one[4:]
+    # Of the four rows of a step one is of the second text.
+    vocabulary = AutoTokenizer.from_pretrained(tokenizer)
+    for step in together(two):
+        said = [vocabulary.decode(row[0]) for row in step]
+        assert sum("o" in text for text in said) == 1
 
 
 @pytest.mark.parametrize("streaming", ["off", "on"])

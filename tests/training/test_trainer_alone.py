@@ -17,7 +17,8 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.training.data.rows import text_batch
-from dllm_convert.training.trainer import DiffusionTrainer, LossWeights
+from dllm_convert.training.parts import LossWeights
+from dllm_convert.training.trainer import DiffusionTrainer
 
 
 class Seen(TrainerCallback):

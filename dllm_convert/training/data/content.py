@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -22,6 +22,9 @@ from dllm_convert.training.data.messages import (
 LONGEST = 1 << 20
 """Characters above which a document is cut: tokenizers take memory by the document."""
 
+OPEN = "dllm_convert_is_open"
+"""Column of what a base wrote (`training.base_text`): true of a text that was cut off."""
+
 _CHAT_COLUMNS = sorted(frozenset().union(*CHAT_COLUMNS, BESIDE_CHATS))
 
 
@@ -32,10 +35,12 @@ class Document:
     Attributes:
         content: The text, or the messages.
         where: What an error calls it.
+        is_open: Whether the text was cut off and goes on: it is not learnt with an end.
     """
 
     content: str | tuple[Message, ...]
     where: str
+    is_open: bool = False
 
     @property
     def key(self) -> int:
@@ -65,12 +70,14 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     value = row.get(data.text_field)
     _check_characters(row, data, where)
     if isinstance(value, str):
-        for part in _parts(value) if value.strip() else ():
-            yield Document(part, where)
+        if data.containing is None or data.containing in value:
+            for part in _parts(value) if value.strip() else ():
+                yield Document(part, where, is_open=row.get(OPEN) is True)
         return
     messages = find_messages(row, data.text_field, where)
     if messages is not None:
-        yield Document(messages, where)
+        if data.containing is None or any(data.containing in said for said in _answers(messages)):
+            yield Document(messages, where)
     elif not any(names <= row.keys() for names in ({data.text_field}, *CHAT_COLUMNS)):
         raise DataError(
             f"{where} has no column {data.text_field!r}, it has {sorted(row)}",
@@ -97,6 +104,17 @@ def _renamed(row: Mapping[str, Any], columns: Columns, where: str) -> Mapping[st
                 hint=f"Name the right one with --set data.columns.{part}=COLUMN",
             )
     return {part: row.get(column) for part, column in named.items()}
+
+
+def _answers(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield what the assistant says; of content in parts, their texts."""
+    for message in messages:
+        if message.get("role") == "assistant":
+            content = message.get("content") or ""
+            if isinstance(content, str):
+                yield content
+            else:
+                yield "".join(str(part.get("text") or "") for part in content)
 
 
 def _check_characters(row: Mapping[str, Any], data: Data, where: str) -> None:

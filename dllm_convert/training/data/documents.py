@@ -1,76 +1,42 @@
-"""Where training text comes from: pydoc, files, Hub datasets, read through `datasets`.
-
-A corpus is a list of shards (a file, or what a Hub dataset is stored in), and a shard is read from
-any of its rows on. So a position in a corpus is two numbers, which is all that going on with an
-interrupted stream takes.
-"""
+"""Where training text comes from: pydoc, files, Hub datasets, read through `datasets`."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data
+from dllm_convert.recipe.splits import sliced
+from dllm_convert.training.data.corpus import Corpus, Shard
 from dllm_convert.training.data.file_rows import Row, explained, reader_of
 from dllm_convert.training.data.files import find_files
 from dllm_convert.training.data.formats import EXPECTED, FILE_SUFFIXES, broken_hint, format_of
+from dllm_convert.training.data.slices import cut_out
 
-Kind = Literal["pydoc", "files", "hub"]
 ROWS_AT_ONCE = 64
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Part of a corpus that is read in one go.
-
-    Attributes:
-        name: What an error calls it.
-        unit: What its rows are called: line or row.
-        read: Gives the rows from a number on, in a fixed order.
-    """
-
-    name: str
-    unit: str
-    read: Callable[[int], Iterator[Row]]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Text that can be read.
-
-    Attributes:
-        name: The source as it was given.
-        kind: pydoc, files or hub.
-        shards: Its parts, in a fixed order.
-        revision: Commit of a Hub dataset.
-        size: Bytes of text, if known.
-        left_out: Files beside those that are read, which could be.
-    """
-
-    name: str
-    kind: Kind
-    shards: tuple[Shard, ...]
-    revision: str | None = None
-    size: int | None = None
-    left_out: tuple[str, ...] = ()
-
-
 def open_corpus(data: Data) -> Corpus:
-    """Find the text; nothing of it is read yet.
+    """Find the text; nothing of it is read yet, but where the rows of files have to be counted.
 
     Args:
         data: `source` is `pydoc` (the language reference shipped with CPython), files, folders or
-            globs separated by commas, or a Hub dataset id.
+            globs separated by commas, or a Hub dataset id; `split` may be a slice.
 
     Raises:
-        DataError: If no such file exists, or it is none that can be read.
+        DataError: If no such file exists, it is none that can be read, or the slice holds nothing.
         HubError: If a Hub dataset cannot be reached or has no such subset or split.
     """
+    split, rows = sliced(data.split)
+    corpus = _open(data.model_copy(update={"split": split}))
+    return corpus if rows is None else cut_out(corpus, rows, data.split)
+
+
+def _open(data: Data) -> Corpus:
     if data.source == "pydoc":
         return Corpus("pydoc", "pydoc", (Shard("pydoc", "row", _pydoc),))
     found = find_files(data.source, data.split)

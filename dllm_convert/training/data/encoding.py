@@ -97,8 +97,9 @@ class Encoder:
             )
 
     def _text(self, document: Document, ids: list[int], spelled: bool) -> Encoded:
-        if self._end is not None and (not ids or ids[-1] != self._end):
-            ids = [*ids, self._end]
+        end = None if document.is_open else self._end
+        if end is not None and (not ids or ids[-1] != end):
+            ids = [*ids, end]
         return Encoded(document.key, np.array(ids, dtype=np.int32), spelled=spelled)
 
     def _conversation(self, document: Document, messages: Sequence[Message]) -> Encoded:

@@ -10,7 +10,8 @@ from typing import Any
 from dllm_convert.errors import DllmConvertError, HubError
 from dllm_convert.recipe.schema import Data
 from dllm_convert.source.hub_errors import hub_errors, transport_error
-from dllm_convert.training.data.documents import Corpus, Shard, dataset_rows
+from dllm_convert.training.data.corpus import Corpus, Shard
+from dllm_convert.training.data.documents import dataset_rows
 from dllm_convert.training.data.file_rows import Row
 from dllm_convert.training.data.messages import BESIDE_CHATS, CHAT_COLUMNS
 
@@ -39,7 +40,8 @@ def open_hub_dataset(data: Data) -> Corpus:
         Shard(f"dataset {data.source}", "row", partial(_read, dataset, number, data))
         for number in range(dataset.num_shards)
     )
-    return Corpus(data.source, "hub", shards, commit, (split.num_bytes or None) if split else None)
+    size, rows = (split.num_bytes, split.num_examples) if split else (None, None)
+    return Corpus(data.source, "hub", shards, commit, size or None, rows=rows or None)
 
 
 def _needed(columns: list[str], data: Data) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data.content import Document, find_documents
-from dllm_convert.training.data.documents import Corpus, no_text, open_corpus
+from dllm_convert.training.data.corpus import Corpus
+from dllm_convert.training.data.documents import no_text, open_corpus
 
 MOST_DOCUMENTS = {"pydoc": 5000, "files": 5000, "hub": 256}
 """Documents that are looked at; of the Hub each batch is fetched."""
@@ -95,7 +96,7 @@ def look_at(data: Data, count: Callable[[Sequence[str]], Sequence[int]] | None =
 def _documents(corpus: Corpus, data: Data) -> Iterator[Document]:
     for shard in corpus.shards:
         for index, row in enumerate(shard.read(0), start=1):
-            yield from find_documents(row, data, f"{shard.name} {shard.unit} {index}")
+            yield from find_documents(row, data, shard.place_of(index))
 
 
 def _text(document: Document) -> str:

@@ -6,8 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from hashlib import blake2b
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.errors import DataError
 from dllm_convert.modeling.text_bounds import end_token
 from dllm_convert.recipe.schema import Data, Recipe
-from dllm_convert.training.data.documents import Corpus, no_text, open_corpus
+from dllm_convert.training.data.corpus import Corpus
+from dllm_convert.training.data.documents import no_text, open_corpus
 from dllm_convert.training.data.encoding import KEYS, Encoder
 from dllm_convert.training.data.packing import Layout, pack
 from dllm_convert.training.data.reading import Need, Reader, Split
@@ -84,6 +87,9 @@ class Preparation:
         folder: Where tokens are kept.
         advance: Told how many documents were read.
         place: This process among those that train.
+        share: Part of the training's sequences that are of this text.
+        measures: Text whose held-out documents are measured, where that is not the one that is
+            trained on because a base wrote that from it.
     """
 
     recipe: Recipe
@@ -91,6 +97,8 @@ class Preparation:
     folder: Path
     advance: Callable[[int], None]
     place: Rank = ALONE
+    share: Fraction = Fraction(1)
+    measures: Data | None = None
 
     def finish(self) -> Text:
         """Read and split.
@@ -98,19 +106,40 @@ class Preparation:
         Raises:
             DataError: If there is too little text on either side.
         """
-        data, elsewhere = self.recipe.data, self._elsewhere
-        split = Split.by_fraction(data.held_out_fraction)
-        held_out, measured = None, {}
-        if elsewhere is not None:
-            need = Need(Split(KEYS), 0, self._choice)
-            held_out, known = self._read("held_out", elsewhere, need)
-            split = Split(0, frozenset(held_out.keys.tolist()))
-            where = {"subset": elsewhere.subset, "split": elsewhere.split}
-            hub = where if known["kind"] == "hub" else {}
-            names = ("source", "kind", "revision")
-            measured = {"held_out": {name: known[name] for name in names} | hub}
-        text = self._stream(split, held_out) if self._streams else self._prepare(split, held_out)
+        elsewhere = self.elsewhere()
+        if elsewhere is None:
+            return self.read(None)
+        held_out, measured = elsewhere
+        text = self.read(held_out)
         return replace(text, facts=text.facts | measured)
+
+    def elsewhere(self) -> tuple[Store, dict[str, Any]] | None:
+        """Read the text to measure on and what to say of it; None if the recipe names none."""
+        asked = self._elsewhere
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if asked is None and self.measures is not None:
+            split = Split.by_fraction(self.measures.held_out_fraction)
+            return self._read("held_out", self.measures, Need(split, 0, self._choice))[0], {}
+        if asked is None:
+            return None
+        store, known = self._read("held_out", asked, Need(Split(KEYS), 0, self._choice))
+        hub = {"subset": asked.subset, "split": asked.split} if known["kind"] == "hub" else {}
+        return store, {"held_out": {n: known[n] for n in ("source", "kind", "revision")} | hub}
+
+    def read(self, held_out: Store | None) -> Text:
+        """Read what is trained on.
+
+        Args:
+            held_out: What is measured on, if that is another text; no copy of it is trained on.
+
+        Raises:
+            DataError: If there is too little text.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        split = Split.by_fraction(self.recipe.data.held_out_fraction)
+        if held_out is not None:
+            split = Split(0, frozenset(held_out.keys.tolist()))
+        return self._stream(split, held_out) if self._streams else self._prepare(split, held_out)
 
     def measured(self, *, held_out: bool) -> tuple[Store, dict[str, Any]]:
         """Read all of the text, or all that is never trained on, to measure on it.
@@ -122,6 +151,7 @@ class Preparation:
             DataError: If there is too little of it.
         """
         data = self.recipe.data
+        self.folder.mkdir(parents=True, exist_ok=True)
         if held_out and self._elsewhere is not None:
             raise DataError(
                 f"all of --data {data.source} was trained on: the recipe measures on another text",
@@ -191,7 +221,7 @@ class Preparation:
     @cached_property
     def _elsewhere(self) -> Data | None:
         """The text that is measured on, where the recipe names some."""
-        data = self.recipe.data
+        data = self.measures or self.recipe.data
         if data.held_out_source is None and data.held_out_split is None:
             return None
         same = data.held_out_source in (None, data.source)
@@ -200,6 +230,8 @@ class Preparation:
                 "source": data.held_out_source or data.source,
                 "split": data.held_out_split or data.split,
                 "subset": data.subset if same else None,
+                "containing": data.containing if same else None,
+                "mixture": (),
                 "revision": data.revision if same else None,
                 "max_documents": None,
             }
@@ -208,12 +240,12 @@ class Preparation:
     @property
     def _choice(self) -> int:
         data = self.recipe.data
-        return CHOICE * data.held_out_sequences * data.sequence_length
+        return ceil(CHOICE * data.held_out_sequences * data.sequence_length * self.share)
 
     @property
     def _tokens(self) -> int:
         """Tokens of all steps over all processes: what is read does not depend on their number."""
-        return self.recipe.training_tokens * self.place.world
+        return ceil(self.recipe.training_tokens * self.place.world * self.share)
 
     @cached_property
     def _opened(self) -> Corpus:

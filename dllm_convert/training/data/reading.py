@@ -12,7 +12,7 @@ import numpy as np
 
 from dllm_convert.recipe.schema import Data
 from dllm_convert.training.data.content import Document, find_documents
-from dllm_convert.training.data.documents import Corpus
+from dllm_convert.training.data.corpus import Corpus
 from dllm_convert.training.data.encoding import KEYS, Encoded, Encoder
 from dllm_convert.training.data.store import Store, StoreWriter
 
@@ -59,7 +59,7 @@ class Tally:
 
     Attributes:
         read: Rows of the corpus that were read.
-        empty: Rows without text.
+        empty: Rows without text, or without what `data.containing` asks for.
         silent: Conversations in which the assistant says nothing, or not within the length.
         truncated: Conversations cut at the sequence's length.
         spelled: Documents that say the text of a control token, which became letters.
@@ -185,7 +185,7 @@ class Reader:
             for index, row in enumerate(shard.read(start), start=start + 1):
                 if limit is not None and count >= limit:
                     return
-                where = f"{shard.name} {shard.unit} {index}"
+                where = shard.place_of(index)
                 documents = list(find_documents(row, self.data, where))
                 count += len(documents)
                 self.tally.read += 1

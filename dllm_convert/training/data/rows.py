@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -45,6 +45,13 @@ def _order(rows: int, seed: int, epoch: int) -> Any:
     return permutation(rows, seed, epoch)
 
 
+class ByNumber(Protocol):
+    """A text whose rows are known by their number in the training."""
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Return the `number`-th row of training."""
+
+
 class NumberedRows(Dataset[dict[str, Any]]):
     """The first rows of a training, over all epochs and processes, to be read in their order.
 
@@ -57,7 +64,7 @@ class NumberedRows(Dataset[dict[str, Any]]):
         total: Number of rows.
     """
 
-    def __init__(self, text: PackedText, total: int) -> None:
+    def __init__(self, text: ByNumber, total: int) -> None:
         self._text = text
         self._total = total
 

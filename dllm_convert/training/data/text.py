@@ -11,7 +11,8 @@ import fcntl
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ from torch.utils.data import Dataset
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.schema import Data, Recipe
+from dllm_convert.recipe.splits import SPLIT
+from dllm_convert.training.base_text import TEXT
+from dllm_convert.training.data.mixing import MixedRows, MixedText, Mixture, mix, parts_of
 from dllm_convert.training.data.packing import Layout, pack
-from dllm_convert.training.data.preparation import Preparation, layout_of
+from dllm_convert.training.data.preparation import Preparation, Text, layout_of
 from dllm_convert.training.data.reading import permutation
 from dllm_convert.training.data.rows import NumberedRows, PackedText, collate, text_batch
 from dllm_convert.training.data.store import Store, build_row
 from dllm_convert.training.data.streaming import StreamedRows, TextStream
+from dllm_convert.training.data.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class TextData:
         keep: What has to live as long as the data.
     """
 
-    train: PackedText | TextStream
+    train: PackedText | TextStream | Mixture
     held_out: tuple[TextBatch, ...]
     facts: dict[str, Any]
     keep: Any = field(default=None, repr=False)
@@ -48,6 +53,8 @@ class TextData:
     @property
     def streaming(self) -> bool:
         """Whether the text is read while training goes on."""
+        if isinstance(self.train, Mixture):
+            return self.train.streams
         return isinstance(self.train, TextStream)
 
     def training_rows(self, *, start: int, total: int) -> Dataset[dict[str, Any]]:
@@ -61,6 +68,8 @@ class TextData:
             Prepared text: all rows by number, to be read in their order from `start` on. A stream:
             the rows from `start` on.
         """
+        if isinstance(self.train, Mixture) and self.train.streams:
+            return MixedRows(self.train, start)
         if isinstance(self.train, TextStream):
             return StreamedRows(self.train, start)
         return NumberedRows(self.train, total)
@@ -72,6 +81,7 @@ def prepare_data(
     reporter: Reporter,
     folder: Path | None = None,
     place: Rank = ALONE,
+    written: Path | None = None,
 ) -> TextData:
     """Read, tokenise, split and pack the recipe's text.
 
@@ -84,6 +94,8 @@ def prepare_data(
         folder: Where tokens are kept, for a later call on the same recipe to find them; a temporary
             one if None.
         place: This process among those that train on it: how much is read depends on how many.
+        written: What the base wrote from the recipe's text, as `base_text.gather` left it, to train
+            on in its place; measured is the recipe's.
 
     Returns:
         Rows to train on and batches to measure on; the same for the same recipe and text.
@@ -99,17 +111,45 @@ def prepare_data(
         folder = Path(keep.name)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), reporter.task(f"read {recipe.data.source}") as task:
-        text = Preparation(recipe, tokenizer, folder, task.advance, place).finish()
+        preparation = Preparation(recipe, tokenizer, folder, task.advance, place)
+        if written is not None:
+            preparation = replace(
+                preparation,
+                recipe=recipe.model_copy(update={"data": own_text(recipe.data, written)}),
+                measures=recipe.data,
+            )
+        text = _read(preparation)
     if beside := text.facts.get("left_out"):
         some = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if beside[5:] else "")
         reporter.line(f"left out of --data {recipe.data.source}: {some}")
-    rows = _measured_rows(text.held_out, text.train.layout, recipe.data.held_out_sequences)
+    rows = _measured_rows(text, recipe.data.held_out_sequences)
     size = recipe.training.sequences_per_forward
     held_out = tuple(
         text_batch(collate(rows[start : start + size])) for start in range(0, len(rows), size)
     )
     measured = int(sum(batch.scorable.sum() for batch in held_out))
     return TextData(text.train, held_out, {**text.facts, "held_out_tokens": measured}, keep)
+
+
+def own_text(data: Data, written: Path) -> Data:
+    """Return what is trained on of what a base wrote.
+
+    Args:
+        data: The text it wrote that from.
+        written: The folder it lies in.
+    """
+    return data.model_copy(
+        update={
+            "source": str(written / TEXT),
+            "subset": None,
+            "split": SPLIT,
+            "revision": None,
+            "text_field": "text",
+            "containing": None,
+            "streaming": "off",
+            "max_documents": None,
+        }
+    )
 
 
 def text_to_measure(
@@ -130,26 +170,54 @@ def text_to_measure(
         DataError: If there is no text, or something else than text.
         HubError: If a Hub dataset cannot be read.
     """
-    with tempfile.TemporaryDirectory(prefix="dllm-convert-") as folder:
-        with reporter.task(f"read {recipe.data.source}") as task:
-            preparation = Preparation(recipe, tokenizer, Path(folder), task.advance)
-            store, facts = preparation.measured(held_out=held_out)
+    with (
+        tempfile.TemporaryDirectory(prefix="dllm-convert-") as folder,
+        reporter.task(f"read {recipe.data.source}") as task,
+    ):
+        preparation = Preparation(recipe, tokenizer, Path(folder), task.advance)
+        parts = parts_of(preparation) if recipe.data.mixture else [preparation]
+        found = [part.measured(held_out=held_out) for part in parts]
         layout = layout_of(recipe, tokenizer)
-        packing = pack(store.lengths, store.chats, layout)
-        rows = [build_row(store, packing, row, layout) for row in range(packing.rows)]
+        rows = [row for store, _ in found for row in _all_rows(store, layout)]
     size = recipe.training.sequences_per_forward
     batches = tuple(
         text_batch(collate(rows[start : start + size])) for start in range(0, len(rows), size)
     )
     scored = int(sum(batch.scorable.sum() for batch in batches))
-    return batches, {**facts, "documents": len(store), "rows": packing.rows, "tokens": scored}
+    documents = sum(len(store) for store, _ in found)
+    facts = found[0][1] if len(found) == 1 else {}
+    return batches, {**facts, "documents": documents, "rows": len(rows), "tokens": scored}
 
 
-def _measured_rows(held_out: Store, layout: Layout, count: int) -> list[dict[str, Any]]:
-    """Choose the rows that are measured: the same ones whatever the training's seed is."""
-    packing = pack(held_out.lengths, held_out.chats, layout)
-    chosen = permutation(packing.rows, 0)[:count]
-    return [build_row(held_out, packing, int(row), layout) for row in chosen]
+def _read(preparation: Preparation) -> MixedText | Text:
+    return mix(preparation) if preparation.recipe.data.mixture else preparation.finish()
+
+
+def _all_rows(store: Store, layout: Layout) -> list[dict[str, Any]]:
+    packing = pack(store.lengths, store.chats, layout)
+    return [build_row(store, packing, row, layout) for row in range(packing.rows)]
+
+
+def _measured_rows(text: MixedText | Text, count: int) -> list[dict[str, Any]]:
+    """Choose the rows that are measured: the same ones whatever the training's seed is.
+
+    The texts of a mixture are measured by their shares, as long as they last.
+    """
+    layout = text.train.layout
+    stores, turns = (
+        (text.held_out, text.turns)
+        if isinstance(text, MixedText)
+        else ((text.held_out,), Turns([Fraction(1)]))
+    )
+    packings = [pack(store.lengths, store.chats, layout) for store in stores]
+    orders = [permutation(packing.rows, 0) for packing in packings]
+    rows = []
+    for number in range(count):
+        which, own = turns.of(number)
+        if own < packings[which].rows:
+            row = int(orders[which][own])
+            rows.append(build_row(stores[which], packings[which], row, layout))
+    return rows
 
 
 @contextmanager

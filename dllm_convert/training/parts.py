@@ -1,0 +1,73 @@
+"""What a training is told beside text and objective, and what a forward of it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dllm_convert.diffusion.corruption import Corruption, NoiseKey
+from dllm_convert.diffusion.distillation import Distillation
+from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.training.growth import BlockGrowth
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What the optimised loss is made of.
+
+    Attributes:
+        masked: `elbo`: a scored token weighs what it weighs in the NELBO; `uniform`: 1.
+        ar: Weight of a next-token loss on the clean stream (bd3lm with causal context only).
+        distillation: What is learnt from the base beside the data; None for nothing.
+    """
+
+    masked: Literal["elbo", "uniform"] = "elbo"
+    ar: float = 0.0
+    distillation: Distillation | None = None
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """What fades over the first steps of a training.
+
+    Attributes:
+        attention_steps: Steps over which a causal attention is opened (DiffuLLaMA, arXiv
+            2410.17891).
+        mask_noise_std: Noise on the mask's embedding, in units of the embedding's own standard
+            deviation (LLaDA2, arXiv 2512.15745).
+        mask_noise_steps: Steps over which that noise fades.
+        blocks: How blocks grow to their size (bd3lm); None for blocks that have it.
+    """
+
+    attention_steps: int = 0
+    mask_noise_std: float = 0.0
+    mask_noise_steps: int = 0
+    blocks: BlockGrowth | None = None
+
+
+@dataclass(frozen=True)
+class ForwardNoise:
+    """Text and noise of one forward, on the CPU, and what its loss is divided by.
+
+    Attributes:
+        objective: What is learnt in its step.
+        batch: Clean text.
+        views: Draws of noise over its text.
+        closed: Pairs of positions that attention annealing keeps closed; None for none.
+        key: Where the noise was drawn.
+        scored: Scorable tokens of this forward, over all views.
+        items: Positions the optimised loss is a mean over, of all forwards and processes of the
+            step, so that a token weighs the same in whichever of them it is.
+        texts: Scorable tokens of all forwards and processes of the step.
+    """
+
+    objective: Objective
+    batch: TextBatch
+    views: tuple[Corruption, ...]
+    closed: torch.Tensor | None
+    key: NoiseKey
+    scored: int
+    items: float
+    texts: float
