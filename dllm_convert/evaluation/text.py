@@ -20,10 +20,11 @@ from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.loading import load_complete
 from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.recorded import recorded_recipe
-from dllm_convert.recipe.schema import Data
+from dllm_convert.recipe.schema import Columns, Data
 from dllm_convert.recipe.splits import sliced
 from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.source.tokenizer_loading import load_tokenizer
+from dllm_convert.training.data.formats import format_of
 
 PROBE = "def main():\n    print('naïve', 1234.5)  # Two  spaces"
 """Text that two vocabularies are unlikely to cut alike."""
@@ -99,6 +100,8 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         }
         other |= {"held_out_source": None, "held_out_split": None, "mixture": ()}
         other |= {"containing": None, **_one_text(given)}
+        if given == "pydoc" or format_of(Path(given)) == "text":
+            other["columns"] = Columns()
         data = recipe.data.model_copy(update=other)
     if request.text_field is not None:
         data = data.model_copy(update={"text_field": request.text_field})

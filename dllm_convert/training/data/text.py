@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.ranks import ALONE, Rank
 from dllm_convert.diffusion.objective import TextBatch
-from dllm_convert.recipe.schema import Data, Recipe
+from dllm_convert.recipe.schema import Columns, Data, Recipe
 from dllm_convert.recipe.splits import SPLIT
 from dllm_convert.training.base_text import TEXT
 from dllm_convert.training.data.mixing import MixedRows, MixedText, Mixture, mix, parts_of
@@ -145,6 +145,7 @@ def own_text(data: Data, written: Path) -> Data:
             "split": SPLIT,
             "revision": None,
             "text_field": "text",
+            "columns": Columns(),
             "containing": None,
             "streaming": "off",
             "max_documents": None,
