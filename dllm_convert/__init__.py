@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dllm_convert.errors import IncompatibleError as IncompatibleError
     from dllm_convert.errors import RequestError as RequestError
     from dllm_convert.errors import TypedFieldError as TypedFieldError
+    from dllm_convert.errors import UnknownSourceError as UnknownSourceError
     from dllm_convert.errors import UnknownTaskError as UnknownTaskError
     from dllm_convert.errors import UnsupportedError as UnsupportedError
     from dllm_convert.errors import VerificationError as VerificationError
@@ -65,6 +66,7 @@ _HOMES = {
     "VerificationError": "dllm_convert.errors",
     "DataError": "dllm_convert.errors",
     "TypedFieldError": "dllm_convert.errors",
+    "UnknownSourceError": "dllm_convert.errors",
     "UnknownTaskError": "dllm_convert.errors",
     "HubError": "dllm_convert.errors",
     "RequestError": "dllm_convert.errors",
@@ -83,6 +85,7 @@ __all__ = [
     "Reporter",
     "RequestError",
     "TypedFieldError",
+    "UnknownSourceError",
     "UnknownTaskError",
     "UnsupportedError",
     "VerificationError",

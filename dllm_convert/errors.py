@@ -5,6 +5,7 @@ DllmConvertError (1)
 ├── IncompatibleError (3)   this checkpoint or recipe cannot be converted as asked
 ├── VerificationError (4)   the converted checkpoint failed a probe
 ├── DataError (1)           training text or a file on disk is missing, broken or too short
+│   ├── UnknownSourceError (2) nothing is where the source that was named should be
 │   └── UnknownTaskError (2)   no task of an evaluation has the name that was typed
 ├── HubError (1)            the Hub refused, is unreachable, or does not have what was named
 ├── RequestError (2)       what was asked contradicts itself or would change nothing
@@ -71,7 +72,7 @@ class IncompatibleError(DllmConvertError):
 
 
 class TypedFieldError(IncompatibleError):
-    """A preset or field that was typed, not read from a file: there is none, or no such value."""
+    """A recipe, preset or field that was typed: there is none, no such value, or no such pair."""
 
     exit_code = 2
 
@@ -84,6 +85,12 @@ class VerificationError(DllmConvertError):
 
 class DataError(DllmConvertError):
     """Text or files that are missing, broken, foreign or too short."""
+
+
+class UnknownSourceError(DataError):
+    """Nothing is where the source that was named should be."""
+
+    exit_code = 2
 
 
 class UnknownTaskError(DataError):

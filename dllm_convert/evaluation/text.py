@@ -115,7 +115,8 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
         "source": names, "held_out": trained_on, "draws": draws, "data": counts,
     }  # fmt: skip
     which = "held out of" if trained_on else "all of"
-    reporter.line(f"{which} {names}: {facts['documents']} documents, {facts['tokens']} tokens")
+    documents = f"{facts['documents']} document{'s' if facts['documents'] != 1 else ''}"
+    reporter.line(f"{which} {names}: {documents}, {facts['tokens']} tokens")
     with reporter.task("measure the NELBO", total=len(batches) * draws) as task:
         bound = nelbo(
             subject.model,

@@ -296,7 +296,10 @@ class _Layers:
             problem, *rest = [*typed, *(one for one in found if one not in typed)]
             if problem["type"] == "value_error":
                 broken = problem["ctx"]["error"].found
-                raise IncompatibleError(
+                # What the command line alone says is wrong with every recipe.
+                alone = {self._origin(path) for path in broken.fields} == {COMMAND_LINE}
+                kind = TypedFieldError if alone else IncompatibleError
+                raise kind(
                     f"{self._latest(broken.fields)}: {broken.message}", hint=broken.hint
                 ) from error
             path = field_path(problem)
@@ -316,7 +319,10 @@ class _Layers:
 
     def _origin(self, path: str) -> str:
         below = [known for known in self.values if known == path or known.startswith(f"{path}.")]
-        return self.values[below[0]][1] if below else "recipe"
+        if below:
+            return self.values[below[0]][1]
+        # What is missing is missing where most is said.
+        return next((one for one in reversed(self.order) if one != COMMAND_LINE), "recipe")
 
     def _latest(self, fields: Iterable[str]) -> str:
         """Return where the last written of some fields was: that is what broke a rule."""
@@ -398,7 +404,7 @@ def _find(source: str) -> Path | None:
         )
     near = nearest_place(source) if source else None
     known = recipes if near is None else (str(near), *recipes)
-    raise IncompatibleError(
+    raise TypedFieldError(
         f"no recipe, folder or file is called {source!r}{_did_you_mean(source, known)}",
         hint="List the recipes with `dllm-convert recipes`; write a Hub id as owner/name",
     )
@@ -442,7 +448,7 @@ def _read(path: Path) -> str:
         beside = [file.name for end in ("*.yaml", "*.yml") for file in path.parent.glob(end)]
         near = _did_you_mean(path.name, beside)
         hint = "List the shipped recipes with `dllm-convert recipes`"
-        raise IncompatibleError(f"there is no recipe file {path}{near}", hint=hint) from error
+        raise TypedFieldError(f"there is no recipe file {path}{near}", hint=hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise IncompatibleError(f"the recipe file {path} cannot be read: {error}") from error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from dllm_convert.common.hub_names import is_hub_id
 from dllm_convert.common.json_files import is_pointer, pointer
 from dllm_convert.common.nearest import meant
-from dllm_convert.errors import DataError
+from dllm_convert.errors import DataError, UnknownSourceError
 from dllm_convert.source.folder import inspect_folder
 from dllm_convert.source.gguf import inspect_gguf
 from dllm_convert.source.info import SourceInfo, SourceKind, TensorInfo, TokenizerInfo
@@ -63,7 +63,7 @@ def inspect_source(source: str, *, revision: str | None = None) -> SourceInfo:
             )
         return text_model(_inspect_local(path.resolve(), source))
     if not is_hub_id(source):
-        raise DataError(
+        raise UnknownSourceError(
             f"{source!r} does not exist, and is not a Hub id",
             hint=f"{meant(source)}Give a recipe name, a Hub id (owner/name), a folder or a .gguf "
             "file",

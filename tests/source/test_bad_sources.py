@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.errors import DataError, DllmConvertError, UnsupportedError
+from dllm_convert.errors import DataError, DllmConvertError, UnknownSourceError, UnsupportedError
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
@@ -28,7 +28,8 @@ def refuse(path: Path | str, *words: str) -> DllmConvertError:
     assert "\n" not in text
     for word in words:
         assert word in text, text
-    assert caught.value.exit_code == 1
+    is_typed = isinstance(caught.value, UnknownSourceError)
+    assert caught.value.exit_code == (2 if is_typed else 1)
     return caught.value
 
 
