@@ -270,7 +270,7 @@ def lossless(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
     text = Path(args.text).read_text(encoding="utf-8") if args.text else None
     found: dict[str, Any] = {}
     for name, prompts in _prompts(tokenizer, text, args).items():
-        ratios, kept = [], {"tokens": 0, "forwards": 0, "equal": 0, "close": 0}
+        ratios, kept = [], {"tokens": 0, "forwards": 0, "equal": 0, "close": 0, "looped": 0}
         for prompt in prompts:
             own = {"max_new_tokens": args.new, "eos_token_id": None}
 
@@ -294,6 +294,7 @@ def lossless(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
             kept["equal"] += int(same.sum())
             kept["forwards"] += mine.forwards
             kept["close"] += mine.close
+            kept["looped"] += looped(theirs[0, len(prompt[0]) :].tolist())
         found[name] = {
             "tokens_per_forward": kept["tokens"] / kept["forwards"],
             "speed_over_the_base": statistics.median(ratios),
@@ -302,6 +303,21 @@ def lossless(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
             **kept,
         }
     return found
+
+
+def looped(tokens: list[int], length: int = 8) -> int:
+    """Count tokens of a text that end a run of `length` tokens which it had before.
+
+    What a small model repeats is easy to draft: without this number drafts look better than they
+    are.
+    """
+    seen: set[tuple[int, ...]] = set()
+    count = 0
+    for end in range(length, len(tokens) + 1):
+        run = tuple(tokens[end - length : end])
+        count += run in seen
+        seen.add(run)
+    return count
 
 
 def _prompts(
