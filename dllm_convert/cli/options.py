@@ -11,7 +11,7 @@ import typer
 from dllm_convert.cli import completion
 from dllm_convert.cli.errors import JSON_KEY
 from dllm_convert.cli.output import write
-from dllm_convert.cli.types import count, named, one_of, path_of
+from dllm_convert.cli.types import count, count_from_zero, named, one_of, path_of
 from dllm_convert.common.version import __version__
 
 
@@ -246,6 +246,26 @@ Machines = Annotated[
         metavar="N",
         rich_help_panel=_LAUNCH,
         help="Machines that the processes are on; each runs the same command.",
+    ),
+]
+MachineRank = Annotated[
+    int | None,
+    typer.Option(
+        "--machine-rank",
+        parser=count_from_zero,
+        metavar="N",
+        rich_help_panel=_LAUNCH,
+        help="Number of this machine, from 0.",
+    ),
+]
+MainAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--main-address",
+        parser=named,
+        metavar="HOST[:PORT]",
+        rich_help_panel=_LAUNCH,
+        help="Where all machines reach machine 0.",
     ),
 ]
 LaunchConfig = Annotated[

@@ -16,6 +16,7 @@ from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline.launch import launch
 from dllm_convert.pipeline.options import Depth, RunOptions
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.schema import Recipe
 
 
@@ -24,8 +25,7 @@ def run_together(
     out: Path,
     how: RunOptions,
     *,
-    processes: int | None,
-    config: Path | None = None,
+    launched: Launch,
     quiet: bool = False,
 ) -> None:
     """Convert in several processes of this machine, and wait for them.
@@ -34,8 +34,7 @@ def run_together(
         recipe: The resolved recipe.
         out: Folder in which the checkpoint appears when it is whole.
         how: As in `pipeline.run.run`.
-        processes: How many; None: what the config says.
-        config: An Accelerate config; None: data parallel on this machine.
+        launched: Who they are and what they share.
         quiet: Whether the first of them tells warnings only.
 
     Raises:
@@ -46,7 +45,7 @@ def run_together(
         job = Path(name) / "job.json"
         asked = {"link": how.link, "verify": how.verify, "extend": how.extend, "quiet": quiet}
         write_json(job, {"recipe": recipe.model_dump(mode="json"), "out": str(out), **asked})
-        code = launch(processes, config, [str(job)], module=__name__)
+        code = launch(launched, [str(job)], module=__name__)
         if code:
             raise _told(Path(name)) or (
                 KeyboardInterrupt()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Two machines of eight GPUs:  sbatch recipes/launch/slurm.sh qwen2.5-7b --full --out /shared/out
-# Slurm sends SIGTERM before it takes the machines away: the run saves and ends with 130, and is put
-# back into the queue; the same command goes on from the checkpoint.
+# Five minutes before the time is over Slurm sends SIGTERM: the run saves, which may take all of them, and ends
+# with 130 on every machine; then the job is put back into the queue, and the same command goes on from the
+# checkpoint. Any other code stays in the log and is not tried again.
 #SBATCH --job-name=dllm-convert
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -14,14 +15,13 @@ set -uo pipefail
 config="${LAUNCH_CONFIG:-recipes/launch/multi-node.yaml}"
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 
-srun bash -c 'exec accelerate launch \
-  --config_file "$0" \
-  --num_machines "$SLURM_NNODES" \
-  --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
-  --machine_rank "$SLURM_NODEID" \
-  --main_process_ip "$1" \
-  --main_process_port 29500 \
-  -m dllm_convert run "${@:2}"' "$config" "$first" "$@"
+# exec: what Slurm sends to the task reaches the launcher itself.
+srun bash -c 'exec dllm-convert run "${@:3}" \
+  --launch-config "$1" \
+  --num-machines "$SLURM_NNODES" \
+  --num-processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
+  --machine-rank "$SLURM_NODEID" \
+  --main-address "$2:29500"' run "$config" "$first" "$@"
 code=$?
 
 if [ "$code" -eq 130 ]; then

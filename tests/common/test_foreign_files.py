@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from dllm_convert.cli.app import app
 from dllm_convert.common.foreign_files import check_file, check_inside, read_text
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError
-from dllm_convert.pipeline.launch import launch
-from dllm_convert.planning.launch import read_config
+from dllm_convert.planning.launch import Launch, read_config
 from dllm_convert.recipe.loading import data_dir, load_recipe
 from dllm_convert.recipe.yaml_text import parse_mapping, parse_value
 from dllm_convert.source.inspect import inspect_source
@@ -188,11 +187,11 @@ def test_a_launch_config_is_looked_at_first(tmp_path: Path, content: str) -> Non
     path = tmp_path / "launch.yaml"
     path.write_text(content)
     with pytest.raises(DllmConvertError, match=r"launch\.yaml"):
-        launch(1, path, [])
+        Launch.asked(2, path, environment={})
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(DataError, match="named pipe"):
-        launch(1, path, [])
+        Launch.asked(2, path, environment={})
 
 
 def test_the_launch_configs_that_are_shipped_are_fine() -> None:

@@ -16,6 +16,7 @@ from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline import together
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.schema import Recipe
 
 SMALL: dict[str, Any] = {
@@ -27,6 +28,7 @@ SMALL: dict[str, Any] = {
     "generation.max_new_tokens": 16,
 }
 QUIET = dc.Reporter(quiet=True)
+TWO = Launch(2, strategy="ddp")
 
 
 @pytest.fixture
@@ -34,8 +36,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """What would be launched; one process, in this one, takes part instead."""
     seen: list[dict[str, Any]] = []
 
-    def launch(processes: int | None, config: Path | None, command: list[str], module: str) -> int:
-        seen.append({"processes": processes, "config": config, "module": module})
+    def launch(asked: Launch, command: list[str], module: str) -> int:
+        seen.append({"launch": asked, "module": module})
         return together.main(Path(command[0]))
 
     monkeypatch.setattr(together, "launch", launch)
@@ -48,9 +50,7 @@ def test_it_is_the_same_conversion(
     plan = dc.plan(source_cache("llama"), to="bd3lm", block=8, train=False)
     out = tmp_path / "out"
     done = dc.convert(plan, out, num_processes=2, verify="files", reporter=QUIET)
-    assert launched == [
-        {"processes": 2, "config": None, "module": "dllm_convert.pipeline.together"}
-    ]
+    assert launched == [{"launch": TWO, "module": "dllm_convert.pipeline.together"}]
     assert done.report.passed
     assert done.path == out
     again = dc.convert(plan, out, verify="files", reporter=QUIET)
@@ -89,7 +89,7 @@ def test_how_the_processes_end(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    def launch(_: int | None, __: Path | None, command: list[str], module: str) -> int:
+    def launch(_: Launch, command: list[str], module: str) -> int:
         if left is not None:
             write_json(Path(command[0]).with_name("failure-000000.json"), {"hint": "so"} | left)
         return code
@@ -97,7 +97,7 @@ def test_how_the_processes_end(
     monkeypatch.setattr(together, "launch", launch)
     recipe = Recipe(source="nobody/nothing", target="mdlm")
     with pytest.raises(raised, match=said):
-        together.run_together(recipe, tmp_path, together.RunOptions(), processes=2)
+        together.run_together(recipe, tmp_path, together.RunOptions(), launched=TWO)
 
 
 @pytest.mark.parametrize("processes", [0, -1, True, "2", 1.5])
@@ -154,4 +154,4 @@ def test_a_plan_of_several_processes_starts_them(
 ) -> None:
     plan = dc.plan(source_cache("llama"), to="bd3lm", block=8, train=False, processes=2)
     dc.convert(plan, tmp_path / "out", verify="files", reporter=QUIET)
-    assert [(start["processes"], start["config"]) for start in launched] == [(2, None)]
+    assert [start["launch"] for start in launched] == [TWO]

@@ -15,10 +15,10 @@ if "RANK" not in os.environ:
 
     original = launch.launcher_arguments
 
-    def launch_this(*given: object) -> int:
+    def launch_this(asked: object, command: list[str], **how: object) -> int:
         from accelerate.commands.launch import launch_command, launch_command_parser
 
-        line = [*original(*given[:2]), __file__, *given[2]]  # type: ignore[arg-type, misc]
+        line = [*original(asked, how["machine"]), __file__, *command]  # type: ignore[arg-type]
         launch_command(launch_command_parser().parse_args(line))
         return 0
 

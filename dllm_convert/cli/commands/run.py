@@ -16,6 +16,7 @@ from dllm_convert.cli.commands.shared import (
     exit_if_failed,
     make_reporter,
     show_done,
+    typed,
 )
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Rank
@@ -83,6 +84,8 @@ def run(
     num_processes: option.Processes = None,
     num_machines: option.Machines = None,
     launch_config: option.LaunchConfig = None,
+    machine_rank: option.MachineRank = None,
+    main_address: option.MainAddress = None,
     dry_run: option.DryRun = False,
     probe: option.Probe = False,
     allow_generic: option.AllowGeneric = False,
@@ -97,6 +100,7 @@ def run(
     verbose: option.Verbose = False,
 ) -> None:
     """Convert a checkpoint; with `--dry-run`, only say how."""
+    from dllm_convert.pipeline.launch import Machine
     from dllm_convert.pipeline.launch import launch as start
 
     place = Rank.from_environment()
@@ -142,8 +146,11 @@ def run(
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
     if extend and recipe.training.method == "none":
         raise typer.BadParameter("--extend trains on; leave out --no-train")
-    if (num_processes or launch_config) and not place.launched:
-        raise typer.Exit(start(num_processes, launch_config, sys.argv[1:]))
+    if not place.launched:
+        with typed():
+            machine = Machine.asked(launch, machine_rank, main_address)
+        if launch.strategy != "none":
+            raise typer.Exit(start(launch, sys.argv[1:], machine=machine))
     how = RunOptions(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json, verbose=verbose)
 

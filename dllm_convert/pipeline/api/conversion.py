@@ -12,10 +12,10 @@ from dllm_convert.common.ranks import Rank
 from dllm_convert.common.tables import Block, Printed
 from dllm_convert.errors import IncompatibleError, RequestError
 from dllm_convert.pipeline.api.publication import push_options
-from dllm_convert.pipeline.asked import ConversionRequest, LaunchRequest
+from dllm_convert.pipeline.asked import ConversionRequest, LaunchRequest, launch_of
 from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.planning.launch import ALONE
+from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.recipe.typed import default_out
 
@@ -90,14 +90,13 @@ def plan(
         **asked: `to` and `block` (what to convert to), `data`, `steps`, `tokens`, `max_time`,
             `global_batch`, `preset`, `serve`, `lora`, `full`, `train`, `keep_adapter`,
             `keep_base`, `revision`, `allow_pickle`, `allow_generic`, `allow_epochs`, `report_to`,
-            `processes`, `num_machines`, `launch_config` (who trains together; of a plan, as it was),
+            `processes`, `num_machines`, `launch_config` (who trains; of a plan, as it was),
             and `overrides` for every other field of a recipe by its dotted name; see
             `dllm_convert.pipeline.asked.ConversionRequest`.
 
     Raises:
         DllmConvertError: The source cannot be read, or cannot be converted as asked.
     """
-    from dllm_convert.pipeline.asked import launch_of
     from dllm_convert.pipeline.run import plan_conversion
 
     if isinstance(source, ConversionPlan):
@@ -190,10 +189,9 @@ def convert(
     how = RunOptions(link=link, verify=Depth(verify), extend=extend)
     folder = default_out(recipe) if out is None else Path(out)
     teller = reporter or Reporter()
-    processes, config = asked.get("processes"), asked.get("launch_config")
-    if processes is not None or config is not None:
-        path = None if config is None else Path(config)
-        return _convert_together(recipe, folder, teller, options, how, processes, path)
+    launched = launch_of(asked)
+    if launched.strategy != "none":
+        return _convert_together(recipe, folder, teller, options, how, launched)
     return convert_recipe(recipe, folder, teller, push=options, how=how)
 
 
@@ -203,8 +201,7 @@ def _convert_together(
     reporter: Reporter,
     push: PushOptions | None,
     how: RunOptions,
-    processes: int | None,
-    config: Path | None,
+    launched: Launch,
 ) -> Conversion:
     """Have several processes convert; what is published is published by this one."""
     from dllm_convert.common.manifest import read_manifest
@@ -218,7 +215,7 @@ def _convert_together(
     if push is not None:
         source = source_facts(plan_conversion(recipe, out))
         push = preflight({"source": source}, push, reporter)
-    run_together(recipe, out, how, processes=processes, config=config, quiet=reporter.quiet)
+    run_together(recipe, out, how, launched=launched, quiet=reporter.quiet)
     manifest = read_manifest(out)
     report = VerificationReport.from_dict(manifest["verification"])
     pushed = None
