@@ -42,7 +42,7 @@ CONFIGS = ROOT / "recipes/launch"
         (None, None, "10.0.0.1", "found None, expected 0 to 1"),
         (None, 2, "10.0.0.1", "expected 0 to 1"),
         (None, -1, "10.0.0.1", "expected 0 to 1"),
-        (None, 0, None, "find each other"),
+        (None, 0, None, "where all of them meet"),
         (None, 0, "", "no HOST"),
         (None, 0, "a b", "no HOST"),
         (None, 0, "host:99999", "no HOST"),
@@ -70,12 +70,14 @@ def test_one_machine_has_no_number() -> None:
             Machine.asked(alone, **wrong)  # type: ignore[arg-type]
 
 
-def test_the_command_line_refuses_a_machine_among_none() -> None:
+def test_the_command_line_refuses_a_machine_among_none(source_cache: SourceFactory) -> None:
     from dllm_convert.cli.app import app
 
     options = (["--machine-rank", "0"], ["--main-address", "a"], ["--num-machines", "2"])
     for option in options:
-        result = CliRunner().invoke(app, ["run", "owner/name", *option, "--to", "mdlm"])
+        result = CliRunner().invoke(
+            app, ["run", str(source_cache("llama")), *option, "--to", "mdlm"]
+        )
         assert result.exit_code == 2, result.output
         assert option[0] in result.stderr or "--num-processes" in result.stderr
 
