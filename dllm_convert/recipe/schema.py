@@ -15,6 +15,8 @@ from dllm_convert.recipe.rules import UnsoundError, contradictions
 Method = Literal["full", "lora", "none"]
 Checkpointing = Literal["auto", "off", "selective", "full"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Gpu = Literal["A100 80GB", "H100 80GB", "H200 141GB", "B200 180GB"]
+"""GPUs that hours are estimated for: those of `planning/devices.py`."""
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 Name = Annotated[str, Field(pattern=r"\S")]
 """A text that names something: a path, an id, a branch."""
@@ -315,6 +317,14 @@ class Recipe(_Section):
     revision: Name | None = Field(None, description="branch, tag or commit of a Hub source")
     allow_pickle: bool = Field(False, description="read weights that are pickles (.bin)")
     license: str | None = Field(None, description="licence id of the base, if known")
+    parameters: int | None = Field(
+        None,
+        gt=0,
+        le=LARGEST_TOKENS,
+        description="weights of the base, about, for the table of `dllm-convert recipes`; a plan "
+        "counts them",
+    )
+    device: Gpu | None = Field(None, description="GPU whose hours that table says; decides nothing")
     target: Target = Field(description="mdlm or bd3lm")
     block_size: PositiveInt | None = Field(None, description="tokens per block, bd3lm only")
     token_shift: Literal["keep", "drop"] = Field(
@@ -352,6 +362,8 @@ class Recipe(_Section):
         """Return the fields that what comes out depends on; the others may change in between."""
         # What `serve` chooses stands in the fields themselves.
         incidental: Any = {"training": set(INCIDENTAL), "allow_pickle": True, "serve": True}
+        # What these say is shown, and decides nothing.
+        incidental |= {"parameters": True, "device": True}
         return self.model_dump(mode="json", exclude=incidental)
 
     @property

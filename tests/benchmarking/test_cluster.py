@@ -46,7 +46,8 @@ class Cluster:
         if phase == 0:
             write_json(self.out / "network.json", NETWORK)
         elif phase == 1 and not self.faults.get("survives"):
-            (work / f"trainer/checkpoint-{self.faults.get('saved', SAVED)}").mkdir(parents=True, exist_ok=True)
+            saved = work / f"trainer/checkpoint-{self.faults.get('saved', SAVED)}"
+            saved.mkdir(parents=True, exist_ok=True)
             for path in work.glob("trainer/*"):
                 (path / "complete").touch()
             said = {"rank": 3, "step": KILLED, "time": time.time()}

@@ -89,7 +89,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "field", [path for path, one in all_fields().items() if "integer" in one.allowed]
 )
 def test_no_whole_number_of_a_recipe_is_beyond_reason(field: str) -> None:
-    own = {"training.seed": LARGEST_SEED, "training.tokens": LARGEST_TOKENS}
+    own = {"training.seed": LARGEST_SEED}
+    own |= dict.fromkeys(("training.tokens", "parameters"), LARGEST_TOKENS)
     largest = own.get(field, LARGEST_COUNT)
     load_recipe("some/model", overrides={field: largest, **BESIDE.get(field, {})})
     for value in (largest + 1, 2 * 10**18, 10**23):
