@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from dllm_convert.cli.app import EXIT_CODES, app
+from dllm_convert.pipeline.listed import listed_rows
 from dllm_convert.recipe.fields import all_fields
 from dllm_convert.recipe.loading import data_dir, list_recipes
 from dllm_convert.recipe.yaml_text import parse_mapping
@@ -57,7 +58,9 @@ document; of a known failure it is `{"error": {"kind", "message", "hint"}, "exit
 
 BASE_TEXT = """\
 Base models, because training on plain text would undo an instruction tuning. Each file in
-`recipes/` says where its numbers come from.
+`recipes/` says where its numbers come from. Hours are rough: from the size of the base and the
+recipe's device alone, of which a fifth of the peak is assumed; `check` reads the checkpoint's
+headers and says them of every device.
 """
 
 
@@ -101,10 +104,7 @@ def recipes_page() -> str:
     ]  # fmt: skip
     presets = sorted((data_dir("recipes") / "presets").glob("*.yaml"))
     preset_rows = [(f"`{path.stem}`", *_preset_facts(path)) for path in presets]
-    recipe_rows = [
-        (f"`{one.name}`", f"`{one.source}`", one.license, one.target, str(one.block_size or ""))
-        for one in list_recipes()
-    ]
+    header, recipe_rows = listed_rows(list_recipes())
     return "\n".join(
         [
             "# Recipes\n",
@@ -116,7 +116,7 @@ def recipes_page() -> str:
             _table(("preset", "what it is", "source"), preset_rows),
             "## Shipped recipes\n",
             BASE_TEXT,
-            _table(("recipe", "checkpoint", "licence", "target", "block"), recipe_rows),
+            _table(header, recipe_rows),
         ]
     )
 

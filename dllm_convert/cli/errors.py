@@ -19,6 +19,7 @@ from dllm_convert.cli.output import write_json
 from dllm_convert.common.disk import DISK_FULL
 from dllm_convert.common.interruption import INTERRUPTED, Interruption
 from dllm_convert.common.quiet import debugging
+from dllm_convert.common.ranks import lost_process
 from dllm_convert.common.secrets_found import TOKEN_VARIABLES
 from dllm_convert.common.shown_text import one_line
 from dllm_convert.errors import DllmConvertError, OutputError, RequestError, spelt
@@ -115,6 +116,9 @@ def classify(error: Exception) -> Failure | None:
         if isinstance(error, RequestError):
             message, hint = spelt(message, flag), hint and spelt(hint, flag)
         return Failure(type(error).__name__, message, hint, error.exit_code)
+    lost = lost_process(error)
+    if lost is not None:
+        return Failure("LostProcess", lost.message, lost.hint, lost.exit_code)
     # torch.OutOfMemoryError is a RuntimeError; naming it would import torch.
     no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if no_memory or _CPU_MEMORY in str(error):

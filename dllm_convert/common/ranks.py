@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dllm_convert.errors import DllmConvertError
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -37,3 +39,18 @@ class Rank:
 
 ALONE = Rank()
 """A process that trains by itself."""
+
+
+def lost_process(error: BaseException) -> DllmConvertError | None:
+    """Return what to say where another process is gone that this one waited for; else None.
+
+    torch raises errors of its own for NCCL and for its stores, and a plain one for gloo.
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if not names & {"DistError"} and "gloo/transport" not in str(error):
+        return None
+    return DllmConvertError(
+        "another process of the training is gone",
+        hint="What it said last, or its launcher, says why; the same command goes on from the last "
+        "checkpoint",
+    )

@@ -79,7 +79,7 @@ class Machine:
             host, port = _host_and_port(address)
         if not host or type(port) is not int:
             raise RequestError(
-                "found none, expected HOST or HOST:PORT of machine 0, where the machines meet",
+                "found none, expected HOST or HOST:PORT of machine 0: where all of them meet",
                 argument="main_address",
             )
         return cls(number, str(host), port)

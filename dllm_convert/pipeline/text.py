@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import HubError, IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.plan_text import count_text
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Data, Recipe
@@ -51,8 +52,10 @@ class TextPlan:
         if look.chats:
             what += f", {look.chats:,} of them chats" if look.chats < look.documents else ", chats"
         what = what if look.whole else f"the first {what}, of more"
-        size = "of unknown size" if look.tokens is None else f"about {_rounded(look.tokens)} tokens"
-        said = f"{look.source}: {what}, {size}; the training reads {_rounded(self.wanted)}"
+        size = (
+            "of unknown size" if look.tokens is None else f"about {count_text(look.tokens)} tokens"
+        )
+        said = f"{look.source}: {what}, {size}; the training reads {count_text(self.wanted)}"
         if self.epochs is None:
             return said
         times = f"{self.epochs:.2g}" if self.epochs < 10 else f"{self.epochs:,.0f}"
@@ -92,8 +95,8 @@ class WrittenPlan:
         epochs = self.text.epochs or 0.0
         return (
             f"{self.asked.source}: the base answers {self.prompts:,} prompts of it before the "
-            f"training, at most {_rounded(self.new_tokens)} tokens in {self.forwards:,} forwards "
-            f"of {rows}; the training reads {_rounded(self.text.wanted)}, at least {epochs:.2g} "
+            f"training, at most {count_text(self.new_tokens)} tokens in {self.forwards:,} forwards "
+            f"of {rows}; the training reads {count_text(self.text.wanted)}, at least {epochs:.2g} "
             "times all of it"
         )
 
@@ -232,10 +235,3 @@ def _counter(plan: ConversionPlan) -> Counter | None:
         return [len(found.ids) for found in tokenizer.encode_batch_fast(list(texts))]
 
     return count
-
-
-def _rounded(count: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)

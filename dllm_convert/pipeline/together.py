@@ -12,7 +12,7 @@ from dllm_convert import errors
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.interruption import INTERRUPTED, Interruption
 from dllm_convert.common.json_files import write_json
-from dllm_convert.common.ranks import Rank
+from dllm_convert.common.ranks import Rank, lost_process
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.pipeline.launch import launch
 from dllm_convert.pipeline.options import Depth, RunOptions
@@ -103,6 +103,13 @@ def main(job: Path) -> int:
         said = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
         write_json(job.with_name(f"failure-{place.rank:06}.json"), said)
         return error.exit_code
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        # Whoever was lost, or its launcher, has said more.
+        Reporter(quiet=True).warn(str(lost))
+        return lost.exit_code
     return 0
 
 

@@ -39,6 +39,16 @@ def hours_text(hours: float) -> str:
     return f"{hours:.3g} h" if hours < 1000 else f"{hours:,.0f} h"
 
 
+def count_text(count: int | None) -> str:
+    """Return a number as it is said of models and texts: 494M, 1.3B; empty if there is none."""
+    if count is None:
+        return ""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
 def ranges_text(numbers: Sequence[int]) -> str:
     """Return rising numbers as ranges: 0-4, 6, 8-9."""
     runs: list[list[int]] = []

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from dllm_convert.common.foreign_files import MAX_TEXT_BYTES, check_file
 from dllm_convert.common.nearest import nearest_place
-from dllm_convert.common.terms import Target
 from dllm_convert.errors import IncompatibleError, TypedFieldError
 from dllm_convert.recipe import yaml_text as recipe_yaml
 from dllm_convert.recipe.budget import paced
@@ -40,14 +39,17 @@ INHERITS = "inherits"
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """What `dllm-convert recipes` shows of a recipe."""
+    """What `dllm-convert recipes` shows of a recipe.
+
+    Attributes:
+        name: Its name.
+        presets: What it inherits.
+        recipe: What it resolves to.
+    """
 
     name: str
-    description: str | None
-    source: str
-    license: str | None
-    target: Target
-    block_size: int | None
+    presets: tuple[str, ...]
+    recipe: Recipe
 
 
 def data_dir(kind: Literal["recipes", "cards"]) -> Path:
@@ -62,18 +64,15 @@ def data_dir(kind: Literal["recipes", "cards"]) -> Path:
 
 def list_recipes() -> tuple[RecipeEntry, ...]:
     """Return the shipped recipes, by name."""
-    recipes = [(name, load_recipe(name, overrides={})) for name in sorted(_shipped(""))]
     return tuple(
-        RecipeEntry(
-            name,
-            recipe.description,
-            recipe.source,
-            recipe.license,
-            recipe.target,
-            recipe.block_size,
-        )
-        for name, recipe in recipes
+        RecipeEntry(name, _presets_of(path), load_recipe(name, overrides={}))
+        for name, path in sorted(_shipped("").items())
     )
+
+
+def _presets_of(path: Path) -> tuple[str, ...]:
+    fields = recipe_yaml.parse_mapping(_read(path), str(path))
+    return _inherited(fields.get(INHERITS), path)
 
 
 def load_recipe(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 FORGOTTEN: Mapping[str, tuple[str, ...]] = {
-    "source": ("revision", "license"),
+    "source": ("revision", "license", "parameters"),
     "training.learning_rate": ("training.lora.learning_rate",),
     "training.steps": ("training.max_minutes", "training.tokens"),
     "training.tokens": ("training.max_minutes", "training.steps"),

@@ -17,6 +17,8 @@ from dllm_convert.recipe.rules import contradictions
 Method = Literal["full", "lora", "none"]
 Checkpointing = Literal["auto", "off", "selective", "full"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Gpu = Literal["A100 80GB", "H100 80GB", "H200 141GB", "B200 180GB"]
+"""GPUs that hours are estimated for: those of `planning/devices.py`."""
 PositiveInt = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 Name = Annotated[str, Field(pattern=r"\S")]
 """A text that names something: a path, an id, a branch."""
@@ -428,6 +430,14 @@ class Recipe(_Section):
     revision: Name | None = Field(None, description="branch, tag or commit of a Hub source")
     allow_pickle: bool = Field(False, description="read weights that are pickles (.bin)")
     license: str | None = Field(None, description="licence id of the base, if known")
+    parameters: int | None = Field(
+        None,
+        gt=0,
+        le=LARGEST_TOKENS,
+        description="weights of the base, about, for the table of `dllm-convert recipes`; a plan "
+        "counts them",
+    )
+    device: Gpu | None = Field(None, description="GPU whose hours that table says; decides nothing")
     target: Target = Field(description="mdlm or bd3lm")
     block_size: PositiveInt | None = Field(None, description="tokens per block, bd3lm only")
     token_shift: Literal["keep", "drop"] = Field(
@@ -472,9 +482,10 @@ class Recipe(_Section):
         """
         # What `serve` chooses stands in the fields themselves.
         hidden = {*INCIDENTAL, "batch_size", "gradient_accumulation"}
-        found = self.model_dump(
-            mode="json", exclude={"training": hidden, "allow_pickle": True, "serve": True}
-        )
+        incidental: Any = {"training": hidden, "allow_pickle": True, "serve": True}
+        # What these say is shown, and decides nothing.
+        incidental |= {"parameters": True, "device": True}
+        found = self.model_dump(mode="json", exclude=incidental)
         found["training"]["sequences_per_step"] = self.training.sequences_per_step * processes
         return found
 

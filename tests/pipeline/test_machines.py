@@ -20,6 +20,7 @@ import forks
 import pytest
 from conftest import SourceFactory
 from forks import Forked
+from typer.testing import CliRunner
 
 from dllm_convert.errors import DllmConvertError, RequestError
 from dllm_convert.pipeline.launch import Machine, exit_code, launcher_arguments
@@ -41,7 +42,7 @@ CONFIGS = ROOT / "recipes/launch"
         (None, None, "10.0.0.1", "found None, expected 0 to 1"),
         (None, 2, "10.0.0.1", "expected 0 to 1"),
         (None, -1, "10.0.0.1", "expected 0 to 1"),
-        (None, 0, None, "find each other"),
+        (None, 0, None, "where all of them meet"),
         (None, 0, "", "no HOST"),
         (None, 0, "a b", "no HOST"),
         (None, 0, "host:99999", "no HOST"),
@@ -67,6 +68,18 @@ def test_one_machine_has_no_number() -> None:
     for wrong in ({"rank": 0}, {"address": "host"}):
         with pytest.raises(RequestError, match="would change nothing"):
             Machine.asked(alone, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_command_line_refuses_a_machine_among_none(source_cache: SourceFactory) -> None:
+    from dllm_convert.cli.app import app
+
+    options = (["--machine-rank", "0"], ["--main-address", "a"], ["--num-machines", "2"])
+    for option in options:
+        result = CliRunner().invoke(
+            app, ["run", str(source_cache("llama")), *option, "--to", "mdlm"]
+        )
+        assert result.exit_code == 2, result.output
+        assert option[0] in result.stderr or "--num-processes" in result.stderr
 
 
 @pytest.mark.parametrize("config", [None, "ddp", "fsdp2", "multi-node", "zero3"])

@@ -58,6 +58,7 @@ def test_a_later_broader_field_beats_an_earlier_narrower_one(
         "source": ("a/b", "c/d"),
         "revision": ("v1", None),
         "license": ("mit", None),
+        "parameters": (1000, None),
         "training.learning_rate": (1e-5, 3e-4),
         "training.lora.learning_rate": (1e-3, None),
         "training.steps": (10, 20),

@@ -21,11 +21,12 @@ def recipes(name: option.RecipeName = None, as_json: option.Json = False) -> Non
             output.write(dump_recipe(recipe))
         return
     entries = list_recipes()
+    from dllm_convert.pipeline.listed import listed, listed_table
+
     if as_json:
-        output.write_json([asdict(entry) for entry in entries])
+        output.write_json([listed(entry) for entry in entries])
         return
-    rows = [(e.name, e.source, e.license, e.target, e.block_size) for e in entries]
-    output.write(str(Table(("recipe", "source", "licence", "target", "block"), rows)))
+    output.write(str(listed_table(entries)))
 
 
 def architectures(as_json: option.Json = False) -> None:

@@ -146,10 +146,11 @@ def run(
         raise typer.BadParameter("--probe is for check and --dry-run, --allow-generic for run")
     if extend and recipe.training.method == "none":
         raise typer.BadParameter("--extend trains on; leave out --no-train")
-    if launch.strategy != "none" and not place.launched:
+    if not place.launched:
         with typed():
             machine = Machine.asked(launch, machine_rank, main_address)
-        raise typer.Exit(start(launch, sys.argv[1:], machine=machine))
+        if launch.strategy != "none":
+            raise typer.Exit(start(launch, sys.argv[1:], machine=machine))
     how = RunOptions(link=link, verify=verify, extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json, verbose=verbose)
 
