@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.planning.host_memory import Strategy, host_memory
 from dllm_convert.recipe.typed import default_out
 
 if TYPE_CHECKING:
     from dllm_convert.planning.conversion import ConversionPlan
+
+
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2")
+"""Those whose host memory a plan compares."""
 
 
 def plan_document(
@@ -39,4 +44,12 @@ def plan_document(
     if recipe.training.method != "none" and processes > 1:
         sequences = recipe.training.sequences_per_step * processes
         document["launch"] = {"processes": processes, "sequences_per_step": sequences}
+        if plan.shape is not None:
+            document["launch"]["host_memory"] = {
+                strategy: host_memory(
+                    plan.shape, recipe, processes=processes, per_machine=processes,
+                    strategy=strategy,
+                ).as_dict()
+                for strategy in STRATEGIES
+            }  # fmt: skip
     return document

@@ -331,10 +331,23 @@ def _more(plan: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{launch['processes']} processes, {launch['sequences_per_step']} sequences per step"
         )
+        lines += _host(launch)
     if "publication" in plan:
         to = plan["publication"]
         lines.append(f"published as {to['repository']} ({to['visibility']}) on {to['revision']}")
     return lines
+
+
+def _host(launch: Mapping[str, Any]) -> list[str]:
+    """Say what host memory a launch takes beside GPUs, under each strategy."""
+    names = {"ddp": "DDP", "fsdp2": "FSDP2"}
+    return _wrapped(
+        [
+            f"host memory beside GPUs under {names[strategy]}: at most "
+            f"{bytes_text(found['process'])} of a process, {bytes_text(found['machine'])} of all"
+            for strategy, found in launch.get("host_memory", {}).items()
+        ]
+    )
 
 
 def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:
