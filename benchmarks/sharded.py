@@ -201,12 +201,18 @@ def take_part(work: Path) -> None:
     (work / f"rank{place.rank}.json").write_text(json.dumps(peaks.found))
 
 
+def run_apart(work: Path, do: str, *more: str) -> None:
+    """Do a part of this in a process of its own, which gives back what it took."""
+    line = [sys.executable, "-m", "benchmarks.sharded", "--work", str(work), "--do", do, *more]
+    subprocess.run(line, check=True)
+
+
 def measure(work: Path, processes: int) -> list[dict[str, int]]:
     """Train in so many processes; what each part took of each of them, in bytes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    for left in ("out", "run", "trainer"):
+    for left in ("out", "run"):
         shutil.rmtree(work / left, ignore_errors=True)
     common = {**os.environ, **FSDP2, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes)}
     common |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
@@ -251,8 +257,7 @@ def main() -> int:
     passed = True
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        line = [sys.executable, "-m", "benchmarks.sharded", "--work", str(work)]
-        subprocess.run([*line, "--do", "prepare", "--gib", str(options.gib)], check=True)
+        run_apart(work, "prepare", "--gib", str(options.gib))
         rows = []
         for processes in options.processes:
             allowed = limits(work, processes)

@@ -6,12 +6,17 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.planning.host_memory import Strategy, host_memory
 from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.recipe.typed import default_out
 
 if TYPE_CHECKING:
     from dllm_convert.planning.conversion import ConversionPlan
     from dllm_convert.recipe.schema import Recipe
+
+
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2")
+"""Those whose host memory a plan compares."""
 
 
 def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any) -> dict[str, Any]:
@@ -36,8 +41,17 @@ def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any
         "serve": served(plan),
         **measured,
     }
-    if recipe.training.method != "none" and plan.launch != ALONE:
-        document["launch"] = launch_document(recipe, plan.launch)
+    launch, shape = plan.launch, plan.shape
+    if recipe.training.method != "none" and launch != ALONE:
+        document["launch"] = launch_document(recipe, launch)
+        if shape is not None and launch.processes > 1:
+            document["launch"]["host_memory"] = {
+                strategy: host_memory(
+                    shape, recipe, processes=launch.processes, per_machine=launch.per_machine,
+                    strategy=strategy,
+                ).as_dict()
+                for strategy in STRATEGIES
+            }  # fmt: skip
     return document
 
 

@@ -407,7 +407,7 @@ def _launch(plan: Mapping[str, Any]) -> list[str]:
                 f"--global-batch {launch['sequences_of_one']} keeps batch, steps and rate"
             ]
         )
-    return lines
+    return lines + _host(launch)
 
 
 def _more(plan: Mapping[str, Any]) -> list[str]:
@@ -416,6 +416,18 @@ def _more(plan: Mapping[str, Any]) -> list[str]:
         to = plan["publication"]
         lines.append(f"published as {to['repository']} ({to['visibility']}) on {to['revision']}")
     return lines
+
+
+def _host(launch: Mapping[str, Any]) -> list[str]:
+    """Say what host memory a launch takes beside GPUs, under each strategy."""
+    names = {"ddp": "DDP", "fsdp2": "FSDP2"}
+    return _wrapped(
+        [
+            f"host memory beside GPUs under {names[strategy]}: at most "
+            f"{bytes_text(found['process'])} of a process, {bytes_text(found['machine'])} of all on a machine"
+            for strategy, found in launch.get("host_memory", {}).items()
+        ]
+    )
 
 
 def plan_blocks(plan: Mapping[str, Any]) -> list[Block]:

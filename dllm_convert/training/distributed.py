@@ -87,14 +87,31 @@ def part() -> None:
 
 
 def check_strategy(accelerator: Any, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to train in another way than was asked for.
+    """Refuse to train in another way than was asked for, or something else than a diffusion model.
 
     Accelerate chooses FSDP on accelerators only, and silently trains with DDP elsewhere: every
-    process would hold the whole model.
+    process would hold the whole model. Its context parallelism takes each layer's mask away and has
+    attention be causal; the processes that share a sequence, or a matrix, would each draw noise of
+    their own.
 
     Raises:
-        IncompatibleError: The strategy in force is not the one asked for.
+        IncompatibleError: The strategy in force is not the one asked for, or processes share
+            sequences or matrices.
     """
+    parallel = getattr(accelerator, "parallelism_config", None)
+    shared = {
+        name: size
+        for name in ("tp_size", "cp_size", "sp_size")
+        if (size := getattr(parallel, name, 1) or 1) > 1
+    }
+    if shared:
+        found = ", ".join(f"{name}={size}" for name, size in shared.items())
+        raise IncompatibleError(
+            f"Accelerate's parallelism_config has {found}, expected data parallelism alone: of "
+            "processes that share a sequence or a matrix each would draw noise of its own, and "
+            "context parallelism drops the masks that diffusion is trained with",
+            hint="Leave them out: FSDP2 over more processes shares weights, gradients and moments",
+        )
     for variable, (expected, name) in _ASKED.items():
         if _is_set(environment, variable) and accelerator.distributed_type != expected:
             raise IncompatibleError(

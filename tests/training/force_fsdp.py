@@ -1,13 +1,13 @@
 """The command line, in processes that Accelerate lets shard on a CPU.
 
-Accelerate chooses FSDP on accelerators only; FSDP2 itself works on gloo. This sets the distributed
-type when the plugin is there, in every process, and says whether parameters were sharded.
+This says whether parameters were sharded, and how many numbers each process read.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 if "RANK" not in os.environ:
     # The launcher: its processes have to run this file, not the package.
@@ -24,20 +24,10 @@ if "RANK" not in os.environ:
 
     launch.launch = launch_this  # type: ignore[assignment]
 else:
-    from accelerate import state
-    from accelerate.utils import DistributedType
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from benchmarks.sharded import shard_on_cpu
 
-    initialise = state.AcceleratorState.__init__
-
-    def forced(self: object, *args: object, **kwargs: object) -> None:
-        initialise(self, *args, **kwargs)  # type: ignore[arg-type, misc]
-        # Every later instance resets the shared type to that of the process group.
-        shared = self._shared_state  # type: ignore[attr-defined]
-        plugin = kwargs.get("fsdp_plugin") or shared.get("fsdp_plugin")
-        if plugin is not None:
-            shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-
-    state.AcceleratorState.__init__ = forced  # type: ignore[method-assign, assignment]
+    shard_on_cpu()
 
     from dllm_convert.modeling.slices import Slices
     from dllm_convert.training import distributed, trainer, writing
