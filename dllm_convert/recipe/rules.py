@@ -104,6 +104,14 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "Leave noise.discrete_steps out",
             ("noise.discrete_steps", other.partition("=")[0]),
         )
+    if training.confidence_loss_weight and (noise.kernel == "uniform" or training.method == "none"):
+        uniform = noise.kernel == "uniform"
+        yield Contradiction(
+            "training.confidence_loss_weight asks predictions of masked tokens to be surer, and "
+            + ("the uniform kernel masks none" if uniform else "nothing is trained"),
+            "Leave training.confidence_loss_weight out",
+            ("training.confidence_loss_weight", "noise.kernel" if uniform else "training.method"),
+        )
     if training.ar_loss_weight and recipe.target == "mdlm":
         yield Contradiction(
             "training.ar_loss_weight needs a clean stream, which mdlm does not have",

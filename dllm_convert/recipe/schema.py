@@ -292,6 +292,11 @@ class Training(_Section):
         description="weight of a next-token loss on the clean stream, which becomes strictly "
         "causal (bd3lm; Nemotron-Labs-Diffusion)",
     )
+    confidence_loss_weight: NonNegativeFloat = Field(
+        0.0,
+        description="weight of the entropy at masked tokens that are predicted right already, "
+        "which lets more of them be decoded at once (LLaDA2's confidence-aware training)",
+    )
     distillation: Distilled = Distilled()
     block_growth: BlockGrowth = BlockGrowth()
     attention_annealing_steps: int = Field(

@@ -34,7 +34,12 @@ def process_of(noise: Noise) -> ForwardProcess:
 
 def weights_of(training: Training) -> LossWeights:
     """Return what a recipe has the loss made of."""
-    return LossWeights(training.loss_weight, training.ar_loss_weight, distillation_of(training))
+    return LossWeights(
+        training.loss_weight,
+        training.ar_loss_weight,
+        distillation_of(training),
+        training.confidence_loss_weight,
+    )
 
 
 def distillation_of(training: Training) -> Distillation | None:

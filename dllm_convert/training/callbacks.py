@@ -28,7 +28,7 @@ from dllm_convert.training.resume import (
     rotate,
 )
 
-LOGGED = ("loss", "nelbo", "divergence", "block_size", "learning_rate", "grad_norm")
+LOGGED = ("loss", "nelbo", "divergence", "entropy", "block_size", "learning_rate", "grad_norm")
 
 
 @dataclass(frozen=True)

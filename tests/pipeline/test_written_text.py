@@ -91,7 +91,12 @@ def test_two_processes_write_what_one_writes(tmp_path: Path, source_cache: Sourc
     one = run(recipe(source), tmp_path / "one", QUIET, how=FILES)
     fields = {
         **{f"data.write_with_base.{name}": value for name, value in ASKED.items()},
-        **{"data.sequence_length": 32, "data.held_out_sequences": 4, "training.batch_size": 1, "training.learning_rate": 1e-2},
+        **{
+            "data.sequence_length": 32,
+            "data.held_out_sequences": 4,
+            "training.batch_size": 1,
+            "training.learning_rate": 1e-2,
+        },
         **{"training.precision": "fp32", "generation.max_new_tokens": 8},
     }
     line = [sys.executable, "-m", "dllm_convert", "run", str(source), "--to", "bd3lm",
