@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from dllm_convert.diffusion.alignment import misalignment, states_at
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.cached import noisy_logits, predict_behind_cache, read_in_turn
 from dllm_convert.diffusion.confidence import Sharpening
@@ -102,14 +103,15 @@ class DiffusionTrainer(Trainer):
                 self._objective.mask_token_id,
                 copy=None if base is None else base.to(self.args.device),
                 sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                aligns=self._weights.alignment > 0,
             )
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
-        # Nats, scored tokens, divergences from a teacher with the tokens it taught, and entropies
-        # of what is right with their number, since the last line of the log. They stay on the
-        # device until then: asking for a number there and then has every forward wait for the one
-        # before it.
+        # Nats, scored tokens, divergences from a teacher with the tokens it taught, entropies of
+        # what is right with their number, and cosines with a teacher's states, since the last line
+        # of the log. They stay on the device until then: asking for a number there and then has
+        # every forward wait for the one before it.
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(6, dtype=counts, device=self.args.device)
+        self._sums = torch.zeros(7, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def keep_to(self, at: int, steps: int) -> None:
@@ -206,6 +208,8 @@ class DiffusionTrainer(Trainer):
         ar_scale = ar_weight * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
+        if self._weights.alignment:
+            inputs["output_hidden_states"] = True
         count = len(forward.targets) + len(forward.ar_targets)
         targets = torch.cat([forward.targets, forward.ar_targets])
         scales = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
@@ -232,6 +236,8 @@ class DiffusionTrainer(Trainer):
                 if ar_weight:
                     of_next = forward.ar_nats(output.logits, objective)
                     loss = loss + ar_scale * of_next.sum()
+        if lesson is not None and lesson.layers:
+            loss = loss + self._misaligned(output, forward, lesson, scale)
         total = (nats[: len(forward.targets)] * forward.weight).sum()
         self._sums[0] += total.detach()
         self._sums[1] += noise.scored
@@ -240,6 +246,15 @@ class DiffusionTrainer(Trainer):
             self._sums[3] += len(lesson)
         self._count_right(unsure)
         return (loss, output) if return_outputs else loss
+
+    def _misaligned(
+        self, output: Any, forward: Prediction, lesson: Lesson, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Compare hidden states with the base's where corrupted tokens are predicted; a scalar."""
+        places = forward.inputs["logits_at"][: len(lesson)]
+        apart = misalignment(states_at(output.hidden_states, places), lesson.layers)
+        self._sums[6] += (1 - apart.detach()).sum()
+        return self._weights.alignment * (apart * scale).sum()
 
     def _sharpening(self, rows: int) -> Sharpening | None:
         """Return what is to be surer, of so many corrupted tokens; None for nothing."""
@@ -353,11 +368,13 @@ class DiffusionTrainer(Trainer):
         What drafts are trained on is no bound: there the loss says all there is.
         """
         if "loss" in logs:
-            total, scored, apart, taught, unsure, right = self._total(self._sums).tolist()
+            total, scored, apart, taught, unsure, right, near = self._total(self._sums).tolist()
             self._sums.zero_()
             if scored and self._process.draw != "draft":
                 logs = {**logs, "nelbo": total / scored}
-            if taught:
+            if taught and self._weights.alignment:
+                logs = {**logs, "cosine": near / taught}
+            if taught and self._weights.distillation and self._weights.distillation.weight:
                 logs = {**logs, "divergence": apart / taught}
             if right:
                 logs = {**logs, "entropy": unsure / right}
