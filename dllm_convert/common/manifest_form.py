@@ -101,6 +101,8 @@ class _Training(_Section):
     ar_loss_weight: float = 0.0
     attention_annealing_steps: int = 0
     block_growth: _BlockGrowth | None = None
+    confidence_loss_weight: float = 0.0
+    alignment_loss_weight: float = 0.0
     mask_noise_std: float = 0.0
     mask_noise_steps: int = 0
     lora: _Lora | None = None

@@ -30,7 +30,7 @@ class Distillation:
     """How much is learnt from a teacher, and how.
 
     Attributes:
-        weight: Share of the divergence in the loss, in (0, 1].
+        weight: Share of the divergence in the loss, from 0 (only hidden states are compared) to 1.
         divergence: `forward_kl` KL(p_T || p_S), `reverse_kl` KL(p_S || p_T), or `total_variation`,
             half of the sum of differences: the share of tokens that speculative sampling rejects.
         temperature: What logits of both are divided by.
@@ -54,6 +54,7 @@ class Lesson:
         matrix: Its head, (vocab, width).
         bias: Of the head, (vocab,).
         words: Token ids that its logits are of, (n, k); None for the whole vocabulary.
+        layers: Its hidden states after every layer, each (n, width); none where nobody compares.
     """
 
     how: Distillation
@@ -61,6 +62,7 @@ class Lesson:
     matrix: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     words: torch.Tensor | None = None
+    layers: tuple[torch.Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.states)

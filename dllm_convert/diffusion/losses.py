@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from dllm_convert.diffusion.confidence import Sharpening
 from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.modeling.published.choosing import forbid
 
@@ -90,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: torch.Tensor,
         mask_token_id: int,
         lesson: Lesson | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sharper: Sharpening | None,
+    ) -> tuple[torch.Tensor, ...]:
         device = hidden.device.type
         compute = hidden.dtype
         if torch.is_autocast_enabled(device):
@@ -98,17 +101,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         states, matrix = hidden.to(compute), weight.to(compute)
         shift = None if bias is None else bias.to(compute)
         nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        apart = torch.zeros_like(nats)
+        found = nats, torch.zeros_like(nats), torch.zeros_like(nats)
         for_hidden = torch.empty_like(hidden)
         for_weight: torch.Tensor | None = None
         learnt = bias is not None and bias.requires_grad
         for_bias = torch.zeros_like(bias, dtype=torch.float32) if learnt else None  # type: ignore[arg-type]
         size = _rows_of_products(weight)
         with torch.autocast(device, enabled=False):
-            for rows in _pieces(len(hidden), size, lesson):
+            for rows in _pieces(len(hidden), size, lesson, sharper):
                 # (rows, vocab): logits, and in their place the gradient of each.
                 logits = torch.nn.functional.linear(states[rows], matrix, shift)
-                _to_gradients(logits, targets, scale, (nats, apart), rows, mask_token_id, lesson)
+                _to_gradients(logits, targets, scale, found, rows, mask_token_id, (lesson, sharper))
                 for_hidden[rows] = logits @ matrix
                 if weight.requires_grad:
                     product = logits.T @ states[rows]
@@ -120,8 +123,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.found = (for_hidden, for_weight, for_bias)
         ctx.types = (weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(nats, apart)
-        return (_mixed(nats, apart, lesson) * scale).sum(), nats, apart
+        ctx.mark_non_differentiable(*found)
+        return (_mixed(*found, lesson, sharper) * scale).sum(), *found
 
     @staticmethod
     @once_differentiable
@@ -143,6 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -156,41 +160,53 @@ class _TaughtCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         scale: torch.Tensor,
         mask_token_id: int,
-        lesson: Lesson,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        lesson: Lesson | None,
+        sharper: Sharpening | None,
+    ) -> tuple[torch.Tensor, ...]:
         nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        apart = torch.zeros_like(nats)
+        found = nats, torch.zeros_like(nats), torch.zeros_like(nats)
         gradients = logits.detach().clone()
-        for rows in _pieces(len(logits), len(logits) or 1, lesson):
+        for rows in _pieces(len(logits), len(logits) or 1, lesson, sharper):
             _to_gradients(
-                gradients[rows], targets, scale, (nats, apart), rows, mask_token_id, lesson
+                gradients[rows], targets, scale, found, rows, mask_token_id, (lesson, sharper)
             )
         ctx.save_for_backward(gradients)
-        ctx.mark_non_differentiable(nats, apart)
-        return (_mixed(nats, apart, lesson) * scale).sum(), nats, apart
+        ctx.mark_non_differentiable(*found)
+        return (_mixed(*found, lesson, sharper) * scale).sum(), *found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         (gradients,) = ctx.saved_tensors
-        return gradients * gradient, None, None, None, None
+        return gradients * gradient, None, None, None, None, None
 
 
-def _pieces(total: int, size: int, lesson: Lesson | None) -> Iterator[slice]:
-    """Cut rows into pieces; a piece is one of a lesson's, which come first, or has none."""
-    taught = 0 if lesson is None else len(lesson)
-    for begin, end in ((0, taught), (taught, total)):
+def _pieces(
+    total: int, size: int, lesson: Lesson | None, sharper: Sharpening | None
+) -> Iterator[slice]:
+    """Cut rows into pieces; those of a lesson, or to be sharper, come first, and fill pieces."""
+    ends = {0, total, 0 if lesson is None else len(lesson)}
+    if sharper is not None:
+        ends.add(min(sharper.rows, total))
+    for begin, end in pairwise(sorted(ends)):
         for first in range(begin, end, size):
             yield slice(first, min(first + size, end))
 
 
-def _mixed(nats: torch.Tensor, apart: torch.Tensor, lesson: Lesson | None) -> torch.Tensor:
-    """Return the loss of each row: its cross-entropy, and what it has of a lesson."""
-    if lesson is None:
-        return nats
-    weight = torch.zeros_like(nats)
-    weight[: len(lesson)] = lesson.how.weight
-    return nats * (1 - weight) + apart * weight
+def _mixed(
+    nats: torch.Tensor,
+    apart: torch.Tensor,
+    unsure: torch.Tensor,
+    lesson: Lesson | None,
+    sharper: Sharpening | None,
+) -> torch.Tensor:
+    """Return the loss of each row: its cross-entropy, a lesson's share, and what it is unsure."""
+    loss = nats
+    if lesson is not None:
+        weight = torch.zeros_like(nats)
+        weight[: len(lesson)] = lesson.how.weight
+        loss = nats * (1 - weight) + apart * weight
+    return loss if sharper is None else loss + sharper.weight * unsure
 
 
 def _rows_of_products(weight: torch.Tensor) -> int:
@@ -203,23 +219,24 @@ def _to_gradients(
     logits: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor,
-    found: tuple[torch.Tensor, torch.Tensor],
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     rows: slice,
     mask_token_id: int,
-    lesson: Lesson | None,
+    beside: tuple[Lesson | None, Sharpening | None],
 ) -> None:
-    """Write cross-entropies, and divergences from a lesson, and over the logits their gradients.
+    """Write cross-entropies and what a loss has beside them, and over the logits its gradients.
 
     Args:
         logits: Of some rows, (rows, vocab).
         targets: Of all rows, as everything that follows, (n,).
         scale: What is multiplied with the loss of a row.
-        found: Cross-entropies and divergences, which are written.
+        found: Cross-entropies, divergences from a lesson, entropies of what is right: written.
         rows: Which rows.
         mask_token_id: The mask.
-        lesson: Of a teacher; of all these rows, or of none.
+        beside: A teacher's lesson, and what is to be surer; of all these rows, or of none.
     """
-    nats, apart = found
+    (nats, apart, unsure), (lesson, sharper) = found, beside
+    sharper = sharper if sharper is not None and rows.start < sharper.rows else None
     # Logits of all these rows in one product, as the student's are.
     taught = lesson.of(rows) if lesson is not None and rows.start < len(lesson) else None
     size = _rows_at_once(logits)
@@ -232,10 +249,13 @@ def _to_gradients(
         sums = torch.logsumexp(scores, dim=-1)
         nats[at] = sums - scores.gather(-1, target).squeeze(-1)
         # d nats / d logits is the softmax, less one at the target; 0 at the mask.
-        gradient = (scores - sums[:, None] if taught else scores.sub_(sums[:, None])).exp_()
+        kept = taught is not None or sharper is not None
+        gradient = (scores - sums[:, None] if kept else scores.sub_(sums[:, None])).exp_()
         gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
         if taught is not None:
             apart[at] = taught.mix(scores, gradient, inside, mask_token_id)
+        if sharper is not None:
+            unsure[at] = sharper.add(scores.sub_(sums[:, None]), gradient, target.squeeze(-1))
         piece.copy_(gradient.mul_(scale[at, None]))
 
 
@@ -247,7 +267,8 @@ def linear_cross_entropy(
     scale: torch.Tensor,
     mask_token_id: int,
     lesson: Lesson | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sharper: Sharpening | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted cross-entropy of a projection that can never predict the mask.
 
     Args:
@@ -258,14 +279,18 @@ def linear_cross_entropy(
         scale: What each cross-entropy is multiplied with in the sum, shape (n,), float32.
         mask_token_id: The mask.
         lesson: What a teacher says of the first of them.
+        sharper: Which of them are to be surer where they are right.
 
     Returns:
-        The weighted sum, shape (), and, without a gradient, the cross-entropies in nats and the
-        divergences from the lesson (0 behind it), each (n,), float32.
+        The weighted sum, shape (), and, without a gradient, the cross-entropies in nats, the
+        divergences from the lesson (0 behind it), and the entropies of what is right and is to be
+        surer (0 elsewhere), each (n,), float32.
     """
     function: Any = _LinearCrossEntropy
-    loss, nats, apart = function.apply(hidden, weight, bias, targets, scale, mask_token_id, lesson)
-    return loss, nats, apart
+    loss, nats, apart, unsure = function.apply(
+        hidden, weight, bias, targets, scale, mask_token_id, lesson, sharper
+    )
+    return loss, nats, apart, unsure
 
 
 def taught_cross_entropy(
@@ -273,12 +298,15 @@ def taught_cross_entropy(
     targets: torch.Tensor,
     scale: torch.Tensor,
     mask_token_id: int,
-    lesson: Lesson,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted loss of logits, shape (n, vocab), with a lesson; as `linear_cross_entropy`."""
+    lesson: Lesson | None = None,
+    sharper: Sharpening | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted loss of logits, shape (n, vocab), beside a cross-entropy's; as that of a head."""
     function: Any = _TaughtCrossEntropy
-    loss, nats, apart = function.apply(logits, targets, scale, mask_token_id, lesson)
-    return loss, nats, apart
+    loss, nats, apart, unsure = function.apply(
+        logits, targets, scale, mask_token_id, lesson, sharper
+    )
+    return loss, nats, apart, unsure
 
 
 def uniform_divergence(

@@ -126,7 +126,7 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float
         # The clean stream runs forward once; of it no gradient is asked for.
         read = 4.0 * shape.layers * shape.queries * run.read_pairs
         total += 2.0 * shape.matrices * run.read + read
-    if training.distillation.weight:
+    if training.learns_from_base:
         # The base predicts every token that is learnt; a gated one has read the text already.
         total += head
         if not training.keeps_base:
@@ -248,7 +248,7 @@ def peak_memory(
     if sharing.zero:
         weights = compute * (shape.parameters + (trained if lora else 0))
     # Its copy has the type of the products, see `training/setup.py`.
-    taught = training.distillation.weight > 0 and training.method == "full"
+    taught = training.learns_from_base and training.method == "full"
     teacher = compute * shape.parameters if taught else 0
     # DeepSpeed's gradients have the type of the products.
     gradients = (compute if sharing.zero else _FLOAT32) * trained
@@ -265,6 +265,10 @@ def peak_memory(
         cast=not sharing.zero and sharing.gathered is None and compute < residual,
         gpu=gpu,
     )
+    if training.alignment_loss_weight:
+        # Of every layer what the base has of all it reads, and of both what is compared.
+        compared = compute * run.clean + 2 * _FLOAT32 * run.scored
+        activations += round(shape.layers * shape.hidden * compared)
     logits = _logit_bytes(shape, run, compute=compute, gpu=gpu)
     vocabulary = _vocabulary_gradients(shape, training, compute)
     heap = 0 if gpu else round(HEAP_WASTE * (activations + logits))

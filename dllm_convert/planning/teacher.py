@@ -18,19 +18,27 @@ def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
         IncompatibleError: It is a diffusion model already.
     """
     _check_writer(recipe, source, adapter)
-    if not recipe.training.distillation.weight:
+    if not recipe.training.learns_from_base:
         return
-    out = "Leave training.distillation out"
+    aligned = recipe.training.alignment_loss_weight > 0
+    field = "training.alignment_loss_weight" if aligned else "training.distillation"
+    out = f"Leave {field} out"
+    if aligned and adapter.measured is not None:
+        raise UnsupportedError(
+            f"{adapter.model_type} was measured, not declared, and what its layers return is not "
+            f"known; {field} compares it",
+            hint=out,
+        )
     if adapter.attention != "causal":
         raise UnsupportedError(
-            f"{adapter.model_type} reads both sides of every token; training.distillation learns "
+            f"{adapter.model_type} reads both sides of every token; {field} learns "
             "from a base that predicts the next one from those before it",
             hint=out,
         )
     if recipe.training.keeps_base and behind_of(source.config, adapter) == "cache":
         raise UnsupportedError(
             f"{adapter.model_type} keeps its base behind a cache, which is read block by block; "
-            "training.distillation is not written for that",
+            f"{field} is not written for that",
             hint=out,
         )
     if diffusion_section(source.config) is not None:

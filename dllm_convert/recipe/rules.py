@@ -27,6 +27,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _noise(recipe)
     yield from _generation(recipe)
     yield from _distillation(recipe)
+    yield from _alignment(recipe)
     yield from _growth(recipe)
     yield from _drafts(recipe)
     yield from _kept_base(recipe)
@@ -128,6 +129,14 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "Leave noise.discrete_steps out",
             ("noise.discrete_steps", other.partition("=")[0]),
         )
+    if training.confidence_loss_weight and (noise.kernel == "uniform" or training.method == "none"):
+        uniform = noise.kernel == "uniform"
+        yield Contradiction(
+            "training.confidence_loss_weight asks predictions of masked tokens to be surer, and "
+            + ("the uniform kernel masks none" if uniform else "nothing is trained"),
+            "Leave training.confidence_loss_weight out",
+            ("training.confidence_loss_weight", "noise.kernel" if uniform else "training.method"),
+        )
     if training.ar_loss_weight and recipe.target == "mdlm":
         yield Contradiction(
             "training.ar_loss_weight needs a clean stream, which mdlm does not have",
@@ -169,6 +178,29 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
             f"Leave {field}.top_k out, or --set {field}.divergence=forward_kl",
             (f"{field}.divergence", f"{field}.top_k"),
         )
+
+
+def _alignment(recipe: Recipe) -> Iterator[Contradiction]:
+    """What comparing hidden states with the base's needs."""
+    training, field = recipe.training, "training.alignment_loss_weight"
+    if not training.alignment_loss_weight:
+        return
+    rules: tuple[tuple[str, bool, str, str], ...] = (
+        ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
+        ("noise.kernel", recipe.noise.kernel == "uniform",
+         "it compares what a mask stands for, and the uniform kernel has none",
+         "--set noise.kernel=absorbing"),
+        ("token_shift", recipe.token_shift == "drop",  # noqa: S105
+         "without the shift a position stands for its own token, and one of the base for the next",
+         "--set token_shift=keep"),
+        ("training.compile", training.compile,
+         "what stands between compiled layers is not seen", "Leave training.compile out"),
+    )  # fmt: skip
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{field} and {name} do not go together: {why}", hint, (field, name)
+            )
 
 
 def _growth(recipe: Recipe) -> Iterator[Contradiction]:

@@ -325,6 +325,16 @@ class Training(_Section):
         description="weight of a next-token loss on the clean stream, which becomes strictly "
         "causal (bd3lm; Nemotron-Labs-Diffusion)",
     )
+    confidence_loss_weight: NonNegativeFloat = Field(
+        0.0,
+        description="weight of the entropy at masked tokens that are predicted right already, "
+        "which lets more of them be decoded at once (LLaDA2's confidence-aware training)",
+    )
+    alignment_loss_weight: NonNegativeFloat = Field(
+        0.0,
+        description="weight of 1 - cosine of hidden states and the base's at the same position, "
+        "the mean over layers (REPR-ALIGN)",
+    )
     distillation: Distilled = Distilled()
     block_growth: BlockGrowth = BlockGrowth()
     attention_annealing_steps: int = Field(
@@ -372,6 +382,11 @@ class Training(_Section):
     def keeps_base(self) -> bool:
         """Whether the base stays as it is beside an adapter that acts on noisy tokens only."""
         return self.method == "lora" and self.lora.acts_on == "noisy"
+
+    @property
+    def learns_from_base(self) -> bool:
+        """Whether a forward of the base over clean text is part of every step."""
+        return self.distillation.weight > 0 or self.alignment_loss_weight > 0
 
     @property
     def sequences_per_step(self) -> int:

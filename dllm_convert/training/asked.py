@@ -34,13 +34,19 @@ def process_of(noise: Noise) -> ForwardProcess:
 
 def weights_of(training: Training) -> LossWeights:
     """Return what a recipe has the loss made of."""
-    return LossWeights(training.loss_weight, training.ar_loss_weight, distillation_of(training))
+    return LossWeights(
+        training.loss_weight,
+        training.ar_loss_weight,
+        distillation_of(training),
+        training.confidence_loss_weight,
+        training.alignment_loss_weight,
+    )
 
 
 def distillation_of(training: Training) -> Distillation | None:
     """Return what a recipe has be learnt from the base."""
     chosen = training.distillation
-    if not chosen.weight:
+    if not training.learns_from_base:
         return None
     return Distillation(chosen.weight, chosen.divergence, chosen.temperature, chosen.top_k)
 

@@ -28,7 +28,16 @@ from dllm_convert.training.resume import (
     rotate,
 )
 
-LOGGED = ("loss", "nelbo", "divergence", "block_size", "learning_rate", "grad_norm")
+LOGGED = (
+    "loss",
+    "nelbo",
+    "divergence",
+    "cosine",
+    "entropy",
+    "block_size",
+    "learning_rate",
+    "grad_norm",
+)
 
 
 @dataclass(frozen=True)

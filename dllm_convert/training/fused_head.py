@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 
+from dllm_convert.diffusion.confidence import Sharpening
 from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.losses import linear_cross_entropy
 from dllm_convert.modeling.published.modeling import DiffusionMixin
@@ -52,7 +53,11 @@ class FusedHead:
 
     @contextmanager
     def at(
-        self, targets: torch.Tensor, scale: torch.Tensor, lesson: Lesson | None = None
+        self,
+        targets: torch.Tensor,
+        scale: torch.Tensor,
+        lesson: Lesson | None = None,
+        sharper: Sharpening | None = None,
     ) -> Iterator[list[torch.Tensor]]:
         """Compute the loss in place of the logits while the block runs.
 
@@ -60,10 +65,11 @@ class FusedHead:
             targets: Token at each place whose logits are asked for, shape (n,).
             scale: What its loss is multiplied with, shape (n,), float32.
             lesson: What a teacher says of the first of them.
+            sharper: Which of them are to be surer where they are right.
 
         Yields:
-            A list that holds, after the forward, the cross-entropies in nats and the divergences
-            from the lesson, each (n,). The model's `logits` are the weighted sum, shape (1,).
+            A list that holds, after the forward, what `linear_cross_entropy` returns beside the
+            loss, each (n,). The model's `logits` are the weighted sum, shape (1,).
         """
         found: list[torch.Tensor] = []
 
@@ -72,7 +78,7 @@ class FusedHead:
             if weights is None:
                 raise RuntimeError("the head is no projection any more")
             loss, *parts = linear_cross_entropy(
-                hidden, *weights, targets, scale, self._mask_token_id, lesson
+                hidden, *weights, targets, scale, self._mask_token_id, lesson, sharper
             )
             found.extend(parts)
             return loss.reshape(1)

@@ -83,16 +83,21 @@ def read_clean(
     """
     states, training = CleanStates(), model.training
 
-    def run() -> torch.Tensor:
-        logits: torch.Tensor = model(
-            **reading.inputs, attention_mask=mask, past_key_values=states, use_cache=False
-        ).logits
-        return logits
+    def run() -> Any:
+        return model(
+            **reading.inputs,
+            attention_mask=mask,
+            past_key_values=states,
+            use_cache=False,
+            output_hidden_states=teacher is not None and teacher.aligns,
+        )
 
     model.eval()
     try:
         logits, lesson = (
-            (run(), None) if teacher is None else teacher.ask(run, len(reading.targets))
+            (run().logits, None)
+            if teacher is None
+            else teacher.ask(run, reading.inputs["logits_at"], len(reading.targets))
         )
     finally:
         model.train(training)

@@ -21,11 +21,15 @@ class LossWeights:
         masked: `elbo`: a scored token weighs what it weighs in the NELBO; `uniform`: 1.
         ar: Weight of a next-token loss on the clean stream (bd3lm with causal context only).
         distillation: What is learnt from the base beside the data; None for nothing.
+        alignment: Weight of what hidden states are apart from the base's.
+        confidence: Weight of the entropy of corrupted tokens that are predicted right already.
     """
 
     masked: Literal["elbo", "uniform"] = "elbo"
     ar: float = 0.0
     distillation: Distillation | None = None
+    confidence: float = 0.0
+    alignment: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def teaching_copy(plan: ConversionPlan, untrained: Path) -> Any:
         untrained: Its checkpoint, whose causal reading is the base's.
     """
     training = plan.recipe.training
-    if not training.distillation.weight or training.method != "full":
+    if not training.learns_from_base or training.method != "full":
         return None
     copy = load_model(
         untrained,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+from dllm_convert.diffusion.alignment import states_at
 from dllm_convert.diffusion.distillation import Distillation, Lesson
 from dllm_convert.diffusion.gated import CleanReading
 from dllm_convert.training.fused_head import head_weights, in_place_of, last_head
@@ -32,6 +34,7 @@ class Teacher:
         mask_token_id: The mask.
         copy: Frozen base in evaluation mode, on the device; None where the student holds it.
         sharded: Whether the student's weights are shared by several processes.
+        aligns: Whether its hidden states are learnt from, too.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class Teacher:
         *,
         copy: Any = None,
         sharded: bool = False,
+        aligns: bool = False,
     ) -> None:
         self._student, self._copy, self._how = student, copy, how
         self._mask_token_id = mask_token_id
         self._sharded = sharded and copy is None
+        self.aligns = aligns
         self._head = last_head(student if copy is None else copy)
 
     def teach(self, model: Any, reading: CleanReading, mask: Any) -> Lesson:
@@ -58,8 +63,11 @@ class Teacher:
         """
         model = model if self._copy is None else self._copy
         with self._base_only(model):
+            settings = {"use_cache": False, "output_hidden_states": self.aligns}
             _, lesson = self.ask(
-                lambda: model(**reading.inputs, attention_mask=mask, use_cache=False).logits, 0
+                lambda: model(**reading.inputs, attention_mask=mask, **settings),
+                reading.inputs["logits_at"],
+                0,
             )
         return lesson
 
@@ -75,16 +83,26 @@ class Teacher:
             model.train(training)
 
     @torch.no_grad()
-    def ask(self, run: Callable[[], torch.Tensor], first: int) -> tuple[torch.Tensor, Lesson]:
+    def ask(
+        self, run: Callable[[], Any], places: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, Lesson]:
         """Run a forward of the base; its logits at the first places, and the lesson of the others.
 
         Args:
-            run: The forward; returns logits, (first + n, vocab).
+            run: The forward; its output has logits, (first + n, vocab), and hidden states if
+                those are learnt from.
+            places: Flat places that the logits are of, (first + n,).
             first: Places whose logits are asked for.
         """
+        output, logits, lesson = self._asked(run, first)
+        if self.aligns:
+            lesson = replace(lesson, layers=states_at(output.hidden_states, places[first:]))
+        return logits, lesson
+
+    def _asked(self, run: Callable[[], Any], first: int) -> tuple[Any, torch.Tensor, Lesson]:
         if self._head is None or _own_weights(self._head) is None:
-            logits = run()
-            return logits[:first], self._kept(logits[first:])
+            output = run()
+            return output, output.logits[:first], self._kept(output.logits[first:])
         found: list[Lesson] = []
 
         def predict(hidden: torch.Tensor) -> torch.Tensor:
@@ -111,8 +129,8 @@ class Teacher:
             return whole.of(slice(0, first)).states
 
         with in_place_of(self._head, predict):
-            logits = run()
-        return logits, found[0]
+            output = run()
+        return output, output.logits, found[0]
 
     def _kept(self, logits: torch.Tensor) -> Lesson:
         return Lesson(self._how, logits).most(self._mask_token_id)

@@ -11,8 +11,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from dllm_convert.diffusion.alignment import misalignment, states_at
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.cached import noisy_logits, predict_behind_cache, read_in_turn
+from dllm_convert.diffusion.confidence import Sharpening
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
@@ -116,13 +118,15 @@ class DiffusionTrainer(Trainer):
                 self._objective.mask_token_id,
                 copy=None if base is None else base.to(self.args.device),
                 sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                aligns=self._weights.alignment > 0,
             )
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
-        # Nats, scored tokens, and divergences from a teacher with the tokens it taught, since the
-        # last line of the log. They stay on the device until then:
-        # asking for a number there and then has every forward wait for the one before it.
+        # Nats, scored tokens, divergences from a teacher with the tokens it taught, entropies of
+        # what is right with their number, and cosines with a teacher's states, since the last line
+        # of the log. They stay on the device until then: asking for a number there and then has
+        # every forward wait for the one before it.
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(4, dtype=counts, device=self.args.device)
+        self._sums = torch.zeros(7, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -239,22 +243,27 @@ class DiffusionTrainer(Trainer):
         ar_scale = ar_weight * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
+        if self._weights.alignment:
+            inputs["output_hidden_states"] = True
         count = len(forward.targets) + len(forward.ar_targets)
         targets = torch.cat([forward.targets, forward.ar_targets])
         scales = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
-        apart = None
-        # What a lesson costs is made piece by piece, so that it always pays.
-        fuses = self._fused.works and (lesson is not None or self._fused.pays(count))
+        beside_data = lesson, self._sharpening(len(forward.targets))
+        apart = unsure = None
+        # What is beside the data's loss is made piece by piece, so that it always pays.
+        more = any(part is not None for part in beside_data)
+        fuses = self._fused.works and (more or self._fused.pays(count))
         if fuses and objective.kernel == "absorbing":
-            with self._mask_noise.at(noise.key), self._fused.at(targets, scales, lesson) as found:
+            fused = self._fused.at(targets, scales, *beside_data)
+            with self._mask_noise.at(noise.key), fused as found:
                 output = model(**inputs)
-            loss, (nats, apart) = output.logits.sum(), found
+            loss, (nats, apart, unsure) = output.logits.sum(), found
         else:
             with self._mask_noise.at(noise.key):
                 output = model(**inputs)
-            if lesson is not None:
-                loss, nats, apart = taught_cross_entropy(
-                    output.logits, targets, scales, objective.mask_token_id, lesson
+            if more:
+                loss, nats, apart, unsure = taught_cross_entropy(
+                    output.logits, targets, scales, objective.mask_token_id, *beside_data
                 )
             else:
                 nats = forward.nats(output.logits, objective)
@@ -262,13 +271,36 @@ class DiffusionTrainer(Trainer):
                 if ar_weight:
                     of_next = forward.ar_nats(output.logits, objective)
                     loss = loss + ar_scale * of_next.sum()
+        if lesson is not None and lesson.layers:
+            loss = loss + self._misaligned(output, forward, lesson, scale)
         total = (nats[: len(forward.targets)] * forward.weight).sum()
         self._sums[0] += total.detach()
         self._sums[1] += noise.scored
         if lesson is not None and apart is not None:
             self._sums[2] += apart.sum()
             self._sums[3] += len(lesson)
+        self._count_right(unsure)
         return (loss, output) if return_outputs else loss
+
+    def _misaligned(
+        self, output: Any, forward: Prediction, lesson: Lesson, scale: torch.Tensor
+    ) -> torch.Tensor:
+        """Compare hidden states with the base's where corrupted tokens are predicted; a scalar."""
+        places = forward.inputs["logits_at"][: len(lesson)]
+        apart = misalignment(states_at(output.hidden_states, places), lesson.layers)
+        self._sums[6] += (1 - apart.detach()).sum()
+        return self._weights.alignment * (apart * scale).sum()
+
+    def _sharpening(self, rows: int) -> Sharpening | None:
+        """Return what is to be surer, of so many corrupted tokens; None for nothing."""
+        weight = self._weights.confidence
+        return Sharpening(weight, rows) if weight else None
+
+    def _count_right(self, unsure: torch.Tensor | None) -> None:
+        """Add up the entropies of what was predicted right, which are 0 elsewhere."""
+        if unsure is not None and self._weights.confidence:
+            self._sums[4] += unsure.sum()
+            self._sums[5] += (unsure > 0).sum()
 
     def _loss_behind_cache(self, model: Any, noise: ForwardNoise) -> torch.Tensor:
         """Predict noisy rows, each behind its copy of the base's cache; a scalar in nats.
@@ -290,8 +322,17 @@ class DiffusionTrainer(Trainer):
             span = slice(seen, seen + len(rows.at))
             with self._mask_noise.at(noise.key):
                 logits = noisy_logits(model, rows, beside)
-            nats = cross_entropy(logits, laid_out.targets[span], objective.mask_token_id)
-            loss = loss + (nats * weight[span]).sum() * (times / noise.items)
+            targets, scale = laid_out.targets[span], weight[span] * (times / noise.items)
+            sharper = self._sharpening(len(targets))
+            if sharper is None:
+                nats = cross_entropy(logits, targets, objective.mask_token_id)
+                loss = loss + (nats * scale).sum()
+            else:
+                more, nats, _, unsure = taught_cross_entropy(
+                    logits, targets, scale, objective.mask_token_id, sharper=sharper
+                )
+                loss = loss + more
+                self._count_right(unsure)
             total += (nats.detach() * laid_out.weight[span]).sum()
             seen = span.stop
         if not laid_out.groups:
@@ -380,12 +421,16 @@ class DiffusionTrainer(Trainer):
         What drafts are trained on is no bound: there the loss says all there is.
         """
         if "loss" in logs:
-            total, scored, apart, taught = self._total(self._sums).tolist()
+            total, scored, apart, taught, unsure, right, near = self._total(self._sums).tolist()
             self._sums.zero_()
             if scored and self._process.draw != "draft":
                 logs = {**logs, "nelbo": total / scored}
-            if taught:
+            if taught and self._weights.alignment:
+                logs = {**logs, "cosine": near / taught}
+            if taught and self._weights.distillation and self._weights.distillation.weight:
                 logs = {**logs, "divergence": apart / taught}
+            if right:
+                logs = {**logs, "entropy": unsure / right}
             if self._annealing.blocks is not None:
                 # Of the step that the line is about.
                 logs = {**logs, "block_size": self._objective_at(self.state.global_step - 1).size}

@@ -88,11 +88,13 @@ def test_losses_and_gradients_are_those_of_autograd(
     loss.backward()
     for lesson in (Lesson(how, hidden, matrix, bias), Lesson(how, logits).most(mask)):
         fused = given()
-        found, nats, divergences = linear_cross_entropy(**fused, mask_token_id=mask, lesson=lesson)
+        found, nats, divergences, _ = linear_cross_entropy(
+            **fused, mask_token_id=mask, lesson=lesson
+        )
         found.backward()
         dense = given()
         values = torch.nn.functional.linear(dense["hidden"], dense["weight"], dense["bias"])
-        also, _, the_same = taught_cross_entropy(
+        also, _, the_same, _ = taught_cross_entropy(
             values, dense["targets"], dense["scale"], mask, lesson
         )
         (2 * also).backward()
@@ -119,13 +121,13 @@ def test_words_that_a_model_can_never_write_are_no_nan(kind: Divergence) -> None
     student = torch.randn(TAUGHT, WORDS, generator=draw).requires_grad_()
     targets, scale = torch.full((TAUGHT,), 7), torch.ones(TAUGHT)
     lesson = Lesson(Distillation(0.5, kind), logits)
-    loss, _, _ = taught_cross_entropy(student, targets, scale, MASK, lesson)
+    loss, *_ = taught_cross_entropy(student, targets, scale, MASK, lesson)
     loss.backward()
     assert loss.isfinite() and student.grad is not None and student.grad.isfinite().all()
     # A student that agrees has nothing to learn from it.
     same = logits.clone().requires_grad_()
     lesson = Lesson(Distillation(1.0, kind), logits)
-    loss, _, apart = taught_cross_entropy(same, targets, scale, MASK, lesson)
+    loss, _, apart, _ = taught_cross_entropy(same, targets, scale, MASK, lesson)
     loss.backward()
     assert same.grad is not None
     assert float(apart.abs().max()) < 1e-5

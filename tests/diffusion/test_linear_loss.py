@@ -48,7 +48,7 @@ def test_values_and_gradients_are_those_of_logits(
         for name in frozen:
             if values[name] is not None:
                 values[name] = values[name].detach()
-    loss, nats, _ = linear_cross_entropy(**ours, mask_token_id=MASK)
+    loss, nats, *_ = linear_cross_entropy(**ours, mask_token_id=MASK)
     (loss * upstream).backward()
     logits = torch.nn.functional.linear(plain["hidden"], plain["weight"], plain["bias"])
     logits = logits.clone()
@@ -68,7 +68,7 @@ def test_values_and_gradients_are_those_of_logits(
 def test_under_autocast_products_are_bfloat16_and_sums_float32() -> None:
     ours, plain = given(), given()
     with torch.autocast("cpu", torch.bfloat16):
-        loss, nats, _ = linear_cross_entropy(**ours, mask_token_id=MASK)
+        loss, nats, *_ = linear_cross_entropy(**ours, mask_token_id=MASK)
         logits = torch.nn.functional.linear(plain["hidden"], plain["weight"], plain["bias"])
     assert logits.dtype == torch.bfloat16
     expected = cross_entropy(logits, plain["targets"], MASK)
@@ -86,7 +86,7 @@ def test_nothing_to_score_costs_nothing() -> None:
     values = given()
     values["hidden"] = values["hidden"][:0]
     values["targets"], values["scale"] = values["targets"][:0], values["scale"][:0]
-    loss, nats, _ = linear_cross_entropy(**values, mask_token_id=MASK)
+    loss, nats, *_ = linear_cross_entropy(**values, mask_token_id=MASK)
     loss.backward()
     assert float(loss.detach()) == 0
     assert nats.shape == (0,)

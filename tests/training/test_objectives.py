@@ -54,6 +54,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "annealing": {"training.attention_annealing_steps": 10},
     "mask-noise": {"training.mask_noise_std": 1.0, "training.mask_noise_steps": 10},
     "ar-loss": {"training.ar_loss_weight": 0.5},
+    "confidence": {"training.confidence_loss_weight": 0.5, "noise.views": 2},
     "growth": {"training.block_growth": {"steps": 5}},
     "drop-shift": {"token_shift": "drop"},
     "full-checkpointing": {"training.gradient_checkpointing": "full"},
@@ -123,6 +124,7 @@ SPLITS = [
     "mask-noise",
     "ar-loss",
     "growth",
+    "confidence",
 ]
 
 

@@ -165,12 +165,21 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert_same(expected, out)
 
 
+# Hidden states of shards, and entropies, of blocks that grow.
+BESIDE = [
+    *("--set", "training.alignment_loss_weight=0.3"),
+    *("--set", "training.confidence_loss_weight=0.2"),
+    *("--set", "training.block_growth.steps=2"),
+    *("--set", "training.block_growth.sizes=[2,4]"),
+]
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_path: Path) -> None:
     out, expected = tmp_path / "out", single
     # The base teaches: of shards its head is whole only while it runs.
     more = ["--set", "training.method=lora", "--set", "training.lora.rank=4"]
-    more += ["--set", "training.distillation.weight=0.5"]
+    more += ["--set", "training.distillation.weight=0.5", *BESIDE]
     more = more if method == "lora" else []
     if method == "lora":
         expected = tmp_path / "single"
@@ -217,13 +226,14 @@ def test_three_processes_share_a_gated_model(source: Path, tmp_path: Path) -> No
 
 
 def test_two_processes_learn_from_a_copy_of_the_base(source: Path, tmp_path: Path) -> None:
-    more = ["--set", "training.distillation.weight=0.5", "--steps", "4"]
+    more = ["--set", "training.distillation.weight=0.5", *BESIDE, "--steps", "4"]
     finish(start(command(source, tmp_path / "one", *more)))
     line = command(source, tmp_path / "two", *more, "--num-processes", "2", batch=2)
     finish(start(line))
     assert_same(tmp_path / "one", tmp_path / "two")
-    ours, theirs = (curve(tmp_path / name)[-1]["divergence"] for name in ("one", "two"))
-    assert ours == pytest.approx(theirs, rel=TOLERANCE)
+    for name in ("divergence", "cosine", "block_size"):
+        ours, theirs = (curve(tmp_path / folder)[-1][name] for folder in ("one", "two"))
+        assert ours == pytest.approx(theirs, rel=TOLERANCE)
 
 
 def test_another_strategy_than_asked_for_is_refused(source: Path, tmp_path: Path) -> None:
