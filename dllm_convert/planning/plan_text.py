@@ -424,7 +424,7 @@ def _host(launch: Mapping[str, Any]) -> list[str]:
     return _wrapped(
         [
             f"host memory beside GPUs under {names[strategy]}: at most "
-            f"{bytes_text(found['process'])} of a process, {bytes_text(found['machine'])} of all on a machine"
+            f"{bytes_text(found['process'])} of a process, {bytes_text(found['machine'])} a machine"
             for strategy, found in launch.get("host_memory", {}).items()
         ]
     )

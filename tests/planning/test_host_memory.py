@@ -79,7 +79,7 @@ def test_a_machine_holds_its_own_processes() -> None:
 def test_a_plan_says_both() -> None:
     launch = {"host_memory": {name: memory(name).as_dict() for name in STRATEGIES}}
     assert _host(launch) == [
-        "- host memory beside GPUs under DDP: at most 283 GB of a process, 2.26 TB of all on a machine",
-        "- host memory beside GPUs under FSDP2: at most 4.83 GB of a process, 9.2 GB of all on a machine",
+        "- host memory beside GPUs under DDP: at most 283 GB of a process, 2.26 TB a machine",
+        "- host memory beside GPUs under FSDP2: at most 4.83 GB of a process, 9.2 GB a machine",
     ]
     assert _host({}) == []
