@@ -221,10 +221,18 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
 def _together(plan: Mapping[str, Any]) -> str | None:
     """Name the processes of a launch of several, and what they share."""
     launch = plan.get("launch", {"processes": 1})
-    if launch["processes"] == 1:
-        return None
+    return None if launch["processes"] == 1 else _processes(launch)
+
+
+def _processes(launch: Mapping[str, Any]) -> str:
+    several = "" if launch["processes"] == 1 else "es"
     machines = f" on {launch['machines']} machines" if launch["machines"] > 1 else ""
-    return f"{launch['processes']} processes{machines} ({launch['name']})"
+    return f"{launch['processes']} process{several}{machines} ({launch['name']})"
+
+
+def launch_line(launch: Mapping[str, Any]) -> str:
+    """Say who trains together, and on how much at a time, from a plan's `launch`."""
+    return f"{_processes(launch)}, {launch['sequences_per_step']:,} sequences per step"
 
 
 def _each(plan: Mapping[str, Any]) -> str:
@@ -373,8 +381,7 @@ def _launch(plan: Mapping[str, Any]) -> list[str]:
     launch = plan.get("launch")
     if launch is None:
         return []
-    together = _together(plan) or f"1 process ({launch['name']})"
-    lines = [f"{together}, {launch['sequences_per_step']:,} sequences per step"]
+    lines = [launch_line(launch)]
     times = launch["sequences_per_step"] // launch["sequences_of_one"]
     if launch["budget"] == "tokens":
         lines += _wrapped(
