@@ -331,11 +331,14 @@ def fits_text(device: Mapping[str, Any]) -> str:
         # No number of devices helps: what is measured runs on one.
         trained = f", {device['devices_needed']} train it" if device["devices_needed"] else ""
         return f"{device['stage']} takes {bytes_text(device['stage_memory'])} on one{trained}"
-    if device["devices_needed"]:
+    needed, processes = device["devices_needed"], device["processes"]
+    if needed and processes > 1:
+        more = f" and {needed} processes" if needed > processes else ""
+        other = f", or {device['fits_with']}" if device["fits_with"] else ""
+        return f"needs FSDP2{more}{other}"
+    if needed:
         other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
-        how = "needed" if device["processes"] == 1 else "with FSDP2"
-        other = other.replace("or 1 with", "or with") if device["processes"] > 1 else other
-        return f"{device['devices_needed']} {how}{other}"
+        return f"{needed} needed{other}"
     if device["fits_with"]:
         return f"1 with {device['fits_with']}"
     more = ": a smaller batch or shorter rows" if device["gpu"] else ""
