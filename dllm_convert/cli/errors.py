@@ -19,7 +19,7 @@ from dllm_convert.cli.output import write_json
 from dllm_convert.common.disk import DISK_FULL
 from dllm_convert.common.interruption import INTERRUPTED, Interruption
 from dllm_convert.common.quiet import debugging
-from dllm_convert.common.ranks import lost_process
+from dllm_convert.common.ranks import Rank, lost_process
 from dllm_convert.common.secrets_found import TOKEN_VARIABLES
 from dllm_convert.common.shown_text import one_line
 from dllm_convert.errors import DllmConvertError, OutputError, RequestError, spelt
@@ -166,6 +166,8 @@ def _exit(failure: Failure, error: BaseException, ctx: Any) -> typer.Exit:
 
 
 def _say(failure: Failure, ctx: Any) -> None:
+    if failure.exit_code == INTERRUPTED and not Rank.from_environment().main:
+        return  # All were told to end; the first says so.
     message = failure.message if failure.hint is None else f"{failure.message}. {failure.hint}"
     tell_line("error", message)
     if ctx.meta.get(JSON_KEY):

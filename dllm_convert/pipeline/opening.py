@@ -6,19 +6,24 @@ from pathlib import Path
 
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.devices import Device
+from dllm_convert.planning.document import launch_document
 from dllm_convert.planning.estimate import estimate_device
-from dllm_convert.planning.plan_text import hours_text
+from dllm_convert.planning.launch import ALONE
+from dllm_convert.planning.plan_text import hours_text, launch_line
 
 
 def opening_lines(plan: ConversionPlan, out: Path) -> list[str]:
-    """Say what a run makes of what, and where."""
+    """Say what a run makes of what, where, and who trains together."""
     recipe, source = plan.recipe, plan.source
     size = f", {source.parameters:,} parameters" if source.parameters else ""
     blocks = f" in blocks of {recipe.block_size}" if recipe.block_size else ""
-    return [
+    lines = [
         f"{source.given}: {plan.adapter.model_type}{size}",
         f"becomes {recipe.target}{blocks} in {out}; the same command goes on after a stop",
     ]
+    if recipe.training.method != "none" and plan.launch != ALONE:
+        lines.append(launch_line(launch_document(recipe, plan.launch)))
+    return lines
 
 
 def training_line(plan: ConversionPlan, device: Device | None) -> str:

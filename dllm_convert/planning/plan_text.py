@@ -227,10 +227,18 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
 def _together(plan: Mapping[str, Any]) -> str | None:
     """Name the processes of a launch of several, and what they share."""
     launch = plan.get("launch", {"processes": 1})
-    if launch["processes"] == 1:
-        return None
+    return None if launch["processes"] == 1 else _processes(launch)
+
+
+def _processes(launch: Mapping[str, Any]) -> str:
+    several = "" if launch["processes"] == 1 else "es"
     machines = f" on {launch['machines']} machines" if launch["machines"] > 1 else ""
-    return f"{launch['processes']} processes{machines} ({launch['name']})"
+    return f"{launch['processes']} process{several}{machines} ({launch['name']})"
+
+
+def launch_line(launch: Mapping[str, Any]) -> str:
+    """Say who trains together, and on how much at a time, from a plan's `launch`."""
+    return f"{_processes(launch)}, {launch['sequences_per_step']:,} sequences per step"
 
 
 def _each(plan: Mapping[str, Any]) -> str:
@@ -329,11 +337,14 @@ def fits_text(device: Mapping[str, Any]) -> str:
         # No number of devices helps: what is measured runs on one.
         trained = f", {device['devices_needed']} train it" if device["devices_needed"] else ""
         return f"{device['stage']} takes {bytes_text(device['stage_memory'])} on one{trained}"
-    if device["devices_needed"]:
+    needed, processes = device["devices_needed"], device["processes"]
+    if needed and processes > 1:
+        more = f" and {needed} processes" if needed > processes else ""
+        other = f", or {device['fits_with']}" if device["fits_with"] else ""
+        return f"needs FSDP2{more}{other}"
+    if needed:
         other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
-        how = "needed" if device["processes"] == 1 else "with FSDP2"
-        other = other.replace("or 1 with", "or with") if device["processes"] > 1 else other
-        return f"{device['devices_needed']} {how}{other}"
+        return f"{needed} needed{other}"
     if device["fits_with"]:
         return f"1 with {device['fits_with']}"
     more = ": a smaller batch or shorter rows" if device["gpu"] else ""
@@ -381,8 +392,7 @@ def _launch(plan: Mapping[str, Any]) -> list[str]:
     launch = plan.get("launch")
     if launch is None:
         return []
-    together = _together(plan) or f"1 process ({launch['name']})"
-    lines = [f"{together}, {launch['sequences_per_step']:,} sequences per step"]
+    lines = [launch_line(launch)]
     times = launch["sequences_per_step"] // launch["sequences_of_one"]
     if launch["budget"] == "tokens":
         lines += _wrapped(

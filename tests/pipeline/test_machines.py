@@ -360,6 +360,7 @@ def test_one_machine_is_stopped_and_both_go_on(source_cache: SourceFactory, tmp_
         _, err = process.communicate(timeout=120)
         assert process.returncode == 130, err
         assert "Traceback" not in err
+        assert err.count("error: interrupted") == (process is both[0])
     steps = [int(path.parent.name.split("-")[1]) for path in out.glob(".work/trainer/*/complete")]
     last = max(steps)
     assert last >= 3

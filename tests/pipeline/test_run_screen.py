@@ -24,6 +24,7 @@ from dllm_convert.pipeline.opening import opening_lines, training_line
 from dllm_convert.pipeline.shown import run_blocks
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.devices import GPUS, Device, cpu, known_gpu
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 
@@ -130,6 +131,9 @@ def test_the_first_lines_say_plan_folder_and_time(source_factory: Callable[..., 
     )
     assert "less than a minute" in training_line(plan, cpu(2, 2**30, bf16=True))
     assert training_line(plan, None).endswith("100 steps"), "of nothing known nothing is said"
+    two = replace(plan, launch=Launch(4, 2, "fsdp2", 3))
+    line = "4 processes on 2 machines (FSDP2), 16 sequences per step"
+    assert opening_lines(two, Path("there")) == [first, second, line]
     training["max_minutes"] = 0.5
     limited = make_plan(Recipe.model_validate(recipe), inspect_source(str(source)))
     assert training_line(limited, slow).endswith("100 steps or 30 s, whichever comes first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dllm_convert.planning.devices import GPUS
 from dllm_convert.planning.estimate import SCALING, estimate_device
 from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.planning.model_shape import ModelShape
+from dllm_convert.planning.plan_text import fits_text
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
 
@@ -193,6 +195,22 @@ def test_several_are_faster_by_their_number_and_an_assumption() -> None:
     assert many.fits is True
     assert many.tokens == 16 * one.tokens, "these steps were made for one process"
     assert many.hours == pytest.approx(one.hours / SCALING, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        (Launch(2, 1, "ddp"), "needs FSDP2"),
+        (Launch(8, 1, "fsdp2", 3), "yes"),
+        (Launch(8, 1, "zero", 2), "yes"),
+        (ALONE, "2 needed"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(launch: Launch, said: str) -> None:
+    recipe = load_recipe("any/model", overrides={}, preset="fast-dllm-v2")
+    found = asdict(estimate_device(ZERO_PAPER, recipe, GPUS[0], launch=launch))
+    assert fits_text(found).startswith(said)
+    assert (found["memory"] <= found["room"]) == (said == "yes")
 
 
 def check(*arguments: str) -> tuple[dict[str, Any], str]:
