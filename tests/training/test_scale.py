@@ -171,6 +171,8 @@ def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_p
     # The base teaches: of shards its head is whole only while it runs.
     more = ["--set", "training.method=lora", "--set", "training.lora.rank=4"]
     more += ["--set", "training.distillation.weight=0.5"]
+    # Of the embedding's spread, which no process sees by itself.
+    more += ["--set", "training.mask_noise_std=0.5", "--set", "training.mask_noise_steps=8"]
     more = more if method == "lora" else []
     if method == "lora":
         expected = tmp_path / "single"
