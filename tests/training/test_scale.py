@@ -140,6 +140,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
 ) -> None:
     out, expected = tmp_path / "out", single
     more = ["--lora", "4", "--set", "training.lora.embeddings=full"] if method == "lora" else []
+    # Of the embedding's spread, which no process sees by itself.
+    noise = ("mask_noise_std=0.5", "mask_noise_steps=8")
+    more += [part for field in noise if more for part in ("--set", f"training.{field}")]
 
     def line(out: Path, batch: int, *flags: str) -> list[str]:
         found = command(source, out, *more, *flags, batch=batch)
@@ -171,8 +174,6 @@ def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_p
     # The base teaches: of shards its head is whole only while it runs.
     more = ["--set", "training.method=lora", "--set", "training.lora.rank=4"]
     more += ["--set", "training.distillation.weight=0.5"]
-    # Of the embedding's spread, which no process sees by itself.
-    more += ["--set", "training.mask_noise_std=0.5", "--set", "training.mask_noise_steps=8"]
     more = more if method == "lora" else []
     if method == "lora":
         expected = tmp_path / "single"
