@@ -72,7 +72,9 @@ def host_memory(
     full, trained = training.method == "full", trainable_parameters(shape, training)
     held = _FLOAT32 if full or not bf16 else _BF16
     quantized = training.method == "lora" and training.lora.quantize != "none"
-    sharded = strategy == "fsdp2" and not quantized
+    # Classes with experts put them together out of several tensors, of which no part can be read.
+    whole = quantized or shape.matrices < shape.stored_matrices
+    sharded = strategy == "fsdp2" and not whole
     shares = processes if strategy in ("fsdp1", "fsdp2", "zero") else 1
     # A base that teaches a full training is loaded whole, by each.
     teacher = shape.parameters * (_BF16 if bf16 else _FLOAT32)
@@ -93,7 +95,8 @@ def host_memory(
         first = other = _FLOAT32 * trained // shares
     else:
         first, other = _FLOAT32 * trained, 0
-    writing = _written(shape, held, trained, strategy if not quantized else "whole", full=full)
+    way = "fsdp1" if strategy == "fsdp2" and whole else strategy
+    writing = _written(shape, held, trained, way, quantized=quantized, full=full)
     if training.keeps_base:
         writing = _FLOAT32 * trained
     parts = {
@@ -111,13 +114,15 @@ def host_memory(
     )
 
 
-def _written(shape: ModelShape, held: int, trained: int, strategy: str, *, full: bool) -> int:
+def _written(
+    shape: ModelShape, held: int, trained: int, strategy: str, *, quantized: bool, full: bool
+) -> int:
     """Bytes that the first process takes to write the result, beside what all hold anyway."""
     if strategy == "fsdp2":
         # One tensor, with what was trained beside it where that is merged into it.
         largest = _largest(shape)
         return _PIECE + (_FLOAT32 * largest if full else 2 * held * largest + _FLOAT32 * trained)
-    if strategy in ("fsdp1", "zero", "whole"):
+    if quantized or strategy in ("fsdp1", "zero"):
         # Gathered, and a model that they are put into.
         return 2 * held * shape.parameters + _FLOAT32 * (0 if full else trained)
     # The files' bytes, put together from the GPU.

@@ -24,7 +24,6 @@ from dllm_convert.training.asked import annealing_of, process_of, schedule_of, w
 from dllm_convert.training.callbacks import ProgressCallback, Rules
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import TextData
-from dllm_convert.training.distributed import check_strategy
 from dllm_convert.training.expectation import Start, StartCheck, noise_variance
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.pacing import Pace, warmup_steps
@@ -233,8 +232,6 @@ def _trainer(
     """Make the Trainer of a model and the base it learns from, if that is another.
 
     The folders are those of the untrained conversion and of the work.
-
-    Refuse another strategy than was asked for.
     """
     (model, base), (untrained, work) = models, folders
     trainer = DiffusionTrainer(
@@ -248,7 +245,6 @@ def _trainer(
         weights=weights_of(recipe.training),
         annealing=annealing_of(recipe),
     )
-    check_strategy(trainer.accelerator)
     trainer.remove_callback(PrinterCallback)
     keep_in(trainer, work)
     return trainer

@@ -35,6 +35,7 @@ from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
 from dllm_convert.training.distributed import (
+    check_strategy,
     device_of_shards,
     reduce_in_float32,
     share_no_weights,
@@ -128,6 +129,17 @@ class DiffusionTrainer(Trainer):
         counts = torch.float32 if self.args.device.type == "mps" else torch.float64
         self._sums = torch.zeros(7, dtype=counts, device=self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; refuse one that trains in another way than was asked for.
+
+        After this the Trainer moves the model, which under FSDP2 has no weights yet.
+
+        Raises:
+            IncompatibleError: It does.
+        """
+        super().create_accelerator_and_postprocess()
+        check_strategy(self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer; remember what it moves where the model has no weights yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,14 @@ def test_lora_is_merged_a_matrix_at_a_time() -> None:
     four_bits = recipe(method="lora", lora={"rank": 64, "quantize": "nf4"})
     # What is held in 4 bits is loaded whole, and so is what its adapter is merged into.
     assert memory("fsdp2", four_bits).loading > 2 * LLAMA_70B.parameters
+
+
+def test_experts_are_put_together_by_each() -> None:
+    asked = {"processes": 8, "per_machine": 8, "strategy": "fsdp2"}
+    experts = replace(LLAMA_70B, matrices=LLAMA_70B.matrices / 4)
+    found = host_memory(experts, recipe(), **asked)
+    assert found.loading == CPU_RUNTIME + WHOLE
+    assert found.writing > 2 * WHOLE
 
 
 def test_what_is_offloaded_and_who_teaches_is_counted() -> None:

@@ -140,6 +140,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
 ) -> None:
     out, expected = tmp_path / "out", single
     more = ["--lora", "4", "--set", "training.lora.embeddings=full"] if method == "lora" else []
+    # Of the embedding's spread, which no process sees by itself.
+    noise = ("mask_noise_std=0.5", "mask_noise_steps=8")
+    more += [part for field in noise if more for part in ("--set", f"training.{field}")]
 
     def line(out: Path, batch: int, *flags: str) -> list[str]:
         found = command(source, out, *more, *flags, batch=batch)
