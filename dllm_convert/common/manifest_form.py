@@ -103,6 +103,7 @@ class _Training(_Section):
     block_growth: _BlockGrowth | None = None
     confidence_loss_weight: float = 0.0
     alignment_loss_weight: float = 0.0
+    auxiliary_loss_weight: float = 0.0
     mask_noise_std: float = 0.0
     mask_noise_steps: int = 0
     lora: _Lora | None = None
