@@ -263,6 +263,15 @@ class _Swept(_Section):
     half_width: float | None
     tokens_per_forward: float | None = None
     tokens_per_second: float | None = None
+    writing_seconds: float | None = None
+    batch_size: int | None = None
+
+
+class _Parallelism(_Section):
+    task: str
+    metric: str
+    aup: float
+    best: float
 
 
 class _Evaluation(_Section):
@@ -270,6 +279,7 @@ class _Evaluation(_Section):
     results: list[_Result] | None = None
     tasks: dict[str, _Task] | None = None
     sweep: list[_Swept] | None = None
+    parallelism: list[_Parallelism] | None = None
     effort: _Efforts | None = None
     text: _MeasuredText | None = None
 
