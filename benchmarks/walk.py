@@ -247,7 +247,7 @@ def _step_of(made: Checkpoints, family: str, target: str, overrides: Any) -> Cal
     pretend.move(model)
     device, plain = torch.device(pretend.NAME, 0), TrainingArguments.device
     trainer.unsound = trainer.unsound.to(device)
-    trainer._sums = trainer._sums.to(device)
+    trainer.counts.to(device)
     trainer.current_gradient_accumulation_steps = 1
 
     def step() -> None:

@@ -51,6 +51,7 @@ class Evaluation:
     Attributes:
         scores: Lines of the table.
         sweep: Rows of the sweep over thresholds.
+        parallelism: Accuracy under parallelism of each task and metric that was swept.
         effort: What it took.
         settings: How it was done.
         text: Names of the held-out text that was measured on; empty if none was.
@@ -61,6 +62,7 @@ class Evaluation:
 
     scores: tuple[Score, ...]
     sweep: tuple[Mapping[str, Any], ...]
+    parallelism: tuple[Mapping[str, Any], ...]
     effort: Mapping[str, Any]
     settings: Mapping[str, Any]
     text: str
@@ -89,6 +91,7 @@ def evaluation_of(folder: Path, section: Mapping[str, Any] | None) -> Evaluation
             _score(row, section.get("tasks") or {}) for row in section.get("results") or ()
         ),
         sweep=tuple(section.get("sweep") or ()),
+        parallelism=tuple(section.get("parallelism") or ()),
         effort=(section.get("effort") or {}).get("after") or {},
         settings=section["settings"],
         text=str(text.get("source", "")),

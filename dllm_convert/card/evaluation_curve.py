@@ -22,8 +22,15 @@ PARALLELISM = Picture(
 
 
 def drawable(sweep: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows that have a place on the curve: those that wrote anything."""
-    return [row for row in sweep if row.get("tokens_per_forward")]
+    """Return the rows that have a place on the curve: those that wrote anything.
+
+    Of several batch sizes the first is drawn: they write the same.
+    """
+    places: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in sweep:
+        if row.get("tokens_per_forward"):
+            places.setdefault((row["task"], row["metric"], row["threshold"]), row)
+    return list(places.values())
 
 
 def draw_parallelism(sweep: Sequence[Mapping[str, Any]], folder: Path) -> bool:

@@ -155,18 +155,27 @@ def sweep_table(evaluation: Evaluation) -> Table | None:
     """Score and tokens per forward at each confidence threshold."""
     if not evaluation.sweep:
         return None
-    header = ("confidence threshold", "task", "metric", "score")
+    took = {
+        "tokens_per_forward": "tokens per forward",
+        "tokens_per_second": "tokens per second",
+        "writing_seconds": "seconds",
+    }
+    if not any(row.get("writing_seconds") for row in evaluation.sweep):
+        del took["writing_seconds"]
+    batches = any(row.get("batch_size") for row in evaluation.sweep)
+    header = ("confidence threshold", *(["batch"] if batches else []), "task", "metric", "score")
     rows = tuple(
         (
             f"{row['threshold']:g}",
+            *([str(row.get("batch_size") or "")] if batches else []),
             str(row["task"]),
             str(row["metric"]),
             with_interval(row),
-            *(_known(row.get(key)) for key in ("tokens_per_forward", "tokens_per_second")),
+            *(_known(row.get(key)) for key in took),
         )
         for row in evaluation.sweep
     )
-    return Table((*header, "tokens per forward", "tokens per second"), rows)
+    return Table((*header, *took.values()), rows)
 
 
 def evaluation_notes(evaluation: Evaluation) -> Iterator[str]:
@@ -179,6 +188,12 @@ def evaluation_notes(evaluation: Evaluation) -> Iterator[str]:
         yield (
             f"Choices are ranked by an estimated bound of their likelihood, up to {draws} draws, "
             f"the same noise for all choices of a question{base}."
+        )
+    for row in evaluation.parallelism:
+        yield (
+            f"Accuracy under parallelism of {row['task']} {row['metric']}: {_known(row['aup'])} "
+            "(area under accuracy in percent over tokens per forward, arXiv 2601.07568); one token "
+            f"per forward with the best score that is known here has {_known(row['best'])}."
         )
     if evaluation.effort.get("tokens_per_forward"):
         yield (

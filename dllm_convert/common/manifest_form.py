@@ -103,6 +103,7 @@ class _Training(_Section):
     block_growth: _BlockGrowth | None = None
     confidence_loss_weight: float = 0.0
     alignment_loss_weight: float = 0.0
+    auxiliary_loss_weight: float = 0.0
     mask_noise_std: float = 0.0
     mask_noise_steps: int = 0
     lora: _Lora | None = None
@@ -262,6 +263,15 @@ class _Swept(_Section):
     half_width: float | None
     tokens_per_forward: float | None = None
     tokens_per_second: float | None = None
+    writing_seconds: float | None = None
+    batch_size: int | None = None
+
+
+class _Parallelism(_Section):
+    task: str
+    metric: str
+    aup: float
+    best: float
 
 
 class _Evaluation(_Section):
@@ -269,6 +279,7 @@ class _Evaluation(_Section):
     results: list[_Result] | None = None
     tasks: dict[str, _Task] | None = None
     sweep: list[_Swept] | None = None
+    parallelism: list[_Parallelism] | None = None
     effort: _Efforts | None = None
     text: _MeasuredText | None = None
 

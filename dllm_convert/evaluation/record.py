@@ -19,6 +19,7 @@ from dllm_convert.common.manifest import (
 from dllm_convert.common.ranks import Rank
 from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import DllmConvertError, IncompatibleError, RequestError
+from dllm_convert.evaluation.parallelism import parallelism
 from dllm_convert.evaluation.request import Request
 
 EVALUATION_VERSION = 1
@@ -99,6 +100,7 @@ def _merged(earlier: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]
         + list(sections.get(name) or ())
         for name in ("results", "sweep")
     }
+    rows["parallelism"] = parallelism(rows["sweep"], rows["results"])
     tasks = {**earlier.get("tasks", {}), **sections.get("tasks", {})}
     merged = {
         **rows,

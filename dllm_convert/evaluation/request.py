@@ -20,6 +20,7 @@ class Request:
         limit: Most items per task.
         batch_size: Continuations or prompts per forward.
         thresholds: Confidence thresholds to sweep; empty for the settings' own.
+        batch_sizes: Prompts per forward to sweep them with; empty for `batch_size` alone.
         chat: Whether prompts go through the chat template.
         shots: Examples before each question, None for what is published or the task's own number.
         unsafe_code: Whether tasks may run the code that a model wrote.
@@ -37,6 +38,7 @@ class Request:
     limit: int | None = None
     batch_size: int = 8
     thresholds: tuple[float, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
     chat: bool = False
     shots: int | None = None
     unsafe_code: bool = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from dllm_convert.common.console import Reporter
@@ -80,9 +81,10 @@ def evaluate_tasks(
                 task.advance()
                 tell(found())
     if request.thresholds and after.writes:
-        with reporter.task("sweep thresholds", total=len(request.thresholds)) as task:
-            for threshold in request.thresholds:
-                sweep += _at_threshold(work, threshold, after)
+        places = list(product(request.thresholds, request.batch_sizes or (None,)))
+        with reporter.task("sweep thresholds", total=len(places)) as task:
+            for threshold, rows in places:
+                sweep += _at_threshold(work, threshold, rows, after)
                 task.advance()
                 tell(found())
     if not work.failed:
@@ -176,18 +178,22 @@ def _results(before: Outcome, after: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def _at_threshold(work: _Work, threshold: float, after: Outcome) -> list[dict[str, Any]]:
-    """Run the tasks that write text at a threshold."""
+def _at_threshold(
+    work: _Work, threshold: float, batch: int | None, after: Outcome
+) -> list[dict[str, Any]]:
+    """Run the tasks that write text at a threshold, possibly so many prompts at once."""
     names = [n for n, task in after.tasks.items() if task["output_type"] == "generate_until"]
-    request = work.request
+    request = work.request if batch is None else replace(work.request, batch_size=batch)
     rows: list[dict[str, Any]] = []
+    name = f"threshold {threshold}" + ("" if batch is None else f" in batches of {batch}")
+    how = {"threshold": threshold} | ({} if batch is None else {"batch_size": batch})
     load = partial(_conversion, request, work.reporter, confidence_threshold=threshold)
-    for outcome in work.outcomes(f"threshold {threshold}", load, names):
+    for outcome in replace(work, request=request).outcomes(name, load, names):
         effort = outcome.effort.as_dict()
         rows += [
             {
-                "threshold": threshold,
-                "task": name,
+                **how,
+                "task": task,
                 "metric": metric,
                 **mean.as_dict(),
                 **{
@@ -195,6 +201,6 @@ def _at_threshold(work: _Work, threshold: float, after: Outcome) -> list[dict[st
                     for key in ("tokens_per_forward", "tokens_per_second", "writing_seconds")
                 },
             }
-            for (name, metric), mean in outcome.means().items()
+            for (task, metric), mean in outcome.means().items()
         ]
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,17 +67,14 @@ def _task_blocks(evaluation: Mapping[str, Any]) -> list[Block]:
     ]
     parts: list[Block] = [Table(header, rows)]
     if evaluation.get("sweep"):
-        columns = ("threshold", "task", "metric", "tokens_per_forward", "tokens_per_second")
-        sweep = [
-            (
-                *(row[name] for name in columns[:3]),
-                with_interval(row),
-                *(row[n] for n in columns[3:]),
-            )
-            for row in evaluation["sweep"]
-        ]
-        names = ("threshold", "task", "metric", "score", "tokens per forward", "tokens/s")
-        parts.append(Table(names, sweep))
+        parts.append(_sweep_table(evaluation["sweep"]))
+    for row in evaluation.get("parallelism") or ():
+        count = len(row["thresholds"])
+        parts.append(
+            f"{row['task']} {row['metric']}: accuracy under parallelism {row['aup']:.4g}, from "
+            f"{count} threshold{'s' if count > 1 else ''}; autoregressive decoding with the best "
+            f"score that is known here would have {row['best']:.4g}"
+        )
     parts += _effort_lines(evaluation["effort"])
     verifier = evaluation["settings"]["generation"].get("verify_with")
     if verifier:
@@ -87,6 +84,26 @@ def _task_blocks(evaluation: Mapping[str, Any]) -> list[Block]:
             "likelihood"
         )
     return parts
+
+
+def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> Table:
+    columns = {"threshold": "threshold", "batch_size": "batch", "task": "task", "metric": "metric"}
+    took = {
+        "tokens_per_forward": "tokens per forward",
+        "tokens_per_second": "tokens/s",
+        "writing_seconds": "seconds",
+    }
+    if not any("batch_size" in row for row in sweep):
+        del columns["batch_size"]
+    rows = [
+        (
+            *(row.get(name, "-") for name in columns),
+            with_interval(row),
+            *(row.get(name, "-") for name in took),
+        )
+        for row in sweep
+    ]
+    return Table((*columns.values(), "score", *took.values()), rows)
 
 
 def _effort_lines(effort: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _columns(recipe)
     yield from _noise(recipe)
     yield from _generation(recipe)
+    yield from _beside(recipe)
     yield from _distillation(recipe)
     yield from _alignment(recipe)
     yield from _growth(recipe)
@@ -129,6 +130,30 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "Leave noise.discrete_steps out",
             ("noise.discrete_steps", other.partition("=")[0]),
         )
+    if training.ar_loss_weight and recipe.target == "mdlm":
+        yield Contradiction(
+            "training.ar_loss_weight needs a clean stream, which mdlm does not have",
+            "--to bd3lm, or leave training.ar_loss_weight out",
+            ("training.ar_loss_weight", "target"),
+        )
+
+
+def _beside(recipe: Recipe) -> Iterator[Contradiction]:
+    """What losses beside the bound need."""
+    noise, training = recipe.noise, recipe.training
+    beside = {
+        "training.loss_weight": (
+            training.loss_weight == "uniform", "every masked token weighs the same already"),
+        "noise.draw": (noise.draw == "draft", "drafts are trained on no bound"),
+        "training.method": (training.method == "none", "nothing is trained"),
+    }  # fmt: skip
+    for name, (found, why) in beside.items():
+        if training.auxiliary_loss_weight and found:
+            yield Contradiction(
+                f"training.auxiliary_loss_weight and {name} do not go together: {why}",
+                "Leave training.auxiliary_loss_weight out",
+                ("training.auxiliary_loss_weight", name),
+            )
     if training.confidence_loss_weight and (noise.kernel == "uniform" or training.method == "none"):
         uniform = noise.kernel == "uniform"
         yield Contradiction(
@@ -136,12 +161,6 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             + ("the uniform kernel masks none" if uniform else "nothing is trained"),
             "Leave training.confidence_loss_weight out",
             ("training.confidence_loss_weight", "noise.kernel" if uniform else "training.method"),
-        )
-    if training.ar_loss_weight and recipe.target == "mdlm":
-        yield Contradiction(
-            "training.ar_loss_weight needs a clean stream, which mdlm does not have",
-            "--to bd3lm, or leave training.ar_loss_weight out",
-            ("training.ar_loss_weight", "target"),
         )
 
 

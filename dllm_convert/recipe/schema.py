@@ -320,6 +320,11 @@ class Training(_Section):
     loss_weight: Literal["elbo", "uniform"] = Field(
         "elbo", description="elbo: -alpha'/(1-alpha) per masked token; uniform: 1"
     )
+    auxiliary_loss_weight: NonNegativeFloat = Field(
+        0.0,
+        description="cross-entropy of the clean token beside the bound, whatever the time weighs "
+        "there (D3PM's lambda)",
+    )
     ar_loss_weight: NonNegativeFloat = Field(
         0.0,
         description="weight of a next-token loss on the clean stream, which becomes strictly "

@@ -40,6 +40,7 @@ def weights_of(training: Training) -> LossWeights:
         distillation_of(training),
         training.confidence_loss_weight,
         training.alignment_loss_weight,
+        training.auxiliary_loss_weight,
     )
 
 

@@ -19,6 +19,8 @@ class LossWeights:
 
     Attributes:
         masked: `elbo`: a scored token weighs what it weighs in the NELBO; `uniform`: 1.
+        auxiliary: Weight of the cross-entropy of a corrupted token beside the bound (D3PM, arXiv
+            2107.03006, equation 5).
         ar: Weight of a next-token loss on the clean stream (bd3lm with causal context only).
         distillation: What is learnt from the base beside the data; None for nothing.
         alignment: Weight of what hidden states are apart from the base's.
@@ -30,6 +32,7 @@ class LossWeights:
     distillation: Distillation | None = None
     confidence: float = 0.0
     alignment: float = 0.0
+    auxiliary: float = 0.0
 
 
 @dataclass(frozen=True)

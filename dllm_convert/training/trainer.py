@@ -31,6 +31,7 @@ from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.gated import adapter_parameters
 from dllm_convert.training.checkpoint_shards import load_optimizer_shards, load_shards
+from dllm_convert.training.counts import Counts
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.data.rows import collate, text_batch
@@ -122,12 +123,7 @@ class DiffusionTrainer(Trainer):
                 aligns=self._weights.alignment > 0,
             )
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
-        # Nats, scored tokens, divergences from a teacher with the tokens it taught, entropies of
-        # what is right with their number, and cosines with a teacher's states, since the last line
-        # of the log. They stay on the device until then: asking for a number there and then has
-        # every forward wait for the one before it.
-        counts = torch.float32 if self.args.device.type == "mps" else torch.float64
-        self._sums = torch.zeros(7, dtype=counts, device=self.args.device)
+        self.counts = Counts(self.args.device)
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -247,9 +243,7 @@ class DiffusionTrainer(Trainer):
         forward, beside, lesson = self._lay_out(model, noise)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         times = self.args.world_size * self.current_gradient_accumulation_steps
-        weight = forward.weight
-        if self._weights.masked == "uniform":
-            weight = torch.ones_like(weight)
+        weight = self._weighed(forward.weight, objective)
         # Of each logit's loss in the whole: (n,) of corrupted tokens, (m,) of next ones.
         scale = weight * (times / noise.items)
         ar_scale = ar_weight * times / noise.texts
@@ -280,19 +274,31 @@ class DiffusionTrainer(Trainer):
             else:
                 nats = forward.nats(output.logits, objective)
                 loss = (nats * scale).sum()
+                if self._weights.auxiliary and objective.kernel == "uniform":
+                    clean = output.logits[: len(nats)]
+                    of_clean = cross_entropy(clean, forward.targets, objective.mask_token_id)
+                    loss = loss + self._weights.auxiliary * times / noise.items * of_clean.sum()
                 if ar_weight:
                     of_next = forward.ar_nats(output.logits, objective)
                     loss = loss + ar_scale * of_next.sum()
         if lesson is not None and lesson.layers:
             loss = loss + self._misaligned(output, forward, lesson, scale)
         total = (nats[: len(forward.targets)] * forward.weight).sum()
-        self._sums[0] += total.detach()
-        self._sums[1] += noise.scored
+        self.counts.add(nats=total.detach(), scored=noise.scored)
         if lesson is not None and apart is not None:
-            self._sums[2] += apart.sum()
-            self._sums[3] += len(lesson)
+            self.counts.add(divergence=apart.sum(), taught=len(lesson))
         self._count_right(unsure)
         return (loss, output) if return_outputs else loss
+
+    def _weighed(self, weight: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """Return what each corrupted token weighs in the optimised loss; (n,), as in the bound.
+
+        Where tokens are masked their loss is a cross-entropy, so that D3PM's other one adds to its
+        weight; the uniform kernel's is a divergence, and its cross-entropy is added apart.
+        """
+        if self._weights.masked == "uniform":
+            return torch.ones_like(weight)
+        return weight + self._weights.auxiliary if objective.kernel == "absorbing" else weight
 
     def _misaligned(
         self, output: Any, forward: Prediction, lesson: Lesson, scale: torch.Tensor
@@ -300,7 +306,7 @@ class DiffusionTrainer(Trainer):
         """Compare hidden states with the base's where corrupted tokens are predicted; a scalar."""
         places = forward.inputs["logits_at"][: len(lesson)]
         apart = misalignment(states_at(output.hidden_states, places), lesson.layers)
-        self._sums[6] += (1 - apart.detach()).sum()
+        self.counts.add(cosine=(1 - apart.detach()).sum())
         return self._weights.alignment * (apart * scale).sum()
 
     def _sharpening(self, rows: int) -> Sharpening | None:
@@ -311,8 +317,7 @@ class DiffusionTrainer(Trainer):
     def _count_right(self, unsure: torch.Tensor | None) -> None:
         """Add up the entropies of what was predicted right, which are 0 elsewhere."""
         if unsure is not None and self._weights.confidence:
-            self._sums[4] += unsure.sum()
-            self._sums[5] += (unsure > 0).sum()
+            self.counts.add(entropy=unsure.sum(), right=(unsure > 0).sum())
 
     def _loss_behind_cache(self, model: Any, noise: ForwardNoise) -> torch.Tensor:
         """Predict noisy rows, each behind its copy of the base's cache; a scalar in nats.
@@ -322,9 +327,7 @@ class DiffusionTrainer(Trainer):
         objective = noise.objective
         laid_out = predict_behind_cache(noise.batch, noise.views, objective).to(self.args.device)
         times = self.args.world_size * self.current_gradient_accumulation_steps
-        weight = laid_out.weight
-        if self._weights.masked == "uniform":
-            weight = torch.ones_like(weight)
+        weight = self._weighed(laid_out.weight, objective)
         loss, seen = weight.new_zeros(()), 0
         total = weight.new_zeros(())
         for rows, beside, firsts in read_in_turn(model, laid_out, objective):
@@ -351,8 +354,7 @@ class DiffusionTrainer(Trainer):
             # Nothing was masked: all that is trained has a gradient, and it is zero.
             for trained in adapter_parameters(self.model).values():
                 loss = loss + 0 * trained.sum()
-        self._sums[0] += total
-        self._sums[1] += noise.scored
+        self.counts.add(nats=total, scored=noise.scored)
         return loss
 
     def _lay_out(
@@ -391,7 +393,7 @@ class DiffusionTrainer(Trainer):
         reading = laid_out.to(device)
         mask = self._in_form("read", reading)
         states, nats, lesson = read_clean(model, reading, mask, objective, self._teacher)
-        self._sums[0] += len(views) * nats.sum()
+        self.counts.add(nats=len(views) * nats.sum())
         return forward.to(device), {"past_key_values": states}, lesson
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -433,16 +435,14 @@ class DiffusionTrainer(Trainer):
         What drafts are trained on is no bound: there the loss says all there is.
         """
         if "loss" in logs:
-            total, scored, apart, taught, unsure, right, near = self._total(self._sums).tolist()
-            self._sums.zero_()
-            if scored and self._process.draw != "draft":
-                logs = {**logs, "nelbo": total / scored}
-            if taught and self._weights.alignment:
-                logs = {**logs, "cosine": near / taught}
-            if taught and self._weights.distillation and self._weights.distillation.weight:
-                logs = {**logs, "divergence": apart / taught}
-            if right:
-                logs = {**logs, "entropy": unsure / right}
+            lesson = self._weights.distillation
+            unasked = {
+                "nelbo": self._process.draw == "draft",
+                "divergence": lesson is None or not lesson.weight,
+                "cosine": not self._weights.alignment,
+            }
+            found = self.counts.take(self._total)
+            logs = logs | {name: v for name, v in found.items() if not unasked.get(name)}
             if self._annealing.blocks is not None:
                 # Of the step that the line is about.
                 logs = {**logs, "block_size": self._objective_at(self.state.global_step - 1).size}

@@ -56,6 +56,7 @@ def evaluated(
         include=(str(folder),),
         limit=2,
         thresholds=(1e-6, 1.0),
+        batch_sizes=(1, 2),
         settings=QUICK,
     )
     return evaluate_checkpoint(request, QUIET)
@@ -88,6 +89,23 @@ def test_more_tokens_per_forward_with_a_lower_threshold(
     assert min(rates[1e-6]) > max(rates[1.0])
     assert (checkpoint / PARALLELISM.file).read_bytes()[:4] == b"\x89PNG"
     assert PARALLELISM.file in read_manifest(checkpoint)["files"]
+
+
+def test_batch_sizes_change_seconds_and_no_score(evaluated: dict[str, Any]) -> None:
+    rows = {
+        batch: [
+            (row["threshold"], row["task"], row["metric"], row["value"])
+            for row in evaluated["sweep"]
+            if row["batch_size"] == batch
+        ]
+        for batch in (1, 2)
+    }
+    assert rows[1] == rows[2] and len(rows[1]) == len(evaluated["sweep"]) / 2 > 2
+    assert all(row["writing_seconds"] > 0 for row in evaluated["sweep"])
+    for row in evaluated["parallelism"]:
+        assert row["thresholds"] == [1e-6, 1.0] and row["aup"] >= 0 and row["best"] <= 100
+    named = {(row["task"], row["metric"]) for row in evaluated["parallelism"]}
+    assert ("dllm_copy", "exact_match") in named or {task for task, _ in named} >= {"dllm_copy"}
 
 
 def test_text_is_measured_as_in_a_run(checkpoint: Path, source_cache: Any, tmp_path: Path) -> None:

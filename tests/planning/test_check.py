@@ -23,7 +23,7 @@ from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 
 Sources = Callable[..., Path]
-MODULES, ROOMS = 394, 178
+MODULES, ROOMS = 396, 182
 """Modules of others, and of this package, that a local check may load: each costs time."""
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "httpx", "httpx2", "safetensors")
 

@@ -50,7 +50,7 @@ def one_step(
     loss = trainer.training_step(trainer.accelerator.prepare_model(model), batches[0])
     named = [(name, w.grad) for name, w in model.named_parameters() if w.requires_grad]
     found = {name: torch.zeros(()) if grad is None else grad for name, grad in named}
-    return float(loss), float(trainer._sums[0]), found, shapes
+    return float(loss), float(trainer.counts._sums[0]), found, shapes
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,6 +13,7 @@ from dllm_convert.cli.commands import decoding
 from dllm_convert.cli.commands.shared import make_reporter, show_done, typed
 from dllm_convert.cli.types import count, count_from_zero, named, path_of
 from dllm_convert.cli.values import parse_assignments
+from dllm_convert.common.counts import LARGEST_COUNT
 
 Against = Annotated[
     str | None,
@@ -69,6 +70,14 @@ Thresholds = Annotated[
         help="Write with each of these confidence thresholds: accuracy against parallelism.",
     ),
 ]
+BatchSizes = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-sizes",
+        metavar="N,N",
+        help="Sweep --thresholds with each of these prompts per forward: seconds, and no score.",
+    ),
+]
 PublishedName = Annotated[
     str | None,
     typer.Option("--published", metavar="NAME", help="Settings that a paper reports with."),
@@ -99,6 +108,7 @@ def evaluate(
     num_fewshot: Shots = None,
     batch_size: Batch = 8,
     thresholds: Thresholds = None,
+    batch_sizes: BatchSizes = None,
     published: PublishedName = None,
     apply_chat_template: Chat = False,
     lossless: decoding.Lossless = False,
@@ -126,6 +136,7 @@ def evaluate(
             shots=num_fewshot,
             batch_size=batch_size,
             thresholds=[_threshold(text) for text in _names(thresholds or "")],
+            batch_sizes=[_batch(text) for text in _names(batch_sizes or "")],
             published=published,
             chat=apply_chat_template,
             lossless=lossless,
@@ -139,6 +150,12 @@ def evaluate(
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _batch(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= LARGEST_COUNT:
+        raise typer.BadParameter(f"{text!r} is no number of prompts", param_hint="--batch-sizes")
+    return int(text)
 
 
 def _threshold(text: str) -> float:

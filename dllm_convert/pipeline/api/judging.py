@@ -111,6 +111,7 @@ def evaluate(
     shots: int | None = None,
     batch_size: int = 8,
     thresholds: Sequence[float] = (),
+    batch_sizes: Sequence[int] = (),
     published: str | None = None,
     chat: bool = False,
     lossless: bool = False,
@@ -130,6 +131,7 @@ def evaluate(
         shots: Examples before each question.
         batch_size: Changes speed, and no score.
         thresholds: Confidence thresholds to write with, each: accuracy against parallelism.
+        batch_sizes: Prompts per forward to write with at each threshold: seconds, and no score.
         published: Name of settings that a paper reports with.
         chat: Ask through the chat template.
         lossless: Write what the verifier that the checkpoint holds would write, and denoise only to
@@ -153,6 +155,8 @@ def evaluate(
 
     if isinstance(tasks, str):
         tasks = [tasks]
+    if batch_sizes and not thresholds:
+        raise RequestError("`batch_sizes` sweeps `thresholds`, and none is given")
     given = dict(settings or {})
     text_field = given.pop(_TEXT_FIELD, None)
     if text_field is not None and (data is None or not isinstance(text_field, str)):
@@ -169,6 +173,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         thresholds=tuple(thresholds),
+        batch_sizes=tuple(batch_sizes),
         chat=chat or (published is not None and find_published(published).chat),
         shots=shots,
         unsafe_code=unsafe_code,
