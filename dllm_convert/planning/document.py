@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.planning.host_memory import Strategy, host_memory
+from dllm_convert.planning.host_memory import host_memory
 from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.recipe.typed import default_out
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
 
 
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2")
-"""Those whose host memory a plan compares."""
+STRATEGIES = ("ddp", "fsdp2")
+"""Those whose host memory a plan compares with that of its launch."""
 
 
 def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any) -> dict[str, Any]:
@@ -49,8 +49,9 @@ def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any
                 strategy: host_memory(
                     shape, recipe, processes=launch.processes, per_machine=launch.per_machine,
                     strategy=strategy,
+                    offload=launch.offload if strategy == launch.strategy else (),
                 ).as_dict()
-                for strategy in STRATEGIES
+                for strategy in dict.fromkeys((launch.strategy, *STRATEGIES))
             }  # fmt: skip
     return document
 

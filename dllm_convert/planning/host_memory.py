@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dllm_convert.planning.costs import CPU_RUNTIME, lora_parameters, trainable_parameters
 from dllm_convert.planning.model_shape import ModelShape
 from dllm_convert.recipe.schema import Recipe
 
-Strategy = Literal["none", "ddp", "fsdp1", "fsdp2", "zero"]
 _FLOAT32, _BF16 = 4, 2
 _PIECE = 1 << 26
 """Bytes that are read, or cast, at once."""
@@ -53,7 +52,7 @@ def host_memory(
     *,
     processes: int,
     per_machine: int,
-    strategy: Strategy,
+    strategy: str,
     offload: Collection[str] = (),
     bf16: bool = True,
 ) -> HostMemory:
@@ -64,7 +63,7 @@ def host_memory(
         recipe: The resolved recipe.
         processes: How many train together.
         per_machine: How many of them are on each machine.
-        strategy: What they share.
+        strategy: What they share, as a `Launch` names it.
         offload: What lies in host memory while it trains: `weights`, `moments`.
         bf16: Whether frozen weights are held in 16 bits.
     """

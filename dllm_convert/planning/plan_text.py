@@ -429,8 +429,8 @@ def _more(plan: Mapping[str, Any]) -> list[str]:
 
 
 def _host(launch: Mapping[str, Any]) -> list[str]:
-    """Say what host memory a launch takes beside GPUs, under each strategy."""
-    names = {"ddp": "DDP", "fsdp2": "FSDP2"}
+    """Say what host memory a launch takes beside GPUs, and under other strategies would."""
+    names = {launch.get("strategy"): launch.get("name"), "ddp": "DDP", "fsdp2": "FSDP2"}
     return _wrapped(
         [
             f"host memory beside GPUs under {names[strategy]}: at most "

@@ -6,13 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from conftest import SourceFactory
 
+from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.costs import CPU_RUNTIME
-from dllm_convert.planning.document import STRATEGIES
+from dllm_convert.planning.document import STRATEGIES, plan_document
 from dllm_convert.planning.host_memory import HostMemory, host_memory
+from dllm_convert.planning.launch import Launch
 from dllm_convert.planning.model_shape import ModelShape
 from dllm_convert.planning.plan_text import _host
 from dllm_convert.recipe.schema import Recipe
+from dllm_convert.source.inspect import inspect_source
 
 LLAMA_70B = ModelShape(
     **{"embedding": 1_050_673_152, "head": 1_050_673_152, "layer_parameters": 68_452_352_000},
@@ -92,3 +96,17 @@ def test_a_plan_says_both() -> None:
         "- host memory beside GPUs under FSDP2: at most 4.83 GB of a process, 9.2 GB a machine",
     ]
     assert _host({}) == []
+
+
+def test_a_plan_says_its_own_strategy_first(source_cache: SourceFactory) -> None:
+    asked = {"source": str(source_cache("llama")), "target": "mdlm"}
+    plan = make_plan(
+        Recipe.model_validate(asked),
+        inspect_source(asked["source"]),
+        launch=Launch(8, strategy="zero", stage=3, offload=("moments",)),
+    )
+    launch = plan_document(plan)["launch"]
+    found = launch["host_memory"]
+    assert list(found) == ["zero", "ddp", "fsdp2"]
+    assert found["zero"]["training"] > found["ddp"]["training"]
+    assert _host(launch)[0].startswith("- host memory beside GPUs under ZeRO-3: at most ")
