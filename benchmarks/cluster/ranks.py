@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.devices import current_device
+from benchmarks.devices import current_device, settle
 from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import Rank
 
@@ -38,14 +38,9 @@ def synchronized_seconds(call: Callable[[], object], rounds: int = _ROUNDS) -> f
         dist.barrier()
         began = time.perf_counter()
         call()
-        _finish()
+        settle()
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
-
-
-def _finish() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def _exchanged(size: int, device: torch.device) -> float:

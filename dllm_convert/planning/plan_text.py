@@ -11,6 +11,7 @@ from typing import Any
 
 from dllm_convert.common.shown_text import one_line
 from dllm_convert.common.tables import Block, Table
+from dllm_convert.planning.launch_text import launch_line, launch_sentences, together
 
 WIDTH = 100
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -204,13 +205,14 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
         )
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]
-    flops = estimate["flops_per_token"]
+    flops, several = estimate["flops_per_token"], together(plan)
+    whose = f" of each of {several}" if several else ""
     return [
         *lines,
         f"{estimate['trainable_parameters']:,} trainable parameters, "
         f"{flops['gpu'] / 1e9:.3g} GFLOP per token on a GPU, {flops['cpu'] / 1e9:.3g} on a CPU",
         "",
-        f"Peak memory{_each(plan)} at {estimate['sequences_per_forward']} sequences of "
+        f"Peak memory{whose} at {estimate['sequences_per_forward']} sequences of "
         f"{estimate['sequence_length']} tokens per forward",
         _memory(estimate["memory"]),
         *_strategies(estimate["strategies"], training["method"]),
@@ -218,32 +220,10 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
         "Peak memory of every stage, one model at a time",
         _stages(estimate["stages"]),
         "",
-        f"The budget of {estimate['tokens']:,} tokens on {_together(plan) or 'one device'}",
+        f"The budget of {estimate['tokens']:,} tokens on {several or 'one device'}",
         _devices(estimate["devices"], limited=bool(training["max_minutes"])),
         *_wrapped(["Assumed: " + "; ".join(estimate["assumptions"]) + "."]),
     ]
-
-
-def _together(plan: Mapping[str, Any]) -> str | None:
-    """Name the processes of a launch of several, and what they share."""
-    launch = plan.get("launch", {"processes": 1})
-    return None if launch["processes"] == 1 else _processes(launch)
-
-
-def _processes(launch: Mapping[str, Any]) -> str:
-    several = "" if launch["processes"] == 1 else "es"
-    machines = f" on {launch['machines']} machines" if launch["machines"] > 1 else ""
-    return f"{launch['processes']} process{several}{machines} ({launch['name']})"
-
-
-def launch_line(launch: Mapping[str, Any]) -> str:
-    """Say who trains together, and on how much at a time, from a plan's `launch`."""
-    return f"{_processes(launch)}, {launch['sequences_per_step']:,} sequences per step"
-
-
-def _each(plan: Mapping[str, Any]) -> str:
-    together = _together(plan)
-    return f" of each of {together}" if together else ""
 
 
 AGAIN = {"off": "nothing", "selective": "norms, gates", "full": "layers"}
@@ -388,36 +368,10 @@ def _text(text: Mapping[str, Any] | None) -> list[str]:
 
 
 def _launch(plan: Mapping[str, Any]) -> list[str]:
-    """Say who trains together, and what becomes of the recipe's steps and learning rate."""
-    launch = plan.get("launch")
-    if launch is None:
+    if "launch" not in plan:
         return []
-    lines = [launch_line(launch)]
-    times = launch["sequences_per_step"] // launch["sequences_of_one"]
-    if launch["budget"] == "tokens":
-        lines += _wrapped(
-            [
-                f"the budget is in tokens: {plan['training_tokens']:,} of them at least, however "
-                f"many processes there are; that makes {launch['steps']:,} steps"
-            ]
-        )
-    elif launch["processes"] > 1:
-        lines += _wrapped(
-            [
-                f"the recipe says {launch['steps']:,} steps, whatever one reads: together they "
-                f"read {plan['training_tokens']:,} tokens (--tokens N keeps a budget)"
-            ]
-        )
-    if times > 1:
-        lines += _wrapped(
-            [
-                f"the learning rate stays {launch['learning_rate']:g}; a step has {times} times "
-                "the sequences of one process, for which the square root of that (Malladi et al., "
-                f"arXiv 2205.10287, for Adam) says {launch['learning_rate_by_square_root']:g}; "
-                f"--global-batch {launch['sequences_of_one']} keeps batch, steps and rate"
-            ]
-        )
-    return lines + _host(launch)
+    launch = plan["launch"]
+    return [launch_line(launch), *_wrapped(launch_sentences(plan)), *_host(launch)]
 
 
 def _more(plan: Mapping[str, Any]) -> list[str]:
