@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_convert.common.counts import LARGEST_COUNT
+
 SPLIT = "train"
 """The split that is meant where none is named."""
 _SLICE = re.compile(r"(?P<name>[^\[\]]*)\[(?P<rows>[^\[\]]*)\]")
@@ -76,9 +78,11 @@ def sliced(split: str) -> tuple[str, Rows | None]:
         number = bound["number"] if bound else None
         percent = bool(bound and bound["percent"])
         value = None if number is None else float(number)
-        if value is not None and (value > 100 if percent else value != int(value)):
+        most = 100 if percent else LARGEST_COUNT
+        if value is not None and (value > most or (not percent and value != int(value))):
             raise ValueError(
-                f"{split!r} is no slice: rows are whole numbers, percentages up to 100"
+                f"{split[:80]!r} is no slice: rows are whole numbers up to {LARGEST_COUNT:,}, "
+                "percentages up to 100"
             )
         values.append(value)
         percents.append(percent)

@@ -134,6 +134,26 @@ def test_an_evaluation_beside_its_base_and_over_thresholds(tmp_path: Path) -> No
     assert "up to 32 draws" in read.text
 
 
+def test_a_sweep_is_one_number_and_batches_are_told_apart(tmp_path: Path) -> None:
+    found = evaluated()
+    aup = {"task": "copying", "metric": "exact_match", "aup": 34.5, "best": 50.0}
+    swept = [
+        row | {"batch_size": batch, "writing_seconds": 8.0 / batch}
+        for row in found["sweep"]
+        for batch in (1, 8)
+    ]
+    section = found | {"sweep": swept, "parallelism": [aup]}
+    read = Reader(page_of(changed(llama_bd3lm(), evaluation=section), tmp_path / "out"))
+    assert "Accuracy under parallelism of copying exact_match: 34.5" in read.text
+    assert ["0.5", "8", "copying", "exact_match", "0.250 ± 0.100", "4", "80", "1"] in read.rows
+    plain = Reader(page_of(changed(llama_bd3lm(), evaluation=found), tmp_path / "plain"))
+    drawn = [
+        [held for tag, held in page.tags if tag == "use" and "parallelism-" in str(held)]
+        for page in (read, plain)
+    ]
+    assert len(drawn[0]) == len(drawn[1]), "one place per threshold, whatever the batch"
+
+
 @pytest.mark.parametrize(
     "broken",
     [
