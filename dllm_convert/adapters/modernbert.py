@@ -13,8 +13,7 @@ ADAPTER = Adapter(
     diffusion_class="DiffusionModernBertForMaskedLM",
     auto_class="AutoModelForMaskedLM",
     attention="bidirectional",
-    # No causal stream to keep clean: without a causal mask between blocks BD3LM is not exact.
-    targets=("mdlm",),
+    targets=("mdlm",),  # as of BERT
     embedding="model.embeddings.tok_embeddings.weight",
     head="decoder.weight",
     head_biases=("decoder.bias",),
@@ -47,11 +46,8 @@ ADAPTER = Adapter(
         # What the embedding was normalised with is what the first layer begins with.
         absent=(f"{_MODEL}layers.0.attn_norm.weight",),
         flagged={
-            "attention_bias": {
-                "attn.Wqkv.bias": ("queries_keys_values",),
-                "attn.Wo.bias": ("hidden_size",),
-            },
-            "mlp_bias": {"mlp.Wi.bias": ("gate_and_up",), "mlp.Wo.bias": ("hidden_size",)},
+            "attention_bias": {"attn.Wqkv.bias": ("queries_keys_values",), "attn.Wo.bias": _NORM},
+            "mlp_bias": {"mlp.Wi.bias": ("gate_and_up",), "mlp.Wo.bias": _NORM},
         },
         defaults={
             "vocab_size": 50368,
@@ -60,7 +56,7 @@ ADAPTER = Adapter(
             "num_hidden_layers": 22,
             "num_attention_heads": 12,
             "max_position_embeddings": 8192,
-        },
+        },  # fmt: skip
         heads_divide=True,
     ),
 )

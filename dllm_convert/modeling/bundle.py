@@ -23,7 +23,6 @@ CODE_FILES = {
         "limits.py",
         "decoding.py",
         "reading.py",
-        "output.py",
     ),
     "gated_dllm.py": ("gated.py", "moving.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
@@ -36,7 +35,7 @@ CODE_FILES = {
         "inputs.py",
     ),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
-    "lossless_dllm.py": ("lossless.py",),
+    "lossless_dllm.py": ("lossless.py", "output.py"),
     # What others are made of at once stands first.
     "settings_dllm.py": (
         "rules.py",
@@ -82,7 +81,8 @@ The same steps, queued one behind the other without a look at what became of the
 """,
     "lossless_dllm.py": """Decoding whose text is the verifier's own, by dllm-convert {version}.
 
-Drafts are denoised, and kept as far as autoregressive decoding would write the same.
+Drafts are denoised, and kept as far as autoregressive decoding would write the same. And what
+`generate` returns, of any model.
 """,
     "settings_dllm.py": """Settings of decoding, written by dllm-convert {version}.
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dllm_convert.common import strict_json
 from dllm_convert.common.disk import write_whole
 from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import Rank
@@ -74,7 +75,7 @@ def prepare_prompts(data: Data, tokenizer: Any, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
         prompts, facts = find_prompts(data, tokenizer)
-        lines = (json.dumps(prompt.as_dict()) + "\n" for prompt in prompts)
+        lines = (strict_json.dumps(prompt.as_dict()) + "\n" for prompt in prompts)
         write_whole(folder / PROMPTS, "".join(lines))
         write_json(folder / ABOUT, facts)
     return int(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["prompts"])
@@ -203,7 +204,7 @@ def gather(folder: Path, how: Writing) -> dict[str, Any]:
                 hint="--set data.write_with_base.max_new_tokens=1024, or a base that was trained "
                 "to answer",
             )
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_whole(folder / TEXT, text)
         facts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         facts |= {

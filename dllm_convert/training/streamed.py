@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from dllm_convert.common import strict_json
 from dllm_convert.common.copying import write_all
 from dllm_convert.source.safetensors_header import INDEX_FILE, TORCH_NAMES, encode_header
 
@@ -110,7 +110,7 @@ def write_weights(
                     raise RuntimeError(f"{name} is not what the layout says it is")
                 _write(handle.fileno(), found, empty.dtype)
     if writes and layout.index is not None:
-        text = json.dumps(layout.index, indent=2, sort_keys=True) + "\n"
+        text = strict_json.dumps(layout.index, indent=2, sort_keys=True) + "\n"
         (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 

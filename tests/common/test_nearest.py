@@ -88,7 +88,7 @@ def test_push_and_a_single_word() -> None:
     pushed = CliRunner().invoke(app, ["push", "out/llama-bd3ml", "me/name"])
     assert (pushed.exit_code, "Did you mean out/llama-bd3lm?" in pushed.stderr) == (1, True)
     checked = CliRunner().invoke(app, ["check", "modles"])
-    assert (checked.exit_code, "nearest: Models" in checked.stderr) == (3, True)
+    assert (checked.exit_code, "nearest: Models" in checked.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["sample", "card", "verify"])

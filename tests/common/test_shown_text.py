@@ -66,7 +66,7 @@ def test_names_with_escapes_reach_no_terminal(tmp_path: Path) -> None:
     name = "\x1b]0;owned\x07\u202egpj"
     done = run("check", str(tmp_path / name), "--to", "mdlm", out=subprocess.PIPE)
     out, err = done.communicate(timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert err.startswith("error: ")
     assert acts(out + err) == []
 
@@ -116,7 +116,7 @@ def test_help_on_a_full_stdout_is_told_as_one_line(arguments: tuple[str, ...]) -
 def test_the_exit_code_of_the_work_stays(tmp_path: Path, where: str) -> None:
     shell = f"exec {sys.executable} -m dllm_convert check {tmp_path}/nosuch {where}"
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr and "stdout" not in done.stderr
 
 
@@ -152,7 +152,7 @@ def test_nobody_reads_stderr(tmp_path: Path) -> None:
     done = run("check", str(tmp_path / "nothing"), out=subprocess.PIPE, err=writing)
     os.close(writing)
     done.communicate(timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == 2
 
 
 def test_work_goes_on_when_nobody_reads_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

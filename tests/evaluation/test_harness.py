@@ -276,9 +276,11 @@ def _logged(out: Path) -> dict[tuple[str, int], Any]:
 def test_lm_eval_on_two_processes(folders: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     """Its own command line, started by Accelerate's launcher, has this one process's numbers."""
     from dllm_convert.pipeline.launch import launcher_arguments
+    from dllm_convert.planning.launch import Launch
 
+    two = Launch(processes=2, strategy="ddp")
     names = ("capitals", "writing")
-    launch = ["-m", "accelerate.commands.launch", *launcher_arguments(2, None)]
+    launch = ["-m", "accelerate.commands.launch", *launcher_arguments(two)]
     result = subprocess.run(
         [
             *(sys.executable, *launch, "-m", "dllm_convert", "lm-eval", "--model", "dllm-convert"),

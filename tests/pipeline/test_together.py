@@ -145,6 +145,8 @@ def test_two_real_processes(tmp_path: Path, source_cache: SourceFactory) -> None
     assert done.report.passed
     assert [signal.getsignal(number) for number in signals] == before
     assert dict(os.environ) == environment
+    # Alone each step reads what two read together.
+    asked["overrides"] = {**SMALL, "training.batch_size": 4}
     alone = dc.convert(source_cache("llama"), out, verify="files", reporter=QUIET, **asked)
     assert alone.manifest == done.manifest
 

@@ -117,6 +117,6 @@ def test_check_says_what_was_chosen_and_why(source_cache: SourceFactory) -> None
     assert said["serve"]["engine"] == "SGLang"
     assert said["serving"]["sdar"]["refused"] == []
     refused = CliRunner().invoke(app, [*line, "--set", "token_shift=keep"])
-    assert refused.exit_code == 3
+    assert refused.exit_code == 2
     assert re.search("contradicts token_shift", refused.stderr)
     assert CliRunner().invoke(app, [*line[:-1], "sglnag"]).exit_code == 2

@@ -292,7 +292,7 @@ def test_code_that_computes_what_the_stock_class_does_not(
         return output
 
     monkeypatch.setattr(DiffusionMixin, "forward", louder)
-    head = "logits=getattr(self, self._head)(hidden)"
+    head = "logits=self._logits_of(hidden)"
     edit_code(llama.folder, (head, f"{head} * 1.01"))
     assert failed(llama.folder, ["portability"], trust_remote_code=True) == {"portable-stock"}
 
