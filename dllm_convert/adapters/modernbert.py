@@ -1,11 +1,11 @@
-"""ModernBERT: already bidirectional, two layers of three see a window; becomes MDLM."""
+"""ModernBERT: already bidirectional, two layers of three see a window; becomes MDLM, as BERT."""
 
 from __future__ import annotations
 
 from dllm_convert.adapters.base import Adapter, LocalLayers
 from dllm_convert.adapters.tensors import ClassTensors
 
-_NORM, _MODEL = ("hidden_size",), "model."
+_NORM, _SQUARE, _MODEL = ("hidden_size",), ("hidden_size",) * 2, "model."
 
 ADAPTER = Adapter(
     model_type="modernbert",
@@ -13,7 +13,7 @@ ADAPTER = Adapter(
     diffusion_class="DiffusionModernBertForMaskedLM",
     auto_class="AutoModelForMaskedLM",
     attention="bidirectional",
-    targets=("mdlm",),  # as of BERT
+    targets=("mdlm",),
     embedding="model.embeddings.tok_embeddings.weight",
     head="decoder.weight",
     head_biases=("decoder.bias",),
@@ -30,20 +30,18 @@ ADAPTER = Adapter(
             f"{_MODEL}embeddings.tok_embeddings.weight": ("vocab_size", "hidden_size"),
             f"{_MODEL}embeddings.norm.weight": _NORM,
             f"{_MODEL}final_norm.weight": _NORM,
-            "head.dense.weight": ("hidden_size", "hidden_size"),
+            "head.dense.weight": _SQUARE,
             "head.norm.weight": _NORM,
             "decoder.weight": ("vocab_size", "hidden_size"),
             "decoder.bias": ("vocab_size",),
         },
         inside={
-            "attn_norm.weight": _NORM,
+            **{f"{place}_norm.weight": _NORM for place in ("attn", "mlp")},
             "attn.Wqkv.weight": ("queries_keys_values", "hidden_size"),
-            "attn.Wo.weight": ("hidden_size", "hidden_size"),
-            "mlp_norm.weight": _NORM,
+            "attn.Wo.weight": _SQUARE,
             "mlp.Wi.weight": ("gate_and_up", "hidden_size"),
             "mlp.Wo.weight": ("hidden_size", "intermediate_size"),
         },
-        # What the embedding was normalised with is what the first layer begins with.
         absent=(f"{_MODEL}layers.0.attn_norm.weight",),
         flagged={
             "attention_bias": {"attn.Wqkv.bias": ("queries_keys_values",), "attn.Wo.bias": _NORM},
@@ -56,7 +54,7 @@ ADAPTER = Adapter(
             "num_hidden_layers": 22,
             "num_attention_heads": 12,
             "max_position_embeddings": 8192,
-        },  # fmt: skip
+        },
         heads_divide=True,
     ),
 )
