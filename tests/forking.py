@@ -12,6 +12,7 @@ imported besides is what was asked for.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import json
@@ -29,6 +30,10 @@ from typing import Any
 
 ADDRESS = "FORKING_SOCKET"
 """Variable that tells a forked program where the next may be forked."""
+
+
+WHERE = signal.SIGUSR2
+"""Signal at which a forked program writes to stderr where its threads are."""
 
 
 def execute(argv: list[str]) -> None:
@@ -72,6 +77,7 @@ def child(order: dict[str, Any], streams: list[int]) -> int:
     os.environ.update(order["env"])
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.register(WHERE, file=2, all_threads=True)
     for place, arguments in order["before"]:
         module, _, name = place.partition(":")
         getattr(importlib.import_module(module), name)(**arguments)

@@ -10,6 +10,7 @@ same modules in the same environment. Tests that look at what is imported, and t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -24,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from forking import ADDRESS
+from forking import ADDRESS, WHERE
 
 TESTS = Path(__file__).parent
 SERVER = TESTS / "forking.py"
@@ -89,9 +90,12 @@ class Forked:
         """Wait and return what it wrote; end it and raise if it takes longer."""
         try:
             self.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as error:
+            _ask_where()
             self.kill()
             self.wait()
+            for stream in self._streams:
+                error.add_note(_read(stream)[-8000:])
             raise
         out, err = (_read(stream) for stream in self._streams)
         return out, err
@@ -105,6 +109,24 @@ class Forked:
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
+
+
+def _ask_where() -> None:
+    """Have every forked program that runs below this process say where all its threads are."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            facts = {name: value.strip() for name, value in told}
+            heeds = int(facts["SigCgt"], 16) >> (WHERE - 1) & 1
+            parents[int(folder.name)] = int(facts["PPid"]), bool(heeds)
+    for pid, (above, heeds) in parents.items():
+        while above > 1 and above != os.getpid():
+            above = parents.get(above, (0, False))[0]
+        if heeds and above == os.getpid():
+            with contextlib.suppress(OSError):
+                os.kill(pid, WHERE)
+    time.sleep(1)
 
 
 def _read(stream: IO[str]) -> str:
