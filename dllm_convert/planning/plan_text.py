@@ -361,9 +361,10 @@ def _text(text: Mapping[str, Any] | None) -> list[str]:
     long = []
     if text["beyond"]:
         some = f"{text['beyond']:,} of {text['documents']:,} documents"
-        long = [
-            f"{some} are longer than a sequence, the longest has about {text['longest']:,} tokens"
-        ]
+        what = f"{some} are longer than a sequence, the longest has"
+        if text["documents"] == 1:
+            what = "it is longer than a sequence, with"
+        long = [f"{what} about {text['longest']:,} tokens"]
     return _wrapped([text["said"], *long])
 
 
