@@ -68,13 +68,15 @@ def parallelism(
         if min(values) < 0 or best > 100:
             continue  # No share of items: a perplexity, a count.
         aup = accuracy_under_parallelism(list(found.values()), best)
+        least = min(found.values())[1] - LOST
+        counted = sorted(at for at, (_, score) in found.items() if score >= least)
         rows.append(
             {
                 "task": task,
                 "metric": metric,
                 "aup": round(aup, 3),
                 "best": round(best, 3),
-                "thresholds": sorted(found),
+                "thresholds": counted,
             }
         )
     return rows

@@ -108,8 +108,12 @@ def measure_text(request: Request, reporter: Reporter) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"data": data})
     subject = EvaluatedCheckpoint.load(request.checkpoint, block_size=request.settings.block_size)
     batches, facts = text_to_measure(recipe, subject.tokenizer, reporter, held_out=trained_on)
-    source, draws = recipe.data.source, request.settings.draws
-    names = ", ".join(data_names(source, data_kind(source)))
+    draws = request.settings.draws
+    names = ", ".join(
+        name + (f" ({text.split})" if "[" in text.split else "")
+        for _, text in recipe.data.texts
+        for name in data_names(text.source, data_kind(text.source))
+    )
     counts = {key: value for key, value in facts.items() if type(value) is int}
     found: dict[str, Any] = {
         "source": names, "held_out": trained_on, "draws": draws, "data": counts,
@@ -162,9 +166,19 @@ def _trained_on(given: str, data: Data) -> Data | None:
         return data
     named = _one_text(given)
     for _, text in data.texts:
-        same = Path(named["source"]).absolute() == Path(text.source).absolute()
-        if same and all(getattr(text, name) == named[name] for name in named.keys() - {"source"}):
+        if Path(named["source"]).absolute() != Path(text.source).absolute():
+            continue
+        if all(getattr(text, name) == named[name] for name in named.keys() - {"source"}):
             return text.model_copy(update={"source": named["source"]})
+        split, rows = sliced(named.get("split") or text.split)
+        # Of two slices nothing tells here whether they overlap.
+        within = rows is not None and split == text.split
+        if within and named.get("subset") in (None, text.subset):
+            # A part may hold none of what was held out, and is no text of its own.
+            raise DataError(
+                f"--data {given} is a part of what was trained on",
+                hint=f"--data {named['source']} measures what was held out of it",
+            )
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ class PatientAgent(LocalElasticAgent):
     def _shutdown(self, death_sig: Any = None, *rest: Any, **named: Any) -> None:
         """End the processes: at a signal when they have saved, after a failure soon."""
         self._heard.set()
+        error = sys.exception()
+        if death_sig is None and isinstance(error, SignalException):
+            # The same request came twice, and the second cut the answer to the first one off.
+            death_sig = error.sigval
         if death_sig is None:
             # One of them failed; what the others wait for will not come.
             super()._shutdown(signal.SIGTERM, *rest, **named)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.interruption import INTERRUPTED, SIGNALS
+from dllm_convert.common.ranks import lost_process
 from dllm_convert.errors import DllmConvertError, RequestError
 from dllm_convert.planning.launch import Launch, read_config
 
@@ -160,6 +161,9 @@ def launch(
     try:
         with _undone(), patient():
             os.environ.setdefault("OMP_NUM_THREADS", str(share))
+            if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+                # `nohup` means it; torchrun would hear the signal all the same.
+                os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
             launch_command(launch_command_parser().parse_args(line))
     except ChildFailedError as error:
         return exit_code(error)
@@ -167,6 +171,14 @@ def launch(
         return INTERRUPTED
     except ConnectionError as error:
         raise DllmConvertError(str(error), hint=f"Another port: {_ELSEWHERE}") from error
+    except RuntimeError as error:
+        if machine.address is None or lost_process(error) is None:
+            raise
+        raise DllmConvertError(
+            f"the machines do not meet at {machine.address}:{machine.port} "
+            f"({str(error).splitlines()[0]})",
+            hint=f"It is {_ELSEWHERE}",
+        ) from error
     except _REFUSALS as error:
         raise DllmConvertError(
             f"accelerate launch refuses: {error}", hint="Look into the file of --launch-config"

@@ -28,8 +28,8 @@ def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any
         **measured: What else is known of the source.
     """
     from dllm_convert.planning.conversion import plan_as_dict
-    from dllm_convert.planning.devices import this_cpu
-    from dllm_convert.planning.estimate import estimate
+    from dllm_convert.planning.devices import GPUS, this_cpu
+    from dllm_convert.planning.estimate import estimate, uses_bf16
     from dllm_convert.planning.servable import servable, served
 
     recipe = plan.recipe
@@ -50,6 +50,7 @@ def plan_document(plan: ConversionPlan, out: Path | None = None, **measured: Any
                     shape, recipe, processes=launch.processes, per_machine=launch.per_machine,
                     strategy=strategy,
                     offload=launch.offload if strategy == launch.strategy else (),
+                    bf16=uses_bf16(recipe, GPUS[0]),
                 ).as_dict()
                 for strategy in dict.fromkeys((launch.strategy, *STRATEGIES))
             }  # fmt: skip

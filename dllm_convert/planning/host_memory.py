@@ -77,12 +77,14 @@ def host_memory(
     shares = processes if strategy in ("fsdp1", "fsdp2", "zero") else 1
     # A base that teaches a full training is loaded whole, by each.
     teacher = shape.parameters * (_BF16 if bf16 else _FLOAT32)
-    teacher = teacher if full and training.distillation.weight else 0
+    teacher = teacher if full and training.learns_from_base else 0
     largest = _largest(shape)
     # Adapters are drawn by each process, whole, before they are cut up.
     drawn = 0 if full else _FLOAT32 * lora_parameters(shape, training)
     loading = (_PIECE + drawn if sharded else held * shape.parameters + drawn) + teacher
-    kept = {"weights": held * shape.parameters, "moments": 8 * trained}
+    # With the moments go the gradients, and the float32 copy that DeepSpeed steps.
+    stepped = 8 + _FLOAT32 * (2 if strategy == "zero" else 1)
+    kept = {"weights": held * shape.parameters, "moments": stepped * trained}
     steps = sum(kept[part] for part in offload if part in kept) // shares
     if training.optimizer.startswith("paged"):
         steps += 2 * trained // shares

@@ -132,6 +132,11 @@ class Launch:
                 f"{count} processes cannot be shared out over {several} machines alike",
                 argument="num_processes",
             )
+        if found.strategy == "none" and count > 1:
+            raise IncompatibleError(
+                f"{config}: distributed_type is NO, which starts one process, not {count}",
+                hint="Leave --launch-config out, or use recipes/launch/ddp.yaml",
+            )
         return found._on(count, several)
 
     def _on(self, processes: int, machines: int) -> Launch:
@@ -206,7 +211,7 @@ def _configured(config: Path) -> Launch:
     elif kind in _DDP:
         found = Launch(strategy="ddp")
     elif kind == "NO":
-        return Launch(config=str(config))
+        return Launch(processes=processes, machines=machines, config=str(config))
     else:
         raise IncompatibleError(
             f"{config}: distributed_type is {kind}, expected MULTI_GPU, FSDP or DEEPSPEED",

@@ -42,9 +42,11 @@ def launch_sentences(plan: Mapping[str, Any]) -> Iterator[str]:
         )
     times = launch["sequences_per_step"] // launch["sequences_of_one"]
     if times > 1:
+        one = launch["sequences_of_one"]
+        keeps = f"; --global-batch {one} keeps batch, steps and rate"
         yield (
             f"the learning rate stays {launch['learning_rate']:g}; a step has {times} times the "
             "sequences of one process, for which the square root of that (Malladi et al., arXiv "
-            f"2205.10287, for Adam) says {launch['learning_rate_by_square_root']:g}; "
-            f"--global-batch {launch['sequences_of_one']} keeps batch, steps and rate"
+            f"2205.10287, for Adam) says {launch['learning_rate_by_square_root']:g}"
+            + ("" if one % launch["processes"] else keeps)
         )

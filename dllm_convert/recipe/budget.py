@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_TOKENS, LONGEST_MINUTES
-from dllm_convert.errors import RequestError
+from dllm_convert.errors import IncompatibleError, RequestError
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
@@ -94,6 +94,7 @@ class Budget:
             assigned: Fields that were typed with `--set`.
 
         Raises:
+            IncompatibleError: Blocks would grow for longer than the budget lasts.
             RequestError: The sequences cannot be shared out.
         """
         training = recipe.training
@@ -103,7 +104,20 @@ class Budget:
                     self.global_batch, training.batch_size, processes, fixed=_BATCH in assigned
                 )
             )
-        return paced(recipe.model_copy(update={"training": training}), processes)
+        found = paced(recipe.model_copy(update={"training": training}), processes)
+        _check_growth(found)
+        return found
+
+
+def _check_growth(recipe: Recipe) -> None:
+    training, grown = recipe.training, recipe.training.block_growth.steps
+    if training.tokens is not None and recipe.growing_sizes and grown >= training.steps:
+        raise IncompatibleError(
+            f"training.tokens comes to {training.steps:,} steps, and blocks would grow for "
+            f"{grown:,} of them and never have their size",
+            hint=f"--set training.block_growth.steps={max(1, training.steps // 2)}, or more "
+            "--tokens",
+        )
 
 
 def paced(recipe: Recipe, processes: int) -> Recipe:

@@ -242,7 +242,8 @@ def _growth(recipe: Recipe) -> Iterator[Contradiction]:
          "a draft of few tokens is drawn beside long ones anyway", f"Leave {field} out"),
         ("block_size", block is not None and not recipe.growing_sizes,
          "there is no smaller block to begin with", "A larger --block"),
-        ("training.steps", growth.steps >= steps,
+        # What a budget in tokens comes to is known when it is shared out (`budget.py`).
+        ("training.steps", recipe.training.tokens is None and growth.steps >= steps,
          f"blocks would grow for {growth.steps:,} of {steps:,} steps and never have their size",
          f"--set {field}.steps={max(1, steps // 2)}, or more --steps"),
     )  # fmt: skip

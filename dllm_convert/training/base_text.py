@@ -27,7 +27,7 @@ from dllm_convert.common.json_files import write_json
 from dllm_convert.common.ranks import Rank
 from dllm_convert.errors import DataError
 from dllm_convert.recipe.schema import Data
-from dllm_convert.training.data.content import OPEN
+from dllm_convert.training.data.content import FROM, OPEN
 from dllm_convert.training.data.prompts import find_prompts
 
 PROMPTS, ABOUT, TEXT, FACTS, BATCHES = (
@@ -75,7 +75,7 @@ def prepare_prompts(data: Data, tokenizer: Any, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
         prompts, facts = find_prompts(data, tokenizer)
-        lines = (strict_json.dumps(prompt.as_dict()) + "\n" for prompt in prompts)
+        lines = (strict_json.dumps(prompt.as_dict(), default=str) + "\n" for prompt in prompts)
         write_whole(folder / PROMPTS, "".join(lines))
         write_json(folder / ABOUT, facts)
     return int(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["prompts"])
@@ -99,6 +99,8 @@ def write_share(
         place: This process among those that write.
         advance: Told how many prompts were answered.
     """
+    if (folder / FACTS).exists():
+        return  # All of it is put together; only the journal does not say so yet.
     (folder / BATCHES).mkdir(exist_ok=True)
     base = None
     for number, prompts in enumerate(_batches(folder, how.batch_size)):
@@ -176,6 +178,8 @@ def _row(tokenizer: Any, prompt: dict[str, Any], tokens: list[int], how: Writing
         row = {"messages": [*prompt["messages"], turn]} if ended and answer.strip() else None
         if row is not None and prompt["tools"]:
             row["tools"] = prompt["tools"]
+    if row is not None:
+        row[FROM] = prompt["key"]
     return {"row": row, "tokens": len(said), "ended": ended}
 
 
@@ -209,7 +213,7 @@ def gather(folder: Path, how: Writing) -> dict[str, Any]:
         facts = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         facts |= {
             "rows": len(rows),
-            "tokens": sum(one["tokens"] for one in found),
+            "tokens": sum(one["tokens"] for one in found if one["row"] is not None),
             "ended": ended,
             "fingerprint": blake2b(text.encode(), digest_size=8).hexdigest(),
             **{name: value for name, value in asdict(how).items() if name != "ends"},

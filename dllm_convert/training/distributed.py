@@ -160,8 +160,9 @@ def device_of_shards(accelerator: Any) -> torch.device:
 
 def is_sharded(trainer: Any) -> bool:
     """Whether no process holds the whole model: seen in its weights, whatever the settings say."""
-    deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-    return deepspeed or in_shards(trainer)
+    # What FSDP1 and DeepSpeed hold are no DTensors.
+    shares = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    return trainer.accelerator.distributed_type in shares or in_shards(trainer)
 
 
 def in_shards(trainer: Any) -> bool:

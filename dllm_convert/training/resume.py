@@ -153,6 +153,26 @@ def is_fsdp_file(checkpoint: Path) -> bool:
     return (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file()
 
 
+def check_sharing(checkpoint: Path, *, fsdp: bool, zero: bool) -> None:
+    """Check that a checkpoint can be read by processes that share as these do.
+
+    Args:
+        checkpoint: Its folder.
+        fsdp: Whether FSDP is in force.
+        zero: Whether DeepSpeed is.
+
+    Raises:
+        IncompatibleError: DeepSpeed alone reads what it wrote, and FSDP one file of its own.
+    """
+    by_zero, by_fsdp = any(checkpoint.glob("global_step*")), is_fsdp_file(checkpoint)
+    if by_zero != zero or (by_fsdp and not fsdp):
+        by = "DeepSpeed" if by_zero else "FSDP" if by_fsdp else "something other than DeepSpeed"
+        raise IncompatibleError(
+            f"{checkpoint.name} was written by {by}, and these processes share otherwise",
+            hint="Go on with the --launch-config it was begun with",
+        )
+
+
 def check_rows(resumed: Resumption, rows: int) -> None:
     """Check that a training goes on with steps of as many sequences: its text is counted in them.
 

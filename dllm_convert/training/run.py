@@ -32,6 +32,7 @@ from dllm_convert.training.resume import (
     Resumption,
     UsedRows,
     check_rows,
+    check_sharing,
     find_resumption,
     remove_unfinished,
 )
@@ -353,6 +354,9 @@ def _resume(arguments: TrainingArguments, rows: int, reporter: Reporter) -> Resu
 
 def _run(trainer: DiffusionTrainer, resumed: Resumption) -> None:
     try:
+        if resumed.folder is not None:
+            fsdp, zero = trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled
+            check_sharing(resumed.folder, fsdp=fsdp, zero=zero)
         trainer.train(resume_from_checkpoint=str(resumed.folder) if resumed.folder else None)
     finally:
         if _writes(trainer.args):

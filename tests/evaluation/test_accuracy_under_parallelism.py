@@ -73,6 +73,9 @@ def test_rows_of_a_sweep() -> None:
     assert found["thresholds"] == [0.5, 1.0]
     assert found["aup"] == pytest.approx(60 + 60 * math.exp(-0.75), abs=1e-3)
     assert parallelism([], results) == []
+    # What is more than five points worse than the slowest does not count.
+    fast = [row(t, v, r) for t, v, r in ((0.9, 0.6, 1.0), (0.7, 0.58, 2), (0.5, 0.4, 4))]
+    assert parallelism(fast, [])[0]["thresholds"] == [0.7, 0.9]
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError
 from dllm_convert.evaluation.request import Request
 from dllm_convert.evaluation.settings import Settings
-from dllm_convert.evaluation.text import measure_text
+from dllm_convert.evaluation.text import _trained_on, measure_text
 from dllm_convert.modeling.loading import load_model
-from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.training.data.text import prepare_data
 
@@ -177,3 +177,13 @@ def test_another_text_may_have_another_column(checkpoint: Path, tmp_path: Path) 
     assert json.loads(result.stdout)["text"]["data"]["documents"] == 20
     idle = ["evaluate", str(checkpoint), "--tasks", "a", "--set", "data.text_field=prose"]
     assert CliRunner().invoke(app, idle).exit_code == 2
+
+
+def test_a_part_of_what_was_trained_on_is_refused(tmp_path: Path) -> None:
+    data = Data(source=str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError, match="is a part of what was trained on") as caught:
+        _trained_on(f"{data.source}:[:1000]", data)
+    assert caught.value.hint and data.source in caught.value.hint
+    assert _trained_on(str(tmp_path / "b.jsonl:[:10]"), data) is None
+    sliced = Data(source=data.source, split="train[:50%]")
+    assert _trained_on(f"{data.source}:train[:50%]", sliced) is not None

@@ -76,9 +76,12 @@ def test_experts_are_put_together_by_each() -> None:
 def test_what_is_offloaded_and_who_teaches_is_counted() -> None:
     plain = memory("fsdp2")
     offloaded = memory("fsdp2", offload=("weights", "moments"))
-    assert offloaded.training - plain.training == 12 * LLAMA_70B.parameters // 8
-    taught = memory("fsdp2", recipe(distillation={"weight": 0.5}))
-    assert taught.loading - plain.loading == 2 * LLAMA_70B.parameters
+    assert offloaded.training - plain.training == 16 * LLAMA_70B.parameters // 8
+    for field in ({"distillation": {"weight": 0.5}}, {"alignment_loss_weight": 0.1}):
+        taught = memory("fsdp2", recipe(**field))
+        assert taught.loading - plain.loading == 2 * LLAMA_70B.parameters
+    zero = memory("zero", offload=("moments",)).training - memory("zero").training
+    assert zero == 16 * LLAMA_70B.parameters // 8  # moments, gradients and the stepped copy
     paged = memory("ddp", recipe(optimizer="paged_adamw_8bit"))
     assert paged.training - memory("ddp").training == 2 * LLAMA_70B.parameters
 

@@ -248,7 +248,30 @@ def test_a_budget_of_tokens_is_kept(processes: int, source: str) -> None:
     scaled = plan["training"]["learning_rate"] * math.sqrt(processes)
     assert f"the learning rate stays {plan['training']['learning_rate']:g}" in text
     assert plan["launch"]["learning_rate_by_square_root"] == pytest.approx(scaled, rel=0.05)
-    assert "--global-batch 32 keeps batch, steps and rate" in text
+    keeps = "--global-batch 32 keeps batch, steps and rate" in text
+    assert keeps == (not 32 % processes)  # 24 cannot share 32 alike
+
+
+def test_a_batch_that_cannot_be_kept_is_not_advised(source: str) -> None:
+    _, text = check(source, *SMALL, "--steps", "2", "--num-processes", "8")
+    assert "the learning rate stays" in text
+    assert "--global-batch" not in text
+
+
+def test_blocks_grow_within_what_a_budget_comes_to(source: str) -> None:
+    given = {"to": "bd3lm", "block": 16, "data": "pydoc", "tokens": 4096, "allow_epochs": True}
+    growth = {"training.block_growth.steps": 20, "data.sequence_length": 64}
+    fits = dc.plan(source, **given, overrides={**growth, "training.batch_size": 1})
+    assert fits.recipe.training.steps == 64
+    with pytest.raises(IncompatibleError, match="comes to 8 steps, and blocks would grow for 20"):
+        dc.plan(source, **given, overrides={**growth, "training.batch_size": 1}, processes=8)
+
+
+def test_a_config_of_one_process_starts_no_others(tmp_path: Path) -> None:
+    path = write(tmp_path, {"distributed_type": "NO"})
+    assert Launch.asked(config=path, environment={}).processes == 1
+    with pytest.raises(IncompatibleError, match="starts one process, not 4"):
+        Launch.asked(4, path, environment={})
 
 
 def test_a_global_batch_keeps_steps_and_rate(source: str) -> None:

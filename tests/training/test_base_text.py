@@ -23,7 +23,7 @@ from dllm_convert.training.base_text import (
     write,
     write_share,
 )
-from dllm_convert.training.data.content import OPEN, Document
+from dllm_convert.training.data.content import FROM, OPEN, Document
 from dllm_convert.training.data.encoding import Encoder
 from dllm_convert.training.data.prompts import find_prompts
 from dllm_convert.training.data.reading import Split
@@ -73,7 +73,7 @@ def writing(**changed: Any) -> Writing:
 
 
 def plain(*ids: list[int]) -> list[dict[str, Any]]:
-    return [{"ids": one, "messages": None, "tools": []} for one in ids]
+    return [{"ids": one, "key": 1, "messages": None, "tools": []} for one in ids]
 
 
 def test_prompts_are_beginnings_and_questions_and_none_is_held_out(
@@ -216,7 +216,9 @@ def test_who_writes_and_how_often_it_is_stopped_changes_nothing(
     assert sorted(path.name for path in folder.iterdir()) == [
         base_text.FACTS, base_text.ABOUT, base_text.TEXT,
     ]  # fmt: skip
-    # Another seed writes something else; and gathering once more changes nothing.
+    # Another seed writes something else; and going on once more changes nothing: of a run that was
+    # killed before it took note, prompts and batches are gone.
+    write_share(lambda: base, tokenizer, folder, how, ALONE, lambda count: None)
     assert gather(folder, how) == whole
     monkeypatch.setattr(base_text, "write", real)
     (tmp_path / "gone.jsonl").rename(texts)
@@ -230,13 +232,14 @@ def test_what_was_cut_off_is_not_learnt_with_an_end(
     end = tokenizer.eos_token_id
     prompts = [
         *plain([5, 9, 20]),
-        {"ids": [5, 9], "messages": [{"role": "user", "content": "What?"}], "tools": []},
+        {"ids": [5, 9], "key": 1, "messages": [{"role": "user", "content": "What?"}], "tools": []},
     ]
     cut = write(base, tokenizer, prompts, writing(ends=()), 0)
     assert cut[0]["row"][OPEN] is True and cut[1]["row"] is None
     ended = write(base, tokenizer, prompts, writing(ends=tuple(range(384))), 0)
     # Nothing was said before the end: of an answer there is nothing to learn.
-    assert ended[0]["row"] == {"text": tokenizer.decode([5, 9, 20])} and ended[1]["row"] is None
+    said = tokenizer.decode([5, 9, 20])
+    assert ended[0]["row"] == {"text": said, FROM: 1} and ended[1]["row"] is None
     some = writing(ends=tuple(range(0, 384, 5)), max_new_tokens=40)
     answered = [
         row["row"]
@@ -252,6 +255,7 @@ def test_what_was_cut_off_is_not_learnt_with_an_end(
 
     for row, closes in ((cut[0]["row"], False), (ended[0]["row"], True)):
         (document,) = find_documents(row, Data(), "row 1")
+        assert document.key == 1  # held out where what it was begun from is
         (found,) = encoder.encode([document])
         assert (found.ids[-1] == end) == closes
 

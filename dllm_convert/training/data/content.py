@@ -22,6 +22,8 @@ from dllm_convert.training.data.messages import (
 LONGEST = 1 << 20
 """Characters above which a document is cut: tokenizers take memory by the document."""
 
+FROM = "dllm_convert_from"
+"""Column of what a base wrote: the key of the document that it was begun from."""
 OPEN = "dllm_convert_is_open"
 """Column of what a base wrote (`training.base_text`): true of a text that was cut off."""
 
@@ -36,15 +38,22 @@ class Document:
         content: The text, or the messages.
         where: What an error calls it.
         is_open: Whether the text was cut off and goes on: it is not learnt with an end.
+        origin: Key of the document that a base began it from, None for a text of its own.
     """
 
     content: str | tuple[Message, ...]
     where: str
     is_open: bool = False
+    origin: int | None = None
 
     @property
     def key(self) -> int:
-        """Hash of the content, the same for every copy of it, whatever its white space."""
+        """Hash of the content, the same for every copy of it, whatever its white space.
+
+        What a base went on with falls on the side of what it went on from.
+        """
+        if self.origin is not None:
+            return self.origin
         if isinstance(self.content, str):
             text = " ".join(self.content.split())
         else:
@@ -72,12 +81,12 @@ def find_documents(row: Row, data: Data, where: str) -> Iterator[Document]:
     if isinstance(value, str):
         if data.containing is None or data.containing in value:
             for part in _parts(value) if value.strip() else ():
-                yield Document(part, where, is_open=row.get(OPEN) is True)
+                yield Document(part, where, row.get(OPEN) is True, row.get(FROM))
         return
     messages = find_messages(row, data.text_field, where)
     if messages is not None:
         if data.containing is None or any(data.containing in said for said in _answers(messages)):
-            yield Document(messages, where)
+            yield Document(messages, where, origin=row.get(FROM))
     elif not any(names <= row.keys() for names in ({data.text_field}, *CHAT_COLUMNS)):
         raise DataError(
             f"{where} has no column {data.text_field!r}, it has {sorted(row)}",

@@ -131,6 +131,7 @@ def mix(whole: Preparation) -> MixedText:
     train = Mixture(tuple(text.train for text in found), Turns(shares))
     facts = _facts(whole, found, shares) | known
     if given is not None:
+        facts["held_out_documents"] = len(given)  # the same ones beside each text
         return MixedText(train, (given,), Turns([Fraction(1)]), facts)
     return MixedText(train, stores, Turns(shares), facts)
 
@@ -191,7 +192,7 @@ _ADDED = (
 def _facts(whole: Preparation, found: list[Text], shares: list[Fraction]) -> dict[str, Any]:
     """Return what is known of a mixture and of each of its texts."""
     each = [text.facts for text in found]
-    asked = whole.recipe.data.mixture
+    asked = [data for _, data in whole.recipe.data.texts]
     where = ("subset", "split", "containing")
     fingerprints = " ".join(str(facts["fingerprint"]) for facts in each)
     together = {

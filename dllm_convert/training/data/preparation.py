@@ -123,8 +123,14 @@ class Preparation:
         if asked is None:
             return None
         store, known = self._read("held_out", asked, Need(Split(KEYS), 0, self._choice))
-        hub = {"subset": asked.subset, "split": asked.split} if known["kind"] == "hub" else {}
-        return store, {"held_out": {n: known[n] for n in ("source", "kind", "revision")} | hub}
+        part: dict[str, Any] = {}
+        if known["kind"] == "hub":
+            part = {"subset": asked.subset, "split": asked.split}
+        elif "[" in asked.split:
+            part = {"split": asked.split}
+        if asked.containing is not None:
+            part["containing"] = asked.containing
+        return store, {"held_out": {n: known[n] for n in ("source", "kind", "revision")} | part}
 
     def read(self, held_out: Store | None) -> Text:
         """Read what is trained on.

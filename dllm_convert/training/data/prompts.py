@@ -26,17 +26,24 @@ class Prompt:
 
     Attributes:
         ids: Its tokens.
+        key: Of the document that it is of.
         messages: Of a conversation, what comes before the answer; None of a document.
         tools: Tools of the conversation.
     """
 
     ids: list[int]
+    key: int
     messages: list[Message] | None = None
     tools: tuple[Any, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields."""
-        return {"ids": self.ids, "messages": self.messages, "tools": list(self.tools)}
+        return {
+            "ids": self.ids,
+            "key": self.key,
+            "messages": self.messages,
+            "tools": list(self.tools),
+        }
 
 
 def find_prompts(data: Data, tokenizer: Any) -> tuple[list[Prompt], dict[str, Any]]:
@@ -106,18 +113,19 @@ class _Prompts:
         texts = [d.content for d in documents if isinstance(d.content, str)]
         tokens = iter(self._plain.encode(texts)[0])
         return [
-            self._beginning(next(tokens))
+            self._beginning(next(tokens), document.key)
             if isinstance(document.content, str)
-            else self._question(document.content, document.where)
+            else self._question(document.content, document)
             for document in documents
         ]
 
-    def _beginning(self, ids: list[int]) -> Prompt | None:
+    def _beginning(self, ids: list[int], key: int) -> Prompt | None:
         length = min(self._data.write_with_base.prompt_tokens, self._data.sequence_length - 1)
         begun = [token for token in ids[:length] if token != self._end]
-        return Prompt(begun) if begun else None
+        return Prompt(begun, key) if begun else None
 
-    def _question(self, messages: tuple[Message, ...], where: str) -> Prompt | None:
+    def _question(self, messages: tuple[Message, ...], document: Document) -> Prompt | None:
+        where = document.where
         roles = [message["role"] for message in messages]
         before = list(messages[: roles.index("assistant") if "assistant" in roles else None])
         if "user" not in roles[: len(before)]:
@@ -138,4 +146,4 @@ class _Prompts:
         ids = list(self._plain.encode_marked(text).ids)
         if not 0 < len(ids) < self._data.sequence_length:
             return None
-        return Prompt(ids, before, tools)
+        return Prompt(ids, document.key, before, tools)
