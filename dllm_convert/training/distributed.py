@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from dllm_convert.common.interruption import heard
 from dllm_convert.common.ranks import Rank
@@ -79,8 +80,16 @@ def _nothing_to_save() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def part() -> None:
-    """Leave the group, if there is one: what comes after is the first process's work alone."""
+def part(wrapped: Any = None) -> None:
+    """Leave the group, if there is one: what comes after is the first process's work alone.
+
+    Args:
+        wrapped: The model as it was trained, in the wrapper that held the group.
+    """
+    if isinstance(wrapped, DistributedDataParallel):
+        # Its reducer holds the group in C++. Freed later, by the collector, it would be the last to
+        # do so, and wait for the group's threads while those wait for the interpreter.
+        del wrapped.logger, wrapped.reducer
     if dist.is_initialized():
         dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)

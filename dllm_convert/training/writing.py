@@ -83,7 +83,7 @@ def _is_left_to(trainer: Any) -> bool:
     """Leave the other processes; whether what comes is this one's."""
     main = bool(trainer.args.process_index == 0)
     # transformers talks to the others while it loads and saves, and they are done.
-    part()
+    part(trainer.model_wrapped)
     return main
 
 

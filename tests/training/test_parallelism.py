@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
 from conftest import SourceFactory
 from test_trainer import converted
+from torch.nn.parallel import DistributedDataParallel
 
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.loading import load_model
-from dllm_convert.training.distributed import check_strategy
+from dllm_convert.training.distributed import check_strategy, part
 
 
 def accelerator(**sizes: int) -> Any:
@@ -55,3 +58,15 @@ def test_accelerates_context_parallelism_makes_a_diffusion_model_causal(
     assert not torch.allclose(first(tokens), first(others))
     _attach_context_parallel_hooks(model)
     assert torch.equal(first(tokens), first(others))
+
+
+def test_who_leaves_a_group_is_not_the_last_to_hold_it(tmp_path: Path) -> None:
+    """DDP's reducer holds the group in C++; freed by the collector it waited for its threads."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    wrapped = DistributedDataParallel(torch.nn.Linear(2, 2))
+    wrapped(torch.ones(1, 2)).sum().backward()
+    reducer = weakref.ref(wrapped.reducer)
+    part(wrapped)
+    assert reducer() is None
+    assert not dist.is_initialized()
