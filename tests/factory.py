@@ -55,6 +55,18 @@ def _byte_level(vocab_size: int, special: list[str], *, prefix_space: bool = Fal
     return tokenizer
 
 
+def _with_names_of_bert(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=CONTEXT,
+    )
+
+
 def _bert_tokenizer() -> PreTrainedTokenizerFast:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -66,15 +78,7 @@ def _bert_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=CONTEXT,
-    )
+    return _with_names_of_bert(tokenizer)
 
 
 def _roberta_tokenizer() -> PreTrainedTokenizerFast:
@@ -103,15 +107,7 @@ def _modernbert_tokenizer() -> PreTrainedTokenizerFast:
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=CONTEXT,
-    )
+    return _with_names_of_bert(tokenizer)
 
 
 def _decoder_tokenizer(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+Rule = tuple[str, bool, str, str]
+"""A field, whether it clashes with another one, why, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,40 @@ class Contradiction:
     message: str
     hint: str
     fields: tuple[str, ...]
+
+
+def clashes(field: str, rules: Iterable[Rule]) -> Iterator[Contradiction]:
+    """Yield the fields that do not go together with another one.
+
+    Args:
+        field: The other one, as it is typed; what follows a `=` is its value.
+        rules: Of each field, whether and why.
+    """
+    for name, found, why, hint in rules:
+        if found:
+            yield Contradiction(
+                f"{field} and {name} do not go together: {why}",
+                hint,
+                (field.partition("=")[0], name),
+            )
+
+
+def idle(section: Any, field: str, switch: str, example: float) -> Iterator[Contradiction]:
+    """Yield the fields of a section that do nothing, because the one that turns it on is 0.
+
+    Args:
+        section: The section.
+        field: Its dotted name.
+        switch: The field that turns it on.
+        example: What that could be.
+    """
+    for name in sorted(section.model_fields_set - {switch}):
+        if getattr(section, name) != type(section).model_fields[name].default:
+            yield Contradiction(
+                f"{field}.{name} does nothing while {field}.{switch} is 0",
+                f"--set {field}.{switch}={example}, for instance",
+                (f"{field}.{switch}", f"{field}.{name}"),
+            )
 
 
 class UnsoundError(ValueError):

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from dllm_convert.errors import names_in, spelt
-from dllm_convert.recipe.contradiction import Contradiction
+from dllm_convert.recipe.contradiction import Contradiction, Rule, clashes, idle
 from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.text_rules import of_texts
 
@@ -168,28 +168,16 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
     """What learning from the base needs."""
     chosen, field = recipe.training.distillation, "training.distillation"
     if not chosen.weight:
-        for name in sorted(chosen.model_fields_set - {"weight"}):
-            if getattr(chosen, name) != type(chosen).model_fields[name].default:
-                yield Contradiction(
-                    f"{field}.{name} does nothing while {field}.weight is 0",
-                    f"--set {field}.weight=0.5, for instance",
-                    (f"{field}.weight", f"{field}.{name}"),
-                )
+        yield from idle(chosen, field, "weight", 0.5)
         return
-    rules: tuple[tuple[str, bool, str, str], ...] = (
+    rules: tuple[Rule, ...] = (
         ("training.method", recipe.training.method == "none",
          "nothing is trained", f"Leave {field} out"),
         ("noise.kernel", recipe.noise.kernel == "uniform",
          "the base's prediction of a token takes the place of the token in a cross-entropy, and "
          "the bound of the uniform kernel is none", "--set noise.kernel=absorbing"),
     )  # fmt: skip
-    for name, found, why, hint in rules:
-        if found:
-            yield Contradiction(
-                f"{field}.weight and {name} do not go together: {why}",
-                hint,
-                (f"{field}.weight", name),
-            )
+    yield from clashes(f"{field}.weight", rules)
     if chosen.divergence == "reverse_kl" and chosen.top_k is not None:
         yield Contradiction(
             f"{field}.divergence=reverse_kl and {field}.top_k do not go together: it is infinite "
@@ -204,7 +192,7 @@ def _alignment(recipe: Recipe) -> Iterator[Contradiction]:
     training, field = recipe.training, "training.alignment_loss_weight"
     if not training.alignment_loss_weight:
         return
-    rules: tuple[tuple[str, bool, str, str], ...] = (
+    rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
         ("noise.kernel", recipe.noise.kernel == "uniform",
          "it compares what a mask stands for, and the uniform kernel has none",
@@ -215,26 +203,17 @@ def _alignment(recipe: Recipe) -> Iterator[Contradiction]:
         ("training.compile", training.compile,
          "what stands between compiled layers is not seen", "Leave training.compile out"),
     )  # fmt: skip
-    for name, found, why, hint in rules:
-        if found:
-            yield Contradiction(
-                f"{field} and {name} do not go together: {why}", hint, (field, name)
-            )
+    yield from clashes(field, rules)
 
 
 def _growth(recipe: Recipe) -> Iterator[Contradiction]:
     """What blocks that grow need."""
     growth, field, block = recipe.training.block_growth, "training.block_growth", recipe.block_size
     if not growth.steps:
-        if growth.sizes:
-            yield Contradiction(
-                f"{field}.sizes does nothing while {field}.steps is 0",
-                f"--set {field}.steps=100, for instance",
-                (f"{field}.steps", f"{field}.sizes"),
-            )
+        yield from idle(growth, field, "steps", 100)
         return
     steps, length = recipe.training.steps, recipe.data.sequence_length
-    rules: tuple[tuple[str, bool, str, str], ...] = (
+    rules: tuple[Rule, ...] = (
         ("target", recipe.target == "mdlm", "mdlm has no blocks", "--to bd3lm --block 32"),
         ("training.method", recipe.training.method == "none", "nothing is trained",
          f"Leave {field} out"),
@@ -247,13 +226,7 @@ def _growth(recipe: Recipe) -> Iterator[Contradiction]:
          f"blocks would grow for {growth.steps:,} of {steps:,} steps and never have their size",
          f"--set {field}.steps={max(1, steps // 2)}, or more --steps"),
     )  # fmt: skip
-    for name, found, why, hint in rules:
-        if found:
-            yield Contradiction(
-                f"{field}.steps and {name} do not go together: {why}",
-                hint,
-                (f"{field}.steps", name),
-            )
+    yield from clashes(f"{field}.steps", rules)
     names = (f"{field}.sizes", "block_size", "data.sequence_length")
     for size in growth.sizes:
         fits = block is None or not block % size or not size % block
@@ -285,7 +258,7 @@ def _drafts(recipe: Recipe) -> Iterator[Contradiction]:
     if recipe.noise.draw != "draft":
         return
     noise = recipe.noise
-    rules: tuple[tuple[str, bool, str, str], ...] = (
+    rules: tuple[Rule, ...] = (
         ("training.lora.acts_on", not recipe.training.keeps_base,
          "drafts are verified by a base that stays as it is", "--keep-base"),
         ("block_size", (recipe.block_size or 1) < 2,
@@ -297,11 +270,7 @@ def _drafts(recipe: Recipe) -> Iterator[Contradiction]:
         ("noise.position_bias", noise.position_bias != 0,
          "all that is drafted is masked", "Leave noise.position_bias out"),
     )  # fmt: skip
-    for name, found, why, hint in rules:
-        if found:
-            yield Contradiction(
-                f"noise.draw=draft and {name} do not go together: {why}", hint, ("noise.draw", name)
-            )
+    yield from clashes("noise.draw=draft", rules)
 
 
 def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:

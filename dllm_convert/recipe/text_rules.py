@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from dllm_convert.recipe.contradiction import Contradiction
+from dllm_convert.recipe.contradiction import Contradiction, Rule, clashes, idle
 from dllm_convert.recipe.splits import SPLIT, mixture_line, sliced
 
 if TYPE_CHECKING:
@@ -17,15 +17,9 @@ def _written(recipe: Recipe) -> Iterator[Contradiction]:
     data, field = recipe.data, "data.write_with_base"
     asked = data.write_with_base
     if not asked.prompts:
-        for name in sorted(asked.model_fields_set - {"prompts"}):
-            if getattr(asked, name) != type(asked).model_fields[name].default:
-                yield Contradiction(
-                    f"{field}.{name} does nothing while {field}.prompts is 0",
-                    f"--set {field}.prompts=1000, for instance",
-                    (f"{field}.prompts", f"{field}.{name}"),
-                )
+        yield from idle(asked, field, "prompts", 1000)
         return
-    rules: tuple[tuple[str, bool, str, str], ...] = (
+    rules: tuple[Rule, ...] = (
         ("training.method", recipe.training.method == "none", "nothing is trained",
          f"Leave {field} out"),
         ("data.mixture", bool(data.mixture), "prompts are taken from one text",
@@ -33,13 +27,7 @@ def _written(recipe: Recipe) -> Iterator[Contradiction]:
         (f"{field}.top_p", asked.temperature == 0 and asked.top_p < 1,
          "at temperature 0 nothing is drawn", f"--set {field}.temperature=1"),
     )  # fmt: skip
-    for name, found, why, hint in rules:
-        if found:
-            yield Contradiction(
-                f"{field}.prompts and {name} do not go together: {why}",
-                hint,
-                (f"{field}.prompts", name),
-            )
+    yield from clashes(f"{field}.prompts", rules)
 
 
 def of_texts(recipe: Recipe) -> Iterator[Contradiction]:
@@ -68,7 +56,7 @@ def of_texts(recipe: Recipe) -> Iterator[Contradiction]:
             yield Contradiction(
                 f"{field} names {text.source} twice", "Add up its weights, or name parts", (field,)
             )
-    rules: tuple[tuple[str, bool, str, str], ...] = (
+    rules: tuple[Rule, ...] = (
         ("data.subset", data.subset is not None, "each text has its own", "NAME:SUBSET/SPLIT:0.5"),
         ("data.split", data.split != SPLIT, "each text has its own", "NAME:SPLIT:0.5"),
         ("data.revision", data.revision is not None, "each text has its own",

@@ -97,6 +97,8 @@ class _Joint:
         layer, hook = self._group.layers[number], self._group.adapter
         if not x.numel():
             return nn.Linear.forward(layer, x)
+        if len(self._packed.rows) == 1:  # alone, with no adapter: there is nothing to hand out
+            return _multiply(self._packed.weight, self._packed.bias, x)
         output, low = self._parts(number, x)
         changed = None if hook is None else hook.add(layer, x, output, low)
         return output if changed is None else changed

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SourceFactory
+from moved import trainer_of
 from test_distillation import QUIET, WAYS, prepared, rows
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -22,11 +23,9 @@ from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.asked import annealing_of, process_of, weights_of
 from dllm_convert.training.growth import BlockGrowth
 from dllm_convert.training.resume import checkpoint_step, last_whole_checkpoint
-from dllm_convert.training.run import _arguments, train
-from dllm_convert.training.setup import teaching_copy, trainable_model
+from dllm_convert.training.run import train
 from dllm_convert.training.trainer import DiffusionTrainer
 from dllm_convert.weights.run import adapt
 
@@ -60,26 +59,6 @@ def conversion(
     plan = make_plan(recipe, inspect_source(str(source)))
     adapt(plan, source, folder, QUIET)
     return plan
-
-
-def trainer_of(plan: ConversionPlan, folder: Path) -> DiffusionTrainer:
-    torch.manual_seed(0)
-    model = trainable_model(plan, folder)
-    draws = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn(weight.shape, generator=draws))
-    trainer = DiffusionTrainer(
-        model,
-        _arguments(plan.recipe, folder / ".work/trainer", False, False),
-        base=teaching_copy(plan, folder),
-        process=process_of(plan.recipe.noise),
-        weights=weights_of(plan.recipe.training),
-        annealing=annealing_of(plan.recipe),
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer
 
 
 def step(trainer: DiffusionTrainer, number: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SourceFactory
+from moved import moved_model, trainer_of
 from test_distillation import QUIET, WAYS, prepared, rows
 from typer.testing import CliRunner
 
@@ -16,10 +17,7 @@ from dllm_convert.cli.app import app
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.asked import process_of, weights_of
-from dllm_convert.training.run import _arguments, train
-from dllm_convert.training.setup import teaching_copy, trainable_model
-from dllm_convert.training.trainer import DiffusionTrainer
+from dllm_convert.training.run import train
 from dllm_convert.weights.run import adapt
 
 
@@ -49,24 +47,14 @@ def conversion(
 
 def losses(plan: ConversionPlan, folder: Path, *, fused: bool) -> tuple[float, Any]:
     """Loss and gradients of one forward, of a model that often says word 5 and a text that does."""
-    torch.manual_seed(0)
-    model = trainable_model(plan, folder)
+    model = moved_model(plan, folder)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn(weight.shape))
             if weight.dim() == 2 and len(weight) == model.config.vocab_size:
                 weight[5] *= 16
     text = rows()
     text["input_ids"][:, ::2] = 5
-    trainer = DiffusionTrainer(
-        model,
-        _arguments(plan.recipe, folder / ".work/trainer", False, False),
-        base=teaching_copy(plan, folder),
-        process=process_of(plan.recipe.noise),
-        weights=weights_of(plan.recipe.training),
-    )
-    trainer.current_gradient_accumulation_steps = 1
+    trainer = trainer_of(plan, folder, model)
     if not fused:
         trainer._fused._head = None
     (inputs,), _ = trainer.get_batch_samples(iter([text]), 1, torch.device("cpu"))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SourceFactory
+from moved import trainer_of
 from safetensors.torch import load_file
 from test_gated_training import texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,11 +23,8 @@ from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.asked import process_of, weights_of
 from dllm_convert.training.data.text import TextData, prepare_data
-from dllm_convert.training.run import _arguments, train
-from dllm_convert.training.setup import teaching_copy, trainable_model
-from dllm_convert.training.trainer import DiffusionTrainer
+from dllm_convert.training.run import train
 from dllm_convert.weights.run import adapt
 
 QUIET = Reporter(quiet=True)
@@ -66,26 +64,6 @@ def conversion(
 
 def prepared(plan: ConversionPlan, folder: Path) -> TextData:
     return prepare_data(plan.recipe, AutoTokenizer.from_pretrained(folder), QUIET)
-
-
-def trainer_of(plan: ConversionPlan, folder: Path) -> DiffusionTrainer:
-    """A training whose trained weights are somewhere else than the base's."""
-    torch.manual_seed(0)
-    recipe = plan.recipe
-    model = trainable_model(plan, folder)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn(weight.shape))
-    trainer = DiffusionTrainer(
-        model,
-        _arguments(recipe, folder / ".work/trainer", False, False),
-        base=teaching_copy(plan, folder),
-        process=process_of(recipe.noise),
-        weights=weights_of(recipe.training),
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer
 
 
 def rows() -> dict[str, torch.Tensor]:
