@@ -113,6 +113,7 @@ class Run:
     @cached_property
     def data(self) -> TextData:
         """Text to train on and held-out text."""
+        from dllm_convert.training.base_text import FACTS
         from dllm_convert.training.data.text import prepare_data
 
         folder, recipe = self.workspace.work / "data", self.plan.recipe
@@ -123,7 +124,7 @@ class Run:
         if not recipe.data.write_with_base.prompts:
             return data
         # What was trained on is of the source that was named, not of this folder.
-        known = json.loads((self.written / "facts.json").read_text(encoding="utf-8"))
+        known = json.loads((self.written / FACTS).read_text(encoding="utf-8"))
         named = {name: known.pop(name) for name in ("source", "kind", "revision")}
         return replace(data, facts={**data.facts, **named, "written_with_base": known})
 
