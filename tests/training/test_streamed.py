@@ -33,7 +33,9 @@ def trained_model(plan: ConversionPlan, untrained: Path) -> Any:
 
 def stream(model: Any, untrained: Path, out: Path, plan: ConversionPlan) -> None:
     """Write a model as the first of several processes does, with all of it on this side."""
-    trainer = SimpleNamespace(model=model, args=SimpleNamespace(process_index=0))
+    trainer = SimpleNamespace(
+        model=model, model_wrapped=model, args=SimpleNamespace(process_index=0)
+    )
     hollow = hollow_model(untrained, plan.adapter, dtype=torch.float32, attention="sdpa")
     write = write_shards if plan.recipe.training.method == "full" else write_merged
     write(trainer, hollow, untrained, out, plan)
