@@ -86,22 +86,28 @@ Checkpoint = Annotated[
         metavar="CHECKPOINT", parser=path_of, help="Folder that `run` wrote.", show_default=False
     ),
 ]
-CheckpointOrGguf = Annotated[
-    Path,
+Published = Annotated[
+    str,
     typer.Argument(
         metavar="CHECKPOINT",
-        parser=path_of,
-        help="Folder that `run` wrote, or GGUF file that `export` wrote.",
+        parser=named,
+        help="Folder that `run` wrote, or Hub id of a published one.",
         show_default=False,
     ),
 ]
-CheckpointToTalkTo = Annotated[
+CheckpointOrGguf = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
         parser=named,
         help="Folder that `run` wrote, Hub id of a published one, or GGUF file.",
         show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision", parser=named, metavar="REV", help="Branch, tag or commit of a Hub id."
     ),
 ]
 RecipeName = Annotated[

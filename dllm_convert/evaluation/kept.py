@@ -18,7 +18,7 @@ from dllm_convert.evaluation.outcome import Outcome
 from dllm_convert.evaluation.request import Request
 
 FOLDER = Path(".work/evaluation")
-"""Of the checkpoint; a push publishes nothing of it."""
+"""Of the folder where the result is recorded; a push publishes nothing of it."""
 _MODEL = (".safetensors", ".json", ".py", ".jinja")
 """Files that an answer depends on; card, report and pictures are written anew on the way."""
 
@@ -56,7 +56,7 @@ class KeptOutcomes:
 
     @property
     def _folder(self) -> Path:
-        return self.request.checkpoint / FOLDER
+        return self.request.home / FOLDER
 
     @cached_property
     def _files(self) -> Mapping[str, Any]:

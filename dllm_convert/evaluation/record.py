@@ -1,4 +1,4 @@
-"""An evaluation, and where it is written down: the checkpoint's manifest."""
+"""An evaluation, and where it is written down: the manifest, or a folder of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dllm_convert.card.evaluation_curve import PARALLELISM, draw_parallelism
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.hub_names import is_model_id
+from dllm_convert.common.json_files import load_json_object, write_json
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
     REPORT_FILE,
@@ -18,16 +20,18 @@ from dllm_convert.common.manifest import (
 )
 from dllm_convert.common.ranks import Rank
 from dllm_convert.common.redaction import last_part
-from dllm_convert.errors import DllmConvertError, IncompatibleError, RequestError
+from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError, RequestError
 from dllm_convert.evaluation.parallelism import parallelism
 from dllm_convert.evaluation.request import Request
 
 EVALUATION_VERSION = 1
 """Version of the `evaluation` section of the manifest."""
+RECORD_FILE = "evaluation.json"
+"""The same section of a checkpoint whose folder is not to be written in, as one of the Hub's."""
 
 
 def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
-    """Evaluate a checkpoint and record the result in its folder.
+    """Evaluate a checkpoint and record the result, in its folder if the request names no other.
 
     Args:
         request: What is to be evaluated.
@@ -53,14 +57,23 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
         )
     # Its result is written into the manifest: what cannot be is told before hours of work.
     refuse_other_version(request.checkpoint)
+    _check_record(request)
     started = time.monotonic()
-    settings = {"format_version": EVALUATION_VERSION, "settings": _settings(request)}
-    earlier = _earlier(request.checkpoint, settings)
+    settings: dict[str, Any] = {
+        "format_version": EVALUATION_VERSION,
+        "settings": _settings(request),
+    }
+    earlier = _earlier(request, settings)
 
     def record(sections: dict[str, Any]) -> dict[str, Any]:
         seconds = round(time.monotonic() - started + earlier.get("seconds", 0.0), 1)
         found = settings | _merged(earlier, sections) | {"seconds": seconds}
-        record_evaluation(request.checkpoint, found)
+        if request.record is None:
+            record_evaluation(request.checkpoint, found)
+        else:
+            request.record.mkdir(parents=True, exist_ok=True)
+            draw_parallelism(found.get("sweep") or (), request.record)
+            write_json(request.record / RECORD_FILE, found)
         return found
 
     sections: dict[str, Any] = {}
@@ -82,11 +95,31 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
     return found
 
 
-def _earlier(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _check_record(request: Request) -> None:
+    """Refuse a folder for the result that is something else.
+
+    Raises:
+        DataError: It is a file, or a checkpoint, which keeps its evaluation in its manifest.
+    """
+    folder = request.record
+    if folder is None:
+        return
+    taken = "a file" if folder.is_file() else "a checkpoint"
+    if folder.is_file() or (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder} is {taken}, expected a folder for what is found", hint="Give another --out"
+        )
+
+
+def _earlier(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
     """Return what an evaluation with the same settings recorded; of other settings nothing."""
-    if not (folder / MANIFEST_FILE).exists():
+    kept = request.home / (MANIFEST_FILE if request.record is None else RECORD_FILE)
+    if not kept.exists():
         return {}
-    found: dict[str, Any] = read_manifest(folder).get("evaluation") or {}
+    if request.record is None:
+        found: dict[str, Any] = read_manifest(request.checkpoint).get("evaluation") or {}
+    else:
+        found = dict(load_json_object(kept))
     same = all(found.get(name) == value for name, value in settings.items())
     return found if same else {}
 
@@ -114,7 +147,9 @@ def _merged(earlier: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]
 
 def _settings(request: Request) -> dict[str, Any]:
     settings = {**vars(request.settings), "generation": dict(request.settings.generation)}
+    named = {} if request.name is None else {"checkpoint": request.name}
     return {
+        **named,
         "base": None if request.base is None else _public_name(request.base),
         "limit": request.limit,
         "batch_size": request.batch_size,
@@ -137,7 +172,6 @@ def record_evaluation(folder: Path, found: dict[str, Any]) -> None:
         folder: The checkpoint; without a manifest, the picture is all that is written.
         found: The `evaluation` section.
     """
-    from dllm_convert.card.evaluation_curve import PARALLELISM, draw_parallelism
     from dllm_convert.card.report import write_report
 
     drawn = draw_parallelism(found.get("sweep") or (), folder)

@@ -29,6 +29,8 @@ class Request:
             held out.
         text_field: Column that holds the text of `data`; None for the one that was trained on.
         settings: How likelihoods are estimated and text is written.
+        record: Folder to record what is found in, instead of the checkpoint's manifest.
+        name: What to call the conversion there, with the commit if it is of the Hub.
     """
 
     checkpoint: Path
@@ -46,6 +48,13 @@ class Request:
     data: str | None = None
     text_field: str | None = None
     settings: Settings = field(default_factory=Settings)
+    record: Path | None = None
+    name: str | None = None
+
+    @property
+    def home(self) -> Path:
+        """Folder in which what is found is kept and recorded."""
+        return self.record or self.checkpoint
 
     def shots_of(self, task: str) -> int | None:
         """Examples before each question of a task, None for its own number."""

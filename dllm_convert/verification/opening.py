@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.adapters import adapter_of, all_adapters
-from dllm_convert.common.console import Reporter
 from dllm_convert.common.diffusion_section import diffusion_section
-from dllm_convert.common.hub_names import is_model_id
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.common.memory import in_words
-from dllm_convert.common.nearest import meant, no_folder
 from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.modeling.converted_config import read_converted_config, read_section
-from dllm_convert.source.folder import SMALL_FILES
-from dllm_convert.source.safetensors_header import INDEX_FILE, load_json_object, read_checkpoint
+from dllm_convert.source.safetensors_header import load_json_object, read_checkpoint
 from dllm_convert.verification.accelerator import Accelerator
 from dllm_convert.verification.foreign import ForeignLayout, all_layouts, find_layout
 from dllm_convert.verification.foreign.claim import read_claim
@@ -28,8 +24,6 @@ from dllm_convert.verification.foreign.probes import Foreign
 from dllm_convert.verification.foreign.view import build_view, stand_in, stock_config
 from dllm_convert.verification.memory import model_refusal
 from dllm_convert.verification.subject import Subject
-
-_HUB_FILES = ("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -51,49 +45,6 @@ class VerificationRequest:
     trust_remote_code: bool = False
     block_size: int | None = None
     accelerator: Accelerator | None = None
-
-
-def local_checkpoint(checkpoint: Path | str, revision: str | None, reporter: Reporter) -> Path:
-    """Return the folder of a checkpoint, downloaded if it is a Hub id.
-
-    Args:
-        checkpoint: An existing folder, or a Hub id `owner/name`.
-        revision: Branch, tag or commit of a Hub id.
-        reporter: Says what is downloaded.
-
-    Raises:
-        DataError: It is neither, or a revision is given for a folder.
-        HubError: The Hub does not have it, refuses it or cannot be reached.
-    """
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        if revision is not None:
-            raise DataError(
-                f"{folder} is a folder, which has no revision {revision!r}",
-                hint="Leave --revision out, or give a Hub id",
-            )
-        return folder
-    repo_id = checkpoint if isinstance(checkpoint, str) else checkpoint.as_posix()
-    if folder.exists():
-        raise no_folder(folder)
-    if not is_model_id(repo_id, owned=True):
-        raise DataError(
-            f"{checkpoint} is not a folder, and is not a Hub id",
-            hint=f"{meant(folder)}Give a folder with config.json beside the weights, or a Hub id "
-            "(owner/name)",
-        )
-    from huggingface_hub import snapshot_download
-
-    from dllm_convert.source.hub_errors import hub_errors
-
-    reporter.line(f"download {repo_id}" + (f" at {revision}" if revision else ""))
-    # Code comes along to be compared with ours; downloading it runs nothing.
-    with hub_errors(repo_id, revision):
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=[*SMALL_FILES, *_HUB_FILES]
-            )
-        )
 
 
 @contextmanager

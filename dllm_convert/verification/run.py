@@ -11,11 +11,12 @@ from typing import Any
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.modeling.loading import BROKEN
+from dllm_convert.source.checkpoints import local_checkpoint
 from dllm_convert.source.tokenizer_loading import RustErrors
 from dllm_convert.verification.accelerator import Accelerator, accelerator_here
 from dllm_convert.verification.catalogue import with_origin
 from dllm_convert.verification.memory import group_refusal
-from dllm_convert.verification.opening import VerificationRequest, local_checkpoint, opened
+from dllm_convert.verification.opening import VerificationRequest, opened
 from dllm_convert.verification.probes.behind_cache import check_behind_cache
 from dllm_convert.verification.probes.decoding import check_generate
 from dllm_convert.verification.probes.device import check_device

@@ -122,7 +122,7 @@ def test_a_hub_id_is_downloaded_and_is_its_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import dllm_convert.endpoint.run as running
-    import dllm_convert.verification.opening as opening
+    import dllm_convert.source.checkpoints as opening
 
     asked: list[tuple[str, str | None]] = []
 

@@ -14,7 +14,7 @@ import typer
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
 from dllm_convert.cli.commands import decoding
-from dllm_convert.cli.commands.shared import draws, make_reporter, typed
+from dllm_convert.cli.commands.shared import draws, make_reporter
 from dllm_convert.cli.errors import classify, tell_line
 from dllm_convert.cli.types import path_of, seed_of
 from dllm_convert.common.interruption import Interruption
@@ -44,7 +44,7 @@ Seed = Annotated[
 
 @decoding.with_settings
 def chat(
-    checkpoint: option.CheckpointToTalkTo,
+    checkpoint: option.CheckpointOrGguf,
     system: System = None,
     load: Load = None,
     settings: Any = None,
@@ -58,12 +58,11 @@ def chat(
     In a pipe every line of stdin is a question, and stdout has the answers.
     """
     reporter = make_reporter(quiet=quiet or as_json)
-    if Path(checkpoint).is_dir():
-        decoding.check_settings(Path(checkpoint), settings)
+    decoding.check_here(checkpoint, settings)
     from dllm_convert.common.allocator import keep_freed_memory
 
     keep_freed_memory()
-    with typed():
+    with decoding.typed():
         talk, begun = _open(checkpoint, reporter, load, silent=as_json)
         if system is not None:
             begun = begun.under(system)

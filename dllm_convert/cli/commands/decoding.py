@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dllm_convert.cli.commands import shared
 from dllm_convert.cli.types import count
 from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
@@ -93,14 +95,26 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     )
 
 
-def verifier_of(folder: Path) -> str:
-    """Return which verifier of lossless decoding a checkpoint holds; no weights are read."""
-    from dllm_convert.sampling.checking import verifier_of as found
+def check_here(checkpoint: str, settings: Mapping[str, Any], *, lossless: bool = False) -> None:
+    """Refuse settings that do not fit to a checkpoint of this machine, before torch is imported.
 
-    return found(folder)
+    Args:
+        checkpoint: What was named; of a Hub id or a file, opening it says more.
+        settings: By the names of decoding, those that were given.
+        lossless: Whether whichever verifier there is is to decide what is written.
+
+    Raises:
+        typer.BadParameter: They contradict each other or the checkpoint.
+    """
+    from dllm_convert.sampling.checking import verifier_of
+
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        verifier = {"verify_with": verifier_of(folder)} if lossless else {}
+        check_settings(folder, {**verifier, **settings})
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse settings that do not fit together, or not to the checkpoint.
 
     Args:
@@ -116,6 +130,21 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         check_decoding(folder, settings)
     except ValueError as error:
         raise typer.BadParameter(_as_flags(str(error))) from error
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """As `shared.typed`, with the options in place of the names of decoding.
+
+    Raises:
+        typer.BadParameter: What was asked contradicts itself or the checkpoint.
+    """
+    try:
+        with shared.typed():
+            yield
+    except typer.BadParameter as error:
+        error.message = _as_flags(error.message)
+        raise
 
 
 def _as_flags(text: str) -> str:

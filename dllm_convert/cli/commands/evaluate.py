@@ -96,10 +96,19 @@ Unsafe = Annotated[
     bool,
     typer.Option("--confirm-run-unsafe-code", help="Let tasks run the code that the model wrote."),
 ]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        parser=path_of,
+        help="Folder for what is found; the checkpoint's own, OWNER--NAME-evaluation for a Hub id.",
+    ),
+]
 
 
 def evaluate(
-    checkpoint: option.Checkpoint,
+    checkpoint: option.Published,
     tasks: Tasks = "",
     against: Against = None,
     data: Text = None,
@@ -114,6 +123,8 @@ def evaluate(
     lossless: decoding.Lossless = False,
     assignments: Assignments = None,
     confirm_run_unsafe_code: Unsafe = False,
+    revision: option.Revision = None,
+    out: Record = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -143,6 +154,8 @@ def evaluate(
             include=include_path or (),
             settings=parse_assignments(assignments or ()),
             unsafe_code=confirm_run_unsafe_code,
+            revision=revision,
+            out=out,
             reporter=reporter,
         )
     show_done(found, as_json=as_json)

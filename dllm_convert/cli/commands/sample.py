@@ -12,7 +12,7 @@ import typer
 from dllm_convert.cli import options as option
 from dllm_convert.cli import output
 from dllm_convert.cli.commands import decoding
-from dllm_convert.cli.commands.shared import draws, make_reporter, typed
+from dllm_convert.cli.commands.shared import draws, make_reporter
 from dllm_convert.cli.types import count, path_of, seed_of
 from dllm_convert.cli.values import output_file
 from dllm_convert.common.shown_text import printable
@@ -87,19 +87,17 @@ def sample(
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
-    if lossless and "verify_with" not in settings:
-        settings["verify_with"] = decoding.verifier_of(checkpoint)
-    decoding.check_settings(checkpoint, settings)
+    decoding.check_here(checkpoint, settings, lossless=lossless)
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
-    how["threads"] = threads
+    how |= {"threads": threads, "lossless": lossless}
     stream = draws(reporter) and not (watch or as_json)
     found = _write(checkpoint, given, reporter, watch=watch, stream=stream, record=record, **how)
     _print(found, reporter, chat=chat, as_json=as_json)
 
 
 def _write(
-    checkpoint: Path,
+    checkpoint: str,
     given: Sequence[str],
     reporter: Reporter,
     *,
@@ -115,7 +113,7 @@ def _write(
     from dllm_convert.sampling import DEFAULT_PROMPT
 
     keep_freed_memory()
-    with typed():
+    with decoding.typed():
         samples = written(
             checkpoint,
             prompts or [DEFAULT_PROMPT],

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dllm_convert.cli import options as option
 from dllm_convert.cli.commands import decoding
-from dllm_convert.cli.commands.shared import make_reporter, typed
+from dllm_convert.cli.commands.shared import make_reporter
 from dllm_convert.cli.types import named, port_of, seed_of
 
-Served = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        parser=named,
-        help="Folder that `run` wrote, or Hub id of a published one.",
-        show_default=False,
-    ),
-]
 Host = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; 0.0.0.0 is everywhere.")
 ]
@@ -36,12 +26,6 @@ Name = Annotated[
         help="What requests call the model; by default its own name.",
     ),
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option(
-        "--revision", parser=named, metavar="REV", help="Branch, tag or commit of a Hub id."
-    ),
-]
 Cors = Annotated[bool, typer.Option("--cors", help="Answer pages of other origins too.")]
 Seed = Annotated[
     int | None,
@@ -51,14 +35,14 @@ Seed = Annotated[
 
 @decoding.with_settings
 def serve(
-    checkpoint: Served,
+    checkpoint: option.Published,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     name: Name = None,
     settings: Any = None,
     seed: Seed = None,
     lossless: decoding.Lossless = False,
-    revision: Revision = None,
+    revision: option.Revision = None,
     cors: Cors = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -68,22 +52,19 @@ def serve(
     `export`.
     """
     reporter = make_reporter(quiet=quiet)
-    if lossless and "verify_with" not in settings and Path(checkpoint).is_dir():
-        settings["verify_with"] = decoding.verifier_of(Path(checkpoint))
-    if Path(checkpoint).is_dir():
-        decoding.check_settings(Path(checkpoint), settings)
+    decoding.check_here(checkpoint, settings, lossless=lossless)
     from dllm_convert.common.allocator import keep_freed_memory
     from dllm_convert.pipeline.api.endpoint import serve as answered
 
     keep_freed_memory()
-    with typed():
+    with decoding.typed():
         answered(
             checkpoint,
             host=host,
             port=port,
             name=name,
             revision=revision,
-            lossless=lossless and "verify_with" not in settings,
+            lossless=lossless,
             seed=seed,
             cors=cors,
             reporter=reporter,

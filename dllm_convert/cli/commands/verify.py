@@ -42,12 +42,6 @@ Report = Annotated[
         help="Also write what was found as one HTML page, with pictures.",
     ),
 ]
-Revision = Annotated[
-    str | None,
-    typer.Option(
-        "--revision", metavar="REV", parser=named, help="Branch, tag or commit of a Hub id."
-    ),
-]
 Block = Annotated[
     int | None,
     typer.Option(
@@ -73,7 +67,7 @@ def verify(
     files: Files = False,
     allow_pickle: option.AllowPickle = False,
     report: Report = None,
-    revision: Revision = None,
+    revision: option.Revision = None,
     block: Block = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: option.Json = False,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError
-from dllm_convert.pipeline.api.writing import _folder, load
+from dllm_convert.pipeline.api.writing import load
+from dllm_convert.source.checkpoints import checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +68,9 @@ def serve(
     teller = reporter or Reporter()
     given = {setting: value for setting, value in decoding.items() if value is not None}
     with quiet_libraries(), listen(host, port) as bound:
-        folder = _folder(checkpoint, teller, revision)
+        folder = checkpoint_folder(checkpoint, teller, revision)
         if lossless:
-            given["verify_with"] = verifier_of(folder)
+            given.setdefault("verify_with", verifier_of(folder))
         require_decoding(folder, given)
         with teller.task("load"):
             model, tokenizer = load(folder, device=device, dtype=dtype)

@@ -78,7 +78,8 @@ def verify(
         )
         if page is not None:
             from dllm_convert.pipeline.page import write_page
-            from dllm_convert.verification.opening import VerificationRequest, local_checkpoint
+            from dllm_convert.source.checkpoints import local_checkpoint
+            from dllm_convert.verification.opening import VerificationRequest
 
             folder = local_checkpoint(checkpoint, revision, teller)
             asked = VerificationRequest(base, trust_remote_code=trust_remote_code, block_size=block)
@@ -118,12 +119,17 @@ def evaluate(
     include: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
+    out: str | Path | None = None,
+    revision: str | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
-    """Evaluate a converted checkpoint, and a base on the same items; recorded in its manifest.
+    """Evaluate a converted checkpoint, and a base on the same items.
+
+    What is found is recorded in the checkpoint's manifest as it comes; of one of the Hub, or with
+    `out`, in `evaluation.json` of a folder of its own.
 
     Args:
-        checkpoint: The folder.
+        checkpoint: Its folder or Hub id.
         tasks: Names of lm-eval's tasks.
         data: Text to measure: files or a Hub dataset; of what was trained on, what was held out.
         against: The base, evaluated on the same items; None evaluates the conversion alone.
@@ -140,18 +146,24 @@ def evaluate(
         settings: draws, rounds, confidence, masking, seed, settings of decoding, or
             `data.text_field`, the column of `data` that holds its text.
         unsafe_code: Let tasks run the code that the model wrote.
+        out: Folder for what is found; None is the checkpoint's own, and `owner--name-evaluation` in
+            the working directory for one of the Hub.
+        revision: Branch, tag or commit of a Hub id.
         reporter: Progress; None tells it on stderr.
 
     Raises:
+        DataError: There is no such checkpoint, or `out` is something else.
         DllmConvertError: There is nothing to evaluate, or lm-eval is not installed.
+        HubError: The Hub does not have it, refuses it or cannot be reached.
         RequestError: Settings contradict each other or the checkpoint.
     """
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.evaluation.record import evaluate_checkpoint
+    from dllm_convert.evaluation.record import RECORD_FILE, evaluate_checkpoint
     from dllm_convert.evaluation.request import Request
     from dllm_convert.evaluation.settings import find_published, find_settings, merge
     from dllm_convert.evaluation.shown import Evaluation
     from dllm_convert.sampling.checking import require_decoding, verifier_of
+    from dllm_convert.source.checkpoints import checkpoint_folder
 
     if isinstance(tasks, str):
         tasks = [tasks]
@@ -161,12 +173,21 @@ def evaluate(
     text_field = given.pop(_TEXT_FIELD, None)
     if text_field is not None and (data is None or not isinstance(text_field, str)):
         raise RequestError(f"{_TEXT_FIELD}={text_field!r} names a column of the text in `data`")
+    merge(find_settings(published), given)  # refused before anything is downloaded
+    teller = reporter or Reporter()
+    folder = checkpoint_folder(checkpoint, teller, revision)
+    fetched = folder != Path(checkpoint)
+    if fetched and out is None:
+        out = f"{str(checkpoint).replace('/', '--')}-evaluation"
     if lossless:
-        given.setdefault("verify_with", verifier_of(Path(checkpoint)))
+        given.setdefault("verify_with", verifier_of(folder))
     merged = merge(find_settings(published), given)
-    require_decoding(Path(checkpoint), merged.generation, "settings")
+    require_decoding(folder, merged.generation, "settings")
     request = Request(
-        checkpoint=Path(checkpoint),
+        checkpoint=folder,
+        record=None if out is None else Path(out),
+        # A snapshot's folder has the name of its commit.
+        name=f"{checkpoint}@{folder.name}" if fetched else None,
         tasks=tuple(tasks),
         base=None if against is None else str(against),
         include=tuple(map(str, include)),
@@ -183,4 +204,7 @@ def evaluate(
         settings=merged,
     )
     with quiet_libraries():
-        return Evaluation(evaluate_checkpoint(request, reporter or Reporter()))
+        found = Evaluation(evaluate_checkpoint(request, teller))
+    if request.record is not None:
+        teller.line(f"recorded in {request.record / RECORD_FILE}")
+    return found

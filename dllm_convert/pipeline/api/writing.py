@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import RequestError
+from dllm_convert.source.checkpoints import checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
@@ -53,25 +54,13 @@ def load(
     if dtype is not None and not (isinstance(held, torch.dtype) and held.is_floating_point):
         raise RequestError(f"dtype is {dtype!r}, expected one such as 'bfloat16' or 'float32'")
     with quiet_libraries():
-        folder = _folder(checkpoint, reporter or Reporter(quiet=True), revision)
+        folder = checkpoint_folder(checkpoint, reporter or Reporter(quiet=True), revision)
         loaded = load_checkpoint(
             folder,
             device=None if device is None else str(device),
             dtype=None if held is None else str(held).removeprefix("torch."),
         )
     return loaded.model, loaded.tokenizer
-
-
-def _folder(checkpoint: str | Path, reporter: Reporter, revision: str | None = None) -> Path:
-    """Return a checkpoint's folder, downloaded if what is named is a Hub id and no folder."""
-    from dllm_convert.common.hub_names import is_hub_id
-
-    named = isinstance(checkpoint, str) and "/" in checkpoint and is_hub_id(checkpoint)
-    if revision is None and not named:
-        return Path(checkpoint)
-    from dllm_convert.verification.opening import local_checkpoint
-
-    return local_checkpoint(checkpoint, revision, reporter)
 
 
 @overload
@@ -154,9 +143,9 @@ def sample(
         elif threads is not None:
             raise RequestError(_THREADS, argument="threads")
         if isinstance(checkpoint, str | Path):
-            folder = _folder(checkpoint, teller)
+            folder = checkpoint_folder(checkpoint, teller)
             if lossless:
-                given["verify_with"] = verifier_of(folder)
+                given.setdefault("verify_with", verifier_of(folder))
             require_decoding(folder, given)
             samples = run_sample(folder, prompts, teller, shown, **how, **given)
         else:
@@ -170,7 +159,7 @@ def sample(
                     f"{type(checkpoint).__name__}"
                 ) from error
             if lossless:
-                given["verify_with"] = verifier_of(model.config.to_dict())
+                given.setdefault("verify_with", verifier_of(model.config.to_dict()))
             require_settings(model, given)
             samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
     one = prompt is None or isinstance(prompt, str)
@@ -204,7 +193,7 @@ def opened(
             return (*_load_gguf(Path(checkpoint), threads, teller), {})
         if threads is not None:
             raise RequestError(_THREADS, argument="threads")
-        folder = _folder(checkpoint, teller)
+        folder = checkpoint_folder(checkpoint, teller)
         with teller.task("load"):
             loaded = load_checkpoint(folder)
     known = (folder / MANIFEST_FILE).is_file()
