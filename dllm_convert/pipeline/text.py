@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING, Any
 from dllm_convert.errors import HubError, IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.plan_text import count_text
+from dllm_convert.recipe.budget import MOST_EPOCHS
 
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Data, Recipe
     from dllm_convert.training.data.look import TextLook
-
-MOST_EPOCHS = 20
-"""Times that a training may read its text unasked. Beyond 4 repeated tokens are worth less than new
-ones, beyond 16 next to nothing (Muennighoff et al., arXiv 2305.16264, of autoregressive models)."""
-
 
 Counter = Callable[[Sequence[str]], Sequence[int]]
 """Counts the tokens of texts."""
@@ -59,7 +55,10 @@ class TextPlan:
         if self.epochs is None:
             return said
         times = f"{self.epochs:.2g}" if self.epochs < 10 else f"{self.epochs:,.0f}"
-        return f"{said}, {times} time{'s' if self.epochs != 1 else ''} all of it"
+        said = f"{said}, {times} time{'s' if self.epochs != 1 else ''} all of it"
+        if self.limited and self.epochs > MOST_EPOCHS:
+            return f"{said}, if there is time; it ends after {MOST_EPOCHS} times"
+        return said
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from dllm_convert.errors import IncompatibleError, RequestError
 if TYPE_CHECKING:
     from dllm_convert.recipe.schema import Recipe
 
+MOST_EPOCHS = 20
+"""Times that a training may read its text unasked. Beyond 4 repeated tokens are worth less than new
+ones, beyond 16 next to nothing (Muennighoff et al., arXiv 2305.16264, of autoregressive models)."""
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0}
 _STEPS, _TOKENS, _MAX, _BATCH, _ACCUMULATION = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from transformers.training_args import OptimizerNames
 from dllm_convert.common.console import Reporter, Task
 from dllm_convert.common.interruption import Interruption
 from dllm_convert.common.memory import free_memory
+from dllm_convert.common.ranks import Rank
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import flops_per_token
+from dllm_convert.recipe.budget import MOST_EPOCHS
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.training.asked import annealing_of, process_of, schedule_of, weights_of
 from dllm_convert.training.callbacks import ProgressCallback, Rules
@@ -59,7 +61,8 @@ class TrainResult:
         seconds: Training time.
         trainable_parameters: Parameters that received gradients.
         final_loss: Last logged loss, in nats.
-        stopped: Why it ended: `steps`, or `time` before all planned ones were taken.
+        stopped: Why it ended: `steps`, or before all planned ones `time`, or `text`, which was read
+            as often as it may be.
         device: What computed, such as the name of the GPU.
         devices: How many of them.
         flops: Floating-point operations, estimated as `costs.flops_per_token` counts them; None if
@@ -170,9 +173,33 @@ def train(
     """
     try:
         timed = _Timing(pace, settled)
-        return _train(settled_plan(plan), data, untrained, out, work, reporter, start, timed)
+        chosen = settled_plan(plan)
+        within = _within_text(chosen, data, reporter)
+        result = _train(within, data, untrained, out, work, reporter, start, timed)
+        ended_by_text = result.stopped == "steps" and within is not chosen
+        return replace(result, stopped="text") if ended_by_text else result
     finally:
         free_memory()
+
+
+def _within_text(plan: ConversionPlan, data: TextData, reporter: Reporter) -> ConversionPlan:
+    """Return a plan of fewer steps where as many as there is time for read the text to death.
+
+    Without a time limit the number of steps is what was asked for, and is refused beforehand.
+    """
+    recipe = plan.recipe
+    training, rows = recipe.training, data.rows_in(MOST_EPOCHS)
+    if training.max_minutes is None or recipe.data.allow_epochs or rows is None:
+        return plan
+    steps = max(rows // (training.sequences_per_step * Rank.from_environment().world), 1)
+    if steps >= training.steps:
+        return plan
+    reporter.warn(
+        f"ends after {steps} steps: all of the text is read {MOST_EPOCHS} times by then, and more "
+        "teaches it by heart; give more text with --data, or --allow-epochs"
+    )
+    fewer = training.model_copy(update={"steps": steps})
+    return replace(plan, recipe=recipe.model_copy(update={"training": fewer}))
 
 
 def _train(

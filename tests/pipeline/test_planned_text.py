@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
 from dllm_convert.common.console import Reporter
-from dllm_convert.pipeline.text import MOST_EPOCHS, plan_text
+from dllm_convert.common.manifest import read_manifest
+from dllm_convert.pipeline.text import plan_text
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.launch import Launch
+from dllm_convert.recipe.budget import MOST_EPOCHS
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import look
@@ -120,7 +122,37 @@ def test_a_text_is_not_read_to_death(
     fewer = text.split("or --steps ")[1].split(",")[0]
     assert invoke("check", *line[1:-1], fewer).exit_code == 0
     assert invoke("check", *line[1:], "--allow-epochs").exit_code == 0
-    assert invoke("check", *line[1:], "--max-time", "2m").exit_code == 0, "time ends it before"
+    timed = invoke("check", *line[1:], "--max-time", "2m")
+    assert timed.exit_code == 0, "time ends it before, or the text"
+    assert f"if there is time; it ends after {MOST_EPOCHS} times" in " ".join(timed.stdout.split())
+
+
+def test_a_time_limit_does_not_read_a_text_to_death(
+    source_cache: SourceFactory, tmp_path: Path
+) -> None:
+    """As many steps as read all of it so often, and the rates end with them; 1,000 steps else."""
+    (tmp_path / "short.txt").write_text("A list holds objects in their order. " * 40)
+    line = ["run", str(source_cache("llama")), "--to", "mdlm", "--full", "--verify", "files"]
+    line += ["--data", str(tmp_path / "short.txt"), "--max-time", "10m", "--steps", "1000"]
+    for field in (
+        *("data.sequence_length=64", "data.held_out_fraction=0.5", "training.precision=fp32"),
+        *("training.lr_schedule=linear", "training.batch_size=2", "training.log_steps=1"),
+    ):
+        line += ["--set", field]
+    out = tmp_path / "out"
+    result = invoke(*line, "--out", str(out))
+    assert result.exit_code == 0, result.stderr
+    measured = read_manifest(out)["measurements"]
+    told, tokens = measured["train"], measured["data"]["train_tokens"]
+    assert told["stopped"] == "text"
+    # Rows are filled up, and the last step is a whole one.
+    assert (MOST_EPOCHS - 1) * tokens < told["tokens"] < (MOST_EPOCHS + 1) * (tokens + 64)
+    assert f"all of the text is read {MOST_EPOCHS} times by then" in said(result)
+    lines = [json.loads(text) for text in (out / ".work/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == told["steps"]
+    assert told["steps"] < 1000 and lines[-1]["learning_rate"] < 0.1 * max(
+        found["learning_rate"] for found in lines
+    )
 
 
 def test_no_number_of_steps_is_named_where_one_is_too_many(

@@ -57,6 +57,24 @@ class TextData:
             return self.train.streams
         return isinstance(self.train, TextStream)
 
+    def rows_in(self, times: int) -> int | None:
+        """Rows in which no text is read more often than so many times; None if streams bound none.
+
+        Args:
+            times: Epochs of the text, of a mixture of the one that is read most often.
+        """
+        if isinstance(self.train, TextStream):
+            return None
+        if isinstance(self.train, PackedText):
+            return times * self.train.packing.rows
+        shares = self.train.turns.shares
+        ends = [
+            int(times * text.packing.rows / share)
+            for text, share in zip(self.train.texts, shares, strict=True)
+            if isinstance(text, PackedText)
+        ]
+        return min(ends, default=None)
+
     def training_rows(self, *, start: int, total: int) -> Dataset[dict[str, Any]]:
         """Return the rows of a training, for `collate`.
 

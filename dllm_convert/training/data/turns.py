@@ -30,6 +30,11 @@ class Turns:
         # Of the rows of the first period, as far as they were asked for: text, and number in it.
         self._texts, self._numbers = array("H"), array("q")
 
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """Share of each text."""
+        return tuple(Fraction(part, self._period) for part in self._parts)
+
     def of(self, row: int) -> tuple[int, int]:
         """Return the text that a row is of, and which of that text's rows it is."""
         periods, at = divmod(row, self._period)
