@@ -13,7 +13,6 @@ from dllm_convert.common.console import Reporter
 from dllm_convert.common.manifest import read_manifest
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.ranks import ALONE, Rank
-from dllm_convert.common.work_folder import WORK
 from dllm_convert.errors import DllmConvertError, VerificationError
 from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.family import measured_adapter, record_adapter
@@ -36,6 +35,7 @@ from dllm_convert.pipeline.workspace import (
     Workspace,
     check_apart,
     fingerprint,
+    goes_on,
     open_workspace,
     read_workspace,
 )
@@ -164,11 +164,9 @@ def run(
         push = preflight({"source": source_facts(plan)}, push, reporter)
     # Before anything is written: a wrong name is found out in a second. A run that goes on has its
     # text in its folder.
-    text = None
-    if how.extend or not (out / WORK).exists():
-        text = plan_text(plan)
     asked = recipe.identity(place.world)
     run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
+    text = None if goes_on(out, run_id) else plan_text(plan)
     extend = partial(_begin_extension, plan) if how.extend else None
     with open_workspace(out, run_id, asked, extend=extend) as workspace:
         plan = _of_this_run(plan, workspace)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dllm_convert.errors import HubError, IncompatibleError
+from dllm_convert.errors import DataError, HubError, IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.plan_text import count_text
 from dllm_convert.recipe.budget import MOST_EPOCHS
@@ -167,11 +167,31 @@ def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> 
     from dllm_convert.training.data.look import look_at
 
     look = look_at(data, count)
+    if look.whole and look.tokens is not None and count is not None:
+        _refuse_scraps(recipe, data, look.documents, look.tokens)
     epochs = None
     if look.tokens:
         apart = 0.0 if data.held_out_source else data.held_out_fraction
         epochs = float(f"{wanted / (look.tokens * (1 - apart)):.3g}")
     return TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
+
+
+def _refuse_scraps(recipe: Recipe, data: Data, documents: int, tokens: int) -> None:
+    """Refuse a text that cannot be divided into a block to train on and one to measure on.
+
+    Raises:
+        DataError: It is shorter than both.
+    """
+    smallest = max(recipe.block_size or 2, 2)
+    needed = smallest if data.held_out_source else 2 * smallest
+    # A token more at either end of a document, where a tokenizer marks those.
+    if tokens + 2 * documents >= needed:
+        return
+    raise DataError(
+        f"--data {data.source} has {tokens} tokens, expected at least {needed}: a block of "
+        f"{smallest} to train on" + ("" if data.held_out_source else " and one to measure on"),
+        hint="Give more text" + (", or a smaller --block" if recipe.block_size else ""),
+    )
 
 
 def _written(recipe: Recipe, found: TextPlan) -> WrittenPlan:

@@ -28,6 +28,10 @@ from dllm_convert.errors import DataError
 LAST = "config.json"
 JOURNAL = "journal.json"
 _PROBE = ".writable"
+_SOON_AGAIN = frozenset({"materialise", "adapt", "baseline"})
+"""Stages that take minutes at most: a run that got no further holds its folder against nobody."""
+_LASTING = ("written", "trainer", "metrics.jsonl", "trained", "staged")
+"""What the stages after those leave in the work folder, whole or not."""
 _BEGUN = {LOCK, _PROBE, f"{JOURNAL}.partial"}
 """What a run that was killed before its journal was there may have left."""
 
@@ -63,6 +67,13 @@ class Workspace:
     def finished(self) -> bool:
         """Whether the checkpoint stands in its folder."""
         return self.result("publish") is not None
+
+    @property
+    def hardly_begun(self) -> bool:
+        """Whether all that was done is soon done again: nothing was trained or written."""
+        names = {stage["name"] for stage in self.stages}
+        left = any((self.work / name).exists() for name in _LASTING)
+        return self.extends is None and names <= _SOON_AGAIN and not left
 
     @property
     def work(self) -> Path:
@@ -243,6 +254,8 @@ def open_workspace(
 ) -> Iterator[Workspace]:
     """Lock `out` for one run and read how far an earlier one got.
 
+    One of another recipe that got no further than what is soon done again makes way.
+
     Args:
         out: Output folder; created if it does not exist.
         run: Fingerprint of the run.
@@ -260,6 +273,12 @@ def open_workspace(
             given_up = found.extends is not None and found.run != run and (out / LAST).is_file()
             if extend is not None and (found.finished or given_up):
                 workspace.extends = extend(out)
+                workspace.clear()
+                workspace.record()
+                yield workspace
+                return
+            if found.run != run and extend is None and found.hardly_begun:
+                # A name of a text that was mistyped, or a batch too large: the folder is free.
                 workspace.clear()
                 workspace.record()
                 yield workspace
@@ -287,6 +306,17 @@ def open_workspace(
                 )
             workspace.record()
         yield workspace
+
+
+def goes_on(out: Path, run: str) -> bool:
+    """Whether an output folder holds this run already, finished or not.
+
+    Raises:
+        DataError: The journal is not one of ours, or damaged.
+    """
+    if not (out / WORK / JOURNAL).exists():
+        return False
+    return read_workspace(out).run == run
 
 
 def read_workspace(out: Path) -> Workspace:

@@ -155,6 +155,30 @@ def test_a_time_limit_does_not_read_a_text_to_death(
     )
 
 
+def test_scraps_are_refused_before_anything_is_written(
+    source_cache: SourceFactory, tmp_path: Path
+) -> None:
+    """And where a folder was begun, with the text put right it is not in the way."""
+    (tmp_path / "scrap.txt").write_text("A list of names.")
+    (tmp_path / "text.txt").write_text("A list of names, and of what they are bound to. " * 60)
+    line = ["run", str(source_cache("llama")), "--to", "bd3lm", "--block", "32", "--full"]
+    line += ["--set", "data.sequence_length=64", "--set", "training.precision=fp32"]
+    line += ["--steps", "2", "--verify", "files", "--out", str(tmp_path / "out")]
+    refused = invoke(*line, "--data", str(tmp_path / "scrap.txt"))
+    assert refused.exit_code == 1
+    assert "expected at least 64: a block of 32 to train on and one to measure on" in said(refused)
+    assert "or a smaller --block" in said(refused)
+    assert not (tmp_path / "out").exists()
+    # One that is long enough as a whole, of which too little is left to measure on.
+    uneven = [*line, "--set", "data.held_out_fraction=0.01", "--allow-epochs"]
+    failed = invoke(*uneven, "--data", str(tmp_path / "text.txt"))
+    assert failed.exit_code == 1 and "fewer than one block" in said(failed)
+    assert (tmp_path / "out").exists()
+    mended = invoke(*line, "--allow-epochs", "--data", str(tmp_path / "text.txt"),
+                    "--set", "data.held_out_fraction=0.3")  # fmt: skip
+    assert mended.exit_code == 0, said(mended)
+
+
 def test_no_number_of_steps_is_named_where_one_is_too_many(
     source_cache: SourceFactory, tmp_path: Path
 ) -> None:

@@ -10,7 +10,13 @@ import pytest
 
 from dllm_convert.common.json_files import write_json
 from dllm_convert.errors import DataError
-from dllm_convert.pipeline.workspace import check_apart, fingerprint, open_workspace
+from dllm_convert.pipeline.workspace import (
+    check_apart,
+    fingerprint,
+    goes_on,
+    open_workspace,
+    read_workspace,
+)
 
 
 def test_out_is_a_file(tmp_path: Path) -> None:
@@ -47,14 +53,35 @@ def test_out_is_read_only(tmp_path: Path) -> None:
         pass
 
 
-def test_another_recipe_is_refused(tmp_path: Path) -> None:
-    with open_workspace(tmp_path / "out", "a"):
-        pass
+@pytest.mark.parametrize("left", ["train", "write", "views", "trainer/", "written/", "staged/"])
+def test_another_recipe_is_refused(tmp_path: Path, left: str) -> None:
+    """Once anything stands there that takes long to make, whole or begun."""
+    with open_workspace(tmp_path / "out", "a") as workspace:
+        workspace.stage("adapt", dict)
+        if left.endswith("/"):
+            (workspace.work / left).mkdir()
+        else:
+            workspace.stage(left, dict)
     with (
         pytest.raises(DataError, match="different recipe or source"),
         open_workspace(tmp_path / "out", "b"),
     ):
         pass
+
+
+def test_one_that_hardly_began_makes_way(tmp_path: Path) -> None:
+    with open_workspace(tmp_path / "out", "a", {"data": "wrong"}) as workspace:
+        workspace.stage("materialise", dict)
+        workspace.stage("adapt", lambda: {"value": 1})
+        (workspace.work / "untrained").mkdir()
+        (workspace.work / "data").mkdir()
+    assert goes_on(tmp_path / "out", "a") and not goes_on(tmp_path / "out", "b")
+    with open_workspace(tmp_path / "out", "b", {"data": "right"}) as workspace:
+        assert workspace.result("adapt") is None
+        assert not (workspace.work / "untrained").exists()
+        assert not (workspace.work / "data").exists()
+    assert goes_on(tmp_path / "out", "b")
+    assert read_workspace(tmp_path / "out").asked == {"data": "right"}
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
