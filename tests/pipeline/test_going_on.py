@@ -181,11 +181,11 @@ def test_another_recipe_is_told_by_its_fields(tmp_path: Path) -> None:
     before = {"target": "mdlm", "training": {"steps": 5, "seed": 0}, "data": {"source": "a"}}
     now = {"target": "mdlm", "training": {"steps": 7, "seed": 0}, "data": {"source": "b"}}
     with open_workspace(tmp_path / "out", "1", before) as workspace:
-        workspace.stage("adapt", dict)
+        workspace.stage("train", dict)
     with (
         pytest.raises(DataError, match=r"recipe or source: training\.steps is 7, it was 5"),
         open_workspace(tmp_path / "out", "2", now),
     ):
         pass
     with open_workspace(tmp_path / "out", "1", before) as workspace:
-        assert workspace.result("adapt") == {}
+        assert workspace.result("train") == {}
