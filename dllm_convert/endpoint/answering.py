@@ -48,6 +48,34 @@ _IDLE: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Fields of OpenAI that would change the answer and are not honoured: at which values they change
 nothing, and what to say otherwise. transformers leaves them out without a word."""
+_KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "seed", "n"), ((int,), "a whole number")
+    ),
+    **dict.fromkeys(
+        ("temperature", "top_p", "presence_penalty", "frequency_penalty"),
+        ((int, float), "a number"),
+    ),
+    "stop": ((str, list), "a text or a list of texts"),
+    "stream": ((bool,), "true or false"),
+    "messages": ((list,), "a list of messages"),
+    "prompt": ((str, list), "a text"),
+}
+"""What fields of OpenAI hold. transformers' server looks at their names alone."""
+
+
+def _check_kinds(body: Mapping[str, Any]) -> None:
+    """Refuse fields that hold something else than they may.
+
+    Raises:
+        HTTPException: One does.
+    """
+    for name, (kinds, expected) in _KINDS.items():
+        value = body.get(name)
+        # Python counts true as 1.
+        odd = isinstance(value, bool) and bool not in kinds
+        if value is not None and (odd or not isinstance(value, kinds)):
+            raise _bad(f"{name} is {json.dumps(value)}, expected {expected}")
 
 
 def _bad(why: str) -> HTTPException:
@@ -82,6 +110,7 @@ class _Answering(BaseHandler):
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)
+        _check_kinds(body)
         for name, (idle, why) in _IDLE.items():
             value = body.get(name)
             if value is not None and value not in idle:

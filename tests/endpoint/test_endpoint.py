@@ -255,10 +255,14 @@ def test_a_client_that_hangs_up_frees_the_model(served: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"temperature": "hot"}, "hot"),
+        ({"temperature": "hot"}, 'temperature is "hot", expected a number'),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"max_tokens": "x"}, "invalid literal"),
+        ({"max_tokens": "x"}, 'max_tokens is "x", expected a whole number'),
+        ({"max_tokens": True}, "max_tokens is true, expected a whole number"),
+        ({"max_tokens": 1.5}, "max_tokens is 1.5, expected a whole number"),
+        ({"stop": {"a": 1}}, "expected a text or a list of texts"),
+        ({"seed": "1"}, 'seed is "1"'),
         ({"max_tokens": 10**9}, "more than the context of 256"),
         ({"prompt": [9] * 300}, "together more than the context of 256"),
         (
