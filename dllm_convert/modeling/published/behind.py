@@ -369,9 +369,10 @@ class CacheTreeReader:
         self._texts = {}
         for row, own in zip(rows, tokens.tolist(), strict=True):
             # Of each branch: its nodes, and the masks behind them.
+            group = row.group(tree, mask)
             self._texts[row.number] = [
                 Text(
-                    [own[node] for node in path] + [mask] * (tree.masks * drafts),
+                    [own[node] for node in path] + group * drafts,
                     len(path),
                     range(len(path) + tree.masks * drafts),
                     certain=len(path) == 1 and not drafts,

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 
 MOST_RANK = 4
 """Candidates kept of each drafted position."""
+SURE = 0.5
+"""A draft at least as likely stands in place of its mask where drafts are denoised further."""
 _DEEPEST = 8
+_LONGEST = 32
+"""Drafted tokens at the most where one forward drafts and another verifies."""
+_STEPS = 3
+"""Forwards at the most that denoise one draft."""
+_FADE = 0.9
+"""How much of a depth's share the next one has, before it was tried."""
+_HOPE = 0.7
+"""Wrong drafts that are left by one more of those, before it was tried."""
 _PROBE = 12
 """Where drafts do not pay, every so many forwards has masks, to see whether they would by now."""
 _DECAY = 0.97
 _PRIOR = (3.0, (0.5, 0.15, 0.07, 0.04))
 """What is believed before anything was seen: so many drafts, and the share of each rank that was
-right. More than a short training reaches: what does not hold is seen after a few forwards, and what
-is not tried never."""
+right in the first place. More than a short training reaches: what does not hold is seen after a few
+forwards, and what is not tried never."""
 _COSTS = {
     "cpu": ((1, 1.0), (2, 1.16), (4, 1.27), (8, 1.51), (16, 1.84), (32, 2.35), (64, 4.0)),
     "gated cpu": ((1, 1.0), (2, 1.2), (6, 1.23), (8, 1.43), (12, 1.52), (16, 1.71), (32, 2.5)),
@@ -41,13 +50,16 @@ class Tree:
         masks: Masks behind a node that has a group.
         all_groups: Whether alternatives have groups too; what is behind one that has none is
             drafted a forward later.
+        refines: Whether drafts of the last forward that are sure stand in place of their masks; of
+            a tree without nodes behind the last known token.
     """
 
     widths: tuple[int, ...]
     masks: int
     all_groups: bool = False
+    refines: bool = False
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Drafted tokens of the chain."""
         return len(self.widths)
@@ -63,14 +75,14 @@ class Tree:
         ]
         return (*chain, *beside)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """How many nodes, the first ones, have masks behind them."""
         if not self.masks:
             return 0
         return len(self.nodes) if self.all_groups else self.depth + 1
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Columns of the forward."""
         return len(self.nodes) + self.groups * self.masks
@@ -92,7 +104,7 @@ class Tree:
                 rows.append((path(node), False))
         return tuple(rows)
 
-    @property
+    @cached_property
     def branched_size(self) -> int:
         """Columns of all those rows, which are as wide as the widest."""
         widest = max(len(nodes) + self.masks * drafts for nodes, drafts in self.branches)
@@ -136,8 +148,38 @@ LARGEST = Tree((MOST_RANK, 2, *(1,) * (_DEEPEST - 2)), _DEEPEST + 1, all_groups=
 """The tree with most columns that is ever asked for."""
 
 
+class _Record:
+    """Which candidates were right lately, of drafts that were denoised in so many forwards."""
+
+    def __init__(self) -> None:
+        self.belief = [_PRIOR[0]] * _LONGEST
+        self.seen = [0.0] * _LONGEST
+        self.hits = [[0.0] * MOST_RANK for _ in range(_LONGEST)]
+
+    def observe(self, depth: int, rank: int | None) -> None:
+        """Take note of a candidate of a depth, from 1 on, behind a right chain."""
+        if depth > _LONGEST:
+            return
+        self.belief[depth - 1] *= _DECAY
+        self.seen[depth - 1] = self.seen[depth - 1] * _DECAY + 1
+        hits = self.hits[depth - 1]
+        for number in range(MOST_RANK):
+            hits[number] = hits[number] * _DECAY + (number == rank)
+
+    def share(self, depth: int, rank: int, believed: float) -> float:
+        """Return how often a candidate is right; `believed` is what counts until it was seen."""
+        weight, seen = self.belief[depth - 1], self.seen[depth - 1]
+        return (self.hits[depth - 1][rank] + weight * believed) / (seen + weight)
+
+
 class DraftPolicy:
-    """How much to draft: what pays by the share of drafts that were right lately.
+    """How much to draft, and in which schedule: what pays by the share of right drafts lately.
+
+    A fused forward verifies what the last one drafted and drafts anew behind all that may hold. Or
+    one forward drafts, others denoise the draft further, and one verifies: those hold fewer tokens
+    and are more; each of them writes the verifier's next token as well. Where a forward costs by
+    its tokens long drafts that are right pay only there; where it costs by itself, only if
+    denoising makes them better.
 
     The same for all rows of a batch. It decides how fast a text is written, never what is.
 
@@ -154,21 +196,17 @@ class DraftPolicy:
         self, kind: str, rows: int, ahead: int, most: int = _DEEPEST, *, branched: bool = False
     ) -> None:
         self._costs = _COSTS.get(kind, _COSTS[""])
-        self._ahead, self._most = ahead, min(max(most, 1), _DEEPEST)
-        seen, shares = _PRIOR
-        self._seen = [seen] * _DEEPEST
-        self._hits = [[seen * share for share in shares] for _ in range(_DEEPEST)]
+        self._ahead, self._most = ahead, min(max(most, 1), _LONGEST)
+        self._records = [_Record() for _ in range(_STEPS)]
         self._forwards, self._branched = 0, branched
+        self._drafted_in = 1  # forwards that the drafts at hand were denoised in
+        self._times: dict[int, float] = {}  # what forwards of so many tokens take
+        self._coming: list[Tree] = []  # what a schedule of several forwards has left
         self.rows = rows
 
     def observe(self, depth: int, rank: int | None) -> None:
         """Take note which candidate of a depth, from 1 on, was right behind a right chain."""
-        if depth > _DEEPEST:
-            return
-        self._seen[depth - 1] = self._seen[depth - 1] * _DECAY + 1
-        hits = self._hits[depth - 1]
-        for number in range(MOST_RANK):
-            hits[number] = hits[number] * _DECAY + (number == rank)
+        self._records[self._drafted_in - 1].observe(depth, rank)
 
     def choose(self, available: int, left: int) -> Tree:
         """Return what the next forward holds.
@@ -178,39 +216,103 @@ class DraftPolicy:
             left: Tokens that the row with most to write still needs.
         """
         self._forwards += 1
+        tree = self._chosen(available, left)
+        return replace(tree, widths=tree.widths[: min(available, left - 1)])
+
+    def drafted(self, tree: Tree) -> None:
+        """Say that a forward is done, and its drafts are those at hand."""
+        self._drafted_in = self._drafted_in + 1 if tree.refines else 1
+
+    def _chosen(self, available: int, left: int) -> Tree:
+        coming, self._coming = self._coming, []
         if left <= 1:
             # The last token that is wanted needs nothing behind it.
             return Tree((), 0)
-        best = max(self._trees(left - 1), key=self._rate)
+        if coming and available:
+            self._coming = coming[1:]
+            return coming[0]
+        shares = self._shares()
+        rate, best = self._fused(left - 1, shares[0])
+        apart, steps, count = self._apart(left - 1, shares)
+        if apart > rate:
+            verify = Tree((1,) * count, 0)
+            if available:
+                # What a fused forward has drafted is worth one that verifies it.
+                return verify
+            draft = Tree((), count + self._ahead)
+            self._coming = [replace(draft, refines=True)] * (steps - 1) + [verify]
+            return draft
         masks = best.masks
         if not best.depth and self._forwards % _PROBE == 1:
             masks = 1 + self._ahead
-        return Tree(best.widths[:available], masks, best.all_groups)
+        return replace(best, masks=masks)
 
-    def _trees(self, most: int) -> Iterator[Tree]:
-        yield Tree((), 0)
-        for depth in range(1, min(self._most, most) + 1):
-            for first in range(1, MOST_RANK + 1):
-                for second in (1, 2) if depth > 1 else (0,):
-                    widths = (first, *((second,) if second else ()), *(1,) * (depth - 2))
-                    for grouped in (False, True) if first > 1 or second > 1 else (False,):
-                        yield Tree(widths, depth + self._ahead, grouped)
+    def _shares(self) -> list[list[float]]:
+        """How often the first candidate of each depth is right behind a right chain.
 
-    def _rate(self, tree: Tree) -> float:
+        Returns:
+            Of drafts of one forward, of two, ...: a share for each depth.
+        """
+        found: list[list[float]] = []
+        for record in self._records:
+            shares: list[float] = []
+            for depth in range(1, _LONGEST + 1):
+                believed = _PRIOR[1][0]
+                if found:
+                    believed = 1 - _HOPE * (1 - found[-1][depth - 1])
+                elif shares:
+                    # What was not tried is nearly as good as what stands before it.
+                    believed = _FADE * shares[-1]
+                shares.append(record.share(depth, 0, believed))
+            found.append(shares)
+        return found
+
+    def _apart(self, most: int, shares: list[list[float]]) -> tuple[float, int, int]:
+        """The best way to draft and to verify apart, of drafts of up to `most` tokens.
+
+        Returns:
+            Tokens for the time of a forward of one token; forwards that draft; drafted tokens.
+        """
+        best = (0.0, 1, 1)
+        for steps, own in enumerate(shares, start=1):
+            tokens, chain = steps + 1.0, 1.0
+            for count in range(1, min(self._most, most) + 1):
+                chain *= own[count - 1]
+                tokens += chain
+                drafting = steps * self._cost(1 + count + self._ahead)
+                best = max(best, (tokens / (drafting + self._cost(1 + count)), steps, count))
+                if chain < _PRIOR[1][-1]:
+                    break
+        return best
+
+    def _fused(self, most: int, shares: list[float]) -> tuple[float, Tree]:
+        """The best tree that verifies and drafts at once, and its tokens for such a time."""
+        best = (0.0, Tree((), 0))
+        for tree in _trees(min(self._most, _DEEPEST, most), self._ahead):
+            rate = self._rate(tree, shares)
+            if rate > best[0]:
+                best = rate, tree
+        return best
+
+    def _rate(self, tree: Tree, shares: list[float]) -> float:
         """Tokens for the time of a forward of one token, were all forwards like this one."""
-        tokens, chain, bare = 1.0, 1.0, 0.0
-        for depth, width in enumerate(tree.widths):
-            shares = [hits / self._seen[depth] for hits in self._hits[depth][:width]]
-            tokens += chain * sum(shares)
-            bare += 0 if tree.all_groups else chain * sum(shares[1:])
-            chain *= shares[0]
+        tokens, chain, bare, record = 1.0, 1.0, 0.0, self._records[0]
+        for depth, width in enumerate(tree.widths, start=1):
+            others = sum(record.share(depth, rank, _PRIOR[1][rank]) for rank in range(1, width))
+            tokens += chain * (shares[depth - 1] + others)
+            bare += 0 if tree.all_groups else chain * others
+            chain *= shares[depth - 1]
         # Behind an alternative without masks comes a forward without drafts.
         size = tree.branched_size if self._branched else tree.size
         time = self._cost(size) + bare * self._cost(1 + tree.masks)
         return (tokens + bare) / time
 
     def _cost(self, tokens: int) -> float:
-        return self._of(tokens * self.rows) / self._of(self.rows)
+        found = self._times.get(tokens)
+        if found is None:
+            found = self._of(tokens * self.rows) / self._of(self.rows)
+            self._times[tokens] = found
+        return found
 
     def _of(self, tokens: int) -> float:
         # Along straight lines between what was measured, the last one going on.
@@ -218,3 +320,16 @@ class DraftPolicy:
         at = min(max(bisect_left(known, tokens), 1), len(known) - 1)
         (before, low), (after, high) = self._costs[at - 1 : at + 1]
         return low + (high - low) * (tokens - before) / (after - before)
+
+
+@cache
+def _trees(deepest: int, ahead: int) -> tuple[Tree, ...]:
+    """All trees of chains up to so deep whose masks may be drafted from, the bare one first."""
+    found = [Tree((), 0)]
+    for depth in range(1, deepest + 1):
+        for first in range(1, MOST_RANK + 1):
+            for second in (1, 2) if depth > 1 else (0,):
+                widths = (first, *((second,) if second else ()), *(1,) * (depth - 2))
+                for grouped in (False, True) if first > 1 or second > 1 else (False,):
+                    found.append(Tree(widths, depth + ahead, grouped))
+    return tuple(found)

@@ -10,6 +10,7 @@ model's denoising).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .behind import CacheTreeReader, stands_behind_cache
 from .cache import BlockCache
 from .canvas import Canvas
 from .choosing import make_warpers
-from .drafting import LARGEST, MOST_RANK, DraftPolicy, Tree
+from .drafting import LARGEST, MOST_RANK, SURE, DraftPolicy, Tree
 from .draws import mixed
 from .gated import has_causal_drafts
 from .moving import sent
@@ -92,6 +93,7 @@ class _Row:
         last: That token.
         left: Tokens still wanted.
         candidates: Drafted tokens behind the last one, position by position, the likeliest first.
+        sure: Of each position whether the likeliest is sure enough to be denoised beside.
     """
 
     number: int
@@ -99,6 +101,13 @@ class _Row:
     last: int
     left: int
     candidates: list[list[int]] = field(default_factory=list)
+    sure: list[bool] = field(default_factory=list)
+
+    def group(self, tree: Tree, mask: int) -> list[int]:
+        """The tokens behind the last known one: masks, and drafts that are sure in their place."""
+        ranked = zip(self.candidates, self.sure, strict=True) if tree.refines else ()
+        known = [among[0] if sure else mask for among, sure in ranked][: tree.masks]
+        return known + [mask] * (tree.masks - len(known))
 
     def nodes(self, tree: Tree) -> list[int]:
         """The tokens of a tree's nodes; where nothing was drafted, any one: it is not accepted."""
@@ -180,6 +189,9 @@ class _Reader:
         columns, positions = clean + index, clean + places
         shown = tokens.new_full((count, tree.size), self.canvas.options.mask_token_id)
         shown[:, :nodes] = tokens
+        if tree.refines:
+            mask = self.canvas.options.mask_token_id
+            shown[:, nodes:] = sent([row.group(tree, mask) for row in rows], device)
         seen = None
         if tree.size > 1 or min(starts) < max(starts) or not self.may_be_bare:
             keys = torch.arange(max(starts) + tree.size, device=device) - clean
@@ -313,7 +325,7 @@ def decode_lossless(
         verdict, behind = reader.read(rows, tree, tokens)
         if options.rules.is_set:
             verdict = _follow_rules(verdict, tokens, rows, tree, canvas)
-        said, near, candidates = _judge(verdict, behind, rows, tree, choice)
+        said, near, candidates, sure = _judge(verdict, behind, rows, tree, choice)
         paths, wrote = zip(
             *(row.accept(tree, own, policy) for row, own in zip(rows, said, strict=True)),
             strict=True,
@@ -330,8 +342,10 @@ def decode_lossless(
             row.last = written[-1]
             has_group = path[-1] < tree.groups
             row.candidates = candidates[line][path[-1]] if has_group else []
+            row.sure = sure[line][path[-1]] if has_group else []
             choice.forget(row.number, first + len(written))
         reader.keep(rows, list(paths))
+        policy.drafted(tree)
         number, column, token = sent(places, prompts.device).unbind(1)
         canvas.tokens[number, column] = token
         canvas.masked[number, column] = False
@@ -389,7 +403,7 @@ def _follow_rules(
 
 def _judge(
     verdict: torch.Tensor, behind: torch.Tensor, rows: list[_Row], tree: Tree, choice: _Choice
-) -> tuple[list[list[int]], list[list[bool]], list[list[list[list[int]]]]]:
+) -> tuple[list[list[int]], list[list[bool]], list[list[list[list[int]]]], list[list[list[bool]]]]:
     """What the verifier writes behind each node, and what is drafted behind that.
 
     Args:
@@ -401,7 +415,7 @@ def _judge(
 
     Returns:
         Of each row and node the token, and whether another is as likely but for rounding; of each
-        row and group the candidates of each position.
+        row and group the candidates of each position, and whether the likeliest is sure.
     """
     steps = range(behind.shape[2]) if tree.groups else ()
     nodes = [(r.number, r.clean + depth + 1) for r in rows for _, depth, _ in tree.nodes]
@@ -417,14 +431,20 @@ def _judge(
     found = [said.view(near.shape), near.long()]
     if drafts:
         ranked = choice.scores(behind.flatten(0, 2), drafts).topk(MOST_RANK, -1).indices
-        found.append(ranked.view(len(rows), -1))
-    # Once to the host, (rows, nodes + nodes + groups * drafted * ranks).
+        # By its share of the model's own distribution, (rows, groups, drafted); nothing is denoised
+        # further behind drafts that are verified.
+        sure = torch.zeros_like(behind[..., 0], dtype=torch.long)
+        if not tree.depth:
+            sure = (behind.amax(-1) - behind.logsumexp(-1) >= log(SURE)).long()
+        found += [sure.view(len(rows), -1), ranked.view(len(rows), -1)]
+    # Once to the host, (rows, nodes + nodes + groups * drafted * (1 + ranks)).
     told = torch.cat(found, 1).tolist()
     count = near.shape[1]
-    shape = (len(rows), tree.groups, len(steps), MOST_RANK)
-    candidates = [row[2 * count :] for row in told]
-    return (
-        [row[:count] for row in told],
-        [[bool(one) for one in row[count : 2 * count]] for row in told],
-        torch.tensor(candidates).view(shape).tolist() if drafts else [[] for _ in rows],
-    )
+    shape = (len(rows), tree.groups, len(steps))
+    own, apart = [row[:count] for row in told], 2 * count + tree.groups * len(steps)
+    near_by = [[bool(one) for one in row[count : 2 * count]] for row in told]
+    if not drafts:
+        return own, near_by, [[] for _ in rows], [[] for _ in rows]
+    sures = torch.tensor([row[2 * count : apart] for row in told]).bool()
+    candidates = torch.tensor([row[apart:] for row in told])
+    return own, near_by, candidates.view(*shape, -1).tolist(), sures.view(shape).tolist()
