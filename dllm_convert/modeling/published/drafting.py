@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -21,6 +22,8 @@ _FADE = 0.9
 """How much of a depth's share the next one has, before it was tried."""
 _HOPE = 0.7
 """Wrong drafts that are left by one more of those, before it was tried."""
+_TRIED = 0.07
+"""Share of the time of plain decoding that trying another model's drafts may take."""
 _PROBE = 12
 """Where drafts do not pay, every so many forwards has masks, to see whether they would by now."""
 _DECAY = 0.97
@@ -172,6 +175,35 @@ class _Record:
         return (self.hits[depth - 1][rank] + weight * believed) / (seen + weight)
 
 
+class Costs:
+    """What forwards of so many tokens of each row take, one of a single token being 1.
+
+    Args:
+        kind: Type of the device, and whether an adapter is computed for masks.
+        rows: Rows of the batch.
+    """
+
+    def __init__(self, kind: str, rows: int) -> None:
+        self._table = _COSTS.get(kind, _COSTS[""])
+        self._rows = rows
+        self._known: dict[int, float] = {}
+
+    def of(self, tokens: int) -> float:
+        """Return what a forward takes."""
+        found = self._known.get(tokens)
+        if found is None:
+            found = self._measured(tokens * self._rows) / self._measured(self._rows)
+            self._known[tokens] = found
+        return found
+
+    def _measured(self, tokens: int) -> float:
+        # Along straight lines between what was measured, the last one going on.
+        known = [size for size, _ in self._table]
+        at = min(max(bisect_left(known, tokens), 1), len(known) - 1)
+        (before, low), (after, high) = self._table[at - 1 : at + 1]
+        return low + (high - low) * (tokens - before) / (after - before)
+
+
 class DraftPolicy:
     """How much to draft, and in which schedule: what pays by the share of right drafts lately.
 
@@ -195,14 +227,12 @@ class DraftPolicy:
     def __init__(
         self, kind: str, rows: int, ahead: int, most: int = _DEEPEST, *, branched: bool = False
     ) -> None:
-        self._costs = _COSTS.get(kind, _COSTS[""])
+        self._costs = Costs(kind, rows)
         self._ahead, self._most = ahead, min(max(most, 1), _LONGEST)
         self._records = [_Record() for _ in range(_STEPS)]
         self._forwards, self._branched = 0, branched
         self._drafted_in = 1  # forwards that the drafts at hand were denoised in
-        self._times: dict[int, float] = {}  # what forwards of so many tokens take
         self._coming: list[Tree] = []  # what a schedule of several forwards has left
-        self.rows = rows
 
     def observe(self, depth: int, rank: int | None) -> None:
         """Take note which candidate of a depth, from 1 on, was right behind a right chain."""
@@ -219,8 +249,8 @@ class DraftPolicy:
         tree = self._chosen(available, left)
         return replace(tree, widths=tree.widths[: min(available, left - 1)])
 
-    def drafted(self, tree: Tree) -> None:
-        """Say that a forward is done, and its drafts are those at hand."""
+    def drafted(self, tree: Tree, written: float) -> None:
+        """Say that a forward is done, its drafts are those at hand, and what a row wrote."""
         self._drafted_in = self._drafted_in + 1 if tree.refines else 1
 
     def _chosen(self, available: int, left: int) -> Tree:
@@ -231,7 +261,7 @@ class DraftPolicy:
         if coming and available:
             self._coming = coming[1:]
             return coming[0]
-        shares = self._shares()
+        shares = _shares(self._records)
         rate, best = self._fused(left - 1, shares[0])
         apart, steps, count = self._apart(left - 1, shares)
         if apart > rate:
@@ -246,26 +276,6 @@ class DraftPolicy:
         if not best.depth and self._forwards % _PROBE == 1:
             masks = 1 + self._ahead
         return replace(best, masks=masks)
-
-    def _shares(self) -> list[list[float]]:
-        """How often the first candidate of each depth is right behind a right chain.
-
-        Returns:
-            Of drafts of one forward, of two, ...: a share for each depth.
-        """
-        found: list[list[float]] = []
-        for record in self._records:
-            shares: list[float] = []
-            for depth in range(1, _LONGEST + 1):
-                believed = _PRIOR[1][0]
-                if found:
-                    believed = 1 - _HOPE * (1 - found[-1][depth - 1])
-                elif shares:
-                    # What was not tried is nearly as good as what stands before it.
-                    believed = _FADE * shares[-1]
-                shares.append(record.share(depth, 0, believed))
-            found.append(shares)
-        return found
 
     def _apart(self, most: int, shares: list[list[float]]) -> tuple[float, int, int]:
         """The best way to draft and to verify apart, of drafts of up to `most` tokens.
@@ -308,18 +318,95 @@ class DraftPolicy:
         return (tokens + bare) / time
 
     def _cost(self, tokens: int) -> float:
-        found = self._times.get(tokens)
-        if found is None:
-            found = self._of(tokens * self.rows) / self._of(self.rows)
-            self._times[tokens] = found
-        return found
+        return self._costs.of(tokens)
 
-    def _of(self, tokens: int) -> float:
-        # Along straight lines between what was measured, the last one going on.
-        known = [size for size, _ in self._costs]
-        at = min(max(bisect_left(known, tokens), 1), len(known) - 1)
-        (before, low), (after, high) = self._costs[at - 1 : at + 1]
-        return low + (high - low) * (tokens - before) / (after - before)
+
+class PairPolicy:
+    """How much another model drafts, by what was right lately, and whether at all.
+
+    A cycle is forwards of the drafter over a block, and one of the verifier over the draft. What
+    is tried without a reason takes at most a share of the time that plain decoding would take.
+
+    Args:
+        kind: Type of the device.
+        rows: Rows of the batch.
+        block: Tokens of a block, all of which each forward of the drafter holds.
+        size: Parameters of the drafter, the verifier's being 1.
+        steps: Forwards of a draft at the most.
+    """
+
+    def __init__(
+        self, kind: str, rows: int, block: int, size: float, steps: int | None = None
+    ) -> None:
+        self._costs = Costs(kind, rows)
+        self._drafting = size * self._costs.of(block)
+        self._records = [_Record() for _ in range(min(steps or _STEPS, _STEPS))]
+        self._planned, self._drafted_in = 0.0, 1
+        self._over, self._tokens = 0.0, 0.0
+        """Time beside that of plain decoding, which may be less than none; tokens of a row."""
+
+    def plan(self, left: int, room: int, behind: int) -> tuple[int, int]:
+        """Return in how many forwards to draft how many tokens; of none, 0.
+
+        Args:
+            left: Tokens that the row with most to write still needs.
+            room: Tokens up to the end of its block.
+            behind: Blocks that the drafter has to read before.
+        """
+        self._planned = 0.0
+        most, reading = min(left - 1, room, _LONGEST), behind * self._drafting
+        if most < 1:
+            return 1, 0
+        best = (0.0, 1, 1)
+        for steps, shares in enumerate(_shares(self._records), start=1):
+            tokens, chain = 1.0, 1.0
+            for count in range(1, most + 1):
+                chain *= shares[count - 1]
+                tokens += chain
+                time = steps * self._drafting + self._costs.of(1 + count)
+                best = max(best, (tokens / time, steps, count))
+        rate, steps, count = best
+        if rate <= 1:
+            steps, count = 1, min(most, _DEEPEST)
+            trial = self._drafting + self._costs.of(1 + count) - 1
+            if self._over + reading + trial > trial + _TRIED * self._tokens:
+                return 1, 0
+        self._planned, self._drafted_in = reading + steps * self._drafting, steps
+        return steps, count
+
+    def observe(self, depth: int, rank: int | None) -> None:
+        """Take note whether a draft of a depth, from 1 on, was right behind a right chain."""
+        self._records[self._drafted_in - 1].observe(depth, rank)
+
+    def choose(self, available: int, left: int) -> Tree:
+        """Return what the verifier's next forward holds: the drafts, of which that many are."""
+        return Tree((1,) * min(available, left - 1), 0)
+
+    def drafted(self, tree: Tree, written: float) -> None:
+        """Say that a forward is done, and how many tokens a row wrote on the average."""
+        self._over += self._planned + self._costs.of(tree.size) - written
+        self._tokens += written
+
+
+def _shares(records: Sequence[_Record]) -> list[list[float]]:
+    """How often the first candidate of each depth is right behind a right chain.
+
+    Returns:
+        Of drafts of one forward, of two, ...: a share for each depth.
+    """
+    found: list[list[float]] = []
+    for record in records:
+        shares: list[float] = []
+        for depth in range(1, _LONGEST + 1):
+            believed = _PRIOR[1][0]
+            if found:
+                believed = 1 - _HOPE * (1 - found[-1][depth - 1])
+            elif shares:
+                # What was not tried is nearly as good as what stands before it.
+                believed = _FADE * shares[-1]
+            shares.append(record.share(depth, 0, believed))
+        found.append(shares)
+    return found
 
 
 @cache

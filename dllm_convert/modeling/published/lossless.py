@@ -36,7 +36,7 @@ class VerifierError(ValueError):
     """Nothing can verify what would be written."""
 
 
-class _Choice:
+class Choice:
     """Which token a distribution writes at a position: the likeliest, or the one that is drawn.
 
     A draw adds Gumbel noise to log-probabilities and takes the largest: the noise belongs to row
@@ -265,9 +265,9 @@ class _Reader:
 
 
 def check_lossless(
-    model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+    model: Any, prompts: torch.Tensor, lengths: list[int], options: DecodingOptions
 ) -> None:
-    """Refuse what cannot be verified: prompts (batch, width) of `lengths` (batch,) with masks.
+    """Refuse what cannot be verified: prompts (batch, width), `lengths` tokens long, with masks.
 
     Raises:
         VerifierError: A prompt is empty or has masks, or the model holds no such verifier.
@@ -277,9 +277,21 @@ def check_lossless(
             'verify_with="base" needs a gated adapter, which leaves the base as it was; this '
             'model\'s weights are its own: verify_with="self"'
         )
-    inside = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
+    check_prompts(prompts, lengths, options)
+
+
+def check_prompts(prompts: torch.Tensor, lengths: list[int], options: DecodingOptions) -> None:
+    """Refuse prompts (batch, width), `lengths` tokens long, that nothing is written behind.
+
+    Raises:
+        VerifierError: One is empty or has masks.
+    """
+    inside = (
+        torch.arange(prompts.shape[1], device=prompts.device)
+        < sent(lengths, prompts.device)[:, None]
+    )
     masked = ((prompts == options.mask_token_id) & inside).any()
-    if bool(masked | (lengths == 0).any()):
+    if 0 in lengths or bool(masked):
         raise VerifierError(
             "verify_with writes from left to right behind a prompt of at least one token: masks "
             "in a prompt are written without it"
@@ -298,12 +310,7 @@ def decode_lossless(
     Arguments are those of `decode_blocks`; `prompts` hold no masks. Greedily the tokens are those
     of autoregressive decoding; at a temperature they are drawn from its distribution.
     """
-    new = options.max_new_tokens
-    canvas = Canvas(prompts, lengths, options, limits=lengths + new, observer=observer)
-    told = torch.stack([lengths, prompts.gather(1, lengths[:, None] - 1).squeeze(-1)]).tolist()
-    rows = [
-        _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
-    ]
+    canvas, rows = open_rows(prompts, lengths, options, observer)
     kind, behind_cache = prompts.device.type, stands_behind_cache(model.config)
     policy = DraftPolicy(
         f"gated {kind}" if getattr(model, "is_gated", False) else kind,
@@ -312,16 +319,64 @@ def decode_lossless(
         most=(options.block_size or 1) - 1,
         branched=behind_cache,
     )
-    choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
+    choice = Choice(options, len(rows), prompts.device, model.config.vocab_size)
     reader: Any = (CacheTreeReader if behind_cache else _Reader)(model, canvas)
+    return write_verified(canvas, rows, reader, policy, choice, NoDrafter())
+
+
+class NoDrafter:
+    """Drafts nothing: the verifier's own forwards do."""
+
+    def draft(self, rows: list[_Row], policy: Any, choice: Choice) -> None:
+        """Leave rows their candidates."""
+
+    def select(self, rows: list[_Row], kept: list[int]) -> None:
+        """Keep nothing of any row."""
+
+
+def open_rows(
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    options: DecodingOptions,
+    observer: Observer | None,
+) -> tuple[Canvas, list[_Row]]:
+    """Return the text of a decoding from left to right, and its rows behind their prompts."""
+    new = options.max_new_tokens
+    canvas = Canvas(prompts, lengths, options, limits=lengths + new, observer=observer)
+    told = torch.stack([lengths, prompts.gather(1, lengths[:, None] - 1).squeeze(-1)]).tolist()
+    return canvas, [
+        _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
+    ]
+
+
+def write_verified(
+    canvas: Canvas,
+    rows: list[_Row],
+    reader: Any,
+    policy: Any,
+    choice: Choice,
+    drafter: Any,
+) -> Decoded:
+    """Write what the verifier says, forward by forward, as far as drafts agree with it.
+
+    Args:
+        canvas: The text.
+        rows: Its rows.
+        reader: Runs the verifier over a tree of every row.
+        policy: Which tree.
+        choice: Which token a distribution writes.
+        drafter: Drafts before each of its forwards: `NoDrafter`, or another model's.
+    """
+    options, device = canvas.options, canvas.tokens.device
     near_at: list[tuple[int, int]] = []  # row, column of what is close
     if rows:
         reader.read_prompt(rows)
     canvas.show()
     while rows:
+        drafter.draft(rows, policy, choice)
         drafted = max(len(row.candidates) for row in rows)
         tree = policy.choose(drafted, max(row.left for row in rows))
-        tokens = sent([row.nodes(tree) for row in rows], prompts.device)
+        tokens = sent([row.nodes(tree) for row in rows], device)
         verdict, behind = reader.read(rows, tree, tokens)
         if options.rules.is_set:
             verdict = _follow_rules(verdict, tokens, rows, tree, canvas)
@@ -345,8 +400,8 @@ def decode_lossless(
             row.sure = sure[line][path[-1]] if has_group else []
             choice.forget(row.number, first + len(written))
         reader.keep(rows, list(paths))
-        policy.drafted(tree)
-        number, column, token = sent(places, prompts.device).unbind(1)
+        policy.drafted(tree, len(places) / len(rows))
+        number, column, token = sent(places, device).unbind(1)
         canvas.tokens[number, column] = token
         canvas.masked[number, column] = False
         canvas.order[number, column] = canvas.forwards
@@ -357,9 +412,9 @@ def decode_lossless(
         kept = [line for line, row in enumerate(rows) if row.left]
         if len(kept) < len(rows):
             rows = [rows[line] for line in kept]
-            canvas.rows = canvas.rows[sent(kept, prompts.device)]
-            if rows:
-                reader.select(rows, kept)
+            canvas.rows = canvas.rows[sent(kept, device)]
+            for reading in (reader, drafter) if rows else ():
+                reading.select(rows, kept)
     ends = canvas.stops.tolist()
     close = sum(column < ends[row] for row, column in near_at)
     return replace(canvas.result(), close=close)
@@ -402,7 +457,7 @@ def _follow_rules(
 
 
 def _judge(
-    verdict: torch.Tensor, behind: torch.Tensor, rows: list[_Row], tree: Tree, choice: _Choice
+    verdict: torch.Tensor, behind: torch.Tensor, rows: list[_Row], tree: Tree, choice: Choice
 ) -> tuple[list[list[int]], list[list[bool]], list[list[list[list[int]]]], list[list[list[bool]]]]:
     """What the verifier writes behind each node, and what is drafted behind that.
 
