@@ -9,14 +9,16 @@ their own, too: nothing but a cache keeps them apart. What is predicted is what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from dllm_convert.diffusion.corruption import Corruption
 from dllm_convert.diffusion.device import device_of, moved
+from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.streams import corrupted
@@ -52,6 +54,8 @@ class CachedPrediction:
         rows: Row of the text of each, shape (n,).
         columns: Column of the text of each, shape (n,).
         views: View of each, shape (n,).
+        before: Document and place of the clean token before each, shape (n, 2): what the base says
+            there a student learns from.
         firsts: Document and place of the tokens that the base predicts by itself, shape (m, 2).
         first_targets: Those tokens, shape (m,).
         first_places: Row and column of the text of each, shape (m, 2).
@@ -64,6 +68,7 @@ class CachedPrediction:
     rows: torch.Tensor
     columns: torch.Tensor
     views: torch.Tensor
+    before: torch.Tensor
     firsts: torch.Tensor
     first_targets: torch.Tensor
     first_places: torch.Tensor
@@ -128,11 +133,12 @@ def predict_behind_cache(
         tokens[number, : document.length] = batch.tokens[document.row, span]
     groups = tuple(_groups(rows, objective.mask_token_id))
     where = [
-        (view, documents[row.document].row, column)
+        (view, row.document, documents[row.document].row, column, documents[row.document].first)
         for row in rows
         for _, view, column in row.predicts
     ]
-    view_of, row_of, column_of = torch.tensor(where, dtype=torch.long).view(-1, 3).unbind(1)
+    found = torch.tensor(where, dtype=torch.long).view(-1, 5)
+    view_of, document_of, row_of, column_of, first_of = found.unbind(1)
     weights = torch.stack([view.weight for view in views])
     given = (batch.scorable & first) if not drafts else torch.zeros_like(first)
     begins = [
@@ -151,6 +157,7 @@ def predict_behind_cache(
         row_of,
         column_of,
         view_of,
+        torch.stack([document_of, column_of - first_of - 1], 1),
         firsts[:, :2],
         batch.tokens[begun[:, 0], begun[:, 1]],
         begun,
@@ -220,46 +227,76 @@ def _groups(rows: Sequence[_Row], filler: int) -> Iterator[NoisyRows]:
         yield NoisyRows(clean, documents, tokens, torch.tensor(at))
 
 
+class Asks(Protocol):
+    """Who has a base predict what a student learns from (`training/teacher.py`)."""
+
+    aligns: bool
+
+    def ask(
+        self, run: Callable[[], Any], places: torch.Tensor, first: int
+    ) -> tuple[torch.Tensor, Lesson]:
+        """Run a forward; its logits at the first places, and the lesson of the others."""
+
+
 class CleanReader:
     """The base over clean documents, from left to right; what its cache is at each place.
 
     Args:
         model: A gated model, as it is trained; possibly one of several processes'.
         documents: Clean text, shape (documents, longest), on the device.
+        teacher: Has it predict what the adapter learns, too; None for no such lesson.
     """
 
-    def __init__(self, model: Any, documents: torch.Tensor) -> None:
-        self.model, self.documents = model, documents
+    def __init__(self, model: Any, documents: torch.Tensor, teacher: Asks | None = None) -> None:
+        self.model, self.documents, self.teacher = model, documents, teacher
         self.read = 0
         self._cache: Any = None
 
     @torch.no_grad()
-    def go_to(self, place: int, at: torch.Tensor | None = None) -> torch.Tensor:
-        """Read up to `place`, which has to be further on; return logits (k, vocab) there.
+    def go_to(
+        self, place: int, at: torch.Tensor | None = None, taught: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Lesson | None]:
+        """Read up to `place`, which has to be further on.
 
         Args:
             place: Tokens that are read then.
             at: Document and place of tokens among those, shape (k, 2); None for none.
+            taught: The same of those whose predictions are learnt from, (j, 2).
+
+        Returns:
+            Logits of the k, (k, vocab), and where somebody teaches, the lesson of the j.
         """
         width, training = place - self.read, self.model.training
-        flat = torch.zeros(0, dtype=torch.long)
-        if at is not None:
-            flat = at[:, 0] * width + at[:, 1] - self.read
-        if training:
-            self.model.eval()
-        try:
+        none = torch.zeros(0, 2, dtype=torch.long)
+        wanted = torch.cat([none if part is None else part for part in (at, taught)])
+        flat = moved(wanted[:, 0] * width + wanted[:, 1] - self.read, self.documents.device)
+        aligns = self.teacher is not None and self.teacher.aligns
+
+        outputs: list[Any] = []
+
+        def run() -> Any:
             output = self.model(
                 self.documents[:, self.read : place],
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_at=moved(flat, self.documents.device),
+                logits_at=flat,
+                **({"output_hidden_states": True} if aligns else {}),
+            )
+            outputs.append(output)
+            return output
+
+        first = 0 if at is None else len(at)
+        if training:
+            self.model.eval()
+        try:
+            logits, lesson = (
+                (run().logits, None) if self.teacher is None else self.teacher.ask(run, flat, first)
             )
         finally:
             if training:
                 self.model.train()
-        self.read, self._cache = place, output.past_key_values
-        logits: torch.Tensor = output.logits
-        return logits
+        self.read, self._cache = place, outputs[0].past_key_values
+        return logits, lesson
 
     @property
     def states(self) -> list[torch.Tensor]:
@@ -293,36 +330,121 @@ def _let_assign(layer: Any) -> None:
     layer.update_recurrent_state = update
 
 
+class _Lessons:
+    """What the base says before each prediction, from where it is read to where it is learnt.
+
+    Several predictions, of several views or groups, stand behind one token: it is asked for once.
+
+    Args:
+        before: Document and place of those tokens, shape (n, 2), on the CPU.
+    """
+
+    def __init__(self, before: torch.Tensor) -> None:
+        documents = int(before[:, 0].max()) + 1 if len(before) else 1
+        # In the order in which they are read: by place, then by document.
+        numbers = before[:, 1] * documents + before[:, 0]
+        order, self._which = torch.unique(numbers, return_inverse=True)
+        self._places = torch.stack([order % documents, order // documents], 1)  # (asked, 2)
+        # The first of them that is still wanted by any later prediction, (n,).
+        self._wanted_from = self._which.flip(0).cummin(0).values.flip(0)
+        self._asked, self._dropped = 0, 0
+        self._held: Lesson | None = None
+
+    @property
+    def end(self) -> int:
+        """Tokens that have to be read before all is known."""
+        return int(self._places[-1, 1]) + 1 if len(self._places) else 0
+
+    def until(self, place: int) -> torch.Tensor:
+        """Return document and place of what is asked for before a place, (j, 2)."""
+        first, self._asked = self._asked, int((self._places[:, 1] < place).sum())
+        return self._places[first : self._asked]
+
+    def take(self, lesson: Lesson | None) -> None:
+        """Keep what was said of the places that `until` returned last."""
+        if lesson is not None:
+            self._held = lesson if self._held is None else Lesson.joined([self._held, lesson])
+
+    def has(self, span: slice) -> bool:
+        """Whether all is known before some predictions."""
+        return not len(self._which) or int(self._which[span].max()) < self._asked
+
+    def of(self, span: slice) -> Lesson | None:
+        """Return the lesson of some predictions, and let go what no later one wants."""
+        held, which = self._held, self._which
+        if held is None:
+            return None
+        lesson = held.at(moved(which[span] - self._dropped, held.states.device))
+        after = int(self._wanted_from[span.stop]) if span.stop < len(which) else self._asked
+        if after > self._dropped:
+            left = torch.arange(after - self._dropped, len(held), device=held.states.device)
+            self._held, self._dropped = held.at(left), after
+        return lesson
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Noisy rows whose turn it is, and what the base said since the last.
+
+    Attributes:
+        rows: The rows; None in the end.
+        span: Which of all predictions are theirs.
+        beside: What else the model is given of them.
+        firsts: The base's cross-entropies of those `firsts` that were read since, in nats, in the
+            order of their places, (k,).
+        lesson: Where the base teaches, what it says before each of their predictions.
+    """
+
+    rows: NoisyRows | None
+    span: slice
+    beside: dict[str, Any]
+    firsts: torch.Tensor
+    lesson: Lesson | None = None
+
+
 def read_in_turn(
-    model: Any, laid_out: CachedPrediction, objective: Objective
-) -> Iterator[tuple[NoisyRows | None, dict[str, Any], torch.Tensor]]:
+    model: Any, laid_out: CachedPrediction, objective: Objective, teacher: Asks | None = None
+) -> Iterator[Turn]:
     """Read clean text and stop wherever noisy rows begin.
+
+    What a teacher says of a row's predictions is read behind the row's beginning, so that its turn
+    comes when that is read; until then its copy of the cache waits.
 
     Args:
         model: A gated model.
         laid_out: What is read and what stands behind it, on the device.
         objective: What is learnt.
+        teacher: Has the base predict what the adapter learns, too; None for no such lesson.
 
     Yields:
-        The rows, with what else the model is given of them; and the base's cross-entropies of those
-        `firsts` that were read since, in nats, in the order of their places, (k,). In the end, None
-        and the last of them.
+        All rows in their order, then a turn without any.
     """
-    reader = CleanReader(model, laid_out.documents)
-    left = by_place(laid_out)
-    last = int(laid_out.firsts[:, 1].max()) if len(left) else 0
+    reader = CleanReader(model, laid_out.documents, teacher)
+    lessons = _Lessons(laid_out.before if teacher is not None else laid_out.before[:0])
+    left, waiting, seen = by_place(laid_out), deque[Turn](), 0
+    last = max(int(laid_out.firsts[:, 1].max()) if len(left) else 0, lessons.end)
+    none = laid_out.weight.new_zeros(0)
+    nats = [none]
     for stop in [*laid_out.groups, None]:
         place = last if stop is None else stop.clean
-        nats = laid_out.weight.new_zeros(0)
         if place > reader.read:
             # A first token is predicted by the one before it.
             until = int((laid_out.firsts[left, 1] <= place).sum())
             now, left = left[:until], left[until:]
             before = laid_out.firsts[now] - torch.tensor([0, 1])
-            logits = reader.go_to(place, before)
+            logits, lesson = reader.go_to(place, before, lessons.until(place))
+            lessons.take(lesson)
             targets = laid_out.first_targets[moved(now, laid_out.first_targets.device)]
-            nats = cross_entropy(logits, targets, objective.mask_token_id)
-        yield stop, {} if stop is None else reader.behind(stop.documents), nats
+            nats.append(cross_entropy(logits, targets, objective.mask_token_id))
+        if stop is not None:
+            span = slice(seen, seen + len(stop.at))
+            seen = span.stop
+            waiting.append(Turn(stop, span, reader.behind(stop.documents), none))
+        while waiting and lessons.has(waiting[0].span):
+            turn = waiting.popleft()
+            yield replace(turn, firsts=torch.cat(nats), lesson=lessons.of(turn.span))
+            nats = [none]
+    yield Turn(None, slice(seen, seen), {}, torch.cat(nats))
 
 
 def by_place(laid_out: CachedPrediction) -> torch.Tensor:
@@ -330,10 +452,15 @@ def by_place(laid_out: CachedPrediction) -> torch.Tensor:
     return laid_out.firsts[:, 1].argsort(stable=True)
 
 
-def noisy_logits(model: Any, rows: NoisyRows, beside: dict[str, Any]) -> torch.Tensor:
-    """Run noisy rows behind what was read; logits, or what stands in for them, (k, vocab)."""
+def noisy_inputs(rows: NoisyRows, beside: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model is given of noisy rows behind what was read; logits (k, vocab)."""
     noisy = torch.ones_like(rows.tokens, dtype=torch.bool)
-    logits: torch.Tensor = model(rows.tokens, noisy=noisy, logits_at=rows.at, **beside).logits
+    return {"input_ids": rows.tokens, "noisy": noisy, "logits_at": rows.at, **beside}
+
+
+def noisy_logits(model: Any, rows: NoisyRows, beside: dict[str, Any]) -> torch.Tensor:
+    """Run noisy rows behind what was read; logits (k, vocab)."""
+    logits: torch.Tensor = model(**noisy_inputs(rows, beside)).logits
     return logits
 
 
@@ -343,14 +470,13 @@ def cached_nats(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cross-entropies, in nats, of all predictions, (n,), and of first tokens, (m,)."""
     laid_out = laid_out.to(device_of(model))
-    found, begins, seen = [], [], 0
-    for rows, beside, nats in read_in_turn(model, laid_out, objective):
-        begins.append(nats)
-        if rows is not None:
-            targets = laid_out.targets[seen : seen + len(rows.at)]
-            logits = noisy_logits(model, rows, beside)
+    found, begins = [], []
+    for turn in read_in_turn(model, laid_out, objective):
+        begins.append(turn.firsts)
+        if turn.rows is not None:
+            logits = noisy_logits(model, turn.rows, turn.beside)
+            targets = laid_out.targets[turn.span]
             found.append(cross_entropy(logits, targets, objective.mask_token_id))
-            seen += len(rows.at)
     firsts = torch.cat(begins)
     placed = torch.empty_like(firsts)
     placed[moved(by_place(laid_out), firsts.device)] = firsts

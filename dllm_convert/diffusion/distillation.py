@@ -13,6 +13,7 @@ Both distributions are softened by the temperature; the mask is in neither.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,26 @@ class Lesson:
 
     def __len__(self) -> int:
         return len(self.states)
+
+    def at(self, rows: torch.Tensor) -> Lesson:
+        """Return the lesson of some places, in any order; rows (k,), of the n."""
+        words = None if self.words is None else self.words[rows]
+        layers = tuple(layer[rows] for layer in self.layers)
+        return replace(self, states=self.states[rows], words=words, layers=layers)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Lesson]) -> Lesson:
+        """Return lessons that one base gave, one behind the other, as one."""
+        words = [part.words for part in parts if part.words is not None]
+        return replace(
+            parts[0],
+            states=torch.cat([part.states for part in parts]),
+            words=torch.cat(words) if words else None,
+            layers=tuple(
+                torch.cat(of_layer)
+                for of_layer in zip(*(part.layers for part in parts), strict=True)
+            ),
+        )
 
     def of(self, rows: slice) -> Lesson:
         """Return the lesson of some rows, whose logits are there."""

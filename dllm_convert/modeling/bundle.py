@@ -1,4 +1,4 @@
-"""Write the code that is published beside the weights: five files, joined from many modules.
+"""Write the code that is published beside the weights: a few files, joined from many modules.
 
 Somebody who opens `modeling_dllm.py` finds the model first, then its masks, the decoding loops and
 their forward passes. What it imports relatively travels with it: transformers copies such files out
@@ -22,9 +22,9 @@ CODE_FILES = {
         "masks.py",
         "limits.py",
         "decoding.py",
-        "reading.py",
     ),
-    "gated_dllm.py": ("gated.py", "moving.py"),
+    "reading_dllm.py": ("reading.py", "paired.py"),
+    "gated_dllm.py": ("gated.py", "moving.py", "ends.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
@@ -43,7 +43,6 @@ CODE_FILES = {
         "options.py",
         "asked.py",
         "settings.py",
-        "ends.py",
     ),
 }
 """Files beside the weights, and the modules of `published/` that each is joined from, in order."""
@@ -61,10 +60,15 @@ Needs torch and transformers >= {transformers} only. Load with `trust_remote_cod
 the other `*_dllm.py`, too; without it the same weights load as the stock class, whose masks and
 denoising are then the caller's business.
 """,
+    "reading_dllm.py": """Forward passes of decoding, written by dllm-convert {version}.
+
+What is run, behind which cache, and where logits are taken; and drafts for another model, which
+verifies them in forwards of its own.
+""",
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
 Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
-And how small numbers reach a device without a wait.
+And how small numbers reach a device without a wait, and which ids end a text.
 """,
     "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
 

@@ -36,6 +36,9 @@ _MOMENTS = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}
 _ZERO_BUCKET, _ZERO_LIVE = 500_000_000, 1_000_000_000
 """Numbers that DeepSpeed exchanges at once, and weights that stage 3 keeps together: its defaults
 (reduce_bucket_size, stage3_max_live_parameters)."""
+FORWARD_TOKENS = 20
+"""Tokens whose products take as long as what any forward takes: reading the weights. On a CPU, by
+what forwards of 1 to 32 tokens took (`modeling/published/drafting.py`); of a GPU assumed."""
 _LOGITS_AT_ONCE = {True: 1 << 27, False: 1 << 25}
 _SCORES_AT_ONCE = {True: 1 << 26, False: 1 << 20}
 """Entries of logits, and of their float32 copy, that the loss has at once on a GPU and on a CPU, as
@@ -112,7 +115,7 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float
         recipe: The resolved recipe.
         sparse: Whether attention skips pairs that nobody sees.
     """
-    training, run = recipe.training, streams(recipe, sparse=sparse)
+    training, run = recipe.training, streams(recipe, sparse=sparse, cached=shape.cached)
     lora = training.method == "lora"
     matrices = 2.0 * shape.matrices * run.tokens
     attention = 4.0 * shape.layers * shape.queries * run.pairs
@@ -132,9 +135,23 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float
         if not training.keeps_base:
             seen = recipe.data.sequence_length / (2 if sparse else 1)
             total += run.clean * (2.0 * shape.matrices + 4.0 * shape.layers * shape.queries * seen)
-    if training.gradient_checkpointing == "full":
+    if training.gradient_checkpointing == "full" and not run.stops:
         total += matrices + attention
     return total / run.clean
+
+
+def idle_flops_per_token(shape: ModelShape, recipe: Recipe) -> float:
+    """Operations that could have been made per clean token while weights are read.
+
+    Behind a cache the base reads a text in small forwards, and the rows that begin between them are
+    small ones, too, forward and backward.
+
+    Args:
+        shape: The model.
+        recipe: The resolved recipe.
+    """
+    run = streams(recipe, sparse=True, cached=shape.cached)
+    return 3 * run.stops * FORWARD_TOKENS * 2.0 * shape.matrices / run.clean
 
 
 def activation_bytes(
@@ -185,14 +202,18 @@ def activation_bytes(
         "full": kept / shape.layers + rest,
     }
     how = training.gradient_checkpointing
-    if how == "auto":
+    if run.stops:
+        # Rows behind a cache are not computed again.
+        how = "off"
+    elif how == "auto":
         # As on a CPU; whoever knows the device has chosen before, see `estimate.settled`.
         how = "selective"
     # What is computed again lives together with its gradients.
     tokens = (held[how] + 2 * again[how]) * run.tokens
     # Keys and values of a clean stream that runs beforehand; at most as wide as the queries.
-    tokens += 2 * compute * shape.queries * shape.layers * run.read
-    mask = 0 if flex else run.rows * run.width**2 * (1 + compute)
+    # Every row behind a cache has those of its own before it.
+    tokens += 2 * compute * shape.queries * shape.layers * (run.read + run.copied)
+    mask = 0 if flex or run.stops else run.rows * run.width**2 * (1 + compute)
     if training.keeps_base and not gpu:
         # Held in the compute type, see `training/gated_linear.py`; what they were loaded as stays
         # in the heap. The adapter's own copies are gone with the operation.
@@ -236,7 +257,7 @@ def peak_memory(
         flex: Whether attention is flex attention.
         sharing: What it holds of a training that others take part in.
     """
-    training, run = recipe.training, streams(recipe, sparse=flex)
+    training, run = recipe.training, streams(recipe, sparse=flex, cached=shape.cached)
     trained = trainable_parameters(shape, training)
     frozen = _BF16 if gpu and bf16 else _FLOAT32
     compute = _BF16 if bf16 else _FLOAT32

@@ -11,8 +11,10 @@ from packaging.version import Version
 
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import (
+    FORWARD_TOKENS,
     Memory,
     flops_per_token,
+    idle_flops_per_token,
     peak_memory,
     trainable_parameters,
 )
@@ -142,7 +144,10 @@ def settled(
     if training.batch_size == "auto" and device.gpu and shape is not None:
         sizes = [size for size in range(rows, 0, -1) if rows % size == 0]
     kinds: Sequence[Checkpointing] = [training.gradient_checkpointing]
-    if kinds == ["auto"]:
+    if training.keeps_base and shape is not None and shape.cached:
+        # Rows behind a cache are not computed again.
+        kinds = ["off"]
+    elif kinds == ["auto"]:
         kinds = ["off", "full"] if device.gpu else ["selective"]
     chosen = recipe
     for how in kinds:
@@ -243,7 +248,8 @@ def estimate_device(
     chosen = settled(shape, recipe, device, sharing)
     flops = flops_per_token(shape, chosen, sparse=skips_shut_pairs(chosen, gpu=device.gpu))
     several = launch.processes if device.gpu else launch.machines
-    rate = device.flops / flops * several * (SCALING if several > 1 else 1.0)
+    idle = idle_flops_per_token(shape, chosen)
+    rate = device.flops / (flops + idle) * several * (SCALING if several > 1 else 1.0)
     planned = recipe.training_tokens * launch.processes
     minutes = recipe.training.max_minutes
     reached = planned if minutes is None else min(planned, int(rate * minutes * 60))
@@ -392,6 +398,11 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
         ],
         "assumptions": [
             *ASSUMPTIONS,
+            *(
+                [f"any forward takes as long as the products of {FORWARD_TOKENS} tokens"]
+                if recipe.training.keeps_base and shape.cached
+                else []
+            ),
             *([f"several devices keep {SCALING} of their speed"] if launch.processes > 1 else []),
         ],
     }

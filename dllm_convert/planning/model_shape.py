@@ -10,6 +10,7 @@ from typing import Any
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.planning.checks import layer_count
+from dllm_convert.planning.gated import behind_of
 from dllm_convert.planning.mask_token import MaskTokenDecision
 from dllm_convert.source.fit import is_tied
 from dllm_convert.source.info import SourceInfo, TensorInfo
@@ -42,6 +43,7 @@ class ModelShape:
         adapted_matrices: How many those are.
         adapted_outputs: What they return for one token, in numbers.
         norms: Parameters of the normalisation layers that stay trainable beside LoRA.
+        cached: Whether noisy tokens beside a kept base stand behind copies of its cache.
     """
 
     embedding: int
@@ -61,6 +63,7 @@ class ModelShape:
     adapted_matrices: int
     adapted_outputs: float
     norms: int
+    cached: bool = False
 
     @property
     def parameters(self) -> int:
@@ -172,6 +175,7 @@ def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -
             # PEFT compares the ends of names, whatever stands before.
             if _module(name).endswith(adapter.norm_modules)
         ),
+        cached=behind_of(source.config, adapter) == "cache",
     )
 
 

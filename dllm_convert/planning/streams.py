@@ -20,6 +20,9 @@ class Streams:
         pairs: Pairs of query and key that attention looks at, over all rows.
         read: Clean tokens that run beforehand, without a gradient, where the base is kept.
         read_pairs: Pairs that attention looks at there.
+        copied: Clean columns whose states noisy rows have copies of, over all rows: behind a cache.
+        stops: Places at which such rows begin: the base reads up to each in a forward of its own,
+            and the rows there run in another.
     """
 
     rows: int
@@ -29,6 +32,8 @@ class Streams:
     pairs: float
     read: int = 0
     read_pairs: float = 0.0
+    copied: float = 0.0
+    stops: int = 0
 
     @property
     def tokens(self) -> int:
@@ -57,7 +62,7 @@ def mean_masked_share(noise: Noise) -> float:
     return float((b**power - a**power) / (power * (b - a)))
 
 
-def streams(recipe: Recipe, *, sparse: bool) -> Streams:
+def streams(recipe: Recipe, *, sparse: bool, cached: bool = False) -> Streams:
     """Count what one forward runs, for text that fills its rows with whole documents.
 
     Block diffusion runs K noisy views and one clean stream without its last block, which nobody
@@ -67,6 +72,7 @@ def streams(recipe: Recipe, *, sparse: bool) -> Streams:
     Args:
         recipe: The resolved recipe.
         sparse: Whether attention skips pairs that nobody sees; otherwise it looks at all of a row.
+        cached: Whether noisy rows beside a kept base stand behind copies of its cache.
     """
     noise, length, batch = (
         recipe.noise,
@@ -86,8 +92,11 @@ def streams(recipe: Recipe, *, sparse: bool) -> Streams:
         return Streams(rows, length, clean, scored, rows * length**2)
     block = recipe.block_size or 1
     if recipe.training.keeps_base:
-        # A block's first token is the base's to predict.
-        scored *= 1 - 1 / block
+        if noise.draw != "draft":
+            # A block's first token is the base's to predict.
+            scored *= 1 - 1 / block
+        if cached:
+            return _behind_cache(recipe, block, views, scored)
         width, seen = views * length, (length + block) / 2
         pairs = width * seen if sparse else width * (width + length)
         read_pairs = length**2 / 2 if sparse else length**2
@@ -98,3 +107,26 @@ def streams(recipe: Recipe, *, sparse: bool) -> Streams:
     # A query sees its block and, on average, half of what is outside of it; so does a clean one.
     pairs = (views + 1) * length * (length + block) / 2 if sparse else width**2
     return Streams(batch, width, clean, scored, batch * pairs)
+
+
+def _behind_cache(recipe: Recipe, block: int, views: int, scored: float) -> Streams:
+    """Count rows of blocks, or of drafts, each behind a copy of a cache half as long as a text."""
+    length, batch = recipe.data.sequence_length, recipe.training.sequences_per_forward
+    if recipe.noise.draw == "draft":
+        # Behind two of `block` tokens there are masks; rows are as wide as the widest there.
+        stops, rows, width = length, batch * length * min(1.0, 2 / block), max(block - 1, 2)
+    else:
+        stops = math.ceil(length / block)
+        rows, width = float(batch * views * stops), block
+    count = math.ceil(rows)
+    return Streams(
+        count,
+        width,
+        batch * length,
+        scored,
+        count * width * (length + width) / 2,
+        read=batch * length,
+        read_pairs=batch * length**2 / 2,
+        copied=count * length / 2,
+        stops=stops,
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError, UnsupportedError
-from dllm_convert.planning.gated import behind_of
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.info import SourceInfo
 
@@ -33,12 +32,6 @@ def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
         raise UnsupportedError(
             f"{adapter.model_type} reads both sides of every token; {field} learns "
             "from a base that predicts the next one from those before it",
-            hint=out,
-        )
-    if recipe.training.keeps_base and behind_of(source.config, adapter) == "cache":
-        raise UnsupportedError(
-            f"{adapter.model_type} keeps its base behind a cache, which is read block by block; "
-            f"{field} is not written for that",
             hint=out,
         )
     if diffusion_section(source.config) is not None:

@@ -11,10 +11,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from dllm_convert.diffusion.alignment import misalignment, states_at
 from dllm_convert.diffusion.attention import TILE, Rule
-from dllm_convert.diffusion.cached import noisy_logits, predict_behind_cache, read_in_turn
-from dllm_convert.diffusion.confidence import Sharpening
+from dllm_convert.diffusion.cached import noisy_inputs, predict_behind_cache, read_in_turn
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
@@ -24,13 +22,14 @@ from dllm_convert.diffusion.gated import (
     predict_beside_base,
     with_lesson,
 )
-from dllm_convert.diffusion.losses import cross_entropy, taught_cross_entropy
+from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.gated import adapter_parameters
 from dllm_convert.training.checkpoint_shards import load_optimizer_shards, load_shards
+from dllm_convert.training.comparing import Comparer
 from dllm_convert.training.counts import Counts
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
@@ -41,7 +40,6 @@ from dllm_convert.training.distributed import (
     reduce_in_float32,
     share_no_weights,
 )
-from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
 from dllm_convert.training.parts import Annealing, ForwardNoise, LossWeights
@@ -111,7 +109,6 @@ class DiffusionTrainer(Trainer):
         inner: Any = self.model
         self._flex = inner.config._attn_implementation in ("flex_attention", FLEX)
         self.sparse = self._flex or inner.config._attn_implementation == TILED
-        self._fused = FusedHead(self.model, self._objective.mask_token_id)
         self._teacher: Teacher | None = None
         if self._weights.distillation is not None:
             self._teacher = Teacher(
@@ -124,6 +121,13 @@ class DiffusionTrainer(Trainer):
             )
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
         self.counts = Counts(self.args.device)
+        self._comparer = Comparer(
+            self.model,
+            self._objective.mask_token_id,
+            self._weights,
+            self._mask_noise,
+            self.counts,
+        )
         self.unsound = torch.zeros((), dtype=torch.bool, device=self.args.device)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -239,56 +243,50 @@ class DiffusionTrainer(Trainer):
         objective = noise.objective
         if objective.behind == "cache":
             return self._loss_behind_cache(model, noise)
-        ar_weight = self._weights.ar
         forward, beside, lesson = self._lay_out(model, noise)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         times = self.args.world_size * self.current_gradient_accumulation_steps
         weight = self._weighed(forward.weight, objective)
         # Of each logit's loss in the whole: (n,) of corrupted tokens, (m,) of next ones.
         scale = weight * (times / noise.items)
-        ar_scale = ar_weight * times / noise.texts
+        ar_scale = self._weights.ar * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
-        if self._weights.alignment:
-            inputs["output_hidden_states"] = True
-        count = len(forward.targets) + len(forward.ar_targets)
-        targets = torch.cat([forward.targets, forward.ar_targets])
-        scales = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
-        beside_data = lesson, self._sharpening(len(forward.targets))
-        apart = unsure = None
-        # What is beside the data's loss is made piece by piece, so that it always pays.
-        more = any(part is not None for part in beside_data)
-        fuses = self._fused.works and (more or self._fused.pays(count))
-        if fuses and objective.kernel == "absorbing":
-            fused = self._fused.at(targets, scales, *beside_data)
-            with self._mask_noise.at(noise.key), fused as found:
-                output = model(**inputs)
-            loss, (nats, apart, unsure) = output.logits.sum(), found
+        if objective.kernel == "uniform":
+            loss, nats, output = self._divergence(model, inputs, forward, noise, scale, ar_scale)
         else:
-            with self._mask_noise.at(noise.key):
-                output = model(**inputs)
-            if more:
-                loss, nats, apart, unsure = taught_cross_entropy(
-                    output.logits, targets, scales, objective.mask_token_id, *beside_data
-                )
-            else:
-                nats = forward.nats(output.logits, objective)
-                loss = (nats * scale).sum()
-                if self._weights.auxiliary and objective.kernel == "uniform":
-                    clean = output.logits[: len(nats)]
-                    of_clean = cross_entropy(clean, forward.targets, objective.mask_token_id)
-                    loss = loss + self._weights.auxiliary * times / noise.items * of_clean.sum()
-                if ar_weight:
-                    of_next = forward.ar_nats(output.logits, objective)
-                    loss = loss + ar_scale * of_next.sum()
-        if lesson is not None and lesson.layers:
-            loss = loss + self._misaligned(output, forward, lesson, scale)
-        total = (nats[: len(forward.targets)] * forward.weight).sum()
-        self.counts.add(nats=total.detach(), scored=noise.scored)
-        if lesson is not None and apart is not None:
-            self.counts.add(divergence=apart.sum(), taught=len(lesson))
-        self._count_right(unsure)
+            targets = torch.cat([forward.targets, forward.ar_targets])
+            scales = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
+            compared = self._comparer.run(
+                model, inputs, targets, scales, corrupted=len(scale), lesson=lesson, key=noise.key
+            )
+            loss, output, nats = compared.loss, compared.output, compared.nats[: len(scale)]
+        self.counts.add(nats=(nats.detach() * forward.weight).sum(), scored=noise.scored)
         return (loss, output) if return_outputs else loss
+
+    def _divergence(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        forward: Prediction,
+        noise: ForwardNoise,
+        scale: torch.Tensor,
+        ar_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Return the loss of the uniform kernel, its divergences in nats, (n,), and the output."""
+        objective = noise.objective
+        with self._mask_noise.at(noise.key):
+            output = model(**inputs)
+        nats = forward.nats(output.logits, objective)
+        loss = (nats * scale).sum()
+        if self._weights.auxiliary:
+            times = self.args.world_size * self.current_gradient_accumulation_steps
+            clean = output.logits[: len(nats)]
+            of_clean = cross_entropy(clean, forward.targets, objective.mask_token_id)
+            loss = loss + self._weights.auxiliary * times / noise.items * of_clean.sum()
+        if self._weights.ar:
+            loss = loss + ar_scale * forward.ar_nats(output.logits, objective).sum()
+        return loss, nats, output
 
     def _weighed(self, weight: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Return what each corrupted token weighs in the optimised loss; (n,), as in the bound.
@@ -300,25 +298,6 @@ class DiffusionTrainer(Trainer):
             return torch.ones_like(weight)
         return weight + self._weights.auxiliary if objective.kernel == "absorbing" else weight
 
-    def _misaligned(
-        self, output: Any, forward: Prediction, lesson: Lesson, scale: torch.Tensor
-    ) -> torch.Tensor:
-        """Compare hidden states with the base's where corrupted tokens are predicted; a scalar."""
-        places = forward.inputs["logits_at"][: len(lesson)]
-        apart = misalignment(states_at(output.hidden_states, places), lesson.layers)
-        self.counts.add(cosine=(1 - apart.detach()).sum())
-        return self._weights.alignment * (apart * scale).sum()
-
-    def _sharpening(self, rows: int) -> Sharpening | None:
-        """Return what is to be surer, of so many corrupted tokens; None for nothing."""
-        weight = self._weights.confidence
-        return Sharpening(weight, rows) if weight else None
-
-    def _count_right(self, unsure: torch.Tensor | None) -> None:
-        """Add up the entropies of what was predicted right, which are 0 elsewhere."""
-        if unsure is not None and self._weights.confidence:
-            self.counts.add(entropy=unsure.sum(), right=(unsure > 0).sum())
-
     def _loss_behind_cache(self, model: Any, noise: ForwardNoise) -> torch.Tensor:
         """Predict noisy rows, each behind its copy of the base's cache; a scalar in nats.
 
@@ -328,28 +307,23 @@ class DiffusionTrainer(Trainer):
         laid_out = predict_behind_cache(noise.batch, noise.views, objective).to(self.args.device)
         times = self.args.world_size * self.current_gradient_accumulation_steps
         weight = self._weighed(laid_out.weight, objective)
-        loss, seen = weight.new_zeros(()), 0
-        total = weight.new_zeros(())
-        for rows, beside, firsts in read_in_turn(model, laid_out, objective):
-            total += len(noise.views) * firsts.sum()
-            if rows is None:
+        loss, total = weight.new_zeros(()), weight.new_zeros(())
+        for turn in read_in_turn(model, laid_out, objective, self._teacher):
+            total += len(noise.views) * turn.firsts.sum()
+            if turn.rows is None:
                 continue
-            span = slice(seen, seen + len(rows.at))
-            with self._mask_noise.at(noise.key):
-                logits = noisy_logits(model, rows, beside)
-            targets, scale = laid_out.targets[span], weight[span] * (times / noise.items)
-            sharper = self._sharpening(len(targets))
-            if sharper is None:
-                nats = cross_entropy(logits, targets, objective.mask_token_id)
-                loss = loss + (nats * scale).sum()
-            else:
-                more, nats, _, unsure = taught_cross_entropy(
-                    logits, targets, scale, objective.mask_token_id, sharper=sharper
-                )
-                loss = loss + more
-                self._count_right(unsure)
-            total += (nats.detach() * laid_out.weight[span]).sum()
-            seen = span.stop
+            span = turn.span
+            compared = self._comparer.run(
+                model,
+                noisy_inputs(turn.rows, turn.beside),
+                laid_out.targets[span],
+                weight[span] * (times / noise.items),
+                corrupted=len(turn.rows.at),
+                lesson=turn.lesson,
+                key=noise.key,
+            )
+            loss = loss + compared.loss
+            total += (compared.nats.detach() * laid_out.weight[span]).sum()
         if not laid_out.groups:
             # Nothing was masked: all that is trained has a gradient, and it is zero.
             for trained in adapter_parameters(self.model).values():

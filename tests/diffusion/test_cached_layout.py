@@ -60,12 +60,13 @@ def trained_on(model: Any, draw: str) -> tuple[torch.Tensor, torch.Tensor]:
     objective = Objective.from_config(model.config)
     laid_out = predict_behind_cache(batch(), views_of(draw, objective), objective)
     loss, first, seen = torch.zeros(()), torch.zeros(()), 0
-    for rows, beside, nats in read_in_turn(model, laid_out, objective):
-        first = first + nats.sum()
-        if rows is not None:
-            span = slice(seen, seen + len(rows.at))
+    for turn in read_in_turn(model, laid_out, objective):
+        first = first + turn.firsts.sum()
+        if turn.rows is not None:
+            span = turn.span
+            assert (span.start, span.stop) == (seen, seen + len(turn.rows.at))
             seen = span.stop
-            logits = noisy_logits(model, rows, beside)
+            logits = noisy_logits(model, turn.rows, turn.beside)
             found = cross_entropy(logits, laid_out.targets[span], objective.mask_token_id)
             loss = loss + (found * laid_out.weight[span]).sum()
     assert seen == len(laid_out.targets) > 0

@@ -15,7 +15,15 @@ from dllm_convert.cli.app import app
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.pipeline.asked import resolve
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
-from dllm_convert.planning.costs import flops_per_token, peak_memory, trainable_parameters
+from dllm_convert.planning.costs import (
+    flops_per_token,
+    idle_flops_per_token,
+    peak_memory,
+    trainable_parameters,
+)
+from dllm_convert.planning.devices import cpu
+from dllm_convert.planning.estimate import estimate, settled
+from dllm_convert.planning.streams import streams
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 
@@ -175,3 +183,43 @@ def test_a_kept_base_is_no_source_and_no_export(source_cache: Sources, tmp_path:
         plan(tmp_path / "g")
     for _, refusals in reachable(read_converted(tmp_path / "g")[0]):
         assert "acts on noisy tokens only" in refusals[0].reason
+
+
+@pytest.mark.parametrize("draw", ["count", "draft"])
+def test_what_rows_behind_a_cache_cost(draw: str, source_cache: Sources) -> None:
+    """Copies of keys and values instead of a mask, nothing computed again, and small forwards."""
+    fields: dict[str, Any] = {"noise": {"draw": draw}}
+    window = plan(source_cache("mistral", sliding_window=16), **fields)
+    masked = plan(source_cache("mistral"), **fields)
+    assert window.shape is not None and masked.shape is not None
+    assert window.shape.cached and not masked.shape.cached
+    read, behind = (streams(window.recipe, sparse=False, cached=c) for c in (False, True))
+    assert behind.scored == read.scored
+    assert behind.stops == (32 if draw == "draft" else 4)
+    # Each noisy row has half a text before it, and attends to no more.
+    assert behind.copied == behind.rows * 16
+    assert behind.pairs < read.pairs
+    found = [idle_flops_per_token(one.shape, one.recipe) for one in (window, masked)]
+    assert found[0] > 0 and found[1] == 0
+    kinds = [settled(one.shape, one.recipe, cpu(2, 10**11, bf16=False)) for one in (window, masked)]
+    again = [one.training.gradient_checkpointing for one in kinds]
+    assert again == ["off", "selective"]
+    longer = window.recipe.model_copy(
+        update={"data": window.recipe.data.model_copy(update={"sequence_length": 512})}
+    )
+    sizes = [
+        peak_memory(window.shape, recipe, gpu=False, bf16=False, flex=False).activations
+        for recipe in (window.recipe, longer)
+    ]
+    # 16 times the text has rows 16 times as many, with 16 times as much before each.
+    assert 16 < sizes[1] / sizes[0] < 256
+    taught = {**window.recipe.training.model_dump(), "distillation": {"weight": 0.5}}
+    again_with = plan(source_cache("mistral", sliding_window=16), **fields, training=taught)
+    assert flops_per_token(again_with.shape, again_with.recipe, sparse=True) > flops_per_token(
+        window.shape, window.recipe, sparse=True
+    )
+    with_teacher, without = (
+        estimate(one, cpu(2, 10**11, bf16=False)) for one in (again_with, window)
+    )
+    assert with_teacher is not None and without is not None
+    assert any("takes as long as" in one for one in without["assumptions"])

@@ -43,6 +43,8 @@ class AnyTree(DraftPolicy):
         def drawn(below: int) -> int:
             return int(torch.randint(below, (1,), generator=self.generator))
 
+        if not drawn(8):
+            return Tree((), 1 + drawn(6), refines=True)
         widths = tuple(1 + drawn(3) for _ in range(min(drawn(5), available)))
         return Tree(widths, drawn(4), bool(drawn(2)))
 
@@ -52,7 +54,7 @@ def mostly_right(monkeypatch: pytest.MonkeyPatch, ids: Any, mask: Any, text: Any
     judge, generator = lossless._judge, torch.Generator().manual_seed(0)
 
     def knowing(verdict: Any, drafted: Any, rows: Any, tree: Tree, choice: Any) -> Any:
-        said, near, candidates = judge(verdict, drafted, rows, tree, choice)
+        said, near, candidates, sure = judge(verdict, drafted, rows, tree, choice)
         for row, groups in zip(rows, candidates, strict=True):
             known, length = text[row.number], int(mask[row.number].sum())
             for group, positions in enumerate(groups):
@@ -61,7 +63,7 @@ def mostly_right(monkeypatch: pytest.MonkeyPatch, ids: Any, mask: Any, text: Any
                     right, rank = torch.randint(3, (2,), generator=generator).tolist()
                     if right and place + step < len(known) and known[place + step] not in ranks:
                         ranks[rank] = known[place + step]
-        return said, near, candidates
+        return said, near, candidates, sure
 
     monkeypatch.setattr(lossless, "_judge", knowing)
 

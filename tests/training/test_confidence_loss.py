@@ -56,7 +56,7 @@ def losses(plan: ConversionPlan, folder: Path, *, fused: bool) -> tuple[float, A
     text["input_ids"][:, ::2] = 5
     trainer = trainer_of(plan, folder, model)
     if not fused:
-        trainer._fused._head = None
+        trainer._comparer._fused._head = None
     (inputs,), _ = trainer.get_batch_samples(iter([text]), 1, torch.device("cpu"))
     loss = trainer.compute_loss(model, inputs)
     loss.backward()

@@ -39,13 +39,22 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def conversion(
-    source: Path, folder: Path, way: str = "full", target: str = "bd3lm", **distillation: Any
+    source: Path,
+    folder: Path,
+    way: str = "full",
+    target: str = "bd3lm",
+    *,
+    more: dict[str, Any] | None = None,
+    draft: str | None = None,
+    **distillation: Any,
 ) -> ConversionPlan:
     training = {
         "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "precision": "fp32",
         "lr_schedule": "constant_with_warmup", "warmup_ratio": 0,
-        "distillation": {"weight": 0.5, **distillation}, **WAYS[way],
+        "distillation": {"weight": 0.5, **distillation}, **WAYS[way], **(more or {}),
     }  # fmt: skip
+    if draft is not None:
+        training["lora"] = {**training["lora"], "draft": draft}
     noise = {"draw": "draft"} if way == "drafts" else {"draw": "count", "complementary": True}
     recipe = Recipe.model_validate(
         {

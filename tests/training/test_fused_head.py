@@ -44,7 +44,7 @@ def one_step(
         weights=weights_of(recipe.training),
     )
     if not fused:
-        trainer._fused._head = None
+        trainer._comparer._fused._head = None
     trainer.current_gradient_accumulation_steps = 1
     batches, _ = trainer.get_batch_samples(iter([rows]), 1, torch.device("cpu"))
     loss = trainer.training_step(trainer.accelerator.prepare_model(model), batches[0])

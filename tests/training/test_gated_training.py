@@ -225,7 +225,11 @@ def test_behind_a_cache_it_lowers_the_bound_and_goes_on_bit_for_bit(
 ) -> None:
     source = generic_source(family)
     measured = generic.measured(source).require()
-    beside = {"confidence_loss_weight": 0.1, "block_growth": {"steps": 6, "sizes": [2, 4]}}
+    beside = {
+        "confidence_loss_weight": 0.1,
+        "block_growth": {"steps": 6, "sizes": [2, 4]},
+        "distillation": {"weight": 0.4, "top_k": 12},
+    }
     plan, data = planned(
         source, tmp_path / "a", measured=measured, steps=12, save_steps=5, **beside
     )
@@ -239,6 +243,7 @@ def test_behind_a_cache_it_lowers_the_bound_and_goes_on_bit_for_bit(
     assert (tmp_path / "b" / weights).read_bytes() == (source / weights).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "work/metrics.jsonl").open()]
     assert all(line["nelbo"] > line["loss"] > 0 for line in lines)
+    assert all(line["divergence"] > 0 for line in lines)
     assert [line["block_size"] for line in lines] == [2] * 3 + [4] * 3 + [8] * 6
     assert lines[6]["nelbo"] == pytest.approx(bounds[0], abs=1.5)
     for step in (10, 12):

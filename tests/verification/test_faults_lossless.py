@@ -54,11 +54,11 @@ def accepts_all(monkeypatch: pytest.MonkeyPatch) -> None:
     judge = lossless._judge
 
     def blind(verdict: Any, behind: Any, rows: Any, tree: Any, choice: Any) -> Any:
-        said, near, candidates = judge(verdict, behind, rows, tree, choice)
+        said, near, *rest = judge(verdict, behind, rows, tree, choice)
         for row, own in zip(rows, said, strict=True):
             if row.candidates:
                 own[0] = row.candidates[0][0]
-        return said, near, candidates
+        return said, near, *rest
 
     monkeypatch.setattr(lossless, "_judge", blind)
 

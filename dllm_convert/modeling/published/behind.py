@@ -99,12 +99,21 @@ class Prefixes:
         known: Known tokens of each row of it.
         keep: Last known tokens that stay out of the cache, because their logits are asked for.
         head: Others that are run again at the most.
+        filler: What stands behind a row's tokens where others have more; None for the mask.
     """
 
     def __init__(
-        self, model: Any, canvas: Canvas, known: Sequence[list[int]], *, keep: int, head: int
+        self,
+        model: Any,
+        canvas: Canvas,
+        known: Sequence[list[int]],
+        *,
+        keep: int,
+        head: int,
+        filler: int | None = None,
     ) -> None:
         self.model, self.canvas = model, canvas
+        self._filler = int(canvas.options.mask_token_id) if filler is None else filler
         self._keep, self._head = keep, head
         self._waiting = {number: list(tokens) for number, tokens in enumerate(known)}
         self._groups = [_Group(list(self._waiting))] if known else []
@@ -220,9 +229,8 @@ class Prefixes:
         lengths = [len(head) + len(text.tokens) for *_, text, head in rows]
         width = max(lengths)
         # Behind a row's own tokens stands what nobody sees; noisy, since what is noisy is last.
-        filler = int(self.canvas.options.mask_token_id)
         tokens = [
-            head + text.tokens + [filler] * (width - length)
+            head + text.tokens + [self._filler] * (width - length)
             for (*_, text, head), length in zip(rows, lengths, strict=True)
         ]
         first = [len(head) + text.clean for *_, text, head in rows]
@@ -239,7 +247,9 @@ class Prefixes:
         cache, whole = group.cache, lines == list(range(len(group.numbers)))
         # Nothing but known tokens, and all of each row: they may stay in the cache.
         bare = noisy is None and whole and all(text.certain for *_, text, _ in rows)
-        if cache is not None and not bare:
+        # So may one text of each where all of them learn of it, and what does not hold is cut off.
+        alone = whole and branches == 1 and self._keep == 0 and _cuts(cache)
+        if cache is not None and not (bare or alone):
             cache = branched(cache, sent(lines, device))
         cache, logits = self._forward([row[0] for row in rows], cache, tokens, noisy, at)
         group.twin, group.branches, group.width = cache, branches, width
@@ -275,6 +285,14 @@ class Prefixes:
 def _rolls_back(cache: Any) -> bool:
     """Whether columns of a cache can be taken back exactly: it has no recurrent state."""
     return bool(getattr(cache, "is_croppable", False))
+
+
+def _cuts(cache: Any) -> bool:
+    """Have a cache keep what is needed to take columns back; whether they can be."""
+    if cache is None or not _rolls_back(cache):
+        return False
+    cache.activate_past_recording()
+    return _records(cache)
 
 
 def _records(cache: Any) -> bool:
@@ -342,10 +360,11 @@ class CacheTreeReader:
     Args:
         model: A gated model whose noisy tokens stand behind a cache.
         canvas: The batch.
+        filler: What stands behind a row's tokens where others have more; None for the mask.
     """
 
-    def __init__(self, model: Any, canvas: Canvas) -> None:
-        self.model, self.canvas = model, canvas
+    def __init__(self, model: Any, canvas: Canvas, filler: int | None = None) -> None:
+        self.model, self.canvas, self._filler = model, canvas, filler
         self._texts: dict[int, list[Text]] = {}
         self._tree = Tree((), 0)
         self._prefixes: Prefixes | None = None
@@ -354,7 +373,9 @@ class CacheTreeReader:
         """Run all but the last token of each prompt into the cache."""
         texts = self.canvas.tokens.tolist()
         known = [texts[row.number][: row.clean] for row in rows]
-        self._prefixes = Prefixes(self.model, self.canvas, known, keep=0, head=_HEAD)
+        self._prefixes = Prefixes(
+            self.model, self.canvas, known, keep=0, head=_HEAD, filler=self._filler
+        )
 
     def read(
         self, rows: Sequence[Any], tree: Tree, tokens: torch.Tensor
@@ -369,9 +390,10 @@ class CacheTreeReader:
         self._texts = {}
         for row, own in zip(rows, tokens.tolist(), strict=True):
             # Of each branch: its nodes, and the masks behind them.
+            group = row.group(tree, mask)
             self._texts[row.number] = [
                 Text(
-                    [own[node] for node in path] + [mask] * (tree.masks * drafts),
+                    [own[node] for node in path] + group * drafts,
                     len(path),
                     range(len(path) + tree.masks * drafts),
                     certain=len(path) == 1 and not drafts,

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 
 MOST_RANK = 4
 """Candidates kept of each drafted position."""
+SURE = 0.5
+"""A draft at least as likely stands in place of its mask where drafts are denoised further."""
 _DEEPEST = 8
+_LONGEST = 32
+"""Drafted tokens at the most where one forward drafts and another verifies."""
+_STEPS = 3
+"""Forwards at the most that denoise one draft."""
+_FADE = 0.9
+"""How much of a depth's share the next one has, before it was tried."""
+_HOPE = 0.7
+"""Wrong drafts that are left by one more of those, before it was tried."""
+_TRIED = 0.07
+"""Share of the time of plain decoding that trying another model's drafts may take."""
 _PROBE = 12
 """Where drafts do not pay, every so many forwards has masks, to see whether they would by now."""
 _DECAY = 0.97
 _PRIOR = (3.0, (0.5, 0.15, 0.07, 0.04))
 """What is believed before anything was seen: so many drafts, and the share of each rank that was
-right. More than a short training reaches: what does not hold is seen after a few forwards, and what
-is not tried never."""
+right in the first place. More than a short training reaches: what does not hold is seen after a few
+forwards, and what is not tried never."""
 _COSTS = {
     "cpu": ((1, 1.0), (2, 1.16), (4, 1.27), (8, 1.51), (16, 1.84), (32, 2.35), (64, 4.0)),
     "gated cpu": ((1, 1.0), (2, 1.2), (6, 1.23), (8, 1.43), (12, 1.52), (16, 1.71), (32, 2.5)),
@@ -41,13 +53,16 @@ class Tree:
         masks: Masks behind a node that has a group.
         all_groups: Whether alternatives have groups too; what is behind one that has none is
             drafted a forward later.
+        refines: Whether drafts of the last forward that are sure stand in place of their masks; of
+            a tree without nodes behind the last known token.
     """
 
     widths: tuple[int, ...]
     masks: int
     all_groups: bool = False
+    refines: bool = False
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Drafted tokens of the chain."""
         return len(self.widths)
@@ -63,14 +78,14 @@ class Tree:
         ]
         return (*chain, *beside)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """How many nodes, the first ones, have masks behind them."""
         if not self.masks:
             return 0
         return len(self.nodes) if self.all_groups else self.depth + 1
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Columns of the forward."""
         return len(self.nodes) + self.groups * self.masks
@@ -92,7 +107,7 @@ class Tree:
                 rows.append((path(node), False))
         return tuple(rows)
 
-    @property
+    @cached_property
     def branched_size(self) -> int:
         """Columns of all those rows, which are as wide as the widest."""
         widest = max(len(nodes) + self.masks * drafts for nodes, drafts in self.branches)
@@ -136,8 +151,67 @@ LARGEST = Tree((MOST_RANK, 2, *(1,) * (_DEEPEST - 2)), _DEEPEST + 1, all_groups=
 """The tree with most columns that is ever asked for."""
 
 
+class _Record:
+    """Which candidates were right lately, of drafts that were denoised in so many forwards."""
+
+    def __init__(self) -> None:
+        self.belief = [_PRIOR[0]] * _LONGEST
+        self.seen = [0.0] * _LONGEST
+        self.hits = [[0.0] * MOST_RANK for _ in range(_LONGEST)]
+
+    def observe(self, depth: int, rank: int | None) -> None:
+        """Take note of a candidate of a depth, from 1 on, behind a right chain."""
+        if depth > _LONGEST:
+            return
+        self.belief[depth - 1] *= _DECAY
+        self.seen[depth - 1] = self.seen[depth - 1] * _DECAY + 1
+        hits = self.hits[depth - 1]
+        for number in range(MOST_RANK):
+            hits[number] = hits[number] * _DECAY + (number == rank)
+
+    def share(self, depth: int, rank: int, believed: float) -> float:
+        """Return how often a candidate is right; `believed` is what counts until it was seen."""
+        weight, seen = self.belief[depth - 1], self.seen[depth - 1]
+        return (self.hits[depth - 1][rank] + weight * believed) / (seen + weight)
+
+
+class Costs:
+    """What forwards of so many tokens of each row take, one of a single token being 1.
+
+    Args:
+        kind: Type of the device, and whether an adapter is computed for masks.
+        rows: Rows of the batch.
+    """
+
+    def __init__(self, kind: str, rows: int) -> None:
+        self._table = _COSTS.get(kind, _COSTS[""])
+        self._rows = rows
+        self._known: dict[int, float] = {}
+
+    def of(self, tokens: int) -> float:
+        """Return what a forward takes."""
+        found = self._known.get(tokens)
+        if found is None:
+            found = self._measured(tokens * self._rows) / self._measured(self._rows)
+            self._known[tokens] = found
+        return found
+
+    def _measured(self, tokens: int) -> float:
+        # Along straight lines between what was measured, the last one going on.
+        known = [size for size, _ in self._table]
+        at = min(max(bisect_left(known, tokens), 1), len(known) - 1)
+        (before, low), (after, high) = self._table[at - 1 : at + 1]
+        return low + (high - low) * (tokens - before) / (after - before)
+
+
 class DraftPolicy:
-    """How much to draft: what pays by the share of drafts that were right lately.
+    """How much to draft, and in which schedule: what pays by the share of right drafts lately.
+
+    A fused forward verifies what the last one drafted and drafts anew behind all that may hold. Or
+    one forward drafts, others denoise the draft further, and one verifies: those hold fewer tokens
+    and are more; each of them writes the verifier's next token as well. Where a forward costs by
+    its tokens long drafts that are right pay only there; where it costs by itself, only if
+    denoising makes them better.
 
     The same for all rows of a batch. It decides how fast a text is written, never what is.
 
@@ -153,22 +227,16 @@ class DraftPolicy:
     def __init__(
         self, kind: str, rows: int, ahead: int, most: int = _DEEPEST, *, branched: bool = False
     ) -> None:
-        self._costs = _COSTS.get(kind, _COSTS[""])
-        self._ahead, self._most = ahead, min(max(most, 1), _DEEPEST)
-        seen, shares = _PRIOR
-        self._seen = [seen] * _DEEPEST
-        self._hits = [[seen * share for share in shares] for _ in range(_DEEPEST)]
+        self._costs = Costs(kind, rows)
+        self._ahead, self._most = ahead, min(max(most, 1), _LONGEST)
+        self._records = [_Record() for _ in range(_STEPS)]
         self._forwards, self._branched = 0, branched
-        self.rows = rows
+        self._drafted_in = 1  # forwards that the drafts at hand were denoised in
+        self._coming: list[Tree] = []  # what a schedule of several forwards has left
 
     def observe(self, depth: int, rank: int | None) -> None:
         """Take note which candidate of a depth, from 1 on, was right behind a right chain."""
-        if depth > _DEEPEST:
-            return
-        self._seen[depth - 1] = self._seen[depth - 1] * _DECAY + 1
-        hits = self._hits[depth - 1]
-        for number in range(MOST_RANK):
-            hits[number] = hits[number] * _DECAY + (number == rank)
+        self._records[self._drafted_in - 1].observe(depth, rank)
 
     def choose(self, available: int, left: int) -> Tree:
         """Return what the next forward holds.
@@ -178,43 +246,177 @@ class DraftPolicy:
             left: Tokens that the row with most to write still needs.
         """
         self._forwards += 1
+        tree = self._chosen(available, left)
+        return replace(tree, widths=tree.widths[: min(available, left - 1)])
+
+    def drafted(self, tree: Tree, written: float) -> None:
+        """Say that a forward is done, its drafts are those at hand, and what a row wrote."""
+        self._drafted_in = self._drafted_in + 1 if tree.refines else 1
+
+    def _chosen(self, available: int, left: int) -> Tree:
+        coming, self._coming = self._coming, []
         if left <= 1:
             # The last token that is wanted needs nothing behind it.
             return Tree((), 0)
-        best = max(self._trees(left - 1), key=self._rate)
+        if coming and available:
+            self._coming = coming[1:]
+            return coming[0]
+        shares = _shares(self._records)
+        rate, best = self._fused(left - 1, shares[0])
+        apart, steps, count = self._apart(left - 1, shares)
+        if apart > rate:
+            verify = Tree((1,) * count, 0)
+            if available:
+                # What a fused forward has drafted is worth one that verifies it.
+                return verify
+            draft = Tree((), count + self._ahead)
+            self._coming = [replace(draft, refines=True)] * (steps - 1) + [verify]
+            return draft
         masks = best.masks
         if not best.depth and self._forwards % _PROBE == 1:
             masks = 1 + self._ahead
-        return Tree(best.widths[:available], masks, best.all_groups)
+        return replace(best, masks=masks)
 
-    def _trees(self, most: int) -> Iterator[Tree]:
-        yield Tree((), 0)
-        for depth in range(1, min(self._most, most) + 1):
-            for first in range(1, MOST_RANK + 1):
-                for second in (1, 2) if depth > 1 else (0,):
-                    widths = (first, *((second,) if second else ()), *(1,) * (depth - 2))
-                    for grouped in (False, True) if first > 1 or second > 1 else (False,):
-                        yield Tree(widths, depth + self._ahead, grouped)
+    def _apart(self, most: int, shares: list[list[float]]) -> tuple[float, int, int]:
+        """The best way to draft and to verify apart, of drafts of up to `most` tokens.
 
-    def _rate(self, tree: Tree) -> float:
+        Returns:
+            Tokens for the time of a forward of one token; forwards that draft; drafted tokens.
+        """
+        best = (0.0, 1, 1)
+        for steps, own in enumerate(shares, start=1):
+            tokens, chain = steps + 1.0, 1.0
+            for count in range(1, min(self._most, most) + 1):
+                chain *= own[count - 1]
+                tokens += chain
+                drafting = steps * self._cost(1 + count + self._ahead)
+                best = max(best, (tokens / (drafting + self._cost(1 + count)), steps, count))
+                if chain < _PRIOR[1][-1]:
+                    break
+        return best
+
+    def _fused(self, most: int, shares: list[float]) -> tuple[float, Tree]:
+        """The best tree that verifies and drafts at once, and its tokens for such a time."""
+        best = (0.0, Tree((), 0))
+        for tree in _trees(min(self._most, _DEEPEST, most), self._ahead):
+            rate = self._rate(tree, shares)
+            if rate > best[0]:
+                best = rate, tree
+        return best
+
+    def _rate(self, tree: Tree, shares: list[float]) -> float:
         """Tokens for the time of a forward of one token, were all forwards like this one."""
-        tokens, chain, bare = 1.0, 1.0, 0.0
-        for depth, width in enumerate(tree.widths):
-            shares = [hits / self._seen[depth] for hits in self._hits[depth][:width]]
-            tokens += chain * sum(shares)
-            bare += 0 if tree.all_groups else chain * sum(shares[1:])
-            chain *= shares[0]
+        tokens, chain, bare, record = 1.0, 1.0, 0.0, self._records[0]
+        for depth, width in enumerate(tree.widths, start=1):
+            others = sum(record.share(depth, rank, _PRIOR[1][rank]) for rank in range(1, width))
+            tokens += chain * (shares[depth - 1] + others)
+            bare += 0 if tree.all_groups else chain * others
+            chain *= shares[depth - 1]
         # Behind an alternative without masks comes a forward without drafts.
         size = tree.branched_size if self._branched else tree.size
         time = self._cost(size) + bare * self._cost(1 + tree.masks)
         return (tokens + bare) / time
 
     def _cost(self, tokens: int) -> float:
-        return self._of(tokens * self.rows) / self._of(self.rows)
+        return self._costs.of(tokens)
 
-    def _of(self, tokens: int) -> float:
-        # Along straight lines between what was measured, the last one going on.
-        known = [size for size, _ in self._costs]
-        at = min(max(bisect_left(known, tokens), 1), len(known) - 1)
-        (before, low), (after, high) = self._costs[at - 1 : at + 1]
-        return low + (high - low) * (tokens - before) / (after - before)
+
+class PairPolicy:
+    """How much another model drafts, by what was right lately, and whether at all.
+
+    A cycle is forwards of the drafter over a block, and one of the verifier over the draft. What
+    is tried without a reason takes at most a share of the time that plain decoding would take.
+
+    Args:
+        kind: Type of the device.
+        rows: Rows of the batch.
+        block: Tokens of a block, all of which each forward of the drafter holds.
+        size: Parameters of the drafter, the verifier's being 1.
+        steps: Forwards of a draft at the most.
+    """
+
+    def __init__(
+        self, kind: str, rows: int, block: int, size: float, steps: int | None = None
+    ) -> None:
+        self._costs = Costs(kind, rows)
+        self._drafting = size * self._costs.of(block)
+        self._records = [_Record() for _ in range(min(steps or _STEPS, _STEPS))]
+        self._planned, self._drafted_in = 0.0, 1
+        self._over, self._tokens = 0.0, 0.0
+        """Time beside that of plain decoding, which may be less than none; tokens of a row."""
+
+    def plan(self, left: int, room: int, behind: int) -> tuple[int, int]:
+        """Return in how many forwards to draft how many tokens; of none, 0.
+
+        Args:
+            left: Tokens that the row with most to write still needs.
+            room: Tokens up to the end of its block.
+            behind: Blocks that the drafter has to read before.
+        """
+        self._planned = 0.0
+        most, reading = min(left - 1, room, _LONGEST), behind * self._drafting
+        if most < 1:
+            return 1, 0
+        best = (0.0, 1, 1)
+        for steps, shares in enumerate(_shares(self._records), start=1):
+            tokens, chain = 1.0, 1.0
+            for count in range(1, most + 1):
+                chain *= shares[count - 1]
+                tokens += chain
+                time = steps * self._drafting + self._costs.of(1 + count)
+                best = max(best, (tokens / time, steps, count))
+        rate, steps, count = best
+        if rate <= 1:
+            steps, count = 1, min(most, _DEEPEST)
+            trial = self._drafting + self._costs.of(1 + count) - 1
+            if self._over + reading + trial > trial + _TRIED * self._tokens:
+                return 1, 0
+        self._planned, self._drafted_in = reading + steps * self._drafting, steps
+        return steps, count
+
+    def observe(self, depth: int, rank: int | None) -> None:
+        """Take note whether a draft of a depth, from 1 on, was right behind a right chain."""
+        self._records[self._drafted_in - 1].observe(depth, rank)
+
+    def choose(self, available: int, left: int) -> Tree:
+        """Return what the verifier's next forward holds: the drafts, of which that many are."""
+        return Tree((1,) * min(available, left - 1), 0)
+
+    def drafted(self, tree: Tree, written: float) -> None:
+        """Say that a forward is done, and how many tokens a row wrote on the average."""
+        self._over += self._planned + self._costs.of(tree.size) - written
+        self._tokens += written
+
+
+def _shares(records: Sequence[_Record]) -> list[list[float]]:
+    """How often the first candidate of each depth is right behind a right chain.
+
+    Returns:
+        Of drafts of one forward, of two, ...: a share for each depth.
+    """
+    found: list[list[float]] = []
+    for record in records:
+        shares: list[float] = []
+        for depth in range(1, _LONGEST + 1):
+            believed = _PRIOR[1][0]
+            if found:
+                believed = 1 - _HOPE * (1 - found[-1][depth - 1])
+            elif shares:
+                # What was not tried is nearly as good as what stands before it.
+                believed = _FADE * shares[-1]
+            shares.append(record.share(depth, 0, believed))
+        found.append(shares)
+    return found
+
+
+@cache
+def _trees(deepest: int, ahead: int) -> tuple[Tree, ...]:
+    """All trees of chains up to so deep whose masks may be drafted from, the bare one first."""
+    found = [Tree((), 0)]
+    for depth in range(1, deepest + 1):
+        for first in range(1, MOST_RANK + 1):
+            for second in (1, 2) if depth > 1 else (0,):
+                widths = (first, *((second,) if second else ()), *(1,) * (depth - 2))
+                for grouped in (False, True) if first > 1 or second > 1 else (False,):
+                    found.append(Tree(widths, depth + ahead, grouped))
+    return tuple(found)

@@ -10,6 +10,7 @@ model's denoising).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .behind import CacheTreeReader, stands_behind_cache
 from .cache import BlockCache
 from .canvas import Canvas
 from .choosing import make_warpers
-from .drafting import LARGEST, MOST_RANK, DraftPolicy, Tree
+from .drafting import LARGEST, MOST_RANK, SURE, DraftPolicy, Tree
 from .draws import mixed
 from .gated import has_causal_drafts
 from .moving import sent
@@ -35,7 +36,7 @@ class VerifierError(ValueError):
     """Nothing can verify what would be written."""
 
 
-class _Choice:
+class Choice:
     """Which token a distribution writes at a position: the likeliest, or the one that is drawn.
 
     A draw adds Gumbel noise to log-probabilities and takes the largest: the noise belongs to row
@@ -92,6 +93,7 @@ class _Row:
         last: That token.
         left: Tokens still wanted.
         candidates: Drafted tokens behind the last one, position by position, the likeliest first.
+        sure: Of each position whether the likeliest is sure enough to be denoised beside.
     """
 
     number: int
@@ -99,6 +101,13 @@ class _Row:
     last: int
     left: int
     candidates: list[list[int]] = field(default_factory=list)
+    sure: list[bool] = field(default_factory=list)
+
+    def group(self, tree: Tree, mask: int) -> list[int]:
+        """The tokens behind the last known one: masks, and drafts that are sure in their place."""
+        ranked = zip(self.candidates, self.sure, strict=True) if tree.refines else ()
+        known = [among[0] if sure else mask for among, sure in ranked][: tree.masks]
+        return known + [mask] * (tree.masks - len(known))
 
     def nodes(self, tree: Tree) -> list[int]:
         """The tokens of a tree's nodes; where nothing was drafted, any one: it is not accepted."""
@@ -180,6 +189,9 @@ class _Reader:
         columns, positions = clean + index, clean + places
         shown = tokens.new_full((count, tree.size), self.canvas.options.mask_token_id)
         shown[:, :nodes] = tokens
+        if tree.refines:
+            mask = self.canvas.options.mask_token_id
+            shown[:, nodes:] = sent([row.group(tree, mask) for row in rows], device)
         seen = None
         if tree.size > 1 or min(starts) < max(starts) or not self.may_be_bare:
             keys = torch.arange(max(starts) + tree.size, device=device) - clean
@@ -253,9 +265,9 @@ class _Reader:
 
 
 def check_lossless(
-    model: Any, prompts: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+    model: Any, prompts: torch.Tensor, lengths: list[int], options: DecodingOptions
 ) -> None:
-    """Refuse what cannot be verified: prompts (batch, width) of `lengths` (batch,) with masks.
+    """Refuse what cannot be verified: prompts (batch, width), `lengths` tokens long, with masks.
 
     Raises:
         VerifierError: A prompt is empty or has masks, or the model holds no such verifier.
@@ -265,9 +277,21 @@ def check_lossless(
             'verify_with="base" needs a gated adapter, which leaves the base as it was; this '
             'model\'s weights are its own: verify_with="self"'
         )
-    inside = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
+    check_prompts(prompts, lengths, options)
+
+
+def check_prompts(prompts: torch.Tensor, lengths: list[int], options: DecodingOptions) -> None:
+    """Refuse prompts (batch, width), `lengths` tokens long, that nothing is written behind.
+
+    Raises:
+        VerifierError: One is empty or has masks.
+    """
+    inside = (
+        torch.arange(prompts.shape[1], device=prompts.device)
+        < sent(lengths, prompts.device)[:, None]
+    )
     masked = ((prompts == options.mask_token_id) & inside).any()
-    if bool(masked | (lengths == 0).any()):
+    if 0 in lengths or bool(masked):
         raise VerifierError(
             "verify_with writes from left to right behind a prompt of at least one token: masks "
             "in a prompt are written without it"
@@ -286,12 +310,7 @@ def decode_lossless(
     Arguments are those of `decode_blocks`; `prompts` hold no masks. Greedily the tokens are those
     of autoregressive decoding; at a temperature they are drawn from its distribution.
     """
-    new = options.max_new_tokens
-    canvas = Canvas(prompts, lengths, options, limits=lengths + new, observer=observer)
-    told = torch.stack([lengths, prompts.gather(1, lengths[:, None] - 1).squeeze(-1)]).tolist()
-    rows = [
-        _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
-    ]
+    canvas, rows = open_rows(prompts, lengths, options, observer)
     kind, behind_cache = prompts.device.type, stands_behind_cache(model.config)
     policy = DraftPolicy(
         f"gated {kind}" if getattr(model, "is_gated", False) else kind,
@@ -300,20 +319,68 @@ def decode_lossless(
         most=(options.block_size or 1) - 1,
         branched=behind_cache,
     )
-    choice = _Choice(options, len(rows), prompts.device, model.config.vocab_size)
+    choice = Choice(options, len(rows), prompts.device, model.config.vocab_size)
     reader: Any = (CacheTreeReader if behind_cache else _Reader)(model, canvas)
+    return write_verified(canvas, rows, reader, policy, choice, NoDrafter())
+
+
+class NoDrafter:
+    """Drafts nothing: the verifier's own forwards do."""
+
+    def draft(self, rows: list[_Row], policy: Any, choice: Choice) -> None:
+        """Leave rows their candidates."""
+
+    def select(self, rows: list[_Row], kept: list[int]) -> None:
+        """Keep nothing of any row."""
+
+
+def open_rows(
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    options: DecodingOptions,
+    observer: Observer | None,
+) -> tuple[Canvas, list[_Row]]:
+    """Return the text of a decoding from left to right, and its rows behind their prompts."""
+    new = options.max_new_tokens
+    canvas = Canvas(prompts, lengths, options, limits=lengths + new, observer=observer)
+    told = torch.stack([lengths, prompts.gather(1, lengths[:, None] - 1).squeeze(-1)]).tolist()
+    return canvas, [
+        _Row(n, length - 1, last, new) for n, (length, last) in enumerate(zip(*told, strict=True))
+    ]
+
+
+def write_verified(
+    canvas: Canvas,
+    rows: list[_Row],
+    reader: Any,
+    policy: Any,
+    choice: Choice,
+    drafter: Any,
+) -> Decoded:
+    """Write what the verifier says, forward by forward, as far as drafts agree with it.
+
+    Args:
+        canvas: The text.
+        rows: Its rows.
+        reader: Runs the verifier over a tree of every row.
+        policy: Which tree.
+        choice: Which token a distribution writes.
+        drafter: Drafts before each of its forwards: `NoDrafter`, or another model's.
+    """
+    options, device = canvas.options, canvas.tokens.device
     near_at: list[tuple[int, int]] = []  # row, column of what is close
     if rows:
         reader.read_prompt(rows)
     canvas.show()
     while rows:
+        drafter.draft(rows, policy, choice)
         drafted = max(len(row.candidates) for row in rows)
         tree = policy.choose(drafted, max(row.left for row in rows))
-        tokens = sent([row.nodes(tree) for row in rows], prompts.device)
+        tokens = sent([row.nodes(tree) for row in rows], device)
         verdict, behind = reader.read(rows, tree, tokens)
         if options.rules.is_set:
             verdict = _follow_rules(verdict, tokens, rows, tree, canvas)
-        said, near, candidates = _judge(verdict, behind, rows, tree, choice)
+        said, near, candidates, sure = _judge(verdict, behind, rows, tree, choice)
         paths, wrote = zip(
             *(row.accept(tree, own, policy) for row, own in zip(rows, said, strict=True)),
             strict=True,
@@ -330,9 +397,11 @@ def decode_lossless(
             row.last = written[-1]
             has_group = path[-1] < tree.groups
             row.candidates = candidates[line][path[-1]] if has_group else []
+            row.sure = sure[line][path[-1]] if has_group else []
             choice.forget(row.number, first + len(written))
         reader.keep(rows, list(paths))
-        number, column, token = sent(places, prompts.device).unbind(1)
+        policy.drafted(tree, len(places) / len(rows))
+        number, column, token = sent(places, device).unbind(1)
         canvas.tokens[number, column] = token
         canvas.masked[number, column] = False
         canvas.order[number, column] = canvas.forwards
@@ -343,9 +412,9 @@ def decode_lossless(
         kept = [line for line, row in enumerate(rows) if row.left]
         if len(kept) < len(rows):
             rows = [rows[line] for line in kept]
-            canvas.rows = canvas.rows[sent(kept, prompts.device)]
-            if rows:
-                reader.select(rows, kept)
+            canvas.rows = canvas.rows[sent(kept, device)]
+            for reading in (reader, drafter) if rows else ():
+                reading.select(rows, kept)
     ends = canvas.stops.tolist()
     close = sum(column < ends[row] for row, column in near_at)
     return replace(canvas.result(), close=close)
@@ -388,8 +457,8 @@ def _follow_rules(
 
 
 def _judge(
-    verdict: torch.Tensor, behind: torch.Tensor, rows: list[_Row], tree: Tree, choice: _Choice
-) -> tuple[list[list[int]], list[list[bool]], list[list[list[list[int]]]]]:
+    verdict: torch.Tensor, behind: torch.Tensor, rows: list[_Row], tree: Tree, choice: Choice
+) -> tuple[list[list[int]], list[list[bool]], list[list[list[list[int]]]], list[list[list[bool]]]]:
     """What the verifier writes behind each node, and what is drafted behind that.
 
     Args:
@@ -401,7 +470,7 @@ def _judge(
 
     Returns:
         Of each row and node the token, and whether another is as likely but for rounding; of each
-        row and group the candidates of each position.
+        row and group the candidates of each position, and whether the likeliest is sure.
     """
     steps = range(behind.shape[2]) if tree.groups else ()
     nodes = [(r.number, r.clean + depth + 1) for r in rows for _, depth, _ in tree.nodes]
@@ -417,14 +486,20 @@ def _judge(
     found = [said.view(near.shape), near.long()]
     if drafts:
         ranked = choice.scores(behind.flatten(0, 2), drafts).topk(MOST_RANK, -1).indices
-        found.append(ranked.view(len(rows), -1))
-    # Once to the host, (rows, nodes + nodes + groups * drafted * ranks).
+        # By its share of the model's own distribution, (rows, groups, drafted); nothing is denoised
+        # further behind drafts that are verified.
+        sure = torch.zeros_like(behind[..., 0], dtype=torch.long)
+        if not tree.depth:
+            sure = (behind.amax(-1) - behind.logsumexp(-1) >= log(SURE)).long()
+        found += [sure.view(len(rows), -1), ranked.view(len(rows), -1)]
+    # Once to the host, (rows, nodes + nodes + groups * drafted * (1 + ranks)).
     told = torch.cat(found, 1).tolist()
     count = near.shape[1]
-    shape = (len(rows), tree.groups, len(steps), MOST_RANK)
-    candidates = [row[2 * count :] for row in told]
-    return (
-        [row[:count] for row in told],
-        [[bool(one) for one in row[count : 2 * count]] for row in told],
-        torch.tensor(candidates).view(shape).tolist() if drafts else [[] for _ in rows],
-    )
+    shape = (len(rows), tree.groups, len(steps))
+    own, apart = [row[:count] for row in told], 2 * count + tree.groups * len(steps)
+    near_by = [[bool(one) for one in row[count : 2 * count]] for row in told]
+    if not drafts:
+        return own, near_by, [[] for _ in rows], [[] for _ in rows]
+    sures = torch.tensor([row[2 * count : apart] for row in told]).bool()
+    candidates = torch.tensor([row[apart:] for row in told])
+    return own, near_by, candidates.view(*shape, -1).tolist(), sures.view(shape).tolist()

@@ -31,10 +31,11 @@ from .gated import GatedMixin, gated_mask, has_causal_drafts
 from .inputs import given_prompts, left_open
 from .limits import check_context
 from .lockstep import decode_queued, is_queued
-from .lossless import check_lossless, decode_lossless
+from .lossless import check_lossless, check_prompts, decode_lossless
 from .masks import block_causal_mask, see_self
-from .options import Observer
+from .options import DecodingOptions, Observer
 from .output import DiffusionOutput, put_together
+from .paired import check_paired, decode_paired
 from .rope import own_lengths
 from .settings import decoding_options
 from .streaming import StreamerFeed
@@ -278,8 +279,9 @@ class DiffusionMixin(GatedMixin):
             observer: Called with a `Progress` after the prompt and after every denoising forward.
             streamer: A streamer of transformers, for one prompt: gets text that is final from left
                 to right, and drafts if it takes them (`TextDiffusionStreamer`).
-            **kwargs: Any field of `DecodingOptions`, and what transformers' `generate` takes
-                (`stop_strings` with `tokenizer`, `stopping_criteria`, `logits_processor`,
+            **kwargs: Any field of `DecodingOptions` (`verify_with` may be a model, too, such as the
+                base: its text is written, and this one drafts), and what transformers' `generate`
+                takes (`stop_strings` with `tokenizer`, `stopping_criteria`, `logits_processor`,
                 `repetition_penalty`, ...), for this call only. What denoising cannot do, such as
                 `num_beams`, is refused with the reason.
 
@@ -292,6 +294,11 @@ class DiffusionMixin(GatedMixin):
         """
         prompts, mask = given_prompts(inputs, input_ids, attention_mask, token_type_ids)
         given, own, (rows, width) = generation_config, self.generation_config, prompts.shape
+        verifier = kwargs.get("verify_with")
+        if isinstance(verifier, torch.nn.Module):
+            kwargs["verify_with"] = None
+        else:
+            verifier = None
         options = decoding_options(
             *(self.config, own, rows, seed, kwargs),
             given=given,
@@ -315,17 +322,7 @@ class DiffusionMixin(GatedMixin):
                 "this model predicts a token from the one before: give at least one token, "
                 "and no mask in its place"
             )
-        decode: Any = decode_blocks if options.block_size else decode_canvas
-        if options.verify_with:
-            check_lossless(self, packed, lengths, options)
-            decode = decode_lossless
-        elif stands_behind_cache(self.config):
-            decode = partial(decode, reader=CacheBlockReader)
-        elif rows and is_queued(prompts.device, options):
-            record = self.record_graphs
-            decode = partial(decode_queued, told=told, with_order=output_order, record=record)
-        elif self.reader is not None:
-            decode = partial(decode, reader=self.reader)
+        decode = self._decoding(options, verifier, packed, told, with_order=output_order)
         if streamer is not None:
             first = packed[:, : told[0] if rows else 0]
             observer = streamer = StreamerFeed(streamer, first, options, observer)
@@ -334,6 +331,31 @@ class DiffusionMixin(GatedMixin):
             streamer.finish(decoded)
         output = put_together(prompts, mask, order, decoded, with_order=output_order)
         return output if return_dict_in_generate else output["sequences"]
+
+    def _decoding(
+        self,
+        options: DecodingOptions,
+        verifier: Any,
+        packed: torch.Tensor,
+        told: list[int],
+        *,
+        with_order: bool,
+    ) -> Any:
+        """Choose what decodes right-padded prompts (rows, width), `told` tokens long."""
+        decode: Any = decode_blocks if options.block_size else decode_canvas
+        if verifier is not None:
+            check_paired(self, verifier, options)
+            check_prompts(packed, told, options)
+            return partial(decode_paired, verifier=verifier)
+        if options.verify_with:
+            check_lossless(self, packed, told, options)
+            return decode_lossless
+        if stands_behind_cache(self.config):
+            return partial(decode, reader=CacheBlockReader)
+        if told and is_queued(packed.device, options):
+            record = self.record_graphs
+            return partial(decode_queued, told=told, with_order=with_order, record=record)
+        return decode if self.reader is None else partial(decode, reader=self.reader)
 
 
 class DiffusionLlamaForCausalLM(DiffusionMixin, LlamaForCausalLM):

@@ -208,6 +208,7 @@ class Decoded:
         prompt_order: The same for `prompts`; 0 where a token was given.
         forwards: Forward passes run, those that fill the cache included.
         new: New tokens written in each row, the end-of-text token included, shape (batch,).
+        verifier_forwards: Of two models: how many of the forwards were the verifier's.
         close: Of lossless decoding: how many of them stood so near another token's logit that a
             forward of a single token may have rounded otherwise, summed over rows.
     """
@@ -219,6 +220,7 @@ class Decoded:
     forwards: int
     new: torch.Tensor
     close: int | None = None
+    verifier_forwards: int | None = None
 
 
 @dataclass(frozen=True)

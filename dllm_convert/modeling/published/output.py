@@ -22,6 +22,8 @@ class DiffusionOutput(ModelOutput):
             `sequences` was committed; 0 at tokens that were given and at padding.
         new_tokens: New tokens of each row, its end-of-text token included, padding not, shape
             (batch,).
+        verifier_forwards: Of lossless decoding with two models: how many of the forwards were the
+            verifier's; the others were the drafter's.
         close: Of lossless decoding: tokens that stood so near another one's logit that a forward of
             a single token may have rounded otherwise.
     """
@@ -32,6 +34,7 @@ class DiffusionOutput(ModelOutput):
     order: torch.Tensor | None = None
     new_tokens: torch.Tensor | None = None
     close: int | None = None
+    verifier_forwards: int | None = None
 
 
 def put_together(
@@ -57,4 +60,5 @@ def put_together(
         order=torch.cat([earlier, decoded.order], dim=1) if with_order else None,
         new_tokens=decoded.new,
         close=decoded.close,
+        verifier_forwards=decoded.verifier_forwards,
     )

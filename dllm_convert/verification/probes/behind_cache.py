@@ -69,7 +69,7 @@ def _block_by_block(subject: Subject) -> tuple[float, int]:
         after = reader.states if first else []
         dirt += sum(not torch.equal(*pair) for pair in zip(before, after, strict=True))
         at = torch.tensor([[0, place] for place in range(first, span.stop)])
-        differences.append(reader.go_to(span.stop, at) - whole[span])
+        differences.append(reader.go_to(span.stop, at)[0] - whole[span])
     return largest(differences), dirt
 
 
