@@ -37,13 +37,15 @@ def visited_states(
         One draw per view.
     """
     written = batch.scorable
-    # Blocks, or documents, numbered over the batch, (batch, length); of each row how many, (batch,).
+    # Blocks, or documents, numbered over a batch, (batch, length), and counted by row, (batch,).
     groups, counts = number_groups(batch.noise_groups(objective))
     # Each written token by its group and forward, (n,); of all different ones of these, sorted, the
     # first of a group is its first forward: a token's rank in its group tells how many came before.
     most = int(order.max()) + 1
     pairs, place = torch.unique(groups[written] * most + order[written], return_inverse=True)
-    forwards = torch.bincount(pairs // most, minlength=int(counts.sum()))  # of each group, (groups,)
+    forwards = torch.bincount(
+        pairs // most, minlength=int(counts.sum())
+    )  # of each group, (groups,)
     before = forwards.cumsum(0) - forwards
     rank = torch.zeros_like(order)
     rank[written] = place - before[groups[written]]

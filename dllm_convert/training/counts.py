@@ -56,5 +56,7 @@ class Counts:
         found = dict(zip(_NAMES, total(self._sums).tolist(), strict=True))
         self._sums.zero_()
         return {
-            name: found[value] / found[over] for name, (value, over) in _MEANS.items() if found[over]
+            name: found[value] / found[over]
+            for name, (value, over) in _MEANS.items()
+            if found[over]
         }

@@ -308,15 +308,7 @@ class DiffusionTrainer(Trainer):
                     loss = loss + ar_scale * of_next.sum()
         if lesson is not None and lesson.layers:
             loss = loss + weights.alignment * self._misaligned(output, forward, lesson, scale)
-        if not noise.own:
-            total = (nats[: len(forward.targets)] * forward.weight).sum()
-            self.counts.add(nats=total.detach(), scored=noise.scored)
-        if lesson is not None and apart is not None:
-            taught, whole = len(lesson), apart.sum()
-            if noise.own:
-                self.counts.add(own_divergence=whole, own_taught=taught)
-            else:
-                self.counts.add(divergence=whole, taught=taught)
+        self._count(noise, (nats[: len(forward.targets)] * forward.weight).sum(), lesson, apart)
         self._count_right(unsure)
         return (loss, output) if return_outputs else loss
 
@@ -328,6 +320,24 @@ class DiffusionTrainer(Trainer):
         apart = misalignment(states_at(output.hidden_states, places), lesson.layers)
         self.counts.add(cosine=(1 - apart.detach()).sum(), aligned=len(apart))
         return (apart * scale).sum()
+
+    def _count(
+        self,
+        noise: ForwardNoise,
+        total: torch.Tensor,
+        lesson: Lesson | None,
+        apart: torch.Tensor | None,
+    ) -> None:
+        """Add up what the bound of a forward is, and what its text is apart from a lesson."""
+        if not noise.own:
+            self.counts.add(nats=total.detach(), scored=noise.scored)
+        if lesson is None or apart is None:
+            return
+        taught, whole = len(lesson), apart.sum()
+        if noise.own:
+            self.counts.add(own_divergence=whole, own_taught=taught)
+        else:
+            self.counts.add(divergence=whole, taught=taught)
 
     def _count_right(self, unsure: torch.Tensor | None) -> None:
         """Add up the entropies of what was predicted right, which are 0 elsewhere."""

@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def written(target: str, way: str) -> tuple[TextBatch, torch.Tensor, list[torch.Tensor]]:
-    """Three texts of one decoding, when their tokens were committed, and every canvas on the way."""
+    """Three texts of one decoding, when tokens were committed, and every canvas on the way."""
     model = tiny_model()
     size = SIZE if target == "bd3lm" else None
     model.config.block_size, model.config.mask_token_id = size, MASK
@@ -50,7 +50,10 @@ def written(target: str, way: str) -> tuple[TextBatch, torch.Tensor, list[torch.
     segments = torch.full_like(tokens, -1)
     for row, length in enumerate(lengths):
         end = length + NEW
-        tokens[row, :length], tokens[row, length:end] = prompts[row, :length], found.sequences[row, 6:]
+        tokens[row, :length], tokens[row, length:end] = (
+            prompts[row, :length],
+            found.sequences[row, 6:],
+        )
         order[row, length:end], loss[row, length:end] = found.order[row, 6:], True
         segments[row, : -(-end // SIZE) * SIZE if size else end] = 0
     positions = torch.arange(tokens.shape[1]) * (segments >= 0)
@@ -106,8 +109,12 @@ def test_a_draw_depends_on_the_row_and_not_on_the_batch() -> None:
     chosen = objective("bd3lm")
     whole = visited_states(batch, order, chosen, NoiseKey(0, 5, 0, 3))[0]
     for row in range(3):
-        one = TextBatch(*(part[row : row + 1] for part in
-                          (batch.tokens, batch.segments, batch.positions, batch.loss)))  # type: ignore[index, arg-type]
+        one = TextBatch(
+            *(
+                part[row : row + 1]
+                for part in (batch.tokens, batch.segments, batch.positions, batch.loss)
+            )
+        )  # type: ignore[index, arg-type]
         alone = visited_states(one, order[row : row + 1], chosen, NoiseKey(0, 5, row, 3))[0]
         assert torch.equal(alone.scored[0], whole.scored[row])
         assert torch.equal(alone.weight[0], whole.weight[row])
