@@ -21,8 +21,13 @@ from dllm_convert.cli.app import app
 from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey
 from dllm_convert.diffusion.distillation import Distillation, Lesson
 from dllm_convert.diffusion.objective import Objective, TextBatch
+from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.modeling import DiffusionLlamaForCausalLM
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
+from dllm_convert.planning.costs import flops_per_token, peak_memory
+from dllm_convert.planning.launch import Launch
+from dllm_convert.planning.sharing import Sharing
+from dllm_convert.planning.streams import writing
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.on_policy import OnPolicy, beginnings
@@ -338,7 +343,6 @@ def test_beginnings_are_of_documents_and_end_before_the_answer() -> None:
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an encoder": (("bert", "mdlm"), "reads both sides of every token"),
-    "behind a cache": (("qwen3_5", "kept"), "not written for that"),
     "the uniform kernel": (
         ("llama", "bd3lm", "noise.kernel=uniform", "noise.discrete_steps=100"), "masks none",
     ),
@@ -357,7 +361,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [case for case in REFUSED if case != "behind a cache"])
+@pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_learnt_so_is_refused_beforehand(
     case: str, source_cache: SourceFactory
 ) -> None:
@@ -371,3 +375,77 @@ def test_what_cannot_be_learnt_so_is_refused_beforehand(
     result = CliRunner().invoke(app, line)
     assert result.exit_code in (2, 3), result.output
     assert said in " ".join(result.output.split())
+
+
+def test_no_process_writes_alone_where_weights_are_gathered_by_all(
+    source_cache: SourceFactory, tmp_path: Path
+) -> None:
+    recipe = Recipe.model_validate(
+        {"source": "x", "target": "mdlm", "training": {"on_policy": {"share": 1}}}
+    )
+    source = inspect_source(str(source_cache("llama")))
+    for strategy, stage, said in (("zero", 3, "ZeRO-3"), ("fsdp1", 3, "FSDP do"), ("zero", 2, ""),
+                                  ("ddp", 0, ""), ("fsdp2", 3, "")):  # fmt: skip
+        launch = Launch(processes=2, strategy=strategy, stage=stage)
+        if not said:
+            assert make_plan(recipe, source, launch=launch).recipe.training.learns_from_base
+            continue
+        with pytest.raises(IncompatibleError, match=said) as caught:
+            make_plan(recipe, source, launch=launch)
+        assert "fsdp2.yaml" in str(caught.value.hint)
+
+
+def test_the_plan_counts_what_is_written(source_cache: SourceFactory) -> None:
+    source = inspect_source(str(source_cache("llama")))
+
+    def of(target: str, share: float, **generation: Any) -> tuple[float, Any, Recipe]:
+        recipe = Recipe.model_validate(
+            {
+                "source": "x",
+                "target": target,
+                "block_size": 8 if target == "bd3lm" else None,
+                "data": {"sequence_length": 96},
+                "training": {"on_policy": {"share": share, "new_tokens": 60} if share else {},
+                             "distillation": {"weight": 0.5}},
+                "generation": generation,
+            }
+        )  # fmt: skip
+        shape = make_plan(recipe, source).shape
+        assert shape is not None
+        memory = peak_memory(shape, recipe, gpu=True, bf16=True, flex=True,
+                             sharing=Sharing.all_by(2))  # fmt: skip
+        return flops_per_token(shape, recipe, sparse=True), memory, recipe
+
+    for target, forwards, few in (("bd3lm", 8 * 9, 8 * 3), ("mdlm", 60, 2)):
+        none, without, _ = of(target, 0)
+        half, memory, recipe = of(target, 0.5)
+        whole, _, _ = of(target, 1.0)
+        assert writing(recipe).forwards == forwards
+        assert writing(of(target, 1.0, max_denoising_steps=2)[2]).forwards == few
+        # Half of the steps take half of the writing, which all forwards of a text make dear.
+        assert whole - half == pytest.approx(half - none) and whole > 1.3 * none
+        assert without.writing == 0 < memory.writing and memory.total >= without.total
+        assert memory.writing > 2 * source.parameters  # All of what two devices share.
+
+
+def test_check_says_how_often_and_how_much(source_cache: SourceFactory) -> None:
+    line = ["check", str(source_cache("llama")), "--to", "bd3lm", "--block", "8", "--steps", "40",
+            "--set", f"{FIELD}.share=0.25"]  # fmt: skip
+    shown = CliRunner().invoke(app, line)
+    assert shown.exit_code == 0, shown.output
+    assert (
+        "in 10 of them the model writes its text: 64 tokens behind 32, in at most 72 forwards"
+        in (" ".join(shown.output.split()))
+    )
+    plan = json.loads(CliRunner().invoke(app, [*line, "--json"]).output)
+    assert plan["on_policy"] == {"steps": 10, "prompt_tokens": 32, "new_tokens": 64, "forwards": 72}
+
+
+def test_the_preset_is_a_recipe(source_cache: SourceFactory) -> None:
+    line = ["check", str(source_cache("qwen3")), "--preset", "opdlm", "--json",
+            "--set", "data.sequence_length=64", "--set", f"{FIELD}.new_tokens=32"]  # fmt: skip
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    assert plan["on_policy"]["steps"] == plan["training"]["steps"] == 2400
+    assert plan["training"]["distillation"]["top_k"] == 16 and plan["block_size"] == 4
