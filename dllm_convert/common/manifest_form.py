@@ -90,6 +90,11 @@ class _BlockGrowth(_Section):
     steps: int = 0
 
 
+class _OnPolicy(_Section):
+    share: float = 0.0
+    new_tokens: int = 0
+
+
 class _Training(_Section):
     method: str
     steps: int
@@ -101,6 +106,7 @@ class _Training(_Section):
     ar_loss_weight: float = 0.0
     attention_annealing_steps: int = 0
     block_growth: _BlockGrowth | None = None
+    on_policy: _OnPolicy | None = None
     confidence_loss_weight: float = 0.0
     alignment_loss_weight: float = 0.0
     auxiliary_loss_weight: float = 0.0

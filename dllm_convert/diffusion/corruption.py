@@ -123,8 +123,8 @@ def number_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return starts.flatten().cumsum(0).view_as(groups) - 1, starts.sum(-1)
 
 
-def _levels(key: NoiseKey, counts: torch.Tensor, view: int, views: int) -> torch.Tensor:
-    """Draw a level in (0, 1] per group, shape (groups,), float64.
+def levels(key: NoiseKey, counts: torch.Tensor, view: int, views: int) -> torch.Tensor:
+    """Draw a level in (0, 1] per group, shape (groups,), float64; `counts` are a row's groups.
 
     Stratified over the groups of each row and over all rows and views of the step: with n groups to
     every row the levels of a step are the lattice (i + u) / (n * rows * views), shuffled.
@@ -135,15 +135,15 @@ def _levels(key: NoiseKey, counts: torch.Tensor, view: int, views: int) -> torch
     # rand is in [0, 1): turned round it is in (0, 1], and no level is 0, where nothing is masked.
     offset = 1 - float(torch.rand(1, generator=step, dtype=torch.float64))
     places = torch.randperm(key.rows * views, generator=step)
-    levels = []
+    drawn = []
     for number, count in enumerate(counts.tolist()):
         row = key.first_row + number
         place = (int(places[(row % key.rows) * views + view]) + offset) / len(places)
         # Each of the row's n groups gets one n-th of (0, 1], in an order of this row and view
         # alone, and stands in it where the step has placed the row. float64, shape (count,).
         order = torch.randperm(count, generator=key.generator(row, view, 0))
-        levels.append((order.double() + place) / count)
-    return torch.cat(levels)
+        drawn.append((order.double() + place) / count)
+    return torch.cat(drawn)
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def corrupt(
     views: list[Corruption] = []
     for view in range(process.views):
         # One level per group, (groups,); one uniform number per token, (batch, length).
-        level = _levels(key, counts, view, process.views)
+        level = levels(key, counts, view, process.views)
         uniforms = key.each_row(
             rows, lambda g: torch.rand(length, generator=g, dtype=torch.float64), view, 1
         )

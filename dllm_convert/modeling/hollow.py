@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers import GenerationConfig
 
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.modeling.classes import diffusion_class
@@ -60,6 +61,8 @@ def hollow_model(
     replace_parameters(model, lambda old: _stretched(old) if old.is_meta else None)
     if model.is_gated:
         load_adapter(model, folder, {})
+    # What decoding reads, which a class that is built from its config alone does not have.
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from dllm_convert.adapters import get_adapter
@@ -40,7 +41,8 @@ from dllm_convert.planning.layers import AttentionLayers
 from dllm_convert.planning.mask_token import MaskRule, MaskTokenDecision, decide_mask_token
 from dllm_convert.planning.model_shape import ModelShape, model_shape
 from dllm_convert.planning.servable import served
-from dllm_convert.planning.teacher import check_teacher
+from dllm_convert.planning.streams import writing
+from dllm_convert.planning.teacher import check_on_policy, check_teacher
 from dllm_convert.planning.tokenizer import check_tokenizer
 from dllm_convert.planning.writes import Writes, count_writes
 from dllm_convert.recipe.schema import Recipe
@@ -231,6 +233,7 @@ def make_plan(
     fit, source, files = fit_source(source, adapter)
     mask = decide_mask_token(recipe, source, adapter)
     check_teacher(recipe, source, adapter)
+    check_on_policy(recipe, launch)
     kept = recipe.training.keeps_base
     if kept:
         check_kept_base(source, adapter)
@@ -301,6 +304,19 @@ def _parts(shape: ModelShape | None) -> dict[str, Any] | None:
     }
 
 
+def _on_policy(recipe: Recipe) -> dict[str, int] | None:
+    """Say how often the model writes what it is trained on, and what that takes; None for never."""
+    chosen = recipe.training.on_policy
+    if not chosen.share:
+        return None
+    return {
+        "steps": int(Fraction(repr(chosen.share)) * recipe.training.steps),
+        "prompt_tokens": chosen.prompt_tokens,
+        "new_tokens": chosen.new_tokens,
+        "forwards": writing(recipe).forwards,
+    }
+
+
 def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
     """Return the plan as plain values for JSON; tokens are those of all processes."""
     recipe, source = plan.recipe, plan.source
@@ -325,6 +341,7 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "target": recipe.target,
         "block_size": recipe.block_size,
         "growing_sizes": list(recipe.growing_sizes),
+        "on_policy": _on_policy(recipe),
         "token_shift": plan.token_shift,
         "mask": asdict(plan.mask),
         "attention_layers": [

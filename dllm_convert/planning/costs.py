@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 from dllm_convert.planning.model_shape import ModelShape
 from dllm_convert.planning.sharing import Sharing
-from dllm_convert.planning.streams import Streams, streams
+from dllm_convert.planning.streams import Streams, streams, writing
 from dllm_convert.recipe.schema import Recipe, Training
 
 CPU_RUNTIME = 557_000_000
@@ -59,6 +59,8 @@ class Memory:
             bfloat16 and the layer that is computed again.
         logits: The piece of the logits that the loss has at once.
         vocabulary_gradients: Dense gradients of embedding and head while they are added.
+        writing: What is there while the model writes what it is trained on, before anything is kept
+            for a backward pass: keys and values, logits, and of shared weights all.
         exchanged: What is there of others: gathered weights, gradients copied to be exchanged.
         heap: What the C library holds and cannot use; 0 on a GPU.
         total: The peak: not the sum, since activations are gone when gradients are all there.
@@ -73,6 +75,7 @@ class Memory:
     logits: int
     vocabulary_gradients: int
     exchanged: int
+    writing: int
     heap: int
     total: int
 
@@ -131,12 +134,18 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, *, sparse: bool) -> float
         total += 2.0 * shape.matrices * run.read + read
     if training.learns_from_base:
         # The base predicts every token that is learnt; a gated one has read the text already.
-        total += head
+        asked = head
         if not training.keeps_base:
             seen = recipe.data.sequence_length / (2 if sparse else 1)
-            total += run.clean * (2.0 * shape.matrices + 4.0 * shape.layers * shape.queries * seen)
+            asked += run.clean * (2.0 * shape.matrices + 4.0 * shape.layers * shape.queries * seen)
+        every = training.distillation.weight or training.alignment_loss_weight
+        total += asked if every else training.on_policy.share * asked
     if training.gradient_checkpointing == "full" and not run.stops:
         total += matrices + attention
+    if training.on_policy.share:
+        wrote = writing(recipe)
+        layers = 2.0 * shape.matrices * wrote.run + 4.0 * shape.layers * shape.queries * wrote.pairs
+        total += training.on_policy.share * (layers + 2.0 * shape.vocabulary_matrix * wrote.logits)
     return total / run.clean
 
 
@@ -302,7 +311,8 @@ def peak_memory(
     if "weights" in sharing.offload:
         weights = 0
     runtime = GPU_RUNTIME if gpu else CPU_RUNTIME
-    above = max(activations + logits + heap, gradients) + vocabulary + exchanged
+    wrote = _writing_bytes(shape, recipe, sharing, compute=compute)
+    above = max(max(activations + logits + heap, gradients) + vocabulary + exchanged, wrote)
     total = runtime + weights + teacher + moments + above
     return Memory(
         runtime=runtime,
@@ -314,9 +324,21 @@ def peak_memory(
         logits=logits,
         vocabulary_gradients=vocabulary,
         exchanged=exchanged,
+        writing=wrote,
         heap=heap,
         total=total,
     )
+
+
+def _writing_bytes(shape: ModelShape, recipe: Recipe, sharing: Sharing, *, compute: int) -> int:
+    """Bytes of a decoding in training: keys and values at most as wide as queries, and logits."""
+    if not recipe.training.on_policy.share:
+        return 0
+    wrote = writing(recipe)
+    cached = recipe.target == "bd3lm"
+    states = 2 * compute * shape.queries * shape.layers * wrote.rows * wrote.width * cached
+    logits = (compute + _FLOAT32) * wrote.at_once * shape.vocabulary
+    return states + logits + (compute * shape.parameters if sharing.weights > 1 else 0)
 
 
 def _share(count: int, devices: int) -> int:

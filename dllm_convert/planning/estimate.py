@@ -38,6 +38,11 @@ ASSUMPTIONS = (
     "GPUs reach 0.2 of their peak, which small models and short steps do not",
     "as many GPUs as are needed share weights, gradients and moments (FSDP2)",
 )
+OWN_TEXT = (
+    "what the model writes itself takes as many forwards as it can, at the speed of a training; on "
+    "a GPU forwards of few tokens are slower, and with a threshold there are fewer"
+)
+"""Assumed of on-policy steps: how often a threshold commits several is the model's to say."""
 SCALING = 0.9
 """Share of their speed that several devices keep while they exchange what they share; assumed, not
 measured: how fast machines exchange is theirs to say (`python -m benchmarks.cluster`)."""
@@ -403,6 +408,7 @@ def estimate(plan: ConversionPlan, cpu: Device) -> dict[str, Any] | None:
                 if recipe.training.keeps_base and shape.cached
                 else []
             ),
+            *([OWN_TEXT] if recipe.training.on_policy.share else []),
             *([f"several devices keep {SCALING} of their speed"] if launch.processes > 1 else []),
         ],
     }

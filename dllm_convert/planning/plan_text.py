@@ -203,6 +203,11 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
             f"blocks of {', '.join(map(str, sizes))} tokens for {grown:,} steps, then of "
             f"{plan['block_size']}"
         )
+    if own := plan["on_policy"]:
+        lines.append(
+            f"in {own['steps']:,} of them the model writes its text: {own['new_tokens']} tokens "
+            f"behind {own['prompt_tokens']}, in at most {own['forwards']} forwards"
+        )
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]
     flops, several = estimate["flops_per_token"], together(plan)
@@ -250,10 +255,10 @@ def _memory(rows: Iterable[Mapping[str, Any]], named: Mapping[str, str] | None =
     columns = {
         "peak": "total", "weights": "weights", "teacher": "teacher", "gradients": "gradients",
         "AdamW": "moments", "activations": "activations", "logits": "logits",
-        "exchanged": "exchanged",
+        "exchanged": "exchanged", "writing": "writing",
     }  # fmt: skip
     rows = list(rows)
-    for column in ("teacher", "exchanged"):
+    for column in ("teacher", "exchanged", "writing"):
         if not any(row[column] for row in rows):
             del columns[column]
     return Table(

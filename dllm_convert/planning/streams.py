@@ -130,3 +130,51 @@ def _behind_cache(recipe: Recipe, block: int, views: int, scored: float) -> Stre
         copied=count * length / 2,
         stops=stops,
     )
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the model writes in an on-policy step, a row of each of its texts.
+
+    Attributes:
+        rows: Texts that one forward of one device has at once.
+        width: Tokens of a text at most, its prompt included.
+        forwards: Forwards that write it at most, one after the other.
+        run: Tokens that run through the layers in all of them.
+        pairs: Pairs that attention looks at in them.
+        logits: Positions that logits are computed at.
+        at_once: The most of those in one forward.
+    """
+
+    rows: int
+    width: int
+    forwards: int
+    run: float
+    pairs: float
+    logits: float
+    at_once: int
+
+
+def writing(recipe: Recipe) -> Writing:
+    """Count what writing the rows of one forward takes at the most.
+
+    A threshold commits several tokens in a forward, and an end token ends a text early; how often
+    is the model's to say. Of bd3lm a block runs behind what is cached, and once more when it is
+    written; of mdlm every forward runs the whole text.
+    """
+    chosen, rows = recipe.training.on_policy, recipe.training.sequences_per_forward
+    steps, new = recipe.generation.max_denoising_steps, chosen.new_tokens
+    width = chosen.prompt_tokens + new
+    if recipe.target == "mdlm":
+        windows = -(-new // (recipe.generation.block_length or new))
+        forwards = min(new, windows * steps) if steps else new
+        logits = rows * forwards * (new + 1) / 2
+        return Writing(rows, width, forwards, rows * forwards * width,
+                       rows * forwards * width**2, logits, rows * new)  # fmt: skip
+    block = recipe.block_size or 1
+    blocks = -(-new // block)
+    each = min(block, steps) if steps else block
+    run = rows * (chosen.prompt_tokens + blocks * (each + 1) * block)
+    logits = rows * blocks * each * (block + 1) / 2
+    pairs = run * (chosen.prompt_tokens + width) / 2
+    return Writing(rows, width, blocks * (each + 1), run, pairs, logits, rows * block)

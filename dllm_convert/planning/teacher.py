@@ -5,6 +5,7 @@ from __future__ import annotations
 from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError, UnsupportedError
+from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.info import SourceInfo
 
@@ -21,6 +22,8 @@ def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
         return
     aligned = recipe.training.alignment_loss_weight > 0
     field = "training.alignment_loss_weight" if aligned else "training.distillation"
+    if recipe.training.on_policy.share and not aligned:
+        field = "training.on_policy"
     out = f"Leave {field} out"
     if aligned and adapter.measured is not None:
         raise UnsupportedError(
@@ -39,6 +42,21 @@ def check_teacher(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> None:
             "the source is a diffusion model already, so there is no autoregressive base that "
             "could teach",
             hint=f"{out}, or take the model it was converted from",
+        )
+
+
+def check_on_policy(recipe: Recipe, launch: Launch) -> None:
+    """Check that each process can write by itself, if a model is to write what it is trained on.
+
+    Raises:
+        IncompatibleError: None of them can hold all weights.
+    """
+    shares = launch.sharing.weights > 1 and launch.strategy != "fsdp2"
+    if recipe.training.on_policy.share and shares:
+        raise IncompatibleError(
+            f"training.on_policy and {launch.name} do not go together: each process writes its own "
+            "texts, for which it gathers all weights, as FSDP2 lets it",
+            hint="--launch-config recipes/launch/fsdp2.yaml; ZeRO-2 and DDP share no weights",
         )
 
 

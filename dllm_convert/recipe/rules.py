@@ -28,6 +28,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _generation(recipe)
     yield from _beside(recipe)
     yield from _distillation(recipe)
+    yield from _on_policy(recipe)
     yield from _alignment(recipe)
     yield from _growth(recipe)
     yield from _drafts(recipe)
@@ -167,7 +168,7 @@ def _beside(recipe: Recipe) -> Iterator[Contradiction]:
 def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
     """What learning from the base needs."""
     chosen, field = recipe.training.distillation, "training.distillation"
-    if not chosen.weight:
+    if not chosen.weight and not recipe.training.on_policy.share:
         yield from idle(chosen, field, "weight", 0.5)
         return
     rules: tuple[Rule, ...] = (
@@ -177,7 +178,8 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
          "the base's prediction of a token takes the place of the token in a cross-entropy, and "
          "the bound of the uniform kernel is none", "--set noise.kernel=absorbing"),
     )  # fmt: skip
-    yield from clashes(f"{field}.weight", rules)
+    if chosen.weight:
+        yield from clashes(f"{field}.weight", rules)
     if chosen.divergence == "reverse_kl" and chosen.top_k is not None:
         yield Contradiction(
             f"{field}.divergence=reverse_kl and {field}.top_k do not go together: it is infinite "
@@ -185,6 +187,50 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
             f"Leave {field}.top_k out, or --set {field}.divergence=forward_kl",
             (f"{field}.divergence", f"{field}.top_k"),
         )
+
+
+def _on_policy(recipe: Recipe) -> Iterator[Contradiction]:
+    """What learning by what the model itself writes needs."""
+    training, noise, generation = recipe.training, recipe.noise, recipe.generation
+    chosen, field = training.on_policy, "training.on_policy"
+    if not chosen.share:
+        yield from idle(chosen, field, "share", 0.5)
+        return
+    rules: tuple[Rule, ...] = (
+        ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
+        ("noise.kernel", noise.kernel == "uniform",
+         "what the model writes through is told by which tokens are masked, and the uniform "
+         "kernel masks none", "--set noise.kernel=absorbing"),
+        ("noise.draw", noise.draw == "draft",
+         "drafts are verified by the base, and what is written is the base's own text",
+         "--set data.write_with_base.prompts=1000 trains on that"),
+        ("training.attention_annealing_steps", training.attention_annealing_steps > 0,
+         "the model writes with the attention that it ends with",
+         "Leave training.attention_annealing_steps out"),
+        ("training.compile", training.compile,
+         "a text that grows would have every width of it compiled",
+         "Leave training.compile out"),
+        ("generation.remasking", generation.remasking is not None,
+         "the masks it writes through are told by when each token was written, for good",
+         "Leave generation.remasking out"),
+        ("generation.verify_with", generation.verify_with is not None,
+         "what is verified is another's text, and its drafts are of one step",
+         "Leave generation.verify_with out; sample takes --verify-with"),
+    )  # fmt: skip
+    yield from clashes(f"{field}.share", rules)
+    length, whole = recipe.data.sequence_length, chosen.prompt_tokens + chosen.new_tokens
+    if whole > length:
+        yield Contradiction(
+            f"{field}.prompt_tokens {chosen.prompt_tokens} and new_tokens {chosen.new_tokens} "
+            f"are {whole} tokens, more than data.sequence_length {length}",
+            f"--set data.sequence_length={_blocks_of(recipe.block_size, whole)}, or fewer of them",
+            (f"{field}.prompt_tokens", f"{field}.new_tokens", "data.sequence_length"),
+        )
+
+
+def _blocks_of(block: int | None, tokens: int) -> int:
+    """Return the least number of tokens that is enough, and a whole number of blocks."""
+    return tokens if block is None else -(-tokens // block) * block
 
 
 def _alignment(recipe: Recipe) -> Iterator[Contradiction]:

@@ -269,6 +269,28 @@ class Distilled(_Section):
     )
 
 
+class OnPolicy(_Section):
+    """Learning from the base by what the model itself writes (OPDLM, arXiv 2606.06712)."""
+
+    share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the steps, evenly spread, in which the model writes by its own "
+        "decoding and learns what the base says at the masks it wrote through, and nothing of the "
+        "data; 0: none",
+    )
+    prompt_tokens: PositiveInt = Field(
+        32,
+        description="tokens of a document's beginning that it goes on from; of a chat, what "
+        "stands before its first answer",
+    )
+    new_tokens: PositiveInt = Field(64, description="tokens that it writes at most")
+    temperature: NonNegativeFloat | None = Field(
+        None, description="of its sampling; empty: generation.temperature"
+    )
+
+
 class BlockGrowth(_Section):
     """Blocks that grow before they have their size (LLaDA2, arXiv 2512.15745; NBDiff)."""
 
@@ -341,6 +363,7 @@ class Training(_Section):
         "the mean over layers (REPR-ALIGN)",
     )
     distillation: Distilled = Distilled()
+    on_policy: OnPolicy = OnPolicy()
     block_growth: BlockGrowth = BlockGrowth()
     attention_annealing_steps: int = Field(
         0,
@@ -390,8 +413,9 @@ class Training(_Section):
 
     @property
     def learns_from_base(self) -> bool:
-        """Whether a forward of the base over clean text is part of every step."""
-        return self.distillation.weight > 0 or self.alignment_loss_weight > 0
+        """Whether a forward of the base over clean text is part of every step, or of some."""
+        learns = self.distillation.weight > 0 or self.alignment_loss_weight > 0
+        return learns or self.on_policy.share > 0
 
     @property
     def sequences_per_step(self) -> int:

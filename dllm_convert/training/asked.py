@@ -7,6 +7,7 @@ from dllm_convert.diffusion.distillation import Distillation
 from dllm_convert.diffusion.schedule import Schedule
 from dllm_convert.recipe.schema import Noise, Recipe, Training
 from dllm_convert.training.growth import BlockGrowth
+from dllm_convert.training.on_policy import OnPolicy
 from dllm_convert.training.parts import Annealing, LossWeights
 
 
@@ -50,6 +51,17 @@ def distillation_of(training: Training) -> Distillation | None:
     if not training.learns_from_base:
         return None
     return Distillation(chosen.weight, chosen.divergence, chosen.temperature, chosen.top_k)
+
+
+def on_policy_of(recipe: Recipe) -> OnPolicy | None:
+    """Return when a recipe has the model write what it is trained on; None for never."""
+    chosen = recipe.training.on_policy
+    if not chosen.share:
+        return None
+    views = recipe.noise.views
+    return OnPolicy(
+        chosen.share, chosen.prompt_tokens, chosen.new_tokens, chosen.temperature, views
+    )
 
 
 def annealing_of(recipe: Recipe) -> Annealing:

@@ -32,6 +32,7 @@ LOGGED = (
     "loss",
     "nelbo",
     "divergence",
+    "own_divergence",
     "cosine",
     "entropy",
     "block_size",

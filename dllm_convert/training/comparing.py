@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from dllm_convert.diffusion.alignment import misalignment, states_at
-from dllm_convert.diffusion.confidence import Sharpening
-from dllm_convert.diffusion.corruption import NoiseKey
 from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.losses import cross_entropy, taught_cross_entropy
 from dllm_convert.training.counts import Counts
 from dllm_convert.training.data.mask_noise import MaskNoise
 from dllm_convert.training.fused_head import FusedHead
-from dllm_convert.training.parts import LossWeights
+from dllm_convert.training.parts import ForwardNoise
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Comparer:
     Args:
         model: The student, as the Trainer holds it.
         mask_token_id: The mask, which is never predicted.
-        weights: What the optimised loss is made of.
         mask_noise: Noise on the mask's embedding.
         counts: Gets what is logged beside the loss.
     """
@@ -51,11 +48,10 @@ class Comparer:
         self,
         model: Any,
         mask_token_id: int,
-        weights: LossWeights,
         mask_noise: MaskNoise,
         counts: Counts,
     ) -> None:
-        self._mask_token_id, self._weights = mask_token_id, weights
+        self._mask_token_id = mask_token_id
         self._mask_noise, self._counts = mask_noise, counts
         self._fused = FusedHead(model, mask_token_id)
 
@@ -68,7 +64,7 @@ class Comparer:
         *,
         corrupted: int,
         lesson: Lesson | None,
-        key: NoiseKey,
+        noise: ForwardNoise,
     ) -> Compared:
         """Run one forward and compare.
 
@@ -80,23 +76,21 @@ class Comparer:
             corrupted: How many of the predictions, the first ones, are of corrupted tokens: a
                 lesson is of those, and those are to be surer where they are right.
             lesson: What the base says of them, if it teaches.
-            key: Where noise is drawn.
+            noise: What the forward is of: what its loss is made of, and where noise is drawn.
         """
-        sharper = None
-        if self._weights.confidence:
-            sharper = Sharpening(self._weights.confidence, corrupted)
+        weights, sharper = noise.weights, noise.weights.sharpening(corrupted)
         # What is beside the data's loss is made piece by piece, so that it always pays.
         more = lesson is not None or sharper is not None
-        if self._weights.alignment:
+        if weights.alignment:
             inputs = {**inputs, "output_hidden_states": True}
         apart = unsure = None
         if self._fused.works and (more or self._fused.pays(len(targets))):
             fused = self._fused.at(targets, scales, lesson, sharper)
-            with self._mask_noise.at(key), fused as found:
+            with self._mask_noise.at(noise.key), fused as found:
                 output = model(**inputs)
             loss, (nats, apart, unsure) = output.logits.sum(), found
         else:
-            with self._mask_noise.at(key):
+            with self._mask_noise.at(noise.key):
                 output = model(**inputs)
             if more:
                 loss, nats, apart, unsure = taught_cross_entropy(
@@ -106,9 +100,13 @@ class Comparer:
                 nats = cross_entropy(output.logits, targets, self._mask_token_id)
                 loss = (nats * scales).sum()
         if lesson is not None and lesson.layers:
-            loss = loss + self._misaligned(output, inputs["logits_at"], lesson, scales)
+            away = self._misaligned(output, inputs["logits_at"], lesson, scales)
+            loss = loss + weights.alignment * away
         if lesson is not None and apart is not None:
-            self._counts.add(divergence=apart.sum(), taught=len(lesson))
+            if noise.own:
+                self._counts.add(own_divergence=apart.sum(), own_taught=len(lesson))
+            else:
+                self._counts.add(divergence=apart.sum(), taught=len(lesson))
         if sharper is not None and unsure is not None:
             # 0 where something else was predicted.
             self._counts.add(entropy=unsure.sum(), right=(unsure > 0).sum())
@@ -120,5 +118,5 @@ class Comparer:
         """Compare hidden states with the base's where corrupted tokens are predicted; a scalar."""
         count = len(lesson)
         apart = misalignment(states_at(output.hidden_states, places[:count]), lesson.layers)
-        self._counts.add(cosine=(1 - apart.detach()).sum())
-        return self._weights.alignment * (apart * scales[:count]).sum()
+        self._counts.add(cosine=(1 - apart.detach()).sum(), aligned=len(apart))
+        return (apart * scales[:count]).sum()

@@ -6,14 +6,23 @@ from collections.abc import Callable
 
 import torch
 
-_NAMES = ("nats", "scored", "divergence", "cosine", "taught", "entropy", "right")
+_MEANS = {
+    "nelbo": ("nats", "scored"),
+    "divergence": ("divergence", "taught"),
+    "own_divergence": ("own_divergence", "own_taught"),
+    "cosine": ("cosine", "aligned"),
+    "entropy": ("entropy", "right"),
+}
+"""What is logged, and the two sums that it is the ratio of."""
+_NAMES = tuple(name for pair in _MEANS.values() for name in pair)
 
 
 class Counts:
     """Sums over the tokens of some steps, of this process.
 
-    `nats` of the bound over `scored` tokens; `divergence` from a teacher and `cosine` with its
-    hidden states over those it `taught`; `entropy` over those that were predicted `right` already.
+    `nats` of the bound over `scored` tokens; `divergence` from a teacher over those it `taught`, of
+    text that the model wrote itself `own_divergence` over `own_taught`; `cosine` with a teacher's
+    hidden states over those that are `aligned`; `entropy` over what was predicted `right` already.
 
     They stay on the device until they are asked for: asking for a number there and then has every
     forward wait for the one before it.
@@ -42,16 +51,12 @@ class Counts:
             total: Sums over processes; returned on the CPU.
 
         Returns:
-            `nelbo`, `divergence`, `cosine` and `entropy`, of those that have tokens.
+            Those of `_MEANS` that have tokens.
         """
         found = dict(zip(_NAMES, total(self._sums).tolist(), strict=True))
         self._sums.zero_()
-        means = {
-            "nelbo": ("nats", "scored"),
-            "divergence": ("divergence", "taught"),
-            "cosine": ("cosine", "taught"),
-            "entropy": ("entropy", "right"),
-        }
         return {
-            name: found[value] / found[over] for name, (value, over) in means.items() if found[over]
+            name: found[value] / found[over]
+            for name, (value, over) in _MEANS.items()
+            if found[over]
         }

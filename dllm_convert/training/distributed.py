@@ -167,6 +167,12 @@ def device_of_shards(accelerator: Any) -> torch.device:
     return torch.device("cpu") if offloads else torch.device(accelerator.device)
 
 
+def keeps_gathered(accelerator: Any) -> bool:
+    """Whether FSDP2 keeps gathered weights from the forward to the backward pass."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return getattr(plugin, "reshard_after_forward", None) is False
+
+
 def is_sharded(trainer: Any) -> bool:
     """Whether no process holds the whole model: seen in its weights, whatever the settings say."""
     # What FSDP1 and DeepSpeed hold are no DTensors.

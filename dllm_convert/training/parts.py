@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from dllm_convert.common.terms import Kernel
+from dllm_convert.diffusion.confidence import Sharpening
 from dllm_convert.diffusion.corruption import Corruption, NoiseKey
-from dllm_convert.diffusion.distillation import Distillation
+from dllm_convert.diffusion.distillation import Distillation, Lesson
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.training.growth import BlockGrowth
 
@@ -33,6 +35,43 @@ class LossWeights:
     confidence: float = 0.0
     alignment: float = 0.0
     auxiliary: float = 0.0
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the loss has a part that the base decides."""
+        lesson = self.distillation
+        return lesson is not None and (lesson.weight > 0 or self.alignment > 0)
+
+    def weighed(self, weight: torch.Tensor, kernel: Kernel) -> torch.Tensor:
+        """Return what each corrupted token weighs; (n,), of `weight`, (n,), as in the bound.
+
+        Where tokens are masked their loss is a cross-entropy, so that D3PM's other one adds to its
+        weight; the uniform kernel's is a divergence, and its cross-entropy is added apart.
+        """
+        if self.masked == "uniform":
+            return torch.ones_like(weight)
+        return weight + self.auxiliary if kernel == "absorbing" else weight
+
+    def sharpening(self, rows: int) -> Sharpening | None:
+        """Return what is to be surer, of so many corrupted tokens; None for nothing."""
+        return Sharpening(self.confidence, rows) if self.confidence else None
+
+    def of(self, lesson: Lesson) -> Lesson:
+        """Return what a base says, as much of it as is learnt."""
+        return lesson if self.distillation is None else replace(lesson, how=self.distillation)
+
+    @property
+    def on_policy(self) -> LossWeights:
+        """What the loss is made of where the model wrote the text itself.
+
+        Of its own words nothing is learnt, whatever they are: only what the base says there.
+        """
+        lesson = self.distillation
+        if lesson is None:
+            raise ValueError("what a model writes itself is learnt from a base")
+        return LossWeights(
+            self.masked, distillation=replace(lesson, weight=1.0), alignment=self.alignment
+        )
 
 
 @dataclass(frozen=True)
@@ -60,21 +99,25 @@ class ForwardNoise:
 
     Attributes:
         objective: What is learnt in its step.
+        weights: What its loss is made of.
         batch: Clean text.
         views: Draws of noise over its text.
         closed: Pairs of positions that attention annealing keeps closed; None for none.
         key: Where the noise was drawn.
         scored: Scorable tokens of this forward, over all views.
+        own: Whether the model wrote the text itself, of which there is no bound.
         items: Positions the optimised loss is a mean over, of all forwards and processes of the
             step, so that a token weighs the same in whichever of them it is.
         texts: Scorable tokens of all forwards and processes of the step.
     """
 
     objective: Objective
+    weights: LossWeights
     batch: TextBatch
     views: tuple[Corruption, ...]
     closed: torch.Tensor | None
     key: NoiseKey
     scored: int
+    own: bool
     items: float
     texts: float

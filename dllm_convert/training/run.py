@@ -22,7 +22,13 @@ from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.costs import flops_per_token
 from dllm_convert.recipe.budget import MOST_EPOCHS
 from dllm_convert.recipe.schema import Recipe
-from dllm_convert.training.asked import annealing_of, process_of, schedule_of, weights_of
+from dllm_convert.training.asked import (
+    annealing_of,
+    on_policy_of,
+    process_of,
+    schedule_of,
+    weights_of,
+)
 from dllm_convert.training.callbacks import ProgressCallback, Rules
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import TextData
@@ -272,6 +278,7 @@ def _trainer(
         process=process_of(recipe.noise),
         weights=weights_of(recipe.training),
         annealing=annealing_of(recipe),
+        on_policy=on_policy_of(recipe),
     )
     trainer.remove_callback(PrinterCallback)
     keep_in(trainer, work)
@@ -337,6 +344,11 @@ def _opening(
         # What was measured is of blocks that have their size.
         sizes = ", ".join(map(str, recipe.growing_sizes))
         reporter.line(f"blocks of {sizes} tokens before those of {recipe.block_size}")
+        return None
+    if recipe.training.on_policy.share:
+        # Steps in which the model writes have no bound to compare with.
+        share = recipe.training.on_policy.share
+        reporter.line(f"the model writes what it is trained on in {share:.0%} of the steps")
         return None
     variance = noise_variance(schedule_of(recipe.noise), by_count=recipe.noise.draw == "count")
     opening = StartCheck(start, tokens * recipe.training.log_steps, variance)

@@ -75,11 +75,16 @@ class Teacher:
     def _base_only(self, model: Any) -> Iterator[None]:
         training = model.training
         peft = isinstance(self._student, PeftModel) and self._copy is None
+        # PEFT says anew which weights are trained, of those that it finds: the gathered ones where
+        # FSDP2 has put them in the place of its shards, which it then takes back.
+        trained = [(weight, weight.requires_grad) for weight in self._student.parameters()]
         model.eval()
         try:
             with self._student.disable_adapter() if peft else nullcontext():
                 yield
         finally:
+            for weight, learns in trained:
+                weight.requires_grad_(learns)
             model.train(training)
 
     @torch.no_grad()

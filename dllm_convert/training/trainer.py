@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ from dllm_convert.training.data.rows import collate, text_batch
 from dllm_convert.training.distributed import (
     check_strategy,
     device_of_shards,
+    keeps_gathered,
     reduce_in_float32,
     share_no_weights,
 )
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.on_policy import OnPolicy, Writer
 from dllm_convert.training.parts import Annealing, ForwardNoise, LossWeights
 from dllm_convert.training.resume import is_fsdp_file, is_in_shards
 from dllm_convert.training.shards import fill_shards, hand_over, is_empty, parameter_names
@@ -62,6 +65,7 @@ class DiffusionTrainer(Trainer):
         process: How text is corrupted.
         weights: What the optimised loss is made of.
         annealing: What fades over the first steps.
+        on_policy: When the model writes itself what it is trained on; None for never.
         base: Frozen copy of the base that teaches (`weights.distillation`), in evaluation mode;
             None where the model holds its base, as one with adapters does.
         weights_from: Folder of the weights of a model that has none yet: each process reads those
@@ -83,6 +87,7 @@ class DiffusionTrainer(Trainer):
         process: ForwardProcess | None = None,
         weights: LossWeights | None = None,
         annealing: Annealing | None = None,
+        on_policy: OnPolicy | None = None,
         base: Any = None,
         weights_from: Path | None = None,
         **kwargs: Any,
@@ -119,12 +124,15 @@ class DiffusionTrainer(Trainer):
                 sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
                 aligns=self._weights.alignment > 0,
             )
+        self._writer: Writer | None = None
+        if on_policy is not None:
+            kept = keeps_gathered(self.accelerator)
+            self._writer = Writer(inner, on_policy, keeps_gathered=kept)
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
         self.counts = Counts(self.args.device)
         self._comparer = Comparer(
             self.model,
             self._objective.mask_token_id,
-            self._weights,
             self._mask_noise,
             self.counts,
         )
@@ -185,35 +193,52 @@ class DiffusionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Collect the forwards of a step, and draw their noise: the loss is a mean over them."""
+        """Collect the forwards of a step, and draw their noise: the loss is a mean over them.
+
+        In an on-policy step the model writes all of its texts here, before it is trained on any.
+        """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         step, world = self.state.global_step, self.args.world_size
-        objective = self._objective_at(step)
+        objective, weights = self._objective_at(step), self._weights
+        writer = self._writer
+        if writer is not None and not writer.how.writes(step):
+            writer = None
         drawn = []
         sums = torch.zeros(2, dtype=torch.float64)
-        for micro, inputs in enumerate(batches):
-            # On the CPU, where it comes from: counting and sorting on a GPU has the host wait.
-            columns = {name: value.to("cpu") for name, value in inputs.items()}
-            batch = text_batch(columns)
-            size = len(batch.tokens)
-            first = (micro * world + self.args.process_index) * size
-            key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
-            if self._process.draw == "draft":
-                views = draft_groups(batch, objective, key)
-            else:
-                views = corrupt(batch, objective, self._process, key)
-            texts = int(batch.scorable.sum())
-            scored = texts * len(views)
-            closed = self._closed(batch.tokens.shape[1], key)
-            drawn.append((objective, batch, views, closed, key, scored))
-            if self._weights.masked == "uniform":
-                sums += torch.tensor([sum(int(view.scored.sum()) for view in views), texts])
-            else:
-                sums += torch.tensor([scored, texts])
+        with nullcontext() if writer is None else self._writing(writer, objective):
+            for micro, inputs in enumerate(batches):
+                # On the CPU, where it comes from: counting on a GPU has the host wait.
+                batch = text_batch({name: value.to("cpu") for name, value in inputs.items()})
+                size = len(batch.tokens)
+                first = (micro * world + self.args.process_index) * size
+                key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
+                if writer is not None:
+                    batch, views = writer.write(batch, objective, key)
+                    weights = self._weights.on_policy
+                elif self._process.draw == "draft":
+                    views = draft_groups(batch, objective, key)
+                else:
+                    views = corrupt(batch, objective, self._process, key)
+                texts = int(batch.scorable.sum())
+                scored = texts * len(views)
+                closed = self._closed(batch.tokens.shape[1], key)
+                own = writer is not None
+                drawn.append((objective, weights, batch, views, closed, key, scored, own))
+                if weights.masked == "uniform":
+                    masked = sum(int(view.scored.sum()) for view in views)
+                    sums += torch.tensor([masked, texts])
+                else:
+                    sums += torch.tensor([scored, texts])
         totals = self._total(sums).clamp(min=1).tolist()
         items, texts = totals
         noisy = [{"noise": ForwardNoise(*noise, items=items, texts=texts)} for noise in drawn]
         return noisy, counted
+
+    @contextmanager
+    def _writing(self, writer: Writer, objective: Objective) -> Iterator[None]:
+        """Let a model write in the precision that it is trained in, and without a gradient."""
+        with torch.no_grad(), self.accelerator.autocast(), writer.ready(objective):
+            yield
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the loader of training rows, which stay on the CPU until they are laid out.
@@ -240,16 +265,16 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """Predict what was corrupted and compare; a scalar in nats."""
         noise: ForwardNoise = inputs["noise"]
-        objective = noise.objective
+        objective, weights = noise.objective, noise.weights
         if objective.behind == "cache":
             return self._loss_behind_cache(model, noise)
         forward, beside, lesson = self._lay_out(model, noise)
         # Averaged over processes by DDP or FSDP, divided by the accumulation by the Trainer.
         times = self.args.world_size * self.current_gradient_accumulation_steps
-        weight = self._weighed(forward.weight, objective)
+        weight = weights.weighed(forward.weight, objective.kernel)
         # Of each logit's loss in the whole: (n,) of corrupted tokens, (m,) of next ones.
         scale = weight * (times / noise.items)
-        ar_scale = self._weights.ar * times / noise.texts
+        ar_scale = weights.ar * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
         if objective.kernel == "uniform":
@@ -258,10 +283,10 @@ class DiffusionTrainer(Trainer):
             targets = torch.cat([forward.targets, forward.ar_targets])
             scales = torch.cat([scale, scale.new_full(forward.ar_targets.shape, ar_scale)])
             compared = self._comparer.run(
-                model, inputs, targets, scales, corrupted=len(scale), lesson=lesson, key=noise.key
+                model, inputs, targets, scales, corrupted=len(scale), lesson=lesson, noise=noise
             )
             loss, output, nats = compared.loss, compared.output, compared.nats[: len(scale)]
-        self.counts.add(nats=(nats.detach() * forward.weight).sum(), scored=noise.scored)
+        self._count(noise, (nats.detach() * forward.weight).sum())
         return (loss, output) if return_outputs else loss
 
     def _divergence(
@@ -279,24 +304,14 @@ class DiffusionTrainer(Trainer):
             output = model(**inputs)
         nats = forward.nats(output.logits, objective)
         loss = (nats * scale).sum()
-        if self._weights.auxiliary:
+        if noise.weights.auxiliary:
             times = self.args.world_size * self.current_gradient_accumulation_steps
             clean = output.logits[: len(nats)]
             of_clean = cross_entropy(clean, forward.targets, objective.mask_token_id)
-            loss = loss + self._weights.auxiliary * times / noise.items * of_clean.sum()
-        if self._weights.ar:
+            loss = loss + noise.weights.auxiliary * times / noise.items * of_clean.sum()
+        if ar_scale:
             loss = loss + ar_scale * forward.ar_nats(output.logits, objective).sum()
         return loss, nats, output
-
-    def _weighed(self, weight: torch.Tensor, objective: Objective) -> torch.Tensor:
-        """Return what each corrupted token weighs in the optimised loss; (n,), as in the bound.
-
-        Where tokens are masked their loss is a cross-entropy, so that D3PM's other one adds to its
-        weight; the uniform kernel's is a divergence, and its cross-entropy is added apart.
-        """
-        if self._weights.masked == "uniform":
-            return torch.ones_like(weight)
-        return weight + self._weights.auxiliary if objective.kernel == "absorbing" else weight
 
     def _loss_behind_cache(self, model: Any, noise: ForwardNoise) -> torch.Tensor:
         """Predict noisy rows, each behind its copy of the base's cache; a scalar in nats.
@@ -306,9 +321,10 @@ class DiffusionTrainer(Trainer):
         objective = noise.objective
         laid_out = predict_behind_cache(noise.batch, noise.views, objective).to(self.args.device)
         times = self.args.world_size * self.current_gradient_accumulation_steps
-        weight = self._weighed(laid_out.weight, objective)
+        weight = noise.weights.weighed(laid_out.weight, objective.kernel)
+        teacher = self._teacher if noise.weights.asks_base else None
         loss, total = weight.new_zeros(()), weight.new_zeros(())
-        for turn in read_in_turn(model, laid_out, objective, self._teacher):
+        for turn in read_in_turn(model, laid_out, objective, teacher):
             total += len(noise.views) * turn.firsts.sum()
             if turn.rows is None:
                 continue
@@ -319,8 +335,8 @@ class DiffusionTrainer(Trainer):
                 laid_out.targets[span],
                 weight[span] * (times / noise.items),
                 corrupted=len(turn.rows.at),
-                lesson=turn.lesson,
-                key=noise.key,
+                lesson=None if turn.lesson is None else noise.weights.of(turn.lesson),
+                noise=noise,
             )
             loss = loss + compared.loss
             total += (compared.nats.detach() * laid_out.weight[span]).sum()
@@ -328,8 +344,13 @@ class DiffusionTrainer(Trainer):
             # Nothing was masked: all that is trained has a gradient, and it is zero.
             for trained in adapter_parameters(self.model).values():
                 loss = loss + 0 * trained.sum()
-        self.counts.add(nats=total, scored=noise.scored)
+        self._count(noise, total)
         return loss
+
+    def _count(self, noise: ForwardNoise, total: torch.Tensor) -> None:
+        """Add up what the bound of a forward is; of what the model wrote there is none."""
+        if not noise.own:
+            self.counts.add(nats=total, scored=noise.scored)
 
     def _lay_out(
         self, model: Any, noise: ForwardNoise
@@ -342,32 +363,36 @@ class DiffusionTrainer(Trainer):
         batch, views, objective = noise.batch, noise.views, noise.objective
         device = self.args.device
         multiple = TILE if self._flex else WIDTH_MULTIPLE
+        teacher = self._teacher if noise.weights.asks_base else None
         if not objective.is_gated:
             forward = predict(
                 batch,
                 views,
                 objective,
-                ar_loss=self._weights.ar > 0,
+                ar_loss=noise.weights.ar > 0,
                 closed=noise.closed,
                 multiple=multiple,
             )
-            if self._teacher is None:
+            if teacher is None:
                 return forward.to(device), {}, None
             asked = lesson_reading(batch, forward, multiple=multiple).to(device)
-            taught = self._teacher.teach(model, asked, self._in_form("taught", asked))
-            return forward.to(device), {}, taught
+            taught = teacher.teach(model, asked, self._in_form("taught", asked))
+            return forward.to(device), {}, noise.weights.of(taught)
         if self._process.draw == "draft":
             laid_out, forward = predict_drafts(batch, views, objective, multiple=multiple)
         else:
             laid_out, forward = predict_beside_base(
-                batch, views, objective, whole=self._teacher is not None, multiple=multiple
+                batch, views, objective, whole=teacher is not None, multiple=multiple
             )
-        if self._teacher is not None:
+        if teacher is not None:
             laid_out = with_lesson(laid_out, forward)
         reading = laid_out.to(device)
         mask = self._in_form("read", reading)
-        states, nats, lesson = read_clean(model, reading, mask, objective, self._teacher)
-        self.counts.add(nats=len(views) * nats.sum())
+        states, nats, lesson = read_clean(model, reading, mask, objective, teacher)
+        if not noise.own:
+            self.counts.add(nats=len(views) * nats.sum())
+        if lesson is not None:
+            lesson = noise.weights.of(lesson)
         return forward.to(device), {"past_key_values": states}, lesson
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -404,7 +429,7 @@ class DiffusionTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add NELBO and divergence since the last line, over all processes, in nats per token.
+        """Add NELBO and divergences since the last line, over all processes, in nats per token.
 
         What drafts are trained on is no bound: there the loss says all there is.
         """

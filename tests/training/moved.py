@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.training.asked import annealing_of, process_of, weights_of
+from dllm_convert.training.asked import annealing_of, on_policy_of, process_of, weights_of
 from dllm_convert.training.run import _arguments
 from dllm_convert.training.setup import teaching_copy, trainable_model
 from dllm_convert.training.trainer import DiffusionTrainer
@@ -34,6 +34,7 @@ def trainer_of(plan: ConversionPlan, folder: Path, model: Any = None) -> Diffusi
         process=process_of(plan.recipe.noise),
         weights=weights_of(plan.recipe.training),
         annealing=annealing_of(plan.recipe),
+        on_policy=on_policy_of(plan.recipe),
     )
     trainer.current_gradient_accumulation_steps = 1
     return trainer

@@ -25,6 +25,7 @@ from tiny_runs import wait_for
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes/launch"
+BESIDE_LOSS = ("nelbo", "divergence", "own_divergence", "cosine", "entropy", "block_size")
 TOLERANCE = 1e-4
 """Of losses, relative, and of weights, absolute: sums are taken in another order."""
 
@@ -67,7 +68,8 @@ def curve(out: Path) -> list[dict[str, float]]:
 def assert_same(one: Path, other: Path) -> None:
     """Losses, weights, and the names, types and files of the weights."""
     for mine, theirs in zip(curve(one), curve(other), strict=True):
-        for name in ("loss", "nelbo"):
+        assert mine.keys() == theirs.keys()
+        for name in {"loss", *BESIDE_LOSS} & mine.keys():
             assert theirs[name] == pytest.approx(mine[name], rel=TOLERANCE)
         assert theirs["tokens"] == mine["tokens"]
     mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
@@ -198,6 +200,42 @@ def test_fsdp2_shards_and_gathers(method: str, source: Path, single: Path, tmp_p
     if method == "full":
         assert sum(read for read, _ in parts) == parts[0][1]
     assert_same(expected, out)
+
+
+# Every second step is of the model's own text, which each process writes its rows of.
+OWN = [
+    *("--set", "training.on_policy.share=0.5"),
+    *("--set", "training.on_policy.prompt_tokens=6"),
+    *("--set", "training.on_policy.new_tokens=16"),
+    *("--set", "training.on_policy.temperature=1"),
+]
+TOGETHER = {
+    "ddp-gated": ("ddp", ["--lora", "4", "--keep-base", *OWN]),
+    "fsdp2-full": ("fsdp2", ["--full", *OWN]),
+    "fsdp2-lora": ("fsdp2", ["--lora", "4", *OWN]),
+    # What only a copy of the base can say of shards, all at once.
+    "fsdp2-beside": ("fsdp2", ["--full", *BESIDE]),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_two_processes_learn_from_the_base_as_one_does(
+    case: str, source: Path, tmp_path: Path
+) -> None:
+    strategy, more = TOGETHER[case]
+
+    def line(out: Path, batch: int, *flags: str) -> list[str]:
+        found = command(source, out, "--steps", "6", *flags, batch=batch)
+        return [part for part in found if part != "--full"] + more
+
+    finish(start(line(tmp_path / "one", 4)))
+    config, how = sharding(tmp_path) if strategy == "fsdp2" else ([], {})
+    _, err = finish(start(line(tmp_path / "two", 2, "--num-processes", "2", *config), **how))
+    assert ("sharded parameters: yes" in err) == (strategy == "fsdp2")
+    assert_same(tmp_path / "one", tmp_path / "two")
+    names = {name for one in curve(tmp_path / "one") for name in one}
+    asked = {"cosine", "entropy", "block_size"} if case == "fsdp2-beside" else {"own_divergence"}
+    assert asked <= names
 
 
 def test_three_processes_share_a_gated_model(source: Path, tmp_path: Path) -> None:
