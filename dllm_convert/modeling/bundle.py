@@ -1,4 +1,4 @@
-"""Write the code that is published beside the weights: five files, joined from many modules.
+"""Write the code that is published beside the weights: a few files, joined from many modules.
 
 Somebody who opens `modeling_dllm.py` finds the model first, then its masks, the decoding loops and
 their forward passes. What it imports relatively travels with it: transformers copies such files out
@@ -28,18 +28,18 @@ CODE_FILES = {
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
-        "choosing.py",
         "cache.py",
         "rope.py",
         "streaming.py",
-        "inputs.py",
     ),
+    "choosing_dllm.py": ("choosing.py", "ancestral.py", "inputs.py"),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
     "lossless_dllm.py": ("lossless.py", "output.py"),
     # What others are made of at once stands first.
     "settings_dllm.py": (
         "rules.py",
         "stopping.py",
+        "noising.py",
         "options.py",
         "asked.py",
         "settings.py",
@@ -73,7 +73,12 @@ lossless forward holds, of any model.
 """,
     "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
 
-The text so far, which tokens become final, the cache behind it; `modeling_dllm.py` runs the steps.
+The text so far, and the cache behind it; `modeling_dllm.py` runs the steps.
+""",
+    "choosing_dllm.py": """What a denoising step decides, written by dllm-convert {version}.
+
+Tokens, which of them become final, which are taken back; or what the reverse of the noise draws.
+And prompts, as `generate` is given them.
 """,
     "device_dllm.py": """Decoding on a GPU, written by dllm-convert {version}.
 

@@ -367,6 +367,9 @@ def decoding_contradictions(
         if name in given and not settings.temperature:
             message = f"`{name}` does nothing without a `temperature` above 0"
             yield message, warmer, (name, "temperature")
+    if settings.sampler and not settings.temperature:
+        message = "`sampler` draws every token, and needs a `temperature` above 0: 1 is exact"
+        yield message, "--set generation.temperature=1", ("sampler", "temperature")
     wrong: dict[str, object] = {
         "`block_length` is for mdlm": settings.block_length and blocks,
         "`approximate_cache` needs `block_length`": settings.approximate_cache
@@ -382,6 +385,14 @@ def decoding_contradictions(
     for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
         wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
             name in given and getattr(settings, name) is not None and settings.verify_with
+        )
+    for name in ("confidence_threshold", "entropy_bound", "unmasking"):
+        wrong[f"`{name}` does nothing beside `sampler`, which ranks nothing"] = (
+            name in given and settings.sampler
+        )
+    for name in ("remasking", "verify_with", "block_length"):
+        wrong[f"`{name}` and `sampler` do not go together: each says what a step writes"] = (
+            getattr(settings, name) and settings.sampler
         )
     for message, found in wrong.items():
         if found:

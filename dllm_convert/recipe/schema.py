@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS, LONGEST_MINUTES
 from dllm_convert.common.terms import ActsOn, Divergence, Kernel, Target
 from dllm_convert.recipe.contradiction import UnsoundError
-from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
+from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Sampler, Verifier
 from dllm_convert.recipe.engines import Serve
 from dllm_convert.recipe.rules import contradictions
 
@@ -428,6 +428,7 @@ class Generation(_Section):
     confidence_threshold: float | None = _setting("confidence_threshold", gt=0, le=1)
     temperature: NonNegativeFloat = _setting("temperature", 0.0)
     verify_with: Verifier | None = _setting("verify_with")
+    sampler: Sampler | None = _setting("sampler")
     entropy_bound: NonNegativeFloat | None = _setting("entropy_bound")
     unmasking: Order | None = _setting("unmasking")
     remasking: Remasking | None = _setting("remasking")

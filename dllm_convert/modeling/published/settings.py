@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from .asked import RULES, STOPS, read_rules, read_stops
 from .ends import read_ids
+from .noising import Noising
 from .options import DecodingOptions
 
 _OWN = {
@@ -23,6 +24,7 @@ _OWN = {
     "seeds",
     "noise_tokens",
     "causal_context",
+    "noising",
     "rules",
     "stops",
 }
@@ -241,6 +243,7 @@ def decoding_options(
         block_size=getattr(config, "block_size", None),
         token_shift=bool(facts["token_shift"]),
         causal_context=facts.get("context") == "causal",
+        noising=Noising.of(facts),
         noise_tokens=config.vocab_size if facts.get("noise_kernel") == "uniform" else 0,
         eos_token_ids=ends,
         seeds=_seeds(seed, many),
