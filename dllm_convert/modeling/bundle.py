@@ -24,7 +24,7 @@ CODE_FILES = {
         "decoding.py",
         "reading.py",
     ),
-    "gated_dllm.py": ("gated.py", "moving.py"),
+    "gated_dllm.py": ("gated.py", "moving.py", "noising.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
@@ -39,7 +39,6 @@ CODE_FILES = {
     "settings_dllm.py": (
         "rules.py",
         "stopping.py",
-        "noising.py",
         "options.py",
         "asked.py",
         "settings.py",
@@ -64,7 +63,7 @@ denoising are then the caller's business.
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
 Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
-And how small numbers reach a device without a wait.
+And how small numbers reach a device without a wait; how much noise a text holds at a time.
 """,
     "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
 

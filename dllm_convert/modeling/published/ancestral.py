@@ -1,8 +1,8 @@
 """Ancestral sampling: texts drawn from the reverse process that the bound is a bound of.
 
-Time runs from 1, where a text is all noise, to 0. In each step x_s is drawn from q(x_s | x_t, x_0),
-mixed over what the model takes x_0 for (D3PM, arXiv 2107.03006; MDLM, 2406.07524; MD4, 2406.04329).
-Nothing is ranked by how sure the model is.
+Time runs from 1, where a text is all noise, to 0. In each step x_s is drawn from
+q(x_s | x_t, x_0), mixed over what the model takes x_0 for (D3PM, arXiv 2107.03006; MDLM,
+2406.07524; MD4, 2406.04329). Nothing is ranked by how sure the model is.
 """
 
 from __future__ import annotations
