@@ -24,7 +24,7 @@ CODE_FILES = {
         "decoding.py",
         "reading.py",
     ),
-    "gated_dllm.py": ("gated.py", "moving.py", "noising.py"),
+    "gated_dllm.py": ("gated.py", "moving.py", "noising.py", "stopping.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
@@ -38,7 +38,6 @@ CODE_FILES = {
     # What others are made of at once stands first.
     "settings_dllm.py": (
         "rules.py",
-        "stopping.py",
         "options.py",
         "asked.py",
         "settings.py",
@@ -63,7 +62,8 @@ denoising are then the caller's business.
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
 Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
-And how small numbers reach a device without a wait; how much noise a text holds at a time.
+And how small numbers reach a device without a wait; how much noise a text holds at a time; what
+ends a text early.
 """,
     "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
 
