@@ -101,10 +101,21 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "Times lie in (0, 1], the smaller one first",
             ("noise.min_time", "noise.max_time"),
         )
-    if noise.kernel == "uniform":
+    kernel = noise.kernel
+    walks = {"noise.neighbours": noise.neighbours, "noise.jumps": noise.jumps}
+    for name, value in walks.items():
+        if (value is None) is (kernel == "neighbours"):
+            yield Contradiction(
+                f"noise.kernel is {kernel}, and {name} is {'missing' if value is None else value}",
+                f"--set {name}={8 if name == 'noise.neighbours' else 4}, for instance"
+                if value is None
+                else f"--set {name}=null, or --set noise.kernel=neighbours",
+                ("noise.kernel", name),
+            )
+    if kernel != "absorbing":
         if noise.discrete_steps is None:
             yield Contradiction(
-                "the uniform kernel has a bound in discrete time only",
+                f"the {kernel} kernel has a bound in discrete time only",
                 "--set noise.discrete_steps=1000, for instance",
                 ("noise.kernel", "noise.discrete_steps"),
             )
@@ -118,7 +129,7 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
         for name, found in of_masks.items():
             if found:
                 yield Contradiction(
-                    f"{name} is about masked tokens, and the uniform kernel masks none",
+                    f"{name} is about masked tokens, and the {kernel} kernel masks none",
                     f"Leave {name} at its default, or noise.kernel at absorbing",
                     (name, "noise.kernel"),
                 )
@@ -154,13 +165,13 @@ def _beside(recipe: Recipe) -> Iterator[Contradiction]:
                 "Leave training.auxiliary_loss_weight out",
                 ("training.auxiliary_loss_weight", name),
             )
-    if training.confidence_loss_weight and (noise.kernel == "uniform" or training.method == "none"):
-        uniform = noise.kernel == "uniform"
+    replaces = noise.kernel != "absorbing"
+    if training.confidence_loss_weight and (replaces or training.method == "none"):
         yield Contradiction(
             "training.confidence_loss_weight asks predictions of masked tokens to be surer, and "
-            + ("the uniform kernel masks none" if uniform else "nothing is trained"),
+            + (f"the {noise.kernel} kernel masks none" if replaces else "nothing is trained"),
             "Leave training.confidence_loss_weight out",
-            ("training.confidence_loss_weight", "noise.kernel" if uniform else "training.method"),
+            ("training.confidence_loss_weight", "noise.kernel" if replaces else "training.method"),
         )
 
 
@@ -173,9 +184,9 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
     rules: tuple[Rule, ...] = (
         ("training.method", recipe.training.method == "none",
          "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", recipe.noise.kernel == "uniform",
+        ("noise.kernel", recipe.noise.kernel != "absorbing",
          "the base's prediction of a token takes the place of the token in a cross-entropy, and "
-         "the bound of the uniform kernel is none", "--set noise.kernel=absorbing"),
+         f"the bound of the {recipe.noise.kernel} kernel is none", "--set noise.kernel=absorbing"),
     )  # fmt: skip
     yield from clashes(f"{field}.weight", rules)
     if chosen.divergence == "reverse_kl" and chosen.top_k is not None:
@@ -194,8 +205,8 @@ def _alignment(recipe: Recipe) -> Iterator[Contradiction]:
         return
     rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", recipe.noise.kernel == "uniform",
-         "it compares what a mask stands for, and the uniform kernel has none",
+        ("noise.kernel", recipe.noise.kernel != "absorbing",
+         f"it compares what a mask stands for, and the {recipe.noise.kernel} kernel has none",
          "--set noise.kernel=absorbing"),
         ("token_shift", recipe.token_shift == "drop",  # noqa: S105
          "without the shift a position stands for its own token, and one of the base for the next",
@@ -293,8 +304,8 @@ def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
         ("token_shift", recipe.token_shift == "drop",  # noqa: S105
          "the base predicts the next token, so the token shift is kept",
          "--set token_shift=keep"),
-        ("noise.kernel", recipe.noise.kernel == "uniform",
-         "a vector of its own stands for the mask, and the uniform kernel has none",
+        ("noise.kernel", recipe.noise.kernel != "absorbing",
+         f"a vector of its own stands for the mask, and the {recipe.noise.kernel} kernel has none",
          "--set noise.kernel=absorbing"),
         ("training.ar_loss_weight", training.ar_loss_weight > 0,
          "a next-token loss trains what reads clean tokens, and that is the base, which stays",
@@ -332,6 +343,13 @@ def _generation(recipe: Recipe) -> Iterator[Contradiction]:
             "generation.verify_with=base needs a base that the training leaves as it is",
             "--keep-base trains an adapter that acts on noisy tokens only",
             ("generation.verify_with", "training.lora.acts_on"),
+        )
+    if chosen.sampler and recipe.noise.kernel == "neighbours":
+        yield Contradiction(
+            "generation.sampler and noise.kernel=neighbours do not go together: its reverse "
+            "multiplies with a matrix of all words, which is only there in training",
+            "Leave generation.sampler out",
+            ("generation.sampler", "noise.kernel"),
         )
     found = decoding_contradictions(
         {name for name, value in chosen if value is not None},

@@ -51,7 +51,18 @@ class Noise(_Section):
     power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
     kernel: Kernel = Field(
         "absorbing",
-        description="absorbing: a token becomes the mask; uniform: any other token (D3PM)",
+        description="absorbing: a token becomes the mask; uniform: any other token; neighbours: "
+        "one whose embedding is near, and then any other (D3PM)",
+    )
+    neighbours: PositiveInt | None = Field(
+        None, description="nearest words that one is joined to; kernel neighbours only"
+    )
+    jumps: float | None = Field(
+        None,
+        gt=0,
+        le=64,
+        description="times a word becomes a near one until t = 1, if nothing replaces it; kernel "
+        "neighbours only",
     )
     discrete_steps: PositiveInt | None = Field(
         None, description="T of D3PM's discrete-time bound; empty: continuous time"

@@ -259,7 +259,7 @@ class DiffusionTrainer(Trainer):
         # What is beside the data's loss is made piece by piece, so that it always pays.
         more = any(part is not None for part in beside_data)
         fuses = self._fused.works and (more or self._fused.pays(count))
-        if fuses and objective.kernel == "absorbing":
+        if fuses and objective.masks:
             fused = self._fused.at(targets, scales, *beside_data)
             with self._mask_noise.at(noise.key), fused as found:
                 output = model(**inputs)
@@ -274,7 +274,7 @@ class DiffusionTrainer(Trainer):
             else:
                 nats = forward.nats(output.logits, objective)
                 loss = (nats * scale).sum()
-                if self._weights.auxiliary and objective.kernel == "uniform":
+                if self._weights.auxiliary and not objective.masks:
                     clean = output.logits[: len(nats)]
                     of_clean = cross_entropy(clean, forward.targets, objective.mask_token_id)
                     loss = loss + self._weights.auxiliary * times / noise.items * of_clean.sum()
@@ -294,11 +294,11 @@ class DiffusionTrainer(Trainer):
         """Return what each corrupted token weighs in the optimised loss; (n,), as in the bound.
 
         Where tokens are masked their loss is a cross-entropy, so that D3PM's other one adds to its
-        weight; the uniform kernel's is a divergence, and its cross-entropy is added apart.
+        weight; the other kernels' is a divergence, and its cross-entropy is added apart.
         """
         if self._weights.masked == "uniform":
             return torch.ones_like(weight)
-        return weight + self._weights.auxiliary if objective.kernel == "absorbing" else weight
+        return weight + self._weights.auxiliary if objective.masks else weight
 
     def _misaligned(
         self, output: Any, forward: Prediction, lesson: Lesson, scale: torch.Tensor

@@ -145,8 +145,10 @@ class Canvas:
         if isinstance(self._ancestry, Replacing):
             return self._ancestry.shown(tokens, self.rows, columns)
         active = [self._generators[row] for row in self.rows.tolist()]
-        # Behind its end a row's last block has noise as well.
-        return show_noise(tokens, tokens == self.options.mask_token_id, self.options, active)
+        # Behind its end a row's last block has noise as well; what a longer row has beside it must
+        # cost it no draws.
+        open_ones = (tokens == self.options.mask_token_id) & (columns < self.limits[rows])
+        return show_noise(tokens, open_ones, self.options, active)
 
     def wanted(self, columns: torch.Tensor) -> torch.Tensor:
         """Where the active rows have something to write at `columns`, each shape (rows, n), bool.
