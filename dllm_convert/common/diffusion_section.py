@@ -13,6 +13,9 @@ from typing import Any
 from dllm_convert.common.terms import ActsOn, Behind, Context, Draft, Kernel, Target
 
 FORMAT_VERSION = 1
+NEIGHBOURS_FILE = "noise_neighbours.npy"
+"""Which words are near to each, beside the weights, where noise walks among them: int32, shape
+(rows of the embedding, k)."""
 ATTENTION: Mapping[str, str] = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 """Objective to the attention it means."""
 
@@ -30,6 +33,7 @@ class DiffusionSection:
         noise_power: Exponent of the polynomial.
         noise_kernel: What corrupts a token.
         discrete_steps: T of the bound in discrete time; None: continuous time.
+        noise_jumps: How often a word becomes one like it, at t = 1; kernel `neighbours` only.
         context: What a clean token of bd3lm sees of its own block.
         acts_on: Which tokens the adapter acts on: `noisy` where the weights are the base's and an
             adapter lies beside them; `all` where there is one set of weights.
@@ -49,6 +53,7 @@ class DiffusionSection:
     noise_power: float = 2.0
     noise_kernel: Kernel = "absorbing"
     discrete_steps: int | None = None
+    noise_jumps: float | None = None
     context: Context = "block"
     acts_on: ActsOn = "all"
     adapter_rank: int | None = None
@@ -61,6 +66,11 @@ class DiffusionSection:
     def is_gated(self) -> bool:
         """Whether the weights are the base's, and an adapter acts on noisy tokens only."""
         return self.acts_on == "noisy"
+
+    @property
+    def masks(self) -> bool:
+        """Whether noise is a mask; else it is other tokens, and the mask is never shown."""
+        return self.noise_kernel == "absorbing"
 
     @property
     def attention(self) -> str:
@@ -91,8 +101,10 @@ class DiffusionSection:
         }
         if self.noise_schedule == "polynomial":
             section["noise_power"] = self.noise_power
-        if self.noise_kernel == "uniform":
+        if not self.masks:
             section |= {"noise_kernel": self.noise_kernel, "discrete_steps": self.discrete_steps}
+        if self.noise_jumps is not None:
+            section["noise_jumps"] = self.noise_jumps
         if self.context == "causal":
             section["context"] = self.context
         if self.is_gated:

@@ -64,6 +64,8 @@ class _Noise(_Section):
     power: float = 2.0
     kernel: str = "absorbing"
     discrete_steps: int | None = None
+    neighbours: int | None = None
+    jumps: float | None = None
     min_time: float = 0.0
     max_time: float = 1.0
     draw: str = "time"

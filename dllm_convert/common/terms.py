@@ -6,8 +6,9 @@ from typing import Literal
 
 Target = Literal["mdlm", "bd3lm"]
 """Objective: one noisy stream with full attention, or blocks behind clean text."""
-Kernel = Literal["absorbing", "uniform"]
-"""What corrupts a token: it becomes the mask, or any other token (D3PM, arXiv 2107.03006)."""
+Kernel = Literal["absorbing", "uniform", "neighbours"]
+"""What corrupts a token: it becomes the mask, any other token, or by and by one like it and then
+any other (D3PM, arXiv 2107.03006)."""
 Context = Literal["block", "causal"]
 """What a clean token of bd3lm sees of its own block: all of it, or what stands before it."""
 Draft = Literal["open", "causal"]

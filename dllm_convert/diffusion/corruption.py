@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from dllm_convert.diffusion.device import moved
+from dllm_convert.diffusion.neighbours import Walk
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
 
@@ -86,11 +87,11 @@ class Corruption:
 
     Attributes:
         scored: Tokens whose prediction enters the loss, shape (batch, length), bool: the masked
-            ones, or with the uniform kernel all that may be corrupted.
+            ones, or where tokens are replaced all that may be corrupted.
         weight: What each of them weighs in the NELBO, shape (batch, length), float32; else 0.
         tokens: The corrupted text, shape (batch, length); None: scored tokens become the mask.
         kept: Probability that a token is still clean before and at its time, alpha(t - 1/T) and
-            alpha(t), shape (batch, length, 2), float64; uniform kernel only.
+            alpha(t), shape (batch, length, 2), float64; where tokens are replaced only.
         behind: How many masks stand behind each token, shape (batch, length); drafts only, see
             `diffusion.drafts`.
     """
@@ -242,9 +243,10 @@ def _by_count(draw: _Draw, process: ForwardProcess) -> list[Corruption]:
 def _by_replacing(
     draw: _Draw, process: ForwardProcess, batch: TextBatch, objective: Objective, key: NoiseKey
 ) -> list[Corruption]:
-    """D3PM's uniform kernel (arXiv 2107.03006): a token becomes any other but the mask.
+    """D3PM's kernels without a mask (arXiv 2107.03006): a token becomes any other but the mask.
 
-    Every token that may be corrupted is scored, at one of T equally likely times: weight T.
+    With `neighbours` those that nothing has replaced yet have walked among words like them. Every
+    token that may be corrupted is scored, at one of T equally likely times: weight T.
     """
     schedule = process.schedule
     t = schedule.times(draw.level)
@@ -259,9 +261,26 @@ def _by_replacing(
     # Drawn from one token fewer, then moved past the mask: uniform over all others.
     other = other + (other >= objective.mask_token_id).long()
     replaced = draw.scorable & (draw.uniforms >= kept[..., 1])
-    tokens = torch.where(replaced, other, batch.tokens.cpu())
+    tokens = batch.tokens.cpu()
+    if objective.walk is not None:
+        tokens = _walked(objective.walk, tokens, 1 - kept[..., 1], key, count)
+        tokens = torch.where(draw.scorable, tokens, batch.tokens.cpu())
+    tokens = torch.where(replaced, other, tokens)
     weight = torch.where(draw.scorable, float(steps), 0.0)
     return [Corruption(draw.scorable, weight, tokens, kept)]
+
+
+def _walked(
+    walk: Walk, tokens: torch.Tensor, share: torch.Tensor, key: NoiseKey, rows: int
+) -> torch.Tensor:
+    """Let tokens (rows, length) walk for their shares of the jumps, of the same shape."""
+    generators = (key.generator(row, 0, 3) for row in range(key.first_row, key.first_row + rows))
+    return torch.stack(
+        [
+            walk.walked(words, walk.jumps * part, generator)
+            for words, part, generator in zip(tokens, share, generators, strict=True)
+        ]
+    )
 
 
 def corrupt(
@@ -290,7 +309,7 @@ def corrupt(
             rows, lambda g: torch.rand(length, generator=g, dtype=torch.float64), view, 1
         )
         draw = _Draw(groups, level, scorable, batch.positions.cpu(), uniforms)
-        if objective.kernel == "uniform":
+        if not objective.masks:
             views += _by_replacing(draw, process, batch, objective, key)
         else:
             views += (_by_count if process.draw == "count" else _by_time)(draw, process)

@@ -65,7 +65,7 @@ def _summary(totals: list[float], counts: list[int]) -> Likelihood:
 
 def measured_process(objective: Objective) -> ForwardProcess:
     """Return the process whose loss is an exact bound with the least variance."""
-    if objective.kernel == "uniform":
+    if not objective.masks:
         return ForwardProcess(objective.schedule)
     return ForwardProcess(draw="count")
 

@@ -8,6 +8,7 @@ in where a prediction is read; everything else is the same code.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.common.terms import ActsOn, Behind, Context, Draft, Kernel, Target
 from dllm_convert.diffusion.device import moved
+from dllm_convert.diffusion.neighbours import Walk, read_walk
 from dllm_convert.diffusion.schedule import Schedule
 
 
@@ -27,17 +29,18 @@ class Objective:
         mask_token_id: Token that stands for a masked one; no text holds it.
         token_shift: Whether position i is predicted from the hidden state of i-1, as AR models do.
         block_size: Tokens per block, bd3lm only.
-        kernel: `absorbing` (a token becomes the mask) or `uniform` (it becomes any other; D3PM,
-            arXiv 2107.03006).
-        vocabulary: Rows of the embedding; the uniform kernel draws from them.
+        kernel: `absorbing` (a token becomes the mask), `uniform` (it becomes any other) or
+            `neighbours` (it becomes one like it, and then any other; D3PM, arXiv 2107.03006).
+        vocabulary: Rows of the embedding; the other kernels draw from them.
         context: What a clean token of bd3lm sees of its own block: all of it (`block`) or what
             stands before it (`causal`).
         behind: How noisy tokens stand behind clean ones there: by a mask, or by a copy of the
             base's cache.
-        schedule: Discrete-time schedule in which the bound of the uniform kernel is measured.
+        schedule: Discrete-time schedule in which the bound of the other kernels is measured.
         acts_on: Which tokens an adapter acts on: `noisy` where clean ones are the base's.
         draft: Whom a noisy token sees of its block beside such a base: all of it (`open`) or what
             stands before it (`causal`).
+        walk: Which words are alike, of the kernel `neighbours`.
     """
 
     target: Target
@@ -51,6 +54,12 @@ class Objective:
     acts_on: ActsOn = "all"
     draft: Draft = "open"
     behind: Behind = "mask"
+    walk: Walk | None = None
+
+    @property
+    def masks(self) -> bool:
+        """Whether noise is a mask; else it is other tokens, and the mask is never shown."""
+        return self.kernel == "absorbing"
 
     @property
     def is_gated(self) -> bool:
@@ -60,16 +69,22 @@ class Objective:
     @classmethod
     def from_config(cls, config: Any) -> Objective:
         """Read the objective from a converted checkpoint's config, as transformers loads it."""
-        return cls.from_section(DiffusionSection.of(config.diffusion), config.vocab_size)
+        folder = Path(getattr(config, "_name_or_path", ""))
+        return cls.from_section(DiffusionSection.of(config.diffusion), config.vocab_size, folder)
 
     @classmethod
-    def from_section(cls, section: DiffusionSection, vocabulary: int) -> Objective:
+    def from_section(cls, section: DiffusionSection, vocabulary: int, folder: Path) -> Objective:
         """Return the objective that a checkpoint was made for.
 
         Args:
             section: The `diffusion` section of its config.json.
             vocabulary: Rows of the embedding.
+            folder: The checkpoint; only the kernel `neighbours` has a file there.
+
+        Raises:
+            DataError: That file is missing or broken.
         """
+        jumps = section.noise_jumps
         return cls(
             target=section.objective,
             mask_token_id=section.mask_token_id,
@@ -86,6 +101,7 @@ class Objective:
             acts_on=section.acts_on,
             draft=section.draft,
             behind=section.behind,
+            walk=None if jumps is None else read_walk(folder, vocabulary, jumps),
         )
 
     @property

@@ -12,6 +12,7 @@ from dllm_convert.diffusion.attention import CLEAN, UNUSED, Rule, StreamMask, op
 from dllm_convert.diffusion.corruption import Corruption
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
+from dllm_convert.diffusion.neighbours import neighbour_divergence
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE, Streams, corrupted, needed_columns
 
@@ -32,8 +33,8 @@ class Prediction:
         rows: Row of the text of each scored position, shape (n,).
         places: Its place in that row, shape (n,), where it was laid out.
         ar_targets: Next tokens of the clean stream, shape (m,).
-        noisy: Corrupted tokens at the scored positions, shape (n,); uniform kernel only.
-        kept: As in `Corruption`, shape (n, 2); uniform kernel only.
+        noisy: Corrupted tokens at the scored positions, shape (n,); where tokens are replaced only.
+        kept: As in `Corruption`, shape (n, 2); where tokens are replaced only.
         read: Columns that the mask has before those of the inputs: keys that are there already.
     """
 
@@ -85,9 +86,10 @@ class Prediction:
         logits = logits[: len(self.targets)]
         if self.noisy is None or self.kept is None:
             return cross_entropy(logits, self.targets, objective.mask_token_id)
-        return uniform_divergence(
-            logits, self.targets, self.noisy, self.kept, objective.mask_token_id
-        )
+        what = logits, self.targets, self.noisy, self.kept, objective.mask_token_id
+        if objective.walk is not None:
+            return neighbour_divergence(*what, objective.walk)
+        return uniform_divergence(*what)
 
     def ar_nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Cross-entropy of the clean stream's next tokens, shape (m,), of logits (n + m, vocab)."""
@@ -224,7 +226,7 @@ def _prediction(
     # (views, batch, length) indexed by (view, row, place): what each scored token was turned into.
     replaced = [(view.tokens, view.kept) for view in views]
     noisy = kept = None
-    if objective.kernel == "uniform":
+    if not objective.masks:
         noisy = torch.stack([tokens for tokens, _ in replaced if tokens is not None])[scored]
         kept = torch.stack([kept for _, kept in replaced if kept is not None])[scored]
     inputs = {"input_ids": used.tokens, "position_ids": used.positions, "logits_at": reads}

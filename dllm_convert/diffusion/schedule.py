@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dllm_convert.modeling.published.noising import Noising
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -32,11 +34,7 @@ class Schedule:
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
         """1 - alpha(t), the probability that a token is masked; same shape as `t`, in [0, 1]."""
-        if self.name == "linear":
-            return t.clamp(0, 1)
-        if self.name == "cosine":
-            return torch.cos(math.pi / 2 * (1 - t)).clamp(0, 1)
-        return t.clamp(0, 1) ** self.power
+        return Noising(self.name, self.power).share(t)
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
         """What a masked token weighs in the bound when t is uniform; same shape as `t`.

@@ -76,8 +76,8 @@ class Estimator:
         return ForwardProcess(draw=self.masking, views=self.draws)
 
     def process_for(self, objective: Objective) -> ForwardProcess:
-        """The forward process for an objective; the uniform kernel has its own discrete time."""
-        if objective.kernel == "uniform":
+        """The forward process for an objective; without a mask it has its own discrete time."""
+        if not objective.masks:
             return ForwardProcess(objective.schedule, views=self.draws)
         return self.process
 

@@ -24,22 +24,20 @@ CODE_FILES = {
         "decoding.py",
     ),
     "reading_dllm.py": ("reading.py", "paired.py"),
-    "gated_dllm.py": ("gated.py", "moving.py", "ends.py"),
+    "gated_dllm.py": ("gated.py", "moving.py", "noising.py", "stopping.py", "ends.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",
-        "choosing.py",
         "cache.py",
         "rope.py",
         "streaming.py",
-        "inputs.py",
     ),
+    "choosing_dllm.py": ("choosing.py", "ancestral.py", "inputs.py"),
     "device_dllm.py": ("queued.py", "lockstep.py", "regions.py", "draws.py", "graphs.py"),
     "lossless_dllm.py": ("lossless.py", "output.py"),
     # What others are made of at once stands first.
     "settings_dllm.py": (
         "rules.py",
-        "stopping.py",
         "options.py",
         "asked.py",
         "settings.py",
@@ -68,7 +66,8 @@ verifies them in forwards of its own.
     "gated_dllm.py": """An adapter that acts on noisy tokens, written by dllm-convert {version}.
 
 Of a model whose config says `acts_on: noisy`: the weights are its base's, and lie beside it.
-And how small numbers reach a device without a wait, and which ids end a text.
+And how small numbers reach a device without a wait; how much noise a text holds at a time; what
+ends a text early.
 """,
     "behind_dllm.py": """Noisy tokens behind a copy of the base's cache, by dllm-convert {version}.
 
@@ -77,7 +76,12 @@ lossless forward holds, of any model.
 """,
     "decoding_dllm.py": """What a denoising step works with, written by dllm-convert {version}.
 
-The text so far, which tokens become final, the cache behind it; `modeling_dllm.py` runs the steps.
+The text so far, and the cache behind it; `modeling_dllm.py` runs the steps.
+""",
+    "choosing_dllm.py": """What a denoising step decides, written by dllm-convert {version}.
+
+Tokens, which of them become final, which are taken back; or what the reverse of the noise draws.
+And prompts, as `generate` is given them.
 """,
     "device_dllm.py": """Decoding on a GPU, written by dllm-convert {version}.
 

@@ -26,7 +26,7 @@ from dllm_convert.source.config_numbers import (
 from dllm_convert.source.safetensors_header import load_json_object
 
 _SCHEDULES = ("linear", "cosine", "polynomial")
-_KERNELS = ("absorbing", "uniform")
+_KERNELS = ("absorbing", "uniform", "neighbours")
 _CONTEXTS = ("block", "causal")
 _DRAFTS, _BEHIND = ("open", "causal"), ("mask", "cache")
 _HINT = "Put back the config.json that dllm-convert run wrote, or convert the model again"
@@ -120,6 +120,7 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         ("diffusion.discrete_steps", steps, steps is None or is_size(steps), "a whole number"),
         ("diffusion.noise_power", power, is_number(power) and power > 0, "a number above 0"),
     )  # fmt: skip
+    _check_walk(section)
     if section.get("acts_on", "all") != "all":
         _check_gated(section)
     for key in ("draft", "behind"):
@@ -141,6 +142,19 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         sound = may_lack if absent else value in allowed
         _check((f"diffusion.{key}", value, sound, " or ".join(allowed)))
     return DiffusionSection.of(section)
+
+
+def _check_walk(section: Mapping[str, Any]) -> None:
+    jumps = section.get("noise_jumps")
+    if section.get("noise_kernel") == "neighbours":
+        sound = jumps is not None and is_number(jumps) and 0 < jumps <= 64
+        _check(
+            ("diffusion.noise_jumps", jumps, sound, "a number above 0, at most 64"),
+            ("diffusion.discrete_steps", section.get("discrete_steps"),
+             is_size(section.get("discrete_steps")), "a whole number"),
+        )  # fmt: skip
+    elif jumps is not None:
+        raise wrong("diffusion.noise_jumps", jumps, "nothing: no word walks", _HINT)
 
 
 def _check_gated(section: Mapping[str, Any]) -> None:

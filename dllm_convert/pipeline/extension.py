@@ -14,6 +14,7 @@ from typing import Any
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.counts import LARGEST_SEED
 from dllm_convert.common.differences import differences
+from dllm_convert.common.diffusion_section import NEIGHBOURS_FILE
 from dllm_convert.common.disk import link
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
@@ -32,7 +33,7 @@ from dllm_convert.source.safetensors_header import load_json_object
 from dllm_convert.weights.generation import write_generation
 
 _WEIGHTS = ("*.safetensors", "model.safetensors.index.json")
-_TAKEN = (*_WEIGHTS, *SMALL_FILES, *CODE_FILES)
+_TAKEN = (*_WEIGHTS, *SMALL_FILES, *CODE_FILES, NEIGHBOURS_FILE)
 
 
 def begin(plan: ConversionPlan, out: Path) -> dict[str, Any]:

@@ -149,6 +149,7 @@ def _diffusion_section(
         noise_power=noise.power,
         noise_kernel=noise.kernel,
         discrete_steps=noise.discrete_steps,
+        noise_jumps=noise.jumps,
         context="causal" if training.ar_loss_weight or training.keeps_base else "block",
         **adapter_facts,
     )

@@ -13,6 +13,7 @@ Order = Literal["confidence", "margin", "entropy", "random"]
 Remasking = Literal["low_confidence", "random"]
 
 Verifier = Literal["self", "base"]
+Sampler = Literal["ancestral"]
 Kind = Literal["count", "number", "choice", "switch"]
 MORE = "Decoding"
 """Panel of the help that holds what is rarely needed."""
@@ -74,6 +75,13 @@ SETTINGS: Mapping[str, Setting] = {
         "choice",
         empty="what is denoised is written",
         choices=get_args(Verifier),
+    ),
+    "sampler": Setting(
+        "draw from the reverse of the noise it was trained with, step by step, and rank nothing; "
+        "exact at temperature 1",
+        "choice",
+        empty="what is surest is written first",
+        choices=get_args(Sampler),
     ),
     "entropy_bound": Setting(
         "commit the surest tokens whose entropies in nats, the largest left out, sum to at most "

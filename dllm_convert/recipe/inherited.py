@@ -24,6 +24,7 @@ _NOISE = {
     "noise_power": "power",
     "noise_kernel": "kernel",
     "discrete_steps": "discrete_steps",
+    "noise_jumps": "jumps",
 }
 
 

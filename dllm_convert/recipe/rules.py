@@ -102,10 +102,21 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "Times lie in (0, 1], the smaller one first",
             ("noise.min_time", "noise.max_time"),
         )
-    if noise.kernel == "uniform":
+    kernel = noise.kernel
+    walks = {"noise.neighbours": noise.neighbours, "noise.jumps": noise.jumps}
+    for name, value in walks.items():
+        if (value is None) is (kernel == "neighbours"):
+            yield Contradiction(
+                f"noise.kernel is {kernel}, and {name} is {'missing' if value is None else value}",
+                f"--set {name}={8 if name == 'noise.neighbours' else 4}, for instance"
+                if value is None
+                else f"--set {name}=null, or --set noise.kernel=neighbours",
+                ("noise.kernel", name),
+            )
+    if kernel != "absorbing":
         if noise.discrete_steps is None:
             yield Contradiction(
-                "the uniform kernel has a bound in discrete time only",
+                f"the {kernel} kernel has a bound in discrete time only",
                 "--set noise.discrete_steps=1000, for instance",
                 ("noise.kernel", "noise.discrete_steps"),
             )
@@ -119,7 +130,7 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
         for name, found in of_masks.items():
             if found:
                 yield Contradiction(
-                    f"{name} is about masked tokens, and the uniform kernel masks none",
+                    f"{name} is about masked tokens, and the {kernel} kernel masks none",
                     f"Leave {name} at its default, or noise.kernel at absorbing",
                     (name, "noise.kernel"),
                 )
@@ -155,13 +166,13 @@ def _beside(recipe: Recipe) -> Iterator[Contradiction]:
                 "Leave training.auxiliary_loss_weight out",
                 ("training.auxiliary_loss_weight", name),
             )
-    if training.confidence_loss_weight and (noise.kernel == "uniform" or training.method == "none"):
-        uniform = noise.kernel == "uniform"
+    replaces = noise.kernel != "absorbing"
+    if training.confidence_loss_weight and (replaces or training.method == "none"):
         yield Contradiction(
             "training.confidence_loss_weight asks predictions of masked tokens to be surer, and "
-            + ("the uniform kernel masks none" if uniform else "nothing is trained"),
+            + (f"the {noise.kernel} kernel masks none" if replaces else "nothing is trained"),
             "Leave training.confidence_loss_weight out",
-            ("training.confidence_loss_weight", "noise.kernel" if uniform else "training.method"),
+            ("training.confidence_loss_weight", "noise.kernel" if replaces else "training.method"),
         )
 
 
@@ -174,9 +185,9 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
     rules: tuple[Rule, ...] = (
         ("training.method", recipe.training.method == "none",
          "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", recipe.noise.kernel == "uniform",
+        ("noise.kernel", recipe.noise.kernel != "absorbing",
          "the base's prediction of a token takes the place of the token in a cross-entropy, and "
-         "the bound of the uniform kernel is none", "--set noise.kernel=absorbing"),
+         f"the bound of the {recipe.noise.kernel} kernel is none", "--set noise.kernel=absorbing"),
     )  # fmt: skip
     if chosen.weight:
         yield from clashes(f"{field}.weight", rules)
@@ -240,8 +251,8 @@ def _alignment(recipe: Recipe) -> Iterator[Contradiction]:
         return
     rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", recipe.noise.kernel == "uniform",
-         "it compares what a mask stands for, and the uniform kernel has none",
+        ("noise.kernel", recipe.noise.kernel != "absorbing",
+         f"it compares what a mask stands for, and the {recipe.noise.kernel} kernel has none",
          "--set noise.kernel=absorbing"),
         ("token_shift", recipe.token_shift == "drop",  # noqa: S105
          "without the shift a position stands for its own token, and one of the base for the next",
@@ -339,8 +350,8 @@ def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
         ("token_shift", recipe.token_shift == "drop",  # noqa: S105
          "the base predicts the next token, so the token shift is kept",
          "--set token_shift=keep"),
-        ("noise.kernel", recipe.noise.kernel == "uniform",
-         "a vector of its own stands for the mask, and the uniform kernel has none",
+        ("noise.kernel", recipe.noise.kernel != "absorbing",
+         f"a vector of its own stands for the mask, and the {recipe.noise.kernel} kernel has none",
          "--set noise.kernel=absorbing"),
         ("training.ar_loss_weight", training.ar_loss_weight > 0,
          "a next-token loss trains what reads clean tokens, and that is the base, which stays",
@@ -379,6 +390,13 @@ def _generation(recipe: Recipe) -> Iterator[Contradiction]:
             "--keep-base trains an adapter that acts on noisy tokens only",
             ("generation.verify_with", "training.lora.acts_on"),
         )
+    if chosen.sampler and recipe.noise.kernel == "neighbours":
+        yield Contradiction(
+            "generation.sampler and noise.kernel=neighbours do not go together: its reverse "
+            "multiplies with a matrix of all words, which is only there in training",
+            "Leave generation.sampler out",
+            ("generation.sampler", "noise.kernel"),
+        )
     found = decoding_contradictions(
         {name for name, value in chosen if value is not None},
         chosen,
@@ -413,6 +431,9 @@ def decoding_contradictions(
         if name in given and not settings.temperature:
             message = f"`{name}` does nothing without a `temperature` above 0"
             yield message, warmer, (name, "temperature")
+    if settings.sampler and not settings.temperature:
+        message = "`sampler` draws every token, and needs a `temperature` above 0: 1 is exact"
+        yield message, "--set generation.temperature=1", ("sampler", "temperature")
     wrong: dict[str, object] = {
         "`block_length` is for mdlm": settings.block_length and blocks,
         "`approximate_cache` needs `block_length`": settings.approximate_cache
@@ -428,6 +449,14 @@ def decoding_contradictions(
     for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
         wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
             name in given and getattr(settings, name) is not None and settings.verify_with
+        )
+    for name in ("confidence_threshold", "entropy_bound", "unmasking"):
+        wrong[f"`{name}` does nothing beside `sampler`, which ranks nothing"] = (
+            name in given and settings.sampler
+        )
+    for name in ("remasking", "verify_with", "block_length"):
+        wrong[f"`{name}` and `sampler` do not go together: each says what a step writes"] = (
+            getattr(settings, name) and settings.sampler
         )
     for message, found in wrong.items():
         if found:

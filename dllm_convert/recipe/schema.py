@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dllm_convert.common.counts import LARGEST_COUNT, LARGEST_SEED, LARGEST_TOKENS, LONGEST_MINUTES
 from dllm_convert.common.terms import ActsOn, Divergence, Kernel, Target
 from dllm_convert.recipe.contradiction import UnsoundError
-from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Verifier
+from dllm_convert.recipe.decoding import SETTINGS, Order, Remasking, Sampler, Verifier
 from dllm_convert.recipe.engines import Serve
 from dllm_convert.recipe.rules import contradictions
 
@@ -51,7 +51,18 @@ class Noise(_Section):
     power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
     kernel: Kernel = Field(
         "absorbing",
-        description="absorbing: a token becomes the mask; uniform: any other token (D3PM)",
+        description="absorbing: a token becomes the mask; uniform: any other token; neighbours: "
+        "one whose embedding is near, and then any other (D3PM)",
+    )
+    neighbours: PositiveInt | None = Field(
+        None, description="nearest words that one is joined to; kernel neighbours only"
+    )
+    jumps: float | None = Field(
+        None,
+        gt=0,
+        le=64,
+        description="times a word becomes a near one until t = 1, if nothing replaces it; kernel "
+        "neighbours only",
     )
     discrete_steps: PositiveInt | None = Field(
         None, description="T of D3PM's discrete-time bound; empty: continuous time"
@@ -452,6 +463,7 @@ class Generation(_Section):
     confidence_threshold: float | None = _setting("confidence_threshold", gt=0, le=1)
     temperature: NonNegativeFloat = _setting("temperature", 0.0)
     verify_with: Verifier | None = _setting("verify_with")
+    sampler: Sampler | None = _setting("sampler")
     entropy_bound: NonNegativeFloat | None = _setting("entropy_bound")
     unmasking: Order | None = _setting("unmasking")
     remasking: Remasking | None = _setting("remasking")

@@ -74,7 +74,7 @@ def check_settings(
         given,
         options,
         blocks=section.objective == "bd3lm",
-        masks=section.noise_kernel == "absorbing",
+        masks=section.masks,
     ):
         raise ValueError(spelt(wrong, str))
     return options

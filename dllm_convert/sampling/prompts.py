@@ -162,7 +162,7 @@ def encode_prompts(
     """
     section = DiffusionSection.of(model.config.diffusion)
     if mark is not None:
-        if section.noise_kernel == "uniform":
+        if not section.masks:
             raise IncompatibleError(
                 "this model was trained without a mask, so it cannot tell what is to be written",
                 hint="Leave out --infill",

@@ -277,7 +277,7 @@ class DiffusionTrainer(Trainer):
         ar_scale = weights.ar * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
-        if objective.kernel == "uniform":
+        if not objective.masks:
             loss, nats, output = self._divergence(model, inputs, forward, noise, scale, ar_scale)
         else:
             targets = torch.cat([forward.targets, forward.ar_targets])
@@ -298,7 +298,7 @@ class DiffusionTrainer(Trainer):
         scale: torch.Tensor,
         ar_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Return the loss of the uniform kernel, its divergences in nats, (n,), and the output."""
+        """Return the loss where nothing is masked, divergences in nats, (n,), and the output."""
         objective = noise.objective
         with self._mask_noise.at(noise.key):
             output = model(**inputs)

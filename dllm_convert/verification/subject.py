@@ -120,7 +120,9 @@ class Subject:
     @cached_property
     def objective(self) -> Objective:
         """What the checkpoint is trained and measured on, as it claims."""
-        return Objective.from_section(self.claim, self.shapes[self.adapter.embedding][0])
+        return Objective.from_section(
+            self.claim, self.shapes[self.adapter.embedding][0], self.folder
+        )
 
     @contextmanager
     def attention(self, implementation: str) -> Iterator[Any]:

@@ -226,6 +226,10 @@ def adapt(
             from dllm_convert.weights.gated import write_untrained_adapter
 
             write_untrained_adapter(plan, out)
+        if plan.recipe.noise.kernel == "neighbours":
+            from dllm_convert.weights.neighbours import write_neighbours
+
+            write_neighbours(plan, out, reporter)
     names = {file.name for file in made}
     others = [name for name in matching(file_names(source_dir), SMALL_FILES) if name not in names]
     if SINGLE_FILE not in names:

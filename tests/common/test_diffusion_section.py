@@ -17,6 +17,9 @@ SECTIONS = [
     DiffusionSection("bd3lm", 8, 7, token_shift=True, context="causal"),
     DiffusionSection("mdlm", None, 7, True, noise_schedule="polynomial", noise_power=3.0),
     DiffusionSection("bd3lm", 1, 7, True, noise_kernel="uniform", discrete_steps=9),
+    DiffusionSection(
+        "mdlm", None, 7, True, noise_kernel="neighbours", discrete_steps=9, noise_jumps=2.5
+    ),
 ]
 
 
@@ -36,7 +39,7 @@ def test_the_published_file_reads_the_same(section: DiffusionSection) -> None:
     options = decoding_options(config, {}, 1, None, {})
     assert options.token_shift is section.token_shift
     assert options.causal_context is (section.context == "causal")
-    assert bool(options.noise_tokens) is (section.noise_kernel == "uniform")
+    assert bool(options.noise_tokens) is (not section.masks)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from dllm_convert.recipe.schema import Recipe
 
 PLAIN: dict[str, Any] = {"target": "bd3lm", "block_size": 8}
 UNIFORM = {"noise.kernel": "uniform", "noise.discrete_steps": 4, "noise.complementary": False}
+WALK = {"noise.kernel": "neighbours", "noise.neighbours": 3, "noise.jumps": 2.0}
+DRAWN = {"generation.sampler": "ancestral", "generation.temperature": 1.0}
 MDLM = {"target": "mdlm", "block_size": None}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"target": "mdlm", "block_size": 32}, "block_size 32 is for bd3lm"),
@@ -42,6 +44,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**MDLM, "generation.approximate_cache": True}, "needs generation.block_length"),
     ({**MDLM, "generation.block_length": 8, "generation.remasking": "random"}, "do not go"),
     ({"generation.remasking_ratio": 0.5}, r"generation\.remasking_ratio does nothing without"),
+    ({**UNIFORM, "noise.jumps": 2.0}, r"is uniform, and noise\.jumps is 2\.0"),
+    ({**UNIFORM, **WALK, "noise.neighbours": None}, r"noise\.neighbours is missing"),
+    ({**UNIFORM, **WALK, "noise.discrete_steps": None}, "the neighbours kernel has a bound in"),
+    ({**UNIFORM, **WALK, "noise.complementary": True}, "the neighbours kernel masks none"),
+    ({**UNIFORM, **WALK, **DRAWN}, "is only there in training"),
+    (DRAWN | {"generation.temperature": 0.0}, "needs a generation.temperature above 0"),
+    (DRAWN | {"generation.confidence_threshold": 0.9}, "which ranks nothing"),
+    (DRAWN | {"generation.remasking": "random"}, "each says what a step writes"),
     ({**UNIFORM, "generation.guidance_scale": 2.0}, "which the uniform kernel has not"),
 ]
 
@@ -101,6 +111,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "remasking": (None, "random"),
     "guidance_scale": (1, 2.0),
     "temperature": (0.0, 0.7),
+    "sampler": (None, "ancestral"),
+    "verify_with": (None,),
 }
 
 

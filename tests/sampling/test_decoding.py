@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from factory import FAMILIES
-from tiny_decoders import DECODERS, MASK, WORDS, prompt, tiny
+from tiny_decoders import DECODERS, MASK, WORDS, prompt, ragged, tiny
 from transformers import PreTrainedModel
 
 from dllm_convert.adapters import get_adapter
@@ -238,6 +238,17 @@ def test_the_uniform_kernel_shows_random_tokens_and_never_the_mask(
     assert torch.equal(model.generate(ids, **settings), first)
     batch = model.generate(torch.cat([prompt(6, 9), ids]), **{**settings, "seed": 2})
     assert torch.equal(batch[1], first[0])
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_noise_beside_a_longer_row_is_the_same(block: int | None) -> None:
+    model = tiny("llama", block=block)
+    model.config.diffusion["noise_kernel"] = "uniform"
+    ids, mask = ragged([3, 14])
+    settings: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
+    together = model.generate(ids, attention_mask=mask, seed=[5, 6], **settings)
+    alone = model.generate(ids[:1, -3:], seed=[5], **settings)
+    assert together[0, 14:].tolist() == alone[0, 3:].tolist()
 
 
 @pytest.mark.parametrize("block", [None, 4])

@@ -12,8 +12,8 @@ import pytest
 from conversion import convert, converted_once, sample
 
 from dllm_convert.cli.commands import decoding
-from dllm_convert.modeling.published.options import ORDERS, REMASKING, DecodingOptions
-from dllm_convert.recipe.decoding import Order, Remasking
+from dllm_convert.modeling.published.options import ORDERS, REMASKING, SAMPLERS, DecodingOptions
+from dllm_convert.recipe.decoding import Order, Remasking, Sampler
 from dllm_convert.recipe.fields import fields_of
 from dllm_convert.sampling.checking import check_decoding
 
@@ -28,6 +28,10 @@ SETTINGS = {
     "remasked": (
         ("--remasking", "random", "--remasking-ratio", "0.5", "--steps", "6", "--seed", "3"),
         {"remasking": "random", "remasking_ratio": 0.5, "max_denoising_steps": 6},
+    ),
+    "ancestral": (
+        ("--sampler", "ancestral", "--temperature", "1", "--steps", "4", "--seed", "3"),
+        {"sampler": "ancestral", "temperature": 1.0, "max_denoising_steps": 4},
     ),
     "windows": (
         ("--block-length", "4", "--approximate-cache"),
@@ -46,8 +50,9 @@ def checkpoint(source_cache: Callable[..., Path], tmp_path_factory: pytest.TempP
 def test_names_are_those_of_decoding() -> None:
     assert get_args(Order) == ORDERS
     assert get_args(Remasking) == REMASKING
+    assert get_args(Sampler) == SAMPLERS
     inside = {"mask_token_id", "block_size", "token_shift", "eos_token_ids", "pad_token_id"}
-    inside |= {"seeds", "noise_tokens", "causal_context", "suppress_tokens"}
+    inside |= {"seeds", "noise_tokens", "noising", "causal_context", "suppress_tokens"}
     inside |= {"num_return_sequences", "rules", "stops"}
     settings = {field.name for field in fields(DecodingOptions)} - inside
     assert decoding.FLAGS.keys() == settings
@@ -58,6 +63,7 @@ def test_names_are_those_of_decoding() -> None:
     ("family", "setting"),
     [
         *(("llama", "drawn"), ("llama", "remasked"), ("llama", "windows"), ("mistral", "drawn")),
+        *(("llama", "ancestral"), ("bert", "ancestral")),
         *(("mistral", "margin"), ("bert", "remasked"), ("bert", "windows"), ("roberta", "margin")),
     ],
 )
@@ -92,6 +98,17 @@ def test_every_option_reaches_the_model(checkpoint: Get, family: str, setting: s
         ("bert", ["--remasking", "random", "--remasking-ratio", "1"], "--remasking-ratio is 1.0"),
         ("bert", ["--remasking", "random", "--block-length", "4"], "do not go together"),
         ("llama", ["--unmasking", "best"], "Invalid value for '--unmasking'"),
+        ("llama", ["--sampler", "ancestral"], "--sampler draws every token: give a --temperature"),
+        (
+            "llama",
+            ["--sampler", "ancestral", "--temperature", "1", "--threshold", "0.9"],
+            "--threshold does nothing beside --sampler",
+        ),
+        (
+            "bert",
+            ["--sampler", "ancestral", "--temperature", "1", "--remasking", "random"],
+            "--remasking and --sampler do not go together",
+        ),
         ("llama", ["--top-k", "0"], "Invalid value for '--top-k'"),
         ("llama", ["--min-p", "1.5"], "Invalid value for '--min-p'"),
         ("llama", ["--entropy-bound", "-1"], "Invalid value for '--entropy-bound'"),

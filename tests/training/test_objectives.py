@@ -43,6 +43,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "noise.discrete_steps": 8,
         "noise.views": 2,
     },
+    "kernel-neighbours": {
+        "noise.kernel": "neighbours",
+        "noise.discrete_steps": 8,
+        "noise.neighbours": 4,
+        "noise.jumps": 2.0,
+    },
     "count": {"noise.draw": "count"},
     "position-bias": {"noise.position_bias": 0.3},
     "views": {"noise.views": 3, "noise.draw": "count"},

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
+from .ancestral import Replacing, Unmasking, make_ancestry
 from .choosing import (
     choose_commits,
     choose_remasked,
+    draw_tokens,
+    forbid,
     make_warpers,
     rate_tokens,
     row_generators,
@@ -58,14 +61,17 @@ class Canvas:
         self.tokens[:, :shared] = torch.where(
             self.given[:, :shared], prompts[:, :shared], options.mask_token_id
         )
-        self.masked = (self.tokens == options.mask_token_id) & (self.index < self.ends[:, None])
+        self._generators = row_generators(batch, options, prompts.device)
+        self._ancestry = make_ancestry(options, limits, width, self._generators)
+        # Where tokens are replaced, noise behind the last new one of a block changes with the rest.
+        until = limits if isinstance(self._ancestry, Replacing) else self.ends
+        self.masked = (self.tokens == options.mask_token_id) & (self.index < until[:, None])
         self.rows = torch.arange(batch, device=prompts.device)
         self.forwards = 0
         self.order = torch.zeros_like(self.tokens)
         self._confidence = torch.zeros(batch, width, device=prompts.device)
         self._used = torch.zeros_like(lengths)
         self._budget = torch.zeros_like(lengths)
-        self._generators = row_generators(batch, options, prompts.device)
         self._token_generators = row_generators(batch, options, prompts.device, tokens=True)
         self._warpers = make_warpers(options)
         self._eos = sent(options.eos_token_ids, prompts.device)
@@ -136,9 +142,13 @@ class Canvas:
             return torch.cat([tokens, hidden])
         if not (noise and self.options.noise_tokens):
             return tokens
+        if isinstance(self._ancestry, Replacing):
+            return self._ancestry.shown(tokens, self.rows, columns)
         active = [self._generators[row] for row in self.rows.tolist()]
-        # Behind its end a row's last block has noise as well.
-        return show_noise(tokens, tokens == self.options.mask_token_id, self.options, active)
+        # Behind its end a row's last block has noise as well; what a longer row has beside it must
+        # cost it no draws.
+        open_ones = (tokens == self.options.mask_token_id) & (columns < self.limits[rows])
+        return show_noise(tokens, open_ones, self.options, active)
 
     def wanted(self, columns: torch.Tensor) -> torch.Tensor:
         """Where the active rows have something to write at `columns`, each shape (rows, n), bool.
@@ -167,6 +177,8 @@ class Canvas:
         """
         rows, count = self.rows[beginning], masked[beginning].sum(-1)
         steps = self.options.max_denoising_steps
+        if isinstance(self._ancestry, Replacing):
+            steps = self._ancestry.steps
         self._budget[rows] = count if steps is None else torch.full_like(count, steps)
         self._used[rows] = 0
 
@@ -189,21 +201,59 @@ class Canvas:
         active = [self._generators[row] for row in rows]
         drawing = [self._token_generators[row] for row in rows]
         remaining = masked.sum(-1)
+        left = (self._budget[self.rows] - self._used[self.rows]).clamp(min=1)
+        if self._ancestry is not None:
+            self._draw_back(logits, columns, masked, left)
+            self._used[self.rows[remaining > 0]] += 1
+            return
         counts = remaining.tolist()
         ratings = rate_tokens(logits, counts, options, active, self._warpers, drawing)
-        left = (self._budget[self.rows] - self._used[self.rows]).clamp(min=1)
         chosen = choose_commits(ratings, masked, (remaining + left - 1) // left, options)
         among = chosen[masked]
         token = logits[among].argmax(-1) if ratings.token is None else ratings.token[among]
-        at = self.rows[:, None].expand_as(columns)[chosen], columns[chosen]
-        self.tokens[at] = token
-        self.masked[at] = False
-        self.order[at] = self.forwards
+        at = self._write(columns, chosen, token)
         self._confidence[at] = ratings.confidence[among].float()
         self._used[self.rows[remaining > 0]] += 1
         if options.remasking:
             # Never of a row whose block is written: its states are kept.
             self._take_back(columns, (left > 1) & (remaining > 0), active)
+
+    def _write(
+        self, columns: torch.Tensor, chosen: torch.Tensor, token: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make tokens (n,) final where `chosen`, of `columns`, each (rows, width); return where."""
+        at = self.rows[:, None].expand_as(columns)[chosen], columns[chosen]
+        self.tokens[at] = token
+        self.masked[at] = False
+        self.order[at] = self.forwards
+        return at
+
+    def _draw_back(
+        self, logits: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor, left: torch.Tensor
+    ) -> None:
+        """Go one step of the reverse process back; `left` (rows,) counts them, this one included.
+
+        The other arguments are those of `denoise`.
+        """
+        rows = self.rows.tolist()
+        active = [self._generators[row] for row in rows]
+        drawing = [self._token_generators[row] for row in rows]
+        forbid(logits, self.options.mask_token_id)
+        if isinstance(self._ancestry, Replacing):
+            drawn_by = active, drawing
+            token = self._ancestry.step(
+                logits, self.rows, columns, masked, left, drawn_by, self._warpers
+            )
+            # Only what the last step leaves is text.
+            chosen = masked & (left == 1)[:, None]
+            self._write(columns, chosen, token[chosen[masked]])
+        elif isinstance(self._ancestry, Unmasking):
+            begins = self._used[self.rows] == 0
+            self._ancestry.begin(self.rows[begins], columns[begins], masked[begins])
+            chosen = self._ancestry.due(self.rows, columns, masked)
+            among, counts = chosen[masked], chosen.sum(-1).tolist()
+            token, _ = draw_tokens(logits[among], counts, drawing, self._warpers)
+            self._write(columns, chosen, token)
 
     def _follow_rules(
         self, logits: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor

@@ -160,6 +160,27 @@ def forbid(logits: torch.Tensor, token: int) -> None:
     logits[:, token : token + 1] = -torch.inf
 
 
+def draw_tokens(
+    logits: torch.Tensor,
+    counts: list[int],
+    generators: Generators,
+    warpers: LogitsProcessorList,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token for each position of logits (n, vocab), of which `counts` are of each row.
+
+    Returns:
+        Tokens, shape (n,), and what they were drawn from, shape (n, vocab).
+    """
+    empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
+    # Below the largest: a cold temperature overflows nothing.
+    warped = warpers(empty, logits - logits.amax(-1, keepdim=True))
+    likely = warped.softmax(-1)
+    token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    for piece, generator in _pieces(counts, generators):
+        token[piece] = torch.multinomial(likely[piece], 1, generator=generator).squeeze(-1)
+    return token, likely
+
+
 def rate_tokens(
     logits: torch.Tensor,
     counts: list[int],
@@ -181,14 +202,7 @@ def rate_tokens(
     forbid(logits, options.mask_token_id)
     token = None  # the likeliest, which only the positions that are committed are asked for
     if options.temperature:
-        empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
-        # Below the largest: a cold temperature overflows nothing.
-        warped = warpers(empty, logits - logits.amax(-1, keepdim=True))
-        likely = warped.softmax(-1)  # (n, vocab)
-        token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-        for piece, generator in _pieces(counts, token_generators or generators):
-            drawn = torch.multinomial(likely[piece], 1, generator=generator)
-            token[piece] = drawn.squeeze(-1)
+        token, _ = draw_tokens(logits, counts, token_generators or generators, warpers)
     # On the logits as they are, not the warped ones: how sure the model itself is.
     confidence, entropy, margin = _rate(logits, token, options)
     is_random = options.unmasking == "random"

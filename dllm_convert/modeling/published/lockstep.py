@@ -261,11 +261,12 @@ class QueuedBlocks(QueuedDecoder):
 
 
 def is_queued(device: torch.device, options: DecodingOptions) -> bool:
-    """Whether a decoding is queued: not on a CPU, with states kept of a text, or by rules.
+    """Whether a decoding is queued: not on a CPU, with kept states, by rules or a sampler.
 
-    Rules are asked on the host, with the text as it is.
+    Rules are asked on the host, with the text as it is; a sampler draws there what comes next.
     """
-    return device.type != "cpu" and not (options.approximate_cache or options.rules.is_set)
+    asks = options.approximate_cache or options.rules.is_set or options.sampler is not None
+    return device.type != "cpu" and not asks
 
 
 def decode_queued(

@@ -9,13 +9,15 @@ from numbers import Integral, Real
 
 import torch
 
+from .noising import Noising
 from .rules import TextRules
 from .stopping import Stops
 
 ORDERS = ("confidence", "margin", "entropy", "random")
 REMASKING = ("low_confidence", "random")
 VERIFIERS = ("self", "base")
-_NO_RULES, _NO_STOPS = TextRules(), Stops()
+SAMPLERS = ("ancestral",)
+_NO_RULES, _NO_STOPS, _LINEAR = TextRules(), Stops(), Noising()
 
 _LIMITS = {
     "confidence_threshold": (0, math.inf),
@@ -75,7 +77,12 @@ class DecodingOptions:
         verify_with: Write what autoregressive decoding would write, token for token, and denoise
             only to draft it: `self` by the weights that draft, `base` by the model that was
             converted, which a gated adapter leaves as it was; None: what is denoised is written.
+        sampler: `ancestral`: draw texts from the reverse process of the noise that the model was
+            trained with, in `max_denoising_steps` steps (None: its own T, or continuous time, a
+            token each), and rank nothing (D3PM, arXiv 2107.03006); needs a temperature, of which 1
+            is exact. None: commit by what follows from the settings above.
         num_return_sequences: Texts of each prompt.
+        noising: The noise that the model was trained with.
         rules: What a text may hold beside what the model says.
         stops: What ends a text beside its end token.
 
@@ -107,7 +114,9 @@ class DecodingOptions:
     noise_tokens: int = 0
     causal_context: bool = False
     verify_with: str | None = None
+    sampler: str | None = None
     num_return_sequences: int = 1
+    noising: Noising = _LINEAR
     rules: TextRules = _NO_RULES
     stops: Stops = _NO_STOPS
 
@@ -129,6 +138,10 @@ class DecodingOptions:
                 object.__setattr__(self, name, None)
         if self.remasking_ratio == 0:
             object.__setattr__(self, "remasking", None)
+        if self.sampler:
+            # What is ranked, or found sure enough, where positions are chosen.
+            for name in ("confidence_threshold", "entropy_bound"):
+                object.__setattr__(self, name, None)
 
     def _check_choices(self) -> None:
         if self.unmasking not in ORDERS:
@@ -139,6 +152,8 @@ class DecodingOptions:
             raise ValueError(
                 f"verify_with is {self.verify_with!r}, expected one of {list(VERIFIERS)}"
             )
+        if self.sampler not in (None, *SAMPLERS):
+            raise ValueError(f"sampler is {self.sampler!r}, expected one of {list(SAMPLERS)}")
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if value is None and name not in ("remasking_ratio", "temperature", "guidance_scale"):
@@ -170,6 +185,8 @@ class DecodingOptions:
             raise ValueError(
                 "verify_with writes what the verifier says: leave guidance_scale and remasking out"
             )
+        if self.sampler:
+            self._check_sampler()
         if self.remasking and self.rules.is_ordered:
             raise ValueError(
                 "remasking takes tokens back that a logits processor has seen: leave one out"
@@ -178,6 +195,22 @@ class DecodingOptions:
             raise ValueError(
                 f"num_return_sequences is {self.num_return_sequences}, and nothing is drawn: all "
                 "would be the same; give a temperature above 0"
+            )
+
+    def _check_sampler(self) -> None:
+        if not self.temperature:
+            raise ValueError(
+                "sampler draws every token: give a temperature above 0; at 1 it is exact"
+            )
+        for name in ("remasking", "verify_with", "block_length"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} and sampler do not go together: each says what a step writes"
+                )
+        if self.rules.is_ordered:
+            raise ValueError(
+                "sampler writes tokens in an order of its own, and a logits processor asks for "
+                "that from left to right: leave one out"
             )
 
     @property

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from .asked import RULES, STOPS, read_rules, read_stops
 from .ends import read_ids
+from .noising import Noising
 from .options import DecodingOptions
 
 _OWN = {
@@ -23,6 +24,7 @@ _OWN = {
     "seeds",
     "noise_tokens",
     "causal_context",
+    "noising",
     "rules",
     "stops",
 }
@@ -229,6 +231,7 @@ def decoding_options(
     settings["suppress_tokens"] = never
     may_be_none = {"max_denoising_steps", "confidence_threshold"}
     facts = config.diffusion
+    kernel = facts.get("noise_kernel", "absorbing")
     copies = settings["num_return_sequences"]
     many = rows * copies if isinstance(copies, int) and copies > 1 else rows
     options = DecodingOptions(
@@ -241,12 +244,18 @@ def decoding_options(
         block_size=getattr(config, "block_size", None),
         token_shift=bool(facts["token_shift"]),
         causal_context=facts.get("context") == "causal",
-        noise_tokens=config.vocab_size if facts.get("noise_kernel") == "uniform" else 0,
+        noising=Noising.of(facts),
+        noise_tokens=0 if kernel == "absorbing" else config.vocab_size,
         eos_token_ids=ends,
         seeds=_seeds(seed, many),
         rules=read_rules(settings, config.vocab_size, ends, width, device),
         stops=read_stops(settings),
     )
+    if options.sampler and kernel == "neighbours":
+        raise ValueError(
+            "sampler draws from a reverse process, and that of neighbours multiplies with a matrix "
+            "of all words which is only there in training: leave it out"
+        )
     if options.guided and facts.get("acts_on") == "noisy":
         raise ValueError(
             "guidance_scale hides the prompt behind masks, and what reads the prompt here is the "

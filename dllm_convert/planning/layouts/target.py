@@ -161,11 +161,11 @@ def blocks_only(converted: Converted) -> Iterator[Refusal]:
 
 
 def masks_only(converted: Converted) -> Iterator[Refusal]:
-    """Refuse the uniform kernel: engines unmask, they do not correct."""
-    if converted.section.noise_kernel != "absorbing":
+    """Refuse kernels without a mask: engines unmask, they do not correct."""
+    if not converted.section.masks:
         yield Refusal(
-            "it was trained to correct replaced tokens (noise.kernel: uniform), and engines only "
-            "fill masks in",
+            f"it was trained to correct replaced tokens (noise.kernel: "
+            f"{converted.section.noise_kernel}), and engines only fill masks in",
             "Convert with --set noise.kernel=absorbing",
         )
 

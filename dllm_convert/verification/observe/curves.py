@@ -54,7 +54,7 @@ def measure_rates(
     """Measure what masked tokens cost at each of `RATES`.
 
     The same tokens are masked for every model, and those of a rate are masked at all higher ones.
-    Nothing is returned for the uniform kernel, whose text has no masked tokens.
+    Nothing is returned for kernels without a mask, whose text has no masked tokens.
 
     Args:
         model: A diffusion model.
@@ -62,7 +62,7 @@ def measure_rates(
         objective: mdlm or bd3lm.
         seed: Seed of the noise.
     """
-    if objective.kernel == "uniform":
+    if not objective.masks:
         return ()
     texts = excerpt(batches, objective.block_size)
     found = nats_at_rate(model, texts, objective, RATES, seed=seed)

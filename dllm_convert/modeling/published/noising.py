@@ -1,0 +1,49 @@
+"""The noise that a model was trained with: how much of a text it has reached at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Noising:
+    """1 - alpha(t), rising from 0 at t = 0 to 1 at t = 1.
+
+    Attributes:
+        schedule: `linear` (t), `cosine` (cos(pi/2 (1 - t)), MD4, arXiv 2406.04329) or `polynomial`
+            (t^power, MD4).
+        power: Exponent of the polynomial.
+        steps: T of a bound in discrete time (D3PM, arXiv 2107.03006); None: continuous time.
+    """
+
+    schedule: str = "linear"
+    power: float = 2.0
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> Noising:
+        """Read it from the `diffusion` section of a config."""
+        return cls(
+            section.get("noise_schedule", cls.schedule),
+            section.get("noise_power", cls.power),
+            section.get("discrete_steps"),
+        )
+
+    def share(self, t: torch.Tensor) -> torch.Tensor:
+        """Probability that noise has reached a token at times `t`, of their shape, in [0, 1]."""
+        if self.schedule == "linear":
+            return t.clamp(0, 1)
+        if self.schedule == "cosine":
+            return torch.cos(math.pi / 2 * (1 - t)).clamp(0, 1)
+        return t.clamp(0, 1) ** self.power
+
+    def grid(self, steps: int) -> torch.Tensor:
+        """Those at times 0, 1/T, ..., 1, shape (steps + 1,), float64; its ends are 0 and 1."""
+        shares = self.share(torch.arange(steps + 1, dtype=torch.float64) / steps)
+        shares[0], shares[-1] = 0, 1
+        return shares
