@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.diffusion_section import diffusion_section
-from dllm_convert.common.memory import free_memory
+from dllm_convert.common.memory import free_memory, in_words
 from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
 
@@ -20,7 +20,8 @@ def measured_in(run: Run) -> dict[str, Any]:
     """Return the device and the type in which this run is measured, as `planning/stages.py` plans.
 
     On a GPU that is the type of the training's matrix products, and never its 4 bits: what is
-    measured is what will be published.
+    measured is what will be published. What several GPUs train, or 4 bits, may have no room on one;
+    it is measured in host memory then.
     """
     import torch
 
@@ -29,7 +30,14 @@ def measured_in(run: Run) -> dict[str, Any]:
     from dllm_convert.training.setup import use_bf16
 
     bf16 = use_bf16(run.plan.recipe.training)
-    return {"device": "cuda", "dtype": torch.bfloat16 if bf16 else torch.float32}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    takes, free = run.plan.source.parameters * dtype.itemsize, torch.cuda.mem_get_info()[0]
+    if takes <= free:
+        return {"device": "cuda", "dtype": dtype}
+    run.reporter.line(
+        f"measured on the CPU: the model takes {in_words(takes)}, the GPU has {in_words(free)} free"
+    )
+    return {"device": "cpu", "dtype": dtype}
 
 
 def load(run: Run, folder: Path) -> Any:

@@ -39,7 +39,7 @@ def _write(run: Run) -> Recorded:
         from dllm_convert.modeling.loading import load_base
 
         settings = measured_in(run)
-        if run.place.world > 1:
+        if run.place.world > 1 and settings["device"] != "cpu":
             from accelerate import PartialState
 
             settings |= {"device": str(PartialState().device)}

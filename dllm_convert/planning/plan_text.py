@@ -319,9 +319,10 @@ def fits_text(device: Mapping[str, Any]) -> str:
     if device["fits"]:
         return "1 is enough" if device["processes"] == 1 else "yes"
     if device["gpu"] and device["stage"] != "train":
-        # No number of devices helps: what is measured runs on one.
-        trained = f", {device['devices_needed']} train it" if device["devices_needed"] else ""
-        return f"{device['stage']} takes {bytes_text(device['stage_memory'])} on one{trained}"
+        # No number of devices helps: what is measured runs on one, or else in host memory.
+        trained = f"{device['devices_needed']} train it, " if device["devices_needed"] else ""
+        taken = bytes_text(device["stage_memory"])
+        return f"{trained}{device['stage']} takes {taken}: measured on the CPU"
     needed, processes = device["devices_needed"], device["processes"]
     if needed and processes > 1:
         more = f" and {needed} processes" if needed > processes else ""

@@ -100,8 +100,11 @@ def test_on_a_gpu_it_is_measured_in_the_type_that_is_planned(
     assert {planned[stage].held for stage in measured} == {held}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    found = measured_in(Run(plan, None, Reporter(quiet=True)))  # type: ignore[arg-type]
-    assert found == {"device": "cuda", "dtype": getattr(torch, held)}
+    takes = plan.source.parameters * getattr(torch, held).itemsize
+    for free, where in ((takes, "cuda"), (takes - 1, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        found = measured_in(Run(plan, None, Reporter(quiet=True)))  # type: ignore[arg-type]
+        assert found == {"device": where, "dtype": getattr(torch, held)}
 
 
 @pytest.mark.slow

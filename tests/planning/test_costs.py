@@ -315,7 +315,7 @@ class TestEstimate:
             (cpu(2, 10**9, bf16=False), 2, "does not fit 1 GB"),
             (cpu(2, 0, bf16=False), 2, "memory unknown"),
             (GPUS[0], 2, "1 is enough"),
-            (GPUS[0], 10**6, "baseline takes 126 TB on one"),
+            (GPUS[0], 10**6, "baseline takes 126 TB: measured on the CPU"),
         ],
     )
     def test_is_said_in_words(self, device: Device, batch: int, words: str) -> None:

@@ -73,7 +73,7 @@ def test_the_largest_stage_decides() -> None:
     assert not_quite.devices_needed == 1
     assert not_quite.memory < 0.95 * 16e9 < not_quite.stage_memory
     assert fits_text(asdict(fits)) == "1 is enough"
-    assert fits_text(asdict(not_quite)) == "views takes 16.7 GB on one, 1 train it"
+    assert fits_text(asdict(not_quite)) == "1 train it, views takes 16.7 GB: measured on the CPU"
 
 
 def test_a_training_on_several_is_measured_on_one() -> None:
