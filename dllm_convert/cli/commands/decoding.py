@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dllm_convert.cli.types import count
+from dllm_convert.cli.types import count, named
 from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
 FLAGS = {name: setting.flag or f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
@@ -34,6 +34,18 @@ Lossless = Annotated[
     typer.Option(
         "--lossless",
         help="Write what autoregressive decoding would, and denoise only to draft it.",
+    ),
+]
+
+
+VerifyingBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="SOURCE",
+        parser=named,
+        help="With --lossless: a folder, Hub id or GGUF file that verifies, for which a checkpoint "
+        "without a verifier drafts; the base that was converted, if left out.",
     ),
 ]
 
@@ -96,6 +108,13 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
 def verifier_of(folder: Path) -> str:
     """Return which verifier of lossless decoding a checkpoint holds; no weights are read."""
     from dllm_convert.sampling.checking import verifier_of as found
+
+    return found(folder)
+
+
+def own_verifier(folder: Path) -> str | None:
+    """Return the same; None where another model has to verify."""
+    from dllm_convert.sampling.checking import own_verifier as found
 
     return found(folder)
 

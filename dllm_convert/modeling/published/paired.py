@@ -1,8 +1,8 @@
 """Lossless decoding with two models: one drafts block after block, the other is who writes.
 
-The text is the verifier's own, token for token, as where a model verifies itself; the drafter is a
-block diffusion model with weights of its own, such as a conversion whose clean tokens were opened,
-behind text that was verified. Each model has its cache, and each forward is counted.
+The text is the verifier's own, token for token, as where a model verifies itself; the drafter is
+a block diffusion model with weights of its own, such as a conversion whose clean tokens were
+opened, behind text that was verified. Each model has its cache, and each forward is counted.
 """
 
 from __future__ import annotations
