@@ -63,7 +63,12 @@ class BlockDrafter:
         options: How it is decoded; `confidence_threshold` is what a draft needs to be denoised
             beside, `max_denoising_steps` a limit on forwards of a draft.
         words: Size of the verifier's vocabulary.
+
+    Attributes:
+        shows: Whether what it drafted is shown before it is verified.
     """
+
+    shows = True
 
     def __init__(self, model: Any, text: Canvas, options: DecodingOptions, words: int) -> None:
         self.text, self.size, self.words = text, options.block_size or 1, words
