@@ -7,6 +7,7 @@
     python -m benchmarks.sampling CONVERTED thresholds --base BASE
     python -m benchmarks.sampling CONVERTED approximate
     python -m benchmarks.sampling CONVERTED lossless --rows 8 --text HELD_OUT.txt
+    python -m benchmarks.sampling OPENED lossless --base BASE
 
 CONVERTED is a BD3LM that `dllm-convert run` wrote, BASE a folder with the weights it was made from.
 Prompts are the beginning of the Python language reference. What is compared runs in turn, the other
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -259,24 +261,33 @@ QUESTIONS = (
 """What a chat model is asked; nothing here is in any text that the demo trains on."""
 
 
+KEPT = ("tokens", "forwards", "verifier_forwards", "equal", "close", "looped")
+"""What is counted of lossless decoding; forwards of a verifier that is another model apart."""
+
+
 def lossless(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Drafts that the clean stream verifies, beside greedy decoding of the same weights alone."""
-    config = AutoConfig.from_pretrained(args.converted, trust_remote_code=False, is_causal=True)
+    """Drafts that are verified, beside greedy decoding of the verifier alone.
+
+    That is the clean stream of the same weights, or with --base another model.
+    """
+    place = args.base or args.converted
+    config = AutoConfig.from_pretrained(place, trust_remote_code=False, is_causal=True)
     base: Any = AutoModelForCausalLM.from_pretrained(
-        args.converted, config=config, dtype=torch.float32, trust_remote_code=False
+        place, config=config, dtype=torch.float32, trust_remote_code=False
     )
     base = base.to(current_device())
-    verifier = "base" if model.is_gated else "self"
+    verifier = base if args.base else "base" if model.is_gated else "self"
     text = Path(args.text).read_text(encoding="utf-8") if args.text else None
     found: dict[str, Any] = {}
     for name, prompts in _prompts(tokenizer, text, args).items():
-        ratios, kept = [], {"tokens": 0, "forwards": 0, "equal": 0, "close": 0, "looped": 0}
+        ratios, kept = [], dict.fromkeys(KEPT, 0)
         for prompt in prompts:
             own = {"max_new_tokens": args.new, "eos_token_id": None}
 
             def ours(ids: torch.Tensor = prompt, own: dict[str, Any] = own) -> Any:
                 more = {"verify_with": verifier, "return_dict_in_generate": True}
-                return generate(model, ids, **own, **more)
+                with packed_linears(base) if args.base else nullcontext():
+                    return generate(model, ids, **own, **more)
 
             def alone(ids: torch.Tensor = prompt, own: dict[str, Any] = own) -> torch.Tensor:
                 more = {"do_sample": False, "pad_token_id": 0}
@@ -293,6 +304,7 @@ def lossless(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
             kept["tokens"] += len(same)
             kept["equal"] += int(same.sum())
             kept["forwards"] += mine.forwards
+            kept["verifier_forwards"] += mine.verifier_forwards or 0
             kept["close"] += mine.close
             kept["looped"] += looped(theirs[0, len(prompt[0]) :].tolist())
         found[name] = {

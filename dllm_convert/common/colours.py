@@ -9,5 +9,9 @@ GREY = "#767676"
 BLUE = "#0072b2"
 
 
+GREEN = "#009e73"
+"""Bluish green of the same palette."""
+
+
 VERMILION = "#d55e00"
 """Blue and vermilion of Okabe and Ito: apart for every colour vision, 3:1 on white and on dark."""

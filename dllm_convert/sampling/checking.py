@@ -143,13 +143,23 @@ def require_settings(model: Any, given: Mapping[str, Any]) -> None:
 
 
 def verifier_of(checkpoint: Path | Mapping[str, Any]) -> str:
-    """Return which verifier of lossless decoding a checkpoint's folder, or config, holds.
+    """Return which verifier of lossless decoding to ask a checkpoint's folder, or config, for.
 
     The base, where an adapter leaves it as it was; else the weights that draft.
     """
+    return own_verifier(checkpoint) or "self"
+
+
+def own_verifier(checkpoint: Path | Mapping[str, Any]) -> str | None:
+    """Return which verifier a checkpoint's folder, or config, holds; None for none.
+
+    Where clean tokens were opened nothing is left that goes on from them: another model verifies.
+    """
     found = _read(checkpoint / "config.json") if isinstance(checkpoint, Path) else checkpoint
     section = diffusion_section(found) or {}
-    return "base" if section.get("acts_on") == "noisy" else "self"
+    if section.get("acts_on") == "noisy":
+        return "base"
+    return "self" if section.get("context") == "causal" else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from dllm_convert.modeling.published.options import Observer
 from dllm_convert.modeling.text_bounds import end_ids
 from dllm_convert.sampling.checking import check_with_prompts
 from dllm_convert.sampling.packing import packed_linears
+from dllm_convert.sampling.pairing import load_verifier
 from dllm_convert.sampling.prompts import encode_prompt, encode_prompts
 from dllm_convert.sampling.watch.frames import Recorder
 from dllm_convert.sampling.watch.pieces import TokenText
 from dllm_convert.sampling.watch.record import write_recording
 from dllm_convert.sampling.watch.terminal import Watcher
+from dllm_convert.source.info import SourceInfo
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Sample(Printed):
         forwards: Forward passes run.
         tokens_per_forward: New tokens divided by forwards.
         seconds: Wall time of decoding, loading not included.
+        verifier_forwards: Of two models: how many of the forwards were the verifier's; else None.
         close: Of lossless decoding: tokens of the batch that stood so near another one's logit that
             a forward of a single token may have rounded otherwise; else None.
     """
@@ -51,6 +54,7 @@ class Sample(Printed):
     tokens_per_forward: float
     seconds: float
     close: int | None = None
+    verifier_forwards: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a mapping."""
@@ -70,6 +74,7 @@ def decode_samples(
     mark: str | None = None,
     seed: int | None = None,
     observer: Observer | None = None,
+    verifier: Any = None,
     **options: Any,
 ) -> tuple[Sample, ...]:
     """Decode prompts with a loaded model, all in one batch.
@@ -82,6 +87,8 @@ def decode_samples(
         mark: Text in the prompts that stands for a token to be written.
         seed: Seed for temperatures above 0; prompt n draws from `seed + n`.
         observer: Called after the prompts and after every denoising forward.
+        verifier: Model of transformers whose text is written, and for which the model drafts; None
+            for none beside it.
         **options: Fields of `DecodingOptions`; None keeps the checkpoint's default.
 
     Raises:
@@ -92,7 +99,14 @@ def decode_samples(
     """
     encoded = encode_prompts(model, tokenizer, prompts, chat=chat, mark=mark)
     return decode_encoded(
-        model, tokenizer, prompts, encoded, seed=seed, observer=observer, **options
+        model,
+        tokenizer,
+        prompts,
+        encoded,
+        seed=seed,
+        observer=observer,
+        verifier=verifier,
+        **options,
     )
 
 
@@ -105,6 +119,7 @@ def decode_encoded(
     seed: int | None = None,
     observer: Observer | None = None,
     streamer: Any | None = None,
+    verifier: Any = None,
     **options: Any,
 ) -> tuple[Sample, ...]:
     """Decode prompts that are tokens already; arguments and errors are those of `decode_samples`.
@@ -117,6 +132,7 @@ def decode_encoded(
         seed: Seed for temperatures above 0.
         observer: Called after the prompts and after every denoising forward.
         streamer: Gets tokens as soon as nothing changes them, where there is one prompt.
+        verifier: As in `decode_samples`.
         **options: Fields of `DecodingOptions`.
     """
     width = max(len(ids) for ids in encoded)
@@ -124,9 +140,11 @@ def decode_encoded(
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]
     given = {name: value for name, value in options.items() if value is not None}
     check_with_prompts(model, encoded, seed, given)
+    if verifier is not None:
+        given["verify_with"] = verifier
     started = time.monotonic()
     try:
-        with packed_linears(model):
+        with packed_linears(model), nullcontext() if verifier is None else packed_linears(verifier):
             output = model.generate(
                 torch.tensor(rows, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
@@ -163,6 +181,7 @@ def decode_encoded(
                 tokens_per_forward=round(len(new) / max(output.forwards, 1), 3),
                 seconds=seconds,
                 close=output.close,
+                verifier_forwards=output.verifier_forwards,
             )
         )
     return tuple(samples)
@@ -248,6 +267,8 @@ def run_sample(
     prompts: Sequence[str],
     reporter: Reporter,
     shown: Display = Display(),
+    *,
+    verifier: Any = None,
     **options: Any,
 ) -> tuple[Sample, ...]:
     """Load a converted checkpoint and decode prompts.
@@ -257,6 +278,7 @@ def run_sample(
         prompts: Texts to go on from.
         reporter: Progress.
         shown: What is shown and kept besides.
+        verifier: Model whose text is written, from its headers or loaded; None for none beside it.
         **options: More arguments of `decode_samples`.
 
     Raises:
@@ -266,9 +288,11 @@ def run_sample(
     with reporter.task("load"):
         loaded = load_checkpoint(folder)
     title = folder.resolve().name
-    return sample_with(
-        loaded.model, loaded.tokenizer, prompts, reporter, shown, title=title, **options
-    )
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if isinstance(verifier, SourceInfo):
+        verifier = load_verifier(model, tokenizer, verifier, reporter)
+    options["verifier"] = verifier
+    return sample_with(model, tokenizer, prompts, reporter, shown, title=title, **options)
 
 
 def sample_with(

@@ -14,6 +14,8 @@ def sample_facts(sample: Mapping[str, Any]) -> str:
     if sample.get("close") is None:
         return said
     near = f", {sample['close']} of them close calls" if sample["close"] else ""
+    if sample.get("verifier_forwards") is not None:
+        near += f"; {sample['verifier_forwards']} of {sample['forwards']} forwards were its own"
     return f"{said}; lossless: every token is the verifier's{near}"
 
 

@@ -34,8 +34,8 @@ from dllm_convert.planning.layouts.registry import MERGED
 from dllm_convert.recipe.recorded import recorded_recipe
 from dllm_convert.serving.run import Export, refuse_full
 from dllm_convert.source.info import SourceInfo
-from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
+from dllm_convert.source.recorded import recorded_base
 from dllm_convert.source.safetensors_header import INDEX_FILE, read_checkpoint
 from dllm_convert.training.adapter_files import ADAPTER
 
@@ -160,7 +160,7 @@ def merge(
         )
     adapter, manifest = _adapter_of(folder), read_manifest(folder)
     addends = Addends.read(adapter)
-    source = _source(manifest, base)
+    source = recorded_base(manifest, base)
     plan = make_plan(
         recorded_recipe(folder).model_copy(
             update={"source": source.given, "revision": source.revision}
@@ -205,28 +205,6 @@ def _adapter_of(folder: Path) -> Path:
         hint="Give what `run --lora R --keep-adapter` wrote, or the folder of an adapter that was "
         "published alone",
     )
-
-
-def _source(manifest: Mapping[str, Any], base: str | None) -> SourceInfo:
-    """Return the base, which has to be the one that was converted.
-
-    Raises:
-        DataError: It is not here, or another one.
-    """
-    recorded = manifest["source"]
-    given = base or recorded.get("repo_id") or recorded["given"]
-    if base is None and not recorded.get("repo_id") and not Path(given).exists():
-        raise DataError(
-            f"the base {Path(given).name} is not here any more", hint="Give it with --base FOLDER"
-        )
-    source = inspect_source(given, revision=None if base else recorded.get("revision"))
-    known, found = recorded.get("fingerprint"), dict(source.fingerprint)
-    if known and known.keys() == found.keys() and known != found:
-        raise DataError(
-            f"{given} is not the base that was converted: its files are others",
-            hint="Give that one with --base",
-        )
-    return source
 
 
 def _untrained(plan: ConversionPlan, source: SourceInfo, out: Path, reporter: Reporter) -> Path:

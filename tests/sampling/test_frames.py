@@ -95,6 +95,7 @@ def shown(recorder: Recorder, canvas: list[int], forwards: int) -> None:
             lengths=torch.tensor([1]),
             rows=torch.tensor([0]),
             forwards=forwards,
+            drafts=(),
         )
     )
 

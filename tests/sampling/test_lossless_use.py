@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from gated import gated_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_convert as dc
+from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError, RequestError
 from dllm_convert.recipe.loading import load_recipe
+from dllm_convert.sampling.pairing import check_tokens
 
 PROMPT = "The block in which a name is bound"
 
@@ -69,7 +72,9 @@ def test_what_does_not_go_with_it_is_refused(gated: Path, more: tuple[str, ...],
 
 def test_a_model_without_a_verifier_says_so(source_cache: Any, tmp_path: Path) -> None:
     convert(source_cache("llama"), tmp_path / "open", "bd3lm", block=8)
-    refused = sample(tmp_path / "open", "--lossless", code=2)
+    refused = sample(tmp_path / "open", "--lossless", code=1)
+    assert "--base" in " ".join(refused.output.replace("│", " ").split())
+    refused = sample(tmp_path / "open", "--verify-with", "self", code=2)
     assert "strictly causally" in " ".join(refused.output.replace("│", " ").split())
     with pytest.raises(RequestError, match="strictly causally"):
         dc.sample(tmp_path / "open", PROMPT, verify_with="base")
@@ -83,3 +88,92 @@ def test_a_recipe_asks_for_the_verifier_that_it_trains() -> None:
     assert trained.generation.verify_with == "self"
     with pytest.raises(DllmConvertError, match="keep-base"):
         load_recipe("smollm2-135m", overrides={**given, "generation.verify_with": "base"})
+
+
+@pytest.fixture(scope="module")
+def opened(source_cache: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A conversion whose clean tokens were opened, as `run` writes it, and its base."""
+    source = source_cache("qwen3")
+    folder = tmp_path_factory.mktemp("two") / "opened"
+    quiet = Reporter(quiet=True)
+    dc.convert(source, folder, to="bd3lm", block=8, train=False, verify="files", reporter=quiet)
+    return folder, source
+
+
+def stock_text(source: Path, new: int) -> str:
+    base = AutoModelForCausalLM.from_pretrained(source).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    written = base.generate(ids, max_new_tokens=new, do_sample=False)
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_an_opened_conversion_drafts_for_its_base(opened: tuple[Path, Path]) -> None:
+    """The base of the manifest where none is named; by its folder; as a model that is loaded."""
+    folder, source = opened
+    expected = stock_text(source, 24)
+    given = ("--prompt", PROMPT, "--max-new-tokens", "24", "--lossless")
+    for base in ((), ("--base", str(source))):
+        found = json.loads(sample(folder, *given, *base, "--json").stdout)
+        assert found["text"] == expected
+        assert 0 < found["verifier_forwards"] <= found["forwards"]
+    shown = sample(folder, *given)
+    assert f"of {found['forwards']} forwards were its own" in shown.stderr
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    loaded = dc.load(folder)
+    for checkpoint in (folder, loaded):
+        for base in (model, source):
+            one = dc.sample(checkpoint, PROMPT, max_new_tokens=24, lossless=True, base=base)
+            assert one.text == expected
+    # Thresholds and steps are of the drafts, and leave the text as it is.
+    kept = dc.sample(
+        folder, PROMPT, max_new_tokens=24, lossless=True, confidence_threshold=0.9,
+        max_denoising_steps=2,
+    )  # fmt: skip
+    assert kept.text == expected
+
+
+def test_bases_that_do_not_verify_are_refused(
+    opened: tuple[Path, Path], gated: Path, source_cache: Any, tmp_path: Path
+) -> None:
+    folder, source = opened
+    given = ("--prompt", PROMPT, "--max-new-tokens", "4")
+    cases: list[tuple[Path, tuple[str, ...], int, str]] = [
+        (folder, ("--base", str(source)), 2, "--lossless"),
+        (
+            folder,
+            ("--base", str(source), "--lossless", "--verify-with", "self"),
+            2,
+            "--verify-with",
+        ),
+        (gated, ("--base", str(source), "--lossless"), 2, "holds its base"),
+        (folder, ("--base", str(folder), "--lossless"), 3, "is a diffusion model"),
+        (folder, ("--base", str(source_cache("bert")), "--lossless"), 3, "both sides"),
+        (folder, ("--base", str(tmp_path / "none"), "--lossless"), 2, "does not exist"),
+    ]
+    for checkpoint, more, code, said in cases:
+        refused = sample(checkpoint, *given, *more, code=code)
+        assert said in " ".join(refused.output.replace("│", " ").split()), said
+    with pytest.raises(RequestError, match="holds no verifier"):
+        dc.sample(dc.load(folder), PROMPT, lossless=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "fits"),
+    [
+        ({"a": 0, "b": 1}, True),
+        ({"a": 0, "b": 2}, False),
+        ({"a": 0, "other": 1}, False),
+    ],
+)
+def test_who_verifies_has_the_same_tokens(theirs: dict[str, int], fits: bool) -> None:
+    def knows(words: dict[str, int]) -> Any:
+        return SimpleNamespace(get_vocab=lambda: words)
+
+    source: Any = SimpleNamespace(given="other")
+    own = knows({"a": 0, "b": 1, "<mask>": 2})
+    if fits:
+        check_tokens(own, knows(theirs), source)
+        return
+    with pytest.raises(DllmConvertError, match="another tokenizer"):
+        check_tokens(own, knows(theirs), source)

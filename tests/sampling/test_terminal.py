@@ -40,6 +40,7 @@ def progress(film: Film, number: int) -> Any:
         lengths=torch.tensor([film.prompt_length]),
         rows=torch.tensor([0]),
         forwards=frame.forward,
+        drafts=(),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dllm_convert.cli.commands import shared
-from dllm_convert.cli.types import count
+from dllm_convert.cli.types import count, named
 from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
 FLAGS = {name: setting.flag or f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
@@ -36,6 +36,18 @@ Lossless = Annotated[
     typer.Option(
         "--lossless",
         help="Write what autoregressive decoding would, and denoise only to draft it.",
+    ),
+]
+
+
+VerifyingBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="SOURCE",
+        parser=named,
+        help="With --lossless: a folder, Hub id or GGUF file that verifies, for which a checkpoint "
+        "without a verifier drafts; the base that was converted, if left out.",
     ),
 ]
 
@@ -95,22 +107,26 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     )
 
 
-def check_here(checkpoint: str, settings: Mapping[str, Any], *, lossless: bool = False) -> None:
+def check_here(
+    checkpoint: str, settings: Mapping[str, Any], *, lossless: bool = False, alone: bool = True
+) -> None:
     """Refuse settings that do not fit to a checkpoint of this machine, before torch is imported.
 
     Args:
         checkpoint: What was named; of a Hub id or a file, opening it says more.
         settings: By the names of decoding, those that were given.
         lossless: Whether whichever verifier there is is to decide what is written.
+        alone: Whether that has to be the checkpoint's own; else another model may.
 
     Raises:
         typer.BadParameter: They contradict each other or the checkpoint.
     """
-    from dllm_convert.sampling.checking import verifier_of
+    from dllm_convert.sampling.checking import own_verifier, verifier_of
 
     folder = Path(checkpoint)
     if folder.is_dir():
-        verifier = {"verify_with": verifier_of(folder)} if lossless else {}
+        found = (verifier_of if alone else own_verifier)(folder) if lossless else None
+        verifier = {} if found is None else {"verify_with": found}
         check_settings(folder, {**verifier, **settings})
 
 

@@ -81,16 +81,19 @@ def sample(
     threads: Threads = None,
     infill: decoding.Infill = None,
     lossless: decoding.Lossless = False,
+    base: decoding.VerifyingBase = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
-    decoding.check_here(checkpoint, settings, lossless=lossless)
+    if base is not None and ("verify_with" in settings or not lossless):
+        raise typer.BadParameter("--base names who verifies --lossless, in place of --verify-with.")
+    decoding.check_here(checkpoint, settings, lossless=lossless and base is None, alone=False)
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
-    how |= {"threads": threads, "lossless": lossless}
+    how |= {"threads": threads, "lossless": lossless, "base": base}
     stream = draws(reporter) and not (watch or as_json)
     found = _write(checkpoint, given, reporter, watch=watch, stream=stream, record=record, **how)
     _print(found, reporter, chat=chat, as_json=as_json)

@@ -35,6 +35,7 @@ class Canvas:
         stops: Column behind the last new token that each row can have, shape (batch,): what ends a
             row early, an end-of-text token aside, shortens it.
         forwards: Forward passes so far; a reader counts those it runs.
+        drafts: Row, column and token of what is drafted and not verified, for an observer.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Canvas:
         self.masked = (self.tokens == options.mask_token_id) & (self.index < until[:, None])
         self.rows = torch.arange(batch, device=prompts.device)
         self.forwards = 0
+        self.drafts: tuple[tuple[int, int, int], ...] = ()
         self.order = torch.zeros_like(self.tokens)
         self._confidence = torch.zeros(batch, width, device=prompts.device)
         self._used = torch.zeros_like(lengths)
@@ -98,6 +100,7 @@ class Canvas:
                 ends=self.stops,
                 rows=self.rows,
                 forwards=self.forwards,
+                drafts=self.drafts,
             )
         )
 

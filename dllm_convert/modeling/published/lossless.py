@@ -324,8 +324,20 @@ def decode_lossless(
     return write_verified(canvas, rows, reader, policy, choice, NoDrafter())
 
 
+def _show(canvas: Canvas, rows: list[_Row]) -> None:
+    """Show what is written, and what is drafted behind it."""
+    canvas.drafts = tuple(
+        (row.number, row.clean + 1 + place, among[0])
+        for row in rows
+        for place, among in enumerate(row.candidates[: row.left])
+    )
+    canvas.show()
+
+
 class NoDrafter:
     """Drafts nothing: the verifier's own forwards do."""
+
+    shows = False
 
     def draft(self, rows: list[_Row], policy: Any, choice: Choice) -> None:
         """Leave rows their candidates."""
@@ -374,6 +386,8 @@ def write_verified(
     canvas.show()
     while rows:
         drafter.draft(rows, policy, choice)
+        if canvas.observer is not None and drafter.shows:
+            _show(canvas, rows)
         drafted = max(len(row.candidates) for row in rows)
         tree = policy.choose(drafted, max(row.left for row in rows))
         tokens = sent([row.nodes(tree) for row in rows], device)
@@ -405,7 +419,7 @@ def write_verified(
         canvas.tokens[number, column] = token
         canvas.masked[number, column] = False
         canvas.order[number, column] = canvas.forwards
-        canvas.show()
+        _show(canvas, rows)
         if options.stops.is_set:
             for row in rows:
                 row.left = 0 if canvas.is_stopped(row.number) else row.left

@@ -270,6 +270,7 @@ class Progress:
             ends it early beside an end-of-text token shortens it, shape (batch,).
         rows: Rows still being written, shape (rows,), int.
         forwards: Forward passes run so far.
+        drafts: Of lossless decoding: row, column and token of what is drafted and not verified.
     """
 
     canvas: torch.Tensor
@@ -278,6 +279,7 @@ class Progress:
     ends: torch.Tensor
     rows: torch.Tensor
     forwards: int
+    drafts: tuple[tuple[int, int, int], ...] = ()
 
 
 Observer = Callable[[Progress], None]

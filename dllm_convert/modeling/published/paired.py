@@ -1,7 +1,7 @@
 """Lossless decoding with two models: one drafts block after block, the other is who writes.
 
-The text is the verifier's own, token for token, as where a model verifies itself; the drafter
-is a block diffusion model with weights of its own, such as a conversion whose clean tokens were
+The text is the verifier's own, token for token, as where a model verifies itself; the drafter is
+a block diffusion model with weights of its own, such as a conversion whose clean tokens were
 opened, behind text that was verified. Each model has its cache, and each forward is counted.
 """
 
@@ -63,7 +63,12 @@ class BlockDrafter:
         options: How it is decoded; `confidence_threshold` is what a draft needs to be denoised
             beside, `max_denoising_steps` a limit on forwards of a draft.
         words: Size of the verifier's vocabulary.
+
+    Attributes:
+        shows: Whether what it drafted is shown before it is verified.
     """
+
+    shows = True
 
     def __init__(self, model: Any, text: Canvas, options: DecodingOptions, words: int) -> None:
         self.text, self.size, self.words = text, options.block_size or 1, words

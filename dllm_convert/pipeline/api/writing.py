@@ -81,6 +81,7 @@ def sample(
     chat: bool = False,
     infill: str | None = None,
     lossless: bool = False,
+    base: Any = None,
     seed: int | None = None,
     watch: bool = False,
     stream: bool = False,
@@ -99,7 +100,10 @@ def sample(
         chat: Put each prompt into the chat template, and write the reply.
         infill: Text that stands for a token to be written wherever it is in a prompt.
         lossless: Write what autoregressive decoding would write, and denoise only to draft it: the
-            setting `verify_with`, by whichever verifier the checkpoint holds.
+            setting `verify_with`, by whichever verifier the checkpoint holds. One that holds none
+            drafts for the base it was made of, as two models.
+        base: Who verifies then, in place of that base: a folder, a Hub id, a GGUF file, or a loaded
+            model of transformers.
         seed: Seed for temperatures above 0.
         watch: Show the text on stderr while it is denoised.
         stream: The same below what is on the terminal, without the prompt.
@@ -121,8 +125,9 @@ def sample(
     """
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.checking import require_decoding, require_settings, verifier_of
+    from dllm_convert.sampling.checking import own_verifier, require_decoding, require_settings
     from dllm_convert.sampling.run import Display, run_sample
+    from dllm_convert.source.info import SourceInfo
 
     if prompt is None or isinstance(prompt, str):
         prompts = [DEFAULT_PROMPT if prompt is None else prompt]
@@ -144,9 +149,10 @@ def sample(
             raise RequestError(_THREADS, argument="threads")
         if isinstance(checkpoint, str | Path):
             folder = checkpoint_folder(checkpoint, teller)
-            if lossless:
-                given.setdefault("verify_with", verifier_of(folder))
+            given = {**_settled(own_verifier(folder), lossless=lossless, base=base), **given}
             require_decoding(folder, given)
+            if lossless and "verify_with" not in given:
+                how["verifier"] = _other_verifier(folder, base)
             samples = run_sample(folder, prompts, teller, shown, **how, **given)
         else:
             from dllm_convert.sampling.run import sample_with
@@ -158,12 +164,55 @@ def sample(
                     f"sample takes a folder or a pair (model, tokenizer), not "
                     f"{type(checkpoint).__name__}"
                 ) from error
-            if lossless:
-                given.setdefault("verify_with", verifier_of(model.config.to_dict()))
+            own = own_verifier(model.config.to_dict())
+            given = {**_settled(own, lossless=lossless, base=base), **given}
             require_settings(model, given)
+            if lossless and "verify_with" not in given:
+                from dllm_convert.sampling.pairing import load_verifier
+
+                found = _other_verifier(None, base)
+                is_named = isinstance(found, SourceInfo)
+                how["verifier"] = (
+                    load_verifier(model, tokenizer, found, teller) if is_named else found
+                )
             samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
     one = prompt is None or isinstance(prompt, str)
     return samples[0] if one and len(samples) == 1 else list(samples)
+
+
+def _settled(own: str | None, *, lossless: bool, base: Any) -> dict[str, Any]:
+    """Return the setting of decoding by which a checkpoint's own verifier is asked for, if it is.
+
+    Raises:
+        RequestError: A base is named, and nothing is to be verified, or the checkpoint holds its.
+    """
+    if base is not None and not lossless:
+        raise RequestError("`base` verifies what is drafted; give `lossless` too", argument="base")
+    if base is not None and own == "base":
+        raise RequestError(
+            "this checkpoint holds its base, which verifies without another: leave `base` out",
+            argument="base",
+        )
+    return {"verify_with": own} if lossless and base is None and own is not None else {}
+
+
+def _other_verifier(folder: Path | None, base: Any) -> Any:
+    """Return who verifies beside a checkpoint, from headers, or as it was given, loaded.
+
+    Raises:
+        RequestError: Of a loaded model nobody knows the base.
+    """
+    from dllm_convert.sampling.pairing import verifying_source
+
+    if base is not None and not isinstance(base, str | Path):
+        return base
+    if folder is None and base is None:
+        raise RequestError(
+            "this model holds no verifier: where it was opened clean tokens are not read strictly "
+            "causally; name its `base`",
+            argument="base",
+        )
+    return verifying_source(folder, None if base is None else str(base))
 
 
 def opened(

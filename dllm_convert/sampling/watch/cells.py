@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dllm_convert.sampling.watch.frames import UNWRITTEN, Film, Frame
+from dllm_convert.sampling.watch.frames import UNWRITTEN, Fate, Film, Frame
 from dllm_convert.sampling.watch.pieces import TokenText
 
 FRESH = 3
@@ -20,6 +20,14 @@ class State(StrEnum):
     WAITING = "waiting"
     MASKED = "masked"
     WRITTEN = "written"
+    DRAFTED = "drafted"
+    REJECTED = "rejected"
+
+
+UNVERIFIED = frozenset({State.DRAFTED, State.REJECTED})
+"""What is shown and not written."""
+OPEN = UNVERIFIED | {State.MASKED, State.WAITING}
+"""What is not written."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,13 @@ class Cell:
         text: What is written there, empty where nothing is.
         state: What it is.
         age: Frames since it was written, 0 in the frame that wrote it; counted up to `FRESH`.
+        held: Whether it was drafted before, and the verifier wrote the same.
     """
 
     text: str
     state: State
     age: int = FRESH
+    held: bool = False
 
 
 def cells_of(film: Film, frame: Frame, number: int, text: TokenText) -> tuple[Cell, ...]:
@@ -52,15 +62,26 @@ def cells_of(film: Film, frame: Frame, number: int, text: TokenText) -> tuple[Ce
         None if when == UNWRITTEN else token
         for token, when in zip(frame.tokens[:end], written, strict=True)
     ]
+    held = {draft.position for draft in frame.drafts if draft.fate is Fate.HELD}
+    unverified: dict[int, State] = {}
+    for draft in frame.drafts:
+        # What is drafted anew comes behind what was rejected at its position.
+        if draft.position < end and written[draft.position] == UNWRITTEN:
+            known[draft.position] = draft.token
+            is_open = draft.fate is Fate.OPEN
+            unverified[draft.position] = State.DRAFTED if is_open else State.REJECTED
     cells = []
     texts = text.texts(known, film.prompt_length)
     for position, (shown, when) in enumerate(zip(texts, written, strict=True)):
-        if when == UNWRITTEN:
+        if position in unverified:
+            cells.append(Cell(shown, unverified[position]))
+        elif when == UNWRITTEN:
             cells.append(Cell("", State.MASKED if position < working else State.WAITING))
         elif position < film.prompt_length and when == 0:
             cells.append(Cell(shown, State.PROMPT))
         else:
-            cells.append(Cell(shown, State.WRITTEN, min(number - when, FRESH)))
+            age = min(number - when, FRESH)
+            cells.append(Cell(shown, State.WRITTEN, age, position in held))
     return tuple(cells)
 
 
@@ -74,12 +95,13 @@ def count_new(film: Film, frame: Frame) -> tuple[int, int]:
 def caption(film: Film, frame: Frame) -> str:
     """Return how far a frame is, in words."""
     done, total = count_new(film, frame)
-    return f"forward {frame.forward}, {done} of {total} tokens"
+    said = f"forward {frame.forward}, {done} of {total} tokens"
+    held, rejected = (
+        sum(draft.fate is fate for draft in frame.drafts) for fate in (Fate.HELD, Fate.REJECTED)
+    )
+    return f"{said}, {held} of {held + rejected} drafts held" if held + rejected else said
 
 
 def plain(cells: Sequence[Cell], mask: str) -> str:
     """Return cells as one line of text, `mask` for each position that is not written."""
-    return "".join(
-        mask if cell.state in (State.MASKED, State.WAITING) else cell.text.replace("\n", "")
-        for cell in cells
-    )
+    return "".join(mask if cell.state in OPEN else cell.text.replace("\n", "") for cell in cells)

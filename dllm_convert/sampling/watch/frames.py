@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,29 @@ if TYPE_CHECKING:
 
 GIVEN = 0
 UNWRITTEN = -1
+
+
+class Fate(StrEnum):
+    """What became of a draft."""
+
+    OPEN = "open"
+    HELD = "held"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A token that was drafted, of lossless decoding.
+
+    Attributes:
+        position: Where.
+        token: The token.
+        fate: Whether it is what the verifier writes there, as far as that is known.
+    """
+
+    position: int
+    token: int
+    fate: Fate
 
 
 @dataclass(frozen=True)
@@ -23,11 +47,14 @@ class Frame:
         tokens: Prompt and new tokens, the mask token where nothing is written yet.
         written: For each position the number of the frame that wrote it: 0 if it was given, -1 if
             nothing is written yet.
+        drafts: What is drafted, and what the forward made of the drafts before; in the order of
+            their positions.
     """
 
     forward: int
     tokens: tuple[int, ...]
     written: tuple[int, ...]
+    drafts: tuple[Draft, ...] = ()
 
     def remaining(self) -> int:
         """Count the positions that are still masked."""
@@ -86,12 +113,26 @@ class Film:
                     frame.forward,
                     frame.tokens,
                     tuple(later[w] if w != UNWRITTEN else w for w in frame.written),
+                    frame.drafts,
                 )
                 for frame in frames
             ),
             self.end_ids,
             self.block_size,
         )
+
+
+def _fates(
+    before: Sequence[Draft], tokens: Sequence[int], known: Sequence[bool], drafted: dict[int, int]
+) -> tuple[Draft, ...]:
+    """Say what became of the drafts of a frame, in the next one: its tokens, and its own drafts."""
+    found = [Draft(place, token, Fate.OPEN) for place, token in drafted.items()]
+    for draft in before:
+        place, token = draft.position, draft.token
+        if draft.fate is Fate.OPEN and drafted.get(place) != token:
+            held = known[place] and tokens[place] == token
+            found.append(Draft(place, token, Fate.HELD if held else Fate.REJECTED))
+    return tuple(sorted(found, key=lambda draft: (draft.position, draft.fate is Fate.OPEN)))
 
 
 @dataclass
@@ -122,28 +163,40 @@ class Recorder:
             self._lengths = progress.lengths.tolist()
         new = progress.canvas.shape[1] - max(self._lengths)
         canvas, committed = progress.canvas.tolist(), progress.committed.tolist()
-        for frames, length, tokens, known in zip(
-            self._frames, self._lengths, canvas, committed, strict=True
+        drafted: list[dict[int, int]] = [{} for _ in self._lengths]
+        for row, position, token in progress.drafts:
+            drafted[row][position] = token
+        for frames, length, tokens, known, drafts in zip(
+            self._frames, self._lengths, canvas, committed, drafted, strict=True
         ):
             end = length + new
-            frame = self._follow(frames, progress.forwards, tokens[:end], known[:end])
-            if not frames or frame.written != frames[-1].written:
+            frame = self._follow(frames, progress.forwards, tokens[:end], known[:end], drafts)
+            if not frames or (frame.written, frame.drafts) != (
+                frames[-1].written,
+                frames[-1].drafts,
+            ):
                 frames.append(frame)
 
     def _follow(
-        self, frames: Sequence[Frame], forward: int, tokens: list[int], known: list[bool]
+        self,
+        frames: Sequence[Frame],
+        forward: int,
+        tokens: list[int],
+        known: list[bool],
+        drafted: dict[int, int],
     ) -> Frame:
         number = len(frames)
         shown = [t if k else self.mask_token_id for t, k in zip(tokens, known, strict=True)]
         if frames:
-            before = zip(frames[-1].tokens, frames[-1].written, strict=True)
+            last = zip(frames[-1].tokens, frames[-1].written, strict=True)
             written = [
                 UNWRITTEN if not k else w if w != UNWRITTEN and t == old else number
-                for t, k, (old, w) in zip(shown, known, before, strict=True)
+                for t, k, (old, w) in zip(shown, known, last, strict=True)
             ]
         else:
             written = [GIVEN if k else UNWRITTEN for k in known]
-        return Frame(forward, tuple(shown), tuple(written))
+        before = frames[-1].drafts if frames else ()
+        return Frame(forward, tuple(shown), tuple(written), _fates(before, shown, known, drafted))
 
     def latest(self, row: int) -> tuple[Film, int] | None:
         """Return a row's newest frame, as a film of its own, and its number; None before any."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 
 from dllm_convert.common.colours import BLUE, GREY, VERMILION
-from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, count_new
+from dllm_convert.sampling.watch.cells import UNVERIFIED, Cell, State, caption, cells_of, count_new
 from dllm_convert.sampling.watch.frames import Film
 from dllm_convert.sampling.watch.layout import Line, Segment, wrap
 from dllm_convert.sampling.watch.pieces import TokenText
@@ -39,6 +39,8 @@ _PAPER, _INK = "#ffffff", "#1a1a1a"
 _BOX, _LATER = "#c8c8c8", "#ececec"
 # Lighter with age; the newest is bold as well, for whoever cannot tell the tints.
 _TINTS = ("#f5a35c", "#fbd0a8", "#fdeadb")
+_HELD = "#8fd8c0"
+"""Of what was drafted and is what the verifier writes, when it is written."""
 _STEPS = 7
 """Colours between a ground and an ink, which smooth letters need."""
 
@@ -77,7 +79,8 @@ def draw_frames(film: Film, text: TokenText) -> list[Image]:
     longest = max(len(cells) for cells in frames)
     # Positions behind the end have no final text; before the end is known they are masks there.
     texts = [cell.text for cell in final] + [" _", *["_"] * longest][: longest - len(final)]
-    stage = Stage(wrap(texts, COLUMNS), tuple(texts))
+    drafts = any(frame.drafts for frame in film.frames)
+    stage = Stage(wrap(texts, COLUMNS), tuple(texts), drafts)
     return [
         stage.draw(cells, caption(film, frame), *count_new(film, frame))
         for cells, frame in zip(frames, film.frames, strict=True)
@@ -91,10 +94,12 @@ class Stage:
     Attributes:
         lines: Lines of the final text.
         texts: Final text of each cell.
+        drafts: Whether anything was drafted.
     """
 
     lines: tuple[Line, ...]
     texts: tuple[str, ...]
+    drafts: bool = False
 
     @property
     def _height(self) -> int:
@@ -121,7 +126,7 @@ class Stage:
                 if segment.cell < len(cells):
                     top = _MARGIN + row * _LINE_HEIGHT
                     self._segment(pen, segment, cells[segment.cell], top)
-        _footer(pen, (width, height), words, done / max(total, 1))
+        _footer(pen, (width, height), words, done / max(total, 1), drafts=self.drafts)
         pen.rectangle((0, 0, width - 1, height - 1), outline=_BOX)
         return image
 
@@ -147,12 +152,31 @@ class Stage:
                 pen.rounded_rectangle(box, 4, fill=fill)
             return
         newest = cell.state is State.WRITTEN and cell.age == 0
-        if cell.state is State.WRITTEN and cell.age < len(_TINTS) and boxed:
+        if cell.state in UNVERIFIED:
+            self._unverified(pen, segment, cell, box)
+            return
+        if cell.held and boxed:
+            pen.rounded_rectangle(box, 4, fill=_HELD)
+        elif cell.state is State.WRITTEN and cell.age < len(_TINTS) and boxed:
             pen.rounded_rectangle(box, 4, fill=_TINTS[cell.age])
         same = cell.text == self.texts[segment.cell]
         shown = segment.text if same else _fitted(cell.text, segment.width)
         colour = BLUE if cell.state is State.PROMPT else _INK
         _write(pen, left, top, shown, colour, bold=newest)
+
+    def _unverified(
+        self, pen: ImageDraw, segment: Segment, cell: Cell, box: tuple[int, int, int, int]
+    ) -> None:
+        """Write a draft in the room of what stands there in the end: framed, or struck out."""
+        left, top = _MARGIN + segment.column * _COLUMN, box[1] - 2
+        _write(pen, left, top, _fitted(cell.text, segment.width), GREY, bold=False)
+        if box[2] <= box[0]:
+            return
+        if cell.state is State.DRAFTED:
+            pen.rounded_rectangle(box, 4, outline=_BOX)
+        else:
+            middle = (box[1] + box[3]) // 2
+            pen.line((box[0], middle, box[2], middle), fill=GREY, width=2)
 
 
 def _fitted(text: str, columns: int) -> str:
@@ -187,7 +211,9 @@ def _clusters(text: str) -> list[str]:
     return found
 
 
-def _footer(pen: ImageDraw, size: tuple[int, int], words: str, share: float) -> None:
+def _footer(
+    pen: ImageDraw, size: tuple[int, int], words: str, share: float, *, drafts: bool
+) -> None:
     width, height = size
     top = height - _FOOTER - _MARGIN // 2
     left, right = _MARGIN, width - _MARGIN
@@ -197,7 +223,10 @@ def _footer(pen: ImageDraw, size: tuple[int, int], words: str, share: float) -> 
     small = font_for("a", size=_SMALL)
     line = top + 14
     pen.text((left, line), words, fill=GREY, font=small)
-    for label, fill in (("not written", _BOX), ("just written", _TINTS[0])):
+    legend = [("not written", _BOX), ("just written", _TINTS[0])]
+    if drafts:
+        legend.append(("draft held", _HELD))
+    for label, fill in legend:
         right -= round(pen.textlength(label, font=small))
         pen.text((right, line), label, fill=GREY, font=small)
         right -= 22
@@ -232,7 +261,7 @@ def _palette() -> Image:
     from PIL import Image, ImageColor
 
     pairs = [(_PAPER, ink) for ink in (_INK, BLUE, GREY, VERMILION)]
-    pairs += [(tint, _INK) for tint in _TINTS]
+    pairs += [(tint, _INK) for tint in (*_TINTS, _HELD)]
     channels = [level for box in (_BOX, _LATER) for level in ImageColor.getrgb(box)[:3]]
     for ground, ink in pairs:
         low, high = ImageColor.getrgb(ground)[:3], ImageColor.getrgb(ink)[:3]

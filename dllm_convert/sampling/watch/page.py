@@ -13,7 +13,13 @@ from dllm_convert.sampling.watch.pieces import NEWLINE, TokenText
 
 TEMPLATE = "page.html.jinja"
 _MASK = "_"
-_CODES = {State.PROMPT: "p", State.WAITING: "l", State.MASKED: "m"}
+_CODES = {
+    State.PROMPT: "p",
+    State.WAITING: "l",
+    State.MASKED: "m",
+    State.DRAFTED: "d",
+    State.REJECTED: "x",
+}
 
 
 def render_page(film: Film, text: TokenText, *, title: str) -> str:
@@ -42,6 +48,7 @@ def render_page(film: Film, text: TokenText, *, title: str) -> str:
     return environment.from_string(source).render(
         title=title,
         frames=len(frames),
+        drafts=any(frame.drafts for frame in film.frames),
         caption=caption(film, film.frames[-1]),
         final=[(_code(cell), cell.text) for cell in final],
         film=_for_script(script),
@@ -50,7 +57,7 @@ def render_page(film: Film, text: TokenText, *, title: str) -> str:
 
 def _code(cell: Cell) -> str:
     """Return the class of a cell in the page: what it is, or how new."""
-    return _CODES.get(cell.state, f"n{cell.age}")
+    return _CODES.get(cell.state, "h" if cell.held else f"n{cell.age}")
 
 
 def _room(text: str) -> str:

@@ -13,9 +13,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from dllm_convert.common.colours import BLUE, GREY, VERMILION
+from dllm_convert.common.colours import BLUE, GREEN, GREY, VERMILION
 from dllm_convert.common.console import PLAIN_INTERVAL_S, Reporter
-from dllm_convert.sampling.watch.cells import Cell, State, caption, cells_of, plain
+from dllm_convert.sampling.watch.cells import UNVERIFIED, Cell, State, caption, cells_of, plain
 from dllm_convert.sampling.watch.frames import Film, Recorder
 from dllm_convert.sampling.watch.layout import Line, wrap
 from dllm_convert.sampling.watch.pieces import TokenText
@@ -24,14 +24,24 @@ if TYPE_CHECKING:
     from dllm_convert.modeling.published.options import Progress
 
 REFRESH_PER_SECOND = 12
+_BUSY = UNVERIFIED | {State.MASKED}
 _MARGIN = 1
 _LINE_COLUMNS = 100
 """Text on a plain line, the end of what is written so far."""
 
 _MASKS = {State.MASKED: ("\N{MEDIUM SHADE}", "_"), State.WAITING: ("\N{MIDDLE DOT}", ".")}
-_STATE_STYLES = {State.PROMPT: BLUE, State.MASKED: GREY, State.WAITING: GREY, State.WRITTEN: ""}
+_STATE_STYLES = {
+    State.PROMPT: BLUE,
+    State.MASKED: GREY,
+    State.WAITING: GREY,
+    State.WRITTEN: "",
+    State.DRAFTED: f"italic {GREY}",
+    State.REJECTED: f"strike {GREY}",
+}
 # What is new is also bold, underlined or reversed: NO_COLOR and some eyes leave nothing else.
 _AGE_STYLES = (f"bold reverse {VERMILION}", f"bold underline {VERMILION}", VERMILION)
+_HELD_STYLE = f"bold italic reverse {GREEN}"
+"""Of a token that was drafted, in the frame in which the verifier wrote it."""
 
 
 def mask_sign(state: State, encoding: str) -> str:
@@ -42,6 +52,8 @@ def mask_sign(state: State, encoding: str) -> str:
 
 def style_of(cell: Cell) -> str:
     """Return the rich style of a cell."""
+    if cell.held:
+        return _HELD_STYLE
     if cell.state is State.WRITTEN and cell.age < len(_AGE_STYLES):
         return _AGE_STYLES[cell.age]
     return _STATE_STYLES[cell.state]
@@ -57,7 +69,7 @@ def window(lines: Sequence[Line], cells: Sequence[Cell], height: int) -> Sequenc
     """
     if len(lines) <= height:
         return lines
-    masked = (number for number, cell in enumerate(cells) if cell.state is State.MASKED)
+    masked = (number for number, cell in enumerate(cells) if cell.state in _BUSY)
     first = next(masked, len(cells))
     busy = next((n for n, line in enumerate(lines) if line[-1].cell >= first), len(lines) - 1)
     start = min(max(busy - height // 2, 0), len(lines) - height)

@@ -1,0 +1,101 @@
+"""Another model that verifies what a conversion drafts: which one it is, and whether they fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm_convert.adapters import adapter_of, get_adapter
+from dllm_convert.adapters.base import Adapter
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.diffusion_section import diffusion_section
+from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.modeling.loading import load_base
+from dllm_convert.source.info import SourceInfo
+from dllm_convert.source.inspect import inspect_source
+from dllm_convert.source.materialise import materialise
+from dllm_convert.source.recorded import recorded_base
+from dllm_convert.source.tokenizer_loading import load_tokenizer
+
+
+def verifying_source(checkpoint: Path | None, base: str | None) -> SourceInfo:
+    """Return whose text is written, from headers: what was named, or the base that was converted.
+
+    Args:
+        checkpoint: Folder of a conversion whose clean tokens were opened; its manifest names the
+            base.
+        base: Folder, Hub id or GGUF file.
+
+    Raises:
+        DataError: It is not here, or nothing says which it is.
+        IncompatibleError: It is a diffusion model itself.
+    """
+    if base is not None:
+        found = inspect_source(base)
+    elif checkpoint is not None and (checkpoint / MANIFEST_FILE).is_file():
+        found = recorded_base(read_manifest(checkpoint))
+    else:
+        raise DataError(
+            f"{checkpoint} says nothing of the base it was made of ({MANIFEST_FILE})",
+            hint="Give it with --base, a folder or a Hub id",
+        )
+    if diffusion_section(found.config) is not None:
+        raise IncompatibleError(
+            f"{found.given} is a diffusion model, and who verifies goes on from left to right",
+            hint="Give the base of the conversion with --base",
+        )
+    return found
+
+
+def load_verifier(model: Any, tokenizer: Any, source: SourceInfo, reporter: Reporter) -> Any:
+    """Load the stock model that verifies what another one drafts, in its type, where it is.
+
+    Args:
+        model: The conversion that drafts.
+        tokenizer: Its tokenizer.
+        source: Who verifies.
+        reporter: Progress.
+
+    Raises:
+        DataError: It cannot be loaded.
+        IncompatibleError: It reads both sides of a token, or its tokens are others.
+        UnsupportedError: Its family is not known.
+    """
+    adapter = _adapter(model, source)
+    folder = materialise(source, reporter).folder
+    check_tokens(tokenizer, load_tokenizer(folder), source)
+    dtype: torch.dtype = model.dtype
+    with reporter.task("load the verifier"):
+        return load_base(folder, adapter, device=str(model.device), dtype=dtype)
+
+
+def _adapter(model: Any, source: SourceInfo) -> Adapter:
+    own = adapter_of(model.config.to_dict())
+    adapter = own if own.model_type == source.model_type else get_adapter(source.model_type)
+    if adapter.attention != "causal":
+        raise IncompatibleError(
+            f"{source.given} reads both sides of every token, and who verifies goes on from left "
+            "to right",
+            hint="Give an autoregressive model with --base",
+        )
+    return adapter
+
+
+def check_tokens(own: Any, other: Any, source: SourceInfo) -> None:
+    """Check that all ids mean the same words, but for those that a conversion added.
+
+    Raises:
+        IncompatibleError: They do not.
+    """
+    drafted, verified = own.get_vocab(), other.get_vocab()
+    wrong = [word for word, number in verified.items() if drafted.get(word, number) != number]
+    missing = len(verified.keys() - drafted.keys())
+    if wrong or missing > len(verified) // 100:
+        raise IncompatibleError(
+            f"{source.given} has another tokenizer: {len(wrong)} of its {len(verified)} tokens "
+            f"have other ids, {missing} are not known",
+            hint="Who verifies shares the tokenizer of the conversion, as its base does",
+        )
