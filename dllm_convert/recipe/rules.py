@@ -32,6 +32,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _alignment(recipe)
     yield from _growth(recipe)
     yield from _drafts(recipe)
+    yield from _causal_blocks(recipe)
     yield from _kept_base(recipe)
 
 
@@ -319,16 +320,23 @@ def _drafts(recipe: Recipe) -> Iterator[Contradiction]:
     yield from clashes("noise.draw=draft", rules)
 
 
+def _causal_blocks(recipe: Recipe) -> Iterator[Contradiction]:
+    """What strictly causal blocks (`block_attention: causal`) rule out."""
+    if recipe.block_attention != "causal":
+        return
+    training = recipe.training
+    rules: tuple[Rule, ...] = (
+        ("target", recipe.target == "mdlm", "mdlm has no blocks", "--to bd3lm --block 4"),
+        ("training.attention_annealing_steps", training.attention_annealing_steps > 0,
+         "nothing is opened, step by step or otherwise",
+         "Leave training.attention_annealing_steps out"),
+    )  # fmt: skip
+    yield from clashes("block_attention=causal", rules)
+
+
 def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
     """What an adapter that acts on noisy tokens only (`--keep-base`) rules out."""
     if not recipe.training.keeps_base:
-        if recipe.training.lora.draft == "causal":
-            yield Contradiction(
-                "training.lora.draft=causal is about noisy tokens beside a base that stays as it "
-                "is, and here there is none",
-                "--keep-base, or leave training.lora.draft out",
-                ("training.lora.draft", "training.lora.acts_on"),
-            )
         return
     field, training = "training.lora.acts_on", recipe.training
     out = f"--set {field}=all trains an adapter that is merged into the weights"

@@ -119,12 +119,17 @@ def test_masks_in_prompts(
 
 
 @pytest.mark.parametrize("threshold", [None, 0.05])
-def test_a_causal_context(threshold: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draft", ["open", "causal"])
+def test_a_causal_context(
+    draft: str, threshold: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With causal drafts nobody sees ahead, also when rows have left."""
     model = tiny("llama", block=4)
-    model.config.diffusion["context"] = "causal"
+    model.config.diffusion |= {"context": "causal", "draft": draft}
     settings = {"confidence_threshold": threshold}
-    expected, got = both(monkeypatch, model, *ragged([3, 11, 8]), **settings)
-    assert torch.equal(expected.sequences, got.sequences)
+    for lengths in ([3, 11, 8], [2, 5, 4, 7]):
+        expected, got = both(monkeypatch, model, *ragged(lengths), **settings)
+        assert torch.equal(expected.sequences, got.sequences)
 
 
 @pytest.mark.parametrize("block", [None, 4])

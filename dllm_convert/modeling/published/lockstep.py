@@ -256,7 +256,7 @@ class QueuedBlocks(QueuedDecoder):
         self.cache.batch_select_indices(both)
         self.line = self._line()
         self.masks.clear()
-        self._see("open", self.columns)
+        self._see("open", self.columns, causal=self.causal_drafts)
         return both
 
 

@@ -75,7 +75,8 @@ class BlockReader:
         # Other implementations would build a mask of their own where none is given, and so would
         # the base that a gated model is.
         self.gated, self.causal_drafts = model.is_gated, has_causal_drafts(model.config)
-        self.may_be_bare = model.config._attn_implementation == "sdpa" and not self.gated
+        closed = self.gated or self.causal_drafts
+        self.may_be_bare = model.config._attn_implementation == "sdpa" and not closed
 
     def columns(self) -> torch.Tensor:
         """Columns of the block each active row is at, shape (rows, block)."""
