@@ -423,6 +423,9 @@ def decoding_contradictions(
             yield message, warmer, (name, "temperature")
     wrong: dict[str, object] = {
         "`block_length` is for mdlm": settings.block_length and blocks,
+        "`sub_block_size` is for bd3lm": settings.sub_block_size and not blocks,
+        "`remasking` and `sub_block_size` do not go together": settings.remasking
+        and settings.sub_block_size,
         "`approximate_cache` needs `block_length`": settings.approximate_cache
         and not settings.block_length,
         "`remasking` and `block_length` do not go together": settings.remasking
@@ -433,7 +436,8 @@ def decoding_contradictions(
             settings.guidance_scale not in (None, 1) and not masks
         ),
     }
-    for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
+    drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
+    for name in (*drafted, "sub_block_size"):
         wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
             name in given and getattr(settings, name) is not None and settings.verify_with
         )

@@ -456,6 +456,7 @@ class Generation(_Section):
     min_p: float | None = _setting("min_p", ge=0, le=1)
     guidance_scale: NonNegativeFloat | None = _setting("guidance_scale")
     block_length: PositiveInt | None = _setting("block_length")
+    sub_block_size: PositiveInt | None = _setting("sub_block_size")
     approximate_cache: bool = _setting("approximate_cache", False)
 
 

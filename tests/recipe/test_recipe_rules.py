@@ -97,10 +97,12 @@ def test_a_recipe_made_in_python_is_sound_too() -> None:
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "block_length": (None, 8),
+    "sub_block_size": (None, 4),
     "approximate_cache": (False, True),
     "remasking": (None, "random"),
     "guidance_scale": (1, 2.0),
     "temperature": (0.0, 0.7),
+    "verify_with": (None,),
 }
 
 

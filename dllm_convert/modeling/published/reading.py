@@ -171,6 +171,7 @@ class BlockReader:
         # block without a mask (the prompt's, or past the end) has nothing to denoise.
         if self.options.causal_context or not bool(masked.any(-1).all()):
             return None
+        masked = self.canvas.in_turn(following, masked)
         row, place = masked.nonzero(as_tuple=True)
         # Flat, in (rows * 2 blocks); shifted, the written block's last place predicts the first.
         at = row * 2 * self.size + self.size + place - int(self.options.token_shift)
