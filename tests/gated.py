@@ -20,8 +20,9 @@ def gated_folder(
     base: Path, folder: Path, *, filled: bool = True, draft: str = "auto", **fields: Any
 ) -> ConversionPlan:
     """Write a gated conversion; `filled` gives it an adapter that moves every noisy token."""
-    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy", "draft": draft}}
-    plan = convert(base, folder, "bd3lm", block=BLOCK, **{"training": training, **fields})
+    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy"}}
+    asked = {"training": training, "block_attention": draft, **fields}
+    plan = convert(base, folder, "bd3lm", block=BLOCK, **asked)
     if filled:
         draws = torch.Generator().manual_seed(1)
         states = load_file(folder / ADAPTER)

@@ -51,7 +51,7 @@ class Facts:
         pictures: Pictures in the folder.
         animation: How the sample was denoised, None if that was not recorded.
         keeps_base: Whether the weights are the base's, and an adapter acts on noisy tokens only.
-        causal_drafts: Whether such tokens see of their block only what stands before them.
+        causal_drafts: Whether noisy tokens see of their block only what stands before them.
         behind_cache: Whether they stand behind a copy of the base's cache, and nothing is opened.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         code_files: The modelling code that the folder brings.

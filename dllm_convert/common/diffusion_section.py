@@ -41,7 +41,7 @@ class DiffusionSection:
             tokens.
         adapter_alpha: Their product is multiplied with alpha / rank.
         adapter_targets: Names of the linear layers that have one.
-        draft: Whom a noisy token sees of its block, where the adapter acts on noisy ones.
+        draft: Whom a noisy token sees of its block; `causal` where clean ones see no more either.
         behind: How noisy tokens stand behind clean ones there; by a cache drafts are causal.
     """
 

@@ -12,7 +12,7 @@ any other (D3PM, arXiv 2107.03006)."""
 Context = Literal["block", "causal"]
 """What a clean token of bd3lm sees of its own block: all of it, or what stands before it."""
 Draft = Literal["open", "causal"]
-"""Whom a noisy token beside a kept base sees of its block: all of it, or what stands before it."""
+"""Whom a noisy token of bd3lm sees of its block: all of it, or what stands before it."""
 Behind = Literal["mask", "cache"]
 """How noisy tokens stand behind a kept base's clean ones: by a mask over both in one forward, or in
 rows of their own, each on a copy of the base's cache."""

@@ -38,8 +38,8 @@ class Objective:
             base's cache.
         schedule: Discrete-time schedule in which the bound of the other kernels is measured.
         acts_on: Which tokens an adapter acts on: `noisy` where clean ones are the base's.
-        draft: Whom a noisy token sees of its block beside such a base: all of it (`open`) or what
-            stands before it (`causal`).
+        draft: Whom a noisy token sees of its block: all of it (`open`) or what stands before it
+            (`causal`; the clean stream then is strictly causal as well).
         walk: Which words are alike, of the kernel `neighbours`.
     """
 

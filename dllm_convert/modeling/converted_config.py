@@ -123,10 +123,12 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
     _check_walk(section)
     if section.get("acts_on", "all") != "all":
         _check_gated(section)
-    for key in ("draft", "behind"):
-        if key in section and section.get("acts_on") != "noisy":
-            nothing = "nothing: no adapter acts on noisy tokens"
-            raise wrong(f"diffusion.{key}", section[key], nothing, _HINT)
+    if "behind" in section and section.get("acts_on") != "noisy":
+        nothing = "nothing: no adapter acts on noisy tokens"
+        raise wrong("diffusion.behind", section["behind"], nothing, _HINT)
+    if section.get("draft") == "causal" and section.get("context") != "causal":
+        expected = "causal, where noisy tokens see nothing ahead"
+        raise wrong("diffusion.context", section.get("context"), expected, _HINT)
     if section.get("behind") == "cache" and section.get("draft") != "causal":
         raise wrong("diffusion.draft", section.get("draft"), "causal, behind a cache", _HINT)
     for key, allowed, may_lack in (

@@ -139,7 +139,18 @@ def _present(config: Mapping[str, Any]) -> str:
     return "causal" if section is None else str(section.get("attention", "opened"))
 
 
+def _after(recipe: Recipe) -> str:
+    if recipe.block_attention == "causal":
+        return "causal"
+    return "bidirectional" if recipe.target == "mdlm" else "block-causal"
+
+
 def _opening(recipe: Recipe, config: Mapping[str, Any], layers: int) -> str:
+    if recipe.block_attention == "causal":
+        return (
+            f"{_present(config)} attention stays strictly causal, on all {layers} layers, in "
+            f"blocks of {recipe.block_size}, whose noisy tokens see what stands before them"
+        )
     opened = (
         "bidirectional"
         if recipe.target == "mdlm"
@@ -175,7 +186,7 @@ def measured_attention(
         f"the family has no written adapter: it was measured on a small random instance with "
         f"transformers {measured.transformers}"
     )
-    after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
+    after = _after(recipe)
     before = _present(config)
     layers = group_layers(
         measured.kinds, before=before, after=after, window=size, windowed=measured.narrow
@@ -206,7 +217,7 @@ def open_attention(recipe: Recipe, source: SourceInfo, adapter: Adapter) -> Atte
         # max_window_layers beyond the last layer: no layer has it, and none should get it later.
         updates = adapter.window.overrides
     changes.append(_opening(recipe, config, len(kinds)))
-    after = "bidirectional" if recipe.target == "mdlm" else "block-causal"
+    after = _after(recipe)
     window = config.get("sliding_window", adapter.window.default if adapter.window else None)
     layers = group_layers(kinds, before=_present(config), after=after, window=window)
     return AttentionPlan(tuple(changes), updates, kept_features(source), layers)

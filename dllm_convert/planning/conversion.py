@@ -137,7 +137,6 @@ def _diffusion_section(
             "adapter_rank": lora.rank,
             "adapter_alpha": lora.alpha or 2 * lora.rank,
             "adapter_targets": adapter.lora_targets,
-            "draft": draft_of(recipe, config, adapter),
             "behind": behind_of(config, adapter),
         }
     return DiffusionSection(
@@ -150,7 +149,8 @@ def _diffusion_section(
         noise_kernel=noise.kernel,
         discrete_steps=noise.discrete_steps,
         noise_jumps=noise.jumps,
-        context="causal" if training.ar_loss_weight or training.keeps_base else "block",
+        context="causal" if recipe.reads_causally else "block",
+        draft=draft_of(recipe, config, adapter),
         **adapter_facts,
     )
 

@@ -58,14 +58,14 @@ def draft_of(recipe: Recipe, config: Mapping[str, Any], adapter: Adapter) -> Dra
     Raises:
         IncompatibleError: It asks for open blocks, and attention stays closed.
     """
-    asked = recipe.training.lora.draft
-    if behind_of(config, adapter) == "mask":
+    asked = recipe.block_attention
+    if not recipe.training.keeps_base or behind_of(config, adapter) == "mask":
         return "open" if asked == "auto" else asked
     if asked == "open":
         raise IncompatibleError(
-            f"training.lora.draft=open, and the attention of this {adapter.model_type} stays as it "
+            f"block_attention=open, and the attention of this {adapter.model_type} stays as it "
             "is: noisy tokens see what stands before them",
-            hint="Leave training.lora.draft out",
+            hint="Leave block_attention out",
         )
     return "causal"
 

@@ -173,7 +173,8 @@ def writing(recipe: Recipe) -> Writing:
                        rows * forwards * width**2, logits, rows * new)  # fmt: skip
     block = recipe.block_size or 1
     blocks = -(-new // block)
-    each = min(block, steps) if steps else block
+    parts = -(-block // (recipe.generation.sub_block_size or block))
+    each = min(block, parts * steps) if steps else block
     run = rows * (chosen.prompt_tokens + blocks * (each + 1) * block)
     logits = rows * blocks * each * (block + 1) / 2
     pairs = run * (chosen.prompt_tokens + width) / 2

@@ -84,7 +84,7 @@ class ProbeReport(Printed):
         kept = ["beside its base, causal drafts (--to bd3lm --lora 64 --keep-base)"]
         if has_adapter(self.model_type):
             kept.insert(0, "beside its base, open blocks (--to bd3lm --lora 64 --keep-base)")
-            kept[1] = "beside its base, causal drafts (and --set training.lora.draft=causal)"
+            kept[1] = "beside its base, causal drafts (and --set block_attention=causal)"
         return (*opened, *(kept if adapter.behind is not None else []))
 
     def as_blocks(self) -> list[Block]:

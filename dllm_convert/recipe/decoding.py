@@ -109,6 +109,9 @@ SETTINGS: Mapping[str, Setting] = {
     "block_length": Setting(
         "write so many tokens at a time from left to right; mdlm only", "count", "N"
     ),
+    "sub_block_size": Setting(
+        "write a block so many tokens at a time from left to right; bd3lm only", "count", "N"
+    ),
     "approximate_cache": Setting(
         "keep the states outside the block, not exact; mdlm with block_length only", "switch"
     ),

@@ -17,19 +17,24 @@ class Need:
     Attributes:
         value: What is chosen where nobody said otherwise.
         reason: Why, as the end of "the engine ...".
-        above: Whether anything above 0 does as well.
+        other: Another value that does as well.
+        above: Whether anything above 0 does.
     """
 
     value: Any
     reason: str
+    other: Any = None
     above: bool = False
 
     def met_by(self, value: Any) -> bool:
         """Whether a field's value is one that the engine can do with."""
-        return bool(value) if self.above else value == self.value
+        return bool(value) if self.above else value in (self.value, self.other)
 
 
-_MASKS = {"noise.kernel": Need("absorbing", "fills masks in, and corrects nothing")}
+_MASKS = {
+    "noise.kernel": Need("absorbing", "fills masks in, and corrects nothing"),
+    "block_attention": Need("auto", "lets all tokens of a block see each other", "open"),
+}
 _OPEN = {**_MASKS, "training.ar_loss_weight": Need(0.0, "reads finished blocks open")}
 _BLOCKS = {
     "target": Need("bd3lm", "decodes block by block"),
@@ -39,7 +44,9 @@ _BLOCKS = {
 _CAUSAL = {
     **_BLOCKS,
     "training.ar_loss_weight": Need(
-        1.0, "reads finished blocks strictly causally, and begins each with the next token", True
+        1.0,
+        "reads finished blocks strictly causally, and begins each with the next token",
+        above=True,
     ),
 }
 NEEDS: Mapping[str, Mapping[str, Need]] = {

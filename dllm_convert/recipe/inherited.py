@@ -62,6 +62,8 @@ def handed_down(
         found["block_size"] = section["block_size"]
     if isinstance(section.get("token_shift"), bool):
         found["token_shift"] = "keep" if section["token_shift"] else "drop"
+    if section.get("draft") == "causal" and section.get("acts_on", "all") == "all":
+        found["block_attention"] = "causal"
     return found
 
 

@@ -32,6 +32,7 @@ def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
     yield from _alignment(recipe)
     yield from _growth(recipe)
     yield from _drafts(recipe)
+    yield from _causal_blocks(recipe)
     yield from _kept_base(recipe)
 
 
@@ -330,16 +331,23 @@ def _drafts(recipe: Recipe) -> Iterator[Contradiction]:
     yield from clashes("noise.draw=draft", rules)
 
 
+def _causal_blocks(recipe: Recipe) -> Iterator[Contradiction]:
+    """What strictly causal blocks (`block_attention: causal`) rule out."""
+    if recipe.block_attention != "causal":
+        return
+    training = recipe.training
+    rules: tuple[Rule, ...] = (
+        ("target", recipe.target == "mdlm", "mdlm has no blocks", "--to bd3lm --block 4"),
+        ("training.attention_annealing_steps", training.attention_annealing_steps > 0,
+         "nothing is opened, step by step or otherwise",
+         "Leave training.attention_annealing_steps out"),
+    )  # fmt: skip
+    yield from clashes("block_attention=causal", rules)
+
+
 def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
     """What an adapter that acts on noisy tokens only (`--keep-base`) rules out."""
     if not recipe.training.keeps_base:
-        if recipe.training.lora.draft == "causal":
-            yield Contradiction(
-                "training.lora.draft=causal is about noisy tokens beside a base that stays as it "
-                "is, and here there is none",
-                "--keep-base, or leave training.lora.draft out",
-                ("training.lora.draft", "training.lora.acts_on"),
-            )
         return
     field, training = "training.lora.acts_on", recipe.training
     out = f"--set {field}=all trains an adapter that is merged into the weights"
@@ -436,6 +444,9 @@ def decoding_contradictions(
         yield message, "--set generation.temperature=1", ("sampler", "temperature")
     wrong: dict[str, object] = {
         "`block_length` is for mdlm": settings.block_length and blocks,
+        "`sub_block_size` is for bd3lm": settings.sub_block_size and not blocks,
+        "`remasking` and `sub_block_size` do not go together": settings.remasking
+        and settings.sub_block_size,
         "`approximate_cache` needs `block_length`": settings.approximate_cache
         and not settings.block_length,
         "`remasking` and `block_length` do not go together": settings.remasking
@@ -446,7 +457,8 @@ def decoding_contradictions(
             settings.guidance_scale not in (None, 1) and not masks
         ),
     }
-    for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
+    drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
+    for name in (*drafted, "sub_block_size"):
         wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
             name in given and getattr(settings, name) is not None and settings.verify_with
         )

@@ -247,11 +247,6 @@ class Lora(_Section):
         "none",
         description="nf4: frozen weights in 4 bits (QLoRA); needs a CUDA GPU and bitsandbytes",
     )
-    draft: Literal["auto", "open", "causal"] = Field(
-        "auto",
-        description="whom a noisy token beside a kept base sees of its block: open: all of it; "
-        "causal: what stands before it; auto: open where the family's attention can be opened",
-    )
     acts_on: ActsOn = Field(
         "all",
         description="noisy: the base stays as it is and reads clean tokens, the adapter and a mask "
@@ -473,6 +468,7 @@ class Generation(_Section):
     min_p: float | None = _setting("min_p", ge=0, le=1)
     guidance_scale: NonNegativeFloat | None = _setting("guidance_scale")
     block_length: PositiveInt | None = _setting("block_length")
+    sub_block_size: PositiveInt | None = _setting("sub_block_size")
     approximate_cache: bool = _setting("approximate_cache", False)
 
 
@@ -498,6 +494,12 @@ class Recipe(_Section):
     block_size: PositiveInt | None = Field(None, description="tokens per block, bd3lm only")
     token_shift: Literal["keep", "drop"] = Field(
         "keep", description="keep: position i is predicted from the hidden state of i-1, as AR"
+    )
+    block_attention: Literal["auto", "open", "causal"] = Field(
+        "auto",
+        description="bd3lm: whom a noisy token sees of its block: open: all of it; causal: what "
+        "stands before it, and clean tokens as well see nothing ahead (I-DLM); auto: open where "
+        "the family's attention can be opened",
     )
     sliding_window: Literal["open", "refuse"] = Field(
         "open", description="open a sliding window to full attention, or refuse the conversion"
@@ -544,6 +546,13 @@ class Recipe(_Section):
         found = self.model_dump(mode="json", exclude=incidental)
         found["training"]["sequences_per_step"] = self.training.sequences_per_step * processes
         return found
+
+    @property
+    def reads_causally(self) -> bool:
+        """Whether a clean token of bd3lm sees of its own block only what stands before it."""
+        training = self.training
+        asked = self.block_attention == "causal" or training.keeps_base
+        return asked or training.ar_loss_weight > 0
 
     @property
     def growing_sizes(self) -> tuple[int, ...]:

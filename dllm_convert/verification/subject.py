@@ -41,8 +41,8 @@ def claimed_mask(claim: DiffusionSection, length: int) -> torch.Tensor:
         length: Tokens of the text.
     """
     position = torch.arange(length)
-    if claim.is_gated:
-        # Of clean text: the base's.
+    if claim.is_gated or claim.draft == "causal":
+        # Of clean text: the base's; or strictly causal, whatever is noisy.
         return position[:, None] >= position[None, :]
     if claim.block_size is None:
         return torch.ones(length, length, dtype=torch.bool)

@@ -134,11 +134,7 @@ def test_what_was_typed_and_contradicts_it_is_a_usage_error(
 
 
 def test_causal_drafts_are_beside_a_kept_base(source_cache: Sources) -> None:
-    with pytest.raises(IncompatibleError, match="here there is none") as caught:
-        resolve(source_cache("llama"), lora=4, overrides={"training.lora.draft": "causal"})
-    assert caught.value.hint and "--keep-base" in caught.value.hint
-    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy", "draft": "causal"}}
-    kept = plan(source_cache("llama"), training=training)
+    kept = plan(source_cache("llama"), block_attention="causal")
     assert kept.config_updates["diffusion"]["draft"] == "causal"
     assert "those before them" in kept.attention_changes[0]
 
@@ -149,10 +145,9 @@ def test_a_window_stays_and_noisy_tokens_stand_behind_the_cache(source_cache: So
     section = kept.config_updates["diffusion"]
     assert (section["draft"], section["behind"]) == ("causal", "cache")
     assert any("copy of the base's cache" in note for note in kept.notes)
-    training = {"method": "lora", "lora": {"rank": 4, "acts_on": "noisy", "draft": "open"}}
     with pytest.raises(IncompatibleError, match="stays as it is") as caught:
-        plan(window, training=training)
-    assert caught.value.hint == "Leave training.lora.draft out"
+        plan(window, block_attention="open")
+    assert caught.value.hint == "Leave block_attention out"
 
 
 def test_bases_that_cannot_be_kept(source_cache: Sources) -> None:

@@ -107,6 +107,7 @@ def test_a_recipe_made_in_python_is_sound_too() -> None:
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "block_length": (None, 8),
+    "sub_block_size": (None, 4),
     "approximate_cache": (False, True),
     "remasking": (None, "random"),
     "guidance_scale": (1, 2.0),

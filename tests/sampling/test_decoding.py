@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -319,3 +320,70 @@ def test_behind_the_end_of_a_text_nothing_is_written(
         ended = [p for p in seen if (p.committed[0, 6:] & (p.canvas[0, 6:] == end)).any()]
         behind = [int(p.committed[0, stop + 1 :].sum()) for p in ended]
         assert len(set(behind)) == 1, "no more after it was written"
+
+
+@torch.no_grad()
+def parts_reference(
+    model: PreTrainedModel, ids: torch.Tensor, new: int, part: int, steps: int | None
+) -> list[int]:
+    """Uncached: of a block only the first part with a mask is written, its steps counted anew."""
+    size, length, shift = (
+        model.config.block_size,
+        ids.shape[1],
+        model.config.diffusion["token_shift"],
+    )
+    canvas = ids
+    for start in range(length // size * size, length + new, size):
+        canvas = torch.cat([canvas, torch.full((1, start + size - canvas.shape[1]), MASK)], 1)
+        for first in range(start, start + size, part):
+            here = torch.zeros(start + size, dtype=torch.bool)
+            here[max(first, length) : min(first + part, start + size, length + new)] = True
+            left = steps
+            while (open_ := here & (canvas[0] == MASK)).any():
+                logits = model(canvas, use_cache=False).logits[0]
+                logits = torch.cat([logits[:1], logits[:-1]]) if shift else logits
+                logits[:, MASK] = -torch.inf
+                confidence, token = logits.float().softmax(-1).max(-1)
+                confidence[~open_] = -1
+                now = 1 if left is None else -(-int(open_.sum()) // left)
+                left = None if left is None else left - 1
+                best = confidence.topk(now).indices
+                canvas[0, best] = token[best]
+    return list(canvas[0, length : length + new].tolist())
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("part", "steps"), [(2, None), (3, None), (3, 2)])
+@pytest.mark.parametrize("shift", [True, False])
+def test_a_block_is_written_in_parts(
+    family: str, part: int, steps: int | None, shift: bool
+) -> None:
+    model, lengths = tiny(family, block=8, shift=shift), (3, 8, 13)
+    ids, mask = ragged(list(lengths))
+    settings = {"max_new_tokens": 19, "eos_token_id": None, "max_denoising_steps": steps}
+    got = model.generate(ids, attention_mask=mask, sub_block_size=part, output_order=True,
+                         return_dict_in_generate=True, **settings)  # fmt: skip
+    whole = model.generate(ids, attention_mask=mask, **settings)
+    assert not torch.equal(got.sequences, whole)
+    for row, length in enumerate(lengths):
+        expected = parts_reference(model, ids[row : row + 1, -length:], 19, part, steps)
+        assert got.sequences[row, -19:].tolist() == expected
+        # Nothing of a part is written before all of the part before it.
+        order, place = got.order[row, -19:], torch.arange(length, length + 19)
+        number = place // 8 * 8 + place % 8 // part
+        for one, other in pairwise(number.unique().tolist()):
+            assert int(order[number == one].max()) < int(order[number == other].min())
+
+
+def test_parts_as_large_as_blocks_are_blocks_and_mdlm_has_none() -> None:
+    model, ids = tiny("llama", block=4), prompt(6)
+    plain = model.generate(ids, max_new_tokens=9)
+    for part in (4, 7):
+        assert torch.equal(model.generate(ids, max_new_tokens=9, sub_block_size=part), plain)
+    assert not torch.equal(model.generate(ids, max_new_tokens=9, sub_block_size=1), plain)
+    with pytest.raises(ValueError, match="MDLM has none"):
+        tiny("llama").generate(ids, max_new_tokens=9, sub_block_size=2)
+    with pytest.raises(ValueError, match="remasking and sub_block_size"):
+        model.generate(ids, max_new_tokens=9, sub_block_size=2, remasking="random")
+    with pytest.raises(ValueError, match="sub_block_size is 0"):
+        model.generate(ids, max_new_tokens=9, sub_block_size=0)

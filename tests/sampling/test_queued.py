@@ -77,6 +77,14 @@ WINDOWS: list[dict[str, Any]] = [
 ]
 CASES = [(block, case) for block in (None, 1, 4, 32) for case in SETTINGS]
 CASES += [(None, case) for case in WINDOWS]
+PARTS: list[dict[str, Any]] = [
+    {"sub_block_size": 2},
+    {"sub_block_size": 3, "confidence_threshold": 0.05},
+    {"sub_block_size": 3, "max_denoising_steps": 2, "eos_token_id": None},
+    {"sub_block_size": 2, "guidance_scale": 2.0},
+    {"sub_block_size": 8, "entropy_bound": 2.0},
+]
+CASES += [(block, case) for block in (8, 32) for case in PARTS]
 
 
 @pytest.mark.parametrize(("block", "settings"), CASES)
@@ -119,12 +127,17 @@ def test_masks_in_prompts(
 
 
 @pytest.mark.parametrize("threshold", [None, 0.05])
-def test_a_causal_context(threshold: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draft", ["open", "causal"])
+def test_a_causal_context(
+    draft: str, threshold: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With causal drafts nobody sees ahead, also when rows have left."""
     model = tiny("llama", block=4)
-    model.config.diffusion["context"] = "causal"
+    model.config.diffusion |= {"context": "causal", "draft": draft}
     settings = {"confidence_threshold": threshold}
-    expected, got = both(monkeypatch, model, *ragged([3, 11, 8]), **settings)
-    assert torch.equal(expected.sequences, got.sequences)
+    for lengths in ([3, 11, 8], [2, 5, 4, 7]):
+        expected, got = both(monkeypatch, model, *ragged(lengths), **settings)
+        assert torch.equal(expected.sequences, got.sequences)
 
 
 @pytest.mark.parametrize("block", [None, 4])
@@ -282,6 +295,11 @@ def test_a_model_that_cannot_be_recorded_decodes(monkeypatch: pytest.MonkeyPatch
     ("fields", "starts", "counts"),
     [
         ({"block_size": 4}, [(0, 8), (4, 12), (8, 16), (12, 20)], [(1, 3), (4, 4), (4, 4), (4, 4)]),
+        (
+            {"block_size": 4, "sub_block_size": 3},
+            [(0, 8), (0, 8), (4, 12), (4, 12), (8, 16), (8, 16), (12, 20), (12, 20)],
+            [(0, 2), (1, 1), (3, 3), (1, 1), (3, 3), (1, 1), (3, 3), (1, 1)],
+        ),
         ({"block_length": 6}, [(3, 9), (9, 15), (15, 16)], [(6, 6), (6, 6), (1, 1)]),
         ({}, [(3, 9)], [(13, 13)]),
     ],

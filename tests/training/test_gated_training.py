@@ -52,9 +52,9 @@ def texts() -> TextBatch:
 def plan_of(
     source: Path, folder: Path, filled: bool = True, draft: str = "auto", **training: Any
 ) -> ConversionPlan:
-    lora = {"rank": 4, "acts_on": "noisy", "draft": draft}
+    lora = {"rank": 4, "acts_on": "noisy"}
     settings = {"method": "lora", "lora": lora, "precision": "fp32", **training}
-    return gated_folder(source, folder, filled=filled, training=settings)
+    return gated_folder(source, folder, filled=filled, draft=draft, training=settings)
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -164,6 +164,19 @@ class Canvas:
             return masked
         return masked & (columns < self._text_ends())
 
+    def in_turn(self, columns: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Which of the `masked` columns of each row's block, (rows, block), are written now.
+
+        All of them, or with `sub_block_size` those of the first part that has any.
+        """
+        part = self.parts(columns)
+        return masked & (part == part.masked_fill(~masked, 2**31).amin(-1, keepdim=True))
+
+    def parts(self, columns: torch.Tensor) -> torch.Tensor:
+        """The part of its block that each column is in, counted from 0, the shape of `columns`."""
+        block, size = self.options.block_size, self.options.sub_block_size
+        return columns % block // size if block and size else torch.zeros_like(columns)
+
     def _text_ends(self) -> torch.Tensor:
         # The column of each active row's first end-of-text token, or the width, (rows, 1).
         return (~self._ended()[self.rows]).sum(-1, keepdim=True)

@@ -77,8 +77,9 @@ def decode_blocks(
     the first decoded block; a prompt with masks is decoded from its first masked block on. Every
     row is at a block of its own: in one forward some are denoised and others, whose block is
     written, extend the cache; where all are written, the forward that extends the cache denoises
-    the next blocks as well. Arguments are those of `decode_canvas`; `reader` makes a `BlockReader`,
-    of the block size too.
+    the next blocks as well. With `sub_block_size` a block is written part after part, each with
+    steps of its own. Arguments are those of `decode_canvas`; `reader` makes a `BlockReader`, of the
+    block size too.
     """
     size = options.block_size or 1
     # Whole blocks: behind its last new token a row has masks, which nothing is written into.
@@ -89,18 +90,25 @@ def decode_blocks(
     canvas.show()
     # Rows whose block is new to them, (rows,): their steps are counted from here.
     beginning = torch.ones_like(canvas.rows, dtype=torch.bool)
+    # The part of its block that each row writes, (batch,).
+    parts = torch.zeros_like(lengths)
     while len(canvas.rows):
         columns = reader.columns()  # of the block each row is at, (rows, block)
         masked = canvas.wanted(columns)
         is_open = masked.any(-1)  # (rows,)
+        masked = canvas.in_turn(columns, masked)
         logits = None
         if not is_open.any():
             logits = reader.read_ahead(columns)
         if logits is not None:
             # The written blocks are in the cache, and every row stands at the next one.
             columns = reader.columns()
-            masked = canvas.wanted(columns)
+            masked = canvas.in_turn(columns, canvas.wanted(columns))
             is_open = beginning = torch.ones_like(is_open)
+        # The one part that each row writes now: a row that enters one counts its steps anew.
+        part = canvas.parts(columns).masked_fill(~masked, -1).amax(-1)
+        beginning = beginning | (part != parts[canvas.rows])
+        parts[canvas.rows] = part
         canvas.begin(masked, beginning)
         if logits is None:
             # Open blocks are denoised beside written ones, which go into the cache.

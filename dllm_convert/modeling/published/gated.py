@@ -35,7 +35,10 @@ def is_gated(config: Any) -> bool:
 
 
 def has_causal_drafts(config: Any) -> bool:
-    """Whether a noisy token sees of its block only what stands before it, as a config says."""
+    """Whether a noisy token sees of its block only what stands before it, as a config says.
+
+    Without an adapter on noisy tokens alone, clean ones see nothing ahead then either.
+    """
     section = getattr(config, "diffusion", None) or {}
     return bool(section.get("draft") == "causal")
 

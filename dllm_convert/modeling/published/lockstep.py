@@ -165,6 +165,12 @@ class QueuedBlocks(QueuedDecoder):
     def advance(self, number: int) -> None:
         """Go to the next block of every row."""
         self.region = number
+        if number and self.regions[number].starts == self.regions[number - 1].starts:
+            # Another part of the same block, of which nothing is clean yet.
+            self.enter(number)
+            self.ahead = False
+            self._see("open", self.columns, causal=self.causal_drafts)
+            return
         fused = bool(self.steps[number]) and not self.options.causal_context
         if number:
             if not fused:
@@ -184,7 +190,7 @@ class QueuedBlocks(QueuedDecoder):
         n, region = self.columns_at_hand, self.regions[self.region]
         if name == "clean":
             region = self.regions[self.region - 1]
-        self.visible = self._bucket(region.width, self.graphs.wanted)
+        self.visible = self._bucket(max(region.starts) + n, self.graphs.wanted)
         bare = self.may_be_bare and not causal and name != "ahead" and not self.graphs.wanted
         if bare and len(set(region.starts)) == 1:
             self.masks.pop(name, None)
@@ -256,7 +262,7 @@ class QueuedBlocks(QueuedDecoder):
         self.cache.batch_select_indices(both)
         self.line = self._line()
         self.masks.clear()
-        self._see("open", self.columns)
+        self._see("open", self.columns, causal=self.causal_drafts)
         return both
 
 

@@ -213,13 +213,14 @@ class DiffusionMixin(GatedMixin):
         if not block_size or behind_cache or (self.is_gated and noisy is None):
             return attention_mask, positions
         valid = (torch.ones_like(every) if attention_mask is None else attention_mask).bool()
+        causal = has_causal_drafts(self.config)
         if noisy is None:
-            mask = block_causal_mask(every, valid, block_size, length)
+            # Where nobody sees ahead, a block is a token.
+            mask = block_causal_mask(every, valid, 1 if causal else block_size, length)
         else:
             # What is cached is clean.
             cached_ones = noisy.new_zeros(batch, every.shape[1] - length)
             among = torch.cat([cached_ones, noisy.expand(batch, -1)], dim=1)
-            causal = has_causal_drafts(self.config)
             mask = see_self(
                 gated_mask(every, valid, among, block_size, length, causal_drafts=causal)
             )

@@ -44,8 +44,8 @@ class DecodingOptions:
         max_new_tokens: Tokens written per row.
         block_size: Tokens per block, or None for MDLM.
         token_shift: Whether position i is predicted from the hidden state of i-1.
-        max_denoising_steps: Most forwards per block (BD3LM, and MDLM with `block_length`) or per
-            text (MDLM); None: one token each.
+        max_denoising_steps: Most forwards per block (BD3LM, and MDLM with `block_length`), per part
+            of one (`sub_block_size`) or per text (MDLM); None: one token each.
         confidence_threshold: Commit every position whose token the model holds at least this
             likely, at least one per forward (Fast-dLLM, arXiv 2505.22618); None, or 1 and above:
             no more than the number of steps asks for.
@@ -65,6 +65,8 @@ class DecodingOptions:
         guidance_scale: Classifier-free guidance, the prompt masked for the second opinion (LLaDA,
             arXiv 2502.09992); 1 is none, as in transformers.
         block_length: MDLM writes this many positions at a time from left to right (LLaDA).
+        sub_block_size: BD3LM writes a block so many positions at a time from left to right, behind
+            and before masks that it sees (Fast-dLLM v2, arXiv 2509.26328).
         approximate_cache: MDLM reads what lies outside the current `block_length` positions from
             states kept since their first forward (Fast-dLLM's dual cache). Not exact.
         suppress_tokens: Ids that are never written, such as rows that no token has.
@@ -106,6 +108,7 @@ class DecodingOptions:
     min_p: float | None = None
     guidance_scale: float = 1.0
     block_length: int | None = None
+    sub_block_size: int | None = None
     approximate_cache: bool = False
     suppress_tokens: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
@@ -125,6 +128,7 @@ class DecodingOptions:
             "max_new_tokens",
             "max_denoising_steps",
             "block_length",
+            "sub_block_size",
             "num_return_sequences",
         ):
             value = getattr(self, name)
@@ -136,6 +140,8 @@ class DecodingOptions:
             value = getattr(self, name)
             if value is not None and (value <= 0 if limit == 0 else value >= limit):
                 object.__setattr__(self, name, None)
+        if self.block_size and (self.sub_block_size or 0) >= self.block_size:
+            object.__setattr__(self, "sub_block_size", None)
         if self.remasking_ratio == 0:
             object.__setattr__(self, "remasking", None)
         if self.sampler:
@@ -166,14 +172,13 @@ class DecodingOptions:
             raise ValueError(f"top_k is {self.top_k!r}, expected a whole number")
 
     def _check_combinations(self) -> None:
+        self._check_parts()
         if self.block_size and (self.block_length or self.approximate_cache):
             raise ValueError(
                 "block_length and approximate_cache are for MDLM; this model has blocks of its own"
             )
         if self.approximate_cache and not self.block_length:
             raise ValueError("approximate_cache needs block_length, such as block_length=32")
-        if self.remasking and self.block_length:
-            raise ValueError("remasking and block_length do not go together: leave one out")
         if self.guided and self.noise_tokens:
             raise ValueError("guidance_scale needs a mask to hide the prompt; this model has none")
         if self.verify_with and not self.causal_context:
@@ -202,7 +207,7 @@ class DecodingOptions:
             raise ValueError(
                 "sampler draws every token: give a temperature above 0; at 1 it is exact"
             )
-        for name in ("remasking", "verify_with", "block_length"):
+        for name in ("remasking", "verify_with", "block_length", "sub_block_size"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name} and sampler do not go together: each says what a step writes"
@@ -211,6 +216,16 @@ class DecodingOptions:
             raise ValueError(
                 "sampler writes tokens in an order of its own, and a logits processor asks for "
                 "that from left to right: leave one out"
+            )
+
+    def _check_parts(self) -> None:
+        # Of what is written from left to right, nothing is taken back.
+        for name in ("block_length", "sub_block_size"):
+            if self.remasking and getattr(self, name):
+                raise ValueError(f"remasking and {name} do not go together: leave one out")
+        if self.sub_block_size and not self.block_size:
+            raise ValueError(
+                "sub_block_size is a part of a block, and MDLM has none; block_length is for MDLM"
             )
 
     @property

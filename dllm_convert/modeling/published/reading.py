@@ -75,7 +75,8 @@ class BlockReader:
         # Other implementations would build a mask of their own where none is given, and so would
         # the base that a gated model is.
         self.gated, self.causal_drafts = model.is_gated, has_causal_drafts(model.config)
-        self.may_be_bare = model.config._attn_implementation == "sdpa" and not self.gated
+        closed = self.gated or self.causal_drafts
+        self.may_be_bare = model.config._attn_implementation == "sdpa" and not closed
 
     def columns(self) -> torch.Tensor:
         """Columns of the block each active row is at, shape (rows, block)."""
@@ -170,6 +171,7 @@ class BlockReader:
         # block without a mask (the prompt's, or past the end) has nothing to denoise.
         if self.options.causal_context or not bool(masked.any(-1).all()):
             return None
+        masked = self.canvas.in_turn(following, masked)
         row, place = masked.nonzero(as_tuple=True)
         # Flat, in (rows * 2 blocks); shifted, the written block's last place predicts the first.
         at = row * 2 * self.size + self.size + place - int(self.options.token_shift)

@@ -12,7 +12,7 @@ from .options import DecodingOptions
 
 @dataclass(frozen=True)
 class Region:
-    """Columns that every row writes in the same forwards: a block, a window, or the whole text.
+    """Columns that every row writes in the same forwards: a block or part of one, a window, or all.
 
     Attributes:
         starts: First of the columns at hand in each row; every row has as many.
@@ -26,18 +26,18 @@ class Region:
     ends: tuple[int, ...]
     counts: tuple[int, ...]
 
-    @property
-    def width(self) -> int:
-        """Columns at hand up to the last one of any row."""
-        return max(self.ends)
-
 
 def _spans(
     masked: list[int], length: int, limit: int, options: DecodingOptions
 ) -> list[tuple[int, int]]:
     """Return where a row's regions begin and end, from its `masked` columns in order."""
     if size := options.block_size:
-        return [(begin, begin + size) for begin in range(masked[0] // size * size, limit, size)]
+        part = options.sub_block_size or size
+        return [
+            (begin, min(begin + part, block + size))
+            for block in range(masked[0] // size * size, limit, size)
+            for begin in range(block, block + size, part)
+        ]
     if size := options.block_length:
         # Counted from the first new token: masks in a prompt lie in negative windows.
         windows = sorted({(column - length) // size for column in masked})
@@ -64,7 +64,9 @@ def plan_regions(
         _spans(row.nonzero().squeeze(-1).tolist(), length, limit, options)
         for row, length, limit in zip(masked, lengths, limits, strict=True)
     ]
-    columns = max(end - begin for row in spans for begin, end in row)
+    block = options.block_size
+    # Of a block all columns are at hand, whichever part of it is written.
+    columns = block or max(end - begin for row in spans for begin, end in row)
     before = torch.nn.functional.pad(masked.long().cumsum(-1), (1, 0)).tolist()
     regions = []
     for number in range(max(map(len, spans))):
@@ -72,7 +74,10 @@ def plan_regions(
         regions.append(
             Region(
                 # No column is at hand twice: a row that ends early has earlier ones beside its own.
-                starts=tuple(min(begin, masked.shape[1] - columns) for begin, _ in here),
+                starts=tuple(
+                    begin // block * block if block else min(begin, masked.shape[1] - columns)
+                    for begin, _ in here
+                ),
                 begins=tuple(begin for begin, _ in here),
                 ends=tuple(end for _, end in here),
                 counts=tuple(

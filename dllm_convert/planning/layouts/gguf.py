@@ -15,6 +15,7 @@ from dllm_convert.planning.layouts.target import (
     Refusal,
     families,
     no_window,
+    open_blocks,
 )
 from dllm_convert.source.gguf import CONFIG_KEYS, ggml_name
 
@@ -255,7 +256,7 @@ _STOCK_BIASES = {
 
 def _refusals(converted: Converted) -> Iterator[Refusal]:
     yield from families(tuple(STOCK), "llama.cpp has no graph that opens its attention", converted)
-    for rule in (no_window, partial(ropes, STOCK), as_in_the_graph):
+    for rule in (open_blocks, no_window, partial(ropes, STOCK), as_in_the_graph):
         yield from rule(converted)
     yield from biases(_STOCK_BIASES, converted)
 

@@ -17,6 +17,7 @@ from dllm_convert.planning.layouts.target import (
     masks_only,
     no_shift,
     no_window,
+    open_blocks,
 )
 
 _ROPES = ("default", "linear", "llama3", "yarn")
@@ -30,7 +31,7 @@ def _refusals(converted: Converted) -> Iterator[Refusal]:
         "its layers are Llama's, without norms or biases of queries and keys",
         converted,
     )
-    for rule in (blocks_only, no_shift, masks_only, no_window):
+    for rule in (blocks_only, no_shift, masks_only, open_blocks, no_window):
         yield from rule(converted)
     if converted.section.context != "causal":
         yield Refusal(

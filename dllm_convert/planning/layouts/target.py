@@ -172,11 +172,23 @@ def masks_only(converted: Converted) -> Iterator[Refusal]:
 
 def open_context(converted: Converted) -> Iterator[Refusal]:
     """Refuse a strictly causal context: engines keep the states that a block's last step made."""
-    if converted.section.context == "causal":
+    if converted.section.draft == "causal":
+        yield from open_blocks(converted)
+    elif converted.section.context == "causal":
         yield Refusal(
             "its finished blocks were trained to be read strictly causally (ar_loss_weight), and "
             "the engine reads them open",
             "Export --to nemotron, or convert with --set training.ar_loss_weight=0",
+        )
+
+
+def open_blocks(converted: Converted) -> Iterator[Refusal]:
+    """Refuse noisy tokens that see nothing ahead: engines let a block see all of itself."""
+    if converted.section.draft == "causal":
+        yield Refusal(
+            "its attention is strictly causal (block_attention: causal), and the engine lets the "
+            "tokens of a block see each other",
+            "Convert with --set block_attention=open",
         )
 
 
