@@ -148,6 +148,8 @@ def _diffusion_section(
         noise_kernel=noise.kernel,
         discrete_steps=noise.discrete_steps,
         noise_jumps=noise.jumps,
+        # Before training all words are masked alike, with the linear schedule.
+        noise_exponents=(1.0,) if noise.schedule == "learned" else (),
         context="causal" if training.ar_loss_weight or training.keeps_base else "block",
         **adapter_facts,
     )

@@ -41,6 +41,7 @@ from dllm_convert.training.distributed import (
     reduce_in_float32,
     share_no_weights,
 )
+from dllm_convert.training.exponents import ExponentLearner
 from dllm_convert.training.fused_head import FusedHead
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
@@ -66,6 +67,7 @@ class DiffusionTrainer(Trainer):
         annealing: What fades over the first steps.
         base: Frozen copy of the base that teaches (`weights.distillation`), in evaluation mode;
             None where the model holds its base, as one with adapters does.
+        exponents: Those of a schedule that is learnt, and what trains them; None for another.
         weights_from: Folder of the weights of a model that has none yet: each process reads those
             it holds, once the model is sharded.
         **kwargs: Everything else that transformers' Trainer takes: `train_dataset` with a column
@@ -86,6 +88,7 @@ class DiffusionTrainer(Trainer):
         weights: LossWeights | None = None,
         annealing: Annealing | None = None,
         base: Any = None,
+        exponents: ExponentLearner | None = None,
         weights_from: Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +103,11 @@ class DiffusionTrainer(Trainer):
         self._objective = objective or Objective.from_config(model.config)
         self._process = process or ForwardProcess()
         self._weights = weights or LossWeights()
+        self._exponents = exponents
+        if exponents is not None:
+            exponents.total = self._total
+            # Before what marks a checkpoint as whole.
+            self.add_callback(exponents)
         self._annealing = annealing or Annealing()
         self._pace: tuple[int, int] | None = None
         self._mask_noise = MaskNoise(
@@ -170,7 +178,10 @@ class DiffusionTrainer(Trainer):
         """Return what is learnt in a step: with smaller blocks as long as they grow."""
         growth = self._annealing.blocks
         size = None if growth is None else growth.size_at(step, self._pace)
-        return self._objective if size is None else replace(self._objective, block_size=size)
+        objective = self._objective
+        if self._exponents is not None:
+            objective = replace(objective, classes=self._exponents.classes)
+        return objective if size is None else replace(objective, block_size=size)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward; remember in `unsound` a loss that was not a number."""
@@ -259,7 +270,7 @@ class DiffusionTrainer(Trainer):
         # What is beside the data's loss is made piece by piece, so that it always pays.
         more = any(part is not None for part in beside_data)
         fuses = self._fused.works and (more or self._fused.pays(count))
-        if fuses and objective.masks:
+        if fuses and objective.is_cross_entropy:
             fused = self._fused.at(targets, scales, *beside_data)
             with self._mask_noise.at(noise.key), fused as found:
                 output = model(**inputs)
@@ -272,7 +283,7 @@ class DiffusionTrainer(Trainer):
                     output.logits, targets, scales, objective.mask_token_id, *beside_data
                 )
             else:
-                nats = forward.nats(output.logits, objective)
+                nats = self._nats(forward, output.logits, noise)
                 loss = (nats * scale).sum()
                 if self._weights.auxiliary and not objective.masks:
                     clean = output.logits[: len(nats)]
@@ -289,6 +300,16 @@ class DiffusionTrainer(Trainer):
             self.counts.add(divergence=apart.sum(), taught=len(lesson))
         self._count_right(unsure)
         return (loss, output) if return_outputs else loss
+
+    def _nats(self, forward: Prediction, logits: torch.Tensor, noise: ForwardNoise) -> torch.Tensor:
+        """Return what corrupted tokens cost, (n,); exponents that are learnt see it, too."""
+        classes = noise.objective.classes
+        if classes is None or self._exponents is None:
+            return forward.nats(logits, noise.objective)
+        nats, slopes = forward.class_nats(logits, classes, noise.objective.mask_token_id)
+        if torch.is_grad_enabled():
+            self._exponents.add(noise, nats.detach(), slopes)
+        return nats
 
     def _weighed(self, weight: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Return what each corrupted token weighs in the optimised loss; (n,), as in the bound.
@@ -423,6 +444,8 @@ class DiffusionTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read moments and schedule, which processes that share weights wrote in parts."""
+        if checkpoint is not None and self._exponents is not None:
+            self._exponents.load(Path(checkpoint))
         shared = checkpoint is not None and is_in_shards(Path(checkpoint))
         if checkpoint is not None and shared and not self.is_fsdp_enabled:
             load_optimizer_shards(self, Path(checkpoint))
