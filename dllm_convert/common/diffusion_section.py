@@ -29,11 +29,13 @@ class DiffusionSection:
         block_size: Tokens per block; None for mdlm.
         mask_token_id: Id of the mask.
         token_shift: Whether position i is predicted from the hidden state of i-1.
-        noise_schedule: linear, cosine or polynomial.
+        noise_schedule: linear, cosine, polynomial or learned.
         noise_power: Exponent of the polynomial.
         noise_kernel: What corrupts a token.
         discrete_steps: T of the bound in discrete time; None: continuous time.
         noise_jumps: How often a word becomes one like it, at t = 1; kernel `neighbours` only.
+        noise_exponents: w of each class of words, alpha(t) = 1 - t^w; of a learned schedule only.
+        noise_classes: Ids of the words of all classes but the last, which has the others.
         context: What a clean token of bd3lm sees of its own block.
         acts_on: Which tokens the adapter acts on: `noisy` where the weights are the base's and an
             adapter lies beside them; `all` where there is one set of weights.
@@ -54,6 +56,8 @@ class DiffusionSection:
     noise_kernel: Kernel = "absorbing"
     discrete_steps: int | None = None
     noise_jumps: float | None = None
+    noise_exponents: tuple[float, ...] = ()
+    noise_classes: tuple[tuple[int, ...], ...] = ()
     context: Context = "block"
     acts_on: ActsOn = "all"
     adapter_rank: int | None = None
@@ -86,7 +90,12 @@ class DiffusionSection:
                 `modeling.converted_config.read_section`.
         """
         known = {key: section[key] for key in cls.__dataclass_fields__ if key in section}
-        return cls(**known | {"adapter_targets": tuple(known.get("adapter_targets", ()))})
+        lists = {
+            "adapter_targets": tuple(known.get("adapter_targets", ())),
+            "noise_exponents": tuple(known.get("noise_exponents", ())),
+            "noise_classes": tuple(map(tuple, known.get("noise_classes", ()))),
+        }
+        return cls(**known | lists)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section as config.json has it: what is at its default is left out."""
@@ -101,6 +110,9 @@ class DiffusionSection:
         }
         if self.noise_schedule == "polynomial":
             section["noise_power"] = self.noise_power
+        if self.noise_exponents:
+            section["noise_exponents"] = list(self.noise_exponents)
+            section["noise_classes"] = list(map(list, self.noise_classes))
         if not self.masks:
             section |= {"noise_kernel": self.noise_kernel, "discrete_steps": self.discrete_steps}
         if self.noise_jumps is not None:

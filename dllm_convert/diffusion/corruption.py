@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +18,9 @@ from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.neighbours import Walk
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.diffusion.word_classes import WordClasses
+
+Uniforms = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class ForwardProcess:
             before others with weight exp(bias * (1 - level) * i). 0 masks all alike; with any other
             value the loss is no longer a bound.
         views: Independent draws over the same clean text.
+        paired: Draw twice at each time, for exponents that are learnt (`word_classes`).
         complementary: Add to every view the one that masks exactly the other tokens (Fast-dLLM v2,
             arXiv 2509.26328).
     """
@@ -40,6 +45,7 @@ class ForwardProcess:
     position_bias: float = 0.0
     views: int = 1
     complementary: bool = False
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Corruption:
         tokens: The corrupted text, shape (batch, length); None: scored tokens become the mask.
         kept: Probability that a token is still clean before and at its time, alpha(t - 1/T) and
             alpha(t), shape (batch, length, 2), float64; where tokens are replaced only.
+        time: t of each token, shape (batch, length), float64; where words have classes only.
         behind: How many masks stand behind each token, shape (batch, length); drafts only, see
             `diffusion.drafts`.
     """
@@ -101,6 +108,7 @@ class Corruption:
     tokens: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     behind: torch.Tensor | None = None
+    time: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Corruption:
         """Return the same noise on a device."""
@@ -270,6 +278,22 @@ def _by_replacing(
     return [Corruption(draw.scorable, weight, tokens, kept)]
 
 
+def _by_class(
+    draw: _Draw, process: ForwardProcess, batch: TextBatch, classes: WordClasses, again: Uniforms
+) -> list[Corruption]:
+    """Draw t per group and mask each token with t^w, w that of its class (MD4, section 6).
+
+    A masked token weighs 1/t: its exponent is in what it costs.
+    """
+    t = process.schedule.times(draw.level)[draw.groups]
+    share = classes.masked_share(t, batch.tokens.cpu())
+    views = []
+    for uniforms in (draw.uniforms, again()) if process.paired else (draw.uniforms,):
+        masked = draw.scorable & (uniforms < share)
+        views.append(Corruption(masked, torch.where(masked, 1 / t, 0.0).float(), time=t))
+    return views
+
+
 def _walked(
     walk: Walk, tokens: torch.Tensor, share: torch.Tensor, key: NoiseKey, rows: int
 ) -> torch.Tensor:
@@ -309,7 +333,16 @@ def corrupt(
             rows, lambda g: torch.rand(length, generator=g, dtype=torch.float64), view, 1
         )
         draw = _Draw(groups, level, scorable, batch.positions.cpu(), uniforms)
-        if not objective.masks:
+        if objective.classes is not None:
+            again = partial(
+                key.each_row,
+                rows,
+                lambda g: torch.rand(length, generator=g, dtype=torch.float64),
+                view,
+                4,
+            )
+            views += _by_class(draw, process, batch, objective.classes, again)
+        elif not objective.masks:
             views += _by_replacing(draw, process, batch, objective, key)
         else:
             views += (_by_count if process.draw == "count" else _by_time)(draw, process)

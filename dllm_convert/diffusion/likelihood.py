@@ -65,7 +65,7 @@ def _summary(totals: list[float], counts: list[int]) -> Likelihood:
 
 def measured_process(objective: Objective) -> ForwardProcess:
     """Return the process whose loss is an exact bound with the least variance."""
-    if not objective.masks:
+    if not objective.is_cross_entropy:
         return ForwardProcess(objective.schedule)
     return ForwardProcess(draw="count")
 

@@ -18,6 +18,7 @@ from dllm_convert.common.terms import ActsOn, Behind, Context, Draft, Kernel, Ta
 from dllm_convert.diffusion.device import moved
 from dllm_convert.diffusion.neighbours import Walk, read_walk
 from dllm_convert.diffusion.schedule import Schedule
+from dllm_convert.diffusion.word_classes import WordClasses
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Objective:
         draft: Whom a noisy token sees of its block: all of it (`open`) or what stands before it
             (`causal`; the clean stream then is strictly causal as well).
         walk: Which words are alike, of the kernel `neighbours`.
+        classes: Which words share an exponent of a schedule that is learnt.
     """
 
     target: Target
@@ -55,6 +57,12 @@ class Objective:
     draft: Draft = "open"
     behind: Behind = "mask"
     walk: Walk | None = None
+    classes: WordClasses | None = None
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether a corrupted token costs the cross-entropy of the clean one, times a weight."""
+        return self.masks and self.classes is None
 
     @property
     def masks(self) -> bool:
@@ -84,7 +92,8 @@ class Objective:
         Raises:
             DataError: That file is missing or broken.
         """
-        jumps = section.noise_jumps
+        jumps, exponents = section.noise_jumps, section.noise_exponents
+        classes = WordClasses(exponents, section.noise_classes, vocabulary) if exponents else None
         return cls(
             target=section.objective,
             mask_token_id=section.mask_token_id,
@@ -94,7 +103,8 @@ class Objective:
             vocabulary=vocabulary,
             context=section.context,
             schedule=Schedule(
-                section.noise_schedule,
+                # What is learnt begins with it, and is no schedule of all words.
+                "linear" if exponents else section.noise_schedule,
                 section.noise_power,
                 discrete_steps=section.discrete_steps,
             ),
@@ -102,6 +112,7 @@ class Objective:
             draft=section.draft,
             behind=section.behind,
             walk=None if jumps is None else read_walk(folder, vocabulary, jumps),
+            classes=classes,
         )
 
     @property

@@ -15,6 +15,7 @@ from dllm_convert.diffusion.losses import cross_entropy, uniform_divergence
 from dllm_convert.diffusion.neighbours import neighbour_divergence
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE, Streams, corrupted, needed_columns
+from dllm_convert.diffusion.word_classes import WordClasses, class_divergence
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,20 @@ class Prediction:
     def nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Unweighted loss of each scored position, shape (n,), of logits (n + m, vocab)."""
         logits = logits[: len(self.targets)]
+        if objective.classes is not None:
+            return self.class_nats(logits, objective.classes, objective.mask_token_id)[0]
         if self.noisy is None or self.kept is None:
             return cross_entropy(logits, self.targets, objective.mask_token_id)
         what = logits, self.targets, self.noisy, self.kept, objective.mask_token_id
         if objective.walk is not None:
             return neighbour_divergence(*what, objective.walk)
         return uniform_divergence(*what)
+
+    def class_nats(
+        self, logits: torch.Tensor, classes: WordClasses, mask_token_id: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of a schedule that is learnt, and their derivatives by exponents, (n, classes)."""
+        return class_divergence(logits[: len(self.targets)], self.targets, classes, mask_token_id)
 
     def ar_nats(self, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Cross-entropy of the clean stream's next tokens, shape (m,), of logits (n + m, vocab)."""

@@ -77,7 +77,7 @@ class Estimator:
 
     def process_for(self, objective: Objective) -> ForwardProcess:
         """The forward process for an objective; without a mask it has its own discrete time."""
-        if not objective.masks:
+        if not objective.is_cross_entropy:
             return ForwardProcess(objective.schedule, views=self.draws)
         return self.process
 

@@ -25,7 +25,7 @@ from dllm_convert.source.config_numbers import (
 )
 from dllm_convert.source.safetensors_header import load_json_object
 
-_SCHEDULES = ("linear", "cosine", "polynomial")
+_SCHEDULES = ("linear", "cosine", "polynomial", "learned")
 _KERNELS = ("absorbing", "uniform", "neighbours")
 _CONTEXTS = ("block", "causal")
 _DRAFTS, _BEHIND = ("open", "causal"), ("mask", "cache")
@@ -121,6 +121,7 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         ("diffusion.noise_power", power, is_number(power) and power > 0, "a number above 0"),
     )  # fmt: skip
     _check_walk(section)
+    _check_classes(section)
     if section.get("acts_on", "all") != "all":
         _check_gated(section)
     if "behind" in section and section.get("acts_on") != "noisy":
@@ -144,6 +145,25 @@ def read_section(config: Mapping[str, Any]) -> DiffusionSection:
         sound = may_lack if absent else value in allowed
         _check((f"diffusion.{key}", value, sound, " or ".join(allowed)))
     return DiffusionSection.of(section)
+
+
+def _check_classes(section: Mapping[str, Any]) -> None:
+    exponents, words = section.get("noise_exponents"), section.get("noise_classes")
+    if section.get("noise_schedule") != "learned":
+        for key, value in (("noise_exponents", exponents), ("noise_classes", words)):
+            if value is not None:
+                raise wrong(f"diffusion.{key}", value, "nothing: no schedule is learned", _HINT)
+        return
+    numbers = isinstance(exponents, list) and bool(exponents)
+    numbers = numbers and all(is_number(one) and 0 < one < 1e6 for one in exponents or ())
+    lists = isinstance(words, list) and all(isinstance(ids, list) for ids in words)
+    every = [one for ids in words or () for one in ids] if lists else []
+    sound = lists and all(map(is_id, every)) and len(set(map(str, every))) == len(every)
+    _check(
+        ("diffusion.noise_exponents", exponents, numbers, "a number above 0 for each class"),
+        ("diffusion.noise_classes", words, sound and len(words or ()) + 1 == len(exponents or ()),
+         "ids of all classes but the last, each once"),
+    )  # fmt: skip
 
 
 def _check_walk(section: Mapping[str, Any]) -> None:

@@ -149,6 +149,8 @@ def _diffusion_section(
         noise_kernel=noise.kernel,
         discrete_steps=noise.discrete_steps,
         noise_jumps=noise.jumps,
+        # Before training all words are masked alike, with the linear schedule.
+        noise_exponents=(1.0,) if noise.schedule == "learned" else (),
         context="causal" if recipe.reads_causally else "block",
         draft=draft_of(recipe, config, adapter),
         **adapter_facts,

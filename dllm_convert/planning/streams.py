@@ -53,7 +53,7 @@ def mean_masked_share(noise: Noise) -> float:
         # On average a text has as many masks as tokens.
         return 1.0
     a, b = noise.min_time, noise.max_time
-    if noise.schedule == "linear":
+    if noise.schedule in ("linear", "learned"):  # which begins as that
         return (a + b) / 2
     if noise.schedule == "cosine":
         quarter = math.pi / 2
@@ -79,7 +79,7 @@ def streams(recipe: Recipe, *, sparse: bool, cached: bool = False) -> Streams:
         recipe.data.sequence_length,
         recipe.training.sequences_per_forward,
     )
-    views = noise.views * (2 if noise.complementary else 1)
+    views = noise.views * (2 if noise.complementary or noise.schedule == "learned" else 1)
     share = mean_masked_share(noise)
     if noise.kernel != "absorbing":
         share = 1.0

@@ -114,6 +114,7 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
                 else f"--set {name}=null, or --set noise.kernel=neighbours",
                 ("noise.kernel", name),
             )
+    yield from _learned(recipe)
     if kernel != "absorbing":
         if noise.discrete_steps is None:
             yield Contradiction(
@@ -149,6 +150,55 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
             "--to bd3lm, or leave training.ar_loss_weight out",
             ("training.ar_loss_weight", "target"),
         )
+
+
+def _learned(recipe: Recipe) -> Iterator[Contradiction]:
+    """What a schedule that is learnt (`noise.schedule: learned`) needs."""
+    noise, training, learns = recipe.noise, recipe.training, recipe.noise.schedule == "learned"
+    for name, value in {"classes": noise.classes, "exponent_rate": noise.exponent_rate}.items():
+        if (value is None) is learns:
+            yield Contradiction(
+                f"noise.schedule is {noise.schedule}, and noise.{name} is "
+                f"{'missing' if value is None else value}",
+                f"--set noise.{name}={8 if name == 'classes' else 0.01}, for instance"
+                if value is None
+                else f"--set noise.{name}=null, or --set noise.schedule=learned",
+                ("noise.schedule", f"noise.{name}"),
+            )
+    if not learns:
+        return
+    terms = "the bound of such a schedule is no cross-entropy"
+    rules: tuple[Rule, ...] = (
+        ("training.method", training.method == "none", "nothing is trained",
+         "--set noise.schedule=linear"),
+        ("noise.kernel", noise.kernel != "absorbing", "it is about when a token is masked",
+         "--set noise.kernel=absorbing"),
+        ("noise.draw", noise.draw != "time", "it is about the times", "--set noise.draw=time"),
+        ("noise.discrete_steps", noise.discrete_steps is not None,
+         "its bound is one of continuous time", "Leave noise.discrete_steps out"),
+        ("noise.complementary", noise.complementary,
+         "what one draw leaves is no draw of another time", "Leave noise.complementary out"),
+        ("noise.position_bias", noise.position_bias != 0,
+         "the loss would be no bound, of which the exponents are learnt",
+         "Leave noise.position_bias out"),
+        ("training.loss_weight", training.loss_weight != "elbo",
+         "the loss would be no bound, of which the exponents are learnt",
+         "--set training.loss_weight=elbo"),
+        ("training.auxiliary_loss_weight", training.auxiliary_loss_weight > 0, terms,
+         "Leave training.auxiliary_loss_weight out"),
+        ("training.confidence_loss_weight", training.confidence_loss_weight > 0, terms,
+         "Leave training.confidence_loss_weight out"),
+        ("training.distillation.weight", training.distillation.weight > 0, terms,
+         "Leave training.distillation out"),
+        ("training.alignment_loss_weight", training.alignment_loss_weight > 0, terms,
+         "Leave training.alignment_loss_weight out"),
+        ("training.lora.acts_on", training.keeps_base,
+         "beside a kept base the first token of a block has no noise to learn of",
+         "--set training.lora.acts_on=all"),
+        ("data.streaming", recipe.data.streaming == "on",
+         "words are counted before training", "--set data.streaming=off"),
+    )  # fmt: skip
+    yield from clashes("noise.schedule=learned", rules)
 
 
 def _beside(recipe: Recipe) -> Iterator[Contradiction]:

@@ -45,8 +45,18 @@ class MaskToken(_Section):
 class Noise(_Section):
     """The forward process."""
 
-    schedule: Literal["linear", "cosine", "polynomial"] = Field(
-        "linear", description="alpha(t): linear 1-t, cosine 1-cos(pi/2(1-t)), polynomial 1-t^power"
+    schedule: Literal["linear", "cosine", "polynomial", "learned"] = Field(
+        "linear",
+        description="alpha(t): linear 1-t, cosine 1-cos(pi/2(1-t)), polynomial 1-t^power, learned "
+        "1-t^w with a w of each class of words (MD4)",
+    )
+    classes: PositiveInt | None = Field(
+        None,
+        description="classes of words by their frequency in the training text, which has each as "
+        "often; schedule learned only",
+    )
+    exponent_rate: float | None = Field(
+        None, gt=0, le=1, description="AdamW's rate for log w; schedule learned only"
     )
     power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
     kernel: Kernel = Field(

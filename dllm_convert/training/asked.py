@@ -14,7 +14,8 @@ from dllm_convert.training.parts import Annealing, LossWeights
 def schedule_of(noise: Noise) -> Schedule:
     """Return the noise schedule a recipe asks for."""
     return Schedule(
-        noise.schedule,
+        # What is learnt begins as that.
+        "linear" if noise.schedule == "learned" else noise.schedule,
         noise.power,
         min_time=noise.min_time,
         max_time=noise.max_time,
@@ -30,6 +31,7 @@ def process_of(noise: Noise) -> ForwardProcess:
         position_bias=noise.position_bias,
         views=noise.views,
         complementary=noise.complementary,
+        paired=noise.schedule == "learned",
     )
 
 

@@ -33,6 +33,7 @@ from dllm_convert.training.callbacks import ProgressCallback, Rules
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import TextData
 from dllm_convert.training.expectation import Start, StartCheck, noise_variance
+from dllm_convert.training.exponents import ExponentLearner, count_classes, write_exponents
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.pacing import Pace, warmup_steps
 from dllm_convert.training.reporting import keep_in, report_arguments
@@ -232,7 +233,8 @@ def _train(
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         base = teaching_copy(plan, untrained)
-        trainer = _trainer((model, base), arguments, text, recipe, (untrained, work))
+        learner = _learner(plan, data, arguments.max_steps * rows)
+        trainer = _trainer((model, base), arguments, text, recipe, (untrained, work), learner)
         rules = _rules(recipe, rows)
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
         opening = None if resumed.step else _opening(start, recipe, rules.tokens_per_step, reporter)
@@ -248,7 +250,18 @@ def _train(
         raise KeyboardInterrupt
     result = _result(trainer, watch, plan, trainable, seconds)
     write_result(trainer, untrained, out, plan)
+    if learner is not None and _writes(arguments):
+        write_exponents(out, learner.classes)
     return result
+
+
+def _learner(plan: ConversionPlan, data: TextData, rows: int) -> ExponentLearner | None:
+    """Make what trains the noise schedule, if that is learnt, on text of so many rows."""
+    noise = plan.recipe.noise
+    if noise.exponent_rate is None:
+        return None
+    classes = count_classes(data, noise, plan.mask.rows_after, plan.mask.id, rows)
+    return ExponentLearner(classes, noise.exponent_rate)
 
 
 def _heard(task: Task) -> str:
@@ -262,6 +275,7 @@ def _trainer(
     rows: Dataset[Any],
     recipe: Recipe,
     folders: tuple[Path, Path],
+    exponents: ExponentLearner | None,
 ) -> DiffusionTrainer:
     """Make the Trainer of a model and the base it learns from, if that is another.
 
@@ -271,6 +285,7 @@ def _trainer(
     trainer = DiffusionTrainer(
         model=model,
         base=base,
+        exponents=exponents,
         weights_from=untrained,
         args=arguments,
         train_dataset=rows,

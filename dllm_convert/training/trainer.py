@@ -42,6 +42,7 @@ from dllm_convert.training.distributed import (
     reduce_in_float32,
     share_no_weights,
 )
+from dllm_convert.training.exponents import ExponentLearner
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
 from dllm_convert.training.on_policy import OnPolicy, Writer
@@ -68,6 +69,7 @@ class DiffusionTrainer(Trainer):
         on_policy: When the model writes itself what it is trained on; None for never.
         base: Frozen copy of the base that teaches (`weights.distillation`), in evaluation mode;
             None where the model holds its base, as one with adapters does.
+        exponents: Those of a schedule that is learnt, and what trains them; None for another.
         weights_from: Folder of the weights of a model that has none yet: each process reads those
             it holds, once the model is sharded.
         **kwargs: Everything else that transformers' Trainer takes: `train_dataset` with a column
@@ -89,6 +91,7 @@ class DiffusionTrainer(Trainer):
         annealing: Annealing | None = None,
         on_policy: OnPolicy | None = None,
         base: Any = None,
+        exponents: ExponentLearner | None = None,
         weights_from: Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -103,6 +106,11 @@ class DiffusionTrainer(Trainer):
         self._objective = objective or Objective.from_config(model.config)
         self._process = process or ForwardProcess()
         self._weights = weights or LossWeights()
+        self._exponents = exponents
+        if exponents is not None:
+            exponents.total = self._total
+            # Before what marks a checkpoint as whole.
+            self.add_callback(exponents)
         self._annealing = annealing or Annealing()
         self._pace: tuple[int, int] | None = None
         self._mask_noise = MaskNoise(
@@ -182,7 +190,10 @@ class DiffusionTrainer(Trainer):
         """Return what is learnt in a step: with smaller blocks as long as they grow."""
         growth = self._annealing.blocks
         size = None if growth is None else growth.size_at(step, self._pace)
-        return self._objective if size is None else replace(self._objective, block_size=size)
+        objective = self._objective
+        if self._exponents is not None:
+            objective = replace(objective, classes=self._exponents.classes)
+        return objective if size is None else replace(objective, block_size=size)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward; remember in `unsound` a loss that was not a number."""
@@ -277,7 +288,7 @@ class DiffusionTrainer(Trainer):
         ar_scale = weights.ar * times / noise.texts
         mask = self._in_form("trained", forward)
         inputs = {**forward.inputs, **beside, "attention_mask": mask, "use_cache": False}
-        if not objective.masks:
+        if not objective.is_cross_entropy:
             loss, nats, output = self._divergence(model, inputs, forward, noise, scale, ar_scale)
         else:
             targets = torch.cat([forward.targets, forward.ar_targets])
@@ -298,13 +309,13 @@ class DiffusionTrainer(Trainer):
         scale: torch.Tensor,
         ar_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Return the loss where nothing is masked, divergences in nats, (n,), and the output."""
+        """Return the loss of what is no cross-entropy, in nats, each, (n,), and the output."""
         objective = noise.objective
         with self._mask_noise.at(noise.key):
             output = model(**inputs)
-        nats = forward.nats(output.logits, objective)
+        nats = self._nats(forward, output.logits, noise)
         loss = (nats * scale).sum()
-        if noise.weights.auxiliary:
+        if noise.weights.auxiliary and not objective.masks:
             times = self.args.world_size * self.current_gradient_accumulation_steps
             clean = output.logits[: len(nats)]
             of_clean = cross_entropy(clean, forward.targets, objective.mask_token_id)
@@ -312,6 +323,16 @@ class DiffusionTrainer(Trainer):
         if ar_scale:
             loss = loss + ar_scale * forward.ar_nats(output.logits, objective).sum()
         return loss, nats, output
+
+    def _nats(self, forward: Prediction, logits: torch.Tensor, noise: ForwardNoise) -> torch.Tensor:
+        """Return what corrupted tokens cost, (n,); exponents that are learnt see it, too."""
+        classes = noise.objective.classes
+        if classes is None or self._exponents is None:
+            return forward.nats(logits, noise.objective)
+        nats, slopes = forward.class_nats(logits, classes, noise.objective.mask_token_id)
+        if torch.is_grad_enabled():
+            self._exponents.add(noise, nats.detach(), slopes)
+        return nats
 
     def _loss_behind_cache(self, model: Any, noise: ForwardNoise) -> torch.Tensor:
         """Predict noisy rows, each behind its copy of the base's cache; a scalar in nats.
@@ -422,6 +443,8 @@ class DiffusionTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read moments and schedule, which processes that share weights wrote in parts."""
+        if checkpoint is not None and self._exponents is not None:
+            self._exponents.load(Path(checkpoint))
         shared = checkpoint is not None and is_in_shards(Path(checkpoint))
         if checkpoint is not None and shared and not self.is_fsdp_enabled:
             load_optimizer_shards(self, Path(checkpoint))

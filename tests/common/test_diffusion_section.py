@@ -18,6 +18,10 @@ SECTIONS = [
     DiffusionSection("mdlm", None, 7, True, noise_schedule="polynomial", noise_power=3.0),
     DiffusionSection("bd3lm", 1, 7, True, noise_kernel="uniform", discrete_steps=9),
     DiffusionSection(
+        *("mdlm", None, 7, True, "learned"), noise_exponents=(0.5, 2.0), noise_classes=((3, 9),)
+    ),
+    DiffusionSection("bd3lm", 4, 7, True, "learned", noise_exponents=(1.0,)),
+    DiffusionSection(
         "mdlm", None, 7, True, noise_kernel="neighbours", discrete_steps=9, noise_jumps=2.5
     ),
 ]

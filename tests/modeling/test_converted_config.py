@@ -67,7 +67,6 @@ def test_what_a_conversion_writes_is_sound(converted: Callable[[str], Path], fam
         ("diffusion/attention", "bidirectional"),
         ("diffusion/noise_schedule", {}),
         ("diffusion/noise_kernel", "gaussian"),
-        ("diffusion/noise_kernel", "neighbours"),
         ("diffusion/noise_jumps", 2.0),
         ("diffusion/context", 5),
         ("mask_token_id", 3),

@@ -19,6 +19,7 @@ from dllm_convert.recipe.schema import Recipe
 PLAIN: dict[str, Any] = {"target": "bd3lm", "block_size": 8}
 UNIFORM = {"noise.kernel": "uniform", "noise.discrete_steps": 4, "noise.complementary": False}
 WALK = {"noise.kernel": "neighbours", "noise.neighbours": 3, "noise.jumps": 2.0}
+LEARNED = {"noise.schedule": "learned", "noise.classes": 4, "noise.exponent_rate": 0.01}
 DRAWN = {"generation.sampler": "ancestral", "generation.temperature": 1.0}
 MDLM = {"target": "mdlm", "block_size": None}
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -44,6 +45,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**MDLM, "generation.approximate_cache": True}, "needs generation.block_length"),
     ({**MDLM, "generation.block_length": 8, "generation.remasking": "random"}, "do not go"),
     ({"generation.remasking_ratio": 0.5}, r"generation\.remasking_ratio does nothing without"),
+    (LEARNED | {"noise.classes": None}, r"noise\.classes is missing"),
+    ({"noise.exponent_rate": 0.1}, r"is linear, and noise\.exponent_rate is 0\.1"),
+    (LEARNED | {"noise.draw": "count"}, "it is about the times"),
+    (LEARNED | {"noise.complementary": True}, "no draw of another time"),
+    (LEARNED | {"training.distillation.weight": 0.5}, "is no cross-entropy"),
+    (LEARNED | {"training.auxiliary_loss_weight": 0.5}, "is no cross-entropy"),
+    (LEARNED | {"training.loss_weight": "uniform"}, "would be no bound"),
+    (LEARNED | {"noise.discrete_steps": 8}, "one of continuous time"),
+    (LEARNED | {"data.streaming": "on"}, "counted before training"),
     ({**UNIFORM, "noise.jumps": 2.0}, r"is uniform, and noise\.jumps is 2\.0"),
     ({**UNIFORM, **WALK, "noise.neighbours": None}, r"noise\.neighbours is missing"),
     ({**UNIFORM, **WALK, "noise.discrete_steps": None}, "the neighbours kernel has a bound in"),

@@ -238,6 +238,79 @@ def test_noise_behind_the_last_new_token_of_a_block_changes_with_the_rest() -> N
     assert abs(chi_square(frequencies(rows), law, draws)) < 4
 
 
+EXPONENTS, CLASSES = (0.5, 1.0, 3.0), ((1, 4), (0,))
+OWN = torch.tensor([EXPONENTS[one] for one in (1, 0, 2, 2, 0)]).double()
+"""Exponent of each word."""
+
+
+def class_chain(predict: Chance, steps: int | None, new: int) -> Law:
+    """MD4's reverse: a mask is word k, and opens with probability 1 - (s/t)^{w_k}.
+
+    In continuous time a mask opens into k at rate w_k mu_k / t, and of several one is the next.
+    """
+
+    def step(state: State, number: int) -> torch.Tensor:
+        parts = torch.zeros(new, WORDS + 1).double()
+        said = predict(state)
+        for place, word in enumerate(state):
+            if word == WORDS:
+                opens = 1 - torch.tensor((number - 1) / number).double() ** OWN
+                parts[place, :WORDS] = said[place] * opens
+                parts[place, WORDS] = 1 - parts[place].sum() if number > 1 else 0
+            else:
+                parts[place, word] = 1
+        return parts
+
+    if steps is not None:
+        return run_chain({(WORDS,) * new: 1.0}, steps, step)
+    law: dict[State, float] = {}
+    now: dict[State, float] = {(WORDS,) * new: 1.0}
+    while now:
+        state, chance = now.popitem()
+        masks = [place for place, word in enumerate(state) if word == WORDS]
+        if not masks:
+            law[state] = law.get(state, 0) + chance
+            continue
+        rates = predict(state)[masks] * OWN
+        for number, place in enumerate(masks):
+            for word in range(WORDS):
+                share = float(rates[number, word] / rates.sum())
+                opened = (*state[:place], word, *state[place + 1 :])
+                now[opened] = now.get(opened, 0) + chance * share
+    return law
+
+
+@pytest.mark.parametrize("steps", [1, 3, None])
+@pytest.mark.parametrize(("family", "block"), [("llama", None), ("qwen3", 2)])
+def test_words_open_by_their_class(family: str, block: int | None, steps: int | None) -> None:
+    facts = {"noise_exponents": list(EXPONENTS), "noise_classes": [list(ids) for ids in CLASSES]}
+    model = small(family, block, noise_schedule="learned", **facts)
+    ids, draws = few_words(4), 5000
+    rows = drawn(model, ids, 2, draws, max_denoising_steps=steps)
+    law = class_chain(predictor(model, ids), steps, 2)
+    assert sum(law.values()) == pytest.approx(1)
+    assert abs(chi_square(frequencies(rows), law, draws)) < 4
+    # The test sees what the exponents do, but where all masks open in one step.
+    plain = masked_chain(predictor(model, ids), Noising(), steps, 2)
+    assert steps == 1 or chi_square(frequencies(rows), plain, draws) > 6
+
+
+def test_one_exponent_is_the_schedule_of_all_words() -> None:
+    model = small("llama", noise_schedule="learned", noise_exponents=[1.0], noise_classes=[])
+    ids, draws = few_words(4), 4000
+    rows = drawn(model, ids, 2, draws, max_denoising_steps=3)
+    law = masked_chain(predictor(model, ids), Noising(), 3, 2)
+    assert abs(chi_square(frequencies(rows), law, draws)) < 4
+
+
+def test_no_forward_is_run_for_steps_that_open_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"noise_exponents": list(EXPONENTS), "noise_classes": [list(ids) for ids in CLASSES]}
+    model = small("llama", 4, noise_schedule="learned", **facts)
+    seen = Forwards(monkeypatch, model)
+    model.generate(few_words(4), max_new_tokens=8, max_denoising_steps=500, seed=0, **SETTINGS)
+    assert len(seen.shapes) <= 1 + 8
+
+
 JOINT = torch.tensor(
     [[0.30, 0.02, 0.0], [0.03, 0.0, 0.25], [0.10, 0.28, 0.02]], dtype=torch.float64
 )
@@ -322,10 +395,20 @@ def test_no_forward_is_run_for_steps_that_write_nothing(monkeypatch: pytest.Monk
     assert (out.sequences != MASK).all()
 
 
+NOISES: dict[str, dict[str, Any]] = {
+    "absorbing": {},
+    "uniform": {"noise_kernel": "uniform", "discrete_steps": 6},
+    "classes": {"noise_exponents": [0.5, 1.0, 3.0], "noise_classes": [[1, 4], [0]]},
+    "classes in steps": {
+        "noise_exponents": [0.5, 1.0, 3.0], "noise_classes": [[1, 4], [0]], "discrete_steps": 6,
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("block", [None, 4])
-@pytest.mark.parametrize("kernel", ["absorbing", "uniform"])
-def test_a_row_draws_as_if_it_were_alone(block: int | None, kernel: str) -> None:
-    model = small("llama", block, noise_kernel=kernel, discrete_steps=6)
+@pytest.mark.parametrize("noise", list(NOISES))
+def test_a_row_draws_as_if_it_were_alone(block: int | None, noise: str) -> None:
+    model = small("llama", block, **NOISES[noise])
     one, two = few_words(3), few_words(7)
     ids = torch.ones(2, 7, dtype=torch.long)
     mask = torch.zeros(2, 7, dtype=torch.long)

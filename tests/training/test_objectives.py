@@ -49,6 +49,13 @@ FIELDS: dict[str, dict[str, Any]] = {
         "noise.neighbours": 4,
         "noise.jumps": 2.0,
     },
+    "learned": {"noise.schedule": "learned", "noise.classes": 4, "noise.exponent_rate": 0.05},
+    "learned-views": {
+        "noise.schedule": "learned",
+        "noise.classes": 3,
+        "noise.exponent_rate": 0.05,
+        "noise.views": 2,
+    },
     "count": {"noise.draw": "count"},
     "position-bias": {"noise.position_bias": 0.3},
     "views": {"noise.views": 3, "noise.draw": "count"},

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .choosing import Generators, draw_tokens, draw_uniform
+from .choosing import Generators, draw_tokens, draw_uniform, likely_tokens
 from .options import DecodingOptions
 
 _FINE = 2.0**-24
@@ -20,7 +20,7 @@ _FINE = 2.0**-24
 
 def make_ancestry(
     options: DecodingOptions, limits: torch.Tensor, width: int, generators: Generators
-) -> Unmasking | Replacing | None:
+) -> Unmasking | Opening | Replacing | None:
     """Return what samples a batch of texts; None where nothing was asked to.
 
     Args:
@@ -31,6 +31,8 @@ def make_ancestry(
     """
     if options.sampler is None:
         return None
+    if options.noising.exponents:
+        return Opening(options, limits)
     kind = Replacing if options.noise_tokens else Unmasking
     return kind(options, limits, width, generators)
 
@@ -70,6 +72,108 @@ class Unmasking:
         """Which of the masked positions (rows, n) are written next, of the same shape."""
         when = self._when[rows[:, None], columns].masked_fill(~masked, -1)
         return masked & (when == when.amax(-1, keepdim=True))
+
+
+class Opening:
+    """The absorbing kernel with exponents of words' classes (MD4, arXiv 2406.04329, section 6).
+
+    A mask that is word k opens between t and s < t with probability 1 - (s/t)^{w_k}, so when it
+    opens says something of the word. In continuous time it opens into k at rate w_k p(k) / t: the
+    next one of a row is found at once, since all rates have the same factor. In T steps a
+    prediction holds until something opens, and no forward is run for steps that open nothing.
+    """
+
+    def __init__(self, options: DecodingOptions, limits: torch.Tensor) -> None:
+        noising, device = options.noising, limits.device
+        self._steps = options.max_denoising_steps or noising.steps
+        self._members = noising.classes
+        self._exponents = torch.tensor(noising.exponents, dtype=torch.float64, device=device)
+        self._of_word: torch.Tensor | None = None
+        self._left = torch.ones_like(limits)  # steps to go, (batch,)
+
+    def _classes(self, words: int) -> torch.Tensor:
+        # Class of each word, (vocab,): known when the model says how many there are.
+        if self._of_word is None:
+            numbers = torch.full((words,), len(self._members))
+            for number, members in enumerate(self._members):
+                numbers[list(members)] = number
+            self._of_word = numbers.to(self._exponents.device)
+        return self._of_word
+
+    def step(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        masked: torch.Tensor,
+        begins: torch.Tensor,
+        drawn_by: tuple[Generators, Generators],
+        warpers: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Go on until something opens in every row that has masks.
+
+        Args:
+            logits: Predictions of the `masked`, row after row, the mask ruled out, (n, vocab).
+            rows: Numbers of the rows.
+            masked: What is masked, shape (rows, columns), bool.
+            begins: Rows that begin a block or a text, shape (rows,), bool.
+            drawn_by: Generators of each row, and those of its tokens.
+            warpers: What temperature and the like make of logits.
+
+        Returns:
+            Which positions open, shape (rows, columns), bool, and what they become, in their order.
+        """
+        others, own = drawn_by
+        likely = likely_tokens(logits, warpers)
+        of_word = self._classes(logits.shape[-1])
+        if self._steps is None:
+            each = likely * self._exponents[of_word].to(likely.dtype)  # rates, up to 1/t
+            drawn = draw_uniform(masked.sum(-1).tolist(), others, logits.device).double()
+            when = (drawn + _FINE).log() / each.sum(-1).double()
+            latest = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=when.device)
+            latest.masked_scatter_(masked, when)
+            best = latest.argmax(-1, keepdim=True)
+            chosen = masked & (torch.arange(masked.shape[1], device=best.device) == best)
+            return chosen, draw_tokens(each[chosen[masked]], chosen.sum(-1).tolist(), own)
+        self._left[rows[begins]] = self._steps
+        mass = torch.zeros(len(likely), len(self._exponents), dtype=torch.float64).to(likely.device)
+        mass.index_add_(-1, of_word, likely.double())
+        chosen, kinds = self._open(mass, rows, masked, others)
+        at = chosen[masked]
+        inside = likely[at] * (of_word == kinds[at, None])
+        return chosen, draw_tokens(inside, chosen.sum(-1).tolist(), own)
+
+    def _open(
+        self, mass: torch.Tensor, rows: torch.Tensor, masked: torch.Tensor, others: Generators
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw a class for each mask and whether it opens, step after step, until some does.
+
+        Of which word within a class it is nothing else depends.
+
+        Args:
+            mass: Probability of each class at the masked positions, shape (n, classes).
+            rows: Numbers of the rows.
+            masked: As in `step`.
+            others: Generators of each row.
+        """
+        device = mass.device
+        chosen = torch.zeros_like(masked)
+        kinds = torch.zeros(len(mass), dtype=torch.long, device=device)
+        bounds = mass.cumsum(-1)
+        while True:
+            waits = masked.any(-1) & ~chosen.any(-1)  # rows
+            if not bool(waits.any()):
+                return chosen, kinds
+            here = masked & waits[:, None]
+            among = here[masked]
+            counts = here.sum(-1).tolist()
+            place, drawn = (draw_uniform(counts, others, device).double() for _ in range(2))
+            ends = bounds[among]
+            kind = (ends[:, :-1] <= place[:, None] * ends[:, -1:]).sum(-1)
+            left = self._left[rows][:, None].expand_as(masked)[here].double()
+            opens = drawn < 1 - ((left - 1) / left) ** self._exponents[kind]
+            kinds[among] = kind
+            chosen = chosen.masked_scatter(here, opens)
+            self._left[rows[waits]] -= 1
 
 
 class Replacing:
@@ -135,7 +239,8 @@ class Replacing:
         """
         counts, device = masked.sum(-1).tolist(), logits.device
         others, own = drawn_by
-        guess, likely = draw_tokens(logits, counts, own, warpers)
+        likely = likely_tokens(logits, warpers)
+        guess = draw_tokens(likely, counts, own)
         at = rows[:, None].expand_as(columns)[masked], columns[masked]
         noisy = self._tokens[at]
         kept = torch.tensor(self._kept, dtype=torch.float64, device=device)

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from .ancestral import Replacing, Unmasking, make_ancestry
+from .ancestral import Opening, Replacing, Unmasking, make_ancestry
 from .choosing import (
     choose_commits,
     choose_remasked,
     draw_tokens,
     forbid,
+    likely_tokens,
     make_warpers,
     rate_tokens,
     row_generators,
@@ -268,8 +269,14 @@ class Canvas:
             self._ancestry.begin(self.rows[begins], columns[begins], masked[begins])
             chosen = self._ancestry.due(self.rows, columns, masked)
             among, counts = chosen[masked], chosen.sum(-1).tolist()
-            token, _ = draw_tokens(logits[among], counts, drawing, self._warpers)
-            self._write(columns, chosen, token)
+            likely = likely_tokens(logits[among], self._warpers)
+            self._write(columns, chosen, draw_tokens(likely, counts, drawing))
+        elif isinstance(self._ancestry, Opening):
+            begins, drawn_by = self._used[self.rows] == 0, (active, drawing)
+            self._write(
+                columns,
+                *self._ancestry.step(logits, self.rows, masked, begins, drawn_by, self._warpers),
+            )
 
     def _follow_rules(
         self, logits: torch.Tensor, columns: torch.Tensor, masked: torch.Tensor

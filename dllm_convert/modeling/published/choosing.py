@@ -160,25 +160,20 @@ def forbid(logits: torch.Tensor, token: int) -> None:
     logits[:, token : token + 1] = -torch.inf
 
 
-def draw_tokens(
-    logits: torch.Tensor,
-    counts: list[int],
-    generators: Generators,
-    warpers: LogitsProcessorList,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a token for each position of logits (n, vocab), of which `counts` are of each row.
-
-    Returns:
-        Tokens, shape (n,), and what they were drawn from, shape (n, vocab).
-    """
+def likely_tokens(logits: torch.Tensor, warpers: LogitsProcessorList) -> torch.Tensor:
+    """What tokens are drawn from, (n, vocab), of logits of that shape."""
     empty: Any = torch.empty(len(logits), 0, dtype=torch.long, device=logits.device)
     # Below the largest: a cold temperature overflows nothing.
-    warped = warpers(empty, logits - logits.amax(-1, keepdim=True))
-    likely = warped.softmax(-1)
-    token = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    warped: torch.Tensor = warpers(empty, logits - logits.amax(-1, keepdim=True))
+    return warped.softmax(-1)
+
+
+def draw_tokens(likely: torch.Tensor, counts: list[int], generators: Generators) -> torch.Tensor:
+    """Draw a token for each row of weights (n, vocab), of which `counts` are of each text; (n,)."""
+    token = torch.empty(len(likely), dtype=torch.long, device=likely.device)
     for piece, generator in _pieces(counts, generators):
         token[piece] = torch.multinomial(likely[piece], 1, generator=generator).squeeze(-1)
-    return token, likely
+    return token
 
 
 def rate_tokens(
@@ -202,7 +197,8 @@ def rate_tokens(
     forbid(logits, options.mask_token_id)
     token = None  # the likeliest, which only the positions that are committed are asked for
     if options.temperature:
-        token, _ = draw_tokens(logits, counts, token_generators or generators, warpers)
+        likely = likely_tokens(logits, warpers)
+        token = draw_tokens(likely, counts, token_generators or generators)
     # On the logits as they are, not the warped ones: how sure the model itself is.
     confidence, entropy, margin = _rate(logits, token, options)
     is_random = options.unmasking == "random"

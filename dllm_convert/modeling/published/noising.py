@@ -19,11 +19,15 @@ class Noising:
             (t^power, MD4).
         power: Exponent of the polynomial.
         steps: T of a bound in discrete time (D3PM, arXiv 2107.03006); None: continuous time.
+        exponents: Where the schedule was learnt: w of each class of words, t^w (MD4, section 6).
+        classes: Ids of the words of all classes but the last, which has the others.
     """
 
     schedule: str = "linear"
     power: float = 2.0
     steps: int | None = None
+    exponents: tuple[float, ...] = ()
+    classes: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> Noising:
@@ -32,6 +36,8 @@ class Noising:
             section.get("noise_schedule", cls.schedule),
             section.get("noise_power", cls.power),
             section.get("discrete_steps"),
+            tuple(section.get("noise_exponents", ())),
+            tuple(map(tuple, section.get("noise_classes", ()))),
         )
 
     def share(self, t: torch.Tensor) -> torch.Tensor:
