@@ -516,7 +516,7 @@ def decoding_contradictions(
         wrong[f"`{name}` does nothing beside `sampler`, which ranks nothing"] = (
             name in given and settings.sampler
         )
-    for name in ("remasking", "verify_with", "block_length"):
+    for name in ("remasking", "verify_with", "block_length", "sub_block_size"):
         wrong[f"`{name}` and `sampler` do not go together: each says what a step writes"] = (
             getattr(settings, name) and settings.sampler
         )
