@@ -21,7 +21,7 @@ from dllm_convert.modeling.loading import load_complete
 from dllm_convert.recipe.contradiction import UnsoundError
 from dllm_convert.recipe.recorded import recorded_recipe
 from dllm_convert.recipe.schema import Columns, Data
-from dllm_convert.recipe.splits import sliced
+from dllm_convert.recipe.splits import NamedText, Rows, sliced
 from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.source.tokenizer_loading import load_tokenizer
 from dllm_convert.training.data.formats import format_of
@@ -171,13 +171,24 @@ def _trained_on(given: str, data: Data) -> Data | None:
         if all(getattr(text, name) == named[name] for name in named.keys() - {"source"}):
             return text.model_copy(update={"source": named["source"]})
         split, rows = sliced(named.get("split") or text.split)
-        # Of two slices nothing tells here whether they overlap.
-        within = rows is not None and split == text.split
-        if within and named.get("subset") in (None, text.subset):
-            # A part may hold none of what was held out, and is no text of its own.
+        known, trained = sliced(text.split)
+        if split != known or named.get("subset") not in (None, text.subset):
+            continue
+        # Documents that were held out of it are known by the name that was trained on alone.
+        shared = (rows or Rows()).overlaps(trained or Rows())
+        if shared is None:
             raise DataError(
-                f"--data {given} is a part of what was trained on",
-                hint=f"--data {named['source']} measures what was held out of it",
+                f"--data {given}: whether it holds what was trained on ({text.split}) depends on "
+                "the number of rows",
+                hint="Give both slices in rows, or both in percent",
+            )
+        if shared:
+            part = "is a part of" if trained is None else f"holds some of {text.split},"
+            trained_name = NamedText(str(named["source"]), named.get("subset"), text.split)
+            raise DataError(
+                f"--data {given} {part} what was trained on",
+                hint=f"--data {trained_name if trained else named['source']} measures what was "
+                "held out of it",
             )
     return None
 

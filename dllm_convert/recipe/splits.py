@@ -47,6 +47,26 @@ class Rows:
         start = self._bound(self.start, self.start_percent, total) or 0
         return start if stop is None else min(start, stop), stop
 
+    def overlaps(self, other: Rows) -> bool | None:
+        """Whether two slices of a split have a row in common; None where its size decides that.
+
+        Args:
+            other: The other slice.
+        """
+        units = {
+            percent
+            for rows in (self, other)
+            for value, percent in (
+                (rows.start or None, rows.start_percent),
+                (rows.stop, rows.stop_percent),
+            )
+            if value is not None
+        }
+        if len(units) > 1:
+            return None
+        begins = self.stop is None or other.start < self.stop
+        return begins and (other.stop is None or self.start < other.stop)
+
     @staticmethod
     def _bound(value: float | None, percent: bool, total: int | None) -> int | None:
         if value is None or not percent:

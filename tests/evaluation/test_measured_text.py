@@ -24,6 +24,7 @@ from dllm_convert.evaluation.settings import Settings
 from dllm_convert.evaluation.text import _trained_on, measure_text
 from dllm_convert.modeling.loading import load_model
 from dllm_convert.recipe.schema import Data, Recipe
+from dllm_convert.recipe.splits import sliced
 from dllm_convert.recipe.texts import fields_of_text
 from dllm_convert.training.data.text import prepare_data
 
@@ -187,3 +188,31 @@ def test_a_part_of_what_was_trained_on_is_refused(tmp_path: Path) -> None:
     assert _trained_on(str(tmp_path / "b.jsonl:[:10]"), data) is None
     sliced = Data(source=data.source, split="train[:50%]")
     assert _trained_on(f"{data.source}:train[:50%]", sliced) is not None
+    assert _trained_on(f"{data.source}:train[50%:]", sliced) is None
+    for part in ("train[40%:]", "train[:10%]", "train"):
+        with pytest.raises(DataError, match=r"holds some of train\[:50%\], what was") as caught:
+            _trained_on(f"{data.source}:{part}", sliced)
+        assert f"{data.source}:train[:50%] measures" in str(caught.value.hint)
+    with pytest.raises(DataError, match="depends on the number of rows"):
+        _trained_on(f"{data.source}:train[:100]", sliced)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "common"),
+    [
+        ("a[:10]", "a[10:]", False),
+        ("a[:10]", "a[9:]", True),
+        ("a[5:10]", "a[:5]", False),
+        ("a[5:10]", "a[:6]", True),
+        ("a[:90%]", "a[90%:]", False),
+        ("a[:90%]", "a[50%:60%]", True),
+        ("a[:90%]", "a[5:]", None),
+        ("a[90%:]", "a[:5]", None),
+        ("a[:]", "a[5:]", True),
+        ("a[0%:]", "a[5:]", True),
+    ],
+)
+def test_slices_that_overlap(one: str, other: str, common: bool | None) -> None:
+    left, right = sliced(one)[1], sliced(other)[1]
+    assert left is not None and right is not None
+    assert left.overlaps(right) is common and right.overlaps(left) is common
