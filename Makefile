@@ -17,7 +17,7 @@ DEMO_GGUF := $(CACHE)/$(DEMO_NAME)
 DEMO_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-oldest venv-engines test test-oldest test-serving test-real demo demo-weights lint format docs site clean
+.PHONY: help venv venv-oldest venv-engines test test-oldest test-oldest-torch test-serving test-real demo demo-weights lint format docs site clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/'
@@ -49,6 +49,19 @@ venv-oldest: $(OLDEST)/.installed ## make .venv-oldest with the oldest supported
 
 test-oldest: $(OLDEST)/.installed ## run the Hub's tests with the oldest supported releases
 	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/publishing tests/source/test_source_hub.py
+
+# The oldest torch is a download of 3 GB (there is no smaller build of it on PyPI): asked for by hand.
+OLDEST_TORCH ?= .venv-oldest-torch
+$(OLDEST_TORCH)/.installed: $(INSTALLED) constraints-oldest.txt
+	$(BIN)/python -m venv --clear $(OLDEST_TORCH)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(OLDEST_TORCH)/bin/python $(PURELIB))/below.pth"
+	$(OLDEST_TORCH)/bin/python -m pip install --quiet 'torch==2.6.0'
+	touch $@
+
+test-oldest-torch: $(OLDEST_TORCH)/.installed ## run what computes with the oldest supported torch; 3 GB
+	for room in diffusion modeling sampling training; do \
+		$(OLDEST_TORCH)/bin/python -m pytest $(PYTEST_ARGS) -m "not real and not slow" tests/$$room || exit 1; \
+	done
 
 # Engines' own code, beside the environment and not in it: what they depend on is heavy, and not
 # needed to compute a forward on a CPU. Where a package cannot be had, its tests say so.
@@ -118,4 +131,4 @@ site: $(SITE_TOOLS)/.installed ## write the pages as a site; a link that leads n
 	NO_MKDOCS_2_WARNING=1 $(SITE_TOOLS)/bin/mkdocs build --quiet --strict --site-dir $(abspath $(SITE))
 
 clean: ## remove the environment, the caches and the demo's output
-	rm -rf $(VENV) $(OLDEST) $(CACHE) build dist $(OUT) $(SITE) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(OLDEST_TORCH) $(CACHE) build dist $(OUT) $(SITE) .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import SourceFactory
 from gated import ADAPTER, BLOCK, FAMILIES, gated_folder
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from dllm_convert.errors import DataError, IncompatibleError
@@ -74,7 +75,13 @@ def test_without_noise_it_is_the_base_bit_for_bit(
     with torch.no_grad():
         expected = theirs(ids).logits
         assert torch.equal(ours(ids).logits, expected)
-        assert torch.equal(ours(ids, noisy=nowhere).logits, expected)
+        # Under a mask, which the base needs none of, torch's kernel rounded otherwise before 2.8.
+        near = (
+            {"atol": 0, "rtol": 0}
+            if Version(torch.__version__) >= Version("2.8")
+            else {"atol": 1e-6, "rtol": 1e-5}
+        )
+        torch.testing.assert_close(ours(ids, noisy=nowhere).logits, expected, **near)
         # On from a cache, several tokens at once and one by one.
         caches = [theirs(ids[:, :9], use_cache=True), ours(ids[:, :9], use_cache=True)]
         for first, last in ((9, 17), (17, 18), (18, 19)):
