@@ -380,7 +380,7 @@ def decoding_contradictions(
         ),
     }
     for name in ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking"):
-        wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
+        wrong[f"`{name}` does nothing beside `verify_with`, which decides itself how to draft"] = (
             name in given and getattr(settings, name) is not None and settings.verify_with
         )
     for message, found in wrong.items():
