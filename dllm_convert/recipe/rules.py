@@ -509,7 +509,7 @@ def decoding_contradictions(
     }
     drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
     for name in (*drafted, "sub_block_size"):
-        wrong[f"`{name}` does nothing beside `verify_with`, whose drafts are of one step"] = (
+        wrong[f"`{name}` does nothing beside `verify_with`, which decides itself how to draft"] = (
             name in given and getattr(settings, name) is not None and settings.verify_with
         )
     for name in ("confidence_threshold", "entropy_bound", "unmasking"):

@@ -189,7 +189,7 @@ def test_drafts_that_are_never_right_cost_little(kind: str) -> None:
         spent += policy._cost(tree.size)
         for depth in range(1, min(available, 1) + 1):
             policy.observe(depth, None)
-        policy.drafted(tree)
+        policy.drafted(tree, 1)
         available = tree.masks
     assert spent <= 1.1 * tokens
 
@@ -212,7 +212,7 @@ def simulated(policy: DraftPolicy, tokens: int, right: Any) -> tuple[float, int,
             if not hit or depth > tree.depth:
                 break
             written, depth = written + 1, depth + 1
-        policy.drafted(tree)
+        policy.drafted(tree, written)
         left, available = left - written, max(tree.masks - policy._ahead, 0)
     return spent / tokens, forwards, shapes
 

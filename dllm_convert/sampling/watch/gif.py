@@ -223,9 +223,9 @@ def _footer(
     small = font_for("a", size=_SMALL)
     line = top + 14
     pen.text((left, line), words, fill=GREY, font=small)
-    legend = [("not written", _BOX), ("just written", _TINTS[0])]
-    if drafts:
-        legend.append(("draft held", _HELD))
+    new = ("just written", _TINTS[0])
+    # What is said of drafts takes room, too.
+    legend = (new, ("draft held", _HELD)) if drafts else (("not written", _BOX), new)
     for label, fill in legend:
         right -= round(pen.textlength(label, font=small))
         pen.text((right, line), label, fill=GREY, font=small)
