@@ -221,8 +221,9 @@ def _train(
     if watch.interrupted or interruption.requested:
         raise KeyboardInterrupt
     result = _result(trainer, watch, plan, trainable, seconds)
+    writes = _writes(arguments)  # which nobody knows any more once the others were left
     write_result(trainer, untrained, out, plan)
-    if learner is not None and _writes(arguments):
+    if learner is not None and writes:
         write_exponents(out, learner.classes)
     return result
 
