@@ -53,6 +53,8 @@ class Facts:
         keeps_base: Whether the weights are the base's, and an adapter acts on noisy tokens only.
         causal_drafts: Whether noisy tokens see of their block only what stands before them.
         behind_cache: Whether they stand behind a copy of the base's cache, and nothing is opened.
+        exponents: w of each class of words, from the frequent to the rare, where the noise schedule
+            was learnt.
         adapter_only: Whether the folder holds a LoRA adapter instead of the merged weights.
         code_files: The modelling code that the folder brings.
         has_report: Whether report.html lies in the folder.
@@ -82,6 +84,7 @@ class Facts:
     keeps_base: bool
     causal_drafts: bool
     behind_cache: bool
+    exponents: tuple[float, ...]
     adapter_only: bool
     code_files: tuple[str, ...]
     has_report: bool
@@ -169,6 +172,7 @@ def collect_facts(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         keeps_base=(diffusion_section(config) or {}).get("acts_on") == "noisy",
         causal_drafts=(diffusion_section(config) or {}).get("draft") == "causal",
         behind_cache=(diffusion_section(config) or {}).get("behind") == "cache",
+        exponents=tuple((diffusion_section(config) or {}).get("noise_exponents", ())),
         adapter_only=manifest.get("adapter_only") is True,
         code_files=tuple(name for name in CODE_FILES if (folder / name).is_file()),
         has_report=(folder / REPORT_FILE).is_file(),

@@ -64,6 +64,8 @@ class _Noise(_Section):
     power: float = 2.0
     kernel: str = "absorbing"
     discrete_steps: int | None = None
+    classes: int | None = None
+    exponent_rate: float | None = None
     neighbours: int | None = None
     jumps: float | None = None
     min_time: float = 0.0

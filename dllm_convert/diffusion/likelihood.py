@@ -215,6 +215,8 @@ def nats_at_rate(
         Nats per masked token for each rate; None where no token was masked.
     """
     processes = [ForwardProcess(Schedule(min_time=rate, max_time=rate)) for rate in rates]
+    # A rate is of all words, whatever classes a schedule has.
+    objective = replace(objective, classes=None)
     rows = sum(len(batch.tokens) for batch in batches)
     totals: list[list[float]] = [[] for _ in rates]
     counts: list[list[int]] = [[] for _ in rates]

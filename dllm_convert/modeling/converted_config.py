@@ -89,6 +89,9 @@ def check_converted_config(config: Mapping[str, Any], folder: Path) -> Adapter:
          f"a whole number from 1 to the context of {context}"),
         ("block_size", config.get("block_size"), _same(config.get("block_size"), size),
          f"{shown(size)} as in diffusion"),
+        ("diffusion.noise_classes", section.noise_classes,
+         all(word < int(rows or 0) for words in section.noise_classes for word in words),
+         f"ids below the {rows} rows of the embedding"),
         # Without our class a gated model is its base.
         ("is_causal", config.get("is_causal"), (config.get("is_causal") is False) is not gated,
          "true, or nothing" if gated else "false"),

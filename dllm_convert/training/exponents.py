@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dllm_convert.common.diffusion_section import DiffusionSection
 from dllm_convert.common.json_files import write_config, write_json
 from dllm_convert.diffusion.corruption import number_groups
 from dllm_convert.diffusion.word_classes import (
@@ -157,6 +158,14 @@ class ExponentLearner(TrainerCallback):
         self._log, self._first, self._second = values
         self._steps = int(found["steps"])
         self._tell()
+
+
+def read_exponents(folder: Path, vocabulary: int) -> WordClasses | None:
+    """Return the classes of a conversion whose schedule was learnt before; None of another."""
+    section = DiffusionSection.of(load_json_object(folder / "config.json")["diffusion"])
+    if not section.noise_classes:
+        return None
+    return WordClasses(section.noise_exponents, section.noise_classes, vocabulary)
 
 
 def write_exponents(folder: Path, classes: WordClasses) -> None:

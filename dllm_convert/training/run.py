@@ -33,7 +33,12 @@ from dllm_convert.training.callbacks import ProgressCallback, Rules
 from dllm_convert.training.data.rows import collate
 from dllm_convert.training.data.text import TextData
 from dllm_convert.training.expectation import Start, StartCheck, noise_variance
-from dllm_convert.training.exponents import ExponentLearner, count_classes, write_exponents
+from dllm_convert.training.exponents import (
+    ExponentLearner,
+    count_classes,
+    read_exponents,
+    write_exponents,
+)
 from dllm_convert.training.metrics import Metrics
 from dllm_convert.training.pacing import Pace, warmup_steps
 from dllm_convert.training.reporting import keep_in, report_arguments
@@ -233,7 +238,7 @@ def _train(
     ):
         text = _rows(data, resumed.step * rows, arguments.max_steps * rows)
         base = teaching_copy(plan, untrained)
-        learner = _learner(plan, data, arguments.max_steps * rows)
+        learner = _learner(plan, data, untrained, training.steps * rows)
         trainer = _trainer((model, base), arguments, text, recipe, (untrained, work), learner)
         rules = _rules(recipe, rows)
         metrics = Metrics(work / "metrics.jsonl", resumed.step, writes=_writes(arguments))
@@ -249,18 +254,24 @@ def _train(
     if watch.interrupted or interruption.requested:
         raise KeyboardInterrupt
     result = _result(trainer, watch, plan, trainable, seconds)
+    writes = _writes(arguments)  # which nobody knows any more once the others were left
     write_result(trainer, untrained, out, plan)
-    if learner is not None and _writes(arguments):
+    if learner is not None and writes:
         write_exponents(out, learner.classes)
     return result
 
 
-def _learner(plan: ConversionPlan, data: TextData, rows: int) -> ExponentLearner | None:
+def _learner(
+    plan: ConversionPlan, data: TextData, untrained: Path, rows: int
+) -> ExponentLearner | None:
     """Make what trains the noise schedule, if that is learnt, on text of so many rows."""
     noise = plan.recipe.noise
     if noise.exponent_rate is None:
         return None
-    classes = count_classes(data, noise, plan.mask.rows_after, plan.mask.id, rows)
+    # What is trained further has classes already.
+    classes = read_exponents(untrained, plan.mask.rows_after)
+    if classes is None:
+        classes = count_classes(data, noise, plan.mask.rows_after, plan.mask.id, rows)
     return ExponentLearner(classes, noise.exponent_rate)
 
 

@@ -68,6 +68,8 @@ def test_what_a_conversion_writes_is_sound(converted: Callable[[str], Path], fam
         ("diffusion/noise_schedule", {}),
         ("diffusion/noise_kernel", "gaussian"),
         ("diffusion/noise_jumps", 2.0),
+        ("diffusion/noise_exponents", [1.0]),
+        ("diffusion/noise_classes", [[3]]),
         ("diffusion/context", 5),
         ("mask_token_id", 3),
         ("mask_token_id", True),
@@ -215,3 +217,30 @@ def test_tuples_in_a_config_are_no_matter(source_factory: SourceFactory, tmp_pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "return_dict": False}))
     convert(folder, tmp_path / "out", "mdlm")
     sample(tmp_path / "out", "--prompt", "A list")
+
+
+@pytest.mark.parametrize(
+    ("exponents", "words", "said"),
+    [
+        ([], [], "noise_exponents"),
+        ([0.0], [], "noise_exponents"),
+        ([True], [], "noise_exponents"),
+        ("1.0", [], "noise_exponents"),
+        ([1.0, 2.0], [], "noise_classes"),
+        ([1.0, 2.0], [[3, 3]], "noise_classes"),
+        ([1.0, 2.0], [3], "noise_classes"),
+        ([1.0, 2.0], [["3"]], "noise_classes"),
+        ([1.0, 2.0], [[1 << 20]], "noise_classes"),
+        ([1.0], None, "noise_classes"),
+    ],
+    ids=str,
+)
+def test_classes_that_are_none_are_refused(
+    converted: Callable[[str], Path], tmp_path: Path, exponents: Any, words: Any, said: str
+) -> None:
+    folder = edited(converted("llama"), tmp_path / "out", "diffusion/noise_schedule", "learned")
+    folder = edited(folder, tmp_path / "more", "diffusion/noise_exponents", exponents)
+    folder = edited(folder, tmp_path / "all", "diffusion/noise_classes", words)
+    found = CliRunner().invoke(app, ["sample", str(folder)])
+    assert found.exit_code == 3, found.output
+    assert f"config.json: diffusion.{said} is " in " ".join(found.stderr.split())

@@ -138,6 +138,7 @@ SPLITS = [
     "ar-loss",
     "growth",
     "confidence",
+    "learned",
 ]
 
 
