@@ -17,23 +17,23 @@ class Need:
     Attributes:
         value: What is chosen where nobody said otherwise.
         reason: Why, as the end of "the engine ...".
-        other: Another value that does as well.
+        also: Other values that do as well.
         above: Whether anything above 0 does.
     """
 
     value: Any
     reason: str
-    other: Any = None
+    also: tuple[Any, ...] = ()
     above: bool = False
 
     def met_by(self, value: Any) -> bool:
         """Whether a field's value is one that the engine can do with."""
-        return bool(value) if self.above else value in (self.value, self.other)
+        return bool(value) if self.above else value in (self.value, *self.also)
 
 
 _MASKS = {
     "noise.kernel": Need("absorbing", "fills masks in, and corrects nothing"),
-    "block_attention": Need("auto", "lets all tokens of a block see each other", "open"),
+    "block_attention": Need("auto", "lets all tokens of a block see each other", ("open",)),
 }
 _OPEN = {**_MASKS, "training.ar_loss_weight": Need(0.0, "reads finished blocks open")}
 _BLOCKS = {

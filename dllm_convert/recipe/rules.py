@@ -260,9 +260,9 @@ def _on_policy(recipe: Recipe) -> Iterator[Contradiction]:
         return
     rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", noise.kernel == "uniform",
-         "what the model writes through is told by which tokens are masked, and the uniform "
-         "kernel masks none", "--set noise.kernel=absorbing"),
+        ("noise.kernel", noise.kernel != "absorbing",
+         "what the model writes through is told by which tokens are masked, and the "
+         f"{noise.kernel} kernel masks none", "--set noise.kernel=absorbing"),
         ("noise.draw", noise.draw == "draft",
          "drafts are verified by the base, and what is written is the base's own text",
          "--set data.write_with_base.prompts=1000 trains on that"),
