@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_a_causal_context(
     for lengths in ([3, 11, 8], [2, 5, 4, 7]):
         expected, got = both(monkeypatch, model, *ragged(lengths), **settings)
         assert torch.equal(expected.sequences, got.sequences)
+
+
+@pytest.mark.parametrize("draft", ["open", "causal"])
+def test_who_sees_whom_when_a_row_has_left(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a block, where somebody watches every step; the others see as before."""
+    model, (ids, mask) = tiny("llama", block=8), ragged([3, 11, 8, 5])
+    model.config.diffusion |= {"context": "causal", "draft": draft}
+    counts: list[int] = []
+    for first in range(6, 30, 3):
+        settings = {"eos_token_id": list(range(first, first + 8)), "attention_mask": mask}
+        settings["observer"] = lambda progress: counts.append(len(progress.rows))
+        expected, got = (
+            generate(monkeypatch, way, model, ids, **settings) for way in (False, True)
+        )
+        assert torch.equal(expected.sequences, got.sequences)
+    assert sum(0 < after < before for before, after in itertools.pairwise(counts)) > 8
 
 
 @pytest.mark.parametrize("block", [None, 4])
