@@ -263,6 +263,9 @@ def _on_policy(recipe: Recipe) -> Iterator[Contradiction]:
         ("noise.kernel", noise.kernel != "absorbing",
          "what the model writes through is told by which tokens are masked, and the "
          f"{noise.kernel} kernel masks none", "--set noise.kernel=absorbing"),
+        ("noise.schedule", noise.schedule == "learned",
+         "of what the model wrote there is no bound that exponents could be learnt by",
+         "--set noise.schedule=linear"),
         ("noise.draw", noise.draw == "draft",
          "drafts are verified by the base, and what is written is the base's own text",
          "--set data.write_with_base.prompts=1000 trains on that"),
