@@ -22,7 +22,7 @@ class Eager(PairPolicy):
 
     turn = 0
 
-    def plan(self, left: int, room: int, behind: int) -> tuple[int, int]:
+    def plan(self, left: int, room: int, behind: int, prompt: int = 0) -> tuple[int, int]:
         self.turn += 1
         most = min(left - 1, room)
         return (1 + self.turn % len(self._records), most) if self.turn % 5 and most > 0 else (1, 0)
@@ -167,6 +167,18 @@ def test_drafts_that_are_never_right_cost_little(kind: str, size: float, block: 
     assert spent <= 1.1
     spent, _ = simulated(PairPolicy(kind, 1, block, size), block, 2000, lambda depth: 0.02)
     assert spent <= 1.1
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_long_prompt_is_read_when_that_is_little_beside_the_text(kind: str) -> None:
+    """The drafter has to read it, too: for the first draft that is ever tried."""
+    policy = PairPolicy(kind, 1, 32, 1.0)
+    reading, tokens = policy._costs.of(2048), 0
+    while not policy.plan(10_000, 32, 0, 2048)[1]:
+        policy.drafted(policy.choose(0, 10_000), 1)
+        tokens += 1
+    assert reading <= 0.07 * tokens < reading + 0.1
+    assert policy.plan(100, 32, 0, 0)[1], "and a short one at once"
 
 
 def test_what_it_buys_is_found_out() -> None:
