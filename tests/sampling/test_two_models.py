@@ -238,6 +238,8 @@ def test_models_without_blocks_and_masks_in_prompts_are_refused() -> None:
         whole.generate(prompt(5), max_new_tokens=4, verify_with=stock(model, "llama"))
     with pytest.raises(ValueError, match="holds its base"):
         instance("llama").gated().generate(prompt(5), verify_with=stock(model, "llama"))
+    with pytest.raises(ValueError, match="on one device"):
+        model.generate(prompt(5), max_new_tokens=4, verify_with=stock(model, "llama").to("meta"))
     given = prompt(5)
     given[0, 2] = MASK
     with pytest.raises(ValueError, match="left to right"):

@@ -116,7 +116,7 @@ class BlockDrafter:
         if not self._begun:
             reader.read_prompt()
             self._begun = True
-        drafted: list[dict[int, int]] = [{} for _ in canvas.rows]
+        drafted: list[dict[int, int]] = [{} for _ in range(len(canvas.rows))]
         done = 0
         while done < steps:
             # Of each row's block: what is to be drafted, the first `count` masks. (rows, block)
@@ -198,6 +198,11 @@ def check_paired(model: Any, verifier: Any, options: DecodingOptions) -> None:
         raise VerifierError(
             "verify_with takes a model of transformers that goes on from left to right, such as "
             "the base of the conversion"
+        )
+    if verifier.device != model.device:
+        raise VerifierError(
+            f"the drafter is on {model.device} and the verifier on {verifier.device}: both have to "
+            "be on one device"
         )
     if options.guided or options.remasking:
         raise VerifierError(
