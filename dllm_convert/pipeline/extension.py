@@ -14,7 +14,7 @@ from typing import Any
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.counts import LARGEST_SEED
 from dllm_convert.common.differences import differences
-from dllm_convert.common.diffusion_section import NEIGHBOURS_FILE
+from dllm_convert.common.diffusion_section import LEARNT, NEIGHBOURS_FILE
 from dllm_convert.common.disk import link
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
@@ -83,6 +83,10 @@ def _check_same(plan: ConversionPlan, out: Path, manifest: Mapping[str, Any]) ->
         )
     config = load_json_object(out / "config.json")
     known = {key: config.get(key) for key in plan.config_updates}
+    planned = plan.config_updates["diffusion"]
+    if isinstance(known["diffusion"], dict):
+        learnt = {key: planned[key] for key in LEARNT if key in planned}
+        known["diffusion"] = {**known["diffusion"], **learnt}
     if known != dict(plan.config_updates):
         raise IncompatibleError(
             f"{out} holds another conversion{differences(known, plan.config_updates)}",
