@@ -14,7 +14,7 @@ from typing import Any
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.counts import LARGEST_SEED
 from dllm_convert.common.differences import differences
-from dllm_convert.common.diffusion_section import NEIGHBOURS_FILE
+from dllm_convert.common.diffusion_section import LEARNT, NEIGHBOURS_FILE
 from dllm_convert.common.disk import link
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
@@ -96,8 +96,7 @@ def _without_learnt(updates: Mapping[str, Any]) -> dict[str, Any]:
     section = updates.get("diffusion")
     if not isinstance(section, Mapping):
         return dict(updates)
-    learnt = ("noise_exponents", "noise_classes")
-    left = {name: value for name, value in section.items() if name not in learnt}
+    left = {name: value for name, value in section.items() if name not in LEARNT}
     return {**updates, "diffusion": left}
 
 
