@@ -224,9 +224,10 @@ SourceRevision = Annotated[
     ),
 ]
 ReportTo = Annotated[
-    list[Integration] | None,
+    list[str] | None,
     typer.Option(
         "--report-to",
+        parser=one_of(Integration),
         metavar="tensorboard|wandb|trackio",
         help="Log the training there too. Repeatable.",
     ),
