@@ -208,6 +208,18 @@ def test_a_word_that_is_none_is_answered_with_those_there_are(name: str, option:
     assert all(word in said for word in metavar.split("|")), said
 
 
+@pytest.mark.parametrize(("name", "option"), worded())
+def test_a_shell_is_offered_the_words(name: str, option: str) -> None:
+    (metavar,) = (one.metavar for one in COMMANDS[name].params if option in one.opts)
+    asked = {
+        "_DLLM_CONVERT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"dllm-convert {name} x {option} ",
+        "COMP_CWORD": "4",
+    }
+    found = CliRunner().invoke(app, [], env=asked, prog_name="dllm-convert")
+    assert found.stdout.split() == metavar.split("|")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [([], "add --lossless"), (["--lossless", "--verify-with", "base"], "leave one out")],

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dllm_convert.cli.commands import shared
-from dllm_convert.cli.types import count, named, one_of
+from dllm_convert.cli.types import count, named, offering, one_of
 from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
 FLAGS = {name: setting.flag or f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
@@ -95,7 +95,7 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     elif setting.kind == "number":
         how |= {"min": 0, "max": setting.most}
     elif setting.kind == "choice":
-        how["parser"] = one_of(setting.choices)
+        how |= {"parser": one_of(setting.choices), "autocompletion": offering(setting.choices)}
     switch = setting.kind == "switch"
     return inspect.Parameter(
         name,

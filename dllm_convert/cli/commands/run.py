@@ -18,7 +18,7 @@ from dllm_convert.cli.commands.shared import (
     show_done,
     typed,
 )
-from dllm_convert.cli.types import one_of
+from dllm_convert.cli.types import offering, one_of
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Rank
 from dllm_convert.pipeline.options import Depth, RunOptions
@@ -37,6 +37,7 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         parser=one_of(Depth),
+        autocompletion=offering(Depth),
         metavar="auto|full|files",
         help="full runs the model, files reads files only; auto is full after training and for "
         "models up to 1 GiB in float32.",
