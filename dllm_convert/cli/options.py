@@ -11,7 +11,7 @@ import typer
 from dllm_convert.cli import completion
 from dllm_convert.cli.errors import JSON_KEY
 from dllm_convert.cli.output import write
-from dllm_convert.cli.types import count, count_from_zero, named, one_of, path_of
+from dllm_convert.cli.types import count, count_from_zero, named, offering, one_of, path_of
 from dllm_convert.common.version import __version__
 
 
@@ -125,6 +125,7 @@ To = Annotated[
         "--to",
         metavar="mdlm|bd3lm",
         parser=one_of(TargetName),
+        autocompletion=offering(TargetName),
         help="What to convert to, instead of the recipe's.",
     ),
 ]
@@ -185,6 +186,7 @@ Serve = Annotated[
     typer.Option(
         "--serve",
         parser=one_of(EngineName),
+        autocompletion=offering(EngineName),
         metavar="|".join(EngineName),
         help="Engine that is to serve the result: chooses what it needs to read it.",
     ),
@@ -224,9 +226,11 @@ SourceRevision = Annotated[
     ),
 ]
 ReportTo = Annotated[
-    list[Integration] | None,
+    list[str] | None,
     typer.Option(
         "--report-to",
+        parser=one_of(Integration),
+        autocompletion=offering(Integration),
         metavar="tensorboard|wandb|trackio",
         help="Log the training there too. Repeatable.",
     ),

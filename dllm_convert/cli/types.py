@@ -67,6 +67,16 @@ def port_of(text: str | int) -> int:
     return _whole(text, 0, 65_535)
 
 
+def offering(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what a shell asks for the names that begin as what was typed (`one_of` has none)."""
+    known = [str(name) for name in names]
+
+    def begun(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    return begun
+
+
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
     """Return what reads one of some names; the error for another one says which is near."""
     known = tuple(names)

@@ -182,3 +182,49 @@ def test_an_empty_recipe_is_named(tmp_path: Path) -> None:
     result = invoke("check", str(path))
     assert result.exit_code == 3
     assert "mine.yaml: the field source is missing" in " ".join(result.stderr.split())
+
+
+def worded() -> list[tuple[str, str]]:
+    """Return command and option of whatever takes one of some words."""
+    return [
+        (name, one.opts[0])
+        for name, command in COMMANDS.items()
+        for one in command.params
+        if one.param_type_name == "option" and (one.metavar or "").islower()
+    ]
+
+
+def test_options_of_words_are_found() -> None:
+    assert {("sample", "--sampler"), ("chat", "--unmasking"), ("run", "--to")} <= {*worded()}
+
+
+@pytest.mark.parametrize(("name", "option"), worded())
+def test_a_word_that_is_none_is_answered_with_those_there_are(name: str, option: str) -> None:
+    (metavar,) = (one.metavar for one in COMMANDS[name].params if option in one.opts)
+    found = invoke(*given(name, option, "confidance"))
+    said = re.sub(r"[\s│]+", " ", found.output)
+    assert found.exit_code == 2, found.output
+    assert "is none of" in said, said
+    assert all(word in said for word in metavar.split("|")), said
+
+
+@pytest.mark.parametrize(("name", "option"), worded())
+def test_a_shell_is_offered_the_words(name: str, option: str) -> None:
+    (metavar,) = (one.metavar for one in COMMANDS[name].params if option in one.opts)
+    asked = {
+        "_DLLM_CONVERT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"dllm-convert {name} x {option} ",
+        "COMP_CWORD": "4",
+    }
+    found = CliRunner().invoke(app, [], env=asked, prog_name="dllm-convert")
+    assert found.stdout.split() == metavar.split("|")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [([], "add --lossless"), (["--lossless", "--verify-with", "base"], "leave one out")],
+)
+def test_who_verifies_is_named_where_something_is_verified(more: list[str], said: str) -> None:
+    found = invoke("sample", "out", "--base", "some/model", *more)
+    assert found.exit_code == 2
+    assert said in re.sub(r"[\s│]+", " ", found.output), found.output

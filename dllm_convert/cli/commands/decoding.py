@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -14,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from dllm_convert.cli.commands import shared
-from dllm_convert.cli.types import count, named
+from dllm_convert.cli.types import count, named, offering, one_of
 from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
 FLAGS = {name: setting.flag or f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
@@ -90,14 +89,13 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
         "rich_help_panel": setting.panel,
         "help": f"{says[0].upper()}{says[1:]}.",
     }
-    enum: Any = StrEnum
-    kind: Any = {"switch": bool, "count": int, "number": float}.get(setting.kind)
+    kind: Any = {"switch": bool, "count": int, "number": float}.get(setting.kind, str)
     if setting.kind == "count":
         how["parser"] = count
     elif setting.kind == "number":
         how |= {"min": 0, "max": setting.most}
     elif setting.kind == "choice":
-        kind = enum(name, [(word, word) for word in setting.choices])
+        how |= {"parser": one_of(setting.choices), "autocompletion": offering(setting.choices)}
     switch = setting.kind == "switch"
     return inspect.Parameter(
         name,

@@ -18,6 +18,7 @@ from dllm_convert.cli.commands.shared import (
     show_done,
     typed,
 )
+from dllm_convert.cli.types import offering, one_of
 from dllm_convert.cli.values import parse_assignments, push_options, refuse_in_source
 from dllm_convert.common.ranks import Rank
 from dllm_convert.pipeline.options import Depth, RunOptions
@@ -32,9 +33,11 @@ Link = Annotated[
     ),
 ]
 Verify = Annotated[
-    Depth,
+    str,
     typer.Option(
         "--verify",
+        parser=one_of(Depth),
+        autocompletion=offering(Depth),
         metavar="auto|full|files",
         help="full runs the model, files reads files only; auto is full after training and for "
         "models up to 1 GiB in float32.",
@@ -77,7 +80,7 @@ def run(
     source_revision: option.SourceRevision = None,
     allow_pickle: option.AllowPickle = False,
     link: Link = False,
-    verify: Verify = Depth.AUTO,
+    verify: Verify = "auto",
     extend: Extend = False,
     report_to: option.ReportTo = None,
     assignments: option.Assignments = None,
@@ -151,7 +154,7 @@ def run(
             machine = Machine.asked(launch, machine_rank, main_address)
         if launch.strategy != "none":
             raise typer.Exit(start(launch, sys.argv[1:], machine=machine))
-    how = RunOptions(link=link, verify=verify, extend=extend)
+    how = RunOptions(link=link, verify=Depth(verify), extend=extend)
     _convert(recipe, folder, push, place, how, quiet=quiet, as_json=as_json, verbose=verbose)
 
 
