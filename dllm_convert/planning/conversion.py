@@ -357,6 +357,7 @@ def plan_as_dict(plan: ConversionPlan) -> dict[str, Any]:
         "writes": plan.writes.as_dict() if plan.writes else None,
         "training": training.model_dump(mode="json"),
         "training_tokens": 0 if training.method == "none" else plan.training_tokens,
+        "noise": recipe.noise.model_dump(mode="json"),
         "data": recipe.data.model_dump(mode="json"),
         "measured": asdict(plan.adapter.measured) if plan.adapter.measured else None,
         "min_transformers": plan.adapter.min_transformers,

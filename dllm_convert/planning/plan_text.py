@@ -185,6 +185,25 @@ def _writes(plan: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _noise(noise: Mapping[str, Any]) -> list[str]:
+    """Say what noise does where it does not just mask."""
+    steps = noise["discrete_steps"]
+    if noise["kernel"] == "neighbours":
+        return [
+            f"noise: a word becomes one of the {noise['neighbours']} whose embedding is nearest, "
+            f"{noise['jumps']:g} times until t = 1, and then any other; in {steps:,} steps. Which "
+            "those are is found before the training, and lies beside the weights"
+        ]
+    if noise["kernel"] == "uniform":
+        return [f"noise: a word becomes any other; in {steps:,} steps"]
+    if noise["schedule"] == "learned":
+        return [
+            f"noise: when a word is masked is learnt for {noise['classes']} classes of words, at "
+            f"rate {noise['exponent_rate']:g}"
+        ]
+    return []
+
+
 def _training(plan: Mapping[str, Any]) -> list[Block]:
     estimate, training = plan["estimate"], plan["training"]
     if training["method"] == "none":
@@ -197,6 +216,7 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
     lines = [
         f"{training['method']}{acts_on}, {rate}, {steps}{limit}, data {plan['data']['source']}"
     ]
+    lines += _noise(plan["noise"])
     if sizes := plan["growing_sizes"]:
         grown = training["block_growth"]["steps"]
         lines.append(

@@ -15,7 +15,7 @@ from dllm_convert.recipe.engines import NEEDS
 from dllm_convert.recipe.text_rules import of_texts
 
 if TYPE_CHECKING:
-    from dllm_convert.recipe.schema import Recipe
+    from dllm_convert.recipe.schema import Noise, Recipe
 
 
 def contradictions(recipe: Recipe) -> Iterator[Contradiction]:
@@ -95,6 +95,22 @@ def _lengths(recipe: Recipe) -> Iterator[Contradiction]:
         )
 
 
+def _in_full(noise: Noise) -> str:
+    """Return all that a kernel or a schedule asks for and a recipe has not, as it is typed."""
+    missing: list[str] = []
+    if noise.schedule == "learned":
+        missing += ["noise.classes=8"] if noise.classes is None else []
+        missing += ["noise.exponent_rate=0.01"] if noise.exponent_rate is None else []
+    if noise.kernel == "neighbours":
+        missing += ["noise.neighbours=8"] if noise.neighbours is None else []
+        missing += ["noise.jumps=4"] if noise.jumps is None else []
+    if noise.kernel != "absorbing":
+        missing += ["noise.discrete_steps=1000"] if noise.discrete_steps is None else []
+    missing += ["noise.draw=time"] if noise.draw != "time" else []
+    missing += ["noise.complementary=false"] if noise.complementary else []
+    return " ".join(f"--set {field}" for field in missing) + ", for instance"
+
+
 def _noise(recipe: Recipe) -> Iterator[Contradiction]:
     noise, training = recipe.noise, recipe.training
     if noise.min_time >= noise.max_time:
@@ -109,7 +125,7 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
         if (value is None) is (kernel == "neighbours"):
             yield Contradiction(
                 f"noise.kernel is {kernel}, and {name} is {'missing' if value is None else value}",
-                f"--set {name}={8 if name == 'noise.neighbours' else 4}, for instance"
+                _in_full(noise)
                 if value is None
                 else f"--set {name}=null, or --set noise.kernel=neighbours",
                 ("noise.kernel", name),
@@ -119,7 +135,7 @@ def _noise(recipe: Recipe) -> Iterator[Contradiction]:
         if noise.discrete_steps is None:
             yield Contradiction(
                 f"the {kernel} kernel has a bound in discrete time only",
-                "--set noise.discrete_steps=1000, for instance",
+                _in_full(noise),
                 ("noise.kernel", "noise.discrete_steps"),
             )
         of_masks = {
@@ -160,7 +176,7 @@ def _learned(recipe: Recipe) -> Iterator[Contradiction]:
             yield Contradiction(
                 f"noise.schedule is {noise.schedule}, and noise.{name} is "
                 f"{'missing' if value is None else value}",
-                f"--set noise.{name}={8 if name == 'classes' else 0.01}, for instance"
+                _in_full(noise)
                 if value is None
                 else f"--set noise.{name}=null, or --set noise.schedule=learned",
                 ("noise.schedule", f"noise.{name}"),

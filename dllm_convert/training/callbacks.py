@@ -240,7 +240,8 @@ class ProgressCallback(TrainerCallback):
 
     def _notes(self) -> list[str]:
         line = self._metrics.last
-        parts = [f"{name} {line[name]:.3f}" for name in ("loss", "nelbo") if name in line]
+        shown = {"loss": "loss", "nelbo": "nelbo", "own_divergence": "from the base on own text"}
+        parts = [f"{said} {line[name]:.3f}" for name, said in shown.items() if name in line]
         elapsed = time.monotonic() - self._started
         done = self._step - self._resumed
         if elapsed > 0:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import SourceFactory
+from typer.testing import CliRunner
 
+from dllm_convert.cli.app import app
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.recipe.loading import amend_recipe, load_recipe
@@ -153,3 +157,19 @@ def test_what_the_published_file_refuses_is_refused_here(blocks: bool, masks: bo
             assert found, chosen
         else:
             assert not found, (chosen, found)
+
+
+@pytest.mark.parametrize(
+    "chosen", ["noise.schedule=learned", "noise.kernel=neighbours", "noise.kernel=uniform"]
+)
+def test_what_is_missing_is_said_at_once(chosen: str, source_cache: SourceFactory) -> None:
+    """Beside a preset that draws noise in a way of its own; and the plan says what noise does."""
+    line = ["check", str(source_cache("llama")), "--to", "bd3lm", "--full", "--set", chosen]
+    refused = CliRunner().invoke(app, line)
+    assert refused.exit_code == 3
+    told = " ".join(refused.stderr.split())
+    fields = re.findall(r"--set (\S+=[^\s,]+)", told)
+    assert len(fields) >= 3
+    planned = CliRunner().invoke(app, [*line, *(part for one in fields for part in ("--set", one))])
+    assert planned.exit_code == 0, planned.stderr
+    assert "noise: " in planned.stdout
