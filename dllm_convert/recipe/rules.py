@@ -471,7 +471,12 @@ def _generation(recipe: Recipe) -> Iterator[Contradiction]:
 
 
 def decoding_contradictions(
-    given: Collection[str], settings: Any, *, blocks: bool, masks: bool
+    given: Collection[str],
+    settings: Any,
+    *,
+    blocks: bool,
+    masks: bool,
+    other_verifies: bool = False,
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield which settings of decoding do not go together, or do nothing beside the others.
 
@@ -483,6 +488,8 @@ def decoding_contradictions(
         settings: All of them, by attribute, as they will be used.
         blocks: Whether the model has blocks of its own (bd3lm).
         masks: Whether it was trained with a mask (the absorbing kernel).
+        other_verifies: Whether another model verifies what this one drafts; thresholds and steps
+            are of the drafts then.
 
     Yields:
         What is wrong, the settings in backquotes (`errors.spelt`); what to change; the settings.
@@ -510,11 +517,7 @@ def decoding_contradictions(
             settings.guidance_scale not in (None, 1) and not masks
         ),
     }
-    drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
-    for name in (*drafted, "sub_block_size"):
-        wrong[f"`{name}` does nothing beside `verify_with`, which decides itself how to draft"] = (
-            name in given and getattr(settings, name) is not None and settings.verify_with
-        )
+    wrong |= _beside_a_verifier(given, settings, other_verifies=other_verifies)
     for name in ("confidence_threshold", "entropy_bound", "unmasking"):
         wrong[f"`{name}` does nothing beside `sampler`, which ranks nothing"] = (
             name in given and settings.sampler
@@ -526,3 +529,32 @@ def decoding_contradictions(
     for message, found in wrong.items():
         if found:
             yield message, fewer, names_in(message)
+
+
+def _beside_a_verifier(
+    given: Collection[str], settings: Any, *, other_verifies: bool
+) -> dict[str, object]:
+    """Return what is wrong beside who verifies, the model itself or another, to whether it is."""
+    wrong: dict[str, object] = {}
+    if other_verifies:
+        idle, why = ("entropy_bound", "unmasking", "sub_block_size"), "where another model verifies"
+    else:
+        drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
+        idle = (*drafted, "sub_block_size")
+        why = "beside `verify_with`, which decides itself how to draft"
+    for name in idle:
+        wrong[f"`{name}` does nothing {why}"] = (
+            name in given
+            and getattr(settings, name) is not None
+            and (settings.verify_with or other_verifies)
+        )
+    changed = {
+        "guidance_scale": settings.guidance_scale not in (None, 1),
+        "remasking": settings.remasking,
+        "sampler": settings.sampler,
+    }
+    for name, found in changed.items():
+        wrong[f"`{name}` makes another text than the model that verifies: leave it out"] = (
+            found and other_verifies
+        )
+    return wrong

@@ -16,6 +16,7 @@ import dllm_convert as dc
 from dllm_convert.common.console import Reporter
 from dllm_convert.errors import DllmConvertError, RequestError
 from dllm_convert.recipe.loading import load_recipe
+from dllm_convert.sampling.checking import check_settings
 from dllm_convert.sampling.pairing import check_tokens
 
 PROMPT = "The block in which a name is bound"
@@ -156,6 +157,63 @@ def test_bases_that_do_not_verify_are_refused(
         assert said in " ".join(refused.output.replace("│", " ").split()), said
     with pytest.raises(RequestError, match="holds no verifier"):
         dc.sample(dc.load(folder), PROMPT, lossless=True)
+
+
+BESIDE_ANOTHER: list[tuple[dict[str, Any], str]] = [
+    ({"unmasking": "margin"}, "unmasking does nothing where another model verifies"),
+    ({"entropy_bound": 0.5}, "entropy_bound does nothing where another"),
+    ({"sub_block_size": 4}, "sub_block_size does nothing where another"),
+    ({"sampler": "ancestral", "temperature": 1.0}, "sampler makes another text"),
+    ({"remasking": "random"}, "remasking makes another text"),
+    ({"guidance_scale": 2.0}, "guidance_scale makes another text"),
+]
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["named", "recorded"])
+@pytest.mark.parametrize(("given", "said"), BESIDE_ANOTHER, ids=lambda value: str(value)[:20])
+def test_what_does_nothing_beside_another_model_is_refused(
+    opened: tuple[Path, Path],
+    given: dict[str, Any],
+    said: str,
+    names: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As beside the checkpoint's own verifier, and before a model is loaded."""
+    from dllm_convert.cli.commands.decoding import FLAGS
+    from dllm_convert.sampling import run
+
+    monkeypatch.setattr(run, "load_checkpoint", lambda *_, **__: pytest.fail("it was loaded"))
+    folder, source = opened
+    base = source if names else None
+    with pytest.raises(RequestError, match=said):
+        dc.sample(folder, PROMPT, lossless=True, base=base, **given)
+    name = said.partition(" ")[0]
+    flags = [text for key, value in given.items() for text in (FLAGS[key], str(value))]
+    more = () if base is None else ("--base", str(base))
+    refused = sample(folder, "--prompt", PROMPT, "--lossless", *more, *flags, code=2)
+    shown = " ".join(refused.output.replace("│", " ").split())
+    assert said.replace(name, FLAGS[name]) in shown
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"unmasking": "margin", "entropy_bound": 0.5, "verify_with": "self"}, None),
+        ({"sampler": "ancestral", "temperature": 1.0}, "sampler makes another text"),
+        ({"remasking": "random"}, "remasking makes another text"),
+    ],
+)
+def test_what_a_checkpoint_has_saved_beside_another_model(
+    opened: tuple[Path, Path], saved: dict[str, Any], said: str | None
+) -> None:
+    """What does nothing is left aside; what would make another text is refused."""
+    model, _ = dc.load(opened[0])
+    config = model.config.to_dict()
+    if said is None:
+        assert not check_settings(config, saved, {}, other_verifies=True).verify_with
+    else:
+        with pytest.raises(ValueError, match=said):
+            check_settings(config, saved, {}, other_verifies=True)
 
 
 @pytest.mark.parametrize(

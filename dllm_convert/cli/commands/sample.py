@@ -90,7 +90,9 @@ def sample(
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
     if base is not None and ("verify_with" in settings or not lossless):
         raise typer.BadParameter("--base names who verifies --lossless, in place of --verify-with.")
-    decoding.check_here(checkpoint, settings, lossless=lossless and base is None, alone=False)
+    decoding.check_here(
+        checkpoint, settings, lossless=lossless, alone=False, named=base is not None
+    )
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
     how |= {"threads": threads, "lossless": lossless, "base": base}

@@ -150,8 +150,9 @@ def sample(
         if isinstance(checkpoint, str | Path):
             folder = checkpoint_folder(checkpoint, teller)
             given = {**_settled(own_verifier(folder), lossless=lossless, base=base), **given}
-            require_decoding(folder, given)
-            if lossless and "verify_with" not in given:
+            other = lossless and "verify_with" not in given
+            require_decoding(folder, given, other_verifies=other)
+            if other:
                 how["verifier"] = _other_verifier(folder, base)
             samples = run_sample(folder, prompts, teller, shown, **how, **given)
         else:
@@ -166,8 +167,9 @@ def sample(
                 ) from error
             own = own_verifier(model.config.to_dict())
             given = {**_settled(own, lossless=lossless, base=base), **given}
-            require_settings(model, given)
-            if lossless and "verify_with" not in given:
+            other = lossless and "verify_with" not in given
+            require_settings(model, given, other_verifies=other)
+            if other:
                 from dllm_convert.sampling.pairing import load_verifier
 
                 found = _other_verifier(None, base)
