@@ -536,11 +536,10 @@ def _beside_a_verifier(
 ) -> dict[str, object]:
     """Return what is wrong beside who verifies, the model itself or another, to whether it is."""
     wrong: dict[str, object] = {}
-    if other_verifies:
-        idle, why = ("entropy_bound", "unmasking", "sub_block_size"), "where another model verifies"
-    else:
-        drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
-        idle = (*drafted, "sub_block_size")
+    idle = ["entropy_bound", "unmasking", "sub_block_size"]
+    why = "where another model verifies"
+    if not other_verifies:
+        idle = ["max_denoising_steps", "confidence_threshold", *idle]
         why = "beside `verify_with`, which decides itself how to draft"
     for name in idle:
         wrong[f"`{name}` does nothing {why}"] = (
