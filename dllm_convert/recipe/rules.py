@@ -512,6 +512,7 @@ def decoding_contradictions(
         "`remasking` and `block_length` do not go together": settings.remasking
         and settings.block_length,
         "`remasking_ratio` does nothing without `remasking`": "remasking_ratio" in given
+        and settings.remasking_ratio
         and not settings.remasking,
         "`guidance_scale` hides the prompt behind masks, which the uniform kernel has not": (
             settings.guidance_scale not in (None, 1) and not masks
