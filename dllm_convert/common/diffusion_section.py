@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 NEIGHBOURS_FILE = "noise_neighbours.npy"
 """Which words are near to each, beside the weights, where noise walks among them: int32, shape
 (rows of the embedding, k)."""
+LEARNT = ("noise_exponents", "noise_classes")
+"""What a training writes into the section: no plan knows it."""
 ATTENTION: Mapping[str, str] = {"mdlm": "bidirectional", "bd3lm": "block-causal"}
 """Objective to the attention it means."""
 

@@ -48,6 +48,8 @@ def hollow_model(
     """
     cls = diffusion_class(adapter)
     config = cls.config_class.from_pretrained(folder)
+    # As a model's own `from_pretrained` has it: what lies beside the weights is looked for there.
+    config.name_or_path = str(folder)
     with init_empty_weights(include_buffers=False):
         model = cls._from_config(config, dtype=dtype, attn_implementation=attention)
     # Registering a parameter on the meta device makes a new one.

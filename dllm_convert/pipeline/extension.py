@@ -14,7 +14,7 @@ from typing import Any
 from dllm_convert.common.copying import sha256_file
 from dllm_convert.common.counts import LARGEST_SEED
 from dllm_convert.common.differences import differences
-from dllm_convert.common.diffusion_section import NEIGHBOURS_FILE
+from dllm_convert.common.diffusion_section import LEARNT, NEIGHBOURS_FILE
 from dllm_convert.common.disk import link
 from dllm_convert.common.manifest import (
     MANIFEST_FILE,
@@ -82,12 +82,22 @@ def _check_same(plan: ConversionPlan, out: Path, manifest: Mapping[str, Any]) ->
             hint="Put the file back, or give another --out",
         )
     config = load_json_object(out / "config.json")
-    known = {key: config.get(key) for key in plan.config_updates}
-    if known != dict(plan.config_updates):
+    known = _without_learnt({key: config.get(key) for key in plan.config_updates})
+    asked = _without_learnt(plan.config_updates)
+    if known != asked:
         raise IncompatibleError(
-            f"{out} holds another conversion{differences(known, plan.config_updates)}",
+            f"{out} holds another conversion{differences(known, asked)}",
             hint="Give the options that it was made with, or another --out",
         )
+
+
+def _without_learnt(updates: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a conversion writes into a config, but for what its training has learnt since."""
+    section = updates.get("diffusion")
+    if not isinstance(section, Mapping):
+        return dict(updates)
+    left = {name: value for name, value in section.items() if name not in LEARNT}
+    return {**updates, "diffusion": left}
 
 
 def _check_source(plan: ConversionPlan, out: Path, recorded: Mapping[str, Any]) -> None:

@@ -11,6 +11,10 @@ from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.memory import free_memory, in_words
 from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
+from dllm_convert.planning.conversion import ConversionPlan
+from dllm_convert.planning.devices import GPUS, USABLE_MEMORY
+from dllm_convert.planning.estimate import stages_on
+from dllm_convert.planning.stages import largest_stage
 
 _LEAST_DRAWN = 8
 """Sequences times draws of noise that a bound is a mean of, at least."""
@@ -31,13 +35,29 @@ def measured_in(run: Run) -> dict[str, Any]:
 
     bf16 = use_bf16(run.plan.recipe.training)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    takes, free = run.plan.source.parameters * dtype.itemsize, torch.cuda.mem_get_info()[0]
-    if takes <= free:
+    room = torch.cuda.mem_get_info()[1]
+    takes = _taken_on_gpu(run.plan, dtype.itemsize, room)
+    if takes <= room * USABLE_MEMORY:
         return {"device": "cuda", "dtype": dtype}
     run.reporter.line(
-        f"measured on the CPU: the model takes {in_words(takes)}, the GPU has {in_words(free)} free"
+        f"measured on the CPU: that takes {in_words(takes)} on a GPU, and this has {in_words(room)}"
     )
     return {"device": "cpu", "dtype": dtype}
+
+
+def _taken_on_gpu(plan: ConversionPlan, held: int, room: int) -> int:
+    """Return the bytes that measuring takes on a GPU, as it was planned.
+
+    Args:
+        plan: The conversion.
+        held: Bytes of a weight.
+        room: Bytes of memory of the GPU.
+    """
+    if plan.shape is None:
+        return plan.source.parameters * held
+    device, causal = replace(GPUS[0], memory=room), plan.adapter.attention == "causal"
+    stages = stages_on(plan.shape, plan.recipe, device, causal=causal)
+    return largest_stage(stages, alone=True).device
 
 
 def load(run: Run, folder: Path) -> Any:

@@ -166,7 +166,7 @@ def run(
     # text in its folder.
     asked = recipe.identity(place.world)
     run_id = fingerprint(asked | {"extend": True} if how.extend else asked, plan.source.fingerprint)
-    text = None if goes_on(out, run_id) else plan_text(plan)
+    text = None if goes_on(out, run_id, extend=how.extend) else plan_text(plan)
     extend = partial(_begin_extension, plan) if how.extend else None
     with open_workspace(out, run_id, asked, extend=extend) as workspace:
         plan = _of_this_run(plan, workspace)

@@ -153,8 +153,10 @@ def plan_text(plan: ConversionPlan) -> TextPlan | MixturePlan | WrittenPlan | No
         return _written(recipe, _planned(recipe, recipe.data, tokens, count))
     texts = [_planned(recipe, data, math.ceil(tokens * share), count) for share, data in
              recipe.data.texts]  # fmt: skip
-    if not recipe.data.allow_epochs:
-        for text in texts:
+    for text, (_, data) in zip(texts, recipe.data.texts, strict=True):
+        if count is not None:
+            _refuse_scraps(recipe, data, text.look)
+        if not recipe.data.allow_epochs:
             _refuse_epochs(text, recipe.training.steps)
     if not recipe.data.mixture:
         return texts[0]
@@ -167,8 +169,6 @@ def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> 
     from dllm_convert.training.data.look import look_at
 
     look = look_at(data, count)
-    if look.whole and look.tokens is not None and count is not None:
-        _refuse_scraps(recipe, data, look.documents, look.tokens)
     epochs = None
     if look.tokens:
         apart = 0.0 if data.held_out_source else data.held_out_fraction
@@ -176,7 +176,7 @@ def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> 
     return TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
 
 
-def _refuse_scraps(recipe: Recipe, data: Data, documents: int, tokens: int) -> None:
+def _refuse_scraps(recipe: Recipe, data: Data, look: TextLook) -> None:
     """Refuse a text that cannot be divided into a block to train on and one to measure on.
 
     Raises:
@@ -184,11 +184,14 @@ def _refuse_scraps(recipe: Recipe, data: Data, documents: int, tokens: int) -> N
     """
     smallest = max(recipe.block_size or 2, 2)
     needed = smallest if data.held_out_source else 2 * smallest
+    filled = data.fill_blocks == "on" or (data.fill_blocks == "auto" and look.chats)
+    if not look.whole or look.tokens is None or filled or data.supervise_padding:
+        return
     # A token more at either end of a document, where a tokenizer marks those.
-    if tokens + 2 * documents >= needed:
+    if look.tokens + 2 * look.documents >= needed:
         return
     raise DataError(
-        f"--data {data.source} has {tokens} tokens, expected at least {needed}: a block of "
+        f"--data {data.source} has {look.tokens} tokens, expected at least {needed}: a block of "
         f"{smallest} to train on" + ("" if data.held_out_source else " and one to measure on"),
         hint="Give more text" + (", or a smaller --block" if recipe.block_size else ""),
     )

@@ -308,15 +308,21 @@ def open_workspace(
         yield workspace
 
 
-def goes_on(out: Path, run: str) -> bool:
+def goes_on(out: Path, run: str, *, extend: bool = False) -> bool:
     """Whether an output folder holds this run already, finished or not.
+
+    Args:
+        out: The folder.
+        run: Fingerprint of the run.
+        extend: Whether it trains a finished checkpoint on, as often as it is asked for.
 
     Raises:
         DataError: The journal is not one of ours, or damaged.
     """
     if not (out / WORK / JOURNAL).exists():
         return False
-    return read_workspace(out).run == run
+    found = read_workspace(out)
+    return found.run == run and not (extend and found.finished)
 
 
 def read_workspace(out: Path) -> Workspace:

@@ -220,8 +220,10 @@ def activation_bytes(
     # What is computed again lives together with its gradients.
     tokens = (held[how] + 2 * again[how]) * run.tokens
     # Keys and values of a clean stream that runs beforehand; at most as wide as the queries.
-    # Every row behind a cache has those of its own before it.
-    tokens += 2 * compute * shape.queries * shape.layers * (run.read + run.copied)
+    tokens += 2 * compute * shape.queries * shape.layers * (0 if run.stops else run.read)
+    # Every row behind a cache has those of its own before it, and states that it began with.
+    tokens += 2 * compute * shape.copied * (run.read + run.copied) if run.stops else 0
+    tokens += 2 * _FLOAT32 * shape.states * run.rows if run.stops else 0
     mask = 0 if flex or run.stops else run.rows * run.width**2 * (1 + compute)
     if training.keeps_base and not gpu:
         # Held in the compute type, see `training/gated_linear.py`; what they were loaded as stays

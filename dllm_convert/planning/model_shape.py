@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from dllm_convert.adapters.base import Adapter
+from dllm_convert.planning.attention import layer_types
 from dllm_convert.planning.checks import layer_count
 from dllm_convert.planning.gated import behind_of
 from dllm_convert.planning.mask_token import MaskTokenDecision
@@ -18,6 +19,10 @@ from dllm_convert.source.info import SourceInfo, TensorInfo
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NUMBERED = re.compile(r"(.+?)\.(\d+)\..+")
 _QUERIES = frozenset({"q_proj", "query", "q_b_proj"})
+_KEYS = frozenset({"k_proj", "key"})
+_LINEAR = "linear_attention"
+_STATE_SIZES = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+"""Fields that the recurrent state of a gated delta rule is as large as, multiplied."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class ModelShape:
         adapted_matrices: How many those are.
         adapted_outputs: What they return for one token, in numbers.
         norms: Parameters of the normalisation layers that stay trainable beside LoRA.
-        cached: Whether noisy tokens beside a kept base stand behind copies of its cache.
+        copied: Keys of one clean token, in numbers over all layers, where noisy rows beside a kept
+            base stand behind copies of its cache; 0 where a mask keeps them apart. As many values.
+        states: Numbers of the recurrent states of such a row.
     """
 
     embedding: int
@@ -63,7 +70,13 @@ class ModelShape:
     adapted_matrices: int
     adapted_outputs: float
     norms: int
-    cached: bool = False
+    copied: int = 0
+    states: int = 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether noisy tokens beside a kept base stand behind copies of its cache."""
+        return self.copied > 0
 
     @property
     def parameters(self) -> int:
@@ -175,8 +188,30 @@ def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -
             # PEFT compares the ends of names, whatever stands before.
             if _module(name).endswith(adapter.norm_modules)
         ),
-        cached=behind_of(source.config, adapter) == "cache",
+        **_behind_cache(source.config, adapter, matrices, hidden),
     )
+
+
+def _behind_cache(
+    config: Mapping[str, Any],
+    adapter: Adapter,
+    matrices: list[tuple[TensorInfo, float, str]],
+    hidden: int,
+) -> dict[str, int]:
+    """Count what a row behind a copy of a cache holds, `copied` and `states`; 0 where none does.
+
+    The attention of a family that was measured repeats keys for every head that reads them.
+    """
+    if behind_of(config, adapter) != "cache":
+        return {"copied": 0, "states": 0}
+    names = _KEYS if adapter.measured is None else _QUERIES
+    widths = [t.shape[0] for t, _, module in matrices if module.rpartition(".")[2] in names]
+    linear = layer_types(config, adapter).count(_LINEAR)
+    sizes = [_counted(config, key) for key in _STATE_SIZES]
+    return {
+        "copied": sum(widths) or _query_width(matrices, hidden) * layer_count(config),
+        "states": linear * prod(sizes),
+    }
 
 
 def _query_width(matrices: list[tuple[TensorInfo, float, str]], hidden: int) -> int:

@@ -206,7 +206,8 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
     if own := plan["on_policy"]:
         lines.append(
             f"in {own['steps']:,} of them the model writes its text: {own['new_tokens']} tokens "
-            f"behind {own['prompt_tokens']}, in at most {own['forwards']} forwards"
+            f"behind {own['prompt_tokens']} (of a chat, what stands before its answer), in at "
+            f"most {own['forwards']} forwards"
         )
     if estimate is None:
         return [*lines, "no estimate: the headers tell no shapes"]

@@ -164,18 +164,19 @@ def writing(recipe: Recipe) -> Writing:
     """
     chosen, rows = recipe.training.on_policy, recipe.training.sequences_per_forward
     steps, new = recipe.generation.max_denoising_steps, chosen.new_tokens
-    width = chosen.prompt_tokens + new
+    # What stands before an answer of a chat is as long as a row leaves room for.
+    width, usual = recipe.data.sequence_length, chosen.prompt_tokens + new
     if recipe.target == "mdlm":
         windows = -(-new // (recipe.generation.block_length or new))
         forwards = min(new, windows * steps) if steps else new
         logits = rows * forwards * (new + 1) / 2
-        return Writing(rows, width, forwards, rows * forwards * width,
-                       rows * forwards * width**2, logits, rows * new)  # fmt: skip
+        return Writing(rows, width, forwards, rows * forwards * usual,
+                       rows * forwards * usual**2, logits, rows * new)  # fmt: skip
     block = recipe.block_size or 1
     blocks = -(-new // block)
     parts = -(-block // (recipe.generation.sub_block_size or block))
     each = min(block, parts * steps) if steps else block
     run = rows * (chosen.prompt_tokens + blocks * (each + 1) * block)
     logits = rows * blocks * each * (block + 1) / 2
-    pairs = run * (chosen.prompt_tokens + width) / 2
+    pairs = run * (chosen.prompt_tokens + usual) / 2
     return Writing(rows, width, blocks * (each + 1), run, pairs, logits, rows * block)

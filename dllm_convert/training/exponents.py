@@ -125,6 +125,9 @@ class ExponentLearner(TrainerCallback):
         )
         if bool(gradient.isfinite().all()):
             self._log -= self._rate * first / (second.sqrt() + _TINY)
+            # Times a factor they are the same process in another time. Nothing holds that factor
+            # but where times are cut off (`min_time`), and such a bound rewards a small one.
+            self._log -= self._log.mean()
             self._log.clamp_(-_FURTHEST, _FURTHEST)
         self._tell()
 

@@ -210,7 +210,12 @@ def _within_text(plan: ConversionPlan, data: TextData, reporter: Reporter) -> Co
         f"ends after {steps} steps: all of the text is read {MOST_EPOCHS} times by then, and more "
         "teaches it by heart; give more text with --data, or --allow-epochs"
     )
-    fewer = training.model_copy(update={"steps": steps})
+    growth = training.block_growth
+    if recipe.growing_sizes:
+        # The same share of the steps, and the last ones with blocks that have their size.
+        scaled = max(growth.steps * steps // training.steps, len(recipe.growing_sizes))
+        growth = growth.model_copy(update={"steps": min(scaled, steps - 1)})
+    fewer = training.model_copy(update={"steps": steps, "block_growth": growth})
     return replace(plan, recipe=recipe.model_copy(update={"training": fewer}))
 
 

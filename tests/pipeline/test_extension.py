@@ -25,7 +25,7 @@ from dllm_convert.pipeline.context import Run
 from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.pipeline.results import Verified
 from dllm_convert.pipeline.run import run
-from dllm_convert.pipeline.workspace import Workspace
+from dllm_convert.pipeline.workspace import Workspace, goes_on
 from dllm_convert.recipe.schema import Recipe
 
 QUIET = Reporter(quiet=True)
@@ -162,6 +162,29 @@ def test_files_that_the_new_one_has_not_go(made: tuple[Path, Path]) -> None:
     (out / "dllm_convert.json").write_text(json.dumps(manifest))
     run(recipe(source, training={"steps": 1}), out, QUIET, how=EXTEND)
     assert not (out / "old.png").exists()
+
+
+def test_what_a_training_learnt_of_its_noise_is_no_other_conversion(
+    source_cache: Sources, tmp_path: Path
+) -> None:
+    asked = recipe(
+        source_cache("llama"), noise={"schedule": "learned", "classes": 3, "exponent_rate": 0.05}
+    )
+    run(asked, tmp_path / "out", QUIET, how=RunOptions(verify=Depth.FILES))
+    first = json.loads((tmp_path / "out/config.json").read_text())["diffusion"]
+    assert run(asked, tmp_path / "out", QUIET, how=EXTEND).passed
+    then = json.loads((tmp_path / "out/config.json").read_text())["diffusion"]
+    assert first["noise_classes"] == then["noise_classes"]
+    assert first["noise_exponents"] != then["noise_exponents"]
+    assert [round(w, 1) for w in first["noise_exponents"]] != [1.0] * 3
+
+
+def test_every_extension_looks_at_its_text(made: tuple[Path, Path]) -> None:
+    """The second one, of the same options, too: it is another training."""
+    source, out = made
+    run(recipe(source), out, QUIET, how=EXTEND)
+    name = json.loads((out / ".work/journal.json").read_text())["run"]
+    assert goes_on(out, name) and not goes_on(out, name, extend=True)
 
 
 def test_what_cannot_be_extended_is_told(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from conftest import SourceFactory
 from tiny_runs import recipe
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.loading import load_checkpoint
-from dllm_convert.pipeline.run import run
+from dllm_convert.pipeline.extension import begin
+from dllm_convert.pipeline.run import plan_conversion, run
 from dllm_convert.recipe.loading import amend_recipe
 from dllm_convert.sampling.run import decode_sample
 
@@ -54,3 +56,9 @@ def test_a_conversion_learns_its_schedule_and_says_so(
     for more in ({}, {"max_denoising_steps": 3}):
         said = decode_sample(loaded.model, loaded.tokenizer, "A name", seed=1, **more)
         assert 1 <= said.new_tokens <= 16
+    # It can be trained further, which leaves no other field of its config to chance.
+    assert len(begin(plan_conversion(made, out), out)["history"]) == 1
+    other = amend_recipe(made, {"noise.schedule": "cosine", "noise.classes": None,
+                                "noise.exponent_rate": None})  # fmt: skip
+    with pytest.raises(IncompatibleError, match="holds another conversion"):
+        begin(plan_conversion(other, out), out)

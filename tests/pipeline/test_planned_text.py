@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import look
 from dllm_convert.training.data.look import look_at
 from dllm_convert.training.data.text import prepare_data
+from dllm_convert.training.run import _within_text
 
 QUIET = Reporter(quiet=True)
 
@@ -42,6 +45,13 @@ def texts(tmp_path: Path) -> Path:
     for number in range(12):
         (folder / f"{number}.txt").write_text(f"Text {number} of a list, and what follows. " * 9)
     return folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """As much of a plan as says how long it trains."""
+
+    recipe: Recipe
 
 
 def recipe(source: Path, texts: str, **fields: Any) -> Recipe:
@@ -177,6 +187,33 @@ def test_scraps_are_refused_before_anything_is_written(
     mended = invoke(*line, "--allow-epochs", "--data", str(tmp_path / "text.txt"),
                     "--set", "data.held_out_fraction=0.3")  # fmt: skip
     assert mended.exit_code == 0, said(mended)
+
+
+def test_prompts_and_filled_blocks_are_no_scraps(
+    source_cache: SourceFactory, tmp_path: Path
+) -> None:
+    """What the base writes from a question is what is trained on; a filled block is one."""
+    source = source_cache("llama", chat=True)
+    file = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    file.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(3)))
+    line = ["check", str(source), "--to", "bd3lm", "--block", "64", "--data", str(file), "--full"]
+    line += ["--set", "data.sequence_length=128", "--allow-epochs"]
+    assert invoke(*line).exit_code == 0
+    written = ["--set", "data.write_with_base.prompts=3", "--set", "data.fill_blocks=off"]
+    assert invoke(*line, *written).exit_code == 0
+    refused = invoke(*line, "--set", "data.fill_blocks=off")
+    assert "expected at least 128" in said(refused)
+
+
+def test_blocks_have_their_size_where_the_text_ends_a_training() -> None:
+    growing = {"steps": 1000, "batch_size": 2, "max_minutes": 60.0, "block_growth": {"steps": 500}}
+    fields = {"source": "x/y", "target": "bd3lm", "block_size": 8, "training": growing}
+    plan: Any = Plan(Recipe.model_validate({**fields, "data": {"source": "pydoc"}}))
+    for rows, steps, grown in ((10, 100, 50), (1, 10, 5), (0, 1, 0)):
+        data: Any = SimpleNamespace(rows_in=lambda times, rows=rows: times * rows)
+        fewer = _within_text(plan, data, QUIET).recipe.training
+        assert (fewer.steps, fewer.block_growth.steps) == (steps, grown)
 
 
 def test_no_number_of_steps_is_named_where_one_is_too_many(

@@ -19,7 +19,7 @@ from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.measures import measured_in
 from dllm_convert.pipeline.options import Depth, RunOptions
 from dllm_convert.pipeline.run import plan_conversion, run
-from dllm_convert.planning.devices import GPUS, cpu
+from dllm_convert.planning.devices import GPUS, USABLE_MEMORY, cpu
 from dllm_convert.planning.estimate import stages_on
 from dllm_convert.planning.stages import DURING
 
@@ -100,9 +100,10 @@ def test_on_a_gpu_it_is_measured_in_the_type_that_is_planned(
     assert {planned[stage].held for stage in measured} == {held}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    takes = plan.source.parameters * getattr(torch, held).itemsize
-    for free, where in ((takes, "cuda"), (takes - 1, "cpu")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+    # On the GPU where the plan says that it is enough, and nowhere else.
+    takes = max(planned[stage].device for stage in measured)
+    for room, where in ((int(takes / USABLE_MEMORY) + 2, "cuda"), (takes, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda room=room: (0, room))
         found = measured_in(Run(plan, None, Reporter(quiet=True)))  # type: ignore[arg-type]
         assert found == {"device": where, "dtype": getattr(torch, held)}
 

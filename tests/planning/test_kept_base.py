@@ -218,3 +218,20 @@ def test_what_rows_behind_a_cache_cost(draw: str, source_cache: Sources) -> None
     )
     assert with_teacher is not None and without is not None
     assert any("takes as long as" in one for one in without["assumptions"])
+
+
+def test_rows_hold_the_keys_of_layers_that_attend_and_the_states_of_others(
+    source_cache: Sources, generic_source: Callable[[str], Path]
+) -> None:
+    import generic
+
+    source = generic_source("qwen3_5_text")
+    recipe = plan(source_cache("llama")).recipe.model_copy(update={"source": str(source)})
+    mixed = make_plan(recipe, inspect_source(str(source)), generic.measured(source).require())
+    assert mixed.shape is not None and mixed.shape.cached
+    # One layer of each kind; 4 heads of 8 by 8.
+    assert mixed.shape.states == 4 * 8 * 8
+    assert mixed.shape.copied == mixed.shape.queries
+    window = plan(source_cache("mistral", sliding_window=16)).shape
+    assert window is not None and 0 < window.copied < window.queries * window.layers
+    assert window.states == 0

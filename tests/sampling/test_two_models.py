@@ -22,7 +22,7 @@ class Eager(PairPolicy):
 
     turn = 0
 
-    def plan(self, left: int, room: int, behind: int) -> tuple[int, int]:
+    def plan(self, left: int, room: int, behind: int, prompt: int = 0) -> tuple[int, int]:
         self.turn += 1
         most = min(left - 1, room)
         return (1 + self.turn % len(self._records), most) if self.turn % 5 and most > 0 else (1, 0)
@@ -169,6 +169,18 @@ def test_drafts_that_are_never_right_cost_little(kind: str, size: float, block: 
     assert spent <= 1.1
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_long_prompt_is_read_when_that_is_little_beside_the_text(kind: str) -> None:
+    """The drafter has to read it, too: for the first draft that is ever tried."""
+    policy = PairPolicy(kind, 1, 32, 1.0)
+    reading, tokens = policy._costs.of(2048), 0
+    while not policy.plan(10_000, 32, 0, 2048)[1]:
+        policy.drafted(policy.choose(0, 10_000), 1)
+        tokens += 1
+    assert reading <= 0.07 * tokens < reading + 0.1
+    assert policy.plan(100, 32, 0, 0)[1], "and a short one at once"
+
+
 def test_what_it_buys_is_found_out() -> None:
     """Where a forward costs by itself nearly everything; on a CPU, with a drafter as large, not."""
     found = {
@@ -226,6 +238,8 @@ def test_models_without_blocks_and_masks_in_prompts_are_refused() -> None:
         whole.generate(prompt(5), max_new_tokens=4, verify_with=stock(model, "llama"))
     with pytest.raises(ValueError, match="holds its base"):
         instance("llama").gated().generate(prompt(5), verify_with=stock(model, "llama"))
+    with pytest.raises(ValueError, match="on one device"):
+        model.generate(prompt(5), max_new_tokens=4, verify_with=stock(model, "llama").to("meta"))
     given = prompt(5)
     given[0, 2] = MASK
     with pytest.raises(ValueError, match="left to right"):

@@ -33,7 +33,7 @@ def exponents(out: Path) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("noise", "strategy"), [("learned", "fsdp2"), ("walks", "ddp")])
+@pytest.mark.parametrize(("noise", "strategy"), [("learned", "fsdp2"), ("walks", "fsdp2")])
 def test_two_processes_train_what_one_does(
     noise: str, strategy: str, source_cache: SourceFactory, tmp_path: Path
 ) -> None:

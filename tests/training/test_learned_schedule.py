@@ -113,3 +113,21 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path: Path) -> None:
             (tmp_path / STATE).write_text(text)
         with pytest.raises(IncompatibleError, match="has no exponents of 2 classes"):
             learner.load(tmp_path)
+
+
+def test_a_common_factor_is_nobodys_to_move() -> None:
+    """A gradient that pulls all of them one way, as one of a bound that is cut off, moves none."""
+    learner = ExponentLearner(WordClasses((1.0, 2.0, 0.5), ((3,), (4,)), 9), 0.1)
+    begun = learner.classes.exponents
+    for _ in range(200):
+        learner._gradient += 1.0 / torch.tensor(learner.classes.exponents, dtype=torch.float64)
+        learner.on_step_end(None, None, None)  # type: ignore[arg-type]
+    assert learner.classes.exponents == pytest.approx(begun)
+    # What pulls one and not the others moves them apart.
+    for _ in range(20):
+        learner._gradient[0] += 1.0
+        learner.on_step_end(None, None, None)  # type: ignore[arg-type]
+    first, *others = learner.classes.exponents
+    assert first < 0.8 * begun[0]
+    assert all(now > then for now, then in zip(others, begun[1:], strict=True))
+    assert torch.tensor(learner.classes.exponents).log().mean().abs() < 1e-6

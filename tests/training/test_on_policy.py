@@ -344,7 +344,8 @@ def test_beginnings_are_of_documents_and_end_before_the_answer() -> None:
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an encoder": (("bert", "mdlm"), "reads both sides of every token"),
     "a learnt schedule": (
-        ("llama", "mdlm", "noise.schedule=learned", "noise.classes=2", "noise.exponent_rate=0.01"),
+        ("llama", "mdlm", "noise.schedule=learned", "noise.classes=2", "noise.draw=time",
+         "noise.exponent_rate=0.01", "noise.complementary=false"),
         "no bound that exponents",
     ),
     "the uniform kernel": (

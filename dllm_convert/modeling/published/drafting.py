@@ -339,22 +339,25 @@ class PairPolicy:
         self, kind: str, rows: int, block: int, size: float, steps: int | None = None
     ) -> None:
         self._costs = Costs(kind, rows)
-        self._drafting = size * self._costs.of(block)
+        self._size, self._drafting = size, size * self._costs.of(block)
         self._records = [_Record() for _ in range(min(steps or _STEPS, _STEPS))]
         self._planned, self._drafted_in = 0.0, 1
         self._over, self._tokens = 0.0, 0.0
         """Time beside that of plain decoding, which may be less than none; tokens of a row."""
 
-    def plan(self, left: int, room: int, behind: int) -> tuple[int, int]:
+    def plan(self, left: int, room: int, behind: int, prompt: int = 0) -> tuple[int, int]:
         """Return in how many forwards to draft how many tokens; of none, 0.
 
         Args:
             left: Tokens that the row with most to write still needs.
             room: Tokens up to the end of its block.
-            behind: Blocks that the drafter has to read before.
+            behind: Blocks that the drafter has to read before, one by one.
+            prompt: Tokens that it has to read before, in one forward.
         """
         self._planned = 0.0
         most, reading = min(left - 1, room, _LONGEST), behind * self._drafting
+        if prompt:
+            reading += self._size * self._costs.of(prompt)
         if most < 1:
             return 1, 0
         best = (0.0, 1, 1)

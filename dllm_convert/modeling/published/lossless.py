@@ -326,11 +326,12 @@ def decode_lossless(
 
 def _show(canvas: Canvas, rows: list[_Row]) -> None:
     """Show what is written, and what is drafted behind it."""
-    canvas.drafts = tuple(
-        (row.number, row.clean + 1 + place, among[0])
-        for row in rows
-        for place, among in enumerate(row.candidates[: row.left])
-    )
+    if canvas.observer is not None:
+        canvas.drafts = tuple(
+            (row.number, row.clean + 1 + place, among[0])
+            for row in rows
+            for place, among in enumerate(row.candidates[: row.left])
+        )
     canvas.show()
 
 

@@ -81,12 +81,13 @@ class BlockDrafter:
         self._known = model.get_input_embeddings().num_embeddings
         self._begun = False
 
-    def _room(self, rows: list[Any]) -> tuple[int, int]:
-        """Return how many tokens are left in the block of most, and blocks to be read before."""
+    def _room(self, rows: list[Any]) -> tuple[int, int, int]:
+        """What a policy is told: tokens left in the block of most; blocks, and tokens, unread."""
         first = [row.clean + 1 for row in rows]
         left = max(self.size - at % self.size for at in first)
         starts = self.reader.starts.tolist()
-        return left, max((at - start) // self.size for at, start in zip(first, starts, strict=True))
+        behind = max((at - start) // self.size for at, start in zip(first, starts, strict=True))
+        return left, behind, 0 if self._begun else max(starts)
 
     def draft(self, rows: list[Any], policy: PairPolicy, choice: Choice) -> None:
         """Give rows `candidates` behind their last known token, as far as a policy says.
@@ -115,7 +116,7 @@ class BlockDrafter:
         if not self._begun:
             reader.read_prompt()
             self._begun = True
-        drafted: list[dict[int, int]] = [{} for _ in canvas.rows]
+        drafted: list[dict[int, int]] = [{} for _ in range(len(canvas.rows))]
         done = 0
         while done < steps:
             # Of each row's block: what is to be drafted, the first `count` masks. (rows, block)
@@ -197,6 +198,11 @@ def check_paired(model: Any, verifier: Any, options: DecodingOptions) -> None:
         raise VerifierError(
             "verify_with takes a model of transformers that goes on from left to right, such as "
             "the base of the conversion"
+        )
+    if verifier.device != model.device:
+        raise VerifierError(
+            f"the drafter is on {model.device} and the verifier on {verifier.device}: both have to "
+            "be on one device"
         )
     if options.guided or options.remasking:
         raise VerifierError(
