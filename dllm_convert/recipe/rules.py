@@ -517,7 +517,7 @@ def decoding_contradictions(
         "`remasking_ratio` does nothing without `remasking`": "remasking_ratio" in given
         and settings.remasking_ratio
         and not settings.remasking,
-        "`guidance_scale` hides the prompt behind masks, which the uniform kernel has not": (
+        "`guidance_scale` hides the prompt behind masks, which only the absorbing kernel has": (
             settings.guidance_scale not in (None, 1) and not masks
         ),
     }

@@ -10,6 +10,7 @@ import torch
 from kept import instance
 from test_lossless import stock, written
 from tiny_decoders import DECODERS, MASK, prompt, ragged, tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dllm_convert.modeling.published import paired
 from dllm_convert.modeling.published.drafting import PairPolicy
@@ -191,6 +192,29 @@ def test_whatever_the_verifier_is(family: str, monkeypatch: pytest.MonkeyPatch) 
     expected = written(base, ids, mask, NEW, None)
     monkeypatch.setattr(paired, "PairPolicy", Eager)
     told(monkeypatch, [3, 20, 6], [[min(t, 59) for t in row] for row in expected])
+    found = model.generate(ids, **settings(mask, base))
+    assert found.sequences[:, ids.shape[1] :].tolist() == expected
+
+
+def test_a_stock_verifier_is_told_of_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what stands behind the shorter rows, which nobody sees; a class may refuse arguments."""
+    model = tiny("llama", block=8)
+    base = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=model.config.vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=128
+        )
+    )
+    base.eval().double()
+    plain = base.forward
+
+    def strict(*given: Any, **more: Any) -> Any:
+        assert "noisy" not in more
+        return plain(*given, **more)
+
+    ids, mask = ragged([3, 9, 17])
+    expected = written(base, ids, mask, NEW, None)
+    monkeypatch.setattr(base, "forward", strict)
+    monkeypatch.setattr(paired, "PairPolicy", Whole)
     found = model.generate(ids, **settings(mask, base))
     assert found.sequences[:, ids.shape[1] :].tolist() == expected
 

@@ -39,6 +39,7 @@ class StockModel:
 
         Of the output, which is not the model's own class, only these and the cache are read.
         """
+        more.pop("noisy", None)  # what nobody sees, behind shorter rows; it knows no noise
         # Whoever asks for none fills the cache.
         output = self.model(
             input_ids=tokens,
