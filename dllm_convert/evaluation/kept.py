@@ -14,12 +14,13 @@ from typing import Any
 from dllm_convert.common import strict_json
 from dllm_convert.common.json_files import write_json
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
+from dllm_convert.common.redaction import last_part
 from dllm_convert.evaluation.outcome import Outcome
 from dllm_convert.evaluation.request import Request
 
 FOLDER = Path(".work/evaluation")
 """Of the folder where the result is recorded; a push publishes nothing of it."""
-_MODEL = (".safetensors", ".json", ".py", ".jinja")
+_MODEL = (".safetensors", ".json", ".py", ".jinja", ".npy")
 """Files that an answer depends on; card, report and pictures are written anew on the way."""
 
 
@@ -89,6 +90,13 @@ def _read(path: Path) -> Outcome | None:
         return Outcome.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, KeyError, TypeError, ValueError):
         return None
+
+
+def state_name(folder: Path) -> str:
+    """Name a checkpoint of this machine and its state, without where it lies."""
+    state = strict_json.dumps(_weights(folder), sort_keys=True)
+    digest = blake2b(state.encode(), digest_size=6).hexdigest()
+    return f"{last_part(str(folder.resolve()))}@{digest}"
 
 
 def _weights(folder: Path) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from dllm_convert.common.manifest import (
 from dllm_convert.common.ranks import Rank
 from dllm_convert.common.redaction import last_part
 from dllm_convert.errors import DataError, DllmConvertError, IncompatibleError, RequestError
+from dllm_convert.evaluation.kept import state_name
 from dllm_convert.evaluation.parallelism import parallelism
 from dllm_convert.evaluation.request import Request
 
@@ -63,7 +64,7 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
         "format_version": EVALUATION_VERSION,
         "settings": _settings(request),
     }
-    earlier = _earlier(request, settings)
+    earlier = _earlier(request, settings, reporter)
 
     def record(sections: dict[str, Any]) -> dict[str, Any]:
         seconds = round(time.monotonic() - started + earlier.get("seconds", 0.0), 1)
@@ -111,8 +112,11 @@ def _check_record(request: Request) -> None:
         )
 
 
-def _earlier(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what an evaluation with the same settings recorded; of other settings nothing."""
+def _earlier(request: Request, settings: dict[str, Any], reporter: Reporter) -> dict[str, Any]:
+    """Return what an evaluation with the same settings recorded; of other settings nothing.
+
+    In a folder of its own it may be another model's, which is told before it is replaced.
+    """
     kept = request.home / (MANIFEST_FILE if request.record is None else RECORD_FILE)
     if not kept.exists():
         return {}
@@ -120,8 +124,20 @@ def _earlier(request: Request, settings: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = read_manifest(request.checkpoint).get("evaluation") or {}
     else:
         found = dict(load_json_object(kept))
+        one, this = (_checkpoint(section) for section in (found, settings))
+        if one != this:
+            reporter.warn(
+                f"{kept} holds what was found of {one or 'a checkpoint that it does not name'}; "
+                f"what is found of {this} takes its place: another --out keeps both"
+            )
     same = all(found.get(name) == value for name, value in settings.items())
     return found if same else {}
+
+
+def _checkpoint(section: dict[str, Any]) -> str | None:
+    settings = section.get("settings")
+    name = settings.get("checkpoint") if isinstance(settings, dict) else None
+    return None if name is None else str(name)
 
 
 def _merged(earlier: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
@@ -147,9 +163,11 @@ def _merged(earlier: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]
 
 def _settings(request: Request) -> dict[str, Any]:
     settings = {**vars(request.settings), "generation": dict(request.settings.generation)}
-    named = {} if request.name is None else {"checkpoint": request.name}
+    name = request.name
+    if name is None and request.record is not None:
+        name = state_name(request.checkpoint)  # that folder may hold what another model does
     return {
-        **named,
+        **({} if name is None else {"checkpoint": name}),
         "base": None if request.base is None else _public_name(request.base),
         "limit": request.limit,
         "batch_size": request.batch_size,

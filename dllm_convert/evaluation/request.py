@@ -30,7 +30,8 @@ class Request:
         text_field: Column that holds the text of `data`; None for the one that was trained on.
         settings: How likelihoods are estimated and text is written.
         record: Folder to record what is found in, instead of the checkpoint's manifest.
-        name: What to call the conversion there, with the commit if it is of the Hub.
+        name: What to call the conversion there, with the commit if it is of the Hub; None calls it
+            by the last part of its path and its state.
     """
 
     checkpoint: Path

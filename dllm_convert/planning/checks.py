@@ -9,7 +9,6 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.errors import IncompatibleError, UnsupportedError
 from dllm_convert.recipe.schema import Generation, Recipe
 from dllm_convert.source.context import too_many_new
-from dllm_convert.source.info import SourceInfo
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -24,21 +23,6 @@ def layer_count(config: Mapping[str, Any]) -> int:
             f"config.json: num_hidden_layers is {layers!r}, expected a whole number of at least 1"
         )
     return layers
-
-
-def check_pickle(source: SourceInfo, *, allowed: bool) -> None:
-    """Check that pickled weights were asked for.
-
-    Raises:
-        IncompatibleError: The weights are pickles, and nobody said so.
-    """
-    pickles = [name for name in source.files if name.endswith(".bin")]
-    if pickles and not source.tensors and not allowed:
-        raise IncompatibleError(
-            f"the weights are a pickle ({pickles[0]}), which can hold code, expected safetensors",
-            hint="Take a safetensors version, or add --allow-pickle: it is read with "
-            "weights_only=True, which runs no code, and converted once",
-        )
 
 
 def check_target(recipe: Recipe, adapter: Adapter) -> None:

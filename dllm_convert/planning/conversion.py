@@ -18,7 +18,6 @@ from dllm_convert.planning.advice import advise
 from dllm_convert.planning.attention import open_attention
 from dllm_convert.planning.checks import (
     check_context,
-    check_pickle,
     check_target,
 )
 from dllm_convert.planning.config_code import (
@@ -48,6 +47,7 @@ from dllm_convert.planning.writes import Writes, count_writes
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.config_numbers import check_numbers, check_padding
 from dllm_convert.source.context import context_length
+from dllm_convert.source.folder import check_pickle
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.quantised import check_quantised, side_file_warning
 from dllm_convert.source.source_fit import fit_source

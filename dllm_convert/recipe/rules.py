@@ -490,7 +490,12 @@ def _generation(recipe: Recipe) -> Iterator[Contradiction]:
 
 
 def decoding_contradictions(
-    given: Collection[str], settings: Any, *, blocks: bool, masks: bool
+    given: Collection[str],
+    settings: Any,
+    *,
+    blocks: bool,
+    masks: bool,
+    other_verifies: bool = False,
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yield which settings of decoding do not go together, or do nothing beside the others.
 
@@ -502,6 +507,8 @@ def decoding_contradictions(
         settings: All of them, by attribute, as they will be used.
         blocks: Whether the model has blocks of its own (bd3lm).
         masks: Whether it was trained with a mask (the absorbing kernel).
+        other_verifies: Whether another model verifies what this one drafts; thresholds and steps
+            are of the drafts then.
 
     Yields:
         What is wrong, the settings in backquotes (`errors.spelt`); what to change; the settings.
@@ -524,16 +531,13 @@ def decoding_contradictions(
         "`remasking` and `block_length` do not go together": settings.remasking
         and settings.block_length,
         "`remasking_ratio` does nothing without `remasking`": "remasking_ratio" in given
+        and settings.remasking_ratio
         and not settings.remasking,
-        "`guidance_scale` hides the prompt behind masks, which the uniform kernel has not": (
+        "`guidance_scale` hides the prompt behind masks, which only the absorbing kernel has": (
             settings.guidance_scale not in (None, 1) and not masks
         ),
     }
-    drafted = ("max_denoising_steps", "confidence_threshold", "entropy_bound", "unmasking")
-    for name in (*drafted, "sub_block_size"):
-        wrong[f"`{name}` does nothing beside `verify_with`, which decides itself how to draft"] = (
-            name in given and getattr(settings, name) is not None and settings.verify_with
-        )
+    wrong |= _beside_a_verifier(given, settings, other_verifies=other_verifies)
     for name in ("confidence_threshold", "entropy_bound", "unmasking"):
         wrong[f"`{name}` does nothing beside `sampler`, which ranks nothing"] = (
             name in given and settings.sampler
@@ -545,3 +549,31 @@ def decoding_contradictions(
     for message, found in wrong.items():
         if found:
             yield message, fewer, names_in(message)
+
+
+def _beside_a_verifier(
+    given: Collection[str], settings: Any, *, other_verifies: bool
+) -> dict[str, object]:
+    """Return what is wrong beside who verifies, the model itself or another, to whether it is."""
+    wrong: dict[str, object] = {}
+    idle = ["entropy_bound", "unmasking", "sub_block_size"]
+    why = "where another model verifies"
+    if not other_verifies:
+        idle = ["max_denoising_steps", "confidence_threshold", *idle]
+        why = "beside `verify_with`, which decides itself how to draft"
+    for name in idle:
+        wrong[f"`{name}` does nothing {why}"] = (
+            name in given
+            and getattr(settings, name) is not None
+            and (settings.verify_with or other_verifies)
+        )
+    changed = {
+        "guidance_scale": settings.guidance_scale not in (None, 1),
+        "remasking": settings.remasking,
+        "sampler": settings.sampler,
+    }
+    for name, found in changed.items():
+        wrong[f"`{name}` makes another text than the model that verifies: leave it out"] = (
+            found and other_verifies
+        )
+    return wrong

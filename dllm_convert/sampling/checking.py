@@ -23,12 +23,15 @@ _CLOSING = "closing_token_ids"
 _TOKENIZER = object()
 
 
-def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | None:
+def check_decoding(
+    folder: Path, given: Mapping[str, Any], *, other_verifies: bool = False
+) -> DecodingOptions | None:
     """Refuse settings that contradict each other, the checkpoint or what it has saved.
 
     Args:
         folder: A converted checkpoint; only config.json and generation_config.json are read.
         given: Fields of `DecodingOptions`.
+        other_verifies: Whether another model verifies what this one drafts.
 
     Returns:
         All settings together; None where the folder holds no diffusion checkpoint, of which
@@ -42,11 +45,16 @@ def check_decoding(folder: Path, given: Mapping[str, Any]) -> DecodingOptions | 
     if diffusion_section(config) is None:
         return None
     check_converted_config(config, folder)
-    return check_settings(config, _read(folder / "generation_config.json"), given)
+    saved = _read(folder / "generation_config.json")
+    return check_settings(config, saved, given, other_verifies=other_verifies)
 
 
 def check_settings(
-    config: Mapping[str, Any], saved: Mapping[str, Any], given: Mapping[str, Any]
+    config: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    given: Mapping[str, Any],
+    *,
+    other_verifies: bool = False,
 ) -> DecodingOptions:
     """Refuse settings that contradict each other, the model they are for or what it has saved.
 
@@ -54,6 +62,8 @@ def check_settings(
         config: Config of a diffusion model, of a known family.
         saved: Its generation config.
         given: Fields of `DecodingOptions`.
+        other_verifies: Whether another model verifies what this one drafts; it takes the place of
+            a verifier that is saved.
 
     Returns:
         All settings together.
@@ -62,7 +72,7 @@ def check_settings(
         ValueError: They contradict, or do nothing.
     """
     read_ids(saved.get(_CLOSING), _CLOSING)
-    given, asked = _apart(given)
+    given, asked = _apart({**given, "verify_with": None} if other_verifies else given)
     options = decoding_options(SimpleNamespace(**config), saved, 1, None, given, given=asked)
     if isinstance(given.get("max_new_tokens"), int):
         context = context_length(config, adapter_of(config))
@@ -75,6 +85,7 @@ def check_settings(
         options,
         blocks=section.objective == "bd3lm",
         masks=section.masks,
+        other_verifies=other_verifies,
     ):
         raise ValueError(spelt(wrong, str))
     return options
@@ -107,24 +118,31 @@ def check_with_prompts(
         raise RequestError(str(error)) from error
 
 
-def require_decoding(folder: Path, given: Mapping[str, Any], argument: str | None = None) -> None:
+def require_decoding(
+    folder: Path,
+    given: Mapping[str, Any],
+    argument: str | None = None,
+    *,
+    other_verifies: bool = False,
+) -> None:
     """Refuse settings as `check_decoding` does, as a request that cannot be met.
 
     Args:
         folder: A converted checkpoint.
         given: Fields of `DecodingOptions`.
         argument: Argument that said them.
+        other_verifies: As in `check_decoding`.
 
     Raises:
         RequestError: They contradict, or do nothing.
     """
     try:
-        check_decoding(folder, given)
+        check_decoding(folder, given, other_verifies=other_verifies)
     except (TypeError, ValueError) as error:
         raise RequestError(str(error), argument=argument) from error
 
 
-def require_settings(model: Any, given: Mapping[str, Any]) -> None:
+def require_settings(model: Any, given: Mapping[str, Any], *, other_verifies: bool = False) -> None:
     """Refuse settings as `check_settings` does, of a model that is loaded.
 
     Raises:
@@ -137,7 +155,8 @@ def require_settings(model: Any, given: Mapping[str, Any]) -> None:
             "sample takes what load returns"
         )
     try:
-        check_settings(config, model.generation_config.to_dict(), given)
+        saved = model.generation_config.to_dict()
+        check_settings(config, saved, given, other_verifies=other_verifies)
     except (TypeError, ValueError) as error:
         raise RequestError(str(error)) from error
 

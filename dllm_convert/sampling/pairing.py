@@ -14,6 +14,7 @@ from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.loading import load_base
+from dllm_convert.source.folder import check_pickle
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
@@ -31,12 +32,14 @@ def verifying_source(checkpoint: Path | None, base: str | None) -> SourceInfo:
 
     Raises:
         DataError: It is not here, or nothing says which it is.
-        IncompatibleError: It is a diffusion model itself.
+        IncompatibleError: It is a diffusion model itself, or a pickle that nobody allowed.
     """
     if base is not None:
-        found = inspect_source(base)
+        found, allowed = inspect_source(base), False
     elif checkpoint is not None and (checkpoint / MANIFEST_FILE).is_file():
-        found = recorded_base(read_manifest(checkpoint))
+        manifest = read_manifest(checkpoint)
+        found = recorded_base(manifest)
+        allowed = (manifest.get("recipe") or {}).get("allow_pickle") is True
     else:
         raise DataError(
             f"{checkpoint} says nothing of the base it was made of ({MANIFEST_FILE})",
@@ -47,6 +50,12 @@ def verifying_source(checkpoint: Path | None, base: str | None) -> SourceInfo:
             f"{found.given} is a diffusion model, and who verifies goes on from left to right",
             hint="Give the base of the conversion with --base",
         )
+    check_pickle(
+        found,
+        allowed=allowed,
+        instead="Give a safetensors version of it with --base; the base of the conversion verifies "
+        "without --base, as a pickle if it was converted with --allow-pickle",
+    )
     return found
 
 

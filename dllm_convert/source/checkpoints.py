@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dllm_convert.common.console import Reporter
+from dllm_convert.common.diffusion_section import NEIGHBOURS_FILE
 from dllm_convert.common.hub_names import is_hub_id, is_model_id
 from dllm_convert.common.manifest import MANIFEST_FILE
 from dllm_convert.common.nearest import meant, no_folder
@@ -12,7 +13,10 @@ from dllm_convert.errors import DataError
 from dllm_convert.source.folder import SMALL_FILES
 from dllm_convert.source.safetensors_header import INDEX_FILE
 
-_HUB_FILES = ("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", "adapter_config.json")
+_HUB_FILES = (
+    *("*.safetensors", INDEX_FILE, MANIFEST_FILE, "*.py", NEIGHBOURS_FILE),
+    *("adapter_config.json", "*/adapter_config.json"),  # one at the top is a fault to be found
+)
 
 
 def checkpoint_folder(

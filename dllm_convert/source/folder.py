@@ -16,7 +16,7 @@ from dllm_convert.common.foreign_files import (
 )
 from dllm_convert.common.json_files import is_pointer, pointer
 from dllm_convert.common.nearest import no_folder
-from dllm_convert.errors import DataError, UnsupportedError
+from dllm_convert.errors import DataError, IncompatibleError, UnsupportedError
 from dllm_convert.source.base_card import read_base_card
 from dllm_convert.source.info import SourceInfo, TensorInfo, TokenizerInfo
 from dllm_convert.source.safetensors_header import (
@@ -57,6 +57,27 @@ PICKLE_WARNING = (
     "the weights are a pickle (pytorch_model.bin): they are read with weights_only=True and "
     "converted to safetensors once; their shapes are not known before that"
 )
+
+
+def check_pickle(source: SourceInfo, *, allowed: bool, instead: str | None = None) -> None:
+    """Check that pickled weights were asked for.
+
+    Args:
+        source: Whose weights are to be read.
+        allowed: Whether they were.
+        instead: What to do where they cannot be; by default how they are asked for.
+
+    Raises:
+        IncompatibleError: The weights are pickles, and nobody said so.
+    """
+    pickles = [name for name in source.files if name.endswith(".bin")]
+    if pickles and not source.tensors and not allowed:
+        raise IncompatibleError(
+            f"the weights are a pickle ({pickles[0]}), which can hold code, expected safetensors",
+            hint=instead
+            or "Take a safetensors version, or add --allow-pickle: it is read with "
+            "weights_only=True, which runs no code, and converted once",
+        )
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

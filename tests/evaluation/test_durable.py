@@ -136,6 +136,43 @@ def test_tasks_with_the_same_settings_come_together(request_of: Any) -> None:
     assert read_manifest(request_of().checkpoint)["evaluation"] == other
 
 
+class Told(Reporter):
+    """Keeps what it warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_what_is_found_of_another_model_does_not_come_together(
+    request_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of its own, where two models, or two states of one, may be recorded."""
+
+    def found(request: Request, *_: Any) -> dict[str, Any]:
+        return {"tasks": {name: {} for name in request.tasks}}
+
+    monkeypatch.setattr(run, "evaluate_tasks", found)
+    out, teller = tmp_path / "found", Told()
+    first = evaluate_checkpoint(request_of("capitals", record=out), teller)
+    both = evaluate_checkpoint(request_of("writing", record=out), teller)
+    assert both["tasks"].keys() == {"capitals", "writing"}
+    assert not teller.warnings
+    of_one = first["settings"]["checkpoint"]
+    assert of_one.startswith("model@")
+    trained = request_of("writing", record=out)
+    manifest = read_manifest(trained.checkpoint)
+    files = {"model.safetensors": "0" * 64}
+    write_manifest(trained.checkpoint, {**manifest, "files": files})
+    other = evaluate_checkpoint(trained, teller)
+    assert other["tasks"].keys() == {"writing"}
+    assert other["settings"]["checkpoint"] != of_one
+    assert f"holds what was found of {of_one}" in " ".join(teller.warnings)
+
+
 def test_the_base_is_looked_for_first(request_of: Any, ran: list[tuple[str, str]]) -> None:
     with pytest.raises(DataError):
         evaluate_checkpoint(request_of("capitals", base="no/such-folder/anywhere"), QUIET)

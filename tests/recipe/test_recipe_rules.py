@@ -66,7 +66,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (DRAWN | {"generation.temperature": 0.0}, "needs a generation.temperature above 0"),
     (DRAWN | {"generation.confidence_threshold": 0.9}, "which ranks nothing"),
     (DRAWN | {"generation.remasking": "random"}, "each says what a step writes"),
-    ({**UNIFORM, "generation.guidance_scale": 2.0}, "which the uniform kernel has not"),
+    ({**UNIFORM, "generation.guidance_scale": 2.0}, "which only the absorbing kernel has"),
+    (
+        {**UNIFORM, **WALK, "generation.guidance_scale": 2.0},
+        "which only the absorbing kernel has",
+    ),
 ]
 
 

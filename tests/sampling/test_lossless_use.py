@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conversion import convert, sample
 from gated import gated_folder
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dllm_convert as dc
 from dllm_convert.common.console import Reporter
-from dllm_convert.errors import DllmConvertError, RequestError
+from dllm_convert.common.manifest import read_manifest, write_manifest
+from dllm_convert.errors import DllmConvertError, IncompatibleError, RequestError
 from dllm_convert.recipe.loading import load_recipe
-from dllm_convert.sampling.pairing import check_tokens
+from dllm_convert.sampling.checking import check_settings
+from dllm_convert.sampling.pairing import check_tokens, verifying_source
+from dllm_convert.source.inspect import inspect_source
 
 PROMPT = "The block in which a name is bound"
 
@@ -156,6 +162,91 @@ def test_bases_that_do_not_verify_are_refused(
         assert said in " ".join(refused.output.replace("│", " ").split()), said
     with pytest.raises(RequestError, match="holds no verifier"):
         dc.sample(dc.load(folder), PROMPT, lossless=True)
+    for checkpoint in (folder, dc.load(folder)):
+        with pytest.raises(RequestError, match="base is int, expected a folder"):
+            dc.sample(checkpoint, PROMPT, lossless=True, base=123)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_pickled_base_is_read_where_the_conversion_was_allowed_to(
+    allowed: bool, opened: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its recipe says so for the base that it records; of one that is named nothing does."""
+    _, source = opened
+    base, folder = tmp_path / "base", tmp_path / "converted"
+    shutil.copytree(source, base)
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    shutil.copytree(opened[0], folder)
+    manifest = read_manifest(folder)
+    manifest["source"] |= {"given": str(base), "repo_id": None, "fingerprint": {}}
+    manifest["recipe"]["allow_pickle"] = allowed
+    write_manifest(folder, manifest)
+    with pytest.raises(IncompatibleError, match="are a pickle") as refused:
+        verifying_source(folder, str(base))
+    assert "safetensors version of it with --base" in str(refused.value.hint)
+    if allowed:
+        assert verifying_source(folder, None).files == inspect_source(str(base)).files
+    else:
+        with pytest.raises(IncompatibleError, match="are a pickle"):
+            verifying_source(folder, None)
+
+
+BESIDE_ANOTHER: list[tuple[dict[str, Any], str]] = [
+    ({"unmasking": "margin"}, "unmasking does nothing where another model verifies"),
+    ({"entropy_bound": 0.5}, "entropy_bound does nothing where another"),
+    ({"sub_block_size": 4}, "sub_block_size does nothing where another"),
+    ({"sampler": "ancestral", "temperature": 1.0}, "sampler makes another text"),
+    ({"remasking": "random"}, "remasking makes another text"),
+    ({"guidance_scale": 2.0}, "guidance_scale makes another text"),
+]
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["named", "recorded"])
+@pytest.mark.parametrize(("given", "said"), BESIDE_ANOTHER, ids=lambda value: str(value)[:20])
+def test_what_does_nothing_beside_another_model_is_refused(
+    opened: tuple[Path, Path],
+    given: dict[str, Any],
+    said: str,
+    names: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As beside the checkpoint's own verifier, and before a model is loaded."""
+    from dllm_convert.cli.commands.decoding import FLAGS
+    from dllm_convert.sampling import run
+
+    monkeypatch.setattr(run, "load_checkpoint", lambda *_, **__: pytest.fail("it was loaded"))
+    folder, source = opened
+    base = source if names else None
+    with pytest.raises(RequestError, match=said):
+        dc.sample(folder, PROMPT, lossless=True, base=base, **given)
+    name = said.partition(" ")[0]
+    flags = [text for key, value in given.items() for text in (FLAGS[key], str(value))]
+    more = () if base is None else ("--base", str(base))
+    refused = sample(folder, "--prompt", PROMPT, "--lossless", *more, *flags, code=2)
+    shown = " ".join(refused.output.replace("│", " ").split())
+    assert said.replace(name, FLAGS[name]) in shown
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"unmasking": "margin", "entropy_bound": 0.5, "verify_with": "self"}, None),
+        ({"sampler": "ancestral", "temperature": 1.0}, "sampler makes another text"),
+        ({"remasking": "random"}, "remasking makes another text"),
+    ],
+)
+def test_what_a_checkpoint_has_saved_beside_another_model(
+    opened: tuple[Path, Path], saved: dict[str, Any], said: str | None
+) -> None:
+    """What does nothing is left aside; what would make another text is refused."""
+    model, _ = dc.load(opened[0])
+    config = model.config.to_dict()
+    if said is None:
+        assert not check_settings(config, saved, {}, other_verifies=True).verify_with
+    else:
+        with pytest.raises(ValueError, match=said):
+            check_settings(config, saved, {}, other_verifies=True)
 
 
 @pytest.mark.parametrize(

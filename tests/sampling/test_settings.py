@@ -138,6 +138,42 @@ def test_what_a_checkpoint_saved_counts(source_cache: Callable[..., Path], tmp_p
     assert check_decoding(tmp_path, {"top_p": 0.5}) is None, "no checkpoint"
 
 
+SWITCHED_OFF: list[tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]] = [
+    (
+        {"sub_block_size": 4},
+        {"sampler": "ancestral", "temperature": 1.0},
+        "sub_block_size=8 is none",
+        {"sub_block_size": 8},
+    ),
+    ({"sub_block_size": 4}, {"remasking": "random"}, "sub_block_size=8 is", {"sub_block_size": 99}),
+    (
+        {"remasking": "random"},
+        {"sampler": "ancestral", "temperature": 1.0},
+        "remasking_ratio=0 is none",
+        {"remasking_ratio": 0},
+    ),
+]
+
+
+@pytest.mark.parametrize(("saved", "given", "said", "off"), SWITCHED_OFF, ids=str)
+def test_what_is_saved_is_switched_off_as_the_refusal_says(
+    saved: dict[str, Any],
+    given: dict[str, Any],
+    said: str,
+    off: dict[str, Any],
+    source_cache: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "out"
+    convert(source_cache("llama"), folder, "bd3lm", block=8, generation=saved)
+    with pytest.raises(ValueError, match=said):
+        check_decoding(folder, given)
+    options = check_decoding(folder, {**given, **off})
+    assert options is not None
+    assert all(getattr(options, name) == value for name, value in given.items())
+    assert all(getattr(options, name) is None for name in saved)
+
+
 @pytest.mark.parametrize("family", ["mistral", "bert", "roberta"])
 def test_marks_in_a_prompt_are_written(checkpoint: Get, family: str) -> None:
     folder = checkpoint(family)

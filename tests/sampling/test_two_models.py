@@ -10,6 +10,7 @@ import torch
 from kept import instance
 from test_lossless import stock, written
 from tiny_decoders import DECODERS, MASK, prompt, ragged, tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dllm_convert.modeling.published import paired
 from dllm_convert.modeling.published.drafting import PairPolicy
@@ -92,6 +93,96 @@ def test_the_text_is_the_verifiers(
     assert stopped.sequences[:, ids.shape[1] :].tolist() == written(base, ids, mask, NEW, ends)
 
 
+class Whole(PairPolicy):
+    """Drafts in three forwards, as much as there is room for."""
+
+    def plan(self, left: int, room: int, behind: int, prompt: int = 0) -> tuple[int, int]:
+        assert behind >= 0
+        most = min(left - 1, room)
+        return (3, most) if most > 0 else (1, 0)
+
+
+class Few(Whole):
+    """Drafts so many tokens in three forwards that a block is filled by several calls."""
+
+    def plan(self, left: int, room: int, behind: int, prompt: int = 0) -> tuple[int, int]:
+        steps, most = super().plan(left, room, behind)
+        return steps, min(most, 3)
+
+
+@pytest.mark.parametrize("policy", [Eager, Whole, Few])
+@pytest.mark.parametrize("lengths", [[3], [3, 3], [3, 9, 17]], ids=str)
+@pytest.mark.parametrize("seed", [None, 1], ids=["equal", "other"])
+@pytest.mark.parametrize("context", ["block", "causal"])
+def test_sure_drafts_are_not_taken_for_the_text(
+    policy: type[PairPolicy],
+    lengths: list[int],
+    seed: int | None,
+    context: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One forward fills a block with what is sure; only what was verified gets into the cache."""
+    model = tiny("llama", block=8)
+    model.config.diffusion["context"] = context
+    base = verifier_of(model, "llama", seed=seed)
+    ids, mask = ragged(lengths)
+    expected = written(base, ids, mask, NEW, None)
+    texts = [
+        [*row[given.bool()].tolist(), *new]
+        for row, given, new in zip(ids, mask, expected, strict=True)
+    ]
+    kept: list[int] = []
+
+    class Watched(paired.BlockReader):
+        def check(self, columns: torch.Tensor, clean: torch.Tensor) -> None:
+            for row in clean.nonzero().squeeze(-1).tolist():
+                number, at = int(self.canvas.rows[row]), columns[row].tolist()
+                assert self.canvas.tokens[number, at].tolist() == [texts[number][c] for c in at]
+                kept.append(number)
+
+        def read(self, columns: Any, masked: Any, clean: Any) -> Any:
+            self.check(columns, clean)
+            return super().read(columns, masked, clean)
+
+        def read_ahead(self, columns: Any) -> Any:
+            self.check(columns, torch.ones(len(columns), dtype=torch.bool))
+            return super().read_ahead(columns)
+
+    count = paired.BlockDrafter._denoised
+
+    def no_more(self: Any, steps: int, most: int, choice: Any) -> Any:
+        found = count(self, steps, most, choice)
+        assert all(len(own) <= most for own in found)
+        return found
+
+    monkeypatch.setattr(paired, "BlockReader", Watched)
+    monkeypatch.setattr(paired.BlockDrafter, "_denoised", no_more)
+    monkeypatch.setattr(paired, "PairPolicy", policy)
+    for threshold in (0.001, None):
+        found = model.generate(ids, **settings(mask, base, confidence_threshold=threshold))
+        assert found.sequences[:, ids.shape[1] :].tolist() == expected
+    assert set(kept) == set(range(len(lengths)))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("lengths", [[3], [8], [3, 9, 17]], ids=str)
+def test_what_denoising_has_saved_is_left_aside(
+    shift: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts are written in whole blocks, whatever parts the checkpoint denoises alone in."""
+    model = tiny("llama", block=8, shift=shift)
+    base = verifier_of(model, "llama")
+    ids, mask = ragged(lengths)
+    expected = written(base, ids, mask, NEW, None)
+    monkeypatch.setattr(paired, "PairPolicy", Whole)
+    plain = model.generate(ids, **settings(mask, base))
+    for name, value in {"sub_block_size": 4, "entropy_bound": 0.5, "unmasking": "margin"}.items():
+        setattr(model.generation_config, name, value)
+    found = model.generate(ids, **settings(mask, base))
+    assert found.sequences[:, ids.shape[1] :].tolist() == expected
+    assert (found.forwards, found.verifier_forwards) == (plain.forwards, plain.verifier_forwards)
+
+
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text", "gemma3_text", "llama"])
 def test_whatever_the_verifier_is(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, convolutions, recurrent states; and a vocabulary of another size."""
@@ -101,6 +192,29 @@ def test_whatever_the_verifier_is(family: str, monkeypatch: pytest.MonkeyPatch) 
     expected = written(base, ids, mask, NEW, None)
     monkeypatch.setattr(paired, "PairPolicy", Eager)
     told(monkeypatch, [3, 20, 6], [[min(t, 59) for t in row] for row in expected])
+    found = model.generate(ids, **settings(mask, base))
+    assert found.sequences[:, ids.shape[1] :].tolist() == expected
+
+
+def test_a_stock_verifier_is_told_of_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what stands behind the shorter rows, which nobody sees; a class may refuse arguments."""
+    model = tiny("llama", block=8)
+    base = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=model.config.vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=128
+        )
+    )
+    base.eval().double()
+    plain = base.forward
+
+    def strict(*given: Any, **more: Any) -> Any:
+        assert "noisy" not in more
+        return plain(*given, **more)
+
+    ids, mask = ragged([3, 9, 17])
+    expected = written(base, ids, mask, NEW, None)
+    monkeypatch.setattr(base, "forward", strict)
+    monkeypatch.setattr(paired, "PairPolicy", Whole)
     found = model.generate(ids, **settings(mask, base))
     assert found.sequences[:, ids.shape[1] :].tolist() == expected
 
@@ -223,6 +337,7 @@ def simulated(policy: PairPolicy, block: int, tokens: int, right: Any) -> tuple[
         ({"verify_with": "model"}, "from left to right"),
         ({"guidance_scale": 2.0}, "leave guidance_scale"),
         ({"remasking": "random"}, "leave guidance_scale"),
+        ({"sampler": "ancestral", "temperature": 1.0}, "sampler out"),
     ],
 )
 def test_what_is_no_pair_is_refused(change: dict[str, Any], said: str) -> None:

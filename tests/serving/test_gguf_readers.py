@@ -84,6 +84,18 @@ def around(folder: Path) -> tuple[Any, LlamaCppModel]:
     return model, LlamaCppModel(engine, model.config, model.generation_config)
 
 
+@pytest.mark.parametrize("names", [True, False], ids=["named", "alone"])
+def test_it_drafts_for_no_other_model(
+    names: bool, converted: Make, source_cache: SourceFactory
+) -> None:
+    folder = converted("llama", target="bd3lm", shift="keep")
+    _, theirs = around(folder)
+    _, tokenizer = dc.load(folder, device="cpu")
+    base = source_cache("llama") if names else None
+    with pytest.raises(RequestError, match="give the folder that was exported"):
+        dc.sample((theirs, tokenizer), "A list", lossless=True, base=base, max_new_tokens=4)
+
+
 HOW: dict[str, dict[str, Any]] = {
     "one by one": {},
     "guided": {"guidance_scale": 2.0},

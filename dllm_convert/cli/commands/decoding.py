@@ -106,7 +106,12 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
 
 
 def check_here(
-    checkpoint: str, settings: Mapping[str, Any], *, lossless: bool = False, alone: bool = True
+    checkpoint: str,
+    settings: Mapping[str, Any],
+    *,
+    lossless: bool = False,
+    alone: bool = True,
+    named: bool = False,
 ) -> None:
     """Refuse settings that do not fit to a checkpoint of this machine, before torch is imported.
 
@@ -115,6 +120,7 @@ def check_here(
         settings: By the names of decoding, those that were given.
         lossless: Whether whichever verifier there is is to decide what is written.
         alone: Whether that has to be the checkpoint's own; else another model may.
+        named: Whether another model was named.
 
     Raises:
         typer.BadParameter: They contradict each other or the checkpoint.
@@ -123,17 +129,21 @@ def check_here(
 
     folder = Path(checkpoint)
     if folder.is_dir():
-        found = (verifier_of if alone else own_verifier)(folder) if lossless else None
-        verifier = {} if found is None else {"verify_with": found}
-        check_settings(folder, {**verifier, **settings})
+        asks = lossless and not named
+        found = (verifier_of if alone else own_verifier)(folder) if asks else None
+        given = {**({} if found is None else {"verify_with": found}), **settings}
+        check_settings(folder, given, other_verifies=lossless and "verify_with" not in given)
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(
+    folder: Path, settings: Mapping[str, Any], *, other_verifies: bool = False
+) -> None:
     """Refuse settings that do not fit together, or not to the checkpoint.
 
     Args:
         folder: The checkpoint, of which no weights are read.
         settings: By the names of decoding, those that were given.
+        other_verifies: Whether another model verifies what the checkpoint drafts.
 
     Raises:
         typer.BadParameter: They contradict each other or the checkpoint.
@@ -141,7 +151,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     from dllm_convert.sampling.checking import check_decoding
 
     try:
-        check_decoding(folder, settings)
+        check_decoding(folder, settings, other_verifies=other_verifies)
     except ValueError as error:
         raise typer.BadParameter(_as_flags(str(error))) from error
 

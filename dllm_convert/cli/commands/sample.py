@@ -92,7 +92,9 @@ def sample(
         raise typer.BadParameter("--base and --verify-with both name who verifies: leave one out.")
     if base is not None and not lossless:
         raise typer.BadParameter("--base says who verifies drafts: add --lossless.")
-    decoding.check_here(checkpoint, settings, lossless=lossless and base is None, alone=False)
+    decoding.check_here(
+        checkpoint, settings, lossless=lossless, alone=False, named=base is not None
+    )
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
     how |= {"threads": threads, "lossless": lossless, "base": base}

@@ -135,7 +135,15 @@ class DecodingOptions:
             if value is not None and not (_is_whole(value) and value >= 1):
                 raise ValueError(f"{name} is {value!r}, expected at least 1")
         self._check_choices()
+        self._drop_idle()
         self._check_combinations()
+        if self.sampler:
+            # What is ranked, or found sure enough, where positions are chosen.
+            for name in ("confidence_threshold", "entropy_bound"):
+                object.__setattr__(self, name, None)
+
+    def _drop_idle(self) -> None:
+        # What does nothing contradicts nothing, and is how a saved setting is switched off.
         for name, limit in _IDLE.items():
             value = getattr(self, name)
             if value is not None and (value <= 0 if limit == 0 else value >= limit):
@@ -144,10 +152,6 @@ class DecodingOptions:
             object.__setattr__(self, "sub_block_size", None)
         if self.remasking_ratio == 0:
             object.__setattr__(self, "remasking", None)
-        if self.sampler:
-            # What is ranked, or found sure enough, where positions are chosen.
-            for name in ("confidence_threshold", "entropy_bound"):
-                object.__setattr__(self, name, None)
 
     def _check_choices(self) -> None:
         if self.unmasking not in ORDERS:
@@ -211,6 +215,7 @@ class DecodingOptions:
             if getattr(self, name):
                 raise ValueError(
                     f"{name} and sampler do not go together: each says what a step writes"
+                    f"{self._off(name)}"
                 )
         if self.rules.is_ordered:
             raise ValueError(
@@ -222,11 +227,21 @@ class DecodingOptions:
         # Of what is written from left to right, nothing is taken back.
         for name in ("block_length", "sub_block_size"):
             if self.remasking and getattr(self, name):
-                raise ValueError(f"remasking and {name} do not go together: leave one out")
+                raise ValueError(
+                    f"remasking and {name} do not go together: leave one out{self._off(name)}"
+                )
         if self.sub_block_size and not self.block_size:
             raise ValueError(
                 "sub_block_size is a part of a block, and MDLM has none; block_length is for MDLM"
             )
+
+    def _off(self, name: str) -> str:
+        # How a setting that the checkpoint has saved is switched off, where it can be.
+        none = {
+            "remasking": "remasking_ratio=0",
+            "sub_block_size": f"sub_block_size={self.block_size}",
+        }.get(name)
+        return "" if none is None else f"; {none} is none"
 
     @property
     def is_drawn(self) -> bool:

@@ -39,6 +39,7 @@ class StockModel:
 
         Of the output, which is not the model's own class, only these and the cache are read.
         """
+        more.pop("noisy", None)  # what nobody sees, behind shorter rows; it knows no noise
         # Whoever asks for none fills the cache.
         output = self.model(
             input_ids=tokens,
@@ -80,6 +81,9 @@ class BlockDrafter:
         self.reader = BlockReader(model, self.canvas, self.size)
         self._known = model.get_input_embeddings().num_embeddings
         self._begun = False
+        # Past the text, up to the end of its last block: never verified. (batch, columns) each.
+        shared = text.tokens.shape[1]
+        self._past = self.canvas.tokens[:, shared:].clone(), self.canvas.masked[:, shared:].clone()
 
     def _room(self, rows: list[Any]) -> tuple[int, int, int]:
         """What a policy is told: tokens left in the block of most; blocks, and tokens, unread."""
@@ -113,25 +117,26 @@ class BlockDrafter:
         unread = self.text.tokens >= self._known
         canvas.tokens[:, :shared] = self.text.tokens.masked_fill(unknown | unread, mask)
         canvas.masked[:, :shared] = unknown
+        canvas.tokens[:, shared:], canvas.masked[:, shared:] = self._past
+        # What is drafted below is not written: it makes no block clean. (batch, width)
+        unverified = canvas.masked.clone()
         if not self._begun:
             reader.read_prompt()
             self._begun = True
         drafted: list[dict[int, int]] = [{} for _ in range(len(canvas.rows))]
         done = 0
         while done < steps:
-            # Of each row's block: what is to be drafted, the first `count` masks. (rows, block)
-            columns, masked = self._open(count)
-            is_open = masked.any(-1)
-            logits = None
-            if not is_open.any():
-                logits = reader.read_ahead(columns)
+            columns, clean, masked = self._open(unverified, count)
+            if not (clean | masked.any(-1)).any():
+                break  # every draft is sure
+            logits = reader.read_ahead(columns) if clean.all() else None
             if logits is not None:
                 # All masks of the blocks behind, of which the first are wanted.
                 every = canvas.masked[canvas.rows[:, None], reader.columns()]
-                columns, masked = self._open(count)
+                columns, _, masked = self._open(unverified, count)
                 logits = logits[masked[every]]
             else:
-                logits = reader.read(columns, masked, ~is_open)
+                logits = reader.read(columns, masked, clean)
             if len(logits):
                 self._fill(logits, columns, masked, drafted, choice, last=done == steps - 1)
                 done += 1
@@ -139,10 +144,18 @@ class BlockDrafter:
         self.text.forwards += canvas.forwards - before
         return drafted
 
-    def _open(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = self.reader.columns()
-        masked = self.canvas.masked[self.canvas.rows[:, None], columns]
-        return columns, masked & (masked.cumsum(-1) <= count)
+    def _open(
+        self, unverified: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return columns of each row's block, which blocks are verified, what is left to draft.
+
+        That is, of the first `count` tokens that are not verified, those that no draft is sure of.
+        Shapes (rows, block), (rows,), (rows, block).
+        """
+        columns, rows = self.reader.columns(), self.canvas.rows[:, None]
+        wanted = unverified[rows, columns]
+        first = wanted & (wanted.cumsum(-1) <= count)
+        return columns, ~wanted.any(-1), first & self.canvas.masked[rows, columns]
 
     def _fill(
         self,
@@ -204,9 +217,10 @@ def check_paired(model: Any, verifier: Any, options: DecodingOptions) -> None:
             f"the drafter is on {model.device} and the verifier on {verifier.device}: both have to "
             "be on one device"
         )
-    if options.guided or options.remasking:
+    if options.guided or options.remasking or options.sampler:
         raise VerifierError(
-            "verify_with writes what the verifier says: leave guidance_scale and remasking out"
+            "verify_with writes what the verifier says: leave guidance_scale, remasking and "
+            "sampler out"
         )
 
 
@@ -225,7 +239,9 @@ def decode_paired(
     """
     canvas, rows = open_rows(prompts, lengths, options, observer)
     words = verifier.get_output_embeddings().weight.shape[0]
-    drafter = BlockDrafter(model, canvas, replace(options, seeds=()), words)
+    # Of the settings of denoising, a threshold and steps are what a draft has.
+    drafts = replace(options, seeds=(), sub_block_size=None, entropy_bound=None)
+    drafter = BlockDrafter(model, canvas, drafts, words)
     choice = Choice(options, len(rows), prompts.device, words)
     policy = PairPolicy(
         prompts.device.type,

@@ -91,8 +91,8 @@ def _base(source: str | Path | None, reporter: Reporter, *, allow_pickle: bool) 
     """Return the folder of a base's weights, fetched if need be."""
     if source is None:
         return None
-    from dllm_convert.planning.checks import check_pickle
     from dllm_convert.recipe.loading import load_recipe as load_layers
+    from dllm_convert.source.folder import check_pickle
     from dllm_convert.source.inspect import inspect_source
     from dllm_convert.source.materialise import materialise
 

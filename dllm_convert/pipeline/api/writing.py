@@ -150,8 +150,9 @@ def sample(
         if isinstance(checkpoint, str | Path):
             folder = checkpoint_folder(checkpoint, teller)
             given = {**_settled(own_verifier(folder), lossless=lossless, base=base), **given}
-            require_decoding(folder, given)
-            if lossless and "verify_with" not in given:
+            other = lossless and "verify_with" not in given
+            require_decoding(folder, given, other_verifies=other)
+            if other:
                 how["verifier"] = _other_verifier(folder, base)
             samples = run_sample(folder, prompts, teller, shown, **how, **given)
         else:
@@ -166,11 +167,12 @@ def sample(
                 ) from error
             own = own_verifier(model.config.to_dict())
             given = {**_settled(own, lossless=lossless, base=base), **given}
-            require_settings(model, given)
-            if lossless and "verify_with" not in given:
+            other = lossless and "verify_with" not in given
+            require_settings(model, given, other_verifies=other)
+            if other:
                 from dllm_convert.sampling.pairing import load_verifier
 
-                found = _other_verifier(None, base)
+                found = _other_verifier(None, base, model)
                 is_named = isinstance(found, SourceInfo)
                 how["verifier"] = (
                     load_verifier(model, tokenizer, found, teller) if is_named else found
@@ -196,15 +198,28 @@ def _settled(own: str | None, *, lossless: bool, base: Any) -> dict[str, Any]:
     return {"verify_with": own} if lossless and base is None and own is not None else {}
 
 
-def _other_verifier(folder: Path | None, base: Any) -> Any:
+def _other_verifier(folder: Path | None, base: Any, model: Any = None) -> Any:
     """Return who verifies beside a checkpoint, from headers, or as it was given, loaded.
 
     Raises:
-        RequestError: Of a loaded model nobody knows the base.
+        RequestError: Of a loaded model nobody knows the base, what was given is none, or the model
+            that drafts is one that llama.cpp runs.
     """
     from dllm_convert.sampling.pairing import verifying_source
 
+    if getattr(model, "reader", None) is not None:
+        raise RequestError(
+            "what llama.cpp runs drafts for no other model: give the folder that was exported in "
+            "place of the file, or leave `lossless` out",
+            argument="lossless",
+        )
     if base is not None and not isinstance(base, str | Path):
+        if not callable(getattr(base, "generate", None)):
+            raise RequestError(
+                f"base is {type(base).__name__}, expected a folder, a Hub id, a GGUF file, or a "
+                "loaded model of transformers",
+                argument="base",
+            )
         return base
     if folder is None and base is None:
         raise RequestError(
