@@ -436,5 +436,6 @@ def _run(trainer: DiffusionTrainer, resumed: Resumption) -> None:
 def _device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator else f"CPU ({platform.machine()})"
+    # Where there is none, torch 2.6 raises.
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else f"CPU ({platform.machine()})"

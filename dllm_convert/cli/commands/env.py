@@ -58,8 +58,9 @@ def _devices() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         return {"torch": f"cannot be imported ({error})"}
     if not torch.cuda.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        return {"gpus": [] if accelerator is None else [accelerator.type], "cuda": None}
+        # Where there is none, torch 2.6 raises.
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return {"gpus": [] if found is None else [found.type], "cuda": None}
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {"gpus": names, "cuda": torch.version.cuda}
 
