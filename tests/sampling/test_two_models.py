@@ -112,8 +112,7 @@ class Few(Whole):
 
 @pytest.mark.parametrize("policy", [Eager, Whole, Few])
 @pytest.mark.parametrize("lengths", [[3], [3, 3], [3, 9, 17]], ids=str)
-@pytest.mark.parametrize("seed", [None, 1], ids=["equal", "other"])
-@pytest.mark.parametrize("context", ["block", "causal"])
+@pytest.mark.parametrize(("seed", "context"), [(None, "block"), (1, "causal")])
 def test_sure_drafts_are_not_taken_for_the_text(
     policy: type[PairPolicy],
     lengths: list[int],
