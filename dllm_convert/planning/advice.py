@@ -58,6 +58,18 @@ def _lora(recipe: Recipe) -> str | None:
     return None
 
 
+def _taught(recipe: Recipe, tokens: int) -> str | None:
+    training = recipe.training
+    teaches = training.keeps_base and training.distillation.weight > 0
+    if not teaches or tokens > SMALL_BUDGET or training.peak_learning_rate < 2e-3:
+        return None
+    return (
+        f"learning rate {training.peak_learning_rate:g} beside a base that teaches: of three runs "
+        "on SmolLM2-135M at 2e-3 two were lost within 60 steps, of two at 1e-3 none "
+        "(--set training.lora.learning_rate=1e-3)"
+    )
+
+
 def _objective(recipe: Recipe, adapter: Adapter, tokens: int) -> str | None:
     if adapter.attention != "causal":
         return None
@@ -135,6 +147,7 @@ def advise(
     found = (
         _learning_rate(recipe, tokens),
         _lora(recipe),
+        _taught(recipe, tokens),
         _objective(recipe, adapter, tokens),
         _block(recipe, source),
         _data(recipe, tokens),

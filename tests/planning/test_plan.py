@@ -321,6 +321,16 @@ def test_unsupported_family_lists_what_is_supported(source_cache: Sources) -> No
         ({"training": {"method": "lora", "lora": {"rank": 16}}}, "rank 16"),
         ({"training": {"method": "lora", "lora": {"norms": False}}}, "must stay trainable"),
         ({"target": "mdlm"}, "19.3"),
+        (
+            {
+                "training": {
+                    "method": "lora",
+                    "lora": {"acts_on": "noisy", "learning_rate": 2e-3},
+                    "distillation": {"weight": 0.5},
+                }
+            },
+            "two were lost",
+        ),
     ],
 )
 def test_warnings_name_their_source(

@@ -59,7 +59,8 @@ def _devices() -> dict[str, Any]:
         return {"torch": f"cannot be imported ({error})"}
     if not torch.cuda.is_available():
         # Where there is none, torch 2.6 raises.
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        has_any = torch.accelerator.is_available()
+        found = torch.accelerator.current_accelerator() if has_any else None
         return {"gpus": [] if found is None else [found.type], "cuda": None}
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {"gpus": names, "cuda": torch.version.cuda}
