@@ -323,11 +323,14 @@ def test_unsupported_family_lists_what_is_supported(source_cache: Sources) -> No
         ({"target": "mdlm"}, "19.3"),
         (
             {
+                "target": "bd3lm",
+                "block_size": 8,
                 "training": {
                     "method": "lora",
                     "lora": {"acts_on": "noisy", "learning_rate": 2e-3},
+                    "steps": 60,
                     "distillation": {"weight": 0.5},
-                }
+                },
             },
             "two were lost",
         ),
