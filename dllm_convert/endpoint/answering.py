@@ -16,6 +16,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.utils import BaseHandler
 
+from dllm_convert.common import strict_json
 from dllm_convert.endpoint.generating import AnswerManager, cut_at, stop_texts
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.modeling.published.limits import check_context, context_of
@@ -75,7 +76,7 @@ def _check_kinds(body: Mapping[str, Any]) -> None:
         # Python counts true as 1.
         odd = isinstance(value, bool) and bool not in kinds
         if value is not None and (odd or not isinstance(value, kinds)):
-            raise _bad(f"{name} is {json.dumps(value)}, expected {expected}")
+            raise _bad(f"{name} is {strict_json.dumps(value)}, expected {expected}")
 
 
 def _bad(why: str) -> HTTPException:

@@ -73,7 +73,12 @@ def test_a_number_beyond_reason_is_refused(name: str, option: str, value: str) -
     assert len(result.stderr) < 1000
 
 
+TIMES = {"noise.draw": "time", "noise.complementary": False}
 BESIDE: dict[str, dict[str, Any]] = {
+    "noise.classes": {**TIMES, "noise.schedule": "learned", "noise.exponent_rate": 0.01},
+    "noise.neighbours": {
+        **{**TIMES, "noise.kernel": "neighbours", "noise.jumps": 4.0, "noise.discrete_steps": 9},
+    },
     "block_size": {"data.sequence_length": LARGEST_COUNT},
     "data.sequence_length": {"block_size": 1},
     "noise.discrete_steps": {"noise.complementary": False, "noise.draw": "time"},

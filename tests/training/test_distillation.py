@@ -53,8 +53,6 @@ def conversion(
         "lr_schedule": "constant_with_warmup", "warmup_ratio": 0,
         "distillation": {"weight": 0.5, **distillation}, **WAYS[way], **(more or {}),
     }  # fmt: skip
-    if draft is not None:
-        training["lora"] = {**training["lora"], "draft": draft}
     noise = {"draw": "draft"} if way == "drafts" else {"draw": "count", "complementary": True}
     recipe = Recipe.model_validate(
         {
@@ -64,6 +62,7 @@ def conversion(
             "noise": noise,
             "data": {"source": "pydoc", "sequence_length": 32, "max_documents": 40},
             "training": training,
+            "block_attention": draft or "auto",
         }
     )
     plan = make_plan(recipe, inspect_source(str(source)))

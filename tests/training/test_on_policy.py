@@ -439,8 +439,8 @@ def test_check_says_how_often_and_how_much(source_cache: SourceFactory) -> None:
     shown = CliRunner().invoke(app, line)
     assert shown.exit_code == 0, shown.output
     assert (
-        "in 10 of them the model writes its text: 64 tokens behind 32, in at most 72 forwards"
-        in (" ".join(shown.output.split()))
+        "in 10 of them the model writes its text: 64 tokens behind 32 (of a chat, what stands "
+        "before its answer), in at most 72 forwards" in (" ".join(shown.output.split()))
     )
     plan = json.loads(CliRunner().invoke(app, [*line, "--json"]).output)
     assert plan["on_policy"] == {"steps": 10, "prompt_tokens": 32, "new_tokens": 64, "forwards": 72}
