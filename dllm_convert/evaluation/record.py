@@ -110,6 +110,12 @@ def _check_record(request: Request) -> None:
         raise DataError(
             f"{folder} is {taken}, expected a folder for what is found", hint="Give another --out"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"--out {folder} cannot be written ({error.strerror})", hint="Give another --out"
+        ) from error
 
 
 def _earlier(request: Request, settings: dict[str, Any], reporter: Reporter) -> dict[str, Any]:

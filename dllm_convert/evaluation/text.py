@@ -183,10 +183,11 @@ def _trained_on(given: str, data: Data) -> Data | None:
                 hint="Give both slices in rows, or both in percent",
             )
         if shared:
-            part = "is a part of" if trained is None else f"holds some of {text.split},"
+            whole = "is a part of what"
+            part = whole if trained is None else f"holds some of {text.split}, which"
             trained_name = NamedText(str(named["source"]), named.get("subset"), text.split)
             raise DataError(
-                f"--data {given} {part} what was trained on",
+                f"--data {given} {part} was trained on",
                 hint=f"--data {trained_name if trained else named['source']} measures what was "
                 "held out of it",
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_convert.common.diffusion_section import diffusion_section
-from dllm_convert.common.memory import free_memory, in_words
+from dllm_convert.common.memory import free_memory
 from dllm_convert.pipeline.context import Run, Stage
 from dllm_convert.pipeline.results import Baseline, Measured, Recorded, Section
 from dllm_convert.planning.conversion import ConversionPlan
@@ -36,13 +36,8 @@ def measured_in(run: Run) -> dict[str, Any]:
     bf16 = use_bf16(run.plan.recipe.training)
     dtype = torch.bfloat16 if bf16 else torch.float32
     room = torch.cuda.mem_get_info()[1]
-    takes = _taken_on_gpu(run.plan, dtype.itemsize, room)
-    if takes <= room * USABLE_MEMORY:
-        return {"device": "cuda", "dtype": dtype}
-    run.reporter.line(
-        f"measured on the CPU: that takes {in_words(takes)} on a GPU, and this has {in_words(room)}"
-    )
-    return {"device": "cpu", "dtype": dtype}
+    fits = _taken_on_gpu(run.plan, dtype.itemsize, room) <= room * USABLE_MEMORY
+    return {"device": "cuda" if fits else "cpu", "dtype": dtype}
 
 
 def _taken_on_gpu(plan: ConversionPlan, held: int, room: int) -> int:
@@ -73,8 +68,16 @@ def _load_base(run: Run, folder: Path) -> Any:
     return load_base(folder, run.plan.adapter, **measured_in(run))
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _baseline(run: Run) -> Baseline:
     """Measure the untrained conversion and, where it has a likelihood of its own, the base."""
+    if _has_cuda() and measured_in(run)["device"] == "cpu":
+        run.reporter.line("measured on the CPU: it has no room on one GPU")
     model = load(run, run.untrained)
     before, ar_nll = _nelbo(run, model), _base_nll(run, model)
     start = _survey(run, model, {"nelbo_before": before, "ar_nll": ar_nll})

@@ -61,15 +61,13 @@ def _train(run: Run) -> Recorded:
     if baseline is None:
         raise RuntimeError("training before its baseline was measured")
     work, start = run.workspace.work, Start(**baseline.start)
-    known, planned = run.workspace.pace, run.plan.recipe.training.steps
+    known = run.workspace.pace
 
     def keep(pace: Pace) -> None:
         if not run.place.main:
             return
         run.workspace.pace = pace.as_dict()
         run.workspace.record()
-        if pace.steps < planned:
-            run.reporter.line(f"there is time for {pace.steps:,} of {planned:,} steps")
 
     result = train(
         *(run.plan, run.data, run.untrained, run.trained, work, run.reporter, start),

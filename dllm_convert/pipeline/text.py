@@ -28,13 +28,14 @@ class TextPlan:
         look: What the text is.
         wanted: Tokens that the training reads, over all processes.
         epochs: How often it reads the whole text; None where nobody knows how large that is.
-        limited: Whether a time limit may end it before.
+        ends: Whether it ends once all of the text was read as often as it may be, which trainings
+            with a time limit do.
     """
 
     look: TextLook
     wanted: int
     epochs: float | None
-    limited: bool
+    ends: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for `check --json`."""
@@ -56,7 +57,7 @@ class TextPlan:
             return said
         times = f"{self.epochs:.2g}" if self.epochs < 10 else f"{self.epochs:,.0f}"
         said = f"{said}, {times} time{'s' if self.epochs != 1 else ''} all of it"
-        if self.limited and self.epochs > MOST_EPOCHS:
+        if self.ends and self.epochs > MOST_EPOCHS:
             return f"{said}, if there is time; it ends after {MOST_EPOCHS} times"
         return said
 
@@ -173,7 +174,9 @@ def _planned(recipe: Recipe, data: Data, wanted: int, count: Counter | None) -> 
     if look.tokens:
         apart = 0.0 if data.held_out_source else data.held_out_fraction
         epochs = float(f"{wanted / (look.tokens * (1 - apart)):.3g}")
-    return TextPlan(look, wanted, epochs, limited=recipe.training.max_minutes is not None)
+    limited = recipe.training.max_minutes is not None and not recipe.data.allow_epochs
+    # Of a stream nobody knows when all of it was read.
+    return TextPlan(look, wanted, epochs, ends=limited and data.streaming != "on")
 
 
 def _refuse_scraps(recipe: Recipe, data: Data, look: TextLook) -> None:
@@ -230,7 +233,7 @@ def looked_at(plan: ConversionPlan) -> dict[str, Any]:
 
 
 def _refuse_epochs(text: TextPlan, steps: int) -> None:
-    if text.epochs is None or text.epochs <= MOST_EPOCHS or text.limited:
+    if text.epochs is None or text.epochs <= MOST_EPOCHS or text.ends:
         return
     fewer = math.floor(steps * MOST_EPOCHS / text.epochs)
     shorter = f", or --steps {fewer}" if fewer else ""

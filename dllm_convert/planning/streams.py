@@ -159,8 +159,8 @@ def writing(recipe: Recipe) -> Writing:
     """Count what writing the rows of one forward takes at the most.
 
     A threshold commits several tokens in a forward, and an end token ends a text early; how often
-    is the model's to say. Of bd3lm a block runs behind what is cached, and once more when it is
-    written; of mdlm every forward runs the whole text.
+    is the model's to say. Of bd3lm a block, or a part of it, runs behind what is cached, and the
+    block once more when it is written; of mdlm every forward runs the whole text.
     """
     chosen, rows = recipe.training.on_policy, recipe.training.sequences_per_forward
     steps, new = recipe.generation.max_denoising_steps, chosen.new_tokens

@@ -53,6 +53,8 @@ class Rows:
         Args:
             other: The other slice.
         """
+        if Rows() in (self, other):
+            return True
         units = {
             percent
             for rows in (self, other)

@@ -184,9 +184,16 @@ def train(
             with steps of another size, or without the processes that shared its weights.
     """
     try:
-        timed = _Timing(pace, settled)
         chosen = settled_plan(plan)
         within = _within_text(chosen, data, reporter)
+        planned = within.recipe.training.steps
+
+        def found(pace: Pace) -> None:
+            settled(pace)
+            if pace.steps < planned:
+                reporter.line(f"there is time for {pace.steps:,} of {planned:,} steps")
+
+        timed = _Timing(pace, found)
         result = _train(within, data, untrained, out, work, reporter, start, timed)
         ended_by_text = result.stopped == "steps" and within is not chosen
         return replace(result, stopped="text") if ended_by_text else result
@@ -215,7 +222,12 @@ def _within_text(plan: ConversionPlan, data: TextData, reporter: Reporter) -> Co
         # The same share of the steps, and the last ones with blocks that have their size.
         scaled = max(growth.steps * steps // training.steps, len(recipe.growing_sizes))
         growth = growth.model_copy(update={"steps": min(scaled, steps - 1)})
-    fewer = training.model_copy(update={"steps": steps, "block_growth": growth})
+    # What fades over the first steps is over when they are.
+    fading = {
+        name: getattr(training, name) * steps // training.steps
+        for name in ("attention_annealing_steps", "mask_noise_steps")
+    }
+    fewer = training.model_copy(update={"steps": steps, "block_growth": growth, **fading})
     return replace(plan, recipe=recipe.model_copy(update={"training": fewer}))
 
 

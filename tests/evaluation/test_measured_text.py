@@ -190,7 +190,7 @@ def test_a_part_of_what_was_trained_on_is_refused(tmp_path: Path) -> None:
     assert _trained_on(f"{data.source}:train[:50%]", sliced) is not None
     assert _trained_on(f"{data.source}:train[50%:]", sliced) is None
     for part in ("train[40%:]", "train[:10%]", "train"):
-        with pytest.raises(DataError, match=r"holds some of train\[:50%\], what was") as caught:
+        with pytest.raises(DataError, match=r"holds some of train\[:50%\], which was") as caught:
             _trained_on(f"{data.source}:{part}", sliced)
         assert f"{data.source}:train[:50%] measures" in str(caught.value.hint)
     with pytest.raises(DataError, match="depends on the number of rows"):
@@ -209,6 +209,7 @@ def test_a_part_of_what_was_trained_on_is_refused(tmp_path: Path) -> None:
         ("a[:90%]", "a[5:]", None),
         ("a[90%:]", "a[:5]", None),
         ("a[:]", "a[5:]", True),
+        ("a[:]", "a[10%:500]", True),
         ("a[0%:]", "a[5:]", True),
     ],
 )
