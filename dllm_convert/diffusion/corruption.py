@@ -329,19 +329,15 @@ def corrupt(
     for view in range(process.views):
         # One level per group, (groups,); one uniform number per token, (batch, length).
         level = levels(key, counts, view, process.views)
-        uniforms = key.each_row(
-            rows, lambda g: torch.rand(length, generator=g, dtype=torch.float64), view, 1
+        drawn = partial(
+            key.each_row,
+            rows,
+            lambda g: torch.rand(length, generator=g, dtype=torch.float64),
+            view,
         )
-        draw = _Draw(groups, level, scorable, batch.positions.cpu(), uniforms)
+        draw = _Draw(groups, level, scorable, batch.positions.cpu(), drawn(1))
         if objective.classes is not None:
-            again = partial(
-                key.each_row,
-                rows,
-                lambda g: torch.rand(length, generator=g, dtype=torch.float64),
-                view,
-                4,
-            )
-            views += _by_class(draw, process, batch, objective.classes, again)
+            views += _by_class(draw, process, batch, objective.classes, partial(drawn, 4))
         elif not objective.masks:
             views += _by_replacing(draw, process, batch, objective, key)
         else:

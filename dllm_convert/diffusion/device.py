@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -28,3 +29,16 @@ def device_of(model: Any) -> torch.device:
     weights = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     weight = next(weights, None)
     return torch.device("cpu") if weight is None else weight.device
+
+
+def row_pieces(logits: torch.Tensor, *, cpu: int, other: int) -> Iterator[slice]:
+    """Yield rows of logits (n, vocab), some at a time.
+
+    Args:
+        logits: What is cut.
+        cpu: Entries of a piece on a CPU, at the most, but for a piece of one row.
+        other: The same on another device.
+    """
+    size = max(1, (cpu if logits.device.type == "cpu" else other) // logits.shape[-1])
+    for first in range(0, len(logits), size):
+        yield slice(first, first + size)

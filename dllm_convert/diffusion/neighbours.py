@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from dllm_convert.common.diffusion_section import NEIGHBOURS_FILE
+from dllm_convert.diffusion.device import row_pieces
 from dllm_convert.errors import DataError
 
 TAIL = 1e-8
@@ -241,7 +242,7 @@ class _NeighbourDivergence(torch.autograd.Function):
     ) -> torch.Tensor:
         nats = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         gradients = torch.empty_like(logits)
-        for rows in _pieces(logits):
+        for rows in row_pieces(logits, cpu=_ENTRIES, other=8 * _ENTRIES):
             part = _Piece(targets[rows], noisy[rows], kept[rows], mask_token_id, walk)
             nats[rows], gradients[rows] = part.compare(logits[rows])
         ctx.save_for_backward(gradients)
@@ -252,13 +253,6 @@ class _NeighbourDivergence(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         (gradients,) = ctx.saved_tensors
         return gradients * gradient[:, None].to(gradients.dtype), None, None, None, None, None
-
-
-def _pieces(logits: torch.Tensor) -> Iterator[slice]:
-    entries = _ENTRIES if logits.device.type == "cpu" else 8 * _ENTRIES
-    size = max(1, entries // logits.shape[-1])
-    for first in range(0, len(logits), size):
-        yield slice(first, first + size)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ draws a and b at the same t. What shares a t sees no other's noise, so it is tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from dllm_convert.diffusion.device import row_pieces
 from dllm_convert.modeling.published.choosing import forbid
 
 
@@ -127,7 +128,7 @@ class _ClassDivergence(torch.autograd.Function):
         nats = torch.empty(len(logits), dtype=torch.float32, device=device)
         by_exponents = torch.zeros(len(logits), len(weights), device=device)
         gradients = torch.empty_like(logits)
-        for rows in _pieces(logits):
+        for rows in row_pieces(logits, cpu=1 << 22, other=1 << 26):
             scores = logits[rows].to(torch.float32, copy=True)
             forbid(scores, mask_token_id)
             log = scores.log_softmax(-1)
@@ -153,13 +154,6 @@ class _ClassDivergence(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> tuple[Any, ...]:
         (gradients,) = ctx.saved_tensors
         return gradients * gradient[:, None].to(gradients.dtype), None, None, None
-
-
-def _pieces(logits: torch.Tensor) -> Iterator[slice]:
-    entries = 1 << 22 if logits.device.type == "cpu" else 1 << 26
-    size = max(1, entries // logits.shape[-1])
-    for first in range(0, len(logits), size):
-        yield slice(first, first + size)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,6 @@ def evaluate_checkpoint(request: Request, reporter: Reporter) -> dict[str, Any]:
         if request.record is None:
             record_evaluation(request.checkpoint, found)
         else:
-            request.record.mkdir(parents=True, exist_ok=True)
             draw_parallelism(found.get("sweep") or (), request.record)
             write_json(request.record / RECORD_FILE, found)
         return found

@@ -68,15 +68,11 @@ def _load_base(run: Run, folder: Path) -> Any:
     return load_base(folder, run.plan.adapter, **measured_in(run))
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _baseline(run: Run) -> Baseline:
     """Measure the untrained conversion and, where it has a likelihood of its own, the base."""
-    if _has_cuda() and measured_in(run)["device"] == "cpu":
+    import torch
+
+    if torch.cuda.is_available() and measured_in(run)["device"] == "cpu":
         run.reporter.line("measured on the CPU: it has no room on one GPU")
     model = load(run, run.untrained)
     before, ar_nll = _nelbo(run, model), _base_nll(run, model)
