@@ -31,14 +31,20 @@ def device_of(model: Any) -> torch.device:
     return torch.device("cpu") if weight is None else weight.device
 
 
-def row_pieces(logits: torch.Tensor, *, cpu: int, other: int) -> Iterator[slice]:
-    """Yield rows of logits (n, vocab), some at a time.
+def rows_at_once(logits: torch.Tensor, *, cpu: int = 1 << 20, other: int = 1 << 26) -> int:
+    """Return how many rows of logits (n, vocab) one piece has, at least one.
 
     Args:
         logits: What is cut.
-        cpu: Entries of a piece on a CPU, at the most, but for a piece of one row.
-        other: The same on another device.
+        cpu: Entries of a piece on a CPU: of its cache.
+        other: The same on another device, where few kernels are wanted.
     """
-    size = max(1, (cpu if logits.device.type == "cpu" else other) // logits.shape[-1])
+    entries = cpu if logits.device.type == "cpu" else other
+    return max(1, entries // max(1, logits.shape[-1]))
+
+
+def row_pieces(logits: torch.Tensor, *, cpu: int, other: int) -> Iterator[slice]:
+    """Yield the rows of logits (n, vocab), as many at a time as `rows_at_once` says."""
+    size = rows_at_once(logits, cpu=cpu, other=other)
     for first in range(0, len(logits), size):
         yield slice(first, first + size)

@@ -10,6 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from dllm_convert.diffusion.confidence import Sharpening
+from dllm_convert.diffusion.device import rows_at_once
 from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.modeling.published.choosing import forbid
 
@@ -21,12 +22,6 @@ def _without_mask(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     with torch.no_grad():
         forbid(scores, mask_token_id)
     return scores
-
-
-def _rows_at_once(logits: torch.Tensor) -> int:
-    # Of a CPU's cache; on a GPU few kernels.
-    entries = 1 << 20 if logits.device.type == "cpu" else 1 << 26
-    return max(1, entries // max(1, logits.shape[-1]))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -42,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, mask_token_id: int
     ) -> torch.Tensor:
         total = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        nats, size = torch.empty_like(total), _rows_at_once(logits)
+        nats, size = torch.empty_like(total), rows_at_once(logits)
         pieces = (torch.split(part, size) for part in (logits, targets, total, nats))
         for rows, target, sums, out in zip(*pieces, strict=True):
             scores = rows.to(torch.float32, copy=True)
@@ -56,7 +51,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, targets, total = ctx.saved_tensors
-        result, size = torch.empty_like(logits), _rows_at_once(logits)
+        result, size = torch.empty_like(logits), rows_at_once(logits)
         pieces = (part.split(size) for part in (logits, result, targets, total, gradients[0]))
         for rows, out, target, sums, gradient in zip(*pieces, strict=True):
             scores = rows.to(torch.float32, copy=True).sub_(sums[:, None]).exp_()
@@ -239,7 +234,7 @@ def _to_gradients(
     sharper = sharper if sharper is not None and rows.start < sharper.rows else None
     # Logits of all these rows in one product, as the student's are.
     taught = lesson.of(rows) if lesson is not None and rows.start < len(lesson) else None
-    size = _rows_at_once(logits)
+    size = rows_at_once(logits)
     for first in range(0, len(logits), size):
         inside = slice(first, min(first + size, len(logits)))
         piece, at = logits[inside], slice(rows.start + inside.start, rows.start + inside.stop)

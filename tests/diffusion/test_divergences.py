@@ -80,7 +80,7 @@ def test_losses_and_gradients_are_those_of_autograd(
     how: Distillation, pieces: tuple[int, int], mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "_rows_of_products", lambda weight: pieces[0])
-    monkeypatch.setattr(losses, "_rows_at_once", lambda logits: pieces[1])
+    monkeypatch.setattr(losses, "rows_at_once", lambda logits: pieces[1])
     hidden, matrix, bias = teacher()
     logits = torch.nn.functional.linear(hidden, matrix, bias)
     plain = given()

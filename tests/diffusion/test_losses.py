@@ -23,7 +23,7 @@ def reference(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def test_values_and_gradients_are_torchs(
     count: int, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_rows_at_once", lambda _: rows)
+    monkeypatch.setattr(losses, "rows_at_once", lambda _: rows)
     generator = torch.Generator().manual_seed(count)
     logits = (torch.randn(count, WORDS, generator=generator) * 5).to(dtype)
     targets = torch.randint(MASK + 1, WORDS, (count,), generator=generator)
