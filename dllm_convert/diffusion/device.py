@@ -26,7 +26,7 @@ def moved(value: Value, device: torch.device) -> Value:
 
 def device_of(model: Any) -> torch.device:
     """Return where a model computes: where its first weight is, the CPU if it has none."""
-    weights = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    weights = model.parameters() if hasattr(model, "parameters") else iter(())
     weight = next(weights, None)
     return torch.device("cpu") if weight is None else weight.device
 

@@ -20,7 +20,9 @@ from dllm_convert.common import strict_json
 from dllm_convert.endpoint.generating import AnswerManager, cut_at, stop_texts
 from dllm_convert.errors import DllmConvertError
 from dllm_convert.modeling.published.limits import check_context, context_of
+from dllm_convert.modeling.published.paired import check_paired
 from dllm_convert.modeling.published.settings import DEFAULT_NEW_TOKENS, TAKEN, decoding_options
+from dllm_convert.sampling.checking import own_verifier
 from dllm_convert.sampling.prompts import encode_prompt
 
 LONGEST_ANSWER = 1024
@@ -147,9 +149,12 @@ class _Answering(BaseHandler):
         held = {name: value for name, value in vars(config).items() if value is not None}
         vars(given).update({name: held[name] for name in held if name not in ("seed", *_FOREIGN)})
         seed, own = config.seed, model.generation_config
+        other = self._other_verifier(model, given)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             options = decoding_options(model.config, own, 1, seed, {}, given=given, width=width)
+        if other is not None:
+            check_paired(model, other, options)
         config.max_new_tokens = new = options.max_new_tokens
         if options.num_return_sequences > 1:
             raise ValueError(_ONE)
@@ -162,6 +167,20 @@ class _Answering(BaseHandler):
         check_context(model, [width], new, block)
         if any(not isinstance(stop, str) or not stop for stop in stop_texts(config)):
             raise ValueError(f"stop is {config.stop_strings!r}, expected texts")
+
+    def _other_verifier(self, model: Any, given: Any) -> Any:
+        """Take a verifier that is another model out of a request's settings; None for none."""
+        asked = getattr(given, "verify_with", None)
+        if asked != "base" or own_verifier(model.config.to_dict()) == "base":
+            return None
+        if self._manager.verifier is None:
+            raise ValueError(
+                "verify_with is 'base', and this server holds none beside the model: start it with "
+                "--lossless, and --base if its manifest names none"
+            )
+        # In the place of one that the checkpoint has saved.
+        given.verify_with = None
+        return self._manager.verifier
 
     @property
     def _manager(self) -> AnswerManager:

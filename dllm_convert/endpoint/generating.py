@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +35,20 @@ class Spent:
     Attributes:
         forwards: Forward passes run.
         tokens: New tokens, the end-of-text token included.
+        verifier_forwards: Of two models: how many of the forwards were the verifier's; else None.
     """
 
     forwards: int
     tokens: int
+    verifier_forwards: int | None = None
 
     def as_usage(self) -> dict[str, float]:
         """Return what a usage says beside the counts of tokens."""
         per_forward = round(self.tokens / max(self.forwards, 1), 3)
-        return {"forwards": self.forwards, "tokens_per_forward": per_forward}
+        told: dict[str, float] = {"forwards": self.forwards, "tokens_per_forward": per_forward}
+        if self.verifier_forwards is not None:
+            told["verifier_forwards"] = self.verifier_forwards
+        return told
 
 
 def stop_texts(config: Any) -> tuple[str, ...]:
@@ -124,12 +130,16 @@ class AnswerStreamer(DirectStreamer):
 class AnswerManager(GenerateManager):
     """Runs one decoding after the other, and remembers what each took.
 
+    Args:
+        verifier: Another model that verifies where `verify_with` is "base"; None for none.
+
     Attributes:
         spent: Of each request, by its id, from its end until it is told.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, verifier: Any = None) -> None:
         super().__init__()
+        self.verifier = verifier
         self.spent: dict[str, Spent] = {}
 
     def generate_streaming(
@@ -194,7 +204,10 @@ class AnswerManager(GenerateManager):
     ) -> Any:
         config = copy.deepcopy(gen_config)
         apart = {name: vars(config).pop(name, None) for name in _APART}
-        with packed_linears(model):
+        other = self.verifier if config.verify_with == "base" else None
+        if other is not None:
+            config.verify_with, apart["verify_with"] = None, other
+        with packed_linears(model), nullcontext() if other is None else packed_linears(other):
             output = model.generate(
                 **inputs,
                 generation_config=config,
@@ -206,7 +219,9 @@ class AnswerManager(GenerateManager):
             )
         while len(self.spent) >= _KEPT:  # of clients that hung up before they were told
             self.spent.pop(next(iter(self.spent)))
-        self.spent[request_id] = Spent(output.forwards, int(output.new_tokens[0]))
+        self.spent[request_id] = Spent(
+            output.forwards, int(output.new_tokens[0]), output.verifier_forwards
+        )
         if streamer is not None:
             streamer.close()
         return output

@@ -47,9 +47,9 @@ class _OneModel(ModelManager):
 class _OneManager(GenerationState):
     """transformers' state of a server, with our decoding for whatever is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, verifier: Any) -> None:
         super().__init__()
-        self._manager = AnswerManager()
+        self._manager = AnswerManager(verifier)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> AnswerManager:
         """Return what decodes."""
@@ -67,6 +67,7 @@ def make_app(
     tokenizer: Any,
     defaults: Mapping[str, Any] | None = None,
     *,
+    verifier: Any = None,
     cors: bool = False,
 ) -> FastAPI:
     """Return the application that answers for a model.
@@ -76,6 +77,7 @@ def make_app(
         model: Diffusion model, in evaluation mode.
         tokenizer: Its tokenizer.
         defaults: Settings of decoding, and `seed`, where requests say nothing.
+        verifier: Another model, whose text is written where `verify_with` is "base"; None for none.
         cors: Whether pages of other origins may ask.
 
     Raises:
@@ -86,7 +88,7 @@ def make_app(
             f"the tokenizer is a {type(tokenizer).__name__}, which cannot stream: the server needs "
             "one with a tokenizer.json"
         )
-    models, state, nobody = _OneModel(name, model, tokenizer), _OneManager(), _nobody()
+    models, state, nobody = _OneModel(name, model, tokenizer), _OneManager(verifier), _nobody()
     given = dict(defaults or {})
     app: FastAPI = build_server(
         models,

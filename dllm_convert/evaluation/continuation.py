@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from dllm_convert.common.console import Task
+from dllm_convert.common.terms import Behind
 from dllm_convert.diffusion.corruption import Corruption, ForwardProcess, NoiseKey, corrupt
 from dllm_convert.diffusion.likelihood import next_token_nats, scored_nats
 from dllm_convert.diffusion.objective import Objective, TextBatch
@@ -183,19 +184,19 @@ def score_round(
 @torch.no_grad()
 def verifier_nats(
     model: Any,
+    behind: Behind,
     texts: Sequence[Continuation],
-    objective: Objective,
-    batch_size: int,
     *,
+    batch_size: int,
     task: Task | None = None,
 ) -> tuple[torch.Tensor, list[bool]]:
     """Score each continuation as the verifier of lossless decoding does: autoregressively.
 
     Args:
-        model: A diffusion model that goes on causally from clean tokens: a base that stayed, or one
-            trained with a next-token loss.
+        model: What goes on causally from clean tokens: a base that stayed, a model that was trained
+            with a next-token loss, or another one.
+        behind: How its clean tokens are read: through a mask, or behind a cache.
         texts: Continuations.
-        objective: What the model was trained on.
         batch_size: Continuations per forward.
         task: Progress to advance by one per continuation.
 
@@ -208,7 +209,7 @@ def verifier_nats(
     for numbers, group in _batches(texts, batch_size):
         batch = _text_batch(group)
         rows = int(model.config.vocab_size)
-        nats, owner, likeliest = next_token_nats(model, batch, rows, objective.behind)
+        nats, owner, likeliest = next_token_nats(model, batch, rows, behind)
         found[numbers] = torch.zeros(len(group), dtype=torch.float64).index_add_(0, owner, nats)
         for place, number in enumerate(numbers):
             greedy[number] = bool(likeliest[owner == place].all())

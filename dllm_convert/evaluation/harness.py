@@ -38,6 +38,7 @@ from dllm_convert.evaluation.settings import Settings, find_settings, merge
 from dllm_convert.evaluation.subject import EvaluatedCheckpoint
 from dllm_convert.modeling.published.options import DecodingOptions
 from dllm_convert.sampling.packing import packed_linears
+from dllm_convert.source.info import SourceInfo
 
 AUTO_BATCH = 8
 """What `auto` stands for, as lm-eval lets one write it."""
@@ -58,6 +59,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         max_batch_size: Taken for lm-eval's sake, not used.
         subject: A checkpoint that is loaded already.
         settings: Where to start from, instead of published ones.
+        verifier: Another model, from its headers, that verifies where `verify_with` is "base".
         reporter: Progress; by default the first of several processes shows it.
         **given: Fields of `Settings`, and settings of decoding such as `confidence_threshold`.
 
@@ -77,6 +79,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         max_batch_size: int | None = None,
         subject: EvaluatedCheckpoint | None = None,
         settings: Settings | None = None,
+        verifier: SourceInfo | None = None,
         reporter: Reporter | None = None,
         **given: Any,
     ) -> None:
@@ -91,6 +94,8 @@ class DiffusionLM(LM):  # type: ignore[misc]
             device=str(self._ranks.device),
             dtype=dtype,
         )
+        if verifier is not None:
+            self.subject = self.subject.verified_by(verifier, reporter or Reporter(quiet=True))
         self.batch_size = AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
         # Whether contexts are conversations: their template has written how they begin.
@@ -186,7 +191,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
         started = time.monotonic()
         with self.reporter.task("score", total=len(texts)) as task:
             nats, greedy = verifier_nats(
-                self.subject.model, texts, self.subject.objective, self.batch_size, task=task
+                *self.subject.scored_by, texts, batch_size=self.batch_size, task=task
             )
         self.effort.scoring_seconds += time.monotonic() - started
         return nats.tolist(), greedy
@@ -322,7 +327,7 @@ class DiffusionLM(LM):  # type: ignore[misc]
             options["temperature"] = 0.0
         started = time.monotonic()
         length = self._length(asked)
-        with packed_linears(self.subject.model):
+        with self.subject.packed():
             written = self.subject.write(prompts, length, seeds, self.context, **options)
         self.effort.writing_seconds += time.monotonic() - started
         self.effort.new_tokens += sum(written.new_tokens)

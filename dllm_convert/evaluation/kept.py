@@ -74,6 +74,7 @@ class KeptOutcomes:
             **self._files,
             "model": model,
             "base": request.base if model == "base" else None,
+            "verifier": None if request.verifier is None else request.verifier.given,
             "task": task,
             "limit": request.limit,
             "chat": request.chat,

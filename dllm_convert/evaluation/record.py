@@ -168,12 +168,13 @@ def _merged(earlier: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]
 
 def _settings(request: Request) -> dict[str, Any]:
     settings = {**vars(request.settings), "generation": dict(request.settings.generation)}
-    name = request.name
+    name, verifier = request.name, request.verifier
     if name is None and request.record is not None:
         name = state_name(request.checkpoint)  # that folder may hold what another model does
     return {
         **({} if name is None else {"checkpoint": name}),
         "base": None if request.base is None else _public_name(request.base),
+        **({} if verifier is None else {"verifier": _public_name(verifier.given)}),
         "limit": request.limit,
         "batch_size": request.batch_size,
         "chat": request.chat,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dllm_convert.evaluation.settings import Settings, find_published
+from dllm_convert.source.info import SourceInfo
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Request:
             held out.
         text_field: Column that holds the text of `data`; None for the one that was trained on.
         settings: How likelihoods are estimated and text is written.
+        verifier: Another model, from its headers, whose text and likelihoods they are; None for
+            none.
         record: Folder to record what is found in, instead of the checkpoint's manifest.
         name: What to call the conversion there, with the commit if it is of the Hub; None calls it
             by the last part of its path and its state.
@@ -49,6 +52,7 @@ class Request:
     data: str | None = None
     text_field: str | None = None
     settings: Settings = field(default_factory=Settings)
+    verifier: SourceInfo | None = None
     record: Path | None = None
     name: str | None = None
 

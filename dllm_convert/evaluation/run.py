@@ -142,6 +142,7 @@ def _conversion(request: Request, reporter: Reporter, **more: Any) -> Any:
         str(request.checkpoint),
         batch_size=request.batch_size,
         settings=request.settings,
+        verifier=request.verifier,
         reporter=reporter,
         **more,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,14 @@ from typing import Any
 
 import torch
 
+from dllm_convert.adapters import adapter_of
+from dllm_convert.common.console import Reporter
+from dllm_convert.common.terms import Behind
 from dllm_convert.diffusion.objective import Objective
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.denoising import denoised
 from dllm_convert.modeling.loading import load_checkpoint
+from dllm_convert.modeling.published.paired import StockModel
 from dllm_convert.modeling.text_bounds import (
     conversation_ids,
     end_ids,
@@ -21,8 +26,11 @@ from dllm_convert.modeling.text_bounds import (
     open_ids,
     until_end,
 )
+from dllm_convert.sampling.packing import packed_linears
+from dllm_convert.sampling.pairing import load_verifier
 from dllm_convert.source.chat_rendering import chat_text
 from dllm_convert.source.context import ASSUMED_CONTEXT, context_length
+from dllm_convert.source.info import SourceInfo
 
 
 def scored_from(given: Sequence[int], whole: Sequence[int], continuation: str) -> int:
@@ -74,6 +82,8 @@ class EvaluatedCheckpoint:
         objective: What it was trained on.
         context: Most tokens it takes.
         name: What results are filed under.
+        verifier: Another model, loaded, whose text is written where `verify_with` is "base"; None
+            for none.
     """
 
     model: Any
@@ -81,6 +91,7 @@ class EvaluatedCheckpoint:
     objective: Objective
     context: int
     name: str
+    verifier: Any = None
 
     @classmethod
     def load(
@@ -124,6 +135,37 @@ class EvaluatedCheckpoint:
             context=longest,
             name=str(folder),
         )
+
+    def verified_by(self, source: SourceInfo, reporter: Reporter) -> EvaluatedCheckpoint:
+        """Return the same with another model beside it that verifies.
+
+        Args:
+            source: Which one, from its headers.
+            reporter: Progress.
+
+        Raises:
+            DllmConvertError: It cannot be loaded, or does not fit.
+        """
+        verifier = load_verifier(self.model, self.tokenizer, source, reporter)
+        config = verifier.config.to_dict()
+        longest = context_length(config, adapter_of(config)) or self.context
+        return replace(self, verifier=verifier, context=min(self.context, longest))
+
+    @property
+    def scored_by(self) -> tuple[Any, Behind]:
+        """Who says how likely a text is where it is verified, and how clean tokens are read."""
+        if self.verifier is None:
+            return self.model, self.objective.behind
+        # Whatever its attention is: every text is a row of its own.
+        return StockModel(self.verifier), "cache"
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Decode with packed weights, of both models if there are two."""
+        with packed_linears(self.model), ExitStack() as stack:
+            if self.verifier is not None:
+                stack.enter_context(packed_linears(self.verifier))
+            yield
 
     @cached_property
     def first_token(self) -> int:
@@ -241,6 +283,8 @@ class EvaluatedCheckpoint:
         ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in cut])
         index = torch.arange(width)
         mask = torch.stack([index >= width - len(prompt) for prompt in cut]).long()
+        if self.verifier is not None and options.get("verify_with") == "base":
+            options["verify_with"] = self.verifier
         output = self.model.generate(
             ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),

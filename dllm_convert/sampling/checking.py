@@ -14,6 +14,7 @@ from dllm_convert.errors import RequestError, spelt
 from dllm_convert.modeling.converted_config import check_converted_config, read_section
 from dllm_convert.modeling.published.ends import read_ids
 from dllm_convert.modeling.published.options import DecodingOptions
+from dllm_convert.modeling.published.paired import NO_BLOCKS
 from dllm_convert.modeling.published.settings import decoding_options
 from dllm_convert.recipe.rules import decoding_contradictions
 from dllm_convert.source.context import context_length, too_many_new
@@ -80,6 +81,8 @@ def check_settings(
         if long:
             raise ValueError(long)
     section = read_section(config)
+    if other_verifies and (section.objective != "bd3lm" or not section.masks):
+        raise ValueError(NO_BLOCKS)
     for wrong, _, _ in decoding_contradictions(
         given,
         options,
@@ -161,12 +164,40 @@ def require_settings(model: Any, given: Mapping[str, Any], *, other_verifies: bo
         raise RequestError(str(error)) from error
 
 
-def verifier_of(checkpoint: Path | Mapping[str, Any]) -> str:
-    """Return which verifier of lossless decoding to ask a checkpoint's folder, or config, for.
+def who_verifies(
+    own: str | None, given: Mapping[str, Any], *, lossless: bool, base: object = None
+) -> tuple[dict[str, Any], bool]:
+    """Settle who decides what is written: nobody, the checkpoint's own verifier, another model.
 
-    The base, where an adapter leaves it as it was; else the weights that draft.
+    `verify_with="base"` is the base wherever it lies: in the checkpoint, or beside it.
+
+    Args:
+        own: What `own_verifier` says of the checkpoint.
+        given: Fields of `DecodingOptions` that were asked for.
+        lossless: Whether whichever verifier there is is to decide.
+        base: Who is named in place of the base that was converted; None for nobody.
+
+    Returns:
+        The settings with the verifier among them, and whether that is another model.
+
+    Raises:
+        RequestError: A base is named, and nothing is to be verified by one.
     """
-    return own_verifier(checkpoint) or "self"
+    asked = given.get("verify_with")
+    if base is not None and not (lossless or asked == "base"):
+        raise RequestError("`base` verifies what is drafted; give `lossless` too", argument="base")
+    if base is not None and own == "base":
+        raise RequestError(
+            "this checkpoint holds its base, which verifies without another: leave `base` out",
+            argument="base",
+        )
+    if base is not None and asked not in (None, "base"):
+        raise RequestError(
+            "`base` and `verify_with` both name who verifies: leave one out", argument="base"
+        )
+    if lossless and asked is None:
+        given = {**given, "verify_with": own if own is not None and base is None else "base"}
+    return dict(given), given.get("verify_with") == "base" and own != "base"
 
 
 def own_verifier(checkpoint: Path | Mapping[str, Any]) -> str | None:

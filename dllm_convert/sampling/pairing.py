@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,101 @@ from dllm_convert.adapters.base import Adapter
 from dllm_convert.common.console import Reporter
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.common.manifest import MANIFEST_FILE, read_manifest
-from dllm_convert.errors import DataError, IncompatibleError
+from dllm_convert.errors import DataError, IncompatibleError, RequestError
 from dllm_convert.modeling.loading import load_base
+from dllm_convert.sampling.checking import (
+    own_verifier,
+    require_decoding,
+    require_settings,
+    who_verifies,
+)
 from dllm_convert.source.folder import check_pickle
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.source.materialise import materialise
 from dllm_convert.source.recorded import recorded_base
 from dllm_convert.source.tokenizer_loading import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Who decides what is written.
+
+    Attributes:
+        given: Settings of decoding, that of the verifier among them if there is one.
+        other: Another model that verifies, from its headers or loaded; None for none.
+    """
+
+    given: Mapping[str, Any]
+    other: Any = None
+
+    def load(self, model: Any, tokenizer: Any, reporter: Reporter) -> Any:
+        """Return the other model, loaded beside the one that drafts; None for none.
+
+        Raises:
+            DllmConvertError: As `load_verifier`.
+        """
+        if isinstance(self.other, SourceInfo):
+            return load_verifier(model, tokenizer, self.other, reporter)
+        return self.other
+
+
+def settle(
+    checkpoint: Any,
+    given: Mapping[str, Any],
+    *,
+    lossless: bool = False,
+    base: Any = None,
+    folder: Path | None = None,
+    argument: str | None = None,
+) -> Settled:
+    """Settle who verifies, and refuse settings that do not go with it, before weights are read.
+
+    Args:
+        checkpoint: Folder of a conversion, or one that is loaded.
+        given: Fields of `DecodingOptions` that were asked for.
+        lossless: Whether whichever verifier there is is to decide what is written.
+        base: Another model that verifies: a folder, Hub id or GGUF file, or one that is loaded;
+            None is the base that was converted.
+        folder: Of a model that is loaded: where it lies, whose manifest names its base.
+        argument: Argument that said the settings.
+
+    Raises:
+        DataError: Nothing says which base that is, or it is not here.
+        IncompatibleError: It does not verify.
+        RequestError: Settings contradict each other or the checkpoint.
+    """
+    is_folder = isinstance(checkpoint, Path)
+    own = own_verifier(checkpoint if is_folder else checkpoint.config.to_dict())
+    given, other = who_verifies(own, given, lossless=lossless, base=base)
+    if is_folder:
+        require_decoding(checkpoint, given, argument, other_verifies=other)
+    else:
+        require_settings(checkpoint, given, other_verifies=other)
+    if not other:
+        return Settled(given)
+    if getattr(checkpoint, "reader", None) is not None:
+        raise RequestError(
+            "what llama.cpp runs drafts for no other model: give the folder that was exported in "
+            "place of the file, or leave `lossless` out",
+            argument="lossless",
+        )
+    if base is not None and not isinstance(base, str | Path):
+        if not callable(getattr(base, "generate", None)):
+            raise RequestError(
+                f"base is {type(base).__name__}, expected a folder, a Hub id, a GGUF file, or a "
+                "loaded model of transformers",
+                argument="base",
+            )
+        return Settled(given, base)
+    home = checkpoint if is_folder else folder
+    if home is None and base is None:
+        raise RequestError(
+            "this model holds no verifier: where it was opened clean tokens are not read strictly "
+            "causally; name its `base`",
+            argument="base",
+        )
+    return Settled(given, verifying_source(home, None if base is None else str(base)))
 
 
 def verifying_source(checkpoint: Path | None, base: str | None) -> SourceInfo:

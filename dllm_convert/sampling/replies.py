@@ -69,6 +69,7 @@ def reply(
     draw: bool = False,
     write: Callable[[str], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    verifier: Any = None,
 ) -> Chat:
     """Write the answer to what was asked last.
 
@@ -80,6 +81,7 @@ def reply(
         draw: Draw the text below what is on the terminal while it is denoised.
         write: Gets the text in pieces, each when nothing changes it any more.
         stop: Looked at after every forward: whether the answer is given up.
+        verifier: As in `decode_samples`.
 
     Returns:
         The conversation with the answer, whose `facts` say how it was decoded.
@@ -107,6 +109,7 @@ def reply(
             seed=chat.next_seed,
             observer=_unless(stop, observer),
             streamer=None if write is None else TextPieces(tokenizer, write),
+            verifier=verifier,
             **chat.settings,
         )
     facts = {k: v for k, v in sample.as_dict().items() if k not in ("prompt", "text")}

@@ -14,6 +14,7 @@ from conversion import convert
 from terminals import Terminal
 from typer.testing import CliRunner
 
+import dllm_convert as dc
 from dllm_convert.cli.app import app
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -77,7 +78,10 @@ def test_what_no_chat_saved_is_refused_as_that(
     ("options", "code", "words"),
     [
         (["--block-length", "8"], 2, "--block-length"),
-        (["--lossless"], 2, "clean tokens"),
+        (["--lossless"], 1, "says nothing of the base"),
+        (["--lossless", "--verify-with", "self"], 2, "clean tokens"),
+        (["--base", "nowhere"], 2, "add --lossless"),
+        (["--lossless", "--base", "nowhere"], 1, "give a local folder"),
         (["--load", "nowhere.json"], 1, "nowhere.json"),
     ],
 )
@@ -146,3 +150,31 @@ def test_on_a_terminal_that_cannot_be_drawn_on(folder: Path) -> None:
     assert "\x1b" not in child.written.decode()
     shown = expected.split("\n")[0].strip()
     assert shown[:8] in answer
+
+
+def test_another_model_verifies_the_answers(
+    folder: Path, source_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By the option and by the command; a conversation that was saved so goes on so."""
+    base = source_cache("llama", max_position_embeddings=8192)
+    right = dc.sample(folder, "Hello", chat=True, lossless=True, base=base, max_new_tokens=12)
+    plain = dc.sample(folder, "Hello", chat=True, max_new_tokens=12)
+    assert plain.text != right.text
+    named = ("--lossless", "--base", str(base))
+    document = json.loads(piped(folder, *named, "--json", given="Hello\n").stdout)
+    assert document["turns"][1]["content"] == right.text
+    facts = document["turns"][1]["facts"]
+    assert 0 < facts["verifier_forwards"] <= facts["forwards"]
+    assert document["settings"]["verify_with"] == "base"
+    saved = tmp_path / "said.json"
+    given = f"/lossless off\nHello\n/undo\n/lossless on\nHello\n/save {saved}\n"
+    result = piped(folder, *named, given=given)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{plain.text}\n{right.text}\n"
+    assert result.stderr.count("forwards were its own") == 1
+    # The folder's manifest says nothing of a base, so that it has to be named again.
+    refused = piped(folder, "--load", str(saved), given="/regen\n")
+    assert refused.exit_code == 1 and "says nothing of the base" in refused.stderr
+    talk = dc.Chat.from_dict(json.loads(saved.read_text()), "saved")
+    again = dc.reply(folder, talk.reopen(), base=base)
+    assert again.turns[-1].content == right.text

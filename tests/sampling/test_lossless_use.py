@@ -82,8 +82,12 @@ def test_a_model_without_a_verifier_says_so(source_cache: Any, tmp_path: Path) -
     assert "--base" in " ".join(refused.output.replace("│", " ").split())
     refused = sample(tmp_path / "open", "--verify-with", "self", code=2)
     assert "strictly causally" in " ".join(refused.output.replace("│", " ").split())
-    with pytest.raises(RequestError, match="strictly causally"):
+    # The base wherever it lies; this folder does not say where.
+    with pytest.raises(DllmConvertError, match="says nothing of the base"):
         dc.sample(tmp_path / "open", PROMPT, verify_with="base")
+    convert(source_cache("llama"), tmp_path / "whole", "mdlm")
+    refused = sample(tmp_path / "whole", "--lossless", code=2)
+    assert "read the whole text anew" in " ".join(refused.output.replace("│", " ").split())
 
 
 def test_a_recipe_asks_for_the_verifier_that_it_trains() -> None:

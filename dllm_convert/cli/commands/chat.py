@@ -50,6 +50,7 @@ def chat(
     settings: Any = None,
     seed: Seed = None,
     lossless: decoding.Lossless = False,
+    base: decoding.VerifyingBase = None,
     as_json: option.Json = False,
     quiet: option.Quiet = False,
 ) -> None:
@@ -58,16 +59,15 @@ def chat(
     In a pipe every line of stdin is a question, and stdout has the answers.
     """
     reporter = make_reporter(quiet=quiet or as_json)
-    decoding.check_here(checkpoint, settings)
+    decoding.check_here(checkpoint, settings, lossless=lossless, base=base)
     from dllm_convert.common.allocator import keep_freed_memory
 
     keep_freed_memory()
     with decoding.typed():
-        talk, begun = _open(checkpoint, reporter, load, silent=as_json)
+        talk, begun = _open(checkpoint, reporter, load, base, silent=as_json)
         if system is not None:
             begun = begun.under(system)
-        verifier = {"verify_with": talk.verifier_or_refuse()} if lossless else {}
-        begun = begun.decoded_with(**settings, **verifier)
+        begun = begun.decoded_with(**(talk.lossless if lossless else {}), **settings)
         if seed is not None:
             begun = begun.seeded(seed)
         talk.check(begun.settings)
@@ -76,7 +76,7 @@ def chat(
         output.write_json(done.as_dict())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Talk:
     """A person and a model.
 
@@ -84,15 +84,19 @@ class Talk:
         model: Diffusion model.
         tokenizer: Its tokenizer.
         reporter: What is said besides the answers.
-        verifier: The verifier of lossless decoding; None if there is none.
         silent: Whether answers are not shown as they come.
+        folder: Where the checkpoint lies, whose manifest names its base; None of a GGUF file.
+        base: Who verifies in place of that base, as it was named; None for nobody.
+        verifier: Another model that verifies, loaded once it is asked for.
     """
 
     model: Any
     tokenizer: Any
     reporter: Reporter
-    verifier: str | None
     silent: bool
+    folder: Path | None
+    base: str | None
+    verifier: Any = None
 
     @property
     def at_terminal(self) -> bool:
@@ -100,27 +104,44 @@ class Talk:
         return sys.stdin.isatty() and sys.stdout.isatty()
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings that this model cannot be decoded with.
+        """Refuse settings that this model cannot be decoded with; load who verifies, if need be.
 
         Raises:
-            RequestError: There are such.
+            DllmConvertError: There are such, or who verifies cannot be loaded.
         """
-        from dllm_convert.sampling.checking import require_settings
+        from dllm_convert.sampling.pairing import settle
 
-        require_settings(self.model, settings)
+        base = self.verifier or self.base if settings.get("verify_with") == "base" else None
+        settled = settle(self.model, settings, base=base, folder=self.folder)
+        if settled.other is not None:
+            self.verifier = settled.load(self.model, self.tokenizer, self.reporter)
 
-    def verifier_or_refuse(self) -> str:
-        """Return the verifier of lossless decoding.
+    @property
+    def lossless(self) -> dict[str, Any]:
+        """The setting by which whoever verifies here is asked for."""
+        from dllm_convert.sampling.checking import own_verifier, who_verifies
 
-        Raises:
-            RequestError: There is none; it says why.
-        """
-        from dllm_convert.sampling.checking import verifier_of
+        own = own_verifier(self.model.config.to_dict())
+        return who_verifies(own, {}, lossless=True, base=self.base)[0]
 
-        found = verifier_of(self.model.config.to_dict())
-        if self.verifier is None:
-            self.check({"verify_with": found})
-        return found
+    @property
+    def may_verify(self) -> str | None:
+        """What `lossless` sets; None where nobody can verify what this model drafts."""
+        from dllm_convert.common.manifest import MANIFEST_FILE
+        from dllm_convert.sampling.checking import own_verifier, require_settings
+
+        config, verifier = self.model.config.to_dict(), self.lossless["verify_with"]
+        other = verifier == "base" and own_verifier(config) != "base"
+        is_known = self.folder is not None and (self.folder / MANIFEST_FILE).is_file()
+        if other and self.base is None and not is_known:
+            return None
+        if getattr(self.model, "reader", None) is not None and other:
+            return None
+        try:
+            require_settings(self.model, self.lossless, other_verifies=other)
+        except RequestError:
+            return None
+        return str(verifier)
 
     def hold(self, chat: Chat) -> Chat:
         """Answer every line there is, and return what was said."""
@@ -144,7 +165,7 @@ class Talk:
 
         if not line.startswith("/"):
             return self._answered(chat.ask(line), before=chat)
-        outcome = obey(chat, line, self.check, self.verifier)
+        outcome = obey(chat, line, self.check, self.may_verify)
         for said in outcome.says:
             self.reporter.line(said)
         if outcome.ends:
@@ -158,16 +179,18 @@ class Talk:
 
         drawn = draws(self.reporter) and not self.silent
         pieces = None if drawn or self.silent else _written(sys.stdout.isatty())
+        # The conversation says whether the base verifies; which that is says whoever opened it.
+        other = self.verifier if asked.settings.get("verify_with") == "base" else None
+        how: dict[str, Any] = {"draw": drawn, "write": pieces, "verifier": other}
         if not self.at_terminal:
-            done = reply(self.model, self.tokenizer, asked, self.reporter, draw=drawn, write=pieces)
+            done = reply(self.model, self.tokenizer, asked, self.reporter, **how)
         else:
             with Interruption(gently=True) as stop:
                 try:
                     done = reply(
                         *(self.model, self.tokenizer, asked, self.reporter),
-                        draw=drawn,
-                        write=pieces,
                         stop=lambda: stop.requested,
+                        **how,
                     )
                 except Stopped:
                     if not stop.typed:
@@ -196,13 +219,12 @@ class Talk:
 
 
 def _open(
-    checkpoint: str, reporter: Reporter, load: Path | None, *, silent: bool
+    checkpoint: str, reporter: Reporter, load: Path | None, base: str | None, *, silent: bool
 ) -> tuple[Talk, Chat]:
     """Load a checkpoint, and the conversation to go on with; say what it is."""
     from dllm_convert.common.json_files import load_json_object
     from dllm_convert.errors import DataError, IncompatibleError
-    from dllm_convert.pipeline.api.writing import opened
-    from dllm_convert.sampling.checking import require_settings, verifier_of
+    from dllm_convert.pipeline.api.writing import home_of, opened
     from dllm_convert.sampling.conversation import Chat
     from dllm_convert.sampling.shown import banner
 
@@ -217,12 +239,7 @@ def _open(
             "the tokenizer has no chat template, so this is no model to talk with",
             hint=f"dllm-convert sample {checkpoint} --prompt TEXT goes on from a text",
         )
-    verifier: str | None = verifier_of(model.config.to_dict())
-    try:
-        require_settings(model, {"verify_with": verifier})
-    except RequestError:
-        verifier = None
-    talk = Talk(model, tokenizer, reporter, verifier, silent)
+    talk = Talk(model, tokenizer, reporter, silent, home_of(checkpoint), base)
     for line in banner(Path(checkpoint).name, manifest):
         reporter.line(line)
     if talk.at_terminal:

@@ -110,8 +110,7 @@ def check_here(
     settings: Mapping[str, Any],
     *,
     lossless: bool = False,
-    alone: bool = True,
-    named: bool = False,
+    base: str | None = None,
 ) -> None:
     """Refuse settings that do not fit to a checkpoint of this machine, before torch is imported.
 
@@ -119,20 +118,32 @@ def check_here(
         checkpoint: What was named; of a Hub id or a file, opening it says more.
         settings: By the names of decoding, those that were given.
         lossless: Whether whichever verifier there is is to decide what is written.
-        alone: Whether that has to be the checkpoint's own; else another model may.
-        named: Whether another model was named.
+        base: Another model that was named to verify.
 
     Raises:
         typer.BadParameter: They contradict each other or the checkpoint.
     """
-    from dllm_convert.sampling.checking import own_verifier, verifier_of
-
+    check_base(settings, lossless=lossless, base=base)
     folder = Path(checkpoint)
     if folder.is_dir():
-        asks = lossless and not named
-        found = (verifier_of if alone else own_verifier)(folder) if asks else None
-        given = {**({} if found is None else {"verify_with": found}), **settings}
-        check_settings(folder, given, other_verifies=lossless and "verify_with" not in given)
+        from dllm_convert.sampling.checking import own_verifier, who_verifies
+
+        with typed():
+            own = own_verifier(folder)
+            given, other = who_verifies(own, settings, lossless=lossless, base=base)
+        check_settings(folder, given, other_verifies=other)
+
+
+def check_base(settings: Mapping[str, Any], *, lossless: bool, base: str | None) -> None:
+    """Refuse a base that verifies nothing, or beside another verifier.
+
+    Raises:
+        typer.BadParameter: It is such a one.
+    """
+    if base is not None and "verify_with" in settings:
+        raise typer.BadParameter("--base and --verify-with both name who verifies: leave one out.")
+    if base is not None and not lossless:
+        raise typer.BadParameter("--base says who verifies drafts: add --lossless.")
 
 
 def check_settings(

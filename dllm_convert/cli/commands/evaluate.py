@@ -121,6 +121,7 @@ def evaluate(
     published: PublishedName = None,
     apply_chat_template: Chat = False,
     lossless: decoding.Lossless = False,
+    base: decoding.VerifyingBase = None,
     assignments: Assignments = None,
     confirm_run_unsafe_code: Unsafe = False,
     revision: option.Revision = None,
@@ -132,6 +133,8 @@ def evaluate(
     reporter = make_reporter(quiet=quiet or as_json)
     from dllm_convert.pipeline.api.judging import evaluate as evaluated
 
+    chosen = parse_assignments(assignments or ())
+    decoding.check_base(chosen, lossless=lossless, base=base)
     names = _names(tasks)
     if names:
         from dllm_convert.common.allocator import keep_freed_memory
@@ -151,8 +154,9 @@ def evaluate(
             published=published,
             chat=apply_chat_template,
             lossless=lossless,
+            base=base,
             include=include_path or (),
-            settings=parse_assignments(assignments or ()),
+            settings=chosen,
             unsafe_code=confirm_run_unsafe_code,
             revision=revision,
             out=out,

@@ -88,13 +88,7 @@ def sample(
     """Write text with a converted checkpoint; options left out take the checkpoint's defaults."""
     given = prompt or []
     _check_together(given, watch=watch, record=record, silent=quiet or as_json)
-    if base is not None and "verify_with" in settings:
-        raise typer.BadParameter("--base and --verify-with both name who verifies: leave one out.")
-    if base is not None and not lossless:
-        raise typer.BadParameter("--base says who verifies drafts: add --lossless.")
-    decoding.check_here(
-        checkpoint, settings, lossless=lossless, alone=False, named=base is not None
-    )
+    decoding.check_here(checkpoint, settings, lossless=lossless, base=base)
     reporter = make_reporter(quiet=quiet or as_json)
     how = {**settings, "chat": chat, "infill": infill, "seed": seed}
     how |= {"threads": threads, "lossless": lossless, "base": base}

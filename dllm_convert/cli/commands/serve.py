@@ -42,6 +42,7 @@ def serve(
     settings: Any = None,
     seed: Seed = None,
     lossless: decoding.Lossless = False,
+    base: decoding.VerifyingBase = None,
     revision: option.Revision = None,
     cors: Cors = False,
     quiet: option.Quiet = False,
@@ -52,7 +53,7 @@ def serve(
     `export`.
     """
     reporter = make_reporter(quiet=quiet)
-    decoding.check_here(checkpoint, settings, lossless=lossless)
+    decoding.check_here(checkpoint, settings, lossless=lossless, base=base)
     from dllm_convert.common.allocator import keep_freed_memory
     from dllm_convert.pipeline.api.endpoint import serve as answered
 
@@ -65,6 +66,7 @@ def serve(
             name=name,
             revision=revision,
             lossless=lossless,
+            base=base,
             seed=seed,
             cors=cors,
             reporter=reporter,

@@ -21,6 +21,11 @@ from .moving import sent
 from .options import Decoded, DecodingOptions, Observer
 from .reading import BlockReader
 
+NO_BLOCKS = (
+    "drafts for another model are denoised block by block behind masks (bd3lm, absorbing kernel); "
+    "this model has no such blocks, so that each forward of a draft would read the whole text anew"
+)
+
 
 class StockModel:
     """A decoder of transformers, called as a model here is: logits only where they are wanted."""
@@ -32,8 +37,17 @@ class StockModel:
         """None whose frequencies are chosen for it: it turns keys and queries as it always does."""
         return ()
 
+    def parameters(self) -> Any:
+        """Its weights."""
+        return self.model.parameters()
+
     def __call__(
-        self, tokens: torch.Tensor, *, logits_at: torch.Tensor, past_key_values: Any, **more: Any
+        self,
+        input_ids: torch.Tensor,
+        *,
+        logits_at: torch.Tensor,
+        past_key_values: Any = None,
+        **more: Any,
     ) -> Any:
         """Run tokens (rows, width) behind a cache; logits at flat places in (rows * width), (n,).
 
@@ -42,7 +56,7 @@ class StockModel:
         more.pop("noisy", None)  # what nobody sees, behind shorter rows; it knows no noise
         # Whoever asks for none fills the cache.
         output = self.model(
-            input_ids=tokens,
+            input_ids=input_ids,
             past_key_values=past_key_values,
             return_dict=True,
             logits_to_keep=0 if len(logits_at) else 1,
@@ -203,10 +217,7 @@ def check_paired(model: Any, verifier: Any, options: DecodingOptions) -> None:
             'this model holds its base, which verifies without another: verify_with="base"'
         )
     if not options.block_size or options.noise_tokens or getattr(model, "reader", None) is not None:
-        raise VerifierError(
-            "drafts for another model are denoised block by block behind masks (bd3lm, absorbing "
-            "kernel); this model has no such blocks"
-        )
+        raise VerifierError(NO_BLOCKS)
     if (getattr(verifier.config, "diffusion", None) or {}) or not hasattr(verifier, "generate"):
         raise VerifierError(
             "verify_with takes a model of transformers that goes on from left to right, such as "

@@ -27,6 +27,7 @@ def serve(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     lossless: bool = False,
+    base: str | Path | None = None,
     seed: int | None = None,
     cors: bool = False,
     reporter: Reporter | None = None,
@@ -47,7 +48,9 @@ def serve(
         revision: Branch, tag or commit of a Hub id.
         device: Where the model goes; None is the GPU if there is one.
         dtype: Type the weights are held in; None is bfloat16 on a GPU and float32 elsewhere.
-        lossless: Write what autoregressive decoding would write, and denoise only to draft it.
+        lossless: Write what autoregressive decoding would write, and denoise only to draft it. What
+            holds no verifier drafts for the base it was made of, as two models.
+        base: Who verifies then, in place of that base: a folder, a Hub id or a GGUF file.
         seed: Of requests that have none.
         cors: Whether pages of other origins may ask.
         reporter: Told where it listens; by default on stderr.
@@ -63,21 +66,20 @@ def serve(
     _require_server()
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.endpoint.run import answer, listen, make_app
-    from dllm_convert.sampling.checking import require_decoding, verifier_of
+    from dllm_convert.sampling.pairing import settle
 
     teller = reporter or Reporter()
     given = {setting: value for setting, value in decoding.items() if value is not None}
     with quiet_libraries(), listen(host, port) as bound:
         folder = checkpoint_folder(checkpoint, teller, revision)
-        if lossless:
-            given.setdefault("verify_with", verifier_of(folder))
-        require_decoding(folder, given)
+        settled = settle(folder, given, lossless=lossless, base=base)
         with teller.task("load"):
             model, tokenizer = load(folder, device=device, dtype=dtype)
+        verifier = settled.load(model, tokenizer, teller)
         is_folder = Path(checkpoint).is_dir()
         called = name or (Path(checkpoint).resolve().name if is_folder else str(checkpoint))
-        defaults = given if seed is None else {**given, "seed": seed}
-        app = make_app(called, model, tokenizer, defaults, cors=cors)
+        defaults = {**settled.given, **({} if seed is None else {"seed": seed})}
+        app = make_app(called, model, tokenizer, defaults, verifier=verifier, cors=cors)
         at = f"http://{host}:{bound.getsockname()[1]}/v1"
         kinds = "chats and texts" if tokenizer.chat_template else "texts (it has no chat template)"
         answer(app, bound, lambda: teller.line(f"{called} answers {kinds} at {at}; Ctrl-C ends it"))

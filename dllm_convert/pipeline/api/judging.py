@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,7 @@ def evaluate(
     published: str | None = None,
     chat: bool = False,
     lossless: bool = False,
+    base: str | Path | None = None,
     include: Sequence[str | Path] = (),
     settings: Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
@@ -141,7 +143,9 @@ def evaluate(
         published: Name of settings that a paper reports with.
         chat: Ask through the chat template.
         lossless: Write what the verifier that the checkpoint holds would write, and denoise only to
-            draft it: what is written scores as the verifier's own text does.
+            draft it: what is written scores as the verifier's own text does. A checkpoint that
+            holds none drafts for the base it was made of, as two models.
+        base: Who verifies then, in place of that base: a folder, a Hub id or a GGUF file.
         include: Folders with more tasks.
         settings: draws, rounds, confidence, masking, seed, settings of decoding, or
             `data.text_field`, the column of `data` that holds its text.
@@ -162,7 +166,7 @@ def evaluate(
     from dllm_convert.evaluation.request import Request
     from dllm_convert.evaluation.settings import find_published, find_settings, merge
     from dllm_convert.evaluation.shown import Evaluation
-    from dllm_convert.sampling.checking import require_decoding, verifier_of
+    from dllm_convert.sampling.pairing import settle
     from dllm_convert.source.checkpoints import checkpoint_folder
 
     if isinstance(tasks, str):
@@ -179,10 +183,9 @@ def evaluate(
     fetched = folder != Path(checkpoint)
     if fetched and out is None:
         out = f"{str(checkpoint).replace('/', '--')}-evaluation"
-    if lossless:
-        given.setdefault("verify_with", verifier_of(folder))
     merged = merge(find_settings(published), given)
-    require_decoding(folder, merged.generation, "settings")
+    settled = settle(folder, merged.generation, lossless=lossless, base=base, argument="settings")
+    merged = replace(merged, generation=settled.given)
     request = Request(
         checkpoint=folder,
         record=None if out is None else Path(out),
@@ -202,6 +205,7 @@ def evaluate(
         data=None if data is None else str(data),
         text_field=text_field,
         settings=merged,
+        verifier=settled.other,
     )
     with quiet_libraries():
         found = Evaluation(evaluate_checkpoint(request, teller))

@@ -125,9 +125,8 @@ def sample(
     """
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
-    from dllm_convert.sampling.checking import own_verifier, require_decoding, require_settings
-    from dllm_convert.sampling.run import Display, run_sample
-    from dllm_convert.source.info import SourceInfo
+    from dllm_convert.sampling.pairing import settle
+    from dllm_convert.sampling.run import Display, run_sample, sample_with
 
     if prompt is None or isinstance(prompt, str):
         prompts = [DEFAULT_PROMPT if prompt is None else prompt]
@@ -149,15 +148,10 @@ def sample(
             raise RequestError(_THREADS, argument="threads")
         if isinstance(checkpoint, str | Path):
             folder = checkpoint_folder(checkpoint, teller)
-            given = {**_settled(own_verifier(folder), lossless=lossless, base=base), **given}
-            other = lossless and "verify_with" not in given
-            require_decoding(folder, given, other_verifies=other)
-            if other:
-                how["verifier"] = _other_verifier(folder, base)
-            samples = run_sample(folder, prompts, teller, shown, **how, **given)
+            settled = settle(folder, given, lossless=lossless, base=base)
+            how |= settled.given
+            samples = run_sample(folder, prompts, teller, shown, verifier=settled.other, **how)
         else:
-            from dllm_convert.sampling.run import sample_with
-
             try:
                 model, tokenizer = checkpoint
             except (TypeError, ValueError) as error:
@@ -165,69 +159,11 @@ def sample(
                     f"sample takes a folder or a pair (model, tokenizer), not "
                     f"{type(checkpoint).__name__}"
                 ) from error
-            own = own_verifier(model.config.to_dict())
-            given = {**_settled(own, lossless=lossless, base=base), **given}
-            other = lossless and "verify_with" not in given
-            require_settings(model, given, other_verifies=other)
-            if other:
-                from dllm_convert.sampling.pairing import load_verifier
-
-                found = _other_verifier(None, base, model)
-                is_named = isinstance(found, SourceInfo)
-                how["verifier"] = (
-                    load_verifier(model, tokenizer, found, teller) if is_named else found
-                )
-            samples = sample_with(model, tokenizer, prompts, teller, shown, **how, **given)
+            settled = settle(model, given, lossless=lossless, base=base)
+            how |= {**settled.given, "verifier": settled.load(model, tokenizer, teller)}
+            samples = sample_with(model, tokenizer, prompts, teller, shown, **how)
     one = prompt is None or isinstance(prompt, str)
     return samples[0] if one and len(samples) == 1 else list(samples)
-
-
-def _settled(own: str | None, *, lossless: bool, base: Any) -> dict[str, Any]:
-    """Return the setting of decoding by which a checkpoint's own verifier is asked for, if it is.
-
-    Raises:
-        RequestError: A base is named, and nothing is to be verified, or the checkpoint holds its.
-    """
-    if base is not None and not lossless:
-        raise RequestError("`base` verifies what is drafted; give `lossless` too", argument="base")
-    if base is not None and own == "base":
-        raise RequestError(
-            "this checkpoint holds its base, which verifies without another: leave `base` out",
-            argument="base",
-        )
-    return {"verify_with": own} if lossless and base is None and own is not None else {}
-
-
-def _other_verifier(folder: Path | None, base: Any, model: Any = None) -> Any:
-    """Return who verifies beside a checkpoint, from headers, or as it was given, loaded.
-
-    Raises:
-        RequestError: Of a loaded model nobody knows the base, what was given is none, or the model
-            that drafts is one that llama.cpp runs.
-    """
-    from dllm_convert.sampling.pairing import verifying_source
-
-    if getattr(model, "reader", None) is not None:
-        raise RequestError(
-            "what llama.cpp runs drafts for no other model: give the folder that was exported in "
-            "place of the file, or leave `lossless` out",
-            argument="lossless",
-        )
-    if base is not None and not isinstance(base, str | Path):
-        if not callable(getattr(base, "generate", None)):
-            raise RequestError(
-                f"base is {type(base).__name__}, expected a folder, a Hub id, a GGUF file, or a "
-                "loaded model of transformers",
-                argument="base",
-            )
-        return base
-    if folder is None and base is None:
-        raise RequestError(
-            "this model holds no verifier: where it was opened clean tokens are not read strictly "
-            "causally; name its `base`",
-            argument="base",
-        )
-    return verifying_source(folder, None if base is None else str(base))
 
 
 def opened(
@@ -265,13 +201,19 @@ def opened(
 
 
 def reply(
-    checkpoint: str | Path | tuple[Any, Any], chat: Chat, *, reporter: Reporter | None = None
+    checkpoint: str | Path | tuple[Any, Any],
+    chat: Chat,
+    *,
+    base: Any = None,
+    reporter: Reporter | None = None,
 ) -> Chat:
     """Write the answer to what was asked last in a conversation.
 
     Args:
         checkpoint: As in `sample`; a pair as `load` returns it is not loaded again for each answer.
-        chat: The conversation, as `Chat().ask("...")` makes one.
+        chat: The conversation, as `Chat().ask("...")` makes one. A setting `verify_with` of
+            "base" is the base wherever it lies, as in `sample`.
+        base: Who verifies then, in place of the base that was converted.
         reporter: Progress; by default silent.
 
     Returns:
@@ -283,13 +225,22 @@ def reply(
         RequestError: Nothing was asked, or settings contradict each other or the checkpoint.
     """
     from dllm_convert.common.quiet import quiet_libraries
-    from dllm_convert.sampling.checking import require_settings
+    from dllm_convert.sampling.pairing import settle
     from dllm_convert.sampling.replies import reply as answered
 
+    teller = reporter or Reporter(quiet=True)
     model, tokenizer, _ = opened(checkpoint, reporter)
-    require_settings(model, chat.settings)
     with quiet_libraries():
-        return answered(model, tokenizer, chat, reporter or Reporter(quiet=True))
+        settled = settle(model, chat.settings, base=base, folder=home_of(checkpoint))
+        verifier = settled.load(model, tokenizer, teller)
+        return answered(model, tokenizer, chat, teller, verifier=verifier)
+
+
+def home_of(checkpoint: str | Path | tuple[Any, Any]) -> Path | None:
+    """Return the folder of a checkpoint that is named and was fetched; of others None."""
+    if isinstance(checkpoint, tuple) or is_gguf(checkpoint):
+        return None
+    return checkpoint_folder(checkpoint, Reporter(quiet=True))
 
 
 def is_gguf(checkpoint: object) -> TypeGuard[str | Path]:
