@@ -45,6 +45,7 @@ class DiffusionSection:
             tokens.
         adapter_alpha: Their product is multiplied with alpha / rank.
         adapter_targets: Names of the linear layers that have one.
+        adapter_norms: Names of the norms whose weights noisy tokens have scaled.
         draft: Whom a noisy token sees of its block; `causal` where clean ones see no more either.
         behind: How noisy tokens stand behind clean ones there; by a cache drafts are causal.
     """
@@ -65,6 +66,7 @@ class DiffusionSection:
     adapter_rank: int | None = None
     adapter_alpha: int | None = None
     adapter_targets: tuple[str, ...] = ()
+    adapter_norms: tuple[str, ...] = ()
     draft: Draft = "open"
     behind: Behind = "mask"
 
@@ -94,6 +96,7 @@ class DiffusionSection:
         known = {key: section[key] for key in cls.__dataclass_fields__ if key in section}
         lists = {
             "adapter_targets": tuple(known.get("adapter_targets", ())),
+            "adapter_norms": tuple(known.get("adapter_norms", ())),
             "noise_exponents": tuple(known.get("noise_exponents", ())),
             "noise_classes": tuple(map(tuple, known.get("noise_classes", ()))),
         }
@@ -128,6 +131,8 @@ class DiffusionSection:
                 "adapter_alpha": self.adapter_alpha,
                 "adapter_targets": list(self.adapter_targets),
             }
+        if self.adapter_norms:
+            section["adapter_norms"] = list(self.adapter_norms)
         if self.draft == "causal":
             section["draft"] = self.draft
         if self.behind == "cache":

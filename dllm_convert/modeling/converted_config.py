@@ -185,7 +185,7 @@ def _check_walk(section: Mapping[str, Any]) -> None:
 def _check_gated(section: Mapping[str, Any]) -> None:
     rank, alpha = section.get("adapter_rank"), section.get("adapter_alpha")
     targets, context = section.get("adapter_targets"), section.get("context")
-    named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    named, norms = _are_names(targets), section.get("adapter_norms", [])
     _check(
         ("diffusion.acts_on", section["acts_on"], section["acts_on"] == "noisy", "all or noisy"),
         ("diffusion.objective", section.get("objective"), section.get("objective") == "bd3lm",
@@ -196,7 +196,12 @@ def _check_gated(section: Mapping[str, Any]) -> None:
         ("diffusion.adapter_rank", rank, is_size(rank), "a whole number of at least 1"),
         ("diffusion.adapter_alpha", alpha, is_size(alpha), "a whole number of at least 1"),
         ("diffusion.adapter_targets", targets, named and bool(targets), "names of linear layers"),
+        ("diffusion.adapter_norms", norms, _are_names(norms), "names of norms"),
     )  # fmt: skip
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check(*fields: tuple[str, Any, bool, str]) -> None:

@@ -137,6 +137,7 @@ def _diffusion_section(
             "adapter_rank": lora.rank,
             "adapter_alpha": lora.alpha or 2 * lora.rank,
             "adapter_targets": adapter.lora_targets,
+            "adapter_norms": adapter.norm_modules if lora.noisy_norms else (),
             "behind": behind_of(config, adapter),
         }
     return DiffusionSection(

@@ -97,7 +97,8 @@ def trainable_parameters(shape: ModelShape, training: Training) -> int:
         return shape.parameters
     lora = training.lora
     if training.keeps_base:
-        return lora_parameters(shape, training) + shape.hidden
+        norms = shape.stream_norms if lora.noisy_norms else 0
+        return lora_parameters(shape, training) + shape.hidden + norms
     trained = lora_parameters(shape, training) + (shape.norms if lora.norms else 0)
     if lora.embeddings == "mask_row":
         return trained + shape.hidden
@@ -204,6 +205,9 @@ def activation_bytes(
     kept += _FLOAT32 * shape.heads * shape.layers
     # Two norms and their inputs in float32, rotated queries and keys, the products of the gates.
     rest = (4 * _FLOAT32 + 2 * compute) * shape.hidden + 2 * compute * outputs / shape.layers
+    if training.keeps_base and training.lora.noisy_norms:
+        # What a norm returned, beside that times what noisy tokens have.
+        rest += residual * shape.stream_norms / shape.layers
     held = {"off": kept + shape.layers * rest, "selective": kept, "full": inputs}
     again = {
         "off": 0.0,

@@ -48,6 +48,8 @@ class ModelShape:
         adapted_matrices: How many those are.
         adapted_outputs: What they return for one token, in numbers.
         norms: Parameters of the normalisation layers that stay trainable beside LoRA.
+        stream_norms: Parameters of those of whole hidden states, of which noisy tokens beside a
+            kept base may have their own.
         copied: Keys of one clean token, in numbers over all layers, where noisy rows beside a kept
             base stand behind copies of its cache; 0 where a mask keeps them apart. As many values.
         states: Numbers of the recurrent states of such a row.
@@ -70,6 +72,7 @@ class ModelShape:
     adapted_matrices: int
     adapted_outputs: float
     norms: int
+    stream_norms: int = 0
     copied: int = 0
     states: int = 0
 
@@ -188,8 +191,22 @@ def model_shape(source: SourceInfo, adapter: Adapter, mask: MaskTokenDecision) -
             # PEFT compares the ends of names, whatever stands before.
             if _module(name).endswith(adapter.norm_modules)
         ),
+        stream_norms=hidden
+        * sum(
+            tensor.shape == (hidden,)
+            and name.endswith(".weight")
+            and _on_stream(_module(name), adapter.norm_modules)
+            for name, tensor in used.items()
+        ),
         **_behind_cache(source.config, adapter, matrices, hidden),
     )
+
+
+def _on_stream(module: str, norms: tuple[str, ...]) -> bool:
+    """Whether a norm is one of whole hidden states: of a layer or behind them, not of heads."""
+    *above, own = module.split(".")
+    within = any(part.isdecimal() for part in above) and not above[-1].isdecimal()
+    return own in norms and not within
 
 
 def _behind_cache(

@@ -86,7 +86,7 @@ def declare(
         embedding=embedding,
         head=head,
         lora_targets=adapted_names(model),
-        norm_modules=_norms(model),
+        norm_modules=norm_names(model),
         embedding_module=places[0].rpartition(".")[2],
         head_module=places[1].rpartition(".")[2],
         head_biases=biases,
@@ -144,7 +144,8 @@ def _vocabulary(model: Any) -> tuple[str, str, tuple[str, ...], str]:
     return names[0], names[1], biases, next(iter(others), "")
 
 
-def _norms(model: nn.Module) -> tuple[str, ...]:
+def norm_names(model: nn.Module) -> tuple[str, ...]:
+    """Return what the normalisation layers of a model are called, each once."""
     names = (
         name.rpartition(".")[2]
         for name, module in model.named_modules()

@@ -240,8 +240,12 @@ class Instance:
         model.load_state_dict(self.base.state_dict())
         return model
 
-    def gated(self) -> Any:
-        """Return the diffusion class as a gated model with the same weights: its adapter acts."""
+    def gated(self, norms: tuple[str, ...] = ()) -> Any:
+        """Return the diffusion class as a gated model with the same weights: its adapter acts.
+
+        Args:
+            norms: Names of norms whose weights noisy tokens have scaled.
+        """
         config = copy.deepcopy(self.config)
         rows = int(config.vocab_size)
         config.mask_token_id, config.block_size = rows, ADAPTER_BLOCK
@@ -253,6 +257,7 @@ class Instance:
             adapter_rank=2,
             adapter_alpha=4,
             adapter_targets=targets,
+            adapter_norms=norms,
             draft="causal",
             behind="cache",
         )

@@ -420,6 +420,13 @@ def _causal_blocks(recipe: Recipe) -> Iterator[Contradiction]:
 def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
     """What an adapter that acts on noisy tokens only (`--keep-base`) rules out."""
     if not recipe.training.keeps_base:
+        if recipe.training.lora.noisy_norms:
+            yield Contradiction(
+                "training.lora.noisy_norms is of noisy tokens beside a base that stays, and here "
+                "all tokens have the same weights",
+                "--keep-base, or training.lora.norms, which trains those of all tokens",
+                ("training.lora.noisy_norms", "training.lora.acts_on"),
+            )
         return
     field, training = "training.lora.acts_on", recipe.training
     out = f"--set {field}=all trains an adapter that is merged into the weights"

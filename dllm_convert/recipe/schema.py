@@ -262,6 +262,11 @@ class Lora(_Section):
         description="noisy: the base stays as it is and reads clean tokens, the adapter and a mask "
         "vector act on noisy ones and lie beside it (bd3lm); all: merged into the weights",
     )
+    noisy_norms: bool = Field(
+        False,
+        description="beside a kept base: noisy tokens have the weights of its norms scaled, by "
+        "factors that are trained and lie with the adapter",
+    )
 
 
 class Distilled(_Section):

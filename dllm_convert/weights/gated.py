@@ -44,16 +44,18 @@ def write_untrained_adapter(plan: ConversionPlan, out: Path) -> None:
     states: dict[str, torch.Tensor] = {}
     headers = read_checkpoint(out)
     embedding, scale = plan.adapter.embedding.removesuffix(".weight"), 1.0
-    if plan.adapter.measured is None:
+    norms: list[tuple[str, int]] = []
+    if plan.adapter.measured is None and not section.adapter_norms:
         shapes = _adapted_files(headers, section.adapter_targets)
     else:
-        shapes, embedding, scale = _adapted_modules(plan.adapter, out)
+        shapes, norms, embedding, scale = _adapted_modules(plan.adapter, out)
     for module, (outputs, inputs) in sorted(shapes.items()):
         # Uniform, with the variance that PEFT's and torch's linear layers begin with.
         bound = 1 / math.sqrt(inputs)
         down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=draws)
         states[f"{PREFIX}{module}.lora_A.weight"] = down
         states[f"{PREFIX}{module}.lora_B.weight"] = torch.zeros(outputs, rank)
+    states |= {f"{PREFIX}{name}.noisy_scale": torch.zeros(width) for name, width in norms}
     states[f"{PREFIX}{embedding}.mask_vector"] = scale * _mean_vector(plan, out, headers)
     folder, source = out / ADAPTER_FOLDER, plan.source
     write_adapter_weights(folder, states)
@@ -82,10 +84,11 @@ def _adapted_files(
 
 def _adapted_modules(
     adapter: Adapter, folder: Path
-) -> tuple[dict[str, tuple[int, int]], str, float]:
+) -> tuple[dict[str, tuple[int, int]], list[tuple[str, int]], str, float]:
     """Return the same from the class, whose names a file need not have.
 
-    Also the name of its embedding, and what that multiplies its rows with.
+    Also names and widths of norms whose weights noisy tokens have scaled, the name of its
+    embedding, and what that multiplies its rows with.
     """
     cls = diffusion_class(adapter)
     config = cls.config_class.from_pretrained(folder)
@@ -97,12 +100,17 @@ def _adapted_modules(
         for name, module in model.named_modules()
         if hasattr(module, "lora_A")
     }
+    norms = [
+        (name, len(module.noisy_scale))
+        for name, module in model.named_modules()
+        if hasattr(module, "noisy_scale")
+    ]
     embedding = model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     # A scale of its own is a number, and beside it at most a buffer, which has no value here.
     scales = [getattr(embedding, name, None) for name in ("scalar_embed_scale", "embed_scale")]
     scale = next((float(one) for one in scales if isinstance(one, int | float)), 1.0)
-    return found, names[id(embedding)], scale
+    return found, norms, names[id(embedding)], scale
 
 
 def _mean_vector(plan: ConversionPlan, out: Path, headers: dict[str, Header]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from dllm_convert.diffusion.likelihood import autoregressive_nll, nats_at_rate, 
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.modeling.published.gated import adapter_parameters
+from dllm_convert.probing.facts import norm_names
 from dllm_convert.training.gated import read_clean
 
 KEY = NoiseKey(0, 0, 0, 3)
@@ -48,8 +49,9 @@ def views_of(draw: str, objective: Objective) -> tuple[Corruption, ...]:
     return corrupt(batch(), objective, ForwardProcess(draw="count", complementary=True), KEY)
 
 
-def trainable(family: str) -> Any:
-    model = instance(family).gated()
+def trainable(family: str, *, norms: bool = False) -> Any:
+    made = instance(family)
+    model = made.gated(norm_names(made.base) if norms else ())
     for weight in adapter_parameters(model).values():
         weight.requires_grad_(True)
     return model
@@ -124,9 +126,15 @@ def test_bounds_and_likelihoods_are_those_under_a_mask() -> None:
         assert one.stderr == pytest.approx(other.stderr, abs=1e-5)
 
 
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("family", KEPT)
-def test_every_tensor_of_an_adapter_learns_and_blocks_of_one_are_the_base(family: str) -> None:
-    model = trainable(family)
+def test_every_tensor_of_an_adapter_learns_and_blocks_of_one_are_the_base(
+    family: str, norms: bool
+) -> None:
+    model = trainable(family, norms=norms)
+    scales = [name for name in adapter_parameters(model) if name.endswith("noisy_scale")]
+    # Of every layer at least one, and the one behind them all.
+    assert len(scales) > model.config.num_hidden_layers if norms else not scales
     for draw in ("count", "draft"):
         model.zero_grad()
         trained_on(model, draw)

@@ -10,6 +10,7 @@ from kept import KEPT, RECURRENT, instance, texts
 
 from dllm_convert.modeling.published import behind, lossless
 from dllm_convert.modeling.published.drafting import DraftPolicy, Tree
+from dllm_convert.probing.facts import norm_names
 
 NEW = 18
 
@@ -95,6 +96,30 @@ def test_lossless_is_what_the_base_generates(
     ends = [expected[0][3], expected[-1][NEW // 2]]
     stopped = written(model, ids, mask, ends)
     assert stopped.sequences[:, ids.shape[1] :].tolist() == of_the_base(made.base, ids, mask, ends)
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_norms_of_noisy_tokens_leave_the_text_the_bases(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights are noisy tokens' own; clean ones pass the base's, behind a cache as well."""
+    made = instance(family)
+    plain, model = made.gated(), made.gated(norm_names(made.base))
+    ids, mask = texts([5, 12, 60])
+    noisy = torch.zeros_like(ids[2:], dtype=torch.bool)
+    noisy[:, -3:] = True
+    with torch.no_grad():
+        clean = made.base(ids[2:]).logits
+        found, other = (one(ids[2:], noisy=noisy).logits for one in (model, plain))
+        assert torch.equal(model(ids[2:]).logits, clean)
+    assert (found[:, :-3] - clean[:, :-3]).abs().max() < 1e-5
+    assert (found - other)[:, -3:].abs().amax((0, 2)).min() > 1e-3
+    expected = of_the_base(made.base, ids, mask, None)
+    mostly_right(monkeypatch, ids, mask, expected)
+    monkeypatch.setattr(lossless, "DraftPolicy", AnyTree)
+    AnyTree.generator.manual_seed(7)
+    drafted = written(model, ids, mask, None)
+    assert drafted.sequences[:, ids.shape[1] :].tolist() == expected
 
 
 @pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text", "gemma3_text"])

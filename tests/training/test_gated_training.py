@@ -81,7 +81,9 @@ def test_two_forwards_are_one(
     source_cache: SourceFactory,
 ) -> None:
     """Losses and gradients of both layouts: the plain one has noisy and clean tokens in a row."""
-    settings = {"attention": attention, "gradient_checkpointing": again}
+    # With norms of noisy tokens' own in every other case.
+    lora = {"rank": 4, "acts_on": "noisy", "noisy_norms": complementary}
+    settings = {"attention": attention, "gradient_checkpointing": again, "lora": lora}
     plan = plan_of(source_cache(family), tmp_path / "g", draft=draft, **settings)
     model = trainable_model(plan, tmp_path / "g").train()
     objective, batch = Objective.from_config(model.config), texts()
@@ -180,9 +182,13 @@ DATA = {"source": "pydoc", "sequence_length": 32, "max_documents": 40}
 
 
 def planned(
-    source: Path, folder: Path, measured: Adapter | None = None, **training: Any
+    source: Path,
+    folder: Path,
+    measured: Adapter | None = None,
+    norms: bool = False,
+    **training: Any,
 ) -> tuple[ConversionPlan, TextData]:
-    lora = {"rank": 4, "acts_on": "noisy"}
+    lora = {"rank": 4, "acts_on": "noisy", "noisy_norms": norms}
     settings = {"method": "lora", "lora": lora, "precision": "fp32", **SHORT, **training}
     noise = {"draw": "count", "complementary": True}
     plan = gated_folder(
@@ -191,12 +197,14 @@ def planned(
     return plan, rows_of(plan, folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "norms"), [*((family, False) for family in FAMILIES), ("qwen3", True)]
+)
 def test_training_lowers_the_bound_and_leaves_the_base(
-    family: str, tmp_path: Path, source_cache: SourceFactory
+    family: str, norms: bool, tmp_path: Path, source_cache: SourceFactory
 ) -> None:
     source = source_cache(family)
-    plan, data = planned(source, tmp_path / "a", steps=24)
+    plan, data = planned(source, tmp_path / "a", norms=norms, steps=24)
     result = train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
     untrained, trained = (load_model(tmp_path / name, plan.adapter) for name in "ab")
     objective = Objective.from_config(untrained.config)
@@ -219,9 +227,9 @@ def test_training_lowers_the_bound_and_leaves_the_base(
     assert lines[0]["nelbo"] == pytest.approx(before, abs=1.0)
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize(("family", "norms"), [("lfm2", True), ("qwen3_5_text", False)])
 def test_behind_a_cache_it_lowers_the_bound_and_goes_on_bit_for_bit(
-    family: str, tmp_path: Path, generic_source: SourceFactory
+    family: str, norms: bool, tmp_path: Path, generic_source: SourceFactory
 ) -> None:
     source = generic_source(family)
     measured = generic.measured(source).require()
@@ -231,7 +239,7 @@ def test_behind_a_cache_it_lowers_the_bound_and_goes_on_bit_for_bit(
         "distillation": {"weight": 0.4, "top_k": 12},
     }
     plan, data = planned(
-        source, tmp_path / "a", measured=measured, steps=12, save_steps=5, **beside
+        source, tmp_path / "a", measured=measured, norms=norms, steps=12, save_steps=5, **beside
     )
     train(plan, data, tmp_path / "a", tmp_path / "b", tmp_path / "work", QUIET)
     models = [load_model(tmp_path / name, plan.adapter) for name in "ab"]

@@ -24,7 +24,7 @@ PEFT, and whoever loads the base alone would get it with one on."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's tensors."""
-_PARTS = ("lora_A.weight", "lora_B.weight", "mask_vector")
+_PARTS = ("lora_A.weight", "lora_B.weight", "mask_vector", "noisy_scale")
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
 
 
@@ -227,6 +227,27 @@ class LowRank:
         return torch.where(_spread(seen.noisy, output), changed, output)
 
 
+class _NoisyNorm:
+    """Multiplies what a norm returns for noisy tokens by 1 + s; a hook of that norm.
+
+    That is a norm whose weight is (1 + s) times the base's, whatever way its class has it.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(
+        self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        seen = self.gate.seen
+        if seen.noisy is None:
+            return None
+        changed = torch.addcmul(output, output, layer.noisy_scale.to(output.dtype))
+        if seen.everywhere:
+            return changed
+        return torch.where(_spread(seen.noisy, output), changed, output)
+
+
 class _MaskVector:
     """Puts the mask vector where the mask is noisy; a hook of the embedding."""
 
@@ -270,6 +291,10 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
         layer.lora_B = nn.Linear(rank, outputs, **settings)
         layer.register_forward_hook(hook)
     width = embedding.embedding_dim
+    for layer in gated_norms(model, facts.get("adapter_norms", ()), width):
+        scale = torch.zeros(width, dtype=held, device=layer.weight.device)
+        layer.noisy_scale = nn.Parameter(scale)
+        layer.register_forward_hook(_NoisyNorm(gate))
     vector = torch.zeros(width, dtype=held, device=embedding.weight.device)
     embedding.mask_vector = nn.Parameter(vector)
     embedding.register_forward_hook(_MaskVector(gate))
@@ -279,6 +304,26 @@ def attach_adapter(model: Any, *, dtype: torch.dtype | None = None) -> None:
 def ends_in(name: str, targets: Sequence[str]) -> bool:
     """Whether the name of a module is, or ends in, one of those that get an adapter."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def gated_norms(model: Any, names: Sequence[str], width: int) -> list[Any]:
+    """Return the norms of a model that noisy tokens may have weights of their own in.
+
+    Those of whole hidden states, in their order: not those of heads or inside an attention.
+
+    Args:
+        model: A model.
+        names: What such norms are called in their layers.
+        width: Features of a hidden state.
+    """
+    found = []
+    for name, module in model.named_modules():
+        *above, own = name.split(".")
+        within = any(part.isdecimal() for part in above) and not above[-1].isdecimal()
+        weight = getattr(module, "weight", None)
+        if own in names and not within and weight is not None and weight.shape == (width,):
+            found.append(module)
+    return found
 
 
 def is_adapter(name: str) -> bool:
