@@ -24,7 +24,7 @@ CODE_FILES = {
         "decoding.py",
     ),
     "reading_dllm.py": ("reading.py", "paired.py"),
-    "gated_dllm.py": ("gated.py", "moving.py", "noising.py", "stopping.py", "ends.py"),
+    "gated_dllm.py": ("gate.py", "gated.py", "moving.py", "noising.py", "stopping.py", "ends.py"),
     "behind_dllm.py": ("behind.py", "drafting.py"),
     "decoding_dllm.py": (
         "canvas.py",

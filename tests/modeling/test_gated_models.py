@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from dllm_convert.errors import DataError, IncompatibleError
 from dllm_convert.modeling.loading import load_checkpoint, load_model
 from dllm_convert.modeling.published import modeling
-from dllm_convert.modeling.published.gated import _spread, gated_mask
+from dllm_convert.modeling.published.gate import spread
+from dllm_convert.modeling.published.gated import gated_mask
 
 Folder = Callable[..., Path]
 
@@ -380,6 +381,6 @@ def test_which_numbers_of_a_layer_are_of_noisy_tokens(shape: tuple[int, ...], ro
     """Whether a layer gets rows or one token behind the other, with any number of features."""
     noisy = torch.tensor([[False, True, True], [False, False, True]])[:rows, :, None]
     per_token = noisy.expand(2, -1, -1).flatten().tolist()
-    spread = _spread(noisy, torch.zeros(shape)).expand(shape).reshape(6, -1)
-    assert [row.all().item() for row in spread] == per_token
-    assert [row.any().item() for row in spread] == per_token
+    found = spread(noisy, torch.zeros(shape)).expand(shape).reshape(6, -1)
+    assert [row.all().item() for row in found] == per_token
+    assert [row.any().item() for row in found] == per_token

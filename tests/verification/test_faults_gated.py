@@ -29,11 +29,13 @@ def cases(
     """Return the gated folder of a family, not to be written into, and its base."""
     root, made = tmp_path_factory.mktemp("gated"), {}
 
-    def get(family: str, draft: str = "auto") -> tuple[Path, Path]:
-        place = f"{family}-{draft}"
+    def get(family: str, draft: str = "auto", norms: bool = False) -> tuple[Path, Path]:
+        place = f"{family}-{draft}-{norms}"
         if place not in made:
             made[place] = root / place, source_cache(family)
-            gated_folder(*reversed(made[place]), draft=draft)
+            lora = {"rank": 4, "acts_on": "noisy", "noisy_norms": norms}
+            training = {"method": "lora", "lora": lora}
+            gated_folder(*reversed(made[place]), draft=draft, training=training)
         return made[place]
 
     return get
@@ -46,12 +48,13 @@ def llama(cases: Any, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("family", "draft"), [*((family, "auto") for family in FAMILIES), ("qwen3", "causal")]
+    ("family", "draft", "norms"),
+    [*((family, "auto", False) for family in FAMILIES), ("qwen3", "causal", True)],
 )
 def test_a_sound_folder_passes_every_probe(
-    family: str, draft: str, cases: Any, tmp_path: Path
+    family: str, draft: str, norms: bool, cases: Any, tmp_path: Path
 ) -> None:
-    folder, base = cases(family, draft)
+    folder, base = cases(family, draft, norms)
     folder = Path(shutil.copytree(folder, tmp_path / family))
     write_manifest(folder, {"format_version": 1, "files": hash_files(folder)})
     groups = [name for name in GROUPS if name != "portability"]
