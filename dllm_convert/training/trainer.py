@@ -45,6 +45,7 @@ from dllm_convert.training.distributed import (
 from dllm_convert.training.exponents import ExponentLearner
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
+from dllm_convert.training.growth import Timetable, faded
 from dllm_convert.training.on_policy import OnPolicy, Writer
 from dllm_convert.training.parts import Annealing, ForwardNoise, LossWeights
 from dllm_convert.training.resume import is_fsdp_file, is_in_shards
@@ -112,7 +113,7 @@ class DiffusionTrainer(Trainer):
             # Before what marks a checkpoint as whole.
             self.add_callback(exponents)
         self._annealing = annealing or Annealing()
-        self._pace: tuple[int, int] | None = None
+        self._timetable = Timetable(self._annealing.planned)
         self._mask_noise = MaskNoise(
             self.model,
             self._objective.mask_token_id,
@@ -184,12 +185,12 @@ class DiffusionTrainer(Trainer):
             at: Steps after which the limit was known.
             steps: All steps that there are.
         """
-        self._pace = at, steps
+        self._timetable = replace(self._timetable, at=at, steps=steps)
 
     def _objective_at(self, step: int) -> Objective:
         """Return what is learnt in a step: with smaller blocks as long as they grow."""
         growth = self._annealing.blocks
-        size = None if growth is None else growth.size_at(step, self._pace)
+        size = None if growth is None else growth.size_at(self._timetable.in_plan(step))
         objective = self._objective
         if self._exponents is not None:
             objective = replace(objective, classes=self._exponents.classes)
@@ -210,6 +211,7 @@ class DiffusionTrainer(Trainer):
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         step, world = self.state.global_step, self.args.world_size
+        now = self._timetable.in_plan(step)
         objective, weights = self._objective_at(step), self._weights
         writer = self._writer
         if writer is not None and not writer.how.writes(step):
@@ -234,7 +236,7 @@ class DiffusionTrainer(Trainer):
                 scored = texts * len(views)
                 closed = self._closed(batch.tokens.shape[1], key)
                 own = writer is not None
-                drawn.append((objective, weights, batch, views, closed, key, scored, own))
+                drawn.append((objective, weights, batch, views, closed, key, now, scored, own))
                 if weights.masked == "uniform":
                     masked = sum(int(view.scored.sum()) for view in views)
                     sums += torch.tensor([masked, texts])
@@ -311,7 +313,7 @@ class DiffusionTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Return the loss of what is no cross-entropy, in nats, each, (n,), and the output."""
         objective = noise.objective
-        with self._mask_noise.at(noise.key):
+        with self._mask_noise.at(noise.key, noise.now):
             output = model(**inputs)
         nats = self._nats(forward, output.logits, noise)
         loss = (nats * scale).sum()
@@ -479,8 +481,7 @@ class DiffusionTrainer(Trainer):
         return reduced.double().cpu()  # type: ignore[no-any-return]
 
     def _closed(self, length: int, key: NoiseKey) -> torch.Tensor | None:
-        steps = self._annealing.attention_steps
-        share = 1 - key.step / steps if steps else 0.0
+        share = faded(self._annealing.attention_steps, self._timetable.in_plan(key.step))
         if share <= 0:
             return None
         # One draw per step, whatever forward and process: the same pairs are open in all of them.
