@@ -112,7 +112,8 @@ class ForwardNoise:
         scored: Scorable tokens of this forward, over all views.
         own: Whether the model wrote the text itself, of which there is no bound.
         items: Positions the optimised loss is a mean over, of all forwards and processes of the
-            step, so that a token weighs the same in whichever of them it is.
+            step, so that a token weighs the same in whichever of them it is. Known, as `texts`
+            is, when all of the step are drawn.
         texts: Scorable tokens of all forwards and processes of the step.
     """
 
@@ -125,5 +126,5 @@ class ForwardNoise:
     now: Fraction
     scored: int
     own: bool
-    items: float
-    texts: float
+    items: float = 1.0
+    texts: float = 1.0

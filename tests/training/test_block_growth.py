@@ -216,9 +216,9 @@ def test_what_fades_ends_with_a_time_limit_too() -> None:
 def test_the_trainer_is_told_of_a_time_limit(tmp_path: Path, source_cache: SourceFactory) -> None:
     plan = conversion(source_cache("llama"), tmp_path / "a", steps=40)
     trainer = trainer_of(plan, tmp_path / "a")
-    assert trainer._objective_at(9).block_size == 4
+    assert trainer._noise.objective_at(9).block_size == 4
     trainer.keep_to(5, 20)  # Half of what was planned: stages of two steps.
-    assert [trainer._objective_at(number).block_size for number in (4, 5, 6, 7, 8)] == [
+    assert [trainer._noise.objective_at(number).block_size for number in (4, 5, 6, 7, 8)] == [
         2, 4, 16, 16, 8,
     ]  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_a_trainer_opens_its_attention_in_the_time_there_is(
     trainer = trainer_of(plan, tmp_path / "a")
 
     def is_closed(step: int) -> bool:
-        return trainer._closed(16, NoiseKey(0, step, 0, 1)) is not None
+        return trainer._noise._closed(16, NoiseKey(0, step, 0, 1)) is not None
 
     assert is_closed(19) and not is_closed(20)
     trainer.keep_to(5, 20)
