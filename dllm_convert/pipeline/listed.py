@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from dllm_convert.common.quantities import count_text, hours_text
 from dllm_convert.common.tables import Table
-from dllm_convert.planning.plan_text import count_text, hours_text
 from dllm_convert.planning.rough import rough_hours
 from dllm_convert.recipe.loading import RecipeEntry
 

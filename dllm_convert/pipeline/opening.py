@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dllm_convert.common.quantities import hours_text
 from dllm_convert.planning.conversion import ConversionPlan
 from dllm_convert.planning.devices import Device
 from dllm_convert.planning.document import launch_document
 from dllm_convert.planning.estimate import estimate_device
 from dllm_convert.planning.launch import ALONE
 from dllm_convert.planning.launch_text import launch_line
-from dllm_convert.planning.plan_text import hours_text
 
 
 def opening_lines(plan: ConversionPlan, out: Path) -> list[str]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dllm_convert.common.quantities import count_text
 from dllm_convert.errors import DataError, HubError, IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan
-from dllm_convert.planning.plan_text import count_text
 from dllm_convert.recipe.budget import MOST_EPOCHS
 
 if TYPE_CHECKING:

@@ -245,7 +245,7 @@ def make_plan(
     check_padding(source.config, mask.rows_after)
     check_token_ids(source, mask.rows_after)
     shift = _keeps_shift(recipe, adapter)
-    converted = check_converted(source.config, mask_id=mask.id, token_shift=shift)
+    converted = check_converted(source.config, recipe.noise, mask_id=mask.id, token_shift=shift)
     context = context_length(source.config, adapter)
     check_context(recipe, context, source.config)
     attention = (kept_attention if kept else open_attention)(recipe, source, adapter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -10,6 +10,7 @@ from packaging.version import Version
 
 from dllm_convert.common.diffusion_section import diffusion_section
 from dllm_convert.errors import IncompatibleError
+from dllm_convert.recipe.schema import Noise
 
 
 def check_transformers(needed: str) -> None:
@@ -30,11 +31,14 @@ def check_transformers(needed: str) -> None:
         )
 
 
-def check_converted(config: Mapping[str, Any], *, mask_id: int, token_shift: bool) -> str | None:
+def check_converted(
+    config: Mapping[str, Any], noise: Noise, *, mask_id: int, token_shift: bool
+) -> str | None:
     """Check that a source that was converted before goes on as it was; return what to know of it.
 
     Args:
         config: config.json of the source.
+        noise: That of this conversion.
         mask_id: The mask token of this conversion.
         token_shift: Whether it reads predictions one position earlier.
 
@@ -67,5 +71,13 @@ def check_converted(config: Mapping[str, Any], *, mask_id: int, token_shift: boo
     return (
         f"the source is a diffusion model already ({section.get('objective')}{blocks}): training "
         "goes on from it, and the autoregressive NLL of the base is that of this model under a "
-        "causal mask"
+        f"causal mask{''.join(_made_anew(section, noise))}"
     )
+
+
+def _made_anew(section: Mapping[str, Any], noise: Noise) -> Iterator[str]:
+    """Say what of a conversion's noise is found again instead of being handed on."""
+    if section.get("noise_kernel") == noise.kernel == "neighbours":
+        yield "; which words are near each other is found again, in its embedding as it is now"
+    if section.get("noise_schedule") == noise.schedule == "learned":
+        yield "; its noise schedule is learnt again from the first step on"

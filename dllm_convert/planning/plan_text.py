@@ -5,61 +5,27 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dllm_convert.common.quantities import (
+    bytes_text,
+    ranges_text,
+)
 from dllm_convert.common.shown_text import one_line
 from dllm_convert.common.tables import Block, Table
 from dllm_convert.planning.launch_text import launch_line, launch_sentences, together
+from dllm_convert.planning.needs_text import (
+    devices_table,
+    memory_table,
+    stages_table,
+    strategies,
+)
 
 WIDTH = 100
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _PARTS = ("embedding", "layers", "head", "other")
-
-
-def bytes_text(count: float) -> str:
-    """Return a number of bytes with a decimal unit, as disks and GPUs are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB" if count < 1000 else f"{count:,.0f} TB"
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def hours_text(hours: float) -> str:
-    """Return a time in the unit that fits it."""
-    if hours < 1 / 60:
-        return f"{hours * 3600:.2g} s"
-    if hours < 1:
-        return f"{hours * 60:.2g} min"
-    return f"{hours:.3g} h" if hours < 1000 else f"{hours:,.0f} h"
-
-
-def count_text(count: int | None) -> str:
-    """Return a number as it is said of models and texts: 494M, 1.3B; empty if there is none."""
-    if count is None:
-        return ""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
-
-
-def ranges_text(numbers: Sequence[int]) -> str:
-    """Return rising numbers as ranges: 0-4, 6, 8-9."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    shown = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:7], "..."])
 
 
 def _section(title: str, blocks: Iterable[Block]) -> list[Block]:
@@ -240,122 +206,16 @@ def _training(plan: Mapping[str, Any]) -> list[Block]:
         "",
         f"Peak memory{whose} at {estimate['sequences_per_forward']} sequences of "
         f"{estimate['sequence_length']} tokens per forward",
-        _memory(estimate["memory"]),
-        *_strategies(estimate["strategies"], training["method"]),
+        memory_table(estimate["memory"]),
+        *strategies(estimate["strategies"], training["method"]),
         "",
         "Peak memory of every stage, one model at a time",
-        _stages(estimate["stages"]),
+        stages_table(estimate["stages"]),
         "",
         f"The budget of {estimate['tokens']:,} tokens on {several or 'one device'}",
-        _devices(estimate["devices"], limited=bool(training["max_minutes"])),
+        devices_table(estimate["devices"], limited=bool(training["max_minutes"])),
         *_wrapped(["Assumed: " + "; ".join(estimate["assumptions"]) + "."]),
     ]
-
-
-AGAIN = {"off": "nothing", "selective": "norms, gates", "full": "layers"}
-"""What is computed again in the backward pass, by the recipe's word for it."""
-
-
-def _strategies(rows: Sequence[Mapping[str, Any]], method: str) -> list[Block]:
-    """Compare the ways in which so many GPUs can share a training, if there are several."""
-    if not rows:
-        return []
-    marked = [{**row, "of": "asked for" if row["asked"] else ""} for row in rows]
-    title = f"Peak memory of each GPU by what is shared, method {method}"
-    return ["", title, _memory(marked, {"strategy": "strategy", "": "of"})]
-
-
-def _memory(rows: Iterable[Mapping[str, Any]], named: Mapping[str, str] | None = None) -> Table:
-    """Break peaks down, a row each.
-
-    Args:
-        rows: What `estimate` found.
-        named: Columns in front by the field that they show; method and device by default.
-    """
-    names = {"method": "method", "on": "on"} if named is None else named
-    columns = {
-        "peak": "total", "weights": "weights", "teacher": "teacher", "gradients": "gradients",
-        "AdamW": "moments", "activations": "activations", "logits": "logits",
-        "exchanged": "exchanged", "writing": "writing",
-    }  # fmt: skip
-    rows = list(rows)
-    for column in ("teacher", "exchanged", "writing"):
-        if not any(row[column] for row in rows):
-            del columns[column]
-    return Table(
-        (*names, *columns, "again"),
-        [
-            (
-                *(row[key] for key in names.values()),
-                *(bytes_text(row[key]) for key in columns.values()),
-                AGAIN[row["checkpointing"]],
-            )
-            for row in rows
-        ],
-    )
-
-
-def _stages(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """Show each stage on a CPU, on a GPU, and in host memory beside that."""
-    by_stage: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        by_stage.setdefault(row["stage"], {})[row["on"]] = row
-    return Table(
-        ("stage", "on a CPU", "on a GPU", "held in", "host memory beside it"),
-        [
-            (
-                name,
-                bytes_text(on["cpu"]["device"]),
-                bytes_text(on["gpu"]["device"]),
-                on["gpu"]["held"] or "-",
-                bytes_text(on["gpu"]["host"]),
-            )
-            for name, on in by_stage.items()
-        ],
-    )
-
-
-def _devices(devices: Iterable[Mapping[str, Any]], *, limited: bool) -> Table:
-    rows = []
-    for device in devices:
-        reached = (f"{device['tokens']:,}",) if limited else ()
-        rows.append(
-            (
-                device["device"],
-                bytes_text(device["stage_memory"]),
-                fits_text(device),
-                _rate(device["tokens_per_second"]),
-                hours_text(device["hours"]),
-                *reached,
-            )
-        )
-    more = ("tokens in the time",) if limited else ()
-    return Table(("device", "memory", "fits", "tokens/s", "all steps in", *more), rows)
-
-
-def fits_text(device: Mapping[str, Any]) -> str:
-    """Say whether one device is enough, how many are, or what would make it fit."""
-    if device["fits"] is None:
-        return "memory unknown"
-    if device["fits"]:
-        return "1 is enough" if device["processes"] == 1 else "yes"
-    if device["gpu"] and device["stage"] != "train":
-        # No number of devices helps: what is measured runs on one, or else in host memory.
-        trained = f"{device['devices_needed']} train it, " if device["devices_needed"] else ""
-        taken = bytes_text(device["stage_memory"])
-        return f"{trained}{device['stage']} takes {taken}: measured on the CPU"
-    needed, processes = device["devices_needed"], device["processes"]
-    if needed and processes > 1:
-        more = f" and {needed} processes" if needed > processes else ""
-        other = f", or {device['fits_with']}" if device["fits_with"] else ""
-        return f"needs FSDP2{more}{other}"
-    if needed:
-        other = f", or 1 with {device['fits_with']}" if device["fits_with"] else ""
-        return f"{needed} needed{other}"
-    if device["fits_with"]:
-        return f"1 with {device['fits_with']}"
-    more = ": a smaller batch or shorter rows" if device["gpu"] else ""
-    return f"does not fit {bytes_text(device['room'])}{more}"
 
 
 def _serving(plan: Mapping[str, Any]) -> list[str]:

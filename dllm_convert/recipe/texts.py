@@ -20,6 +20,8 @@ from dllm_convert.recipe.contradiction import Contradiction, UnsoundError
 from dllm_convert.recipe.splits import NamedText, mixture_line
 
 _WEIGHT = re.compile(r"\d+(?:\.\d*)?|\.\d+")
+_SLICED = re.compile(r"(?P<name>.*[^:/])(?P<slice>\[[\d%-]*:[\d%-]*\])", re.DOTALL)
+"""A name with a slice and no colon; as a file's pattern it would be one of odd signs."""
 _WHERE = re.compile(r"(?:(?P<subset>[\w.-]+)/)?(?P<split>[\w.-]+(?:\[[^\[\]]*\])?|\[[^\[\]]*\])")
 
 
@@ -102,6 +104,12 @@ def _text(part: str) -> NamedText:
                 raise _two_ways(path, text)
             weight = None if path == part else text.weight
             return NamedText(path, weight=weight)
+    if sliced := _SLICED.fullmatch(text.name):
+        whole, cut = sliced["name"], sliced["slice"]
+        raise _unsound(
+            f"--data {part} is no text; a slice stands behind a colon, as in NAME:SPLIT{cut}",
+            f"--data '{whole}:{cut}', or of a split: '{whole}:train{cut}'",
+        )
     return text
 
 

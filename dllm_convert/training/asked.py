@@ -69,10 +69,11 @@ def on_policy_of(recipe: Recipe) -> OnPolicy | None:
 def annealing_of(recipe: Recipe) -> Annealing:
     """Return what a recipe has fade, or grow, over the first steps."""
     training, sizes = recipe.training, recipe.growing_sizes
-    growth = BlockGrowth(sizes, training.block_growth.steps, training.steps) if sizes else None
+    growth = BlockGrowth(sizes, training.block_growth.steps) if sizes else None
     return Annealing(
         attention_steps=training.attention_annealing_steps,
         mask_noise_std=training.mask_noise_std,
         mask_noise_steps=training.mask_noise_steps,
         blocks=growth,
+        planned=training.steps,
     )

@@ -86,11 +86,11 @@ class Comparer:
         apart = unsure = None
         if self._fused.works and (more or self._fused.pays(len(targets))):
             fused = self._fused.at(targets, scales, lesson, sharper)
-            with self._mask_noise.at(noise.key), fused as found:
+            with self._mask_noise.at(noise.key, noise.now), fused as found:
                 output = model(**inputs)
             loss, (nats, apart, unsure) = output.logits.sum(), found
         else:
-            with self._mask_noise.at(noise.key):
+            with self._mask_noise.at(noise.key, noise.now):
                 output = model(**inputs)
             if more:
                 loss, nats, apart, unsure = taught_cross_entropy(

@@ -1,4 +1,4 @@
-"""Blocks that grow over the first steps of a training.
+"""Blocks that grow over the first steps of a training, and what a time limit does to such steps.
 
 LLaDA2 (arXiv 2512.15745) warms an autoregressive model up by blocks of 1, 4, 32 and 64 tokens and
 more before it trains at the size that it keeps; NBDiff (arXiv 2512.06776) has them grow from 1. A
@@ -9,7 +9,37 @@ base already is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """Which step of the plan a step stands for.
+
+    A time limit may leave fewer steps than were planned. What fades or grows then takes the same
+    share of those there are: it asks for a step of the plan, and need not know of the limit.
+
+    Attributes:
+        planned: Steps of the whole training; None if nobody said, and nothing is shortened.
+        at: Steps after which it was found out how many there are.
+        steps: All steps that there are; None for those that were planned.
+    """
+
+    planned: int | None = None
+    at: int = 0
+    steps: int | None = None
+
+    def in_plan(self, step: int) -> Fraction:
+        """Return where in the plan a step stands, steps that were taken before it being `step`."""
+        if self.steps is None or self.planned is None or step < self.at:
+            return Fraction(step)
+        return Fraction(step * self.planned, self.steps)
+
+
+def faded(steps: int, now: Fraction) -> float:
+    """Return what is left, from 1 down to 0, of what fades over the first steps of a plan."""
+    return max(float(1 - now / steps), 0.0) if steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -19,25 +49,14 @@ class BlockGrowth:
     Attributes:
         sizes: Tokens per block of each stage; afterwards blocks have the size of the objective.
         steps: Steps of all stages together, which are as long as each other.
-        planned: Steps of the whole training.
     """
 
     sizes: tuple[int, ...]
     steps: int
-    planned: int
 
-    def size_at(self, step: int, pace: tuple[int, int] | None = None) -> int | None:
-        """Return tokens per block of an optimizer step, None once the stages are over.
-
-        Args:
-            step: Steps that were taken before it.
-            pace: Where a time limit left fewer steps than planned: after how many that was found
-                out, and how many there are. From there on the stages take the same share of them.
-        """
-        at, total = (0, self.planned) if pace is None else pace
-        # In whole numbers: step / (steps * total / planned) of all stages.
-        scale = (total, self.planned) if step >= at else (1, 1)
-        stage = step * len(self.sizes) * scale[1] // (self.steps * scale[0])
+    def size_at(self, now: Fraction) -> int | None:
+        """Return tokens per block at a step of the plan, None once the stages are over."""
+        stage = int(now * len(self.sizes) / self.steps)
         return self.sizes[stage] if stage < len(self.sizes) else None
 
     def stages(self) -> tuple[tuple[int, int], ...]:

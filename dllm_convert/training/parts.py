@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -85,12 +86,15 @@ class Annealing:
             deviation (LLaDA2, arXiv 2512.15745).
         mask_noise_steps: Steps over which that noise fades.
         blocks: How blocks grow to their size (bd3lm); None for blocks that have it.
+        planned: Steps of the whole training, of which a time limit keeps these the same share; None
+            to leave them as long as they are.
     """
 
     attention_steps: int = 0
     mask_noise_std: float = 0.0
     mask_noise_steps: int = 0
     blocks: BlockGrowth | None = None
+    planned: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,12 @@ class ForwardNoise:
         views: Draws of noise over its text.
         closed: Pairs of positions that attention annealing keeps closed; None for none.
         key: Where the noise was drawn.
+        now: Its step, as one of the plan.
         scored: Scorable tokens of this forward, over all views.
         own: Whether the model wrote the text itself, of which there is no bound.
         items: Positions the optimised loss is a mean over, of all forwards and processes of the
-            step, so that a token weighs the same in whichever of them it is.
+            step, so that a token weighs the same in whichever of them it is. Known, as `texts`
+            is, when all of the step are drawn.
         texts: Scorable tokens of all forwards and processes of the step.
     """
 
@@ -117,7 +123,8 @@ class ForwardNoise:
     views: tuple[Corruption, ...]
     closed: torch.Tensor | None
     key: NoiseKey
+    now: Fraction
     scored: int
     own: bool
-    items: float
-    texts: float
+    items: float = 1.0
+    texts: float = 1.0

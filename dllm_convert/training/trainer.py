@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from dllm_convert.diffusion.attention import TILE, Rule
 from dllm_convert.diffusion.cached import noisy_inputs, predict_behind_cache, read_in_turn
-from dllm_convert.diffusion.corruption import ForwardProcess, NoiseKey, corrupt
+from dllm_convert.diffusion.corruption import ForwardProcess
 from dllm_convert.diffusion.distillation import Lesson
-from dllm_convert.diffusion.drafts import draft_groups, predict_drafts
+from dllm_convert.diffusion.drafts import predict_drafts
 from dllm_convert.diffusion.gated import (
     CleanReading,
     lesson_reading,
@@ -25,7 +24,7 @@ from dllm_convert.diffusion.gated import (
 )
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective
-from dllm_convert.diffusion.prediction import Prediction, closed_pairs, predict
+from dllm_convert.diffusion.prediction import Prediction, predict
 from dllm_convert.diffusion.streams import WIDTH_MULTIPLE
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.published.gated import adapter_parameters
@@ -34,7 +33,7 @@ from dllm_convert.training.comparing import Comparer
 from dllm_convert.training.counts import Counts
 from dllm_convert.training.cpu_attention import TILED
 from dllm_convert.training.data.mask_noise import MaskNoise
-from dllm_convert.training.data.rows import collate, text_batch
+from dllm_convert.training.data.rows import collate
 from dllm_convert.training.distributed import (
     check_strategy,
     device_of_shards,
@@ -42,6 +41,7 @@ from dllm_convert.training.distributed import (
     reduce_in_float32,
     share_no_weights,
 )
+from dllm_convert.training.drawing import Share, StepNoise
 from dllm_convert.training.exponents import ExponentLearner
 from dllm_convert.training.gated import load_states, read_clean, save_states
 from dllm_convert.training.gpu_attention import FLEX
@@ -112,7 +112,6 @@ class DiffusionTrainer(Trainer):
             # Before what marks a checkpoint as whole.
             self.add_callback(exponents)
         self._annealing = annealing or Annealing()
-        self._pace: tuple[int, int] | None = None
         self._mask_noise = MaskNoise(
             self.model,
             self._objective.mask_token_id,
@@ -132,10 +131,19 @@ class DiffusionTrainer(Trainer):
                 sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled,
                 aligns=self._weights.alignment > 0,
             )
-        self._writer: Writer | None = None
+        writer = None
         if on_policy is not None:
             kept = keeps_gathered(self.accelerator)
-            self._writer = Writer(inner, on_policy, keeps_gathered=kept)
+            writer = Writer(inner, on_policy, keeps_gathered=kept)
+        self._noise = StepNoise(
+            self._objective,
+            self._process,
+            self._weights,
+            self._annealing,
+            exponents=exponents,
+            writer=writer,
+            writing=self._writing,
+        )
         self._block_masks: dict[str, tuple[Rule, Any]] = {}
         self.counts = Counts(self.args.device)
         self._comparer = Comparer(
@@ -184,16 +192,7 @@ class DiffusionTrainer(Trainer):
             at: Steps after which the limit was known.
             steps: All steps that there are.
         """
-        self._pace = at, steps
-
-    def _objective_at(self, step: int) -> Objective:
-        """Return what is learnt in a step: with smaller blocks as long as they grow."""
-        growth = self._annealing.blocks
-        size = None if growth is None else growth.size_at(step, self._pace)
-        objective = self._objective
-        if self._exponents is not None:
-            objective = replace(objective, classes=self._exponents.classes)
-        return objective if size is None else replace(objective, block_size=size)
+        self._noise.keep_to(at, steps)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward; remember in `unsound` a loss that was not a number."""
@@ -204,46 +203,11 @@ class DiffusionTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Collect the forwards of a step, and draw their noise: the loss is a mean over them.
-
-        In an on-policy step the model writes all of its texts here, before it is trained on any.
-        """
+        """Collect the forwards of a step, and draw their noise: the loss is a mean over them."""
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
-        step, world = self.state.global_step, self.args.world_size
-        objective, weights = self._objective_at(step), self._weights
-        writer = self._writer
-        if writer is not None and not writer.how.writes(step):
-            writer = None
-        drawn = []
-        sums = torch.zeros(2, dtype=torch.float64)
-        with nullcontext() if writer is None else self._writing(writer, objective):
-            for micro, inputs in enumerate(batches):
-                # On the CPU, where it comes from: counting on a GPU has the host wait.
-                batch = text_batch({name: value.to("cpu") for name, value in inputs.items()})
-                size = len(batch.tokens)
-                first = (micro * world + self.args.process_index) * size
-                key = NoiseKey(self.args.seed, step, first, len(batches) * world * size)
-                if writer is not None:
-                    batch, views = writer.write(batch, objective, key)
-                    weights = self._weights.on_policy
-                elif self._process.draw == "draft":
-                    views = draft_groups(batch, objective, key)
-                else:
-                    views = corrupt(batch, objective, self._process, key)
-                texts = int(batch.scorable.sum())
-                scored = texts * len(views)
-                closed = self._closed(batch.tokens.shape[1], key)
-                own = writer is not None
-                drawn.append((objective, weights, batch, views, closed, key, scored, own))
-                if weights.masked == "uniform":
-                    masked = sum(int(view.scored.sum()) for view in views)
-                    sums += torch.tensor([masked, texts])
-                else:
-                    sums += torch.tensor([scored, texts])
-        totals = self._total(sums).clamp(min=1).tolist()
-        items, texts = totals
-        noisy = [{"noise": ForwardNoise(*noise, items=items, texts=texts)} for noise in drawn]
-        return noisy, counted
+        share = Share(self.args.seed, self.args.process_index, self.args.world_size)
+        drawn = self._noise.draw(batches, self.state.global_step, share, self._total)
+        return [{"noise": noise} for noise in drawn], counted
 
     @contextmanager
     def _writing(self, writer: Writer, objective: Objective) -> Iterator[None]:
@@ -311,7 +275,7 @@ class DiffusionTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Return the loss of what is no cross-entropy, in nats, each, (n,), and the output."""
         objective = noise.objective
-        with self._mask_noise.at(noise.key):
+        with self._mask_noise.at(noise.key, noise.now):
             output = model(**inputs)
         nats = self._nats(forward, output.logits, noise)
         loss = (nats * scale).sum()
@@ -467,7 +431,10 @@ class DiffusionTrainer(Trainer):
             logs = logs | {name: v for name, v in found.items() if not unasked.get(name)}
             if self._annealing.blocks is not None:
                 # Of the step that the line is about.
-                logs = {**logs, "block_size": self._objective_at(self.state.global_step - 1).size}
+                logs = {
+                    **logs,
+                    "block_size": self._noise.objective_at(self.state.global_step - 1).size,
+                }
         super().log(logs, *args, **kwargs)
 
     def _total(self, sums: torch.Tensor) -> torch.Tensor:
@@ -477,14 +444,6 @@ class DiffusionTrainer(Trainer):
         # Not every device counts in float64; up to 2^24 float32 counts exactly, per element.
         reduced: Any = self.accelerator.reduce(sums.float().to(self.args.device), "sum")
         return reduced.double().cpu()  # type: ignore[no-any-return]
-
-    def _closed(self, length: int, key: NoiseKey) -> torch.Tensor | None:
-        steps = self._annealing.attention_steps
-        share = 1 - key.step / steps if steps else 0.0
-        if share <= 0:
-            return None
-        # One draw per step, whatever forward and process: the same pairs are open in all of them.
-        return closed_pairs(length, share, key.generator())
 
     def _in_form(self, which: str, forward: Prediction | CleanReading) -> Any:
         """The mask as the model's attention reads it; a block mask is built when it changes."""

@@ -16,7 +16,8 @@ from dllm_convert.adapters import get_adapter
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.modeling.loading import load_base
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
-from dllm_convert.recipe.schema import Recipe
+from dllm_convert.planning.environment import check_converted
+from dllm_convert.recipe.schema import Noise, Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.verification import verify_checkpoint
 
@@ -52,6 +53,24 @@ def test_the_plan_says_what_it_is(converted: Path, target: str) -> None:
     warning = next(text for text in plan.warnings if "diffusion model already" in text)
     assert "(bd3lm in blocks of" in warning
     assert plan.tensors_changed == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("kernel", "neighbours", "near each other is found again"),
+     ("schedule", "learned", "noise schedule is learnt again")],
+)  # fmt: skip
+def test_noise_that_is_made_anew_is_said(
+    converted: Path, field: str, value: str, said: str
+) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    section = config["diffusion"]
+    known = {"mask_id": section["mask_token_id"], "token_shift": section["token_shift"]}
+    noise = Noise.model_validate({field: value})
+    assert said not in (check_converted(config, noise, **known) or "")
+    section[f"noise_{field}"] = value
+    assert said in (check_converted(config, noise, **known) or "")
+    assert said not in (check_converted(config, Noise(), **known) or "")
 
 
 def test_the_base_of_the_second_is_seen_as_what_it_is(converted: Path) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from giant import LLAMA_70B, write_giant
 
+from dllm_convert.common.quantities import bytes_text, hours_text, ranges_text
 from dllm_convert.common.tables import text_of
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.planning import environment as plan_fit
 from dllm_convert.planning.conversion import ConversionPlan, make_plan, plan_as_dict
 from dllm_convert.planning.layers import kept_features
-from dllm_convert.planning.plan_text import bytes_text, hours_text, plan_blocks, ranges_text
+from dllm_convert.planning.plan_text import plan_blocks
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import SourceInfo, TensorInfo, inspect_source
 

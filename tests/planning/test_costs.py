@@ -27,7 +27,7 @@ from dllm_convert.planning.estimate import (
     settled,
 )
 from dllm_convert.planning.model_shape import ModelShape, model_shape
-from dllm_convert.planning.plan_text import fits_text
+from dllm_convert.planning.needs_text import fits_text
 from dllm_convert.planning.sharing import Sharing
 from dllm_convert.planning.streams import mean_masked_share, streams
 from dllm_convert.recipe.schema import Noise, Recipe

@@ -21,7 +21,7 @@ from dllm_convert.planning.devices import GPUS
 from dllm_convert.planning.estimate import SCALING, estimate_device
 from dllm_convert.planning.launch import ALONE, Launch
 from dllm_convert.planning.model_shape import ModelShape
-from dllm_convert.planning.plan_text import fits_text
+from dllm_convert.planning.needs_text import fits_text
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
 

@@ -11,7 +11,7 @@ from dllm_convert.planning.costs import CPU_RUNTIME, GPU_RUNTIME
 from dllm_convert.planning.devices import Device, cpu
 from dllm_convert.planning.estimate import estimate_device, stages_on
 from dllm_convert.planning.model_shape import ModelShape
-from dllm_convert.planning.plan_text import fits_text
+from dllm_convert.planning.needs_text import fits_text
 from dllm_convert.planning.stages import DURING
 from dllm_convert.recipe.schema import Recipe
 

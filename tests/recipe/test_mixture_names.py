@@ -64,6 +64,8 @@ def test_a_mixture_has_a_weight_for_each() -> None:
         ("a/b:0.7", "weighs one text", "--data a/b"),
         ("a/b:1,c/d", "no weight for c/d", "c/d:0.5"),
         ("a/b:train,c/d:test", "no weights to mix them", "a/b:train:0.5,c/d:test:0.5"),
+        ("pydoc[:10%]", "stands behind a colon", "pydoc:[:10%]"),
+        ("a/b[5:9]:1,c/d:2", "stands behind a colon", "a/b:train[5:9]"),
         ("a/b:x/test[5:9],c/d", "no weights to mix them", "a/b:x/test[5:9]:0.5,c/d:0.5"),
     ],
 )

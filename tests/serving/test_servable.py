@@ -54,3 +54,13 @@ def test_check_says_which_engines_and_what_to_change(source_cache: SourceFactory
         "sdar", "llada2", "gguf", "a2d",
     ]  # fmt: skip
     assert said["gguf-diffusion"]["refused"] == [WHOLE_TEXTS]
+
+
+@pytest.mark.parametrize(("family", "is_there"), [("qwen3", True), ("mistral", False)])
+def test_another_layout_is_named_where_it_takes_the_model(
+    family: str, is_there: bool, source_cache: SourceFactory
+) -> None:
+    line = ["check", str(source_cache(family)), "--to", "bd3lm", "--block", "8"]
+    shown = " ".join(CliRunner().invoke(app, line).stdout.split())
+    assert "Convert with --set token_shift=drop" in shown
+    assert ("or export --to a2d" in shown) is is_there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from dllm_convert.cli.app import app
-from dllm_convert.diffusion.corruption import Corruption
+from dllm_convert.diffusion.corruption import Corruption, NoiseKey
 from dllm_convert.errors import IncompatibleError
 from dllm_convert.planning.conversion import ConversionPlan, make_plan
 from dllm_convert.recipe.loading import load_recipe
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
-from dllm_convert.training.growth import BlockGrowth
+from dllm_convert.training.growth import BlockGrowth, Timetable, faded
 from dllm_convert.training.resume import checkpoint_step, last_whole_checkpoint
 from dllm_convert.training.run import train
 from dllm_convert.training.trainer import DiffusionTrainer
@@ -181,8 +182,8 @@ def test_a_training_that_is_stopped_while_blocks_grow(
 
 def test_stages_are_as_long_as_each_other() -> None:
     for sizes, steps, planned in (((1, 2, 4), 12, 40), ((1, 2, 4, 8), 10, 11), ((4,), 7, 8)):
-        growth = BlockGrowth(sizes, steps, planned)
-        found = [growth.size_at(number) for number in range(planned)]
+        growth = BlockGrowth(sizes, steps)
+        found = [growth.size_at(Fraction(number)) for number in range(planned)]
         assert found[steps:] == [None] * (planned - steps) and None not in found[:steps]
         assert [(size, found.count(size)) for size in sizes] == list(growth.stages())
         lengths = [length for _, length in growth.stages()]
@@ -191,22 +192,50 @@ def test_stages_are_as_long_as_each_other() -> None:
 
 
 def test_a_time_limit_ends_the_growth_with_it() -> None:
-    growth = BlockGrowth((1, 2, 4), 60, 100)
+    growth, table = BlockGrowth((1, 2, 4), 60), Timetable(100, 15, 50)
     # Found out after 15 steps: 50 there are, of which 30 grow.
-    found = [growth.size_at(number, (15, 50)) for number in range(50)]
+    found = [growth.size_at(table.in_plan(number)) for number in range(50)]
     assert found == [1] * 15 + [2] * 5 + [4] * 10 + [None] * 20
     # It does not depend on what was known when a step was taken first.
-    assert found[:15] == [growth.size_at(number) for number in range(15)]
+    assert found[:15] == [growth.size_at(Fraction(number)) for number in range(15)]
+
+
+def test_what_fades_ends_with_a_time_limit_too() -> None:
+    table = Timetable(100, 15, 50)
+    # It was to fade over 40 of 100 steps, and does over 20 of 50.
+    left = [faded(40, table.in_plan(number)) for number in range(50)]
+    assert left[:15] == pytest.approx([1 - number / 40 for number in range(15)])
+    assert left[15:20] == pytest.approx([1 - number / 20 for number in range(15, 20)])
+    assert not any(left[20:])
+    # Nobody said how many steps there were to be, or there is no limit.
+    for plain in (Timetable(None, 15, 50), Timetable(100)):
+        assert [faded(40, plain.in_plan(n)) for n in (0, 20, 30, 40)] == [1, 0.5, 0.25, 0]
+    assert faded(0, Fraction(0)) == 0
 
 
 def test_the_trainer_is_told_of_a_time_limit(tmp_path: Path, source_cache: SourceFactory) -> None:
     plan = conversion(source_cache("llama"), tmp_path / "a", steps=40)
     trainer = trainer_of(plan, tmp_path / "a")
-    assert trainer._objective_at(9).block_size == 4
+    assert trainer._noise.objective_at(9).block_size == 4
     trainer.keep_to(5, 20)  # Half of what was planned: stages of two steps.
-    assert [trainer._objective_at(number).block_size for number in (4, 5, 6, 7, 8)] == [
+    assert [trainer._noise.objective_at(number).block_size for number in (4, 5, 6, 7, 8)] == [
         2, 4, 16, 16, 8,
     ]  # fmt: skip
+
+
+def test_a_trainer_opens_its_attention_in_the_time_there_is(
+    tmp_path: Path, source_cache: SourceFactory
+) -> None:
+    fading = {"attention_annealing_steps": 20, "mask_noise_steps": 20, "mask_noise_std": 1.0}
+    plan = conversion(source_cache("llama"), tmp_path / "a", block=16, steps=40, training=fading)
+    trainer = trainer_of(plan, tmp_path / "a")
+
+    def is_closed(step: int) -> bool:
+        return trainer._noise._closed(16, NoiseKey(0, step, 0, 1)) is not None
+
+    assert is_closed(19) and not is_closed(20)
+    trainer.keep_to(5, 20)
+    assert is_closed(9) and not is_closed(10)
 
 
 def growing(**fields: Any) -> Recipe:

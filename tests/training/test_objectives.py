@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_mask_noise_moves_the_mask_alone_and_fades(
     plain = embedding(tokens)
     sizes = []
     for step in range(6):
-        with noise.at(NoiseKey(0, step, 0, 1)):
+        with noise.at(NoiseKey(0, step, 0, 1), Fraction(step)):
             moved = embedding(tokens) - plain
         assert (moved[0, [1, 3]] == 0).all()
         sizes.append(float((moved[0, [0, 2]].std() / embedding.weight.std()).detach()))

@@ -99,7 +99,7 @@ def test_the_base_scores_what_the_model_wrote(
     batch, (view,) = noise.batch, noise.views
     assert noise.own and batch.loss is not None and batch.loss.any(1).all()
     # The same by hand: prompts are beginnings of the documents, the rest is decoded behind them.
-    policy = trainer._writer.how  # type: ignore[union-attr]
+    policy = trainer._noise._writer.how  # type: ignore[union-attr]
     key = NoiseKey(0, 0, 0, len(batch.tokens))
     prompts = beginnings(TextBatch(*(rows()[name] for name in
         ("input_ids", "segment_ids", "position_ids", "loss_mask"))), policy, key,

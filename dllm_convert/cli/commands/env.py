@@ -30,9 +30,9 @@ def env(as_json: option.Json = False) -> None:
 
 def _environment() -> dict[str, Any]:
     from dllm_convert.common.manifest import versions
+    from dllm_convert.common.quantities import bytes_text
     from dllm_convert.common.version import __version__
     from dllm_convert.planning.devices import this_cpu
-    from dllm_convert.planning.plan_text import bytes_text
 
     cpu = this_cpu()
     return {

@@ -144,10 +144,14 @@ _SHIFT = "--set token_shift=drop"
 def no_shift(converted: Converted) -> Iterator[Refusal]:
     """Refuse a model that predicts position i from i - 1."""
     if converted.section.token_shift:
+        # That layout says where its engine reads them, and imports this module.
+        from dllm_convert.planning.layouts import a2d
+
+        other = ", or export --to a2d" if not any(a2d.TARGET.stands_in_the_way(converted)) else ""
         yield Refusal(
             "it predicts a token at the position before (token_shift), and the engine reads logits "
             "at the token's own",
-            f"Convert with {_SHIFT}, or export --to a2d",
+            f"Convert with {_SHIFT}{other}",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dllm_convert.diffusion.corruption import NoiseKey
 from dllm_convert.diffusion.device import moved
+from dllm_convert.training.growth import faded
 
 
 def standard_deviation(weight: torch.Tensor) -> float:
@@ -56,9 +58,14 @@ class MaskNoise:
             self._std = self._times * standard_deviation(weight)
 
     @contextmanager
-    def at(self, key: NoiseKey) -> Iterator[None]:
-        """Add the noise of a step while the block runs; nothing once the steps are over."""
-        share = 1 - key.step / self._steps if self._steps else 0.0
+    def at(self, key: NoiseKey, now: Fraction) -> Iterator[None]:
+        """Add the noise of a step while the block runs; nothing once the steps are over.
+
+        Args:
+            key: Which noise.
+            now: The step, as one of the plan.
+        """
+        share = faded(self._steps, now)
         if self._std == 0 or share <= 0:
             yield
             return
