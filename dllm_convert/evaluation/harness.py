@@ -95,7 +95,9 @@ class DiffusionLM(LM):  # type: ignore[misc]
             dtype=dtype,
         )
         if verifier is not None:
-            self.subject = self.subject.verified_by(verifier, reporter or Reporter(quiet=True))
+            teller = reporter or Reporter(quiet=True)
+            home = Path(str(pretrained)) if subject is None else None
+            self.subject = self.subject.verified_by(verifier, teller, home)
         self.batch_size = AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
         self.effort = Effort()
         # Whether contexts are conversations: their template has written how they begin.

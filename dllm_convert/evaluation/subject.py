@@ -136,17 +136,20 @@ class EvaluatedCheckpoint:
             name=str(folder),
         )
 
-    def verified_by(self, source: SourceInfo, reporter: Reporter) -> EvaluatedCheckpoint:
+    def verified_by(
+        self, source: SourceInfo, reporter: Reporter, home: Path | None = None
+    ) -> EvaluatedCheckpoint:
         """Return the same with another model beside it that verifies.
 
         Args:
             source: Which one, from its headers.
             reporter: Progress.
+            home: As in `load_verifier`.
 
         Raises:
             DllmConvertError: It cannot be loaded, or does not fit.
         """
-        verifier = load_verifier(self.model, self.tokenizer, source, reporter)
+        verifier = load_verifier(self.model, self.tokenizer, source, reporter, home)
         config = verifier.config.to_dict()
         longest = context_length(config, adapter_of(config)) or self.context
         return replace(self, verifier=verifier, context=min(self.context, longest))

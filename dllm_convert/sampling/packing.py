@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from threading import Lock, local
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from dllm_convert.modeling.published.gated import LowRank
 
 _KEPT: WeakKeyDictionary[nn.Module, PackedLinears] = WeakKeyDictionary()
 """The packed weights of each model, for as long as it lives."""
+_PACKED: WeakValueDictionary[tuple[int, ...], _Packed] = WeakValueDictionary()
+"""The same by the tensors that they are of: models that share those share these."""
 _LOCK = Lock()
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of layers of one module that are given the same tensor. Where a class gives them several
@@ -73,12 +75,14 @@ class _Packed:
         bias: Of their rows, shape (rows,), or None.
         rows: Rows of each.
         of: What tells whether one was changed since.
+        tensors: The matrices themselves, while they are there.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     rows: tuple[int, ...]
     of: tuple[Any, ...]
+    tensors: tuple[ReferenceType[torch.Tensor], ...]
 
 
 class _Joint:
@@ -156,6 +160,15 @@ class _Group:
         """What it takes packed."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights)
 
+    def known(self) -> _Packed | None:
+        """What another model has packed of the same tensors; None for nothing."""
+        found = _PACKED.get(tuple(map(id, self.weights)))
+        if found is None or found.of != self.identity:
+            return None
+        # A number may be another tensor's by now.
+        pairs = zip(found.tensors, self.weights, strict=True)
+        return found if all(one() is weight for one, weight in pairs) else None
+
     def packed(self) -> _Packed:
         """The same as oneDNN reads it."""
         weights, bias = [weight.detach() for weight in self.weights], None
@@ -169,7 +182,10 @@ class _Group:
                 ]
             )
         joined = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return _Packed(_pack(joined), bias, tuple(map(len, weights)), self.identity)
+        tensors = tuple(map(ref, self.weights))
+        found = _Packed(_pack(joined), bias, tuple(map(len, weights)), self.identity, tensors)
+        _PACKED[tuple(map(id, self.weights))] = found
+        return found
 
 
 def _groups(model: nn.Module) -> list[_Group]:
@@ -237,11 +253,12 @@ class PackedLinears:
         stale = [group for group in groups if not self._is_fresh(group)]
         for group in stale:
             self._packed.pop(group.layers[0], None)
-        needed = sum(group.bytes for group in stale)
+        shared = {group: known for group in stale if (known := group.known()) is not None}
+        needed = sum(group.bytes for group in stale if group not in shared)
         if needed and needed > available_bytes() // _SHARE:
             return
         for group in stale:
-            self._packed[group.layers[0]] = group.packed()
+            self._packed[group.layers[0]] = shared.get(group) or group.packed()
         for group in groups:
             joint = _Joint(group, self._packed[group.layers[0]])
             layers: Any = group.layers

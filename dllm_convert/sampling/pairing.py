@@ -22,6 +22,7 @@ from dllm_convert.sampling.checking import (
     require_settings,
     who_verifies,
 )
+from dllm_convert.sampling.one_copy import share_weights
 from dllm_convert.source.folder import check_pickle
 from dllm_convert.source.info import SourceInfo
 from dllm_convert.source.inspect import inspect_source
@@ -37,10 +38,13 @@ class Settled:
     Attributes:
         given: Settings of decoding, that of the verifier among them if there is one.
         other: Another model that verifies, from its headers or loaded; None for none.
+        home: Folder that the conversion was loaded from for this alone; None where it is somebody's
+            own, or lies in no folder.
     """
 
     given: Mapping[str, Any]
     other: Any = None
+    home: Path | None = None
 
     def load(self, model: Any, tokenizer: Any, reporter: Reporter) -> Any:
         """Return the other model, loaded beside the one that drafts; None for none.
@@ -49,7 +53,7 @@ class Settled:
             DllmConvertError: As `load_verifier`.
         """
         if isinstance(self.other, SourceInfo):
-            return load_verifier(model, tokenizer, self.other, reporter)
+            return load_verifier(model, tokenizer, self.other, reporter, self.home)
         return self.other
 
 
@@ -108,7 +112,7 @@ def settle(
             "causally; name its `base`",
             argument="base",
         )
-    return Settled(given, verifying_source(home, None if base is None else str(base)))
+    return Settled(given, verifying_source(home, None if base is None else str(base)), home)
 
 
 def verifying_source(checkpoint: Path | None, base: str | None) -> SourceInfo:
@@ -148,14 +152,24 @@ def verifying_source(checkpoint: Path | None, base: str | None) -> SourceInfo:
     return found
 
 
-def load_verifier(model: Any, tokenizer: Any, source: SourceInfo, reporter: Reporter) -> Any:
+def load_verifier(
+    model: Any,
+    tokenizer: Any,
+    source: SourceInfo,
+    reporter: Reporter,
+    home: Path | None = None,
+) -> Any:
     """Load the stock model that verifies what another one drafts, in its type, where it is.
+
+    A conversion that kept the adapter of its training, and is nobody else's, computes from then on
+    with the base's weights and that adapter: one copy of them is held.
 
     Args:
         model: The conversion that drafts.
         tokenizer: Its tokenizer.
         source: Who verifies.
         reporter: Progress.
+        home: Folder that the conversion was loaded from for this alone; None leaves it as it is.
 
     Raises:
         DataError: It cannot be loaded.
@@ -167,7 +181,10 @@ def load_verifier(model: Any, tokenizer: Any, source: SourceInfo, reporter: Repo
     check_tokens(tokenizer, load_tokenizer(folder), source)
     dtype: torch.dtype = model.dtype
     with reporter.task("load the verifier"):
-        return load_base(folder, adapter, device=str(model.device), dtype=dtype)
+        verifier = load_base(folder, adapter, device=str(model.device), dtype=dtype)
+        if home is not None:
+            share_weights(model, verifier, home)
+        return verifier
 
 
 def _adapter(model: Any, source: SourceInfo) -> Adapter:

@@ -292,7 +292,7 @@ def run_sample(
     title = folder.resolve().name
     model, tokenizer = loaded.model, loaded.tokenizer
     if isinstance(verifier, SourceInfo):
-        verifier = load_verifier(model, tokenizer, verifier, reporter)
+        verifier = load_verifier(model, tokenizer, verifier, reporter, folder)
     options["verifier"] = verifier
     return sample_with(model, tokenizer, prompts, reporter, shown, title=title, **options)
 
