@@ -17,8 +17,8 @@ from dllm_convert.errors import RequestError
 from dllm_convert.recipe.decoding import SETTINGS, Setting
 from dllm_convert.sampling.conversation import Chat
 
-OFF = ("off", "none", "default")
-"""What leaves a setting to the checkpoint."""
+OFF, SAVED = ("off", "none"), "default"
+"""What switches a setting off, whatever the checkpoint has saved, and what leaves it to that."""
 _NAMES = {
     (setting.flag or f"--{name.replace('_', '-')}").removeprefix("--"): name
     for name, setting in SETTINGS.items()
@@ -92,8 +92,11 @@ def as_commands(text: str) -> str:
 
 
 def _set(chat: Chat, name: str, text: str, check: Callable[[Mapping[str, Any]], None]) -> Outcome:
-    value = None if text.lower() in OFF else _value(name, SETTINGS[name], text)
-    changed = chat.decoded_with(**{name: value})
+    if text.lower() == SAVED:
+        changed = chat.decoded_as_saved(name)
+    else:
+        value = None if text.lower() in OFF else _value(name, SETTINGS[name], text)
+        changed = chat.decoded_with(**{name: value})
     check(changed.settings)
     return Outcome(changed, (_settings(changed),))
 
@@ -147,7 +150,10 @@ def _same_again(chat: Chat) -> tuple[str, ...]:
 
 
 def _settings(chat: Chat) -> str:
-    shown = [f"{name} {value}" for name, value in sorted(chat.settings.items())]
+    shown = [
+        f"{name} {'off' if value is None else value}"
+        for name, value in sorted(chat.settings.items())
+    ]
     return as_commands(", ".join(shown) or "the checkpoint's own settings")
 
 

@@ -121,9 +121,13 @@ class Chat(Printed):
         return replace(self, seed=seed)
 
     def decoded_with(self, **settings: Any) -> Self:
-        """Have other settings of decoding; None leaves one to the checkpoint."""
-        both = {**self.settings, **settings}
-        return replace(self, settings={k: v for k, v in both.items() if v is not None})
+        """Have other settings of decoding; None switches off what the checkpoint has saved."""
+        return replace(self, settings={**self.settings, **settings})
+
+    def decoded_as_saved(self, *names: str) -> Self:
+        """Leave settings of decoding to the checkpoint."""
+        left = {name: value for name, value in self.settings.items() if name not in names}
+        return replace(self, settings=left)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is saved of it."""

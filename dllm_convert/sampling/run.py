@@ -138,7 +138,7 @@ def decode_encoded(
     width = max(len(ids) for ids in encoded)
     rows = [ids + [0] * (width - len(ids)) for ids in encoded]
     mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded]
-    given = {name: value for name, value in options.items() if value is not None}
+    given = dict(options)
     # Another model verifies in the place of one that is saved.
     alone = given if verifier is None else {**given, "verify_with": None}
     check_with_prompts(model, encoded, seed, alone)

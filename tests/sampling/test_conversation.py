@@ -41,7 +41,9 @@ def test_every_step_leaves_what_was_before_it_as_it_was() -> None:
     assert TALK.ask("a").ask("b").turns[-1].content == "b", "what was not answered is replaced"
     assert TALK.ask("a").undo() == TALK
     assert TALK.under("").system is None
-    assert TALK.decoded_with(temperature=1.0).decoded_with(temperature=None) == TALK
+    hot = TALK.decoded_with(temperature=1.0)
+    assert hot.decoded_as_saved("temperature", "top_k") == TALK
+    assert hot.decoded_with(temperature=None).settings == {"temperature": None}
     assert not TALK.emptied().turns
     assert json.dumps(TALK.as_dict()) == before
 
@@ -113,7 +115,8 @@ def test_every_setting_has_a_command() -> None:
         value = setting.choices[0] if setting.choices else {"switch": "on"}.get(setting.kind, "1")
         changed = typed(TALK, f"/{command} {value}")
         assert set(changed.settings) == {name}
-        assert typed(changed, f"/{command} off") == TALK
+        assert typed(changed, f"/{command} default") == TALK
+        assert typed(changed, f"/{command} off").settings == {name: None}
         assert as_commands(f"{name} is 3") == f"/{command} is 3"
         for wrong in ("", "x", "-1", "nan", "1e999"):
             if not (setting.kind == "switch" and wrong == ""):
@@ -145,7 +148,7 @@ def test_lossless_is_there_where_there_is_a_verifier() -> None:
     assert "/lossless" not in "\n".join(obey(TALK, "/help", nothing, None).says)
     on = typed(TALK, "/lossless on", "base")
     assert on.settings == {"verify_with": "base"}
-    assert typed(on, "/lossless off", "base") == TALK
+    assert typed(on, "/lossless off", "base").settings == {"verify_with": None}
 
 
 def test_what_the_model_cannot_do_changes_nothing() -> None:

@@ -56,6 +56,24 @@ def test_the_command_writes_the_bases_text(gated: Path) -> None:
     assert denoised["close"] is None
 
 
+def test_what_a_checkpoint_has_saved_is_switched_off(gated: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(gated, tmp_path / "saved"))
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "verify_with": "base"}))
+    given = ("--prompt", PROMPT, "--max-new-tokens", "24", "--json")
+    denoised = json.loads(sample(gated, *given).stdout)["text"]
+    assert json.loads(sample(folder, *given).stdout)["text"] == base_text(folder, 24) != denoised
+    found = json.loads(sample(folder, *given, "--verify-with", "off").stdout)
+    assert (found["text"], found["close"]) == (denoised, None)
+    refused = sample(folder, *given, "--lossless", "--verify-with", "off", code=2)
+    assert "has none" in " ".join(refused.output.replace("│", " ").split())
+
+    asked = dc.Chat(settings={"max_new_tokens": 24}).ask("Why?")
+    off = dc.reply(folder, asked.decoded_with(verify_with=None))
+    assert off.turns[-1].content == dc.reply(gated, asked).turns[-1].content
+    assert off.turns[-1].content != dc.reply(folder, asked).turns[-1].content
+
+
 def test_python_writes_the_same(gated: Path) -> None:
     one = dc.sample(gated, PROMPT, max_new_tokens=24, lossless=True)
     two = dc.sample(dc.load(gated), [PROMPT], max_new_tokens=24, lossless=True)

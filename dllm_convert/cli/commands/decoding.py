@@ -18,6 +18,8 @@ from dllm_convert.recipe.decoding import MORE, SETTINGS, Setting
 
 FLAGS = {name: setting.flag or f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
 """Options by the name that decoding has for them."""
+OFF = "off"
+"""Word of a choice that switches off what a checkpoint has saved."""
 _NAMES = re.compile(rf"\b({'|'.join(FLAGS)})\b")
 
 Infill = Annotated[
@@ -71,8 +73,14 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         typed = {name: given.pop(name) for name in SETTINGS}
         # An option that was left out takes the checkpoint's default, a flag too.
         settings = {
-            name: value for name, value in typed.items() if value is not None and value is not False
+            name: None if value == OFF and SETTINGS[name].kind == "choice" else value
+            for name, value in typed.items()
+            if value is not None and value is not False
         }
+        if given.get("lossless") and settings.get("verify_with", OFF) is None:
+            raise typer.BadParameter(
+                f"--lossless has a verifier decide, and {FLAGS['verify_with']} {OFF} has none"
+            )
         command(**given, settings=settings)
 
     # What Typer reads the options from.
@@ -85,17 +93,22 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     """Return the parameter that Typer makes a setting's option of."""
     says = _as_flags(setting.says)
     how: dict[str, Any] = {
-        "metavar": "|".join(setting.choices) or setting.metavar or None,
+        "metavar": setting.metavar or None,
         "rich_help_panel": setting.panel,
         "help": f"{says[0].upper()}{says[1:]}.",
     }
+    words = setting.choices if setting.empty in setting.choices else (*setting.choices, OFF)
     kind: Any = {"switch": bool, "count": int, "number": float}.get(setting.kind, str)
     if setting.kind == "count":
         how["parser"] = count
     elif setting.kind == "number":
         how |= {"min": 0, "max": setting.most}
     elif setting.kind == "choice":
-        how |= {"parser": one_of(setting.choices), "autocompletion": offering(setting.choices)}
+        how |= {
+            "parser": one_of(words),
+            "autocompletion": offering(words),
+            "metavar": "|".join(words),
+        }
     switch = setting.kind == "switch"
     return inspect.Parameter(
         name,

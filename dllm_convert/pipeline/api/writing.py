@@ -134,7 +134,7 @@ def sample(
         prompts = list(prompt)
     if not prompts:
         raise RequestError("there is no prompt", hint="Give a text, or a list with some")
-    given = {name: value for name, value in decoding.items() if value is not None}
+    given = dict(decoding)
     if max_new_tokens is not None:
         given["max_new_tokens"] = max_new_tokens
     how: dict[str, Any] = {"chat": chat, "mark": infill, "seed": seed}
