@@ -204,7 +204,8 @@ class AnswerManager(GenerateManager):
     ) -> Any:
         config = copy.deepcopy(gen_config)
         apart = {name: vars(config).pop(name, None) for name in _APART}
-        other = self.verifier if config.verify_with == "base" else None
+        asked = getattr(config, "verify_with", None)
+        other = self.verifier if asked == "base" else None
         if other is not None:
             config.verify_with, apart["verify_with"] = None, other
         with packed_linears(model), nullcontext() if other is None else packed_linears(other):

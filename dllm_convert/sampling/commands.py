@@ -134,8 +134,8 @@ def _lossless(
     if verifier is None:
         raise RequestError(
             "this checkpoint has no verifier",
-            hint="Preset lossless, or keep-base, trains one that has; chat --lossless --base names "
-            "one for what is denoised block by block",
+            hint="Preset lossless, or keep-base, trains one that has; or begin the chat "
+            "losslessly, with a base that is named",
         )
     if text.lower() not in ("", "on", "off"):
         raise RequestError(f"lossless is {text[:40]!r}, expected on or off")

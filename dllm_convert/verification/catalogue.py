@@ -126,6 +126,10 @@ VERIFIED: Mapping[str, Entry] = {
         "does lossless decoding write what one causal forward for each token writes?",
         "greedy tokens are exact; a tie that rounding turns is decoded again in float64",
     ),
+    "device-lossless": Entry(
+        "there, is every token of it the likeliest of one causal forward, or as good as?",
+        "twice what two passes may differ by: each of the two logits may have moved by that",
+    ),
 }
 """Of a model that holds a verifier: a gated adapter's base, or weights trained to go on."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from planting import failed
 
 from dllm_convert.modeling.published import lossless
 from dllm_convert.modeling.published.drafting import DraftPolicy, Tree
+from dllm_convert.verification.accelerator import Accelerator
 from dllm_convert.verification.run import verify_checkpoint
 
 GROUP = ["lossless"]
@@ -111,3 +113,30 @@ def test_a_fault_is_seen(
 ) -> None:
     fault(monkeypatch)
     assert failed(gated, GROUP) == {"lossless"}
+
+
+THERE = Accelerator("cpu", "bfloat16")
+
+
+def test_in_the_type_of_a_device_a_sound_model_passes(
+    gated: Path, source_cache: Any, tmp_path: Path
+) -> None:
+    training = {"ar_loss_weight": 1.0}
+    convert(source_cache("qwen2"), tmp_path / "own", "bd3lm", block=8, training=training)
+    for folder in (gated, tmp_path / "own"):
+        for there in (THERE, replace(THERE, dtype="float16")):
+            report = verify_checkpoint(folder, groups=["device"], accelerator=there)
+            (probe,) = [one for one in report.probes if one.name == "device-lossless"]
+            assert probe.passed, probe
+            assert probe.origin and str(there) in probe.measured
+
+
+@pytest.mark.parametrize(
+    "fault", [accepts_all, sees_siblings, stands_one_further, acts_on_clean_tokens]
+)
+def test_a_fault_is_seen_in_the_type_of_a_device(
+    fault: Any, gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    found = failed(gated, ["device"], accelerator=THERE)
+    assert "device-lossless" in found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from dllm_convert.verification.probes.gradient import end_to_end as differentiat
 from dllm_convert.verification.probes.gradient import measure_gradient
 from dllm_convert.verification.probes.influence import end_to_end, pattern_probe, probe_length
 from dllm_convert.verification.probes.invariance import check_cache, check_padding, with_neighbours
+from dllm_convert.verification.probes.lossless import check_near, has_verifier
 from dllm_convert.verification.probes.training_forward import (
     claimed_mask,
     observe_training,
@@ -47,7 +49,10 @@ MOST = 0.5
 
 
 def check_device(subject: Subject) -> list[Probe]:
-    """Return the probes of `catalogue.DEVICE`; none where the CPU is what will be used."""
+    """Return the probes of `catalogue.DEVICE`; none where the CPU is what will be used.
+
+    Of a model that holds a verifier also `device-lossless`.
+    """
     accelerator = subject.accelerator
     if accelerator is None:
         return []
@@ -103,6 +108,7 @@ def _probes(subject: Subject, accelerator: Accelerator) -> list[Probe]:
         *check_padding(there, judge),
         neighbours,
         *check_generate(there, others=False),
+        *(check_near(there, limit) if has_verifier(there) else ()),
     ]
     return [replace(probe, name=f"device-{probe.name}") for probe in probes]
 
@@ -213,7 +219,7 @@ def _training(there: Subject) -> list[Probe]:
         bound, tokens = partial(model, **settings), forward.inputs["input_ids"][0]
         floor = equal_rows(bound, tokens)
         pattern, describe = observe_training(there, forward, laid_out.mask, objective, mask)
-        embedded = model.get_input_embeddings()(tokens).detach()
+        embedded = _embedded(model, tokens, told_of_noise(forward).get("noisy"))
         depends = measure_gradient(bound, embedded, pattern.columns)
     leaks = _leaks(pattern, floor)
     found = _still(names[0], [pattern], [leaks], floor, describe(leaks))
@@ -223,6 +229,20 @@ def _training(there: Subject) -> list[Probe]:
     gradient = Pattern(depends[:, real], allowed[:, real], 0.0, real, pattern.columns)
     both = [found, pattern_probe(names[1], {len(tokens): gradient})]
     return [replace(probe, measured=f"{probe.measured}, with {attention}") for probe in both]
+
+
+@torch.no_grad()
+def _embedded(model: Any, tokens: torch.Tensor, noisy: torch.Tensor | None) -> torch.Tensor:
+    """What tokens (length,) are put in as, shape (length, hidden); noisy: (1, length) or None.
+
+    The mask of a gated model need not have a row, and has a vector of its own.
+    """
+    if model.gate is None:
+        found: torch.Tensor = model.get_input_embeddings()(tokens)
+        return found
+    with model.gate.at(tokens[None], noisy) as ids:
+        found = model.get_input_embeddings()(ids)[0]
+    return found
 
 
 def _training_attention(there: Subject) -> str:
