@@ -68,10 +68,12 @@ def test_what_a_checkpoint_has_saved_is_switched_off(gated: Path, tmp_path: Path
     refused = sample(folder, *given, "--lossless", "--verify-with", "off", code=2)
     assert "has none" in " ".join(refused.output.replace("│", " ").split())
 
-    asked = dc.Chat(settings={"max_new_tokens": 24}).ask("Why?")
-    off = dc.reply(folder, asked.decoded_with(verify_with=None))
-    assert off.turns[-1].content == dc.reply(gated, asked).turns[-1].content
-    assert off.turns[-1].content != dc.reply(folder, asked).turns[-1].content
+    written = dc.sample(folder, PROMPT, max_new_tokens=24, verify_with=None)
+    assert written.text == denoised
+    model, tokenizer = dc.load(folder)
+    assert (
+        dc.sample((model, tokenizer), PROMPT, max_new_tokens=24, verify_with=None).text == denoised
+    )
 
 
 def test_python_writes_the_same(gated: Path) -> None:
