@@ -28,12 +28,6 @@ def convert(source: Path, out: Path, **fields: Any) -> tuple[ConversionPlan, Pat
     return plan, folder
 
 
-@pytest.fixture
-def cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DLLM_CONVERT_CACHE", str(assets.cache() / "converted"))
-
-
-@pytest.mark.usefixtures("cached")
 def test_smollm2_keeps_its_logits(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,7 +46,6 @@ def test_smollm2_keeps_its_logits(tmp_path: Path) -> None:
     torch.testing.assert_close(row, mean, rtol=0, atol=1e-7)
 
 
-@pytest.mark.usefixtures("cached")
 def test_antiberty_loads_without_its_other_heads(tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM
 
