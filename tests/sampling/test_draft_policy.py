@@ -7,10 +7,27 @@ from typing import Any
 
 import pytest
 
-from dllm_convert.modeling.published.drafting import LARGEST, DraftPolicy, Tree
+from dllm_convert.modeling.published.drafting import LARGEST, Costs, DraftPolicy, Tree
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gated cpu", "cuda"])
+@pytest.fixture(autouse=True)
+def vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has: costs are those of a processor with AVX-512, or as named."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+
+
+def test_costs_are_those_of_the_processors_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    named, known = Costs("gated cpu avx2", 1).of(4), Costs("gated cpu", 1).of(4)
+    assert named > known
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert Costs("gated cpu", 1).of(4) == named
+    # Where nobody measured it apart, it is what is known of the kind.
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    assert Costs("gated cpu", 1).of(4) == known
+    assert Costs("gated cuda", 1).of(4) == Costs("cuda", 1).of(4)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gated cpu", "gated cpu avx2", "cuda"])
 def test_drafts_that_are_never_right_cost_little(kind: str) -> None:
     policy = DraftPolicy(kind, rows=1, ahead=0)
     spent, tokens, available = 0.0, 256, 0
@@ -47,7 +64,7 @@ def simulated(policy: DraftPolicy, tokens: int, right: Any) -> tuple[float, int,
     return spent / tokens, forwards, shapes
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gated cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cpu", "gated cpu", "gated cpu avx2", "cuda"])
 def test_where_drafts_go_wrong_it_takes_a_tenth_more_at_most(kind: str) -> None:
     """Drafts that stop being right, that are right by the first token only, that get no better."""
     for right in (
