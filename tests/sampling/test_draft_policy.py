@@ -120,3 +120,12 @@ def test_drafts_that_are_right_are_deep() -> None:
     shallow = DraftPolicy("cpu", rows=1, ahead=0, most=2)
     shallow._records = policy._records
     assert shallow.choose(8, 100).depth == 2, "no deeper than it was trained"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gated cpu", "gated cpu avx2", "cuda"])
+def test_of_a_short_text_trying_takes_little_too(kind: str) -> None:
+    for share in (0.0, 0.1, 0.2):
+        policy = DraftPolicy(kind, rows=1, ahead=0, most=2)
+        spent, _, _ = simulated(policy, 64, lambda depth, steps, share=share: share)
+        # What may be tried, and one forward more that was begun before that was reached.
+        assert spent <= 1.07 + (1.5 + 1.4) / 64

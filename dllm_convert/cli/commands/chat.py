@@ -67,7 +67,7 @@ def chat(
         talk, begun = _open(checkpoint, reporter, load, base, silent=as_json)
         if system is not None:
             begun = begun.under(system)
-        begun = begun.decoded_with(**(talk.lossless if lossless else {}), **settings)
+        begun = begun.decoded_with(**{**(talk.lossless if lossless else {}), **settings})
         if seed is not None:
             begun = begun.seeded(seed)
         talk.check(begun.settings)

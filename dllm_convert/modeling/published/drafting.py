@@ -23,7 +23,9 @@ _FADE = 0.9
 _HOPE = 0.7
 """Wrong drafts that are left by one more of those, before it was tried."""
 _TRIED = 0.07
-"""Share of the time of plain decoding that trying another model's drafts may take."""
+"""Share of the time of plain decoding that trying drafts may take."""
+_FIRST = 1.5
+"""Forwards of plain decoding that trying a model's own drafts may take besides."""
 _PROBE = 12
 """Where drafts do not pay, every so many forwards has masks, to see whether they would by now."""
 _DECAY = 0.97
@@ -218,7 +220,8 @@ class DraftPolicy:
     one forward drafts, others denoise the draft further, and one verifies: those hold fewer tokens
     and are more; each of them writes the verifier's next token as well. Where a forward costs by
     its tokens long drafts that are right pay only there; where it costs by itself, only if
-    denoising makes them better.
+    denoising makes them better. Where drafts took more time than they saved, they are tried in a
+    share of the time only: text of some length takes at most a tenth more than plain decoding.
 
     The same for all rows of a batch. It decides how fast a text is written, never what is.
 
@@ -240,6 +243,8 @@ class DraftPolicy:
         self._forwards, self._branched = 0, branched
         self._drafted_in = 1  # forwards that the drafts at hand were denoised in
         self._coming: list[Tree] = []  # what a schedule of several forwards has left
+        self._over, self._tokens = 0.0, 0.0
+        """Time beside that of plain decoding, which may be less than none; tokens of a row."""
 
     def observe(self, depth: int, rank: int | None) -> None:
         """Take note which candidate of a depth, from 1 on, was right behind a right chain."""
@@ -259,6 +264,8 @@ class DraftPolicy:
     def drafted(self, tree: Tree, written: float) -> None:
         """Say that a forward is done, its drafts are those at hand, and what a row wrote."""
         self._drafted_in = self._drafted_in + 1 if tree.refines else 1
+        self._over += self._cost(self._size(tree)) - written
+        self._tokens += written
 
     def _chosen(self, available: int, left: int) -> Tree:
         coming, self._coming = self._coming, []
@@ -271,6 +278,9 @@ class DraftPolicy:
         shares = _shares(self._records)
         rate, best = self._fused(left - 1, shares[0])
         apart, steps, count = self._apart(left - 1, shares)
+        if self._over > _FIRST + _TRIED * self._tokens:
+            # Whatever is believed of drafts: so far they took more time than they saved.
+            best, apart = Tree((), 0), 0.0
         if apart > rate:
             verify = Tree((1,) * count, 0)
             if available:
@@ -320,9 +330,12 @@ class DraftPolicy:
             bare += 0 if tree.all_groups else chain * others
             chain *= shares[depth - 1]
         # Behind an alternative without masks comes a forward without drafts.
-        size = tree.branched_size if self._branched else tree.size
-        time = self._cost(size) + bare * self._cost(1 + tree.masks)
+        time = self._cost(self._size(tree)) + bare * self._cost(1 + tree.masks)
         return (tokens + bare) / time
+
+    def _size(self, tree: Tree) -> int:
+        """Columns of a row's forward over a tree, or of the rows that it is cut into."""
+        return tree.branched_size if self._branched else tree.size
 
     def _cost(self, tokens: int) -> float:
         return self._costs.of(tokens)
