@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dllm_convert.diffusion.device import row_pieces
 from dllm_convert.modeling.published.choosing import forbid
+from dllm_convert.modeling.published.noising import class_of_word
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,7 @@ class WordClasses:
     @cached_property
     def of_word(self) -> torch.Tensor:
         """Number of each word's class, shape (V,)."""
-        numbers = torch.full((self.rows,), len(self.members))
-        for number, words in enumerate(self.members):
-            numbers[list(words)] = number
-        return numbers
+        return class_of_word(self.members, self.rows)
 
     @cached_property
     def weights(self) -> torch.Tensor:

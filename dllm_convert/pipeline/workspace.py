@@ -271,14 +271,10 @@ def open_workspace(
         if workspace.journal.exists():
             found = read_workspace(out)
             given_up = found.extends is not None and found.run != run and (out / LAST).is_file()
-            if extend is not None and (found.finished or given_up):
-                workspace.extends = extend(out)
-                workspace.clear()
-                workspace.record()
-                yield workspace
-                return
-            if found.run != run and extend is None and found.hardly_begun:
-                # A name of a text that was mistyped, or a batch too large: the folder is free.
+            # A name of a text that was mistyped, or a batch too large: the folder is free.
+            is_free = found.run != run and extend is None and found.hardly_begun
+            if is_free or (extend is not None and (found.finished or given_up)):
+                workspace.extends = None if extend is None else extend(out)
                 workspace.clear()
                 workspace.record()
                 yield workspace

@@ -144,7 +144,7 @@ def _nelbo_bytes(shape: ModelShape, recipe: Recipe, held: int, *, gpu: bool) -> 
     """Bytes of the bound's forward: a half of the tokens is masked, on the average."""
     rows, length = recipe.training.sequences_per_forward, recipe.data.sequence_length
     width = length if recipe.target == "mdlm" else 2 * length - (recipe.block_size or 1)
-    share = 1.0 if recipe.noise.kernel != "absorbing" else 0.5
+    share = 1.0 if not recipe.noise.masks else 0.5
     logits = _logit_bytes(rows * length * share * shape.vocabulary, held, gpu=gpu)
     mask = _mask_bytes(rows, width, held)
     return round(max(_layer_bytes(shape, rows * width, held), logits) + mask)

@@ -81,7 +81,7 @@ def streams(recipe: Recipe, *, sparse: bool, cached: bool = False) -> Streams:
     )
     views = noise.views * (2 if noise.complementary or noise.schedule == "learned" else 1)
     share = mean_masked_share(noise)
-    if noise.kernel != "absorbing":
+    if not noise.masks:
         share = 1.0
     elif noise.complementary:
         share = 0.5

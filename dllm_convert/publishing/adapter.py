@@ -81,24 +81,23 @@ def check_adapter(adapter: Path, merged: Path, scratch: Path, reporter: Reporter
         reporter: Progress.
 
     Returns:
-        A probe: name, passed (None if the base is not here any more), measured, required, detail.
+        A probe: name, passed (None if the base that was converted is not here any more), measured,
+        required, detail.
     """
-    from dllm_convert.source.inspect import inspect_source
     from dllm_convert.source.materialise import materialise
+    from dllm_convert.source.recorded import recorded_base
     from dllm_convert.verification.probes.portability import run_isolated
 
-    manifest = read_manifest(merged)
-    source, family = manifest["source"], adapter_of(read_converted_config(merged))
+    family = adapter_of(read_converted_config(merged))
     probe = {
         "name": "adapter",
         "required": f"logits within {family.tolerance:g} of the merged weights",
         "detail": "",
     }
-    if not source.get("repo_id") and not Path(source["given"]).exists():
-        detail = f"the base {source['given']} is not here any more"
-        return probe | {"passed": None, "measured": "not measured", "detail": detail}
-    given = source.get("repo_id") or source["given"]
-    info = inspect_source(given, revision=source.get("revision"))
+    try:
+        info = recorded_base(read_manifest(merged))
+    except DataError as error:
+        return probe | {"passed": None, "measured": "not measured", "detail": error.message}
     base = materialise(info, reporter).folder
     places = (adapter.resolve(), base.resolve(), merged.resolve())
     command = [sys.executable, "-I", str(SCRIPT), *map(str, places)]

@@ -104,7 +104,7 @@ def _in_full(noise: Noise) -> str:
     if noise.kernel == "neighbours":
         missing += ["noise.neighbours=8"] if noise.neighbours is None else []
         missing += ["noise.jumps=4"] if noise.jumps is None else []
-    if noise.kernel != "absorbing":
+    if not noise.masks:
         missing += ["noise.discrete_steps=1000"] if noise.discrete_steps is None else []
     missing += ["noise.draw=time"] if noise.draw != "time" else []
     missing += ["noise.complementary=false"] if noise.complementary else []
@@ -187,7 +187,7 @@ def _learned(recipe: Recipe) -> Iterator[Contradiction]:
     rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained",
          "--set noise.schedule=linear"),
-        ("noise.kernel", noise.kernel != "absorbing", "it is about when a token is masked",
+        ("noise.kernel", not noise.masks, "it is about when a token is masked",
          "--set noise.kernel=absorbing"),
         ("noise.draw", noise.draw != "time", "it is about the times", "--set noise.draw=time"),
         ("noise.discrete_steps", noise.discrete_steps is not None,
@@ -233,7 +233,7 @@ def _beside(recipe: Recipe) -> Iterator[Contradiction]:
                 "Leave training.auxiliary_loss_weight out",
                 ("training.auxiliary_loss_weight", name),
             )
-    replaces = noise.kernel != "absorbing"
+    replaces = not noise.masks
     if training.confidence_loss_weight and (replaces or training.method == "none"):
         yield Contradiction(
             "training.confidence_loss_weight asks predictions of masked tokens to be surer, and "
@@ -252,7 +252,7 @@ def _distillation(recipe: Recipe) -> Iterator[Contradiction]:
     rules: tuple[Rule, ...] = (
         ("training.method", recipe.training.method == "none",
          "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", recipe.noise.kernel != "absorbing",
+        ("noise.kernel", not recipe.noise.masks,
          "the base's prediction of a token takes the place of the token in a cross-entropy, and "
          f"the bound of the {recipe.noise.kernel} kernel is none", "--set noise.kernel=absorbing"),
     )  # fmt: skip
@@ -276,7 +276,7 @@ def _on_policy(recipe: Recipe) -> Iterator[Contradiction]:
         return
     rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", noise.kernel != "absorbing",
+        ("noise.kernel", not noise.masks,
          "what the model writes through is told by which tokens are masked, and the "
          f"{noise.kernel} kernel masks none", "--set noise.kernel=absorbing"),
         ("noise.schedule", noise.schedule == "learned",
@@ -324,7 +324,7 @@ def _alignment(recipe: Recipe) -> Iterator[Contradiction]:
         return
     rules: tuple[Rule, ...] = (
         ("training.method", training.method == "none", "nothing is trained", f"Leave {field} out"),
-        ("noise.kernel", recipe.noise.kernel != "absorbing",
+        ("noise.kernel", not recipe.noise.masks,
          f"it compares what a mask stands for, and the {recipe.noise.kernel} kernel has none",
          "--set noise.kernel=absorbing"),
         ("token_shift", recipe.token_shift == "drop",  # noqa: S105
@@ -437,7 +437,7 @@ def _kept_base(recipe: Recipe) -> Iterator[Contradiction]:
         ("token_shift", recipe.token_shift == "drop",  # noqa: S105
          "the base predicts the next token, so the token shift is kept",
          "--set token_shift=keep"),
-        ("noise.kernel", recipe.noise.kernel != "absorbing",
+        ("noise.kernel", not recipe.noise.masks,
          f"a vector of its own stands for the mask, and the {recipe.noise.kernel} kernel has none",
          "--set noise.kernel=absorbing"),
         ("training.ar_loss_weight", training.ar_loss_weight > 0,
@@ -488,7 +488,7 @@ def _generation(recipe: Recipe) -> Iterator[Contradiction]:
         {name for name, value in chosen if value is not None},
         chosen,
         blocks=recipe.target == "bd3lm",
-        masks=recipe.noise.kernel == "absorbing",
+        masks=recipe.noise.masks,
     )
     for message, hint, names in found:
         yield Contradiction(

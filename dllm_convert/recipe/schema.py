@@ -98,6 +98,11 @@ class Noise(_Section):
         description="train on every mask and on its complement (Fast-dLLM v2): twice the views",
     )
 
+    @property
+    def masks(self) -> bool:
+        """Whether noise is a mask; else it is other tokens, and the mask is never shown."""
+        return self.kernel == "absorbing"
+
 
 class Columns(_Section):
     """What the columns of a conversation are called, where they have names of their own.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .choosing import Generators, draw_tokens, draw_uniform, likely_tokens
+from .noising import class_of_word
 from .options import DecodingOptions
 
 _FINE = 2.0**-24
@@ -94,10 +95,7 @@ class Opening:
     def _classes(self, words: int) -> torch.Tensor:
         # Class of each word, (vocab,): known when the model says how many there are.
         if self._of_word is None:
-            numbers = torch.full((words,), len(self._members))
-            for number, members in enumerate(self._members):
-                numbers[list(members)] = number
-            self._of_word = numbers.to(self._exponents.device)
+            self._of_word = class_of_word(self._members, words).to(self._exponents.device)
         return self._of_word
 
     def step(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,3 +53,16 @@ class Noising:
         shares = self.share(torch.arange(steps + 1, dtype=torch.float64) / steps)
         shares[0], shares[-1] = 0, 1
         return shares
+
+
+def class_of_word(members: Sequence[Sequence[int]], words: int) -> torch.Tensor:
+    """Return the number of each word's class, shape (words,): the last one has all others.
+
+    Args:
+        members: Ids of the words of all classes but the last.
+        words: How many words there are.
+    """
+    numbers = torch.full((words,), len(members))
+    for number, known in enumerate(members):
+        numbers[list(known)] = number
+    return numbers
