@@ -108,8 +108,14 @@ def test_help_is_quick() -> None:
         before = used()
         assert python("-m", "dllm_convert", "--help").returncode == 0
         seconds.append(used() - before)
-    # Processor time, and the best of three: how busy the machine is does not matter.
-    assert min(seconds) < 0.5
+    # Processor time, and the best of three: how busy the machine is does not matter. How fast it is
+    # says what draws the page: three times as long as that takes to be imported.
+    libraries = []
+    for _ in range(3):
+        before = used()
+        assert python("-c", "import typer, rich.table, rich.panel").returncode == 0
+        libraries.append(used() - before)
+    assert min(seconds) < max(0.5, 3.5 * min(libraries))
 
 
 @pytest.mark.parametrize(
@@ -469,6 +475,7 @@ def test_sample_passes_options_and_prints_text(monkeypatch: pytest.MonkeyPatch) 
         "confidence_threshold": 0.5,
         "temperature": 0.25,
         "seed": 4,
+        "verifier": None,
     }
     assert json.loads(invoke("sample", "there", "--json").stdout) == MANIFEST["sample"]
     both = invoke("sample", "there", "--prompt", "Once", "--prompt", "Twice", "--chat")

@@ -126,7 +126,7 @@ def sample(
     from dllm_convert.common.quiet import quiet_libraries
     from dllm_convert.sampling import DEFAULT_PROMPT
     from dllm_convert.sampling.pairing import settle
-    from dllm_convert.sampling.run import Display, run_sample, sample_with
+    from dllm_convert.sampling.run import Display, run_sample
 
     if prompt is None or isinstance(prompt, str):
         prompts = [DEFAULT_PROMPT if prompt is None else prompt]
@@ -159,6 +159,8 @@ def sample(
                     f"sample takes a folder or a pair (model, tokenizer), not "
                     f"{type(checkpoint).__name__}"
                 ) from error
+            from dllm_convert.sampling.run import sample_with
+
             settled = settle(model, given, lossless=lossless, base=base)
             how |= {**settled.given, "verifier": settled.load(model, tokenizer, teller)}
             samples = sample_with(model, tokenizer, prompts, teller, shown, **how)
