@@ -52,12 +52,13 @@ def test_nobody_sees_ahead(family: str, attention: str) -> None:
         other[0, place] = (other[0, place] + 7) % WORDS
         moved = (model(other, use_cache=False).logits[0] - logits).abs().amax(-1) > 1e-9
         assert moved.tolist() == [at >= place for at in range(11)]
-    # In padding, too.
+    # In padding, too; the eager softmax is in float32 whatever the model is in.
+    close = {"atol": 1e-5, "rtol": 1e-5} if attention == "eager" else {}
     ids, mask = ragged([3, 11, 8])
     whole = model(ids, attention_mask=mask, use_cache=False).logits
     for row, length in enumerate((3, 11, 8)):
         alone = model(ids[row : row + 1, -length:], use_cache=False).logits[0]
-        torch.testing.assert_close(whole[row, -length:], alone)
+        torch.testing.assert_close(whole[row, -length:], alone, **close)
 
 
 @pytest.mark.parametrize("shift", [True, False])

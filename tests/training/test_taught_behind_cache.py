@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SourceFactory
 from kept import KEPT, instance
-from moved import trainer_of
+from moved import moved_model, trainer_of
 from test_distillation import conversion, rows
 from test_gated_training import texts
 
@@ -34,16 +34,15 @@ HOW: dict[str, dict[str, Any]] = {
 
 def step(plan: Any, folder: Path, behind: str, how: str, *, fused: bool) -> tuple[Any, ...]:
     """Loss, gradients and what is logged of one step of a model with causal drafts."""
-    trainer = trainer_of(plan, folder)
-    model: Any = trainer.model
+    model = moved_model(plan, folder)
     if behind == "cache":
         model.config.diffusion["behind"] = "cache"
-        trainer._objective = Objective.from_config(model.config)
-    assert trainer._objective.behind == behind
+    trainer = trainer_of(plan, folder, model)
     if not fused:
         trainer._comparer._fused._head = None
         trainer._teacher._head = None
     batches, _ = trainer.get_batch_samples(iter([rows()]), 1, torch.device("cpu"))
+    assert batches[0]["noise"].objective.behind == behind
     loss = trainer.compute_loss(model.train(), batches[0])
     loss.backward()
     assert model.training
