@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from dllm_convert.cli.output import write
+from dllm_convert.cli.values import parse_assignments
 from dllm_convert.common.quiet import quiet_libraries
 from dllm_convert.common.tables import Table
 from dllm_convert.pipeline.run import plan_conversion
@@ -40,7 +41,7 @@ def plan_of(options: argparse.Namespace, method: str, batch: int) -> ConversionP
         "training.steps": options.steps,
         "training.max_minutes": None,
         "data.sequence_length": options.length,
-        **dict(part.split("=", 1) for part in options.set),
+        **parse_assignments(options.set),
     }
     return plan_conversion(load_recipe(str(options.converted), overrides=overrides))
 

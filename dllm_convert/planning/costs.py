@@ -56,7 +56,8 @@ class Memory:
         gradients: Gradients at the end of the backward pass.
         moments: AdamW's two moments.
         activations: What the layers keep for the backward pass, with the weights' copies in
-            bfloat16 and the layer that is computed again.
+            bfloat16, and what the layer that is computed again takes above the logits, which have
+            gone by then.
         logits: The piece of the logits that the loss has at once.
         vocabulary_gradients: Dense gradients of embedding and head while they are added.
         writing: What is there while the model writes what it is trained on, before anything is kept
@@ -174,8 +175,8 @@ def activation_bytes(
     flex: bool,
     cast: bool,
     gpu: bool = False,
-) -> int:
-    """Bytes that the layers keep for the backward pass, and the layer that is computed again.
+) -> tuple[int, int]:
+    """Bytes that the layers keep for the backward pass, and of the layer that is computed again.
 
     Per token and layer, `selective` keeps what every matrix product and attention return and the
     layer's input; `full` keeps the input only. LoRA adds two small products to each adapted matrix,
@@ -221,8 +222,7 @@ def activation_bytes(
     elif how == "auto":
         # As on a CPU; whoever knows the device has chosen before, see `estimate.settled`.
         how = "selective"
-    # What is computed again lives together with its gradients.
-    tokens = (held[how] + 2 * again[how]) * run.tokens
+    tokens = held[how] * run.tokens
     # Keys and values of a clean stream that runs beforehand; at most as wide as the queries.
     tokens += 2 * compute * shape.queries * shape.layers * (0 if run.stops else run.read)
     # Every row behind a cache has those of its own before it, and states that it began with.
@@ -234,7 +234,8 @@ def activation_bytes(
         # in the heap. The adapter's own copies are gone with the operation.
         copies = float(shape.stored_matrices)
     cast_weights = copies * compute if cast and how != "full" else 0.0
-    return round(tokens + mask + cast_weights)
+    # What is computed again lives together with its gradients.
+    return round(tokens + mask + cast_weights), round(2 * again[how] * run.tokens)
 
 
 def _weight_bytes(shape: ModelShape, training: Training, trained: int, *, frozen: int) -> int:
@@ -261,8 +262,9 @@ def peak_memory(
 ) -> Memory:
     """Estimate the peak of one device in training.
 
-    The backward pass begins with all activations, the logits and the first gradient of the head; it
-    ends with all gradients. The larger of the two is the peak, above weights and moments.
+    The backward pass begins with all activations, the logits and the first gradient of the head;
+    when they have gone, the last layer is computed again; it ends with all gradients. The largest
+    of the three is the peak, above weights and moments.
 
     Args:
         shape: The model.
@@ -290,7 +292,7 @@ def peak_memory(
     gradients = (compute if sharing.zero else _FLOAT32) * trained
     moments = _moment_bytes(shape, training, trained)
     masters = _FLOAT32 * trained if sharing.zero else 0
-    activations = activation_bytes(
+    kept, again = activation_bytes(
         shape,
         training,
         run,
@@ -304,8 +306,9 @@ def peak_memory(
     if training.alignment_loss_weight:
         # Of every layer what the base has of all it reads, and of both what is compared.
         compared = compute * run.clean + 2 * _FLOAT32 * run.scored
-        activations += round(shape.layers * shape.hidden * compared)
+        kept += round(shape.layers * shape.hidden * compared)
     logits = _logit_bytes(shape, run, compute=compute, gpu=gpu)
+    activations = kept + max(again - logits, 0)
     vocabulary = _vocabulary_gradients(shape, training, compute)
     heap = 0 if gpu else round(HEAP_WASTE * (activations + logits))
     exchanged = _exchanged_bytes(shape, trained, sharing, compute=compute)

@@ -232,12 +232,22 @@ class TestMemory:
     def test_activations_by_hand(self) -> None:
         made = recipe(training={"gradient_checkpointing": "full", "batch_size": 1})
         run = streams(made, sparse=True)
-        found = activation_bytes(
+        kept, again = activation_bytes(
             SMOLLM2, made.training, run, compute=2, residual=4, flex=True, cast=True
         )
         inputs = 4 * 576 * 30 * 256
-        assert found > inputs
-        assert found - inputs < 40 * inputs / 30 + 64 * 5184 * 256
+        assert kept == inputs
+        # One layer with its gradients: what it kept if nothing were computed again, and its rest.
+        assert 2 * 2 * 5184 * 256 < again < 40 * inputs / 30 + 64 * 5184 * 256
+
+    def test_the_logits_have_gone_when_a_layer_is_computed_again(self) -> None:
+        made = recipe(training={"gradient_checkpointing": "full"})
+        found = peak_memory(SMOLLM2, made, gpu=False, bf16=False, flex=False)
+        run = streams(made, sparse=False)
+        kept, again = activation_bytes(
+            SMOLLM2, made.training, run, compute=4, residual=4, flex=False, cast=False
+        )
+        assert found.activations + found.logits == kept + max(again, found.logits)
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bert", "roberta")
