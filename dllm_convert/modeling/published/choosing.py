@@ -50,6 +50,23 @@ class Ratings:
     token: torch.Tensor | None = None
 
 
+class ScoreRoom:
+    """Where scores of the positions (batch, length) are put to find the best one of each row.
+
+    Attributes:
+        places: Numbers of the positions, shape (length,).
+        scores: Shape (batch, length + 1). The last column holds what is below every score and above
+            that of a closed position: the best one of a row of which nothing is open.
+        never: The score of a closed position.
+    """
+
+    def __init__(self, batch: int, places: torch.Tensor) -> None:
+        self.places, length = places, len(places)
+        lowest = torch.finfo(torch.float32).min
+        self.scores = torch.full((batch, length + 1), lowest, device=places.device)
+        self.never = torch.full((), -torch.inf, device=places.device)
+
+
 def row_generators(
     rows: int, options: DecodingOptions, device: torch.device, *, tokens: bool = False
 ) -> Generators:
@@ -231,7 +248,6 @@ def rate_all(
     own = logits.softmax(-1)
     if race is None:
         token = logits.argmax(-1)
-        confidence = own.amax(-1)
     else:
         likely = own
         if warpers:
@@ -239,7 +255,8 @@ def rate_all(
             flat = (logits - logits.amax(-1, keepdim=True)).flatten(0, -2)
             likely = warpers(empty, flat).softmax(-1).view_as(logits)
         token = (likely / race).argmax(-1)
-        confidence = own.gather(-1, token[..., None]).squeeze(-1)
+    # Of the likeliest token the largest probability: looked up, not searched for once more.
+    confidence = own.gather(-1, token[..., None]).squeeze(-1)
     entropy, margin = _describe(own, options)
     score = _score(confidence, entropy, margin, drawn, options)
     return token, Ratings(confidence=confidence, score=score, entropy=entropy)
@@ -260,12 +277,13 @@ def _score(
     return confidence if drawn is None else drawn
 
 
-def _ranks(values: torch.Tensor) -> torch.Tensor:
+def _ranks(values: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
     # Place of each value (batch, length) in its row, the largest first; of equal ones the left
-    # first: the inverse of the permutation that sorts.
+    # first: the inverse of the permutation that sorts. `places` are 0 to length - 1, where at hand.
     order = values.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    if places is None:
+        places = torch.arange(order.shape[-1], device=order.device)
+    return torch.empty_like(order).scatter_(-1, order, places.expand_as(order))
 
 
 def choose_commits(
@@ -298,20 +316,36 @@ def choose_among(
     options: DecodingOptions,
     *,
     places: torch.Tensor | None = None,
+    room: ScoreRoom | None = None,
 ) -> torch.Tensor:
     """Choose as `choose_commits` does, where `ratings` are of every position (batch, length).
 
-    None of those that are `closed`, of the same shape. `places`, the numbers of the positions
-    (length,), are given where the quota is one: sorting takes longer than to find the best.
+    None of those that are `closed`, of the same shape.
+
+    Args:
+        ratings: What the model thinks of every position.
+        closed: Positions that are not to be chosen.
+        quota: How many each row commits at the least, shape (batch,).
+        options: How text is denoised.
+        places: The numbers of the positions, shape (length,), where they are at hand.
+        room: Given where the quota is one: sorting takes longer than to find the best.
     """
-    score = ratings.score.masked_fill(closed, -torch.inf)
-    if places is not None:
+    if room is not None:
+        score = room.scores[:, :-1]
+        torch.where(closed, room.never, ratings.score, out=score)
         # Of equal ones the left one, as sorting has it.
-        chosen = places == score.argmax(-1, keepdim=True)
+        chosen = room.places == room.scores.argmax(-1, keepdim=True)
     else:
-        chosen = _ranks(score) < quota[:, None]
+        score = ratings.score.masked_fill(closed, -torch.inf)
+        chosen = _ranks(score, places) < quota[:, None]
     if options.confidence_threshold is not None:
-        chosen = chosen | (ratings.confidence >= options.confidence_threshold)
+        is_ranked_by = room is not None and ratings.score is ratings.confidence
+        sure = score if is_ranked_by else ratings.confidence
+        chosen = chosen | (sure >= options.confidence_threshold)
+        if is_ranked_by and options.entropy_bound is None:
+            return chosen
+    elif room is not None and options.entropy_bound is None:
+        return chosen  # nothing that is closed
     if options.entropy_bound is not None:
         order = score.argsort(dim=-1, descending=True, stable=True)
         entropy = ratings.entropy.masked_fill(closed, torch.inf).gather(-1, order)
@@ -342,11 +376,17 @@ def choose_remasked(
 
 
 def doubted_most(
-    doubt: torch.Tensor, written: torch.Tensor, options: DecodingOptions
+    doubt: torch.Tensor,
+    written: torch.Tensor,
+    options: DecodingOptions,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Choose the share of the `written` tokens that is doubted most, each (batch, length)."""
+    """Choose the share of the `written` tokens that is doubted most, each (batch, length).
+
+    `places` are the numbers of the positions, (length,), where they are at hand.
+    """
     counts = written.sum(-1)  # (batch,)
     # Those that must stay are ranked behind all others, and never reached: a share below 1 of the
     # written ones is taken back.
-    ranks = _ranks(doubt.masked_fill(~written, -torch.inf))
+    ranks = _ranks(doubt.masked_fill(~written, -torch.inf), places)
     return written & (ranks < (counts * options.remasking_ratio).long()[:, None])

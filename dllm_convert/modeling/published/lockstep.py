@@ -83,11 +83,9 @@ class QueuedCanvas(QueuedDecoder):
         )
         self.keep(output.logits.view(-1, self.columns_at_hand, output.logits.shape[-1]))
         self.denoise()
-        at = rows[:, None], self.columns
-        canvas.tokens[at] = self.block
+        canvas.tokens.view(-1)[self.flat] = self.block
         if self.options.noise_tokens:
-            ends = canvas.ends[rows, None]
-            canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < ends)
+            canvas.masked.view(-1)[self.flat] = self.block == self.unwritten
 
 
 class QueuedBlocks(QueuedDecoder):
@@ -102,8 +100,8 @@ class QueuedBlocks(QueuedDecoder):
         # Other implementations would build a mask of their own where none is given.
         self.gated, self.causal_drafts = self.model.is_gated, has_causal_drafts(self.model.config)
         self.may_be_bare = self.model.config._attn_implementation == "sdpa" and not self.gated
-        self.behind = torch.zeros_like(self.columns)  # the columns of the block before
-        self.written = torch.zeros_like(self.block)  # and its tokens
+        self.written = torch.zeros_like(self.block)  # the tokens of the block before
+        self.pair = torch.cat([self.behind, self.columns], 1)  # the columns of both
         self.line = self._line()
         self.visible, self.region = 0, 0
         self.masks: dict[str, torch.Tensor] = {}
@@ -177,12 +175,12 @@ class QueuedBlocks(QueuedDecoder):
                 # Nothing to denoise, or read otherwise than denoised: the block alone.
                 self._see("clean", self.columns, causal=self.options.causal_context)
                 self.run("clean", self._run_clean, self.visible)
-            self.behind.copy_(self.columns)
             self.written.copy_(self.block)
         self.enter(number)
         self.ahead = fused and number > 0
         if self.ahead:
-            self._see("ahead", torch.cat([self.behind, self.columns], 1))
+            torch.cat([self.behind, self.columns], 1, out=self.pair)
+            self._see("ahead", self.pair)
         self._see("open", self.columns, causal=self.causal_drafts)
 
     def _see(self, name: str, columns: torch.Tensor, *, causal: bool = False) -> None:
@@ -195,15 +193,17 @@ class QueuedBlocks(QueuedDecoder):
         if bare and len(set(region.starts)) == 1:
             self.masks.pop(name, None)
             return
-        ends = columns[:, n - 1 :: n].repeat_interleave(n, 1, output_size=columns.shape[1])
-        last = columns if causal else ends
-        seen = (self.keys[: self.visible] <= last[..., None])[:, None]
-        seen = self.doubled(seen)
+        rows, queries = columns.shape
+        # The last key that each query sees, (rows, blocks, n or 1, 1).
+        last = columns.view(rows, -1, n)[..., None]
+        last = last if causal else last[:, :, -1:]
+        both = rows * 2 if self.options.guided else rows
+        shape = both, 1, queries, self.visible
         held = self.masks.get(name)
-        if held is None or held.shape != seen.shape:
-            self.masks[name] = seen
-        else:
-            held.copy_(seen)
+        if held is None or held.shape != shape:
+            held = self.masks[name] = torch.empty(shape, dtype=torch.bool, device=self.device)
+        seen = held.view(-1, rows, queries // n, n, self.visible)
+        torch.le(self.keys[: self.visible], last.expand((*seen.shape[:-1], 1)), out=seen)
 
     def step(self, first_of_region: bool) -> None:
         """Run the block, in its first step behind the one before, and commit."""
@@ -243,7 +243,7 @@ class QueuedBlocks(QueuedDecoder):
 
     def _run_ahead(self) -> None:
         n, shift = self.columns_at_hand, int(self.options.token_shift)
-        columns = torch.cat([self.behind, self.columns], 1)
+        columns = self.pair
         if self.options.guided:
             tokens = self.shown(torch.cat([self.written, self.block], 1), columns)
         else:
@@ -255,10 +255,9 @@ class QueuedBlocks(QueuedDecoder):
 
     def select(self, places: list[int]) -> torch.Tensor:
         """Let only these of the rows go on."""
-        behind, written = self.behind, self.written
         both = super().select(places)
         kept = both[: self.rows]
-        self.behind, self.written = behind[kept], written[kept]
+        self.written, self.pair = self.written[kept], self.pair[kept]
         self.cache.batch_select_indices(both)
         self.line = self._line()
         self.masks.clear()

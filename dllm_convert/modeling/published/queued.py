@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .canvas import Canvas
-from .choosing import choose_among, doubted_most, make_warpers, rate_all
+from .choosing import ScoreRoom, choose_among, doubted_most, make_warpers, rate_all
 from .draws import Draws
 from .graphs import Graphs
 from .moving import Late, sent
@@ -32,6 +32,8 @@ _LOOK = 8
 """Steps of one region after which the host looks whether all rows have ended,"""
 _NEVER = 1 << 30
 """and where there is nothing to see."""
+_COLUMNS, _FLAT, _BEHIND, _UNWRITTEN, _ENDS = range(5)
+"""What is known of the columns at hand before anything runs, see `_lay_tables`."""
 
 
 class Pace:
@@ -89,8 +91,6 @@ class QueuedDecoder:
             canvas.masked.cpu(), lengths, limits, self.options
         )
         self.steps = [plan_steps(region.counts, self.options) for region in self.regions]
-        tables = [(region.starts, region.begins, region.ends) for region in self.regions]
-        self.tables = sent(tables, self.device)  # (regions, 3, rows)
         numbers = [row for steps in self.steps for row in steps]
         self.numbers = sent(numbers, self.device)  # (steps, rows): quotas, or steps left
         self.taken = list(accumulate(map(len, self.steps), initial=0))  # before each region
@@ -109,15 +109,50 @@ class QueuedDecoder:
         self.may_end = bool(self.options.eos_token_ids)
         self.looked: Late | None = None  # which rows are done, on its way to the host
         self.recent: deque[int] = deque(maxlen=_RECENT)
+        # Whose text has ended in a region that is written, (rows,).
+        self.ended = torch.zeros(len(lengths), dtype=torch.bool, device=self.device)
         self._make_buffers()
+        self._lay_tables()
+
+    def _lay_tables(self) -> None:
+        """Compute for all regions at once what does not depend on what is written.
+
+        `known` (regions, 4 + ends, rows, n): of the columns at hand their numbers, their places in
+        the flat canvas, the numbers of the region's before; the mask where a column that is not
+        written holds it, and each token that ends a text where it would end one, and elsewhere no
+        token. `shut` (regions, rows, n): what is closed when a region is entered. `is_last`
+        (regions, rows): that a row has nothing to write in any further region.
+        """
+        canvas, regions, none = self.canvas, self.regions, -1
+        counts = [region.counts for region in regions]
+        tables = [(one.starts, one.begins, one.ends, one.counts) for one in regions]
+        starts, begins, ends, masks = sent(tables, self.device)[..., None].unbind(1)
+        last = [
+            [not any(later[row] for later in counts[number + 1 :]) for row in range(self.rows)]
+            for number in range(len(regions))
+        ]
+        self.is_last = sent(last, self.device, torch.bool)
+        columns = starts + self.places  # (regions, rows, n)
+        flat = canvas.rows[:, None] * canvas.tokens.shape[1] + columns
+        behind = columns.roll(1, 0)
+        mask_id = self.options.mask_token_id
+        unwritten = torch.where(columns < canvas.ends[canvas.rows, None], mask_id, none)
+        is_new = columns >= canvas.lengths[canvas.rows, None]
+        closing = [torch.where(is_new, token, none) for token in self.options.eos_token_ids]
+        self.known = torch.stack([columns, flat, behind, unwritten, *closing], 1)
+        # A row that has no such region stays where it was, and has written that.
+        inside = (columns >= begins) & (columns < ends) & (masks > 0)
+        self.shut = ~(canvas.masked.take(flat) & inside)
 
     def _make_buffers(self) -> None:
         rows, n = len(self.keeps), self.columns_at_hand
         new = self.canvas.tokens.new_zeros
-        self.block, self.columns, self.order = new(rows, n), new(rows, n), new(rows, n)
+        self.block, self.order = new(rows, n), new(rows, n)
+        self.known_here = new(4 + len(self.options.eos_token_ids), rows, n)
+        self.columns, self.flat, self.behind, self.unwritten = self.known_here[:_ENDS]
+        self.ends_at = self.known_here[_ENDS:]
         self.closed = torch.ones(rows, n, dtype=torch.bool, device=self.device)
-        # Each token that ends a text where it would end one, and no token elsewhere, (rows, n).
-        self.ends_at = [new(rows, n) for _ in self.options.eos_token_ids]
+        self.score_room = ScoreRoom(rows, self.places)
         self.sure = torch.zeros(rows, n, device=self.device)
         self.number = new(rows)  # of this step: the quota, or how many steps are left
         # Logits of the region, float32, (rows, n, vocab), with guidance (2 * rows, n, vocab); made
@@ -139,28 +174,21 @@ class QueuedDecoder:
 
     def enter(self, number: int) -> None:
         """Take the columns of a region at hand."""
-        canvas, (starts, begins, ends) = self.canvas, self.tables[number]
-        torch.add(starts[:, None], self.places, out=self.columns)
-        at = canvas.rows[:, None], self.columns
-        self.block.copy_(canvas.tokens[at])
-        inside = (self.columns >= begins[:, None]) & (self.columns < ends[:, None])
-        torch.logical_not(canvas.masked[at] & inside, out=self.closed)
-        is_new = self.columns >= canvas.lengths[canvas.rows, None]
-        for held, token in zip(self.ends_at, self.options.eos_token_ids, strict=True):
-            held.copy_(torch.where(is_new, token, -1))
+        canvas = self.canvas
+        self.known_here.copy_(self.known[number])
+        self.closed.copy_(self.shut[number])
+        torch.take(canvas.tokens, self.flat, out=self.block)
         if self.with_order:
-            self.order.copy_(canvas.order[at])
+            torch.take(canvas.order, self.flat, out=self.order)
 
     def put_back(self) -> None:
         """Write what is at hand into the canvas."""
         canvas = self.canvas
-        at = canvas.rows[:, None], self.columns
-        canvas.tokens[at] = self.block
+        canvas.tokens.view(-1)[self.flat] = self.block
         # The mask is never written: where it stands, something is still to be.
-        ends = canvas.ends[canvas.rows, None]
-        canvas.masked[at] = (self.block == self.options.mask_token_id) & (self.columns < ends)
+        canvas.masked.view(-1)[self.flat] = self.block == self.unwritten
         if self.with_order:
-            canvas.order[at] = self.order
+            canvas.order.view(-1)[self.flat] = self.order
 
     def draw(self, region: int, step: int) -> None:
         """Draw all that a step needs, outside of what is recorded."""
@@ -240,15 +268,12 @@ class QueuedDecoder:
         quota, closed = self.number, self.closed
         if self.may_end and options.remasking is None:
             # What is behind the first end-of-text token nobody gets.
-            ends = self.block == self.ends_at[0]
-            for other in self.ends_at[1:]:
-                ends = ends | (self.block == other)
-            torch.logical_or(closed, ends.cumsum(-1), out=closed)
-        places, remaining = self.places if commits_one(options) else None, None
-        if places is None and not counts_ahead(options):
+            torch.logical_or(closed, self._text_ends().cumsum(-1), out=closed)
+        room, remaining = self.score_room if commits_one(options) else None, None
+        if room is None and not counts_ahead(options):
             remaining = (~closed).sum(-1)  # (rows,), to be written in as many steps as are left
             quota = (remaining + self.number - 1) // self.number
-        chosen = choose_among(ratings, closed, quota, options, places=places)
+        chosen = choose_among(ratings, closed, quota, options, places=self.places, room=room)
         torch.where(chosen, token, self.block, out=self.block)
         torch.logical_or(closed, chosen, out=closed)
         if self.with_order:
@@ -257,11 +282,16 @@ class QueuedDecoder:
             torch.where(chosen, ratings.confidence, self.sure, out=self.sure)
             self._take_back((self.number > 1) & (remaining > 0))
 
+    def _text_ends(self) -> torch.Tensor:
+        # Where a text ends of the columns at hand, (rows, n).
+        ends = self.block == self.ends_at
+        return ends[0] if len(ends) == 1 else ends.any(0)
+
     def _take_back(self, may: torch.Tensor) -> None:
         # Never of a row whose region is written: its states are kept.
         written = (self.order > 0) & (self.order < self.forward_number) & may[:, None]
         doubt = -self.sure if self.doubt is None else self.doubt
-        back = doubted_most(doubt, written, self.options)
+        back = doubted_most(doubt, written, self.options, self.places)
         self.block.masked_fill_(back, self.options.mask_token_id)
         self.closed.masked_fill_(back, False)
         self.order.masked_fill_(back, 0)
@@ -278,7 +308,8 @@ class QueuedDecoder:
     def select(self, places: list[int]) -> torch.Tensor:
         """Let only these of the rows go on; return the places as a tensor."""
         kept = sent(places, self.device)
-        held = self.block, self.columns, self.order, self.closed, self.sure, *self.ends_at
+        names = "block", "order", "closed", "sure"
+        held, known = [getattr(self, name) for name in names], self.known_here
         logits, count = self.logits, self.rows
         self.canvas.rows = self.canvas.rows[kept]
         self.keeps = [self.keeps[place] for place in places]
@@ -287,14 +318,12 @@ class QueuedDecoder:
             Region(**{name: tuple(value[p] for p in places) for name, value in vars(one).items()})
             for one in self.regions
         ]
-        self.tables, self.numbers = self.tables[..., kept], self.numbers[..., kept]
+        self.numbers, self.ended = self.numbers[..., kept], self.ended[kept]
         self._make_buffers()
-        for new, old in zip(
-            (self.block, self.columns, self.order, self.closed, self.sure, *self.ends_at),
-            held,
-            strict=True,
-        ):
-            new.copy_(old[kept])
+        self._lay_tables()
+        for name, old in zip(names, held, strict=True):
+            getattr(self, name).copy_(old[kept])
+        self.known_here.copy_(known[:, kept])
         both = torch.cat([kept, kept + count]) if self.options.guided else kept
         self.logits = None if logits is None else logits[both]
         self.graphs.forget()
@@ -319,7 +348,7 @@ class QueuedDecoder:
             self.put_back()
             is_last = number + 1 == len(self.steps)
             if self.may_end and not canvas.is_watched and not is_last:
-                self.looked = Late(self._done())
+                self.looked = Late(self._done_with(number))
         return canvas.result()
 
     def _write(self, region: int) -> bool:
@@ -361,6 +390,12 @@ class QueuedDecoder:
     def _done(self) -> torch.Tensor:
         # Which rows need no further forward, (rows,): nothing is taken back of a written region.
         return self.canvas.finished(self.closed.all(-1))
+
+    def _done_with(self, region: int) -> torch.Tensor:
+        # The same where a region is written, and all before it: a text has ended in one of them, or
+        # there is no further one.
+        torch.logical_or(self.ended, self._text_ends().any(-1), out=self.ended)
+        return self.ended | self.is_last[region]
 
     def _go_on(self, done: list[bool], fewest: int) -> bool:
         """Whether some row is not done; where as many as `fewest` are, the others go on alone."""
