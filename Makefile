@@ -85,8 +85,9 @@ $(ENGINES)/.installed: $(INSTALLED)
 
 venv-engines: $(ENGINES)/.installed ## fetch the code of serving engines
 
+# What needs no engine of the tests of GGUF files is run by `make test`, in the same way.
 test-serving: $(ENGINES)/.installed ## prove exports by engines' own code
-	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile -rs tests/serving/test_own_code.py tests/serving/test_nemotron_export.py tests/serving/test_diffusers_pipeline.py tests/serving/test_gguf_*.py
+	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest $(PYTEST_ARGS) --dist loadfile -rs -k "not test_gguf or engine" tests/serving/test_own_code.py tests/serving/test_nemotron_export.py tests/serving/test_diffusers_pipeline.py tests/serving/test_gguf_*.py
 
 test-real: $(INSTALLED) $(DEMO_GGUF) ## run the tests on weights that somebody trained
 	PYTHONPATH=$(ENGINES) $(BIN)/python -m pytest -m real $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from dllm_convert.pipeline.text import plan_text
 from dllm_convert.planning.conversion import make_plan
 from dllm_convert.planning.launch import Launch
 from dllm_convert.recipe.budget import MOST_EPOCHS
-from dllm_convert.recipe.schema import Recipe
+from dllm_convert.recipe.schema import Data, Recipe
 from dllm_convert.source.inspect import inspect_source
 from dllm_convert.training.data import look
 from dllm_convert.training.data.look import look_at
@@ -94,6 +95,31 @@ def test_a_part_tells_the_whole(
     assert part.tokens == pytest.approx(whole.tokens, rel=0.05)
     monkeypatch.setattr(look, "MOST_DOCUMENTS", {"files": 2})
     assert look_at(data).documents == 2
+
+
+def test_a_part_of_each_long_document_is_counted(tmp_path: Path) -> None:
+    counted: list[str] = []
+
+    def count(texts: Sequence[str]) -> list[int]:
+        counted.extend(texts)
+        return [len(text.split()) for text in texts]
+
+    file = tmp_path / "long.jsonl"
+    long, other = "five words of five letters. " * 20_000, "of two " * 30_000
+    file.write_text("\n".join(json.dumps({"text": text}) for text in (long, other)))
+    found = look_at(Data(source=str(file)), count)
+    most = look._COUNTED_CHARACTERS
+    assert [len(text) for text in counted] == [most // 2, most // 2]
+    # Each document has its share, so the rate lies between theirs; sizes are those of all of it.
+    sizes = [len(long), len(other)]
+    rate = sum(len(text.split()) for text in counted) / most
+    assert 5 / 28 < rate < 2 / 7
+    assert found.tokens == sum(round(size * rate) for size in sizes)
+    # What is as long as is counted is counted to its end.
+    counted.clear()
+    file.write_text(json.dumps({"text": other[:most]}))
+    exact = look_at(Data(source=str(file)), count)
+    assert counted == [other[:most]] and exact.tokens == len(other[:most].split())
 
 
 CHATS = [

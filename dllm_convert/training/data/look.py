@@ -17,6 +17,8 @@ MOST_DOCUMENTS = {"pydoc": 5000, "files": 5000, "hub": 256}
 MOST_CHARACTERS = 8_000_000
 _COUNTED = 200
 """Documents whose tokens are counted."""
+_COUNTED_CHARACTERS = 256_000
+"""Characters of them that are counted: how many bytes a token has shows in fewer than all."""
 BYTES_PER_TOKEN = 4.0
 """English under a vocabulary of 50,000 to 150,000 tokens, where nothing counts them."""
 
@@ -118,6 +120,10 @@ def _tokens_per_byte(
     documents: Sequence[Document], count: Callable[[Sequence[str]], Sequence[int]] | None
 ) -> float:
     texts = [text for text in map(_text, islice(documents, _COUNTED)) if text.strip()]
+    if sum(map(len, texts)) > _COUNTED_CHARACTERS:
+        # A part of each, as one long document need not be like the others.
+        most = _COUNTED_CHARACTERS // len(texts)
+        texts = [text[:most] for text in texts if text[:most].strip()]
     if count is None or not texts:
         return 1 / BYTES_PER_TOKEN
     sizes = [len(text.encode(errors="replace")) for text in texts]
