@@ -76,9 +76,10 @@ GROUPS = tuple(_GROUPS)
 """Names of the groups of probes, in the order they run; `device` only where there is one, `gated`
 and `lossless` only of models that are, or can be; `behind` only where noisy tokens stand behind a
 copy of the base's cache, and then instead of those that look at masks."""
-_OF_MASKS = frozenset({"attention", "gradient", "training", "cache", "padding", "device"})
+_OF_MASKS = frozenset({"attention", "gradient", "training", "cache", "padding"})
 """Groups that look at masks of the conversion's own: where nothing is opened, clean text is the
-base's, windows and all, and `gated-base` compares it bit for bit."""
+base's, windows and all, and `gated-base` compares it bit for bit. `device` leaves out those of its
+own that do."""
 
 
 def verify_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from dllm_convert.common.manifest import hash_files, write_manifest
 from dllm_convert.diffusion import cached
 from dllm_convert.modeling.published import behind
 from dllm_convert.verification import GROUPS, verify_checkpoint
-from dllm_convert.verification.catalogue import BEHIND, GATED
+from dllm_convert.verification.accelerator import Accelerator
+from dllm_convert.verification.catalogue import BEHIND, GATED, VERIFIED
 
 FAMILIES = ("lfm2", "qwen3_5_text", "mistral")
 
@@ -64,6 +66,23 @@ def test_a_sound_folder_passes_every_probe(family: str, cases: Any, tmp_path: Pa
     assert named.isdisjoint(
         {"training-mask", "attention-sdpa", "gradient", "cache", "padding-left"}
     )
+
+
+THERE = Accelerator("cpu", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_the_type_of_a_device_a_sound_folder_passes(
+    family: str, dtype: str, cases: Any
+) -> None:
+    folder, _ = cases(family)
+    there = replace(THERE, dtype=dtype)
+    report = verify_checkpoint(folder, groups=["device"], untrained=False, accelerator=there)
+    passed = {probe.name for probe in report.probes if probe.passed}
+    looked_at = {"device-logits", "device-batch", "device-generate", *VERIFIED} - {"lossless"}
+    assert looked_at <= passed, report.failed
+    assert "device-attention" not in {probe.name for probe in report.probes}
 
 
 @pytest.mark.slow
@@ -124,6 +143,18 @@ def test_a_roll_back_that_forgets(family: str, cases: Any, monkeypatch: pytest.M
     else:
         monkeypatch.setattr(behind, "_rolls_back", lambda _: True)
     assert found(case, "lossless") == {"lossless"}
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_a_roll_back_that_forgets_is_seen_in_the_type_of_a_device(
+    family: str, cases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = cases(family)
+    if family == "lfm2":
+        monkeypatch.setattr("transformers.cache_utils.Cache.crop", lambda *_: None)
+    else:
+        monkeypatch.setattr(behind, "_rolls_back", lambda _: True)
+    assert failed(folder, ["device"], accelerator=THERE, untrained=False) == {"device-lossless"}
 
 
 def test_every_probe_has_a_fault_that_it_catches() -> None:

@@ -51,7 +51,8 @@ MOST = 0.5
 def check_device(subject: Subject) -> list[Probe]:
     """Return the probes of `catalogue.DEVICE`; none where the CPU is what will be used.
 
-    Of a model that holds a verifier also `device-lossless`.
+    Of a model that holds a verifier also `device-lossless`; where noisy tokens stand behind a copy
+    of the base's cache none of those that look at masks.
     """
     accelerator = subject.accelerator
     if accelerator is None:
@@ -99,17 +100,19 @@ def _probes(subject: Subject, accelerator: Accelerator) -> list[Probe]:
     with torch.no_grad():
         logits = judge(there, "logits", partial(rounding.on, there), None)
         neighbours = judge(there, "batch", partial(with_neighbours, there), None)
-    probes = [
-        logits,
-        _influence(there),
-        differentiate(there, "gradient"),
-        *_training(there),
-        *check_cache(there, judge),
-        *check_padding(there, judge),
-        neighbours,
-        *check_generate(there, others=False),
-        *(check_near(there, limit) if has_verifier(there) else ()),
-    ]
+    probes = [logits]
+    # Where nothing is opened there is no mask of the conversion's own to look at.
+    if there.claim.behind == "mask":
+        probes += [
+            _influence(there),
+            differentiate(there, "gradient"),
+            *_training(there),
+            *check_cache(there, judge),
+            *check_padding(there, judge),
+        ]
+    probes += [neighbours, *check_generate(there, others=False)]
+    if has_verifier(there):
+        probes += check_near(there, limit)
     return [replace(probe, name=f"device-{probe.name}") for probe in probes]
 
 
