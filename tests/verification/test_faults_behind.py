@@ -73,9 +73,7 @@ THERE = Accelerator("cpu", "bfloat16")
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_the_type_of_a_device_a_sound_folder_passes(
-    family: str, dtype: str, cases: Any
-) -> None:
+def test_in_the_type_of_a_device_a_sound_folder_passes(family: str, dtype: str, cases: Any) -> None:
     folder, _ = cases(family)
     there = replace(THERE, dtype=dtype)
     report = verify_checkpoint(folder, groups=["device"], untrained=False, accelerator=there)
