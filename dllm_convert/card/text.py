@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,6 +36,14 @@ def render(folder: Path, template: str, **facts: Any) -> str:
         template: Name of the template.
         **facts: What the template reads; a name it reads and is not given is an error.
     """
+    page = _environment(folder).get_template(template).render(**facts)
+    # Conditions in the templates leave blank lines; those inside a code block are somebody's text.
+    return _GAPS.sub(lambda found: found["block"] or "\n\n", page).rstrip() + "\n"
+
+
+@cache
+def _environment(folder: Path) -> Environment:
+    """Return what renders the templates of a folder; it keeps those that it has compiled."""
     environment = Environment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
@@ -56,9 +65,7 @@ def render(folder: Path, template: str, **facts: Any) -> str:
         "table": table,
         "text": text,
     }
-    page = environment.get_template(template).render(**facts)
-    # Conditions in the templates leave blank lines; those inside a code block are somebody's text.
-    return _GAPS.sub(lambda found: found["block"] or "\n\n", page).rstrip() + "\n"
+    return environment
 
 
 def shown(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -99,16 +100,17 @@ config and a default wins.
 """,
 }
 
-Imported = list[tuple[str, str]]
+Imported = tuple[tuple[str, str], ...]
 """Modules as a whole, `("torch", "")`, and names from modules; those beside have a dot first."""
 
 
+@cache
 def _read(name: str) -> tuple[Imported, str]:
     """Return what a module of `published/` imports, and the rest of it under a heading."""
     root = resources.files("dllm_convert.modeling.published")
     source = root.joinpath(name).read_text(encoding="utf-8")
     tree = ast.parse(source)
-    imported: Imported = []
+    imported: list[tuple[str, str]] = []
     drop: set[int] = set()
     for position, node in enumerate(tree.body):
         if isinstance(node, ast.Import):
@@ -123,7 +125,7 @@ def _read(name: str) -> tuple[Imported, str]:
     body = "".join(line for number, line in enumerate(lines) if number not in drop).strip("\n")
     said = (ast.get_docstring(tree) or "").splitlines()
     heading = "\n".join(f"# {line}".rstrip() for line in said)
-    return imported, f"{heading}\n\n\n{body}"
+    return tuple(imported), f"{heading}\n\n\n{body}"
 
 
 def _import_lines(imported: Imported) -> str:
@@ -145,12 +147,12 @@ def _import_lines(imported: Imported) -> str:
 def _join(file: str, parts: list[tuple[Imported, str]], doc: str) -> str:
     """Return the text of a file; what its parts import from other files is imported from those."""
     home = {f".{Path(part).stem}": other for other, held in CODE_FILES.items() for part in held}
-    wanted = [
+    wanted = tuple(
         (f".{Path(home[module]).stem}" if module in home else module, name)
         for imported, _ in parts
         for module, name in imported
         if module != "__future__" and home.get(module) != file
-    ]
+    )
     start = f'"""{doc}"""\n\nfrom __future__ import annotations\n\n{_import_lines(wanted)}\n\n'
     return start + "\n\n\n".join(body for _, body in parts) + "\n"
 
@@ -175,7 +177,7 @@ def published_code(adapter: Adapter | None = None) -> dict[str, str]:
         own = _MEASURED_CLASS.format(
             name=adapter.diffusion_class, stock=stock, version=adapter.measured.transformers
         )
-        measured = [*mixin_imported, ("transformers", stock)], f"{mixin}\n\n\n{own}".rstrip()
+        measured = (*mixin_imported, ("transformers", stock)), f"{mixin}\n\n\n{own}".rstrip()
         # Behind the classes it derives from, in front of what they call.
         model[:1] = (imported, body), measured
     facts = {"version": __version__, "transformers": oldest}
