@@ -124,13 +124,15 @@ class QueuedDecoder:
         (regions, rows): that a row has nothing to write in any further region.
         """
         canvas, regions, none = self.canvas, self.regions, -1
-        counts = [region.counts for region in regions]
+        counts: list[tuple[int, ...]] = [region.counts for region in regions]
         tables = [(one.starts, one.begins, one.ends, one.counts) for one in regions]
         starts, begins, ends, masks = sent(tables, self.device)[..., None].unbind(1)
-        last = [
-            [not any(later[row] for later in counts[number + 1 :]) for row in range(self.rows)]
-            for number in range(len(regions))
-        ]
+        further = accumulate(
+            reversed(counts),
+            lambda later, here: tuple(map(max, later, here)),
+            initial=(0,) * self.rows,
+        )  # the most that each row has to write in any region behind, the last region first
+        last = [[not masks for masks in behind] for behind in further][-2::-1]
         self.is_last = sent(last, self.device, torch.bool)
         columns = starts + self.places  # (regions, rows, n)
         flat = canvas.rows[:, None] * canvas.tokens.shape[1] + columns
