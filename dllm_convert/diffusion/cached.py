@@ -22,7 +22,7 @@ from dllm_convert.diffusion.distillation import Lesson
 from dllm_convert.diffusion.losses import cross_entropy
 from dllm_convert.diffusion.objective import Objective, TextBatch
 from dllm_convert.diffusion.streams import corrupted
-from dllm_convert.modeling.published.behind import branched
+from dllm_convert.modeling.published.behind import branched, held_tensors
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,7 @@ class CleanReader:
     @property
     def states(self) -> list[torch.Tensor]:
         """All tensors of the cache, of whatever shape."""
-        held = [value for layer in self._cache.layers for value in vars(layer).values()]
-        held += [one for value in held if isinstance(value, dict) for one in value.values()]
-        return [value for value in held if isinstance(value, torch.Tensor)]
+        return [one for layer in self._cache.layers for *_, one in held_tensors(layer)]
 
     def behind(self, documents: torch.Tensor) -> dict[str, Any]:
         """Return what the model is given of a row behind each of some documents, (rows,)."""

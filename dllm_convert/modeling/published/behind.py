@@ -48,9 +48,28 @@ def check_last(noisy: torch.Tensor) -> None:
 
 def branched(cache: Any, rows: torch.Tensor) -> Any:
     """Return a copy of a cache of transformers whose row i is row `rows[i]`, (n,), of it."""
-    twin = copy.deepcopy(cache)
+    # Rows are taken out of what the cache itself holds: copied before, all would be copied twice.
+    held = {
+        id(one): one for layer in getattr(cache, "layers", ()) for *_, one in held_tensors(layer)
+    }
+    twin = copy.deepcopy(cache, dict(held))
     twin.reorder_cache(rows)
+    for layer in getattr(twin, "layers", ()):
+        for home, name, one in held_tensors(layer):
+            if id(one) in held:  # it has no rows
+                home[name] = one.clone()
     return twin
+
+
+def held_tensors(layer: Any) -> list[tuple[dict[Any, Any], Any, torch.Tensor]]:
+    """Return the tensors of a cache's layer, each behind what holds it, and its name there."""
+    homes = [vars(layer), *(one for one in vars(layer).values() if isinstance(one, dict))]
+    return [
+        (home, name, one)
+        for home in homes
+        for name, one in home.items()
+        if isinstance(one, torch.Tensor)
+    ]
 
 
 @dataclass(frozen=True)
