@@ -23,6 +23,7 @@ from dllm_convert.planning.costs import (
 )
 from dllm_convert.planning.devices import cpu
 from dllm_convert.planning.estimate import estimate, settled
+from dllm_convert.planning.plan_text import DRAFTS_MEASURED
 from dllm_convert.planning.streams import streams
 from dllm_convert.recipe.schema import Recipe
 from dllm_convert.source.inspect import inspect_source
@@ -61,6 +62,22 @@ def test_nothing_of_the_base_is_changed(family: str, padding: int, source_cache:
     text = "\n".join(map(str, made.as_blocks()))
     assert "the base is kept" in text
     assert "a vector beside the base stands for it" in text
+
+
+def test_a_training_to_draft_says_what_was_bought_elsewhere(source_cache: Sources) -> None:
+    def said(**noise: Any) -> str:
+        made = plan(source_cache("llama"), block_size=4, noise=noise)
+        return " ".join("\n".join(map(str, made.as_blocks())).split())
+
+    measured = "151,000 tokens bought 1.64 tokens per forward (1.45 in chats)"
+    assert measured in said(draw="draft")
+    assert measured not in said(draw="count")
+    page = (Path(__file__).parents[2] / "docs" / "lossless.md").read_text()
+    for tokens, text, chat in DRAFTS_MEASURED:
+        assert any(
+            f" {tokens:,} tokens" in line and f"{text:.2f}, {chat:.2f}" in line
+            for line in page.splitlines()
+        )
 
 
 def test_it_costs_less_than_the_same_adapter_on_all_tokens(source_cache: Sources) -> None:
