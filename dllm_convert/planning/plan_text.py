@@ -153,20 +153,19 @@ def _writes(plan: Mapping[str, Any]) -> list[str]:
 
 DRAFTS_MEASURED = ((50_400, 1.46, 1.30), (151_000, 1.64, 1.45))
 """Tokens that SmolLM2-135M learnt to draft from, and tokens that a forward then wrote of a text and
-of an answer in a chat: the manual's pages as they are, and the base's own text at twice the rate."""
+of a chat's answer: first of the manual as it is, then of the base's own text at twice the rate."""
 
 
-def _bought(measured: tuple[int, float, float]) -> str:
-    tokens, text, chat = measured
-    return f"{tokens:,} tokens bought {text:.2f} tokens per forward ({chat:.2f} in chats)"
+def _bought(tokens: int, text: float, chat: float) -> str:
+    return f"{text:.2f} tokens per forward ({chat:.2f} in chats) after {tokens:,}"
 
 
 def _noise(noise: Mapping[str, Any]) -> list[str]:
     """Say what noise does where it does not just mask."""
     steps = noise["discrete_steps"]
     if noise["draw"] == "draft":
-        bought = ", ".join(map(_bought, DRAFTS_MEASURED))
-        return _wrapped([f"drafts: to SmolLM2-135M {bought}; docs/lossless.md"])
+        bought = ", ".join(_bought(*measured) for measured in DRAFTS_MEASURED)
+        return _wrapped([f"drafts: SmolLM2-135M wrote {bought}; docs/lossless.md"])
     if noise["kernel"] == "neighbours":
         return [
             f"noise: a word becomes one of the {noise['neighbours']} whose embedding is nearest, "
