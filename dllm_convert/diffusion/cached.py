@@ -301,7 +301,7 @@ class CleanReader:
     @property
     def states(self) -> list[torch.Tensor]:
         """All tensors of the cache, of whatever shape."""
-        return [one for layer in self._cache.layers for *_, one in held_tensors(layer)]
+        return [one for *_, one in held_tensors(self._cache)]
 
     def behind(self, documents: torch.Tensor) -> dict[str, Any]:
         """Return what the model is given of a row behind each of some documents, (rows,)."""

@@ -156,15 +156,14 @@ DRAFTS_MEASURED = ((50_400, 1.46, 1.30), (151_000, 1.64, 1.45))
 of a chat's answer: first of the manual as it is, then of the base's own text at twice the rate."""
 
 
-def _bought(tokens: int, text: float, chat: float) -> str:
-    return f"{text:.2f} tokens per forward ({chat:.2f} in chats) after {tokens:,}"
-
-
 def _noise(noise: Mapping[str, Any]) -> list[str]:
     """Say what noise does where it does not just mask."""
     steps = noise["discrete_steps"]
     if noise["draw"] == "draft":
-        bought = ", ".join(_bought(*measured) for measured in DRAFTS_MEASURED)
+        bought = ", ".join(
+            f"{text:.2f} tokens per forward ({chat:.2f} in chats) after {tokens:,}"
+            for tokens, text, chat in DRAFTS_MEASURED
+        )
         return _wrapped([f"drafts: SmolLM2-135M wrote {bought}; docs/lossless.md"])
     if noise["kernel"] == "neighbours":
         return [

@@ -104,17 +104,16 @@ def test_lossless_is_what_the_base_generates(
 def test_a_copy_of_a_cache_has_nothing_of_its_original(family: str) -> None:
     made, (ids, _) = instance(family), texts([12, 12])
     cache = made.base(ids, use_cache=True).past_key_values
-    before = [one.clone() for layer in cache.layers for *_, one in behind.held_tensors(layer)]
+    before = [one.clone() for *_, one in behind.held_tensors(cache)]
     rows = torch.tensor([1, 0, 1])
     expected, twin = copy.deepcopy(cache), behind.branched(cache, rows)
     expected.reorder_cache(rows)
-    for whole, found in zip(expected.layers, twin.layers, strict=True):
-        wanted, held = behind.held_tensors(whole), behind.held_tensors(found)
-        assert [name for _, name, _ in held] == [name for _, name, _ in wanted]
-        for (*_, one), (*_, other) in zip(held, wanted, strict=True):
-            assert torch.equal(one, other)
-            one.zero_()
-    after = [one for layer in cache.layers for *_, one in behind.held_tensors(layer)]
+    wanted, held = behind.held_tensors(expected), behind.held_tensors(twin)
+    assert [name for _, name, _ in held] == [name for _, name, _ in wanted]
+    for (*_, one), (*_, other) in zip(held, wanted, strict=True):
+        assert torch.equal(one, other)
+        one.zero_()
+    after = [one for *_, one in behind.held_tensors(cache)]
     assert before
     assert all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
 

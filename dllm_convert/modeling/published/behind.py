@@ -49,21 +49,19 @@ def check_last(noisy: torch.Tensor) -> None:
 def branched(cache: Any, rows: torch.Tensor) -> Any:
     """Return a copy of a cache of transformers whose row i is row `rows[i]`, (n,), of it."""
     # Rows are taken out of what the cache itself holds: copied before, all would be copied twice.
-    held = {
-        id(one): one for layer in getattr(cache, "layers", ()) for *_, one in held_tensors(layer)
-    }
+    held = {id(one): one for *_, one in held_tensors(cache)}
     twin = copy.deepcopy(cache, dict(held))
     twin.reorder_cache(rows)
-    for layer in getattr(twin, "layers", ()):
-        for home, name, one in held_tensors(layer):
-            if id(one) in held:  # it has no rows
-                home[name] = one.clone()
+    for home, name, one in held_tensors(twin):
+        if id(one) in held:  # it has no rows
+            home[name] = one.clone()
     return twin
 
 
-def held_tensors(layer: Any) -> list[tuple[dict[Any, Any], Any, torch.Tensor]]:
-    """Return the tensors of a cache's layer, each behind what holds it, and its name there."""
-    homes = [vars(layer), *(one for one in vars(layer).values() if isinstance(one, dict))]
+def held_tensors(cache: Any) -> list[tuple[dict[Any, Any], Any, torch.Tensor]]:
+    """Return the tensors of a cache's layers, each behind what holds it, and its name there."""
+    layers = [vars(layer) for layer in getattr(cache, "layers", ())]
+    homes = layers + [one for layer in layers for one in layer.values() if isinstance(one, dict)]
     return [
         (home, name, one)
         for home in homes
@@ -214,10 +212,12 @@ class Prefixes:
             least = min(len(self._waiting[number]) for number in group.numbers)
             ahead = [n for n in group.numbers if len(self._waiting[n]) > least + _SPREAD]
             if ahead:
-                other = _Group(list(group.numbers), copy.deepcopy(group.cache))
+                cache = group.cache
+                if cache is not None:
+                    lines = [group.numbers.index(number) for number in ahead]
+                    cache = branched(cache, sent(lines, self.canvas.tokens.device))
                 self._cut(group, [number for number in group.numbers if number not in ahead])
-                self._cut(other, ahead)
-                looked_at.append(other)
+                looked_at.append(_Group(ahead, cache))
             self._groups.append(group)
 
     def _absorbable(self, group: _Group) -> int:

@@ -124,16 +124,14 @@ class QueuedDecoder:
         (regions, rows): that a row has nothing to write in any further region.
         """
         canvas, regions, none = self.canvas, self.regions, -1
-        counts: list[tuple[int, ...]] = [region.counts for region in regions]
         tables = [(one.starts, one.begins, one.ends, one.counts) for one in regions]
         starts, begins, ends, masks = sent(tables, self.device)[..., None].unbind(1)
-        further = accumulate(
-            reversed(counts),
-            lambda later, here: tuple(map(max, later, here)),
-            initial=(0,) * self.rows,
-        )  # the most that each row has to write in any region behind, the last region first
-        last = [[not masks for masks in behind] for behind in further][-2::-1]
-        self.is_last = sent(last, self.device, torch.bool)
+        last = [
+            max((number for number, one in enumerate(regions) if one.counts[row]), default=-1)
+            for row in range(self.rows)
+        ]
+        is_last = [[number >= one for one in last] for number in range(len(regions))]
+        self.is_last = sent(is_last, self.device, torch.bool)
         columns = starts + self.places  # (regions, rows, n)
         flat = canvas.rows[:, None] * canvas.tokens.shape[1] + columns
         behind = columns.roll(1, 0)
